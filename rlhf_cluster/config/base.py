@@ -1,0 +1,120 @@
+"""Sections, loading, and errors of a run configuration.
+
+A configuration is a TOML file of pydantic sections: frozen, unknown keys refused, no infinities.
+Overrides come as `section.key=value` with the value in TOML syntax (a bare word is a string).
+Everything that is wrong ends as one `ConfigError` listing file, key, what was found and the cure.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from rlhf_cluster.errors import ConfigError
+
+
+class Section(BaseModel):
+    """Base of every configuration section."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, strict=False
+    )
+
+
+S = TypeVar("S", bound=Section)
+
+
+def load(cls: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
+    """Read `path`, apply `overrides` in order, validate. Raises `ConfigError`."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot read the configuration ({error.strerror}). Give the path of a TOML file"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}). Save it as UTF-8") from error
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    for override in overrides:
+        _apply_override(tree, override)
+    return validate(cls, tree, source=str(path))
+
+
+def validate(cls: type[S], tree: dict[str, Any], source: str) -> S:
+    """Build `cls` from `tree`; every problem in one `ConfigError` that starts with `source`."""
+    try:
+        return cls.model_validate(tree)
+    except ValidationError as error:
+        problems = [_explain(cls, problem) for problem in error.errors(include_url=False)]
+        noun = "problem" if len(problems) == 1 else "problems"
+        lines = "\n".join(f"  - {p}" for p in problems)
+        raise ConfigError(f"{source}: {len(problems)} {noun}\n{lines}") from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not all(part for part in key.strip().split(".")):
+        raise ConfigError(f"--set {override!r}: expected section.key=value")
+    *parents, leaf = key.strip().split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {override!r}: {parent!r} is a value, not a section")
+    try:
+        node[leaf] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        node[leaf] = text.strip()
+
+
+def _explain(cls: type[Section], problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location) or "configuration"
+    kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        known = _known_keys(cls, location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else f"; known here: {', '.join(known)}"
+        return f"{key}: unknown key{hint}"
+    if kind == "missing":
+        return f"{key}: required, and not given"
+    if kind == "value_error":
+        return message if not location else f"{key}: {message}"
+    return f"{key}: {message}; found {problem['input']!r}"
+
+
+def _known_keys(cls: type[BaseModel], location: Sequence[str]) -> list[str]:
+    models: list[type[BaseModel]] = [cls]
+    for part in location:
+        models = [
+            found
+            for model in models
+            if part in model.model_fields
+            for found in _models_in(model.model_fields[part].annotation)
+        ] or [m for m in models if _discriminator(m) == part] or models
+    return sorted({name for model in models for name in model.model_fields})
+
+
+def _discriminator(model: type[BaseModel]) -> str | None:
+    field = model.model_fields.get("type")
+    return field.default if field is not None and isinstance(field.default, str) else None
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType, typing.Annotated, list, tuple, dict):
+        for argument in typing.get_args(annotation):
+            yield from _models_in(argument)

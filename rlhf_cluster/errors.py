@@ -1,0 +1,50 @@
+"""Every error that this project raises on purpose.
+
+Each carries one message that names what was found, the bound or expectation, and the cure.
+All are built from a single string, so that they survive pickling between processes. Each also
+inherits the standard type that fits, so that `except ValueError` keeps working.
+"""
+
+
+class RlhfError(Exception):
+    """Base of all errors of this project."""
+
+
+class ConfigError(RlhfError, ValueError):
+    """A configuration that cannot run: unknown key, wrong type, impossible combination."""
+
+
+class DataError(RlhfError, ValueError):
+    """Prompts, preferences or a tokenizer that cannot be used as given."""
+
+
+class RecordError(RlhfError, ValueError):
+    """A record whose arrays do not fit each other."""
+
+
+class PlacementError(RlhfError, RuntimeError):
+    """What was asked for does not fit the cluster."""
+
+
+class StalenessError(RlhfError, RuntimeError):
+    """A token older than `max_staleness` reached the learner."""
+
+
+class StalledError(RlhfError, TimeoutError):
+    """A wait ran past its deadline; the message names what is missing."""
+
+
+class WeightError(RlhfError, RuntimeError):
+    """A weight version that is incomplete, damaged, or not the one expected."""
+
+
+class WorkerError(RlhfError, RuntimeError):
+    """A worker died, hung, or answered with an error."""
+
+
+class ScoringError(RlhfError, RuntimeError):
+    """A reward that raised, hung, or returned something that is not a score. Never a score of 0."""
+
+
+class RunError(RlhfError, RuntimeError):
+    """The run directory or the run's control channel cannot be used."""

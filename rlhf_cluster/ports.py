@@ -1,0 +1,83 @@
+"""What the pipeline asks of each service. `actors` implements these over Ray, tests with fakes.
+
+A `Handle` stands for a record that the control plane passes on without looking inside: a Ray
+object reference in a cluster, the record itself in one process.
+
+Every method has a deadline of its own inside the implementation and raises an `RlhfError` that
+names what is missing; none waits for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rlhf_cluster.records import GroupSummary, Prompt, Sampling, Ticket, WeightVersion
+
+Handle = Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taken:
+    """One group that the buffer hands to the learner."""
+
+    ticket: Ticket
+    handle: Handle  # of an ExperienceGroup
+    summary: GroupSummary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """What one optimizer step says of itself. Metric names are `area/quantity_unit`."""
+
+    step: int  # learner version after the step
+    metrics: Mapping[str, float]
+
+
+class GenerationPort(Protocol):
+    async def generate(self, ticket: Ticket, prompt: Prompt, sampling: Sampling) -> Handle:
+        """Sample one group. Returns a handle of a `RolloutGroup`.
+
+        A dead or failing worker's group goes to another one; `WorkerError` after the last try.
+        """
+        ...
+
+    async def pull(self, version: WeightVersion) -> None:
+        """Bring every worker to `version`. Returns when it is live on all of them."""
+        ...
+
+
+class ScoringPort(Protocol):
+    async def score(self, group: Handle) -> tuple[Handle, GroupSummary]:
+        """Score a group of rollouts. Returns a handle of an `ExperienceGroup` and its summary.
+
+        `ScoringError` when a reward failed on its last try, `WorkerError` when no worker answered.
+        """
+        ...
+
+
+class BufferPort(Protocol):
+    async def admit(self) -> Ticket | None:
+        """Wait for a free slot. None when the run needs no further group."""
+        ...
+
+    async def finish(self, ticket: Ticket, handle: Handle, summary: GroupSummary) -> None: ...
+
+    async def discard(self, ticket: Ticket, reason: str) -> None: ...
+
+    async def take(self, num_groups: int, learner_version: int) -> Sequence[Taken]:
+        """The next groups in admission order, once all of them are finished."""
+        ...
+
+    async def version_live(self, version: int) -> None:
+        """Every generation worker now samples with `version` or a later one."""
+        ...
+
+
+class LearnerPort(Protocol):
+    async def train_step(self, groups: Sequence[Taken]) -> StepReport: ...
+
+    async def publish(self) -> WeightVersion:
+        """Publish the current weights. Blocks later steps only for the copy out of the learner."""
+        ...
