@@ -48,3 +48,11 @@ class ScoringError(RlhfError, RuntimeError):
 
 class RunError(RlhfError, RuntimeError):
     """The run directory or the run's control channel cannot be used."""
+
+
+class DivergenceError(RlhfError, ArithmeticError):
+    """Training numbers that are no longer finite, step after step."""
+
+
+class MetricError(RlhfError, ValueError):
+    """A metric that is not in the table, or labels that do not fit it."""

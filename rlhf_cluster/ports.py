@@ -78,6 +78,10 @@ class BufferPort(Protocol):
 class LearnerPort(Protocol):
     async def train_step(self, groups: Sequence[Taken]) -> StepReport: ...
 
+    async def snapshot(self) -> int:
+        """Copy the weights out of the learner, between two steps. Returns their version."""
+        ...
+
     async def publish(self) -> WeightVersion:
-        """Publish the current weights. Blocks later steps only for the copy out of the learner."""
+        """Write the last snapshot to the weight store, beside the steps that follow."""
         ...

@@ -64,7 +64,7 @@ class Ticket:
 
     @property
     def group_id(self) -> str:
-        return f"{self.purpose[0]}{self.number:08d}"
+        return f"{'g' if self.purpose == 'train' else 'e'}{self.number:08d}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +151,9 @@ class ScoredRollout:
 
     def __post_init__(self) -> None:
         if not np.isfinite(self.reward):
-            raise RecordError(f"rollout {self.rollout.rollout_id}: reward {self.reward} is not finite")
+            raise RecordError(
+                f"rollout {self.rollout.rollout_id}: reward {self.reward} is not finite"
+            )
         if self.ref_logprobs is not None:
             _check_array(self, "ref_logprobs", np.float32)
             if len(self.ref_logprobs) != len(self.rollout.response_ids):
@@ -209,5 +211,9 @@ class WeightVersion:
 def _check_array(record: Any, name: str, dtype: Any) -> None:
     array = getattr(record, name)
     if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype != dtype:
-        found = f"{array.dtype}{list(array.shape)}" if isinstance(array, np.ndarray) else type(array)
-        raise RecordError(f"{type(record).__name__}.{name} must be {np.dtype(dtype)}[n], found {found}")
+        found = (
+            f"{array.dtype}{list(array.shape)}" if isinstance(array, np.ndarray) else type(array)
+        )
+        raise RecordError(
+            f"{type(record).__name__}.{name} must be {np.dtype(dtype)}[n], found {found}"
+        )

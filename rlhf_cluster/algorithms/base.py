@@ -34,12 +34,18 @@ class LossInputs:
 
 
 Sums = Mapping[str, "tuple[Tensor, Tensor]"]
-"""Metrics as name -> (sum, count), so that they add over micro-batches and ranks and divide once."""
+"""Metrics as name -> (sum, count), so that they add over micro-batches and ranks and divide once.
+A name that ends in `_max` carries (largest, count) and is reduced by maximum instead."""
 
 
 class Algorithm(Protocol):
-    group_size: int
-    needs_reference: bool
+    @property
+    def group_size(self) -> int: ...
+
+    @property
+    def needs_reference(self) -> bool:
+        """The loss cannot be computed without `ref_logprobs`."""
+        ...
 
     def advantages(self, groups: Sequence[ExperienceGroup]) -> list[list[np.ndarray]]:
         """One float32 array [T] per rollout, nested like `groups[i].scored[j]`."""
@@ -47,4 +53,8 @@ class Algorithm(Protocol):
 
     def loss(self, inputs: LossInputs) -> tuple[Tensor, Sums]:
         """The sum of the token losses, and metric sums."""
+        ...
+
+    def derive(self, means: Mapping[str, float]) -> Mapping[str, float]:
+        """The metrics to report, from the reduced ones: adds what is no mean of tokens."""
         ...

@@ -24,7 +24,11 @@ class Section(BaseModel):
     """Base of every configuration section."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, strict=False
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        strict=False,
     )
 
 
@@ -41,7 +45,9 @@ def load(cls: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
             f"{path}: cannot read the configuration ({error.strerror}). Give the path of a TOML file"
         ) from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}). Save it as UTF-8") from error
+        raise ConfigError(
+            f"{path}: not UTF-8 text (byte {error.start}). Save it as UTF-8"
+        ) from error
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -97,12 +103,16 @@ def _explain(cls: type[Section], problem: Any) -> str:
 def _known_keys(cls: type[BaseModel], location: Sequence[str]) -> list[str]:
     models: list[type[BaseModel]] = [cls]
     for part in location:
-        models = [
-            found
-            for model in models
-            if part in model.model_fields
-            for found in _models_in(model.model_fields[part].annotation)
-        ] or [m for m in models if _discriminator(m) == part] or models
+        models = (
+            [
+                found
+                for model in models
+                if part in model.model_fields
+                for found in _models_in(model.model_fields[part].annotation)
+            ]
+            or [m for m in models if _discriminator(m) == part]
+            or models
+        )
     return sorted({name for model in models for name in model.model_fields})
 
 

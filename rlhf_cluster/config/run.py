@@ -53,7 +53,11 @@ class RunConfig(Section):
 
     @property
     def weights_dir(self) -> Path:
-        return (Path(self.weights.root) / self.run.name) if self.weights.root else self.run_dir / "weights"
+        return (
+            (Path(self.weights.root) / self.run.name)
+            if self.weights.root
+            else self.run_dir / "weights"
+        )
 
     @property
     def publish_dtype(self) -> Dtype:

@@ -191,6 +191,12 @@ class ClusterSection(Section):
     dashboard: bool = False
     dashboard_port: int = Field(default=8265, ge=1, le=65535)
     placement_timeout_s: PositiveFloat = 60.0
+    heartbeat_s: PositiveFloat = 5.0
+    """How often every worker is asked whether it can serve."""
+    heartbeat_timeout_s: PositiveFloat = 60.0
+    """A worker that does not answer for this long is replaced."""
+    max_restarts: int = Field(default=10, ge=0)
+    """Replacements that one pool may use up before the run fails with the first cause."""
 
 
 class Observe(Section):

@@ -1,0 +1,60 @@
+"""Remote calls with a deadline and errors that name what failed.
+
+`answer` is the only way this project waits for a Ray reference. It turns
+- an error that our own code raised in the other process into that same error,
+- any other error there into `WorkerError` with its last line,
+- a dead or unreachable actor into `WorkerDied`,
+- a passed deadline into `WorkerSilent`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from rlhf_cluster.errors import RlhfError, WorkerError
+
+
+class WorkerDied(WorkerError):
+    """The actor's process is gone or cannot be reached."""
+
+
+class WorkerSilent(WorkerError):
+    """The actor did not answer within the deadline."""
+
+
+async def answer(ref: ray.ObjectRef, timeout_s: float, what: str) -> Any:
+    """The value of `ref`. `what` names the call in errors, such as "generation-0.pull"."""
+    try:
+        return await asyncio.wait_for(asyncio.wrap_future(ref.future()), timeout_s)
+    except TimeoutError as error:
+        raise WorkerSilent(f"{what}: no answer within {timeout_s:g} s") from error
+    except (RayTaskError, RayError) as error:
+        raise translate(error, what) from error
+
+
+def answer_now(ref: ray.ObjectRef, timeout_s: float, what: str) -> Any:
+    """`answer` for code without an event loop."""
+    try:
+        return ray.get(ref, timeout=timeout_s)
+    except ray.exceptions.GetTimeoutError as error:
+        raise WorkerSilent(f"{what}: no answer within {timeout_s:g} s") from error
+    except (RayTaskError, RayError) as error:
+        raise translate(error, what) from error
+
+
+def translate(error: Exception, what: str) -> RlhfError:
+    """One of our own errors for any error of Ray."""
+    if isinstance(error, RayTaskError):
+        cause = error.cause
+        if isinstance(cause, RlhfError):
+            return type(cause)(f"{what}: {cause}")
+        last = str(error).strip().splitlines()[-1]
+        return WorkerError(f"{what}: {last}")
+    if isinstance(error, RayActorError):
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return WorkerDied(f"{what}: the process died. {' '.join(lines[:3])}")
+    return WorkerError(f"{what}: {type(error).__name__}: {error}")

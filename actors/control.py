@@ -1,0 +1,110 @@
+"""A run's control channel: a small named actor that other processes can find.
+
+The run's driver reads wishes from it and leaves its status there. It holds no decision: the sizes
+it is given are checked, then carried out by the driver, which answers with what happened.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors.calls import answer_now
+from rlhf_cluster.errors import RunError
+
+NAMESPACE = "rlhf_cluster"
+POOLS = ("generation", "scoring")
+CALL_TIMEOUT_S = 30.0
+SCALE_TIMEOUT_S = 900.0
+
+
+def actor_name(run_name: str) -> str:
+    return f"control:{run_name}"
+
+
+class ControlActor:
+    """Wishes in, answers and status out. Each wish has a number; answers are kept by number."""
+
+    def __init__(self) -> None:
+        self._wishes: list[tuple[int, dict[str, int]]] = []
+        self._answers: dict[int, dict[str, str]] = {}
+        self._status: dict[str, Any] = {}
+        self._next = 0
+
+    def ask_scale(self, sizes: dict[str, int]) -> int:
+        self._next += 1
+        self._wishes.append((self._next, sizes))
+        return self._next
+
+    def wishes(self) -> list[tuple[int, dict[str, int]]]:
+        taken, self._wishes = self._wishes, []
+        return taken
+
+    def answer(self, number: int, results: dict[str, str]) -> None:
+        self._answers[number] = results
+
+    def result(self, number: int) -> dict[str, str] | None:
+        return self._answers.get(number)
+
+    def set_status(self, status: dict[str, Any]) -> None:
+        self._status = status
+
+    def status(self) -> dict[str, Any]:
+        return self._status
+
+
+def scale(run_dir: Path, sizes: Mapping[str, int], address: str | None) -> dict[str, str]:
+    """Ask the running job to change its pools. Returns what was done, by pool.
+
+    Waits for: the run to add or drain the workers. `RunError` after `SCALE_TIMEOUT_S`, or when the
+    run cannot be found.
+    """
+    for pool, size in sizes.items():
+        if pool not in POOLS or size < 1:
+            raise RunError(f"scale {pool}={size}: expected one of {POOLS} and a size of at least 1")
+    where = address or _address_of(run_dir)
+    control = find(run_dir.name, where)
+    number = answer_now(control.ask_scale.remote(dict(sizes)), CALL_TIMEOUT_S, "control.ask_scale")
+    deadline = time.monotonic() + SCALE_TIMEOUT_S
+    while time.monotonic() < deadline:
+        result = answer_now(control.result.remote(number), CALL_TIMEOUT_S, "control.result")
+        if result is not None:
+            return result
+        time.sleep(0.5)
+    raise RunError(f"{run_dir.name}: no answer to scale {dict(sizes)} within {SCALE_TIMEOUT_S:g} s")
+
+
+def find(run_name: str, address: str) -> Any:
+    """The control actor of a running job, after joining its cluster."""
+    if not ray.is_initialized():
+        try:
+            ray.init(address=address, namespace=NAMESPACE, log_to_driver=False)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise RunError(
+                f"{run_name}: cannot join the Ray cluster at {address}: {error}"
+            ) from error
+    try:
+        return ray.get_actor(actor_name(run_name), namespace=NAMESPACE)
+    except ValueError as error:
+        raise RunError(
+            f"{run_name}: no such run on the cluster at {address}; it has ended, or runs elsewhere"
+        ) from error
+
+
+def _address_of(run_dir: Path) -> str:
+    path = run_dir / "status.json"
+    try:
+        status = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise RunError(
+            f"{path}: cannot read it ({error}). Give the run directory of a running job"
+        ) from error
+    address = status.get("ray_address")
+    if not address:
+        raise RunError(f"{path}: holds no ray_address; is the run still starting?")
+    return address

@@ -1,0 +1,96 @@
+"""The experience buffer as an actor, and its client.
+
+The actor holds handles (object references), never arrays. Both waits of the client end with the
+buffer's own stall deadline, or with an error when the actor is gone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from actors.calls import answer
+from rlhf_cluster.config import RunConfig
+from rlhf_cluster.experience.buffer import BufferStats, ExperienceBuffer
+from rlhf_cluster.experience.service import Answer, BufferService
+from rlhf_cluster.experience.staleness import AdmissionGate
+from rlhf_cluster.ports import Handle, Taken
+from rlhf_cluster.records import GroupSummary, Ticket
+
+PATIENCE_S = 5.0
+REPLY_MARGIN_S = 60.0
+
+
+class BufferActor:
+    """`BufferService` in a process of its own. Handles arrive inside a list, so that Ray passes
+    the reference on instead of fetching what it stands for."""
+
+    def __init__(self, config: RunConfig) -> None:
+        gate = AdmissionGate(
+            max_staleness=config.staleness.max_staleness,
+            pipeline_depth=config.staleness.pipeline_depth,
+            groups_per_step=config.run.groups_per_step,
+            num_steps=config.run.steps,
+            max_in_flight_groups=config.staleness.max_in_flight_groups,
+        )
+        self._service = BufferService(
+            ExperienceBuffer(gate), config.run.stall_timeout_s, PATIENCE_S, time.monotonic
+        )
+
+    async def admit(self) -> Ticket | Answer:
+        return await self._service.admit()
+
+    async def finish(self, ticket: Ticket, handle: list[Handle], summary: GroupSummary) -> None:
+        await self._service.finish(ticket, handle, summary)
+
+    async def discard(self, ticket: Ticket, reason: str) -> None:
+        await self._service.discard(ticket, reason)
+
+    async def take(self, num_groups: int, learner_version: int) -> Sequence[Taken] | Answer:
+        return await self._service.take(num_groups, learner_version)
+
+    async def version_live(self, version: int) -> None:
+        await self._service.version_live(version)
+
+    async def stats(self) -> BufferStats:
+        return await self._service.stats()
+
+
+class RayBuffer:
+    """`BufferPort` over a `BufferActor`."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    async def admit(self) -> Ticket | None:
+        """Waits for: a free slot. Unblocked by: the learner, a live version; ends with the run."""
+        while True:
+            reply = await self._call("admit")
+            if isinstance(reply, Ticket):
+                return reply
+            if reply is Answer.DONE:
+                return None
+
+    async def finish(self, ticket: Ticket, handle: Handle, summary: GroupSummary) -> None:
+        await self._call("finish", ticket, [handle], summary)
+
+    async def discard(self, ticket: Ticket, reason: str) -> None:
+        await self._call("discard", ticket, reason)
+
+    async def take(self, num_groups: int, learner_version: int) -> Sequence[Taken]:
+        """Waits for: finished groups. Unblocked by: the rollout loop, or `StalledError`."""
+        while True:
+            reply = await self._call("take", num_groups, learner_version)
+            if not isinstance(reply, Answer):
+                return reply
+
+    async def version_live(self, version: int) -> None:
+        await self._call("version_live", version)
+
+    async def stats(self) -> BufferStats:
+        return await self._call("stats")
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        ref = getattr(self._actor, method).remote(*arguments)
+        return await answer(ref, PATIENCE_S + REPLY_MARGIN_S, f"buffer.{method}")

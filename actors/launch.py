@@ -1,0 +1,91 @@
+"""Starting actors: preflight, one placement group a replica, environment, and taking them down.
+
+Nothing starts before `preflight` has found room for every bundle. Every actor runs with the same
+small environment; each kind adds its own. Names carry a token of this attempt, so that a second
+attempt never meets the leftovers of a first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from actors.calls import WorkerSilent, answer
+from rlhf_cluster.errors import PlacementError
+from rlhf_cluster.planning.placement import Bundle, check_fits
+
+BASE_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+CPU_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def free_by_node() -> dict[str, dict[str, float]]:
+    """Resources of every live node, by address, whether or not another job holds part of them."""
+    return {
+        f"{node['NodeManagerAddress']}/{node['NodeID'][:6]}": dict(node["Resources"])
+        for node in ray.nodes()
+        if node["Alive"]
+    }
+
+
+def preflight(bundles: Sequence[Bundle]) -> None:
+    """Raise `PlacementError` before anything starts when the run cannot fit the cluster."""
+    check_fits(bundles, free_by_node())
+
+
+async def place(bundles: Sequence[Bundle], name: str, timeout_s: float) -> PlacementGroup:
+    """Reserve `bundles`. Waits for: room. `PlacementError` after `timeout_s`."""
+    group = placement_group([b.resources for b in bundles], strategy="PACK", name=name)
+    try:
+        await answer(group.ready(), timeout_s, f"placement of {name}")
+    except WorkerSilent as error:
+        remove_placement_group(group)
+        available = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
+        raise PlacementError(
+            f"no room for {', '.join(str(b) for b in bundles)} within {timeout_s:g} s. Free in the "
+            f"cluster now: {available or 'nothing'}. Free some, or lower what the run asks for"
+        ) from error
+    return group
+
+
+def spawn(
+    cls: type,
+    arguments: Sequence[Any],
+    *,
+    bundle: Bundle,
+    group: PlacementGroup,
+    index: int,
+    environment: Mapping[str, str],
+    options: Mapping[str, Any],
+) -> Any:
+    """An actor of the plain class `cls` in bundle `index` of `group`."""
+    on_gpu = bundle.gpus > 0
+    variables = BASE_ENVIRONMENT | ({} if on_gpu else CPU_ENVIRONMENT) | dict(environment)
+    if "PYTHONPATH" in os.environ:
+        variables.setdefault("PYTHONPATH", os.environ["PYTHONPATH"])
+    strategy = PlacementGroupSchedulingStrategy(
+        placement_group=group, placement_group_bundle_index=index
+    )
+    remote = ray.remote(cls).options(
+        num_cpus=bundle.cpus,
+        num_gpus=bundle.gpus,
+        scheduling_strategy=strategy,
+        runtime_env={"env_vars": variables},
+        **options,
+    )
+    return remote.remote(*arguments)
+
+
+def take_down(actor: Any, group: PlacementGroup | None) -> None:
+    """Kill `actor` and give its placement back. Both are fine when already gone."""
+    ray.kill(actor, no_restart=True)
+    if group is not None:
+        remove_placement_group(group)

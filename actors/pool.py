@@ -1,0 +1,228 @@
+"""A pool of replaceable workers: dispatch, health, replacement, scaling.
+
+Promises:
+- work goes to the live worker with the least in flight; a draining worker gets none;
+- a worker that dies, hangs or fails its health check is retired (killed, its placement group given
+  back) and replaced; its work is the caller's to try again elsewhere;
+- a worker joins only after `launch` has made it ready to serve (model loaded, weights live);
+- scaling down drains: the worker ends when its last work has ended;
+- more than `max_restarts` replacements fail the pool with the first cause, not the last symptom.
+
+The pool decides nothing about Ray: launching and killing are arguments.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from rlhf_cluster.errors import RlhfError, StalledError, WorkerError
+
+log = logging.getLogger(__name__)
+
+
+class State(StrEnum):
+    LIVE = "live"
+    DRAINING = "draining"
+    RETIRED = "retired"
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Worker:
+    """One actor and what the pool knows of it."""
+
+    name: str
+    actor: Any
+    placement: Any
+    num_in_flight: int = 0
+    state: State = State.LIVE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolLimits:
+    """Deadlines in seconds, and how many replacements a pool may use up."""
+
+    heartbeat_s: float = 5.0
+    heartbeat_timeout_s: float = 60.0
+    acquire_timeout_s: float = 300.0
+    drain_timeout_s: float = 600.0
+    backoff_s: float = 1.0
+    max_restarts: int = 10
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class WorkerPool:
+    """Workers of one kind. All methods run on one event loop."""
+
+    kind: str
+    launch: Callable[[str], Awaitable[Worker]]
+    retire: Callable[[Worker], None]
+    check: Callable[[Worker], Awaitable[None]]
+    limits: PoolLimits
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    wanted: int = 0
+    workers: list[Worker] = field(default_factory=list)
+    last_errors: dict[str, str] = field(default_factory=dict)
+    num_restarts: int = 0
+    _failure: RlhfError | None = None
+    _first_cause: RlhfError | None = None
+    _num_launched: int = 0
+    _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    @property
+    def live(self) -> list[Worker]:
+        return [w for w in self.workers if w.state is State.LIVE]
+
+    async def start(self, wanted: int) -> None:
+        """Launch `wanted` workers at once. The first failure to launch is raised."""
+        self.wanted = wanted
+        await asyncio.gather(*(self._add() for _ in range(wanted)))
+
+    @asynccontextmanager
+    async def acquire(self) -> AsyncIterator[Worker]:
+        """The least loaded live worker, counted as busy inside the block.
+
+        Waits for: a live worker. Unblocked by: a replacement joining; `StalledError` after
+        `acquire_timeout_s`.
+        """
+        async with self._changed:
+            try:
+                async with asyncio.timeout(self.limits.acquire_timeout_s):
+                    await self._changed.wait_for(lambda: self.live or self._failure)
+            except TimeoutError:
+                raise StalledError(
+                    f"no live {self.kind} worker for {self.limits.acquire_timeout_s:g} s. "
+                    f"{self.describe_errors()}"
+                ) from None
+            self._raise_failure()
+            worker = min(self.live, key=lambda w: w.num_in_flight)
+            worker.num_in_flight += 1
+        try:
+            yield worker
+        finally:
+            worker.num_in_flight -= 1
+            await self._notify()
+
+    async def fail(self, worker: Worker, error: RlhfError) -> None:
+        """Retire `worker` because of `error` and launch a replacement in the background."""
+        if worker.state is State.RETIRED:
+            return
+        self._note(worker.name, error)
+        replace = worker.state is State.LIVE
+        await self._remove(worker)
+        if replace:
+            self.num_restarts += 1
+            self._background(self._replace())
+
+    async def supervise(self) -> None:
+        """Check every worker each heartbeat. Ends by cancellation, or raises the pool's failure."""
+        while True:
+            await self.sleep(self.limits.heartbeat_s)
+            self._raise_failure()
+            await asyncio.gather(*(self._check_one(w) for w in self.live))
+
+    async def resize(self, wanted: int) -> str:
+        """Add workers, or drain the least loaded ones. Returns what was done.
+
+        Waits for: the new workers to be ready, or the drained ones to be idle.
+        """
+        change = wanted - self.wanted
+        self.wanted = wanted
+        if change > 0:
+            try:
+                await asyncio.gather(*(self._add() for _ in range(change)))
+            except RlhfError:
+                self.wanted = len(self.live)
+                raise
+        for worker in sorted(self.live, key=lambda w: w.num_in_flight)[: max(0, -change)]:
+            worker.state = State.DRAINING
+        await asyncio.gather(*(self._drain(w) for w in self.workers if w.state is State.DRAINING))
+        return f"{self.kind}: {len(self.live)} workers"
+
+    def close(self) -> None:
+        """Retire every worker and stop replacing."""
+        for task in self._tasks:
+            task.cancel()
+        for worker in self.workers:
+            self.retire(worker)
+        self.workers.clear()
+
+    def describe_errors(self) -> str:
+        if not self.last_errors:
+            return f"No {self.kind} worker has reported an error"
+        return "; ".join(f"{name}: last error: {text}" for name, text in self.last_errors.items())
+
+    async def _add(self) -> None:
+        name = f"{self.kind}-{self._num_launched}"
+        self._num_launched += 1
+        try:
+            worker = await self.launch(name)
+        except RlhfError as error:
+            self._note(name, error)
+            raise
+        self.workers.append(worker)
+        await self._notify()
+
+    async def _replace(self) -> None:
+        while len(self.live) < self.wanted:
+            if self.num_restarts > self.limits.max_restarts:
+                await self._give_up()
+                return
+            await self.sleep(self.limits.backoff_s * min(self.num_restarts, 30))
+            try:
+                await self._add()
+            except RlhfError:
+                self.num_restarts += 1
+
+    async def _give_up(self) -> None:
+        self._failure = WorkerError(
+            f"{self.kind}: {self.num_restarts} restarts, more than {self.limits.max_restarts}. "
+            f"First cause: {self._first_cause}"
+        )
+        await self._notify()
+
+    async def _check_one(self, worker: Worker) -> None:
+        try:
+            await self.check(worker)
+        except RlhfError as error:
+            await self.fail(worker, error)
+
+    async def _drain(self, worker: Worker) -> None:
+        async with self._changed:
+            try:
+                async with asyncio.timeout(self.limits.drain_timeout_s):
+                    await self._changed.wait_for(lambda: worker.num_in_flight == 0)
+            except TimeoutError:
+                log.warning("%s: still busy at the drain deadline, ended anyway", worker.name)
+        await self._remove(worker)
+
+    async def _remove(self, worker: Worker) -> None:
+        worker.state = State.RETIRED
+        if worker in self.workers:
+            self.workers.remove(worker)
+        self.retire(worker)
+        await self._notify()
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _note(self, name: str, error: RlhfError) -> None:
+        log.warning("%s: %s", name, error)
+        self.last_errors[name] = str(error)
+        self._first_cause = self._first_cause or error
+
+    def _background(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure

@@ -1,0 +1,183 @@
+"""Starting the services of a run: which class runs where, with which options.
+
+Every `start_*` returns when its service can work, or raises within `run.start_timeout_s`.
+"""
+
+from __future__ import annotations
+
+import functools
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from actors.calls import answer
+from actors.clients import RayGeneration, RayScoring, check_health
+from actors.control import NAMESPACE, ControlActor, actor_name
+from actors.experience import BufferActor, RayBuffer
+from actors.generation import GenerationWorker
+from actors.launch import place, spawn, take_down
+from actors.learner import ACTOR_OPTIONS, LearnerActor, RayLearner
+from actors.pool import PoolLimits, Worker, WorkerPool
+from actors.scoring import ScoringWorker
+from rlhf_cluster.config import RunConfig
+from rlhf_cluster.errors import RunError
+from rlhf_cluster.planning.placement import BUFFER_CPUS, Bundle, pool_bundle
+
+GENERATION_CONCURRENCY = 1000
+SCORING_THREADS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launcher:
+    """What every start needs: the run, its model folder, and a token of this attempt."""
+
+    config: RunConfig
+    model_dir: str
+    engine_factory: str
+    engine_environment: dict[str, str]
+    attempt: str = ""
+
+    def placement_name(self, owner: str) -> str:
+        return f"rlhf-{self.config.run.name}-{owner}-{self.attempt or uuid.uuid4().hex[:8]}"
+
+    async def actor(
+        self, cls: type, arguments: list[Any], bundle: Bundle, **options: Any
+    ) -> tuple[Any, Any]:
+        """An actor alone in a placement group of its own."""
+        environment = options.pop("environment", {})
+        timeout_s = self.config.cluster.placement_timeout_s
+        group = await place([bundle], self.placement_name(bundle.owner), timeout_s)
+        actor = spawn(
+            cls,
+            arguments,
+            bundle=bundle,
+            group=group,
+            index=0,
+            environment=environment,
+            options=options,
+        )
+        return actor, group
+
+
+def start_control(config: RunConfig) -> Any:
+    """The control actor. `RunError` when a run of this name is alive on the cluster."""
+    name = actor_name(config.run.name)
+    try:
+        return (
+            ray.remote(ControlActor)
+            .options(name=name, namespace=NAMESPACE, num_cpus=0, max_concurrency=1)
+            .remote()
+        )
+    except ValueError as error:
+        raise RunError(
+            f"run {config.run.name!r} is already alive on this cluster (actor {name}). Stop it, or "
+            "choose another run.name"
+        ) from error
+
+
+async def start_buffer(launcher: Launcher) -> tuple[RayBuffer, Any, Any]:
+    bundle = Bundle(owner="buffer", cpus=BUFFER_CPUS, gpus=0.0)
+    actor, group = await launcher.actor(BufferActor, [launcher.config], bundle)
+    buffer = RayBuffer(actor)
+    await answer(actor.stats.remote(), launcher.config.run.start_timeout_s, "buffer.stats")
+    return buffer, actor, group
+
+
+async def start_learner(launcher: Launcher) -> tuple[RayLearner, list[Any], Any]:
+    """All ranks in one placement group, a bundle each."""
+    config = launcher.config
+    section = config.learner
+    bundles = [
+        Bundle(owner=f"learner-{i}", cpus=section.num_cpus, gpus=section.num_gpus)
+        for i in range(section.ranks)
+    ]
+    name = launcher.placement_name("learner")
+    group = await place(bundles, name, config.cluster.placement_timeout_s)
+    actors = [
+        spawn(
+            LearnerActor,
+            [config, launcher.model_dir, rank],
+            bundle=bundle,
+            group=group,
+            index=rank,
+            environment={},
+            options=ACTOR_OPTIONS,
+        )
+        for rank, bundle in enumerate(bundles)
+    ]
+    learner = RayLearner(actors, config)
+    await learner.setup()
+    return learner, actors, group
+
+
+def generation_pool(launcher: Launcher) -> tuple[WorkerPool, RayGeneration]:
+    """An empty pool whose workers join with the newest weights live."""
+    config = launcher.config
+
+    async def launch(name: str) -> Worker:
+        bundle = pool_bundle(config, "generation", int(name.rsplit("-", 1)[1]))
+        actor, group = await launcher.actor(
+            GenerationWorker,
+            [config, launcher.model_dir, name, launcher.engine_factory],
+            bundle,
+            environment=launcher.engine_environment,
+            max_concurrency=GENERATION_CONCURRENCY,
+        )
+        return await _ready(Worker(name=name, actor=actor, placement=group), config, client.join)
+
+    pool = _pool("generation", launch, config.generation.request_timeout_s, config)
+    client = RayGeneration(pool, config)
+    return pool, client
+
+
+def scoring_pool(launcher: Launcher) -> tuple[WorkerPool, RayScoring]:
+    config = launcher.config
+
+    async def launch(name: str) -> Worker:
+        bundle = pool_bundle(config, "scoring", int(name.rsplit("-", 1)[1]))
+        actor, group = await launcher.actor(
+            ScoringWorker,
+            [config, launcher.model_dir, name],
+            bundle,
+            max_concurrency=SCORING_THREADS,
+        )
+        return await _ready(Worker(name=name, actor=actor, placement=group), config, None)
+
+    pool = _pool("scoring", launch, config.scoring.request_timeout_s, config)
+    return pool, RayScoring(pool, config)
+
+
+async def _ready(worker: Worker, config: RunConfig, join: Callable[..., Any] | None) -> Worker:
+    """Start the worker, and let it join. It is taken down when either fails."""
+    try:
+        timeout_s = config.run.start_timeout_s
+        await answer(worker.actor.start.remote(), timeout_s, f"{worker.name}.start")
+        if join is not None:
+            await join(worker)
+    except BaseException:
+        take_down(worker.actor, worker.placement)
+        raise
+    return worker
+
+
+def _pool(
+    kind: str, launch: Callable[[str], Any], drain_timeout_s: float, config: RunConfig
+) -> WorkerPool:
+    section = config.cluster
+    limits = PoolLimits(
+        heartbeat_s=section.heartbeat_s,
+        heartbeat_timeout_s=section.heartbeat_timeout_s,
+        acquire_timeout_s=config.run.stall_timeout_s,
+        drain_timeout_s=drain_timeout_s,
+        max_restarts=section.max_restarts,
+    )
+    return WorkerPool(
+        kind=kind,
+        launch=launch,
+        retire=lambda worker: take_down(worker.actor, worker.placement),
+        check=functools.partial(check_health, timeout_s=limits.heartbeat_timeout_s),
+        limits=limits,
+    )

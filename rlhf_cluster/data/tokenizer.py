@@ -1,0 +1,54 @@
+"""Loading a tokenizer, and the tokens that end an answer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf_cluster.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in folder `path`, or of hub id `path`. Runs no code from there.
+
+    Raises `DataError`: no such folder, no tokenizer in it, no end token.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(path)
+    looks_like_a_folder = folder.is_absolute() or str(path).startswith((".", "~"))
+    if looks_like_a_folder and not folder.is_dir():
+        raise DataError(f"{path}: no such folder. Give the folder of a model with its tokenizer")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    # Its tokenizers raise bare Exceptions for a damaged tokenizer.json.
+    except Exception as error:
+        raise DataError(
+            f"{path}: no tokenizer can be loaded ({type(error).__name__}: {error}). Give a folder with "
+            "tokenizer.json, or set model.tokenizer to one"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            f"{path}: the tokenizer has no end token (eos_token): answers would never end. Set "
+            "eos_token in its tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def end_token_ids(tokenizer: PreTrainedTokenizerBase, model_dir: str | Path) -> tuple[int, ...]:
+    """The ids that end an answer, sorted: the tokenizer's, and those of generation_config.json."""
+    ids = {tokenizer.eos_token_id}
+    path = Path(model_dir) / "generation_config.json"
+    try:
+        found = json.loads(path.read_bytes()).get("eos_token_id")
+    except FileNotFoundError:
+        found = None
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}). Repair or remove it") from error
+    if found is not None:
+        ids |= set(found) if isinstance(found, list) else {found}
+    return tuple(sorted(int(token) for token in ids if token is not None))

@@ -1,0 +1,1 @@
+"""Groups between the services: admission, order, staleness."""

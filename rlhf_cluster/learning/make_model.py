@@ -1,0 +1,148 @@
+"""A small causal LM made from numbers: random weights and a character tokenizer, no download.
+
+Promises: the folder holds what transformers and vLLM load (config, generation config, float32
+safetensors, tokenizer); the same `ModelInit` and seed give the same bytes; the folder appears
+whole, by a rename, or not at all.
+
+The tokenizer has one token a character: every printable ASCII character and the newline. Text is
+encoded as `<bos>` and one token a character, and decoded without separators. A character outside
+the alphabet becomes `<unk>`, never nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import string
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf_cluster.config.sections import ModelInit
+from rlhf_cluster.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerFast
+
+PAD, EOS, BOS, UNK = "<pad>", "<eos>", "<bos>", "<unk>"
+SPECIAL_TOKENS = (PAD, EOS, BOS, UNK)
+ALPHABET = string.digits + string.ascii_letters + string.punctuation + " \n"
+
+HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+"""Sizes of an attention head that vLLM's paged attention supports on every device."""
+
+
+def make_model(init: ModelInit, out_dir: str | Path, seed: int) -> Path:
+    """Write the model into the new folder `out_dir` and return it.
+
+    Raises `DataError`: a head size that the engine cannot run, or `out_dir` exists.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    out_dir = Path(out_dir)
+    if out_dir.exists():
+        raise DataError(
+            f"{out_dir}: already exists; a made model never overwrites. Remove it first"
+        )
+    tokenizer = make_tokenizer()
+    config = _model_config(init, len(tokenizer))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.generation_config.eos_token_id = config.eos_token_id
+    partial = out_dir.with_name(f"{out_dir.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.rename(out_dir)
+    except OSError as error:
+        raise DataError(f"{out_dir}: cannot write the model ({error})") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out_dir
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """The character tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *ALPHABET])}
+    # Byte pair encoding without a single merge: every character stays a token.
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNK))
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, vocabulary[BOS])]
+    )
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        bos_token=BOS,
+        unk_token=UNK,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def check_fit(
+    model_dir: str | Path, max_sequence_tokens: int, tokenizer_dir: str | Path | None = None
+) -> None:
+    """Raise `DataError` unless model and tokenizer fit each other and the lengths of the run.
+
+    `tokenizer_dir` defaults to the model's own folder. Reads configurations, never the weights.
+    """
+    from transformers import AutoConfig
+
+    from rlhf_cluster.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(tokenizer_dir or model_dir)
+    try:
+        config = AutoConfig.from_pretrained(str(model_dir)).get_text_config()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{model_dir}: no model configuration can be read ({error})") from error
+    if len(tokenizer) > config.vocab_size:
+        raise DataError(
+            f"{model_dir}: the tokenizer has {len(tokenizer)} tokens, the model embeds "
+            f"{config.vocab_size}: some prompts would index past the embedding. Use the model's own "
+            "tokenizer, or resize the embedding"
+        )
+    max_positions = getattr(config, "max_position_embeddings", None)
+    if max_positions is not None and max_positions < max_sequence_tokens:
+        raise DataError(
+            f"{model_dir}: max_position_embeddings = {max_positions}, the run allows sequences of "
+            f"{max_sequence_tokens} tokens. Lower data.max_prompt_tokens or "
+            "generation.max_response_tokens, or take a model with more positions"
+        )
+
+
+def _model_config(init: ModelInit, vocab_size: int) -> PretrainedConfig:
+    from transformers import LlamaConfig, Qwen3Config
+
+    head_size, rest = divmod(init.hidden_size, init.num_heads)
+    if rest or head_size not in HEAD_SIZES:
+        raise DataError(
+            f"model.init: hidden_size / num_heads = {init.hidden_size} / {init.num_heads} = "
+            f"{init.hidden_size / init.num_heads:g}, the engine runs heads of "
+            f"{', '.join(map(str, HEAD_SIZES))}. For {init.num_heads} heads take hidden_size = "
+            f"{init.num_heads * HEAD_SIZES[0]} or {init.num_heads * HEAD_SIZES[1]}"
+        )
+    config_class = {"llama": LlamaConfig, "qwen3": Qwen3Config}[init.architecture]
+    token_ids = {token: index for index, token in enumerate(SPECIAL_TOKENS)}
+    return config_class(
+        vocab_size=vocab_size,
+        hidden_size=init.hidden_size,
+        intermediate_size=init.intermediate_size,
+        num_hidden_layers=init.num_layers,
+        num_attention_heads=init.num_heads,
+        num_key_value_heads=init.num_kv_heads or init.num_heads,
+        head_dim=head_size,
+        max_position_embeddings=init.max_position,
+        tie_word_embeddings=init.tie_embeddings,
+        initializer_range=init.init_scale / math.sqrt(init.hidden_size),
+        pad_token_id=token_ids[PAD],
+        eos_token_id=token_ids[EOS],
+        bos_token_id=token_ids[BOS],
+    )

@@ -1,0 +1,223 @@
+"""Sequences of unequal length -> micro-batches of equal count on every rank.
+
+Promises:
+- Every rank that calls `plan` with the same arguments gets the same plan; nothing is communicated.
+- Every sequence is in exactly one row of exactly one micro-batch of exactly one rank.
+- Every rank has the same number of micro-batches, at least one. Short ranks get dummies (no rows),
+  because FSDP's collectives are matched by count: a rank with one pass fewer would hang the others.
+- No micro-batch costs more than `tokens_per_micro_batch` positions, padding included.
+- Lengths alone say what is padding. Token ids are never compared with a padding id, so a model
+  whose padding token is also its end token trains its end token.
+
+A sequence of P prompt and T target tokens is fed as its first P + T - 1 tokens (`num_inputs`);
+position s predicts token s + 1, so the targets' predictions are the LAST T positions, the first of
+them at the last prompt token. Position ids start again at 0 for each sequence, and padding is a
+run of position 0: attention by position ids keeps all of them apart.
+
+Shapes: B rows, S positions of a row, T target tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+Array = np.ndarray
+Batching = Literal["packed", "padded"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenSequence:
+    """Prompt and target tokens, and one value a target token in each stream.
+
+    `target_mask` says which targets are trained; the others are context only.
+    """
+
+    prompt_ids: Array  # [P] integers, P >= 1
+    target_ids: Array  # [T] integers, T >= 1
+    target_mask: Array | None = None  # [T] bool, default all True
+    streams: Mapping[str, Array] = field(default_factory=dict)  # each [T] float32
+
+    def __post_init__(self) -> None:
+        if len(self.prompt_ids) < 1 or len(self.target_ids) < 1:
+            raise ValueError(
+                f"a sequence needs prompt and target tokens, found {len(self.prompt_ids)} and "
+                f"{len(self.target_ids)}"
+            )
+        per_token = dict(self.streams)
+        if self.target_mask is not None:
+            per_token["target_mask"] = self.target_mask
+        for name, values in per_token.items():
+            if values.shape != (len(self.target_ids),):
+                raise ValueError(
+                    f"stream {name} has shape {list(values.shape)}, expected one value a target "
+                    f"token, [{len(self.target_ids)}]"
+                )
+
+    @property
+    def num_inputs(self) -> int:
+        """Positions that the sequence takes in a row: P + T - 1."""
+        return len(self.prompt_ids) + len(self.target_ids) - 1
+
+
+Row = tuple[int, ...]
+"""Indices of the sequences that lie end to end in one row."""
+
+MicroBatchPlan = tuple[Row, ...]
+"""The rows of one forward pass; none for a dummy."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetSpan:
+    """Where the predictions of one sequence's targets lie: `values[row, start:stop]` is [T]."""
+
+    sequence: int
+    row: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """The arrays of one forward pass. A dummy has one position and trains nothing."""
+
+    input_ids: Array  # [B, S] int64
+    position_ids: Array  # [B, S] int64
+    labels: Array  # [B, S] int64, the token after each position (0 where there is none)
+    mask: Array  # [B, S] bool, True = the label is a trained target
+    streams: Mapping[str, Array]  # each [B, S] float32, 0 where no target is
+    spans: tuple[TargetSpan, ...]
+
+
+def plan(
+    lengths: Sequence[int],
+    ranks: int,
+    tokens_per_micro_batch: int,
+    tokens_per_row: int,
+    batching: Batching,
+) -> list[list[MicroBatchPlan]]:
+    """Lay sequences into rows and micro-batches for every rank.
+
+    Sequences go to the rank with the fewest tokens, longest first; then on each rank into rows
+    (packed: first-fit decreasing; padded: one a row) and rows into micro-batches, longest first,
+    so that rows of one micro-batch are of similar length.
+
+    Args:
+        lengths: positions of each sequence (`TokenSequence.num_inputs`).
+        ranks: number of learner ranks.
+        tokens_per_micro_batch: bound of rows times the longest row.
+        tokens_per_row: capacity of a packed row, and bound of a single sequence.
+        batching: "packed" or "padded".
+
+    Returns:
+        One list of micro-batches a rank, all of the same length.
+
+    Raises:
+        ValueError: a length outside [1, tokens_per_row], or bounds that cannot hold one row.
+    """
+    _check_bounds(lengths, ranks, tokens_per_micro_batch, tokens_per_row)
+    longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    loads, shares = [0] * ranks, [[] for _ in range(ranks)]
+    for index in longest_first:
+        rank = min(range(ranks), key=lambda r: (loads[r], r))
+        loads[rank] += lengths[index]
+        shares[rank].append(index)
+    capacity = tokens_per_row if batching == "packed" else 0
+    plans = [
+        _micro_batches(_rows(share, lengths, capacity), lengths, tokens_per_micro_batch)
+        for share in shares
+    ]
+    count = max(1, *(len(p) for p in plans))
+    return [p + [()] * (count - len(p)) for p in plans]
+
+
+def _check_bounds(
+    lengths: Sequence[int], ranks: int, tokens_per_micro_batch: int, tokens_per_row: int
+) -> None:
+    if ranks < 1:
+        raise ValueError(f"ranks = {ranks} must be at least 1")
+    if not 1 <= tokens_per_row <= tokens_per_micro_batch:
+        raise ValueError(
+            f"tokens_per_row = {tokens_per_row} must be in [1, tokens_per_micro_batch = "
+            f"{tokens_per_micro_batch}]; lower it or raise the budget"
+        )
+    for index, length in enumerate(lengths):
+        if not 1 <= length <= tokens_per_row:
+            raise ValueError(
+                f"sequence {index} has {length} positions, outside [1, tokens_per_row = "
+                f"{tokens_per_row}]; raise tokens_per_row or shorten the sequence"
+            )
+
+
+def _rows(share: Sequence[int], lengths: Sequence[int], capacity: int) -> list[Row]:
+    """First-fit decreasing of `share` (longest first) into rows, by falling row length.
+
+    A sequence longer than `capacity` gets a row of its own; capacity 0 gives one each.
+    """
+    rows: list[list[int]] = []
+    used: list[int] = []
+    for index in share:
+        for row, tokens in enumerate(used):
+            if tokens + lengths[index] <= capacity:
+                rows[row].append(index)
+                used[row] += lengths[index]
+                break
+        else:
+            rows.append([index])
+            used.append(lengths[index])
+    order = sorted(range(len(rows)), key=lambda r: (-used[r], r))
+    return [tuple(rows[r]) for r in order]
+
+
+def _micro_batches(
+    rows: Sequence[Row], lengths: Sequence[int], tokens_per_micro_batch: int
+) -> list[MicroBatchPlan]:
+    batches: list[list[Row]] = []
+    width = 0
+    for row in rows:
+        # rows come longest first, so the first row of a micro-batch is its width
+        if batches and (len(batches[-1]) + 1) * width <= tokens_per_micro_batch:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+            width = sum(lengths[i] for i in row)
+    return [tuple(batch) for batch in batches]
+
+
+def collate(
+    batch: MicroBatchPlan, sequences: Sequence[TokenSequence], streams: Sequence[str] = ()
+) -> MicroBatch:
+    """The arrays of one planned micro-batch, with the named streams (all sequences have them)."""
+    num_rows = max(1, len(batch))
+    width = max([1, *(sum(sequences[i].num_inputs for i in row) for row in batch)])
+    shape = (num_rows, width)
+    input_ids, position_ids, labels = (np.zeros(shape, dtype=np.int64) for _ in range(3))
+    mask = np.zeros(shape, dtype=np.bool_)
+    values = {name: np.zeros(shape, dtype=np.float32) for name in streams}
+    spans = []
+    for row, members in enumerate(batch):
+        begin = 0
+        for index in members:
+            sequence = sequences[index]
+            end = begin + sequence.num_inputs
+            tokens = np.concatenate([sequence.prompt_ids, sequence.target_ids])
+            input_ids[row, begin:end] = tokens[:-1]
+            labels[row, begin:end] = tokens[1:]
+            position_ids[row, begin:end] = np.arange(end - begin)
+            start = end - len(sequence.target_ids)
+            mask[row, start:end] = True if sequence.target_mask is None else sequence.target_mask
+            for name, array in values.items():
+                array[row, start:end] = sequence.streams[name]
+            spans.append(TargetSpan(sequence=index, row=row, start=start, stop=end))
+            begin = end
+    return MicroBatch(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        labels=labels,
+        mask=mask,
+        streams=values,
+        spans=tuple(spans),
+    )

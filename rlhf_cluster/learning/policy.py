@@ -1,0 +1,237 @@
+"""A causal language model that answers with log-probabilities instead of logits.
+
+    logprobs[b, s] = log p(labels[b, s] | the sequence up to and with input_ids[b, s])
+
+Promises:
+- Sequences laid end to end in a row do not see each other: attention is kept apart by position
+  ids that start again at 0, which holds only without a KV cache and without an attention mask.
+  `load_policy` proves it on the model at hand, together with the next point, or refuses the model.
+- `forward` gives the distribution of the model's own logits: a model that caps, scales or biases
+  its logits after the output projection is refused instead of trained on another distribution.
+- No dropout: the learner's probabilities are a function of weights and tokens alone.
+- The output projection is used inside its owner's `forward`, so it can be sharded; embeddings tied
+  to it stay one parameter.
+
+Shapes: B rows, S positions.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_cluster.errors import ConfigError
+from rlhf_cluster.learning.logprobs import linear_logprobs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class LogprobHead(nn.Linear):
+    """An output projection that can answer with log-probabilities of labels."""
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        temperature: float = 1.0,
+        chunk_tokens: int = 1024,
+    ) -> Any:
+        """Logits [..., V] without labels, else (logprobs, entropy), each shaped like `labels`."""
+        if labels is None:
+            return super().forward(hidden)
+        logprobs, entropy = linear_logprobs(
+            hidden.reshape(-1, hidden.shape[-1]),
+            self.weight,
+            labels.reshape(-1),
+            temperature,
+            chunk_tokens,
+        )
+        return logprobs.view(labels.shape), entropy.view(labels.shape)
+
+
+class PolicyLM(nn.Module):
+    """Wraps a Hugging Face causal LM; the root for sharding. Takes over its output projection."""
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        super().__init__()
+        self.lm = lm
+        self.config = lm.config
+        self.config.use_cache = False
+        # flash attention tells sequences apart by position ids in a batch of one row only
+        self._one_row = "flash" in str(getattr(self.config, "_attn_implementation", ""))
+        head = lm.get_output_embeddings()
+        if not isinstance(head, nn.Linear) or head.bias is not None:
+            raise ConfigError(
+                f"{type(lm).__name__}: the output projection is {head!r}, expected a linear map "
+                "without bias. Use another model"
+            )
+        replacement = LogprobHead(head.in_features, head.out_features, bias=False, device="meta")
+        replacement.weight = head.weight
+        lm.set_output_embeddings(replacement)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+        temperature: float = 1.0,
+        chunk_tokens: int = 1024,
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of `labels` (the caller shifts) and entropies, in nats.
+
+        Args:
+            input_ids: [B, S] int64.
+            position_ids: [B, S] int64, from 0 for each sequence, 0 on padding.
+            labels: [B, S] int64, the token that follows each position.
+            temperature: divides the logits before the softmax.
+            chunk_tokens: positions whose logits exist at once.
+
+        Returns:
+            (logprobs [B, S], entropy [B, S] without gradient), float32.
+
+        Raises:
+            ConfigError: `config.use_cache` was turned on; packed sequences would mix.
+        """
+        if self.config.use_cache:
+            raise ConfigError(
+                "config.use_cache = True: with a cache, sequences packed in one row attend to each "
+                "other. Set it to False"
+            )
+        shape = labels.shape
+        if self._one_row:
+            input_ids, position_ids, labels = (
+                t.reshape(1, -1) for t in (input_ids, position_ids, labels)
+            )
+        hidden = self.lm.base_model(
+            input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False
+        ).last_hidden_state
+        head = cast(LogprobHead, self.lm.get_output_embeddings())
+        logprobs, entropy = head(hidden, labels, temperature, chunk_tokens)
+        return logprobs.view(shape), entropy.view(shape)
+
+
+def load_policy(
+    model_dir: str | Path,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    trainable: bool,
+    compute_dtype: torch.dtype | None = None,
+) -> PolicyLM:
+    """Load a causal LM, without code from the model folder, and prove that it can be packed.
+
+    Args:
+        model_dir: a Hugging Face model folder (or hub id where the hub can be reached).
+        dtype: type of the parameters; float32 for master weights.
+        device: where the parameters live.
+        trainable: False freezes every parameter.
+        compute_dtype: type of forward passes where it differs (mixed precision); default `dtype`.
+
+    Raises:
+        ConfigError: the model cannot be loaded, or does not keep the promises above.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    compute_dtype = compute_dtype or dtype
+    attention = _attention(torch.device(device), compute_dtype)
+    try:
+        config = AutoConfig.from_pretrained(model_dir)
+        for key in list(vars(config)):
+            if key.endswith(("dropout", "pdrop", "dropout_prob")):
+                setattr(config, key, 0.0)
+        config.use_cache = False
+        lm = AutoModelForCausalLM.from_pretrained(
+            model_dir, config=config, dtype=dtype, attn_implementation=attention
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{model_dir}: cannot load a causal LM ({error}). Give a folder with config.json and "
+            "safetensors weights"
+        ) from error
+    policy = PolicyLM(lm).to(device)
+    policy.eval()
+    policy.requires_grad_(trainable)
+    _check_distribution(policy, compute_dtype)
+    return policy
+
+
+def checkpoint_name(name: str) -> str:
+    """Name of a `PolicyLM` parameter in the Hugging Face checkpoint."""
+    return name.removeprefix("lm.")
+
+
+def check_names(policy: PolicyLM, model_dir: str | Path) -> None:
+    """Raise `ConfigError` unless the parameters are named as in the checkpoint they came from.
+
+    Published weights carry these names, and an engine loads them as it would load the checkpoint.
+    """
+    folder = Path(model_dir)
+    if not folder.is_dir():
+        return  # a hub id: the files lie in a cache whose layout is not ours
+    stored = _stored_names(folder)
+    own = {checkpoint_name(n) for n, _ in policy.named_parameters(remove_duplicate=False)}
+    unique = {checkpoint_name(n) for n, _ in policy.named_parameters()}
+    buffers = {checkpoint_name(n) for n, _ in policy.named_buffers()}
+    missing = sorted(unique - stored)
+    extra = sorted(n for n in stored - own - buffers if "rotary_emb" not in n)
+    if missing or extra:
+        raise ConfigError(
+            f"{folder}: parameter names differ from the checkpoint's; only in the model: "
+            f"{missing[:3]}, only in the checkpoint: {extra[:3]}. An engine could not load what "
+            "this learner publishes; use a model whose names agree"
+        )
+
+
+def _stored_names(folder: Path) -> set[str]:
+    from safetensors import safe_open
+
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        raise ConfigError(
+            f"{folder}: neither model.safetensors nor its index is there. Save the model as "
+            "safetensors"
+        )
+    with safe_open(single, framework="pt") as file:
+        return set(file.keys())
+
+
+def _attention(device: torch.device, compute_dtype: torch.dtype) -> str:
+    half = compute_dtype in (torch.bfloat16, torch.float16)
+    if device.type == "cuda" and half and importlib.util.find_spec("flash_attn"):
+        return "flash_attention_2"
+    return "sdpa"
+
+
+@torch.no_grad()
+def _check_distribution(policy: PolicyLM, compute_dtype: torch.dtype) -> None:
+    """Two short sequences in one row must score as each does alone by the model's own logits."""
+    device = next(policy.parameters()).device
+    vocabulary = policy.config.get_text_config().vocab_size
+    first, second = (torch.arange(a, a + n) % vocabulary for a, n in ((3, 5), (11, 4)))
+    labels = torch.cat([first.roll(-1), second.roll(-1)]).to(device)[None]
+    positions = torch.cat([torch.arange(5), torch.arange(4)]).to(device)[None]
+    row = torch.cat([first, second]).to(device)[None]
+    half = compute_dtype in (torch.bfloat16, torch.float16)
+    with torch.autocast(device.type, compute_dtype, enabled=half):
+        packed = policy(row, positions, labels)[0]
+        alone = [
+            policy.lm(input_ids=s.to(device)[None], use_cache=False).logits.float()
+            for s in (first, second)
+        ]
+    expected = torch.cat(alone, 1).log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1)
+    distance = (packed - expected).abs().max().item()
+    bound = 0.2 if half else 1e-3
+    if not distance <= bound:
+        raise ConfigError(
+            f"{type(policy.lm).__name__}: log-probabilities of packed sequences are {distance:.3g} "
+            f"nats from the model's own, over the bound {bound}. Its attention mixes packed "
+            "sequences, or its logits are capped or scaled; use another model"
+        )

@@ -1,0 +1,207 @@
+"""THE table of metrics: every name that the project sends or writes, once.
+
+Names are `area/quantity_unit`; counters end in `_total`. A name without a unit is a plain number,
+a share between 0 and 1 (`_fraction`), or in the unit of the reward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from types import MappingProxyType
+
+from rlhf_cluster.errors import MetricError
+
+SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+
+
+class Kind(StrEnum):
+    GAUGE = "gauge"  # a current value
+    COUNTER = "counter"  # a sum that only grows; name ends in _total
+    HISTOGRAM = "histogram"  # a distribution of single values
+
+
+class Role(StrEnum):
+    """The service that a metric comes from."""
+
+    CONTROLLER = "controller"
+    GENERATION = "generation"
+    SCORING = "scoring"
+    BUFFER = "buffer"
+    LEARNER = "learner"
+    WEIGHTS = "weights"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """One row of the table. `unit` is "1" for a number without one; `label` splits the metric."""
+
+    name: str
+    kind: Kind
+    unit: str
+    help: str
+    role: Role
+    label: str | None = None
+    buckets: tuple[float, ...] = ()
+
+    @property
+    def prometheus_name(self) -> str:
+        return "rlhf_" + self.name.replace("/", "_")
+
+
+def _gauge(name: str, unit: str, role: Role, help: str, label: str | None = None) -> Metric:
+    return Metric(name=name, kind=Kind.GAUGE, unit=unit, help=help, role=role, label=label)
+
+
+def _counter(name: str, unit: str, role: Role, help: str, label: str | None = None) -> Metric:
+    return Metric(name=name, kind=Kind.COUNTER, unit=unit, help=help, role=role, label=label)
+
+
+def _times(name: str, role: Role, help: str) -> Metric:
+    return Metric(name=name, kind=Kind.HISTOGRAM, unit="s", help=help, role=role, buckets=SECONDS)
+
+
+def _controller() -> tuple[Metric, ...]:
+    role = Role.CONTROLLER
+    return (
+        _gauge("reward/mean", "reward", role, "Mean reward of the step's rollouts"),
+        _gauge("reward/std", "reward", role, "Standard deviation of the step's rewards"),
+        _gauge("reward/min", "reward", role, "Smallest reward of the step"),
+        _gauge("reward/max", "reward", role, "Largest reward of the step"),
+        _gauge("reward/part", "reward", role, "Mean of one part of the reward", "part"),
+        _gauge("reward/zero_std_groups_fraction", "1", role, "Groups whose rewards are all equal"),
+        _gauge("evaluation/reward_mean", "reward", role, "Mean reward of greedy held-out answers"),
+        _gauge("evaluation/num_prompts", "1", role, "Held-out prompts that were answered"),
+        _gauge(
+            "response/length_mean_tokens", "tokens", role, "Mean length of the step's responses"
+        ),
+        _gauge("response/length_max_tokens", "tokens", role, "Longest response of the step"),
+        _gauge("response/stopped_fraction", "1", role, "Responses that the model ended itself"),
+        _gauge("step/number", "1", role, "Optimizer steps done"),
+        _gauge("step/groups", "1", role, "Groups that the step trained on"),
+        _gauge("step/rollouts", "1", role, "Rollouts that the step trained on"),
+        _gauge("step/response_tokens", "tokens", role, "Response tokens of the step"),
+        _gauge("step/tokens_per_s", "tokens/s", role, "Response tokens trained by wall time"),
+        _gauge("time/step_s", "s", role, "Wall time of the step, waiting included"),
+        _gauge("time/learner_wait_s", "s", role, "The learner waited for groups"),
+        _gauge("time/train_s", "s", role, "The learner trained"),
+        _gauge("time/publish_wait_s", "s", role, "The learner waited for the copy of its weights"),
+        _gauge("time/generation_wait_s", "s", role, "Admission waited for a free slot"),
+        _gauge("pool/size", "1", role, "Live workers of a pool", "pool"),
+        _gauge("pool/wanted", "1", role, "Workers that a pool should have", "pool"),
+        _counter("pool/restarts_total", "1", role, "Workers that were replaced", "pool"),
+        _gauge("sft/loss", "nats", role, "Mean loss of a target token in the warm-up"),
+        _gauge("sft/grad_norm", "1", role, "Gradient norm of a warm-up step, before clipping"),
+        _gauge("sft/learning_rate", "1", role, "Learning rate of a warm-up step"),
+        _gauge("sft/tokens", "tokens", role, "Target tokens of a warm-up step"),
+    )
+
+
+def _generation() -> tuple[Metric, ...]:
+    role = Role.GENERATION
+    return (
+        _gauge("generation/tokens_per_s", "tokens/s", role, "Tokens sampled by wall time"),
+        _gauge("generation/requests_running", "1", role, "Requests in the engine's batch"),
+        _gauge("generation/requests_waiting", "1", role, "Requests that wait for the batch"),
+        _gauge("generation/kv_cache_use_fraction", "1", role, "Share of the KV cache in use"),
+        _gauge("generation/version_live", "1", role, "Weight version that samples"),
+        _counter("generation/tokens_total", "tokens", role, "Tokens sampled"),
+        _counter("generation/prompt_tokens_total", "tokens", role, "Prompt tokens processed"),
+        _counter("generation/groups_total", "1", role, "Groups sampled"),
+        _counter("generation/retries_total", "1", role, "Groups that went to another worker"),
+        _counter("generation/errors_total", "1", role, "Groups that failed", "reason"),
+        _counter("generation/pulls_total", "1", role, "Weight versions pulled"),
+        _counter(
+            "generation/preemptions_total", "1", role, "Requests put back for lack of KV cache"
+        ),
+        _counter("generation/prefix_cache_queries_total", "tokens", role, "Tokens looked up"),
+        _counter("generation/prefix_cache_hits_total", "tokens", role, "Tokens found in the cache"),
+        _times("generation/group_s", role, "Time of one group, queueing included"),
+        _times("generation/pull_s", role, "Time of one pull, reading included"),
+        _times("generation/pull_pause_s", role, "Sampling stood still for a pull"),
+    )
+
+
+def _scoring() -> tuple[Metric, ...]:
+    role = Role.SCORING
+    return (
+        _counter("scoring/groups_total", "1", role, "Groups scored"),
+        _counter("scoring/errors_total", "1", role, "Groups whose scoring failed", "reason"),
+        _counter("scoring/retries_total", "1", role, "Groups whose scoring was tried again"),
+        _gauge("scoring/groups_running", "1", role, "Groups being scored"),
+        _times("scoring/latency_s", role, "Time of one group, all rewards and the reference"),
+        _times("scoring/reference_s", role, "Time of the reference model for one group"),
+    )
+
+
+def _buffer() -> tuple[Metric, ...]:
+    role = Role.BUFFER
+    return (
+        _counter("buffer/admitted_total", "1", role, "Groups admitted"),
+        _counter("buffer/finished_total", "1", role, "Groups generated and scored"),
+        _counter("buffer/discarded_total", "1", role, "Groups given up", "reason"),
+        _counter("buffer/taken_total", "1", role, "Groups handed to the learner"),
+        _gauge("buffer/in_flight", "1", role, "Groups being generated or scored"),
+        _gauge("buffer/ready", "1", role, "Finished groups that wait for the learner"),
+    )
+
+
+def _learner() -> tuple[Metric, ...]:
+    role = Role.LEARNER
+    return (
+        _gauge("staleness/mean", "steps", role, "Mean staleness of the step's tokens"),
+        _gauge("staleness/max", "steps", role, "Largest staleness of the step's tokens"),
+        _gauge("learner/loss", "1", role, "Loss a trained token"),
+        _gauge("learner/grad_norm", "1", role, "Gradient norm before clipping"),
+        _gauge("learner/learning_rate", "1", role, "Learning rate of the step"),
+        _gauge("learner/entropy", "nats", role, "Mean entropy of the learner's distribution"),
+        _gauge("learner/clip_fraction", "1", role, "Tokens whose ratio was clipped"),
+        _gauge("learner/kl_ref", "nats", role, "Mean KL to the reference policy (k3)"),
+        _gauge("learner/tokens", "tokens", role, "Trained tokens of the step"),
+        _gauge("learner/tokens_per_s", "tokens/s", role, "Trained tokens by training time"),
+        _gauge(
+            "learner/padding_fraction", "1", role, "Share of computed positions without a token"
+        ),
+        _gauge("learner/micro_batches", "1", role, "Forward passes of one rank in the step"),
+        _counter("learner/skipped_steps_total", "1", role, "Steps left out: gradient not finite"),
+        _gauge("learner/skipped_steps", "1", role, "Steps left out so far: gradient not finite"),
+        _gauge("learner/prepare_s", "s", role, "Advantages, rows and plan of the step"),
+        _gauge("learner/forward_backward_s", "s", role, "Forward and backward passes of the step"),
+        _gauge("learner/optimizer_s", "s", role, "Clipping and the optimizer's step"),
+        _gauge("importance/ratio_mean", "1", role, "Mean of learner over sampler probability"),
+        _gauge("importance/ratio_max", "1", role, "Largest ratio of the step"),
+        _gauge("importance/capped_fraction", "1", role, "Tokens whose weight was capped"),
+        _gauge("importance/effective_sample_size", "1", role, "Kish's effective share of tokens"),
+        _gauge(
+            "importance/logprob_diff_mean", "nats", role, "Mean |learner - sampled| log-probability"
+        ),
+        _gauge("importance/outside_band_fraction", "1", role, "Tokens with a ratio off the band"),
+    )
+
+
+def _weights() -> tuple[Metric, ...]:
+    role = Role.WEIGHTS
+    return (
+        _gauge("weights/version_published", "1", role, "Newest version in the store"),
+        _gauge("weights/version_live", "1", role, "Newest version live on every worker"),
+        _gauge("weights/snapshot_s", "s", role, "Copy of the weights out of the learner"),
+        _gauge("weights/publish_s", "s", role, "Write of the last version"),
+        _gauge("weights/pull_s", "s", role, "From written to live on every worker"),
+        _gauge("weights/bytes", "bytes", role, "Size of the last version"),
+        _counter("weights/publishes_skipped_total", "1", role, "Due versions never written"),
+    )
+
+
+def _index(rows: tuple[Metric, ...]) -> dict[str, Metric]:
+    """Rows by name. Raises `MetricError` when two rows share a name."""
+    by_name = {row.name: row for row in rows}
+    if len(by_name) != len(rows):
+        names = [row.name for row in rows]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        raise MetricError(f"metrics with the same name: {', '.join(twice)}. Rename one of each")
+    return by_name
+
+
+METRICS = MappingProxyType(
+    _index((*_controller(), *_generation(), *_scoring(), *_buffer(), *_learner(), *_weights()))
+)

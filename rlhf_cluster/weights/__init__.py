@@ -1,0 +1,1 @@
+"""The versioned weight store, and the overlap of publishing with training."""

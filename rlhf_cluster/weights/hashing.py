@@ -1,0 +1,84 @@
+"""Hashes of tensors that do not depend on how the tensors were sharded.
+
+A tensor's bytes are cut into chunks of `CHUNK_BYTES`, counted from the tensor's first byte:
+
+    chunk hash  = xxh3_128(chunk)
+    tensor hash = xxh3_128(name, type, shape as JSON, newline, chunk hashes in order)
+    digest      = xxh3_128(tensor hashes in order of the tensors' names)
+
+A rank that holds a range of a tensor hashes the pieces between chunk borders from its own memory;
+only a chunk that spans two ranks has to be read again when the version is put together. xxh3 finds
+damage, not forgery: whoever can write the store is trusted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from xxhash import xxh3_128_digest, xxh3_128_hexdigest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CHUNK_BYTES = 1 << 16
+"""Part of the digest's definition: a multiple of every element size."""
+HASH_BYTES = 16
+HASH_SCHEME = "xxh3_128/64KiB"
+
+
+def pieces(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Cut the byte range [start, stop) of a tensor at the chunk borders inside it."""
+    while start < stop:
+        end = min((start // CHUNK_BYTES + 1) * CHUNK_BYTES, stop)
+        yield start, end
+        start = end
+
+
+def hash_pieces(data: memoryview, start: int) -> bytes:
+    """The hashes, `HASH_BYTES` each, of the pieces of `data`, whose first byte is byte `start`."""
+    return b"".join(
+        xxh3_128_digest(data[a - start : b - start]) for a, b in pieces(start, start + len(data))
+    )
+
+
+def hash_bytes(data: bytes | memoryview) -> str:
+    return xxh3_128_hexdigest(data)
+
+
+def tensor_hash(name: str, dtype: str, shape: Sequence[int], chunk_hashes: bytes) -> str:
+    """The hash of a tensor from the hashes of all its chunks in order."""
+    header = json.dumps([name, dtype, list(shape)]).encode()
+    return xxh3_128_hexdigest(header + b"\n" + chunk_hashes)
+
+
+def combine_hashes(tensor_hashes: Mapping[str, str]) -> str:
+    """The digest of a set of tensors, by name."""
+    return xxh3_128_hexdigest(
+        "".join(tensor_hashes[name] for name in sorted(tensor_hashes)).encode()
+    )
+
+
+def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """The digest that a version holding exactly these tensors (full shape, on the CPU) has."""
+    return combine_hashes(
+        {
+            name: tensor_hash(
+                name, dtype_name(tensor), tuple(tensor.shape), hash_pieces(tensor_bytes(tensor), 0)
+            )
+            for name, tensor in tensors
+        }
+    )
+
+
+def dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """A CPU tensor's memory, flattened, without a copy when it is contiguous."""
+    import torch
+
+    flat = tensor.detach().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data

@@ -1,0 +1,225 @@
+"""What a version of the weights consists of, and the messages from which it is put together.
+
+A manifest lists every tensor (type, shape, hash) with the parts that hold its elements, and every
+shard file (length, hash of its header). Promises, checked whenever one is built or decoded:
+
+- the parts of a tensor cover it once: no hole, no overlap, no part outside it;
+- a file is a plain name beside the manifest, never a path, so nothing outside the folder is read;
+- `digest` is the digest of the tensor hashes that are listed;
+- an unknown format, hash scheme or key is refused, never guessed at.
+
+Everything is JSON and safetensors; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rlhf_cluster.errors import WeightError
+from rlhf_cluster.weights.hashing import HASH_SCHEME, combine_hashes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MANIFEST_NAME = "manifest.json"
+
+ITEM_BYTES: Mapping[str, int] = {
+    "float64": 8,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+"""Bytes of one element, by the torch name of the type: the types that a version may hold."""
+
+_KNOWN_FORMATS = ("full",)
+_FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*\.safetensors$")]
+_Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+_Count = Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalPart:
+    """One rank's share of one tensor: elements [offset, offset + numel) of it, flattened.
+
+    `shape` is the whole tensor's. `tensor` is flat, contiguous, on the CPU, and may be empty.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    tensor: Tensor  # [numel]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartReport:
+    """What a rank wrote of one tensor. `piece_hashes` are those of `hashing.hash_pieces`."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int
+    numel: int
+    piece_hashes: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardReport:
+    """What a rank says of the shard file it wrote: about 1/4000 of the file's size."""
+
+    version: int
+    rank: int
+    file: str
+    num_bytes: int
+    parts: Mapping[str, PartReport]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Part(_Entry):
+    """Elements [offset, offset + numel) of a tensor, stored under the tensor's name in `file`."""
+
+    file: _FileName
+    offset: _Count
+    numel: Annotated[int, Field(gt=0)]
+
+
+class TensorEntry(_Entry):
+    """One tensor. `hash` covers name, type, shape and bytes, whatever the sharding."""
+
+    dtype: str
+    shape: tuple[_Count, ...]
+    hash: _Hash
+    parts: tuple[Part, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+class FileEntry(_Entry):
+    """One shard file: its length, and the hash of its header (length field included)."""
+
+    num_bytes: _Count
+    header_hash: _Hash
+
+
+class Manifest(_Entry):
+    """One version of the weights."""
+
+    format: Literal["full"] = "full"
+    version: _Count
+    created_s: float
+    """Unix time."""
+    hash_scheme: str = HASH_SCHEME
+    digest: _Hash
+    """Equal for equal tensors, however many ranks wrote them."""
+    files: dict[_FileName, FileEntry]
+    tensors: dict[str, TensorEntry]
+    """In the order in which the learner reported them."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors, file headers not counted."""
+        return sum(entry.num_bytes for entry in self.tensors.values())
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        if self.hash_scheme != HASH_SCHEME:
+            raise ValueError(
+                f"hash_scheme {self.hash_scheme!r}, this program knows {HASH_SCHEME!r}"
+            )
+        for name, entry in self.tensors.items():
+            if entry.dtype not in ITEM_BYTES:
+                raise ValueError(
+                    f"tensor {name!r} has dtype {entry.dtype!r}, known: {_known_types()}"
+                )
+            for part in entry.parts:
+                if part.file not in self.files:
+                    raise ValueError(f"tensor {name!r} has a part in {part.file!r}, not in `files`")
+            check_coverage(name, entry.shape, entry.parts)
+        digest = combine_hashes({name: entry.hash for name, entry in self.tensors.items()})
+        if digest != self.digest:
+            raise ValueError(f"digest is {self.digest}, the listed tensor hashes give {digest}")
+        return self
+
+
+def encode(manifest: Manifest) -> str:
+    """The manifest as JSON."""
+    return manifest.model_dump_json(indent=1)
+
+
+def decode(text: str | bytes, source: str) -> Manifest:
+    """Parse and check a manifest. Raises `WeightError` that starts with `source`."""
+    try:
+        tree: Any = json.loads(text)
+    except ValueError as error:
+        raise WeightError(
+            f"{source}: not valid JSON ({error}); the file is torn or damaged"
+        ) from error
+    found = tree.get("format") if isinstance(tree, dict) else None
+    if found not in _KNOWN_FORMATS:
+        raise WeightError(
+            f"{source}: format {found!r}, this program reads {', '.join(_KNOWN_FORMATS)}. "
+            "Read it with the release that wrote it, or publish again"
+        )
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        raise WeightError(f"{source}: {explain_problems(error)}") from None
+    except WeightError as error:
+        raise WeightError(f"{source}: {error}") from error
+
+
+def explain_problems(error: ValidationError) -> str:
+    """One line a problem: where and what."""
+    problems = error.errors(include_url=False, include_input=False)
+    return "; ".join(
+        ": ".join(
+            filter(None, (".".join(map(str, p["loc"])), p["msg"].removeprefix("Value error, ")))
+        )
+        for p in problems[:5]
+    )
+
+
+def check_coverage(name: str, shape: Sequence[int], parts: Sequence[Part]) -> None:
+    """Raise `WeightError` unless the parts, in order, cover the flattened tensor exactly once."""
+    numel, reached = math.prod(shape), 0
+    for part in parts:
+        if part.offset > reached:
+            raise WeightError(
+                f"tensor {name!r}: hole, elements [{reached}, {part.offset}) of {numel} are in "
+                "no shard"
+            )
+        if part.offset < reached:
+            raise WeightError(
+                f"tensor {name!r}: overlap, {part.file} starts at element {part.offset}, "
+                f"but those before {reached} are already in another shard"
+            )
+        reached += part.numel
+    if reached < numel:
+        raise WeightError(
+            f"tensor {name!r}: hole, elements [{reached}, {numel}) of {numel} are in no shard"
+        )
+    if reached > numel:
+        raise WeightError(
+            f"tensor {name!r}: shards hold {reached} elements, shape {list(shape)} has only {numel}"
+        )
+
+
+def _known_types() -> str:
+    return ", ".join(ITEM_BYTES)

@@ -1,0 +1,365 @@
+"""The versioned weight store: immutable versions in one folder that all processes see.
+
+    v000042/          manifest.json and shard files; complete, never changed again
+    v000043.partial/  being written by the ranks; invisible
+    v000041.pin       keeps version 41 whatever the retention
+    latest            the name of the newest version
+
+Promises:
+- `latest` names a complete version, or there is none, whenever any process is killed;
+- it only moves forward (`rewind` is the one exception), and never to what was not committed;
+- a version on disk above `latest` was never visible: the next commit removes it, with every older
+  half-written one;
+- retention keeps the newest `keep` versions and the pinned ones, and never removes the latest;
+- a reader gets every tensor verified before it sees it, or a `WeightError` that names tensor and
+  file. A version that retention removes while it is read ends in such an error at worst.
+
+Commits exclude each other by a file lock. Readers take no lock.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf_cluster.errors import StalledError, WeightError
+from rlhf_cluster.records import WeightVersion
+from rlhf_cluster.weights.assemble import assemble
+from rlhf_cluster.weights.hashing import hash_pieces, tensor_bytes, tensor_hash
+from rlhf_cluster.weights.manifest import (
+    ITEM_BYTES,
+    MANIFEST_NAME,
+    Manifest,
+    ShardReport,
+    decode,
+    encode,
+)
+from rlhf_cluster.weights.shards import (
+    ShardFile,
+    partial_dir,
+    sync_folder,
+    version_dir,
+    write_shard,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "commit",
+    "latest",
+    "open_version",
+    "pin",
+    "read",
+    "rewind",
+    "unpin",
+    "versions",
+    "write_shard",
+]
+
+_POINTER = "latest"
+_LOCK = ".commit.lock"
+_LOCK_POLL_S = 0.02
+_POINTER_TRIES = 20
+
+
+def commit(
+    root: str | Path,
+    version: int,
+    reports: Sequence[ShardReport],
+    keep: int,
+    expected_names: Mapping[str, tuple[int, ...]] | None = None,
+    *,
+    fsync: bool = False,
+    lock_timeout_s: float = 30.0,
+    clock: Callable[[], float] = time.time,
+) -> WeightVersion:
+    """Check what all ranks wrote, make it visible as `version`, and apply retention.
+
+    `expected_names` maps every tensor's name to its shape; a missing, extra or renamed tensor is
+    refused. Committing the latest version again with equal tensors returns it as it is.
+
+    Raises `WeightError`: hole, overlap, wrong names, torn file, a version older than the latest.
+    `StalledError`: another commit held the lock for `lock_timeout_s`.
+    """
+    if keep < 1:
+        raise WeightError(f"keep = {keep}: retention must keep at least 1 version")
+    partial, final = partial_dir(root, version), version_dir(root, version)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with _commit_lock(final.parent, lock_timeout_s):
+        newest = _pointed(final.parent)
+        if newest is not None and version < newest:
+            raise WeightError(
+                f"version {version} is older than the latest, {newest}: publishing goes forward. "
+                "After a resume from an earlier step, rewind the store first"
+            )
+        manifest = assemble(partial, version, reports, expected_names, clock())
+        if version == newest:
+            return _same_again(final, partial, manifest)
+        _remove_leftovers(final.parent, newest)
+        _write_atomically(partial / MANIFEST_NAME, encode(manifest), fsync)
+        _remove_strangers(partial, manifest)
+        partial.rename(final)
+        if fsync:
+            sync_folder(final.parent)
+        _point_at(final.parent, version, fsync)
+        _retain(final.parent, version, keep)
+    return _describe(final, manifest)
+
+
+def latest(root: str | Path) -> WeightVersion | None:
+    """The newest version, or None when nothing was committed yet."""
+    root = Path(root).absolute()
+    for _ in range(_POINTER_TRIES):
+        version = _pointed(root)
+        if version is None:
+            return None
+        folder = version_dir(root, version)
+        try:
+            return _describe(folder, open_version(folder))
+        except WeightError:
+            # Retention may have removed it since the pointer was read; then the pointer moved on.
+            if _pointed(root) == version:
+                raise
+    raise WeightError(f"{root / _POINTER}: moved {_POINTER_TRIES} times while it was read")
+
+
+def open_version(path: str | Path) -> Manifest:
+    """The checked manifest of the version in folder `path`. Raises `WeightError`."""
+    file = Path(path) / MANIFEST_NAME
+    try:
+        text = file.read_bytes()
+    except FileNotFoundError as error:
+        raise WeightError(_gone(Path(path))) from error
+    except OSError as error:
+        raise WeightError(f"{file}: cannot read the manifest ({error})") from error
+    manifest = decode(text, str(file))
+    if version_dir(Path(path).parent, manifest.version).name != Path(path).name:
+        raise WeightError(
+            f"{file}: describes version {manifest.version}, found in {Path(path).name}"
+        )
+    return manifest
+
+
+def read(
+    path: str | Path, verify: bool = True, expected_digest: str | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a version, whole, on the CPU, in the learner's order, one at a time.
+
+    The manifest is checked at once, the tensors as they are consumed: each one's hash is verified
+    BEFORE it is yielded (unless `verify` is False), so a consumer that must not see half a version
+    collects them first. Raises `WeightError` naming tensor and file.
+    """
+    manifest = open_version(path)
+    if expected_digest is not None and manifest.digest != expected_digest:
+        raise WeightError(
+            f"{path}: digest {manifest.digest}, expected {expected_digest}: not the version that "
+            "was announced. Pull the latest version again"
+        )
+    return _read_tensors(Path(path), manifest, verify)
+
+
+def versions(root: str | Path) -> list[int]:
+    """The numbers of the visible versions, oldest first."""
+    root = Path(root).absolute()
+    newest = _pointed(root)
+    return [] if newest is None else [v for v in _on_disk(root) if v <= newest]
+
+
+def pin(root: str | Path, version: int) -> None:
+    """Keep a version whatever the retention."""
+    folder = version_dir(root, version)
+    folder.with_suffix(".pin").touch()
+    if not folder.is_dir():
+        unpin(root, version)
+        raise WeightError(_gone(folder))
+
+
+def unpin(root: str | Path, version: int) -> None:
+    version_dir(root, version).with_suffix(".pin").unlink(missing_ok=True)
+
+
+def rewind(root: str | Path, version: int, *, lock_timeout_s: float = 30.0) -> WeightVersion | None:
+    """Forget every version above `version`, pinned ones too, and return what is the latest now.
+
+    For a resume from an earlier step, whose versions will be published afresh.
+    """
+    root = Path(root).absolute()
+    if not root.is_dir():
+        return None
+    with _commit_lock(root, lock_timeout_s):
+        newest = _pointed(root)
+        if newest is not None and newest > version:
+            kept = [v for v in _on_disk(root) if v <= version]
+            if kept:
+                _point_at(root, kept[-1], fsync=False)
+            else:
+                (root / _POINTER).unlink()
+        _remove_leftovers(root, _pointed(root))
+    return latest(root)
+
+
+def _read_tensors(folder: Path, manifest: Manifest, verify: bool) -> Iterator[tuple[str, Tensor]]:
+    import torch
+
+    files: dict[str, ShardFile] = {}
+    try:
+        for name, entry in manifest.files.items():
+            try:
+                files[name] = ShardFile(folder / name, entry.num_bytes, entry.header_hash)
+            except WeightError as error:
+                if folder.is_dir():
+                    raise
+                raise WeightError(_gone(folder)) from error
+        for name, entry in manifest.tensors.items():
+            tensor = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
+            data, item_bytes = tensor_bytes(tensor), ITEM_BYTES[entry.dtype]
+            for part in entry.parts:
+                start, stop = part.offset * item_bytes, (part.offset + part.numel) * item_bytes
+                file = files[part.file]
+                file.read_into(data[start:stop], file.find(name, entry.dtype, part.numel))
+            if verify:
+                found = tensor_hash(name, entry.dtype, entry.shape, hash_pieces(data, 0))
+                if found != entry.hash:
+                    held_by = ", ".join(str(folder / part.file) for part in entry.parts)
+                    raise WeightError(
+                        f"tensor {name!r} has hash {found}, expected {entry.hash}: damaged in "
+                        f"{held_by}. Publish the version again"
+                    )
+            yield name, tensor
+    finally:
+        for file in files.values():
+            file.close()
+
+
+@contextmanager
+def _commit_lock(root: Path, timeout_s: float) -> Iterator[None]:
+    """Waits for: other commits. Unblocked by: their end, or the death of their process."""
+    fd = os.open(root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise StalledError(
+                        f"{root / _LOCK}: another commit has held the lock for {timeout_s:g} s. Is "
+                        "a second run publishing into this folder?"
+                    ) from None
+                time.sleep(_LOCK_POLL_S)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _pointed(root: Path) -> int | None:
+    try:
+        text = (root / _POINTER).read_text(encoding="ascii", errors="replace").strip()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise WeightError(f"{root / _POINTER}: cannot read it ({error})") from error
+    number = _number(text)
+    if number is None:
+        raise WeightError(f"{root / _POINTER}: holds {text[:40]!r}, expected a name like v000042")
+    return number
+
+
+def _point_at(root: Path, version: int, fsync: bool) -> None:
+    _write_atomically(root / _POINTER, version_dir(root, version).name + "\n", fsync)
+
+
+def _number(name: str) -> int | None:
+    match = re.fullmatch(r"v(\d{6,})", name)
+    return int(match[1]) if match else None
+
+
+def _on_disk(root: Path) -> list[int]:
+    found = (_number(entry.name) for entry in root.iterdir() if entry.is_dir())
+    return sorted(number for number in found if number is not None)
+
+
+def _remove_leftovers(root: Path, newest: int | None) -> None:
+    """Remove versions that never became visible, and what a removal left half-done."""
+    for number in _on_disk(root):
+        if newest is None or number > newest:
+            _remove_version(root, number)
+    for trash in root.glob("*.trash"):
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+def _retain(root: Path, newest: int, keep: int) -> None:
+    numbers = _on_disk(root)
+    for number in numbers[:-keep]:
+        if number != newest and not version_dir(root, number).with_suffix(".pin").exists():
+            _remove_version(root, number)
+    for partial in root.glob("v*.partial"):
+        number = _number(partial.stem)
+        if number is not None and number <= newest:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_version(root: Path, version: int) -> None:
+    # Renamed first: a version is whole or gone, also while its files are being deleted.
+    folder = version_dir(root, version)
+    trash = folder.with_suffix(".trash")
+    shutil.rmtree(trash, ignore_errors=True)
+    folder.rename(trash)
+    shutil.rmtree(trash, ignore_errors=True)
+    folder.with_suffix(".pin").unlink(missing_ok=True)
+
+
+def _remove_strangers(partial: Path, manifest: Manifest) -> None:
+    """Remove files of an earlier try, such as one with more ranks."""
+    for entry in partial.iterdir():
+        if entry.name not in manifest.files and entry.name != MANIFEST_NAME:
+            entry.unlink(missing_ok=True)
+
+
+def _same_again(final: Path, partial: Path, manifest: Manifest) -> WeightVersion:
+    found = open_version(final)
+    if found.digest != manifest.digest:
+        raise WeightError(
+            f"version {manifest.version} is already published with digest {found.digest}, this one "
+            f"has {manifest.digest}: versions never change. Publish under the next number"
+        )
+    shutil.rmtree(partial, ignore_errors=True)
+    return _describe(final, found)
+
+
+def _write_atomically(path: Path, text: str, fsync: bool) -> None:
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        if fsync:
+            file.flush()
+            os.fsync(file.fileno())
+    temporary.replace(path)
+    if fsync:
+        sync_folder(path.parent)
+
+
+def _describe(folder: Path, manifest: Manifest) -> WeightVersion:
+    return WeightVersion(
+        version=manifest.version,
+        path=str(folder),
+        digest=manifest.digest,
+        num_tensors=len(manifest.tensors),
+        num_bytes=manifest.num_bytes,
+    )
+
+
+def _gone(folder: Path) -> str:
+    return (
+        f"{folder}: there is no such version (any more). Retention removes all but the newest "
+        "versions; pull the latest one"
+    )

@@ -1,0 +1,125 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf_cluster.config import RunConfig, load_run, validate
+from rlhf_cluster.errors import ConfigError
+from tests.configs import tiny_config, tiny_tree
+
+CONFIGS = sorted(Path("configs").glob("*.toml"))
+
+
+def refused(**sections) -> str:
+    with pytest.raises(ConfigError) as error:
+        validate(RunConfig, tiny_tree(**sections), source="run.toml")
+    return str(error.value)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_every_shipped_configuration_is_valid(path):
+    config = load_run(path)
+    assert config.run.steps > 0
+
+
+def test_the_promised_configurations_are_there():
+    assert {"quickstart.toml", "gsm8k_cpu.toml", "qwen3_8b_8gpu.toml"} <= {p.name for p in CONFIGS}
+
+
+def test_an_unknown_key_gets_a_suggestion():
+    message = refused(staleness={"max_stalenes": 2})
+    assert message.startswith("run.toml: 1 problem")
+    assert "staleness.max_stalenes: unknown key; did you mean 'max_staleness'?" in message
+
+
+def test_an_unknown_key_of_a_reward_gets_a_suggestion():
+    message = refused(scoring={"rewards": [{"type": "exact_match", "weigth": 2}]})
+    assert "weigth: unknown key; did you mean 'weight'?" in message
+
+
+def test_a_wrong_type_names_key_and_value():
+    message = refused(learner={"learning_rate": "fast"})
+    assert "learner.learning_rate" in message
+    assert "found 'fast'" in message
+
+
+def test_all_problems_are_reported_at_once():
+    message = refused(run={"steps": 0}, learner={"ranks": -1})
+    assert message.startswith("run.toml: 2 problems")
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"model": {"path": "some/model"}}, ["model.path and model.init: both", "not both"]),
+        ({"data": {"path": "x.jsonl"}}, ["data.task and data.path: both"]),
+        (
+            {"generation": {"max_response_tokens": 60}},
+            ["8 + 60 = 68", "model.init.max_position = 64"],
+        ),
+        (
+            {"weights": {"publish_every": 4}},
+            ["weights.publish_every = 4", "staleness.max_staleness + 1 = 2"],
+        ),
+        ({"algorithm": {"kl_coef": 0.1}}, ["kl_coef = 0.1", "scoring.reference = true"]),
+        (
+            {"generation": {"num_gpus": 2}},
+            ["generation.num_gpus = 2", "tensor_parallel_size = 1"],
+        ),
+        ({"generation": {"engine_args": {"top_p": 0.9}}}, ["engine_args.top_p", "replayed"]),
+        ({"learner": {"ranks": 99}}, ["learner.ranks = 99", "nothing to train on"]),
+        ({"learner": {"tokens_per_row": 10}}, ["learner.tokens_per_row = 10", "8 + 8 = 16"]),
+        ({"data": {"system_prompt": "hi"}}, ["data.system_prompt", "template = 'chat'"]),
+        ({"data": {"template": "chat"}}, ["[model.init]", "no chat template"]),
+        (
+            {"scoring": {"rewards": [{"type": "exact_match"}, {"type": "exact_match"}]}},
+            ["'exact_match' appears 2 times"],
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_impossible_combinations_name_keys_values_and_cure(sections, words):
+    message = refused(**sections)
+    for word in words:
+        assert word in message
+
+
+def test_overrides_are_toml_values_and_bare_words_are_text(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(Path("configs/quickstart.toml").read_text())
+    config = load_run(path, ["run.steps=7", "run.name=other", "learner.learning_rate=2e-4"])
+    assert (config.run.steps, config.run.name) == (7, "other")
+    assert config.learner.learning_rate == 2e-4
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [("steps", "expected section.key=value"), ("run.name.x=1", "'name' is a value")],
+)
+def test_bad_overrides_are_refused(override, words):
+    with pytest.raises(ConfigError, match=words):
+        load_run("configs/quickstart.toml", [override])
+
+
+def test_a_missing_file_and_broken_toml_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"none.toml: cannot read.*No such file"):
+        load_run(tmp_path / "none.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[run\nname=3")
+    with pytest.raises(ConfigError, match=r"broken.toml: not valid TOML.*line 1"):
+        load_run(broken)
+
+
+def test_the_resolved_configuration_reads_back_equal():
+    config = tiny_config()
+    assert RunConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_importing_the_configuration_loads_nothing_heavy():
+    code = (
+        "import sys, rlhf_cluster.config, rlhf_cluster.pipeline;"
+        "print([m for m in ('torch', 'ray', 'vllm', 'transformers', 'pyarrow') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,184 @@
+import asyncio
+import time
+
+import pytest
+
+from rlhf_cluster.errors import RlhfError, ScoringError, StalledError, WorkerError
+from rlhf_cluster.experience.buffer import ExperienceBuffer
+from rlhf_cluster.experience.service import Answer, BufferService
+from rlhf_cluster.experience.staleness import AdmissionGate
+from rlhf_cluster.pipeline import Pipeline, evaluate
+from rlhf_cluster.records import Sampling, Ticket
+from rlhf_cluster.weights.sync import WeightSync
+from tests.fakes import (
+    FakeGeneration,
+    FakeLearner,
+    FakeObserver,
+    FakePrompts,
+    FakeScoring,
+    make_prompt,
+    make_version,
+)
+
+
+class LocalBuffer:
+    """`BufferPort` over the service in this process."""
+
+    def __init__(self, gate: AdmissionGate, stall_timeout_s: float = 30.0) -> None:
+        self.buffer = ExperienceBuffer(gate)
+        self.service = BufferService(self.buffer, stall_timeout_s, 0.05, time.monotonic)
+        self.finish, self.discard = self.service.finish, self.service.discard
+        self.version_live = self.service.version_live
+
+    async def admit(self):
+        while (reply := await self.service.admit()) is Answer.WAIT:
+            pass
+        return None if reply is Answer.DONE else reply
+
+    async def take(self, num_groups, learner_version):
+        while (reply := await self.service.take(num_groups, learner_version)) is Answer.WAIT:
+            pass
+        return reply
+
+
+async def build(steps=6, groups=3, max_staleness=1, depth=1, publish_every=1, **parts):
+    generation = parts.get("generation", FakeGeneration())
+    learner = parts.get("learner", FakeLearner())
+    gate = AdmissionGate(
+        max_staleness=max_staleness,
+        pipeline_depth=depth,
+        groups_per_step=groups,
+        num_steps=steps,
+    )
+    buffer = LocalBuffer(gate, parts.get("stall_timeout_s", 30.0))
+    sync = WeightSync(learner, generation, buffer, publish_every, time.monotonic)
+    await sync.after_step(0)
+    await sync.drain(5)
+    return Pipeline(
+        generation=generation,
+        scoring=parts.get("scoring", FakeScoring()),
+        buffer=buffer,
+        learner=learner,
+        sync=sync,
+        prompts=FakePrompts(),
+        observer=FakeObserver(),
+        sampling=Sampling(num_samples=2, temperature=1.0, max_tokens=8),
+        num_steps=steps,
+        groups_per_step=groups,
+        max_error_rate=0.5,
+        live_timeout_s=5,
+    )
+
+
+async def test_every_step_trains_whole_batches_in_admission_order():
+    pipeline = await build()
+    await pipeline.run()
+    numbers = [int(group_id[1:]) for _, group_id, _ in pipeline.learner.trained]
+    assert numbers == list(range(18))
+    assert [report.step for report in pipeline.observer.steps] == [1, 2, 3, 4, 5, 6]
+    assert pipeline.generation.pulled[-1] == 6, "the last weights are live when the run ends"
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1, 3])
+async def test_trained_staleness_stays_within_the_bound_with_slow_groups(max_staleness):
+    generation = FakeGeneration(delay=lambda t: 0.02 if t.number % 4 == 0 else 0.0)
+    learner = FakeLearner(publish_delay_s=0.01)
+    pipeline = await build(
+        steps=10, max_staleness=max_staleness, depth=3, generation=generation, learner=learner
+    )
+    await pipeline.run()
+    ages = [age for _, _, age in learner.trained]
+    assert len(ages) == 30
+    assert 0 <= min(ages)
+    assert max(ages) <= max_staleness
+    if max_staleness == 0:
+        assert set(ages) == {0}
+
+
+async def test_asynchronous_training_overlaps_generation_with_the_step():
+    busy: list[bool] = []
+    learner = FakeLearner(step_delay_s=0.02)
+    generation = FakeGeneration(delay=lambda t: 0.01)
+
+    class Watching(FakeGeneration):
+        async def generate(self, ticket, prompt, sampling):
+            busy.append(learner.version < ticket.number // 3)
+            return await generation.generate(ticket, prompt, sampling)
+
+        async def pull(self, version):
+            await generation.pull(version)
+
+    pipeline = await build(generation=Watching(), learner=learner)
+    await pipeline.run()
+    assert any(busy), "some group was started before the learner had finished the step before"
+
+
+async def test_a_failed_group_is_discarded_counted_and_replaced():
+    generation = FakeGeneration(
+        fail=lambda t: WorkerError("out of luck") if t.number == 4 else None
+    )
+    pipeline = await build(generation=generation)
+    await pipeline.run()
+    assert pipeline.observer.discarded == [("g00000004", "out of luck")]
+    assert len(pipeline.learner.trained) == 18
+    assert pipeline.buffer.buffer.stats().discarded == {"WorkerError": 1}
+
+
+async def test_too_many_failures_end_the_run_with_their_reason():
+    scoring = FakeScoring(fail=lambda g: ScoringError("reward 'mine' returned None"))
+    pipeline = await build(scoring=scoring, groups=8)
+    with pytest.raises(ScoringError, match="max_error_rate = 0.5.*returned None"):
+        await pipeline.run()
+
+
+async def test_a_learner_failure_ends_every_loop_and_is_what_the_caller_sees():
+    pipeline = await build(learner=FakeLearner(fail_at=2))
+    with pytest.raises(RlhfError, match="the learner broke"):
+        await pipeline.run()
+    assert len(asyncio.all_tasks()) == 1, "no loop was left behind"
+
+
+async def test_dead_generation_ends_the_run_within_the_stall_deadline():
+    generation = FakeGeneration(delay=lambda t: 3600.0 if t.number >= 6 else 0.0)
+    pipeline = await build(generation=generation, stall_timeout_s=0.3)
+    with pytest.raises(StalledError, match="g0000000[6-9]"):
+        await pipeline.run()
+
+
+async def test_a_failed_publish_ends_the_run():
+    learner = FakeLearner(step_delay_s=0.01)
+    pipeline = await build(learner=learner, max_staleness=5, depth=5)
+
+    async def torn():
+        raise RlhfError("disk full")
+
+    learner.publish = torn
+    with pytest.raises(RlhfError, match="disk full"):
+        await pipeline.run()
+
+
+async def test_publishing_less_often_still_ends_within_the_bound():
+    pipeline = await build(steps=9, max_staleness=2, depth=2, publish_every=3)
+    await pipeline.run()
+    assert pipeline.generation.pulled == [0, 3, 6, 9]
+    assert max(age for _, _, age in pipeline.learner.trained) <= 2
+
+
+async def test_a_slow_publish_is_skipped_counted_and_the_newest_version_still_gets_live():
+    learner = FakeLearner(publish_delay_s=0.05)
+    pipeline = await build(steps=8, max_staleness=8, depth=8, learner=learner)
+    await pipeline.run()
+    assert pipeline.sync.stats.skipped > 0
+    assert pipeline.generation.pulled[-1] == 8
+
+
+async def test_evaluation_refuses_answers_of_another_version():
+    generation = FakeGeneration()
+    await generation.pull(make_version(2))
+    prompts = [make_prompt(i) for i in range(3)]
+    summaries = await evaluate(generation, FakeScoring(), prompts, 8, version=2)
+    assert [s.rewards for s in summaries] == [(1.0,)] * 3
+    assert all(isinstance(t, Ticket) and t.purpose == "evaluate" for t in generation.requested)
+    with pytest.raises(ExceptionGroup) as failure:
+        await evaluate(generation, FakeScoring(), prompts, 8, version=3)
+    assert "sampled with version 2" in str(failure.value.exceptions[0])

@@ -1,0 +1,137 @@
+import asyncio
+
+import pytest
+
+from actors.pool import PoolLimits, State, Worker, WorkerPool
+from rlhf_cluster.errors import PlacementError, StalledError, WorkerError
+
+
+class Plant:
+    """Launches fake workers. `broken` names fail their check, `unlaunchable` fail to start."""
+
+    def __init__(self, **limits) -> None:
+        self.retired: list[str] = []
+        self.broken: set[str] = set()
+        self.unlaunchable = False
+        self.slept: list[float] = []
+        self.pool = WorkerPool(
+            kind="generation",
+            launch=self.launch,
+            retire=lambda worker: self.retired.append(worker.name),
+            check=self.check,
+            limits=PoolLimits(**({"acquire_timeout_s": 0.2, "drain_timeout_s": 5.0} | limits)),
+            sleep=self.sleep,
+        )
+
+    async def launch(self, name: str) -> Worker:
+        await asyncio.sleep(0)
+        if self.unlaunchable:
+            raise PlacementError(f"{name}: no room")
+        return Worker(name=name, actor=name, placement=None)
+
+    async def check(self, worker: Worker) -> None:
+        if worker.name in self.broken:
+            raise WorkerError(f"{worker.name}: engine dead")
+
+    async def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        await asyncio.sleep(0)
+
+    def names(self) -> list[str]:
+        return sorted(w.name for w in self.pool.live)
+
+    async def settle(self) -> None:
+        for _ in range(50):
+            await asyncio.sleep(0)
+
+
+async def test_work_goes_to_the_least_loaded_worker():
+    plant = Plant()
+    await plant.pool.start(2)
+    async with plant.pool.acquire() as first, plant.pool.acquire() as second:
+        assert first is not second
+        async with plant.pool.acquire():
+            assert sorted(w.num_in_flight for w in plant.pool.live) == [1, 2]
+    assert [w.num_in_flight for w in plant.pool.live] == [0, 0]
+
+
+async def test_a_failed_worker_is_retired_once_and_replaced():
+    plant = Plant()
+    await plant.pool.start(2)
+    victim = plant.pool.live[0]
+    error = WorkerError("generation-0.generate: the process died")
+    await asyncio.gather(*(plant.pool.fail(victim, error) for _ in range(5)))
+    await plant.settle()
+    assert plant.retired == ["generation-0"]
+    assert plant.names() == ["generation-1", "generation-2"]
+    assert plant.pool.num_restarts == 1
+    assert "process died" in plant.pool.describe_errors()
+
+
+async def test_supervision_finds_a_worker_that_fails_its_check():
+    plant = Plant()
+    await plant.pool.start(2)
+    plant.broken.add("generation-1")
+    watch = asyncio.create_task(plant.pool.supervise())
+    await plant.settle()
+    watch.cancel()
+    assert plant.names() == ["generation-0", "generation-2"]
+
+
+async def test_scaling_up_adds_and_scaling_down_drains_without_losing_work():
+    plant = Plant()
+    await plant.pool.start(1)
+    assert await plant.pool.resize(3) == "generation: 3 workers"
+    async with plant.pool.acquire() as busy:
+        shrink = asyncio.create_task(plant.pool.resize(1))
+        await plant.settle()
+        assert plant.names() == [busy.name], "the idle ones went, the busy one stayed"
+        await shrink
+    async with plant.pool.acquire() as busy:
+        busy.state = State.DRAINING
+        shrink = asyncio.create_task(plant.pool.resize(1))
+        await plant.settle()
+        assert busy.name not in plant.retired, "its work is still under way"
+    await shrink
+    assert busy.name in plant.retired
+
+
+async def test_a_draining_worker_gets_no_new_work():
+    plant = Plant()
+    await plant.pool.start(1)
+    plant.pool.live[0].state = State.DRAINING
+    with pytest.raises(StalledError, match="no live generation worker for 0.2 s"):
+        async with plant.pool.acquire():
+            pass
+
+
+async def test_scaling_up_beyond_the_cluster_fails_and_keeps_the_old_size():
+    plant = Plant()
+    await plant.pool.start(1)
+    plant.unlaunchable = True
+    with pytest.raises(PlacementError, match="no room"):
+        await plant.pool.resize(2)
+    assert plant.pool.wanted == 1
+    assert plant.names() == ["generation-0"]
+
+
+async def test_a_crash_loop_ends_with_the_first_cause_and_backs_off():
+    plant = Plant(max_restarts=3, acquire_timeout_s=5.0)
+    await plant.pool.start(1)
+    plant.unlaunchable = True
+    await plant.pool.fail(plant.pool.live[0], WorkerError("CUDA error: device lost"))
+    with pytest.raises(WorkerError, match="4 restarts, more than 3. First cause: CUDA error"):
+        async with plant.pool.acquire():
+            pass
+    assert plant.slept == sorted(plant.slept)
+    assert len(plant.slept) == 3
+    with pytest.raises(WorkerError, match="First cause"):
+        await plant.pool.supervise()
+
+
+async def test_a_replacement_wakes_those_who_wait_for_a_worker():
+    plant = Plant(acquire_timeout_s=5.0)
+    await plant.pool.start(1)
+    await plant.pool.fail(plant.pool.live[0], WorkerError("gone"))
+    async with plant.pool.acquire() as worker:
+        assert worker.name == "generation-1"
