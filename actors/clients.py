@@ -15,7 +15,13 @@ from typing import Any
 from actors.calls import WorkerDied, WorkerSilent, answer
 from actors.pool import Worker, WorkerPool
 from rlhf_cluster.config import RunConfig
-from rlhf_cluster.errors import ScoringError, WeightError, WorkerError
+from rlhf_cluster.errors import (
+    RlhfError,
+    ScoringError,
+    StalledError,
+    WeightError,
+    WorkerError,
+)
 from rlhf_cluster.ports import Handle
 from rlhf_cluster.records import GroupSummary, Prompt, Sampling, Ticket, WeightVersion
 
@@ -27,20 +33,25 @@ async def _try_workers(
     timeout_s: float,
     max_retries: int,
 ) -> tuple[Any, Handle]:
-    """The answer of the first worker that gives one. The last error is raised."""
-    for attempt in range(max_retries + 1):
+    """The answer of the first worker that gives one; the last try's error otherwise.
+
+    A worker that died or was silent is replaced. One that answered with an error stays: its health
+    check decides.
+    """
+    last: RlhfError | None = None
+    for _ in range(max_retries + 1):
         async with pool.acquire() as worker:
             try:
                 summary, handle = call(worker)
                 return await answer(summary, timeout_s, f"{worker.name}.{what}"), handle
-            except (WorkerError, ScoringError) as error:
-                if isinstance(error, (WorkerDied, WorkerSilent)):
-                    await pool.fail(worker, error)
-                else:
-                    pool.last_errors[worker.name] = str(error)
-                if attempt == max_retries:
-                    raise
-    raise AssertionError("unreachable")
+            except (WorkerDied, WorkerSilent) as error:
+                last = error
+                await pool.fail(worker, error)
+            except (WorkerError, ScoringError, StalledError) as error:
+                last = error
+                pool.last_errors[worker.name] = str(error)
+    assert last is not None
+    raise last if isinstance(last, (WorkerError, ScoringError)) else WorkerError(str(last))
 
 
 class RayGeneration:
@@ -76,7 +87,7 @@ class RayGeneration:
     async def _pull_or_fail(self, worker: Worker, version: WeightVersion) -> None:
         try:
             await self._pull_one(worker, version)
-        except (WeightError, WorkerError) as error:
+        except (WeightError, WorkerError, StalledError) as error:
             await self._pool.fail(worker, error)
 
     async def _pull_one(self, worker: Worker, version: WeightVersion) -> None:
@@ -91,9 +102,9 @@ class RayGeneration:
             version.num_tensors,
         ):
             raise WeightError(
-                f"{worker.name} runs version {loaded.version} ({loaded.num_tensors} tensors, digest "
-                f"{loaded.digest}) after pulling version {version.version} ({version.num_tensors} "
-                f"tensors, digest {version.digest})"
+                f"{worker.name} runs version {loaded.version} ({loaded.num_tensors} tensors, "
+                f"digest {loaded.digest}) after pulling version {version.version} "
+                f"({version.num_tensors} tensors, digest {version.digest})"
             )
 
 

@@ -7,10 +7,13 @@ it is given are checked, then carried out by the driver, which answers with what
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 import ray
 
@@ -97,14 +100,11 @@ def find(run_name: str, address: str) -> Any:
 
 
 def _address_of(run_dir: Path) -> str:
-    path = run_dir / "status.json"
+    path = run_dir / "control.json"
     try:
-        status = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        return json.loads(path.read_text())["ray_address"]
+    except (OSError, json.JSONDecodeError, KeyError) as error:
         raise RunError(
-            f"{path}: cannot read it ({error}). Give the run directory of a running job"
+            f"{path}: cannot read it ({type(error).__name__}: {error}). Give the run directory of "
+            "a running job, or its cluster's address"
         ) from error
-    address = status.get("ray_address")
-    if not address:
-        raise RunError(f"{path}: holds no ray_address; is the run still starting?")
-    return address

@@ -100,7 +100,9 @@ class GenerationWorker:
         finally:
             self._num_in_flight -= 1
         generate_s = time.perf_counter() - clock
-        group = self._to_group(ticket, prompt, sampling, samples, (started_s, started_s + generate_s))
+        group = self._to_group(
+            ticket, prompt, sampling, samples, (started_s, started_s + generate_s)
+        )
         num_tokens = sum(len(rollout.response_ids) for rollout in group.rollouts)
         self._totals["num_groups"] += 1
         self._totals["num_tokens"] += num_tokens
@@ -131,8 +133,8 @@ class GenerationWorker:
             expected, found = getattr(version, field), getattr(loaded, field)
             if found != expected:
                 raise WeightError(
-                    f"{self._name}: the engine loaded {field} {found}, version {version.version} was "
-                    f"published with {expected}. Pull it again, or restart the worker"
+                    f"{self._name}: the engine loaded {field} {found}, version {version.version} "
+                    f"was published with {expected}. Pull it again, or restart the worker"
                 )
         self._loaded = loaded
         self._totals["num_pulls"] += 1
@@ -204,7 +206,7 @@ def group_seed(run_seed: int, group_id: str) -> int:
 
 
 def expand_spans(spans: list[tuple[int, int, int]], num_tokens: int) -> np.ndarray:
-    """One version a token, [num_tokens] int32. Raises `WorkerError` unless spans tile the tokens."""
+    """One version a token, [num_tokens] int32. Raises `WorkerError` unless spans tile them."""
     edges = [0] + [end for _, _, end in spans]
     lengths = np.diff(edges)
     starts = [start for _, start, _ in spans]

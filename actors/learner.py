@@ -20,7 +20,9 @@ import ray
 from actors.calls import answer
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.data.examples import SftExample
+from rlhf_cluster.data.tokenizer import load_tokenizer
 from rlhf_cluster.errors import WorkerError
+from rlhf_cluster.observe.samples import write_samples
 from rlhf_cluster.ports import StepReport, Taken
 from rlhf_cluster.records import WeightVersion
 
@@ -36,6 +38,8 @@ class LearnerActor:
         self._model_dir = model_dir
         self._number = rank
         self._rank: Any = None
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._tokenizer: Any = None
 
     def rendezvous(self) -> str:
         """Where the ranks meet: this node, a free port. Asked of rank 0 only."""
@@ -54,7 +58,10 @@ class LearnerActor:
         self._metrics = RayMetrics("learner", {"worker": name})
         ranks = self._config.learner.ranks
         self._rank = LearnerRank(self._config, self._model_dir, self._number, ranks, init_method)
-        return self._rank.setup()
+        facts = self._rank.setup()
+        self._shapes = self._rank.tensor_shapes()
+        self._tokenizer = load_tokenizer(self._config.model.tokenizer or self._model_dir)
+        return facts
 
     def sft_step(self, examples: list[SftExample]) -> dict[str, float]:
         return self._rank.sft_step(examples)
@@ -63,7 +70,15 @@ class LearnerActor:
         groups = ray.get([handle for [handle] in handles], timeout=60)
         report = self._rank.train_step(groups)
         if self._number == 0:
-            self._metrics.set_many(report.metrics)
+            self._metrics.record(report.metrics)
+            write_samples(
+                self._config.run_dir / "samples",
+                report.step,
+                groups,
+                learner_version=report.step - 1,
+                decode=self._tokenizer.decode,
+                limit=self._config.observe.samples_per_step,
+            )
         return report
 
     def snapshot(self) -> int:
@@ -75,8 +90,13 @@ class LearnerActor:
     def commit(self, version: int, reports: list[Any]) -> WeightVersion:
         from rlhf_cluster.weights.store import commit
 
-        keep = self._config.staleness.max_staleness + 2
-        return commit(str(self._config.weights_dir), version, reports, keep=keep)
+        return commit(
+            str(self._config.weights_dir),
+            version,
+            reports,
+            keep=self._config.staleness.max_staleness + 2,
+            expected_names=self._shapes,
+        )
 
     def close(self) -> None:
         if self._rank is not None:

@@ -17,11 +17,10 @@ from actors.calls import answer
 from actors.clients import RayGeneration, RayScoring, check_health
 from actors.control import NAMESPACE, ControlActor, actor_name
 from actors.experience import BufferActor, RayBuffer
-from actors.generation import GenerationWorker
+from actors.instrumented import GenerationActor, ScoringActor
 from actors.launch import place, spawn, take_down
 from actors.learner import ACTOR_OPTIONS, LearnerActor, RayLearner
 from actors.pool import PoolLimits, Worker, WorkerPool
-from actors.scoring import ScoringWorker
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import RunError
 from rlhf_cluster.planning.placement import BUFFER_CPUS, Bundle, pool_bundle
@@ -78,16 +77,16 @@ def start_control(config: RunConfig) -> Any:
         ) from error
 
 
-async def start_buffer(launcher: Launcher) -> tuple[RayBuffer, Any, Any]:
+async def start_buffer(launcher: Launcher, started: list[tuple[Any, Any]]) -> RayBuffer:
     bundle = Bundle(owner="buffer", cpus=BUFFER_CPUS, gpus=0.0)
     actor, group = await launcher.actor(BufferActor, [launcher.config], bundle)
-    buffer = RayBuffer(actor)
+    started.append((actor, group))
     await answer(actor.stats.remote(), launcher.config.run.start_timeout_s, "buffer.stats")
-    return buffer, actor, group
+    return RayBuffer(actor)
 
 
-async def start_learner(launcher: Launcher) -> tuple[RayLearner, list[Any], Any]:
-    """All ranks in one placement group, a bundle each."""
+async def start_learner(launcher: Launcher, started: list[tuple[Any, Any]]) -> RayLearner:
+    """All ranks in one placement group, a bundle each. What was started is added to `started`."""
     config = launcher.config
     section = config.learner
     bundles = [
@@ -96,8 +95,9 @@ async def start_learner(launcher: Launcher) -> tuple[RayLearner, list[Any], Any]
     ]
     name = launcher.placement_name("learner")
     group = await place(bundles, name, config.cluster.placement_timeout_s)
-    actors = [
-        spawn(
+    actors = []
+    for rank, bundle in enumerate(bundles):
+        actor = spawn(
             LearnerActor,
             [config, launcher.model_dir, rank],
             bundle=bundle,
@@ -106,11 +106,11 @@ async def start_learner(launcher: Launcher) -> tuple[RayLearner, list[Any], Any]
             environment={},
             options=ACTOR_OPTIONS,
         )
-        for rank, bundle in enumerate(bundles)
-    ]
+        actors.append(actor)
+        started.append((actor, group))
     learner = RayLearner(actors, config)
     await learner.setup()
-    return learner, actors, group
+    return learner
 
 
 def generation_pool(launcher: Launcher) -> tuple[WorkerPool, RayGeneration]:
@@ -120,7 +120,7 @@ def generation_pool(launcher: Launcher) -> tuple[WorkerPool, RayGeneration]:
     async def launch(name: str) -> Worker:
         bundle = pool_bundle(config, "generation", int(name.rsplit("-", 1)[1]))
         actor, group = await launcher.actor(
-            GenerationWorker,
+            GenerationActor,
             [config, launcher.model_dir, name, launcher.engine_factory],
             bundle,
             environment=launcher.engine_environment,
@@ -139,7 +139,7 @@ def scoring_pool(launcher: Launcher) -> tuple[WorkerPool, RayScoring]:
     async def launch(name: str) -> Worker:
         bundle = pool_bundle(config, "scoring", int(name.rsplit("-", 1)[1]))
         actor, group = await launcher.actor(
-            ScoringWorker,
+            ScoringActor,
             [config, launcher.model_dir, name],
             bundle,
             max_concurrency=SCORING_THREADS,

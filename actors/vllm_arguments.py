@@ -129,7 +129,7 @@ def probe_vllm() -> None:
         for name in names:
             if name not in known:
                 raise WorkerError(
-                    f"vLLM {version}: {path} has no {name!r}. Tested with {TESTED_VLLM}: install that"
+                    f"vLLM {version}: {path} has no {name!r}. Install {TESTED_VLLM}, the tested one"
                 )
 
 
@@ -142,13 +142,13 @@ def _refuse_on_cpu(config: RunConfig) -> None:
     generation = config.generation
     if generation.speculative is not None:
         raise ConfigError(
-            f"generation.speculative = {generation.speculative}: on CPU, vLLM {TESTED_VLLM} verifies "
-            "drafts with an uninitialised temperature and samples from a wrong distribution. Remove "
-            "it, or run generation on GPUs (generation.num_gpus)"
+            f"generation.speculative = {generation.speculative}: on CPU, vLLM {TESTED_VLLM} checks "
+            "drafts with an uninitialised temperature and samples from a wrong distribution. "
+            "Remove it, or run generation on GPUs (generation.num_gpus)"
         )
     if generation.quantization not in (None, *_CPU_QUANTIZATION):
         raise ConfigError(
-            f"generation.quantization = {generation.quantization!r}: on CPU, vLLM {TESTED_VLLM} loses "
-            "its quantisation scales when weights are replaced in place. Use one of "
+            f"generation.quantization = {generation.quantization!r}: on CPU, vLLM {TESTED_VLLM} "
+            "loses its quantisation scales when weights are replaced in place. Use one of "
             f"{', '.join(_CPU_QUANTIZATION)}, remove it, or run generation on GPUs"
         )

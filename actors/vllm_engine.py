@@ -80,6 +80,7 @@ class VllmEngine(Engine):
         self._loop: asyncio.AbstractEventLoop
         self._llm: LLMEngine
         self._sampling_params: Callable[..., Any]
+        self._refusals: tuple[type[Exception], ...]
         self._updating = asyncio.Lock()
         # The stepping thread's own.
         self._waiting: dict[str, asyncio.Future[list[Sample]]] = {}
@@ -99,7 +100,8 @@ class VllmEngine(Engine):
             await asyncio.wait_for(started, self._start_timeout_s)
         except TimeoutError:
             raise StalledError(
-                f"{self._name}: vLLM was not up after run.start_timeout_s = {self._start_timeout_s:g} s"
+                f"{self._name}: vLLM was not up after run.start_timeout_s = "
+                f"{self._start_timeout_s:g} s"
             ) from None
 
     async def generate(self, request: Request) -> list[Sample]:
@@ -149,7 +151,7 @@ class VllmEngine(Engine):
             raise WorkerError(f"{self._name}: the engine is not running; call start first")
 
     async def close(self) -> None:
-        """Waits for: the step under way, then vLLM's shutdown. Raises `StalledError` if it hangs."""
+        """Waits for: the step under way, then vLLM's shutdown. `StalledError` if it hangs."""
         if self._thread is None:
             return
         self._commands.put(_Command(run=self._stop))
@@ -164,7 +166,9 @@ class VllmEngine(Engine):
 
     async def _call(self, run: Callable[[], Any], fatal: bool = False) -> Any:
         answer = self._loop.create_future()
-        self._post(_Command(run=lambda: self._deliver([(answer, run())]), answer=answer, fatal=fatal))
+        self._post(
+            _Command(run=lambda: self._deliver([(answer, run())]), answer=answer, fatal=fatal)
+        )
         return await answer
 
     def _post(self, command: _Command) -> None:
@@ -194,6 +198,7 @@ class VllmEngine(Engine):
         probe_vllm()
         from vllm import SamplingParams
         from vllm.engine.arg_utils import EngineArgs
+        from vllm.exceptions import VLLMClientError
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -212,6 +217,7 @@ class VllmEngine(Engine):
             )
 
         self._sampling_params = sampling_params
+        self._refusals = (ValueError, VLLMClientError)
         self._llm = LLMEngine.from_engine_args(EngineArgs(**self._arguments))
         self._rpc("init_weight_transfer_engine", {"init_info": {}})
         self._llm.set_weight_version(str(INITIAL_VERSION))
@@ -237,7 +243,7 @@ class VllmEngine(Engine):
         prompt = {"type": "token", "prompt_token_ids": request.prompt_ids}
         try:
             self._llm.add_request(request.request_id, prompt, self._sampling_params(request))  # type: ignore[arg-type]
-        except ValueError as error:
+        except self._refusals as error:
             raise DataError(f"vLLM refused request {request.request_id}: {error}") from error
         self._waiting[request.request_id] = answer
 

@@ -16,6 +16,7 @@ staged, a worker holds a second copy of the weights in host memory.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
@@ -111,6 +113,12 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
+        if self._tied:
+            # A tied head has no tensor of its own, so the reload above passes it by; on CPU it
+            # computes with a packed copy, which would stay at the old weights.
+            for head in self.model.modules():
+                if isinstance(head, ParallelLMHead):
+                    head.quant_method.process_weights_after_loading(head)
 
     def shutdown(self) -> None:
         self._staged = None
@@ -174,6 +182,14 @@ def refuse_other_model(
 def _without_tied_head(shapes: Mapping[str, Any], tied: bool) -> dict[str, Any]:
     return {name: shape for name, shape in shapes.items() if not (tied and name == _TIED_HEAD)}
 
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "Failed to load weights" not in record.getMessage()
+
+
+# vLLM warns at every reload of layers that no tensor was meant for (rotary embeddings, tied heads).
+# Tensors that are really missing were refused by name before.
+logging.getLogger(finalize_layerwise_reload.__module__).addFilter(_is_news)
 
 if TRANSFER_BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(TRANSFER_BACKEND, StoreTransferEngine)

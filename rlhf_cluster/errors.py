@@ -56,3 +56,16 @@ class DivergenceError(RlhfError, ArithmeticError):
 
 class MetricError(RlhfError, ValueError):
     """A metric that is not in the table, or labels that do not fit it."""
+
+
+def first_failure(failures: BaseExceptionGroup) -> BaseException:
+    """Of a group of failures the first that this project raised on purpose, else the first."""
+    leaves: list[BaseException] = []
+    waiting: list[BaseException] = [failures]
+    while waiting:
+        error = waiting.pop(0)
+        if isinstance(error, BaseExceptionGroup):
+            waiting[:0] = error.exceptions
+        else:
+            leaves.append(error)
+    return next((leaf for leaf in leaves if isinstance(leaf, RlhfError)), leaves[0])

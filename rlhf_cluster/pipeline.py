@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from rlhf_cluster.errors import RlhfError, ScoringError, WorkerError
+from rlhf_cluster.errors import RlhfError, ScoringError, WorkerError, first_failure
 from rlhf_cluster.ports import (
     BufferPort,
     GenerationPort,
@@ -87,7 +87,7 @@ class Pipeline:
                 await self.sync.drain(self.live_timeout_s)
                 watch.cancel()
         except BaseExceptionGroup as failures:
-            raise _first(failures) from failures
+            raise first_failure(failures) from failures
 
     async def rollout_loop(self) -> None:
         """Consumes prompts, produces finished groups.
@@ -171,16 +171,3 @@ async def evaluate(
     async with asyncio.TaskGroup() as tasks:
         answers = [tasks.create_task(one(i, prompt)) for i, prompt in enumerate(prompts)]
     return [answer.result() for answer in answers]
-
-
-def _first(failures: BaseExceptionGroup) -> BaseException:
-    """The first failure that this project raised on purpose, else the first of all."""
-    leaves: list[BaseException] = []
-    waiting: list[BaseException] = [failures]
-    while waiting:
-        error = waiting.pop(0)
-        if isinstance(error, BaseExceptionGroup):
-            waiting[:0] = error.exceptions
-        else:
-            leaves.append(error)
-    return next((leaf for leaf in leaves if isinstance(leaf, RlhfError)), leaves[0])

@@ -31,7 +31,9 @@ class EngineProcess:
     def __init__(self, config: RunConfig, model_dir: str) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, config, model_dir), daemon=True)
+        self._process = context.Process(
+            target=_serve, args=(theirs, config, model_dir), daemon=True
+        )
         self._numbers = itertools.count(1)
         self._answers: dict[int, Future[Any]] = {0: Future()}
         self._process.start()

@@ -13,6 +13,8 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
+from rlhf_cluster.errors import RecordError
+
 STD_FLOOR = 1e-4
 """Added to the standard deviation, as in the published implementations of GRPO."""
 
@@ -36,13 +38,13 @@ def group_advantages(
         [N] float32.
 
     Raises:
-        ValueError: lengths that differ, or rewards that are not finite.
+        RecordError: lengths that differ, or rewards that are not finite.
     """
     values = np.asarray(rewards, dtype=np.float64)
     if values.shape != (len(group_ids),):
-        raise ValueError(f"{values.size} rewards for {len(group_ids)} group ids; must be equal")
+        raise RecordError(f"{values.size} rewards for {len(group_ids)} group ids; must be equal")
     if not np.isfinite(values).all():
-        raise ValueError("rewards must be finite; a failed score is never a number")
+        raise RecordError("rewards must be finite; a failed score is never a number")
     members: dict[Hashable, list[int]] = {}
     for index, group_id in enumerate(group_ids):
         members.setdefault(group_id, []).append(index)

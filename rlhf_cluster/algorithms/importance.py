@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rlhf_cluster.algorithms.base import Sums
+from rlhf_cluster.errors import RecordError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,10 +28,10 @@ def log_ratio(logprobs: Tensor, sampled_logprobs: Tensor) -> Tensor:
     """log(pi / mu) a token, clamped to [-20, 20]. [N], [N] -> [N].
 
     Raises:
-        ValueError: shapes that differ; they would broadcast to a matrix without a word.
+        RecordError: shapes that differ; they would broadcast to a matrix without a word.
     """
     if logprobs.shape != sampled_logprobs.shape or logprobs.ndim != 1:
-        raise ValueError(
+        raise RecordError(
             f"log-probabilities of shapes {list(logprobs.shape)} and "
             f"{list(sampled_logprobs.shape)}; both must be [N]"
         )

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rlhf_cluster.errors import RecordError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -28,10 +30,10 @@ def clipped_policy_loss(
         (loss [N], clipped [N] bool: where the bound was taken, so that the gradient is zero).
 
     Raises:
-        ValueError: shapes that differ.
+        RecordError: shapes that differ.
     """
     if log_ratio.shape != advantages.shape or log_ratio.ndim != 1:
-        raise ValueError(
+        raise RecordError(
             f"log_ratio {list(log_ratio.shape)} and advantages {list(advantages.shape)} must both "
             "be [N]"
         )
@@ -47,10 +49,10 @@ def masked_sum(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     Masked entries may hold anything, NaN too, and get no gradient.
 
     Raises:
-        ValueError: shapes that differ.
+        RecordError: shapes that differ.
     """
     if values.shape != mask.shape:
-        raise ValueError(
+        raise RecordError(
             f"values {list(values.shape)} and mask {list(mask.shape)} must have one shape"
         )
     return values[mask.bool()].sum(), mask.sum()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf_cluster.errors import DataError
 
@@ -28,8 +28,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     # Its tokenizers raise bare Exceptions for a damaged tokenizer.json.
     except Exception as error:
         raise DataError(
-            f"{path}: no tokenizer can be loaded ({type(error).__name__}: {error}). Give a folder with "
-            "tokenizer.json, or set model.tokenizer to one"
+            f"{path}: no tokenizer can be loaded ({type(error).__name__}: {error}). Give a folder "
+            "with tokenizer.json, or set model.tokenizer to one"
         ) from error
     if tokenizer.eos_token_id is None:
         raise DataError(
@@ -41,7 +41,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase, model_dir: str | Path) -> tuple[int, ...]:
     """The ids that end an answer, sorted: the tokenizer's, and those of generation_config.json."""
-    ids = {tokenizer.eos_token_id}
+    ids: list[Any] = [tokenizer.eos_token_id]
     path = Path(model_dir) / "generation_config.json"
     try:
         found = json.loads(path.read_bytes()).get("eos_token_id")
@@ -50,5 +50,5 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase, model_dir: str | Path) -> 
     except (OSError, ValueError, AttributeError) as error:
         raise DataError(f"{path}: cannot be read ({error}). Repair or remove it") from error
     if found is not None:
-        ids |= set(found) if isinstance(found, list) else {found}
-    return tuple(sorted(int(token) for token in ids if token is not None))
+        ids += found if isinstance(found, list) else [found]
+    return tuple(sorted({int(token) for token in ids}))

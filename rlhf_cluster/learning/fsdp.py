@@ -51,7 +51,7 @@ def join_group(
     if address.scheme != "tcp" or address.hostname is None or address.port is None:
         raise ConfigError(f"init_method = {init_method!r}: expected tcp://host:port")
     try:
-        store = dist.TCPStore(
+        store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
             address.hostname,
             address.port,
             world_size,
@@ -128,7 +128,7 @@ def assert_float32(policy: PolicyLM, optimizer: torch.optim.Optimizer | None = N
 def adamw(
     policy: PolicyLM, beta1: float, beta2: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters; weight decay on matrices only. The rate is set a step."""
+    """AdamW over the trainable parameters; weight decay on matrices only. `Updater` sets rates."""
     trainable = [p for p in policy.parameters() if p.requires_grad]
     return torch.optim.AdamW(
         [

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_cluster.errors import ConfigError, RecordError
+
 
 def linear_logprobs(
     hidden: Tensor,
@@ -39,18 +41,19 @@ def linear_logprobs(
         (logprobs [N], entropy [N] without gradient), float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: shapes that do not fit, or a temperature or chunk that is not positive.
+        ConfigError: a temperature or chunk that is not positive.
+        RecordError: shapes that do not fit.
     """
     if not temperature > 0:
-        raise ValueError(f"temperature = {temperature} must be over 0; greedy has no distribution")
+        raise ConfigError(f"temperature = {temperature} must be over 0; greedy has no distribution")
     if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens = {chunk_tokens} must be at least 1")
+        raise ConfigError(f"chunk_tokens = {chunk_tokens} must be at least 1")
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
+        raise RecordError(
             f"hidden {list(hidden.shape)} and weight {list(weight.shape)} must be [N, H] and [V, H]"
         )
     if labels.shape != hidden.shape[:1]:
-        raise ValueError(
+        raise RecordError(
             f"labels {list(labels.shape)} must have one entry a row of hidden {list(hidden.shape)}"
         )
     return _LinearLogprobs.apply(hidden, weight, labels, float(temperature), int(chunk_tokens))

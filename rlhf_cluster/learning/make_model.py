@@ -50,7 +50,6 @@ def make_model(init: ModelInit, out_dir: str | Path, seed: int) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.generation_config.eos_token_id = config.eos_token_id
     partial = out_dir.with_name(f"{out_dir.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
@@ -106,8 +105,8 @@ def check_fit(
     if len(tokenizer) > config.vocab_size:
         raise DataError(
             f"{model_dir}: the tokenizer has {len(tokenizer)} tokens, the model embeds "
-            f"{config.vocab_size}: some prompts would index past the embedding. Use the model's own "
-            "tokenizer, or resize the embedding"
+            f"{config.vocab_size}: some prompts would index past the embedding. Use the model's "
+            "own tokenizer, or resize the embedding"
         )
     max_positions = getattr(config, "max_position_embeddings", None)
     if max_positions is not None and max_positions < max_sequence_tokens:

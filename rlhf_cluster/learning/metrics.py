@@ -43,16 +43,13 @@ class MetricSums:
             return {}
         totals = torch.stack([self._sums[n][0] for n in names])
         counts = torch.stack([self._sums[n][1] for n in names])
-        summed, largest = torch.stack([totals.nan_to_num(neginf=0.0), counts]), totals.clone()
-        for index, name in enumerate(names):
-            if not name.endswith("_max"):
-                summed[0, index] = totals[index]
+        keeps_largest = torch.tensor([n.endswith("_max") for n in names], device=totals.device)
+        summed = torch.stack([totals.masked_fill(keeps_largest, 0.0), counts])
+        largest = totals.masked_fill(~keeps_largest, -torch.inf)
         dist.all_reduce(summed)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
-        found = {}
-        for name, total, count, most in zip(
-            names, *summed.tolist(), largest.tolist(), strict=True
-        ):
+        found: dict[str, float] = {}
+        for name, total, count, most in zip(names, *summed.tolist(), largest.tolist(), strict=True):
             if count > 0:
                 found[name] = most if name.endswith("_max") else total / count
         return found

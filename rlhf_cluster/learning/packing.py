@@ -25,6 +25,8 @@ from typing import Literal
 
 import numpy as np
 
+from rlhf_cluster.errors import ConfigError, DataError, RecordError
+
 Array = np.ndarray
 Batching = Literal["packed", "padded"]
 
@@ -43,7 +45,7 @@ class TokenSequence:
 
     def __post_init__(self) -> None:
         if len(self.prompt_ids) < 1 or len(self.target_ids) < 1:
-            raise ValueError(
+            raise RecordError(
                 f"a sequence needs prompt and target tokens, found {len(self.prompt_ids)} and "
                 f"{len(self.target_ids)}"
             )
@@ -52,7 +54,7 @@ class TokenSequence:
             per_token["target_mask"] = self.target_mask
         for name, values in per_token.items():
             if values.shape != (len(self.target_ids),):
-                raise ValueError(
+                raise RecordError(
                     f"stream {name} has shape {list(values.shape)}, expected one value a target "
                     f"token, [{len(self.target_ids)}]"
                 )
@@ -116,7 +118,8 @@ def plan(
         One list of micro-batches a rank, all of the same length.
 
     Raises:
-        ValueError: a length outside [1, tokens_per_row], or bounds that cannot hold one row.
+        DataError: a length outside [1, tokens_per_row].
+        ConfigError: bounds that cannot hold one row.
     """
     _check_bounds(lengths, ranks, tokens_per_micro_batch, tokens_per_row)
     longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
@@ -138,15 +141,15 @@ def _check_bounds(
     lengths: Sequence[int], ranks: int, tokens_per_micro_batch: int, tokens_per_row: int
 ) -> None:
     if ranks < 1:
-        raise ValueError(f"ranks = {ranks} must be at least 1")
+        raise ConfigError(f"ranks = {ranks} must be at least 1")
     if not 1 <= tokens_per_row <= tokens_per_micro_batch:
-        raise ValueError(
+        raise ConfigError(
             f"tokens_per_row = {tokens_per_row} must be in [1, tokens_per_micro_batch = "
             f"{tokens_per_micro_batch}]; lower it or raise the budget"
         )
     for index, length in enumerate(lengths):
         if not 1 <= length <= tokens_per_row:
-            raise ValueError(
+            raise DataError(
                 f"sequence {index} has {length} positions, outside [1, tokens_per_row = "
                 f"{tokens_per_row}]; raise tokens_per_row or shorten the sequence"
             )

@@ -113,7 +113,8 @@ class PolicyLM(nn.Module):
         ).last_hidden_state
         head = cast(LogprobHead, self.lm.get_output_embeddings())
         logprobs, entropy = head(hidden, labels, temperature, chunk_tokens)
-        return logprobs.view(shape), entropy.view(shape)
+        # FSDP hooks the outputs and warns of views
+        return logprobs.view(shape).clone(), entropy.view(shape).clone()
 
 
 def load_policy(
@@ -156,7 +157,7 @@ def load_policy(
     policy = PolicyLM(lm).to(device)
     policy.eval()
     policy.requires_grad_(trainable)
-    _check_distribution(policy, compute_dtype)
+    check_distribution(policy, compute_dtype)
     return policy
 
 
@@ -211,8 +212,11 @@ def _attention(device: torch.device, compute_dtype: torch.dtype) -> str:
 
 
 @torch.no_grad()
-def _check_distribution(policy: PolicyLM, compute_dtype: torch.dtype) -> None:
-    """Two short sequences in one row must score as each does alone by the model's own logits."""
+def check_distribution(policy: PolicyLM, compute_dtype: torch.dtype) -> None:
+    """Raise `ConfigError` unless the policy keeps the promises of this module.
+
+    Two short sequences in one row must score as each does alone by the model's own logits.
+    """
     device = next(policy.parameters()).device
     vocabulary = policy.config.get_text_config().vocab_size
     first, second = (torch.arange(a, a + n) % vocabulary for a, n in ((3, 5), (11, 4)))

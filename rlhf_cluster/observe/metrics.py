@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import threading
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -67,12 +68,13 @@ class Metrics:
     """Checks every value against the table and hands it to a sender.
 
     Values that are not finite are left out: a gap in a graph is right, a NaN spoils every sum.
-    Not for use by several threads at once.
+    Safe for several threads.
     """
 
     def __init__(self, sender: Sender) -> None:
         self._sender = sender
         self._totals: dict[str, float] = {}
+        self._lock = threading.Lock()  # guards memory only: nobody waits under it
 
     def gauge(self, name: str, value: float) -> None:
         self._send(name, Kind.GAUGE, value)
@@ -85,9 +87,10 @@ class Metrics:
 
     def count_up_to(self, name: str, total: float) -> None:
         """Bring a counter to `total`. A smaller total than before means its source started anew."""
-        before = self._totals.get(name, 0.0)
+        with self._lock:
+            before = self._totals.get(name, 0.0)
+            self._totals[name] = total
         self.count(name, total - before if total >= before else total)
-        self._totals[name] = total
 
     def observe(self, name: str, value: float) -> None:
         self._send(name, Kind.HISTOGRAM, value)
@@ -106,7 +109,8 @@ class Metrics:
         if metric.kind is not kind:
             raise MetricError(f"metric {name!r} is a {metric.kind}, it was sent as a {kind}")
         if math.isfinite(value):
-            self._sender.send(metric, value, label_value(name))
+            with self._lock:
+                self._sender.send(metric, value, label_value(name))
 
 
 class _Nowhere:

@@ -93,6 +93,8 @@ def _controller() -> tuple[Metric, ...]:
         _gauge("sft/loss", "nats", role, "Mean loss of a target token in the warm-up"),
         _gauge("sft/grad_norm", "1", role, "Gradient norm of a warm-up step, before clipping"),
         _gauge("sft/learning_rate", "1", role, "Learning rate of a warm-up step"),
+        _gauge("sft/entropy", "nats", role, "Mean entropy at a target token in the warm-up"),
+        _gauge("sft/skipped_steps", "1", role, "1 when the warm-up step was left out"),
         _gauge("sft/tokens", "tokens", role, "Target tokens of a warm-up step"),
     )
 
@@ -158,12 +160,13 @@ def _learner() -> tuple[Metric, ...]:
         _gauge("learner/clip_fraction", "1", role, "Tokens whose ratio was clipped"),
         _gauge("learner/kl_ref", "nats", role, "Mean KL to the reference policy (k3)"),
         _gauge("learner/tokens", "tokens", role, "Trained tokens of the step"),
+        _gauge("learner/rollouts", "1", role, "Rollouts of the step"),
+        _gauge("learner/dropped_rollouts", "1", role, "Rollouts whose advantages are all zero"),
         _gauge("learner/tokens_per_s", "tokens/s", role, "Trained tokens by training time"),
         _gauge(
             "learner/padding_fraction", "1", role, "Share of computed positions without a token"
         ),
         _gauge("learner/micro_batches", "1", role, "Forward passes of one rank in the step"),
-        _counter("learner/skipped_steps_total", "1", role, "Steps left out: gradient not finite"),
         _gauge("learner/skipped_steps", "1", role, "Steps left out so far: gradient not finite"),
         _gauge("learner/prepare_s", "s", role, "Advantages, rows and plan of the step"),
         _gauge("learner/forward_backward_s", "s", role, "Forward and backward passes of the step"),
@@ -173,7 +176,10 @@ def _learner() -> tuple[Metric, ...]:
         _gauge("importance/capped_fraction", "1", role, "Tokens whose weight was capped"),
         _gauge("importance/effective_sample_size", "1", role, "Kish's effective share of tokens"),
         _gauge(
-            "importance/logprob_diff_mean", "nats", role, "Mean |learner - sampled| log-probability"
+            "importance/logprob_diff_mean",
+            "nats",
+            role,
+            "Mean absolute difference of learner and sampled log-probabilities",
         ),
         _gauge("importance/outside_band_fraction", "1", role, "Tokens with a ratio off the band"),
     )

@@ -3,11 +3,14 @@
 A reward scores all rollouts of one group at once and returns one finite float each, in order. It
 raises `ScoringError` (with the reason) when it cannot: an error is an outcome of its own, retried
 and then counted as a discard, and never turns into a score.
+
+A reward is built from its section and a `RewardContext`, and is ready to score once built.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from pydantic import Field
@@ -27,11 +30,23 @@ class RewardSection(Section):
     """Deadline of one group."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardContext:
+    """What a reward may need of the worker that holds it."""
+
+    tokenizer_dir: str | None = None  # the policy's tokenizer
+    device: str = "cpu"
+    wait_timeout_s: float = 300.0  # for a child process or model that other groups hold
+
+
 class Reward(Protocol):
     def score(
         self, prompt: Prompt, rollouts: Sequence[Rollout], completions: Sequence[str]
     ) -> list[float]:
-        """One score a rollout. `completions` are the decoded responses without special tokens."""
+        """One score a rollout. `completions` are the decoded responses without special tokens.
+
+        Safe to call from several threads at once.
+        """
         ...
 
     def close(self) -> None: ...

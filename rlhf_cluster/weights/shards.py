@@ -262,5 +262,9 @@ def _save(tensors: dict[str, Tensor], path: Path, fsync: bool) -> None:
             sync_folder(path.parent)
     except SafetensorError as error:
         raise WeightError(f"{path}: cannot write the shard file ({error})") from error
+    except RuntimeError as error:  # how the library refuses two names for one memory
+        raise WeightError(
+            f"{path}: tensors share memory; store tied weights once, under one name ({error})"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -337,7 +337,8 @@ def _same_again(final: Path, partial: Path, manifest: Manifest) -> WeightVersion
 
 
 def _write_atomically(path: Path, text: str, fsync: bool) -> None:
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    # One name for all: the lock is held, and what a killed process left is written over.
+    temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         if fsync:

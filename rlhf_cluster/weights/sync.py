@@ -67,6 +67,14 @@ class WeightSync:
         snapshot = await self._snapshot()
         self._running = asyncio.create_task(self._publish_until_current(snapshot))
 
+    async def publish_last(self, version: int, timeout_s: float) -> None:
+        """Make `version`, the learner's current one, live unless it is. For the end of a run."""
+        await self.drain(timeout_s)
+        if self.stats.live < version:
+            self._due = version
+            self._running = asyncio.create_task(self._publish_until_current(await self._snapshot()))
+            await self.drain(timeout_s)
+
     async def drain(self, timeout_s: float) -> None:
         """Waits for: the newest due version to be live. Unblocked by: the publish under way."""
         if self._running is None:

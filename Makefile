@@ -1,0 +1,53 @@
+# make quickstart | make test | make check | make lint
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+LOCK := deploy/requirements-cpu.lock
+RUN := quickstart
+
+export OMP_NUM_THREADS := 1
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+export RAY_AUTH_MODE := disabled
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: quickstart install test unit component system gpu lint format clean
+
+quickstart: install
+	$(BIN)/rlhf-cluster run configs/quickstart.toml --set run.name=$(RUN) --overwrite
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: $(LOCK) pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found. Install Python 3.11, or: make PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --quiet --no-deps --requirement $(LOCK)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --quiet --no-deps --no-build-isolation deepspeed==0.19.8
+	$(BIN)/python -m pip install --quiet --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+test: lint unit component system
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+unit: install
+	$(BIN)/pytest tests/unit --durations=5
+
+component: install
+	$(BIN)/pytest tests/component --durations=5
+
+system: install
+	$(BIN)/pytest tests/system --durations=5
+
+gpu: install
+	$(BIN)/pytest tests/gpu
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

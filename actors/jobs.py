@@ -1,0 +1,312 @@
+"""Runs as jobs of a Ray cluster, through its dashboard address.
+
+A job gets a small folder: the configuration, this code, the prompt files and reward modules that
+the configuration names by a path relative to the current folder. Models and the run directory are
+never sent: they must be folders that every node of the cluster sees.
+
+Promises: every call to the cluster has a deadline; a run name that a live job already has is
+refused; a job is found by its id or by the name of its run.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from rlhf_cluster.config import RunConfig, load_run
+from rlhf_cluster.errors import ConfigError, RunError, StalledError
+
+CALL_TIMEOUT_S = 30.0
+CONNECT_TIMEOUT_S = 10.0
+SUBMIT_TIMEOUT_S = 120.0
+STOP_GRACE_S = 60
+FOLLOW_EVERY_S = 1.0
+MAX_FILE_BYTES = 50 * 2**20
+RUN_KEY = "rlhf_run"
+ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+CODE = Path(__file__).resolve().parent.parent
+PACKAGES = ("rlhf_cluster", "actors")
+
+
+class JobClient(Protocol):
+    """What is used of Ray's JobSubmissionClient."""
+
+    def submit_job(
+        self, *, entrypoint: str, runtime_env: dict[str, Any], metadata: dict[str, str]
+    ) -> str: ...
+
+    def list_jobs(self) -> Sequence[Any]: ...
+
+    def get_job_logs(self, job_id: str) -> str: ...
+
+    def stop_job(self, job_id: str) -> bool: ...
+
+
+def submit(
+    config_path: Path,
+    overrides: list[str],
+    address: str,
+    run_name: str | None,
+    client: JobClient | None = None,
+) -> str:
+    """Start `config_path` as a job and return its id.
+
+    Raises `ConfigError` for a configuration that cannot run there, `RunError` for a run name that
+    is taken or a cluster that cannot be reached.
+    """
+    overrides = [*overrides, *([f"run.name={run_name}"] if run_name else [])]
+    config = load_run(config_path, overrides)
+    _check_paths(config)
+    client = client or connect(address)
+    name = config.run.name
+    for job in _jobs(client, name):
+        if not _ended(job):
+            raise RunError(
+                f"run {name!r} is already {_state(job).lower()} as job {job.submission_id} at "
+                f"{address}. Stop it, or give this run another name with --run-id"
+            )
+    if config.cluster.address is not None:
+        overrides = [*overrides, "cluster.address=auto"]
+    with tempfile.TemporaryDirectory(prefix="rlhf-submit-") as folder:
+        pack(Path(folder), config_path, config, Path.cwd())
+        return _within(
+            SUBMIT_TIMEOUT_S,
+            "submitting the job",
+            lambda: client.submit_job(
+                entrypoint=entrypoint(overrides),
+                runtime_env={
+                    "working_dir": folder,
+                    "env_vars": {
+                        "PYTHONUNBUFFERED": "1",
+                        "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_S),
+                    },
+                },
+                metadata={RUN_KEY: name},
+            ),
+        )
+
+
+def status(run_or_job: str, address: str, client: JobClient | None = None) -> dict[str, Any]:
+    """Where a job stands: job, run, state, message, started_s and ended_s in unix time."""
+    job = _find(client or connect(address), run_or_job, address)
+    return {
+        "job": job.submission_id,
+        "run": (job.metadata or {}).get(RUN_KEY),
+        "state": _state(job),
+        "message": job.message,
+        "started_s": job.start_time / 1000 if job.start_time else None,
+        "ended_s": job.end_time / 1000 if job.end_time else None,
+    }
+
+
+def logs(
+    run_or_job: str,
+    address: str,
+    tail: int | None = None,
+    actor: str | None = None,
+    client: JobClient | None = None,
+) -> Iterator[str]:
+    """Lines of the job's driver, the last `tail` of them.
+
+    Logs of single actors lie in the run directory: `actor` raises `RunError` that says so.
+    """
+    client = client or connect(address)
+    job = _find(client, run_or_job, address)
+    if actor is not None:
+        raise RunError(
+            f"logs of {actor!r}: the job at {address} shows its driver's log only. Read "
+            f"{(job.metadata or {}).get(RUN_KEY, '<run>')}/logs/{actor}.log below the run's root, "
+            "with: rlhf-cluster logs RUN_DIRECTORY --actor " + actor
+        )
+    text = _within(CALL_TIMEOUT_S, "the job's log", lambda: client.get_job_logs(job.submission_id))
+    lines = text.splitlines()
+    yield from lines if tail is None else lines[max(0, len(lines) - tail) :]
+
+
+def follow(
+    run_or_job: str,
+    address: str,
+    client: JobClient | None = None,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Iterator[str]:
+    """Lines of the job's driver as they come, until the job ends.
+
+    Waits for: new lines or the job's end. Unblocked by: either, or by a call that runs past its
+    deadline.
+    """
+    client = client or connect(address)
+    job = _find(client, run_or_job, address)
+    seen = 0
+    while True:
+        ended = _ended(_find(client, job.submission_id, address))
+        text = _within(
+            CALL_TIMEOUT_S, "the job's log", lambda: client.get_job_logs(job.submission_id)
+        )
+        new = text[seen:]
+        whole = new if ended else new[: new.rfind("\n") + 1]
+        yield from whole.splitlines()
+        seen += len(whole)
+        if ended:
+            return
+        sleep(FOLLOW_EVERY_S)
+
+
+def stop(
+    run_or_job: str,
+    address: str,
+    client: JobClient | None = None,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """End a job and see it ended. Raises `RunError` when it has ended already.
+
+    Waits for: the job to end. Unblocked by: its end, or Ray killing it after `STOP_GRACE_S`.
+    """
+    client = client or connect(address)
+    job = _find(client, run_or_job, address)
+    if _ended(job):
+        raise RunError(f"job {job.submission_id} has already ended: {_state(job)}")
+    _within(CALL_TIMEOUT_S, "stopping the job", lambda: client.stop_job(job.submission_id))
+    for _ in range(2 * STOP_GRACE_S):
+        if _ended(_find(client, job.submission_id, address)):
+            return
+        sleep(1.0)
+    raise StalledError(
+        f"job {job.submission_id} still runs {2 * STOP_GRACE_S} s after it was asked to stop"
+    )
+
+
+def connect(address: str) -> JobClient:
+    """A client of the cluster whose dashboard is at `address`. Raises `RunError` if unreachable."""
+    if not address.startswith(("http://", "https://")):
+        raise RunError(
+            f"{address}: expected the address of the Ray dashboard, such as http://HOST:8265"
+        )
+    try:
+        urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=CONNECT_TIMEOUT_S)
+    except urllib.error.HTTPError:
+        pass  # it answers; the client below explains a refusal
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{address}: no Ray dashboard answers within {CONNECT_TIMEOUT_S:g} s ({error}). Is the "
+            "cluster up, started with a dashboard, and its port reachable from here?"
+        ) from error
+    from ray.job_submission import JobSubmissionClient
+
+    return _within(
+        CALL_TIMEOUT_S, "connecting to the cluster", lambda: JobSubmissionClient(address)
+    )
+
+
+def entrypoint(overrides: Sequence[str]) -> str:
+    """The job's command line; it runs in the folder that `pack` filled."""
+    words = ["python", "-m", "rlhf_cluster.cli", "run", "run.toml"]
+    for override in overrides:
+        words += ["--set", override]
+    return shlex.join(words)
+
+
+def pack(folder: Path, config_path: Path, config: RunConfig, here: Path) -> None:
+    """Fill `folder` with what the job needs from this machine; `here` is the current folder.
+
+    Raises `ConfigError` for a file that is too large to send.
+    """
+    shutil.copy(config_path, folder / "run.toml")
+    for package in PACKAGES:
+        _copy(CODE / package, folder / package)
+    for key, text in (("data.path", config.data.path), ("evaluation.path", config.evaluation.path)):
+        if text is None or Path(text).is_absolute() or not (here / text).is_file():
+            continue
+        num_bytes = (here / text).stat().st_size
+        if num_bytes > MAX_FILE_BYTES or ".." in Path(text).parts:
+            raise ConfigError(
+                f"{key} = {text!r}: {num_bytes} bytes, {MAX_FILE_BYTES} at most are sent with a "
+                "job, from below the current folder. Give an absolute path that every node sees"
+            )
+        _copy(here / text, folder / text)
+    for reward in config.scoring.rewards:
+        module = str(getattr(reward, "function", "")).partition(":")[0].partition(".")[0]
+        for name in (f"{module}.py", module):
+            if module and (here / name).exists() and not (folder / name).exists():
+                _copy(here / name, folder / name)
+
+
+def _check_paths(config: RunConfig) -> None:
+    """Folders of the run must mean the same on every node."""
+    paths = {"run.root": config.run.root, "weights.root": config.weights.root}
+    model = {"model.path": config.model.path, "model.tokenizer": config.model.tokenizer}
+    paths |= {key: path for key, path in model.items() if path and Path(path).exists()}
+    for key, path in paths.items():
+        if path is not None and not Path(path).is_absolute():
+            raise ConfigError(
+                f"{key} = {path!r} is relative to this folder, and the job runs in another one. "
+                f"Give a folder that every node sees, such as --set {key}=/shared/{path}"
+            )
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    else:
+        shutil.copy(source, target)
+
+
+def _jobs(client: JobClient, run_or_job: str) -> list[Any]:
+    """Jobs with this id or run name, the newest first, live ones before ended ones."""
+    jobs = _within(CALL_TIMEOUT_S, "the list of jobs", client.list_jobs)
+    found = [
+        job
+        for job in jobs
+        if job.submission_id
+        and run_or_job in (job.submission_id, (job.metadata or {}).get(RUN_KEY))
+    ]
+    return sorted(found, key=lambda job: (_ended(job), -(job.start_time or 0)))
+
+
+def _find(client: JobClient, run_or_job: str, address: str) -> Any:
+    found = _jobs(client, run_or_job)
+    if not found:
+        raise RunError(f"{run_or_job}: no job with this id or run name at {address}")
+    return found[0]
+
+
+def _state(job: Any) -> str:
+    return str(job.status)
+
+
+def _ended(job: Any) -> bool:
+    return _state(job) in ENDED
+
+
+def _within(deadline_s: float, what: str, call: Callable[[], Any]) -> Any:
+    """`call()` with a deadline; Ray's client has none of its own.
+
+    Waits for: the call. Unblocked by: its end, or `StalledError` at the deadline; a call that hangs
+    stays behind on a daemon thread.
+    """
+    outcome: list[Any] = []
+    failure: list[Exception] = []
+
+    def work() -> None:
+        try:
+            outcome.append(call())
+        # Everything the client raises is handed to the caller's thread.
+        except Exception as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(deadline_s)
+    if failure:
+        raise RunError(f"{what}: the cluster answered: {failure[0]}") from failure[0]
+    if not outcome:
+        raise StalledError(f"{what}: no answer from the cluster within {deadline_s:g} s")
+    return outcome[0]

@@ -1,0 +1,186 @@
+"""The driver's eyes: from step reports and counters to metrics.jsonl, status.json and the screen.
+
+Everything is written when it happens; nothing here waits for anything. The record of experience
+itself (samples) is written by the learner, so that no rollout passes through the driver.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from actors.metrics import RayMetrics
+from actors.pool import WorkerPool
+from rlhf_cluster.config import RunConfig
+from rlhf_cluster.errors import RlhfError
+from rlhf_cluster.experience.buffer import BufferStats
+from rlhf_cluster.observe.run_log import RunLog
+from rlhf_cluster.observe.snapshot import Event, Pool, Snapshot, State
+from rlhf_cluster.pipeline import StepTimes
+from rlhf_cluster.ports import StepReport, Taken
+from rlhf_cluster.records import Ticket
+from rlhf_cluster.rundir import RunDir
+from rlhf_cluster.weights.sync import SyncStats
+
+MAX_EVENTS = 6
+
+
+class RunObserver:
+    """Implements the pipeline's observer. `show` gets every new snapshot."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        rundir: RunDir,
+        pools: Sequence[WorkerPool],
+        sync: Callable[[], SyncStats],
+        show: Callable[[Snapshot], None],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._rundir, self._pools, self._sync, self._show = rundir, pools, sync, show
+        self._clock = clock
+        self._started_s = clock()
+        self._log = RunLog(rundir)
+        self._metrics = RayMetrics("controller", {"run": config.run.name})
+        self._rewards: deque[float] = deque(maxlen=10)
+        self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
+        self._buffer: BufferStats | None = None
+        self.first_step_s: float | None = None
+        self.snapshot = Snapshot(
+            run=config.run.name,
+            state="starting",
+            step=0,
+            num_steps=config.run.steps,
+            time_s=self._started_s,
+        )
+
+    def step(self, report: StepReport, taken: Sequence[Taken], times: StepTimes) -> None:
+        now = self._clock()
+        if self.first_step_s is None:
+            self.first_step_s = now - self._started_s
+        values = {**report.metrics, **group_metrics(taken, times), **self._counters()}
+        self._log.append(report.step, now, values)
+        self._metrics.record(values)
+        self._rewards.append(values["reward/mean"])
+        self._update(
+            state="running",
+            step=report.step,
+            reward=values["reward/mean"],
+            reward_mean10=float(np.mean(self._rewards)),
+            staleness_mean=values.get("staleness/mean"),
+            staleness_max=values.get("staleness/max"),
+            response_length_tokens=values["response/length_mean_tokens"],
+            tokens_per_s=values["step/tokens_per_s"],
+            step_s=times.step_s,
+            learner_wait_s=times.learner_wait_s,
+        )
+
+    def group_discarded(self, ticket: Ticket, error: RlhfError) -> None:
+        self.event(f"group {ticket.group_id} discarded: {error}")
+
+    def event(self, text: str) -> None:
+        """Something worth telling: a restart, a discard, a scaling."""
+        self._events.append(Event(time_s=self._clock(), text=text))
+        self._update()
+
+    def state(self, state: State, error: str | None = None) -> None:
+        self._update(state=state, error=error)
+
+    def warmup(self, step: int, values: dict[str, float]) -> None:
+        self._metrics.record(values)
+        self._update(state="warmup", step=step)
+
+    def evaluation(self, step: int, rewards: Sequence[float]) -> float:
+        """Log one evaluation; returns its mean reward."""
+        mean = float(np.mean(rewards))
+        values = {"evaluation/reward_mean": mean, "evaluation/num_prompts": float(len(rewards))}
+        self._log.append(step, self._clock(), values)
+        self._metrics.record(values)
+        return mean
+
+    def buffer(self, stats: BufferStats) -> None:
+        self._buffer = stats
+        self._update()
+
+    def close(self) -> None:
+        self._log.close()
+
+    def _counters(self) -> dict[str, float]:
+        sync = self._sync()
+        values = {
+            "weights/version_published": float(sync.published),
+            "weights/version_live": float(sync.live),
+            "weights/snapshot_s": sync.snapshot_s,
+            "weights/publish_s": sync.publish_s,
+            "weights/pull_s": sync.pull_s,
+            "weights/bytes": float(sync.num_bytes),
+            "weights/publishes_skipped_total": float(sync.skipped),
+        }
+        for pool in self._pools:
+            values[f"pool/size/{pool.kind}"] = float(len(pool.live))
+            values[f"pool/wanted/{pool.kind}"] = float(pool.wanted)
+            values[f"pool/restarts_total/{pool.kind}"] = float(pool.num_restarts)
+        if self._buffer is not None:
+            values |= {
+                "buffer/admitted_total": float(self._buffer.admitted),
+                "buffer/finished_total": float(self._buffer.finished),
+                "buffer/taken_total": float(self._buffer.taken),
+                "buffer/in_flight": float(len(self._buffer.in_flight)),
+                "buffer/ready": float(self._buffer.ready),
+            }
+            for reason, count in self._buffer.discarded.items():
+                values[f"buffer/discarded_total/{reason}"] = float(count)
+        return values
+
+    def _update(self, **changes: Any) -> None:
+        now, sync = self._clock(), self._sync()
+        pools = tuple(
+            Pool(name=p.kind, alive=len(p.live), wanted=p.wanted, restarts=p.num_restarts)
+            for p in self._pools
+        )
+        if self._buffer is not None:
+            changes |= {
+                "buffer_in_flight": len(self._buffer.in_flight),
+                "buffer_ready": self._buffer.ready,
+                "buffer_discarded": self._buffer.num_discarded,
+            }
+        self.snapshot = replace(
+            self.snapshot,
+            time_s=now,
+            elapsed_s=now - self._started_s,
+            pools=pools,
+            version_published=sync.published if sync.published >= 0 else None,
+            version_live=sync.live if sync.live >= 0 else None,
+            events=tuple(self._events),
+            **changes,
+        )
+        self._rundir.write_status(self.snapshot)
+        self._show(self.snapshot)
+
+
+def group_metrics(taken: Sequence[Taken], times: StepTimes) -> dict[str, float]:
+    """Rewards, lengths and times of one step, from the groups' summaries."""
+    rewards = np.array([r for t in taken for r in t.summary.rewards], dtype=np.float64)
+    tokens = np.array([t.summary.num_tokens for t in taken], dtype=np.float64)
+    flat = [max(t.summary.rewards) == min(t.summary.rewards) for t in taken]
+    return {
+        "reward/mean": float(rewards.mean()),
+        "reward/std": float(rewards.std()),
+        "reward/min": float(rewards.min()),
+        "reward/max": float(rewards.max()),
+        "reward/zero_std_groups_fraction": float(np.mean(flat)),
+        "response/length_mean_tokens": float(tokens.sum() / len(rewards)),
+        "step/groups": float(len(taken)),
+        "step/rollouts": float(len(rewards)),
+        "step/response_tokens": float(tokens.sum()),
+        "step/tokens_per_s": float(tokens.sum() / times.step_s) if times.step_s > 0 else 0.0,
+        "time/step_s": times.step_s,
+        "time/learner_wait_s": times.learner_wait_s,
+        "time/train_s": times.train_s,
+        "time/publish_wait_s": times.publish_wait_s,
+    }

@@ -1,0 +1,72 @@
+"""One scoring worker: a scorer behind plain methods that several threads may call at once.
+
+No ray here. `score` returns the small summary first and the record second, so that as two return
+values only the first has to be fetched by the control plane.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+from rlhf_cluster.config import RunConfig
+from rlhf_cluster.errors import WorkerError
+from rlhf_cluster.records import ExperienceGroup, GroupSummary, RolloutGroup
+from rlhf_cluster.scoring.scorer import Scorer
+
+
+class ScoringWorker:
+    """Call `start` first; `close` when done."""
+
+    def __init__(self, config: RunConfig, model_dir: str, name: str) -> None:
+        self._config = config
+        self._model_dir = model_dir
+        self._name = name
+        self._scorer: Scorer | None = None
+        self._num_in_flight = 0
+        self._counting = threading.Lock()  # held for an addition only
+
+    def start(self) -> dict[str, float]:
+        """Load models and rewards; returns how long it took. Raises `ConfigError`, `DataError`."""
+        started = time.perf_counter()
+        scorer = Scorer(self._config, self._model_dir, self._name)
+        scorer.setup()
+        self._scorer = scorer
+        return {"start_s": time.perf_counter() - started}
+
+    def score(self, group: RolloutGroup) -> tuple[GroupSummary, ExperienceGroup]:
+        """Score one group. Held-out groups get no reference: nothing is trained on them.
+
+        Raises `ScoringError`, `StalledError`, and `WorkerError` when the worker is not running.
+        """
+        scorer = self._running_scorer()
+        self._add_in_flight(1)
+        try:
+            experience = scorer.score(group, with_reference=group.ticket.purpose == "train")
+        finally:
+            self._add_in_flight(-1)
+        return experience.summary(), experience
+
+    def health(self) -> dict[str, Any]:
+        """Raises `WorkerError` when this worker cannot serve."""
+        self._running_scorer()
+        return {"worker": self._name, "num_in_flight": self._num_in_flight}
+
+    def stats(self) -> dict[str, float]:
+        """The scorer's totals."""
+        return self._running_scorer().stats() | {"num_in_flight": float(self._num_in_flight)}
+
+    def close(self) -> None:
+        scorer, self._scorer = self._scorer, None
+        if scorer is not None:
+            scorer.close()
+
+    def _running_scorer(self) -> Scorer:
+        if self._scorer is None:
+            raise WorkerError(f"{self._name}: not running; call start first")
+        return self._scorer
+
+    def _add_in_flight(self, change: int) -> None:
+        with self._counting:
+            self._num_in_flight += change

@@ -1,0 +1,78 @@
+"""Watching over a run: worker health, wishes to scale, and the buffer's numbers.
+
+Each loop ends by cancellation; a pool that used up its restarts ends the run with its first cause.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from typing import Any
+
+from actors.calls import answer
+from actors.control import CALL_TIMEOUT_S
+from actors.experience import RayBuffer
+from actors.observer import RunObserver
+from actors.pool import WorkerPool
+from rlhf_cluster.errors import RlhfError, first_failure
+
+LOOK_EVERY_S = 1.0
+
+
+class Supervisor:
+    def __init__(
+        self,
+        control: Any,
+        pools: Sequence[WorkerPool],
+        buffer: RayBuffer,
+        observer: RunObserver,
+    ) -> None:
+        self._control = control
+        self._pools = {pool.kind: pool for pool in pools}
+        self._buffer = buffer
+        self._observer = observer
+
+    @asynccontextmanager
+    async def watching(self) -> AsyncIterator[None]:
+        """Watch while the block runs. A failure of a watch loop cancels the block and is raised."""
+        try:
+            async with asyncio.TaskGroup() as loops:
+                tasks = [loops.create_task(pool.supervise()) for pool in self._pools.values()]
+                tasks.append(loops.create_task(self._serve_control()))
+                tasks.append(loops.create_task(self._look_at_buffer()))
+                yield
+                for task in tasks:
+                    task.cancel()
+        except BaseExceptionGroup as failures:
+            raise first_failure(failures) from failures
+
+    async def _serve_control(self) -> None:
+        """Waits for: wishes of other processes. Unblocked by: the next look."""
+        running: set[asyncio.Task[None]] = set()
+        while True:
+            wishes = await answer(self._control.wishes.remote(), CALL_TIMEOUT_S, "control.wishes")
+            for number, sizes in wishes:
+                task = asyncio.create_task(self._scale(number, sizes))
+                running.add(task)
+                task.add_done_callback(running.discard)
+            status = asdict(self._observer.snapshot)
+            await answer(self._control.set_status.remote(status), CALL_TIMEOUT_S, "control.status")
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    async def _scale(self, number: int, sizes: dict[str, int]) -> None:
+        results = {}
+        for kind, size in sizes.items():
+            self._observer.event(f"scale {kind} to {size}: asked")
+            try:
+                results[kind] = await self._pools[kind].resize(size)
+            except RlhfError as error:
+                results[kind] = f"refused: {error}"
+            self._observer.event(f"scale {kind} to {size}: {results[kind]}")
+        await answer(self._control.answer.remote(number, results), CALL_TIMEOUT_S, "control.answer")
+
+    async def _look_at_buffer(self) -> None:
+        while True:
+            self._observer.buffer(await self._buffer.stats())
+            await asyncio.sleep(LOOK_EVERY_S)

@@ -1,0 +1,280 @@
+"""The command line.
+
+Promises: `--help` answers at once, since everything heavy is imported inside the commands; an error
+that this project raises on purpose ends as "error: message" on standard error with exit code 1, a
+wrong use of the command line with 2, an interrupt with 130; RLHF_DEBUG=1 shows the traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rlhf_cluster.errors import RlhfError, RunError
+
+if TYPE_CHECKING:
+    from rlhf_cluster.config import RunConfig
+
+STOP_TIMEOUT_S = 120.0
+
+app = typer.Typer(
+    name="rlhf-cluster",
+    help="Decoupled, distributed RLHF for language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A run file (TOML).")]
+RunArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN",
+        help="A run directory, a name below ./runs, or with --address a job id or run name.",
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as run.steps=10."),
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option("--address", metavar="URL", help="Ray dashboard, such as http://HOST:8265."),
+]
+
+
+@app.command()
+def run(
+    config: ConfigArgument,
+    set_: SetOption = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete what an earlier run of this name left.")
+    ] = False,
+) -> None:
+    """Run CONFIG to its end, on this machine or on the Ray cluster it names."""
+    loaded = _load(config, set_)
+    from actors.cluster import run_config
+
+    argv = ["rlhf-cluster", "run", str(config)]
+    argv += [word for override in set_ or [] for word in ("--set", override)]
+    summary = run_config(loaded, argv + (["--overwrite"] if overwrite else []), overwrite)
+    typer.echo(f"run {loaded.run.name} finished")
+    _table(summary)
+
+
+@app.command()
+def validate(config: ConfigArgument, set_: SetOption = None) -> None:
+    """Check CONFIG, the files it names, tokenizer and data, and show what follows from it."""
+    loaded = _load(config, set_)
+    from rlhf_cluster.planning.derived import derived
+
+    notes = _check_inputs(loaded)
+    typer.echo(f"{config}: valid")
+    _table(derived(loaded))
+    for note in notes:
+        typer.echo(f"note: {note}")
+
+
+@app.command()
+def plan(config: ConfigArgument, set_: SetOption = None) -> None:
+    """Show what the run needs of a cluster: one line a bundle. Needs no cluster."""
+    loaded = _load(config, set_)
+    from rlhf_cluster.planning.derived import total_resources
+    from rlhf_cluster.planning.placement import demand
+
+    bundles = demand(loaded)
+    for bundle in bundles:
+        amounts = ", ".join(f"{amount:g} {kind}" for kind, amount in bundle.resources.items())
+        typer.echo(f"{bundle.owner:<16} {amounts}")
+    typer.echo(f"{'total':<16} {total_resources(bundles)} in {len(bundles)} bundles")
+
+
+@app.command()
+def submit(
+    config: ConfigArgument,
+    address: Annotated[
+        str, typer.Option("--address", metavar="URL", help="Ray dashboard, http://HOST:8265.")
+    ],
+    set_: SetOption = None,
+    run_id: Annotated[
+        str | None, typer.Option("--run-id", metavar="NAME", help="Name of the run (run.name).")
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Show the job's output until it ends.")
+    ] = False,
+) -> None:
+    """Start CONFIG as a job on a Ray cluster."""
+    from actors import jobs
+
+    job = jobs.submit(config, list(set_ or []), address, run_id)
+    typer.echo(f"submitted job {job}")
+    if follow:
+        for line in jobs.follow(job, address):
+            typer.echo(line)
+        state = jobs.status(job, address)
+        if state["state"] != "SUCCEEDED":
+            raise RunError(f"job {job} ended: {state['state']}. {state['message'] or ''}".strip())
+
+
+@app.command()
+def status(
+    run_: RunArgument,
+    address: AddressOption = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print status.json as it is.")] = False,
+) -> None:
+    """Show where a run stands."""
+    if address is not None:
+        from actors import jobs
+
+        _table(jobs.status(run_, address))
+        return
+    from rlhf_cluster.rundir import find_run
+
+    found = find_run(run_)
+    snapshot = found.read_status()
+    if snapshot is None:
+        held = found.is_held()
+        typer.echo(f"{run_}: {'starting' if held else 'ended before it wrote a status'}")
+        return
+    if json_:
+        typer.echo(snapshot.to_json(), nl=False)
+        return
+    from rich.console import Console
+
+    from rlhf_cluster.observe.live import render
+
+    Console().print(render(snapshot))
+    if snapshot.is_active and not found.is_held():
+        typer.echo(f"its process is gone ({found.owner()}): the run has crashed", err=True)
+
+
+@app.command()
+def logs(
+    run_: RunArgument,
+    actor: Annotated[
+        str | None, typer.Option("--actor", metavar="NAME", help="One process, generation-0.")
+    ] = None,
+    tail: Annotated[
+        int | None, typer.Option("--tail", metavar="N", min=1, help="Only the last N lines.")
+    ] = None,
+    address: AddressOption = None,
+) -> None:
+    """Print the logs of a run, all processes by time or one of them."""
+    if address is not None:
+        from actors import jobs
+
+        lines = jobs.logs(run_, address, tail, actor)
+    else:
+        from rlhf_cluster.run_control import read_run_logs
+        from rlhf_cluster.rundir import find_run
+
+        lines = read_run_logs(find_run(run_), actor, tail)
+    for line in lines:
+        typer.echo(line)
+
+
+@app.command()
+def stop(run_: RunArgument, address: AddressOption = None) -> None:
+    """End a run, keeping what it has written."""
+    if address is not None:
+        from actors import jobs
+
+        jobs.stop(run_, address)
+    else:
+        from rlhf_cluster.run_control import stop_run
+        from rlhf_cluster.rundir import find_run
+
+        stop_run(find_run(run_), STOP_TIMEOUT_S)
+    typer.echo(f"{run_}: stopped")
+
+
+@app.command()
+def scale(
+    run_: RunArgument,
+    sizes: Annotated[
+        list[str], typer.Argument(metavar="POOL=WORKERS...", help="Such as generation=3 scoring=2.")
+    ],
+    address: Annotated[
+        str | None,
+        typer.Option("--address", help="Ray cluster that runs it; default: the run's own."),
+    ] = None,
+) -> None:
+    """Change the number of workers of a running run's pools."""
+    from rlhf_cluster.run_control import parse_sizes
+    from rlhf_cluster.rundir import find_run
+
+    wanted = parse_sizes(sizes)
+    path = find_run(run_).path if address is None else Path(run_)
+    from actors.control import scale as scale_run
+
+    _table(scale_run(path, wanted, address))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line (default: this process's) and return the exit code."""
+    try:
+        app(args=list(sys.argv[1:] if arguments is None else arguments), prog_name="rlhf-cluster")
+    except SystemExit as exit_:
+        return exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        return 130
+    # The last line of defence: whatever went wrong becomes one line, and a traceback on request.
+    except Exception as error:
+        if os.environ.get("RLHF_DEBUG") == "1":
+            traceback.print_exc()
+        typer.echo(f"error: {_explain(error)}", err=True)
+        return 1
+    return 0
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, RlhfError):
+        return str(error)
+    where = "" if os.environ.get("RLHF_DEBUG") == "1" else " (RLHF_DEBUG=1 shows where)"
+    return f"unexpected {type(error).__name__}: {error}{where}"
+
+
+def _load(config: Path, overrides: Sequence[str] | None) -> RunConfig:
+    from rlhf_cluster.config import load_run
+
+    return load_run(config, overrides or ())
+
+
+def _check_inputs(config: RunConfig) -> list[str]:
+    """Check all inputs as `run` would, in a folder that is deleted again. Returns notes."""
+    import tempfile
+
+    from actors.prepare import prepare
+
+    with tempfile.TemporaryDirectory(prefix="rlhf-validate-") as root:
+        apart = config.model_copy(
+            update={
+                "run": config.run.model_copy(update={"root": root}),
+                "weights": config.weights.model_copy(update={"root": None}),
+            }
+        )
+        with prepare(apart, [], False) as inputs:
+            skipped = inputs.prompts.num_skipped
+    notes = []
+    if skipped:
+        notes.append(f"{skipped} prompts are over data.max_prompt_tokens and are left out")
+    if config.run_dir.exists():
+        notes.append(f"{config.run_dir} exists: run asks for another run.name, or --overwrite")
+    return notes
+
+
+def _table(rows: Mapping[str, object]) -> None:
+    width = max((len(key) for key in rows), default=0)
+    for key, value in rows.items():
+        typer.echo(f"  {key:<{width}}  {'-' if value is None else value}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,282 @@
+"""The endless stream of prompts.
+
+    file:  epoch 0 | epoch 1 | ...   every row once an epoch, reshuffled by (seed, epoch)
+    task:  block 0 | block 1 | ...   fresh rows for ever (with data.limit: epochs over that many)
+
+Promises: `cursor` is the number of prompts drawn, and `seek(cursor)` continues exactly there, in
+constant time, in another process too. A prompt's id names its row and its epoch, whatever was drawn
+before. The whole data set is checked when the source is built; `next` cannot fail afterwards.
+Over-long prompts are refused or left out and counted, never shortened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from xxhash import xxh3_64_intdigest
+
+from rlhf_cluster.data.examples import SftExample
+from rlhf_cluster.data.render import check_template, render
+from rlhf_cluster.data.rows import Row, column, expand, read_rows
+from rlhf_cluster.data.tasks import held_out_rows, train_rows
+from rlhf_cluster.errors import DataError
+from rlhf_cluster.records import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rlhf_cluster.config.run import RunConfig
+    from rlhf_cluster.config.sections import Data
+
+_TASK_BLOCK_ROWS = 256
+_NAMED_ROWS = 8  # places listed in a message
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """One usable row: its number in the data set, and its prompt but for the id."""
+
+    number: int
+    place: str
+    token_ids: np.ndarray  # [P] int32
+    source: str | list[dict[str, str]]
+    columns: dict[str, Any]
+
+    def prompt(self, prompt_id: str) -> Prompt:
+        return Prompt(
+            prompt_id=prompt_id, token_ids=self.token_ids, source=self.source, columns=self.columns
+        )
+
+
+class _Stream(Protocol):
+    name: str
+    num_skipped: int
+
+    def at(self, cursor: int) -> tuple[_Item, int]:
+        """The item at a place of the stream, and its epoch."""
+        ...
+
+    def for_sft(self) -> _Stream:
+        """The same rows in an order of their own; of a task without end, other rows."""
+        ...
+
+
+class PromptSource:
+    """Draws prompts for training. Not safe for threads: it has one owner.
+
+    Raises `DataError` when built from data that cannot be used.
+    """
+
+    def __init__(self, data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+        check_template(data, tokenizer)
+        self.cursor = 0
+        self._tokenizer = tokenizer
+        self._stream = _make_stream(data, tokenizer, str(seed))
+
+    @property
+    def num_skipped(self) -> int:
+        """Rows left out because their prompt is too long."""
+        return self._stream.num_skipped
+
+    def next(self) -> Prompt:
+        """The next prompt. The stream never ends."""
+        item, epoch = self._stream.at(self.cursor)
+        self.cursor += 1
+        return item.prompt(f"{item.number}-e{epoch}")
+
+    def seek(self, cursor: int) -> None:
+        """Continue as if `cursor` prompts had been drawn."""
+        if cursor < 0:
+            raise DataError(f"cursor = {cursor}: the number of prompts drawn cannot be negative")
+        self.cursor = cursor
+
+    def sft_examples(
+        self, num: int, target_column: str, max_target_tokens: int | None = None
+    ) -> Iterator[SftExample]:
+        """`num` prompts with their targets, in an order of their own. Leaves `cursor` alone.
+
+        Raises `DataError`, as examples are drawn: no such column, a target that is not text, or one
+        over `max_target_tokens` (end token included).
+        """
+        stream = self._stream.for_sft()
+        for index in range(num):
+            item, _ = stream.at(index)
+            row = Row(item.number, item.place, item.columns)
+            target = column(row, stream.name, target_column, "sft.target_column")
+            where = f"{stream.name}, {item.place}, column {target_column!r}"
+            target_ids = _target_ids(target, where, self._tokenizer, max_target_tokens)
+            yield SftExample(prompt_ids=item.token_ids, target_ids=target_ids)
+
+
+def sft_examples(
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    num: int,
+    target_column: str,
+    max_target_tokens: int | None = None,
+) -> Iterator[SftExample]:
+    """`PromptSource.sft_examples` for a caller without a source."""
+    source = PromptSource(data, tokenizer, seed)
+    return source.sft_examples(num, target_column, max_target_tokens)
+
+
+def evaluation_prompts(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, num: int
+) -> list[Prompt]:
+    """The first `num` held-out prompts: of `evaluation.path`, or of the built-in task.
+
+    Always the same ones in the same order. Raises `DataError`, also when there are fewer.
+    """
+    if num == 0:
+        return []
+    data = config.data
+    check_template(data, tokenizer)
+    if config.evaluation.path is not None:
+        path = expand(config.evaluation.path)
+        rows, name = read_rows(path), str(path)
+    elif data.task is not None:
+        rows, name = (
+            _task_rows(held_out_rows(data.task, config.run.seed, num), 0),
+            f"task {data.task}",
+        )
+    else:
+        raise DataError(
+            f"evaluation.num_prompts = {num} with data.path: held-out prompts need a file of their "
+            "own. Set evaluation.path"
+        )
+    items, _ = _usable(rows, name, data, tokenizer)
+    if len(items) < num:
+        raise DataError(
+            f"{name}: {len(items)} usable prompts, evaluation.num_prompts = {num}. Lower it, or "
+            "give a larger file"
+        )
+    return [item.prompt(f"eval-{item.number}") for item in items[:num]]
+
+
+class _Epochs:
+    """A finite set of rows, again and again."""
+
+    def __init__(
+        self, name: str, items: Sequence[_Item], num_skipped: int, seed: str, shuffle: bool
+    ) -> None:
+        self.name = name
+        self.num_skipped = num_skipped
+        self._items = items
+        self._seed = seed
+        self._shuffle = shuffle
+        self._order = lru_cache(maxsize=2)(self._make_order)
+
+    def at(self, cursor: int) -> tuple[_Item, int]:
+        epoch, index = divmod(cursor, len(self._items))
+        return self._items[self._order(epoch)[index]], epoch
+
+    def for_sft(self) -> _Epochs:
+        seed = f"{self._seed}/sft"
+        return _Epochs(self.name, self._items, self.num_skipped, seed, self._shuffle)
+
+    def _make_order(self, epoch: int) -> np.ndarray:
+        if not self._shuffle:
+            return np.arange(len(self._items))
+        seed = xxh3_64_intdigest(f"{self._seed}/{epoch}".encode())
+        return np.random.default_rng(seed).permutation(len(self._items))
+
+
+class _TaskBlocks:
+    """Fresh rows of a built-in task for ever. They are all of epoch 0."""
+
+    def __init__(self, data: Data, tokenizer: PreTrainedTokenizerBase, seed: str) -> None:
+        self.name = f"task {data.task}"
+        self.num_skipped = 0
+        self._data = data
+        self._tokenizer = tokenizer
+        self._seed = seed
+        self._block = lru_cache(maxsize=2)(self._make_block)
+        self._block(0)  # what is wrong shows now
+
+    def at(self, cursor: int) -> tuple[_Item, int]:
+        block, index = divmod(cursor, _TASK_BLOCK_ROWS)
+        return self._block(block)[index], 0
+
+    def for_sft(self) -> _TaskBlocks:
+        return _TaskBlocks(self._data, self._tokenizer, f"{self._seed}/sft")
+
+    def _make_block(self, block: int) -> Sequence[_Item]:
+        assert self._data.task is not None
+        rows = train_rows(self._data.task, self._seed, block, _TASK_BLOCK_ROWS)
+        numbered = _task_rows(rows, block * _TASK_BLOCK_ROWS)
+        data = self._data.model_copy(update={"on_long_prompt": "error"})
+        return _usable(numbered, self.name, data, self._tokenizer)[0]
+
+
+def _make_stream(data: Data, tokenizer: PreTrainedTokenizerBase, seed: str) -> _Stream:
+    if data.path is not None:
+        path = expand(data.path)
+        rows, name = read_rows(path, data.limit), str(path)
+    elif data.task is None:
+        raise DataError("data: neither path nor task is given. Set one of them")
+    elif data.limit is None:
+        return _TaskBlocks(data, tokenizer, seed)
+    else:
+        rows = _task_rows(train_rows(data.task, seed, 0, data.limit), 0)
+        name = f"task {data.task}"
+    items, num_skipped = _usable(rows, name, data, tokenizer)
+    return _Epochs(name, items, num_skipped, seed, data.shuffle)
+
+
+def _task_rows(rows: Sequence[dict[str, str]], first: int) -> list[Row]:
+    return [Row(n, f"row {n}", columns) for n, columns in enumerate(rows, start=first)]
+
+
+def _usable(
+    rows: Sequence[Row], name: str, data: Data, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[_Item], int]:
+    """The rows whose prompt is short enough, and how many were left out."""
+    items: list[_Item] = []
+    long: list[tuple[str, int]] = []
+    for row in rows:
+        source = column(row, name, data.prompt_column, "data.prompt_column")
+        where = f"{name}, {row.place}, column {data.prompt_column!r}"
+        token_ids = render(source, where, data, tokenizer)
+        if len(token_ids) > data.max_prompt_tokens:
+            long.append((row.place, len(token_ids)))
+            continue
+        token_ids.flags.writeable = False  # shared by all epochs
+        others = {key: value for key, value in row.columns.items() if key != data.prompt_column}
+        items.append(_Item(row.number, row.place, token_ids, source, others))
+    if long and (data.on_long_prompt == "error" or not items):
+        raise DataError(_explain_long(name, data, long, len(rows)))
+    return items, len(long)
+
+
+def _explain_long(name: str, data: Data, long: list[tuple[str, int]], num_rows: int) -> str:
+    places = ", ".join(place for place, _ in long[:_NAMED_ROWS])
+    more = ", ..." if len(long) > _NAMED_ROWS else ""
+    cure = "Raise data.max_prompt_tokens"
+    if data.on_long_prompt == "error" and len(long) < num_rows:
+        cure += ", or set data.on_long_prompt = 'skip' to leave them out"
+    return (
+        f"{name}: {len(long)} of {num_rows} prompts are over data.max_prompt_tokens = "
+        f"{data.max_prompt_tokens} ({places}{more}; the longest has {max(n for _, n in long)} "
+        f"tokens). {cure}"
+    )
+
+
+def _target_ids(
+    target: Any, where: str, tokenizer: PreTrainedTokenizerBase, max_target_tokens: int | None
+) -> np.ndarray:
+    if not isinstance(target, str) or not target:
+        found = f"{type(target).__name__} {target!r}"
+        raise DataError(f"{where}: found {found}, expected the text to learn. Correct the row")
+    ids = tokenizer(target, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = [*ids, tokenizer.eos_token_id]
+    if max_target_tokens is not None and len(ids) > max_target_tokens:
+        raise DataError(
+            f"{where}: {len(ids)} tokens with the end token, {max_target_tokens} fit. Raise "
+            "generation.max_response_tokens, or shorten the target"
+        )
+    return np.array(ids, dtype=np.int32)

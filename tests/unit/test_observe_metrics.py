@@ -1,0 +1,127 @@
+"""The table of metrics and the checks on what is sent."""
+
+import ast
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from rlhf_cluster.errors import MetricError
+from rlhf_cluster.observe.metrics import Metrics, NullMetrics, docs_table, find, label_value
+from rlhf_cluster.observe.table import METRICS, Kind, Role, _gauge, _index
+
+INTERNAL = {"importance/ratio_squared"}  # replaced by the effective sample size before it leaves
+
+
+class Collected:
+    """A sender that keeps what it gets."""
+
+    def __init__(self):
+        self.sent = []
+
+    def send(self, metric, value, labels):
+        self.sent.append((metric.name, value, dict(labels)))
+
+
+def test_every_name_has_an_area_and_fits_prometheus():
+    for metric in METRICS.values():
+        assert re.fullmatch(r"[a-z]+/[a-z0-9_]+", metric.name), metric.name
+        assert re.fullmatch(r"rlhf_[a-z0-9_]+", metric.prometheus_name)
+        assert metric.help
+        assert (metric.kind is Kind.COUNTER) == metric.name.endswith("_total")
+        assert (metric.kind is Kind.HISTOGRAM) == bool(metric.buckets)
+
+
+def test_names_stay_different_in_prometheus():
+    names = [metric.prometheus_name for metric in METRICS.values()]
+    assert len(set(names)) == len(names)
+
+
+def test_every_role_has_metrics():
+    assert {metric.role for metric in METRICS.values()} == set(Role)
+
+
+def test_two_rows_with_one_name_are_refused():
+    row = _gauge("reward/mean", "1", Role.CONTROLLER, "x")
+    with pytest.raises(MetricError, match="same name: reward/mean"):
+        _index((row, row))
+
+
+def test_every_metric_name_in_the_code_is_in_the_table():
+    areas = {name.split("/")[0] for name in METRICS}
+    found = set()
+    for path in [*Path("rlhf_cluster").rglob("*.py"), *Path("actors").rglob("*.py")]:
+        if path.name == "table.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                area, slash, rest = node.value.partition("/")
+                if slash and area in areas and re.fullmatch(r"[a-z0-9_]+", rest):
+                    found.add(node.value)
+    assert "learner/loss" in found
+    assert {name for name in found - INTERNAL if name not in METRICS} == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("rewrd/mean", "did you mean 'reward/mean'"),
+        ("nothing", "unknown metric 'nothing'"),
+        ("reward/part", "needs a label: write reward/part/<part>"),
+        ("reward/part/", "unknown metric"),
+        ("reward/mean/x", "unknown metric"),
+    ],
+)
+def test_a_name_that_is_not_in_the_table_raises(name, message):
+    with pytest.raises(MetricError, match=re.escape(message)):
+        find(name)
+    with pytest.raises(MetricError, match=re.escape(message)):
+        NullMetrics().record({name: 1.0})
+
+
+def test_a_labelled_name_carries_its_label():
+    assert find("buffer/discarded_total/WorkerError").name == "buffer/discarded_total"
+    assert label_value("buffer/discarded_total/WorkerError") == {"reason": "WorkerError"}
+    assert label_value("reward/mean") == {}
+
+
+def test_two_labels_are_sent_as_two_series():
+    # S39: values of different labels are never merged.
+    collected = Collected()
+    Metrics(collected).record({"reward/part/a": 1.0, "reward/part/b": 2.0})
+    assert collected.sent == [
+        ("reward/part", 1.0, {"part": "a"}),
+        ("reward/part", 2.0, {"part": "b"}),
+    ]
+
+
+def test_counters_are_sent_as_increases_and_survive_a_restart_of_their_source():
+    collected = Collected()
+    metrics = Metrics(collected)
+    for total in (3.0, 7.0, 7.0, 2.0):
+        metrics.count_up_to("generation/tokens_total", total)
+    assert [value for _, value, _ in collected.sent] == [3.0, 4.0, 0.0, 2.0]
+
+
+def test_a_counter_never_goes_down():
+    with pytest.raises(MetricError, match="negative"):
+        NullMetrics().count("generation/tokens_total", -1.0)
+
+
+def test_a_metric_sent_as_another_kind_raises():
+    with pytest.raises(MetricError, match="is a gauge, it was sent as a counter"):
+        NullMetrics().count("reward/mean")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_are_not_sent(value):
+    collected = Collected()
+    Metrics(collected).gauge("reward/mean", value)
+    assert collected.sent == []
+
+
+def test_the_documentation_lists_every_metric_once():
+    rows = [line for line in docs_table().splitlines() if line.startswith("| `")]
+    assert len(rows) == len(METRICS)
+    assert all(line.count("|") == 8 for line in rows)

@@ -1,0 +1,96 @@
+"""A publisher that dies between any two steps on the file system.
+
+Each try runs in a forked process that an audit hook ends, with no cleaning up, at the n-th file
+system call of a publish; n counts up until a publish gets through.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from weight_cases import assert_same, publish, small_model
+
+from rlhf_cluster.weights import store
+
+_STEPS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
+_DIED = 77
+
+
+def survives(root: Path, die_at: int, work: Callable[[], object]) -> bool:
+    """Run `work` in a child that dies at its `die_at`-th step below `root`. True if it lived."""
+    child = os.fork()
+    if child == 0:
+        steps = 0
+
+        def count(event: str, arguments: tuple[object, ...]) -> None:
+            nonlocal steps
+            if event not in _STEPS or not str(arguments[0]).startswith(str(root)):
+                return
+            steps += 1
+            if steps == die_at:
+                os._exit(_DIED)
+
+        status = 1
+        try:
+            sys.addaudithook(count)
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    assert code in (0, _DIED), f"step {die_at}: the publisher failed instead of dying"
+    return code == 0
+
+
+@pytest.mark.parametrize("latest_before", [None, 3])
+def test_latest_is_always_complete_and_publishing_goes_on(
+    tmp_path: Path, latest_before: int | None
+) -> None:
+    seen: set[int | None] = set()
+    for die_at in range(1, 200):
+        root = tmp_path / f"die-at-{die_at}"
+        if latest_before is not None:
+            for number in (1, 2, latest_before):
+                publish(root, number, small_model(number), keep=3)
+        done = survives(root, die_at, lambda root=root: publish(root, 4, small_model(4), keep=2))
+
+        latest = store.latest(root)
+        seen.add(latest and latest.version)
+        if latest is not None:
+            assert latest.version in (latest_before, 4)
+            assert_same(dict(store.read(latest.path)), small_model(latest.version))
+        for number in store.versions(root):
+            assert_same(dict(store.read(root / f"v{number:06d}")), small_model(number))
+
+        # Whoever comes next publishes version 4 or a later one, and finds a clean store after it.
+        publish(root, 4 if latest is None or latest.version < 4 else 5, small_model(5), keep=1)
+        left = sorted(path.name for path in root.iterdir())
+        assert len(left) == 3, left
+        if done:
+            assert die_at > 10, "the audit hook saw too few steps to prove anything"
+            break
+    else:
+        raise AssertionError("no publish got through")
+    assert seen == {latest_before, 4}
+
+
+def test_a_rewind_that_dies_can_be_repeated(tmp_path: Path) -> None:
+    for die_at in range(1, 100):
+        root = tmp_path / f"die-at-{die_at}"
+        for number in range(1, 5):
+            publish(root, number, small_model(number))
+        done = survives(root, die_at, lambda root=root: store.rewind(root, 2))
+        latest = store.latest(root)
+        assert latest is not None
+        assert latest.version in (2, 4)
+        assert_same(dict(store.read(latest.path)), small_model(latest.version))
+        assert store.rewind(root, 2).version == 2
+        assert store.versions(root) == [1, 2]
+        if done:
+            assert die_at > 3
+            break
+    else:
+        raise AssertionError("no rewind got through")

@@ -1,0 +1,64 @@
+"""Small weights, and ranks that write them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from rlhf_cluster.records import WeightVersion
+from rlhf_cluster.weights import store
+from rlhf_cluster.weights.manifest import LocalPart, ShardReport
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def small_model(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    """A matrix of several hash chunks, a vector, a scalar."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "model.embed_tokens.weight": torch.randn(300, 257, generator=generator).to(dtype),
+        "model.norm.weight": torch.randn(257, generator=generator).to(dtype),
+        "scale": torch.randn((), generator=generator).to(dtype),
+    }
+
+
+def split(
+    tensors: Tensors, cuts: Mapping[str, Sequence[int]], num_ranks: int
+) -> list[list[LocalPart]]:
+    """Each tensor cut at `cuts[name]` (num_ranks - 1 elements), one range a rank, some empty."""
+    ranks: list[list[LocalPart]] = [[] for _ in range(num_ranks)]
+    for name, tensor in tensors.items():
+        flat = tensor.reshape(-1)
+        borders = [0, *sorted(cuts[name]), flat.numel()]
+        for rank, (a, b) in enumerate(pairwise(borders)):
+            part = LocalPart(name=name, shape=tuple(tensor.shape), offset=a, tensor=flat[a:b])
+            ranks[rank].append(part)
+    return ranks
+
+
+def write(root: Path, version: int, tensors: Tensors, num_ranks: int = 2) -> list[ShardReport]:
+    cuts = {
+        name: [tensor.numel() * k // num_ranks for k in range(1, num_ranks)]
+        for name, tensor in tensors.items()
+    }
+    return [
+        store.write_shard(root, version, rank, parts)
+        for rank, parts in enumerate(split(tensors, cuts, num_ranks))
+    ]
+
+
+def publish(
+    root: Path, version: int, tensors: Tensors, num_ranks: int = 2, keep: int = 10
+) -> WeightVersion:
+    return store.commit(root, version, write(root, version, tensors, num_ranks), keep)
+
+
+def assert_same(found: Tensors, expected: Tensors) -> None:
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert found[name].shape == tensor.shape
+        assert torch.equal(found[name], tensor), name
