@@ -35,8 +35,8 @@ async def _try_workers(
 ) -> tuple[Any, Handle]:
     """The answer of the first worker that gives one; the last try's error otherwise.
 
-    A worker that died or was silent is replaced. One that answered with an error stays: its health
-    check decides.
+    A worker that died or was silent is replaced. One that answered with an error is checked first:
+    it stays when it can still serve.
     """
     last: RlhfError | None = None
     for _ in range(max_retries + 1):
@@ -49,7 +49,7 @@ async def _try_workers(
                 await pool.fail(worker, error)
             except (WorkerError, ScoringError, StalledError) as error:
                 last = error
-                pool.last_errors[worker.name] = str(error)
+                await pool.suspect(worker, error)
     assert last is not None
     raise last if isinstance(last, (WorkerError, ScoringError)) else WorkerError(str(last))
 

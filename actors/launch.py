@@ -74,14 +74,14 @@ def spawn(
     strategy = PlacementGroupSchedulingStrategy(
         placement_group=group, placement_group_bundle_index=index
     )
-    remote = ray.remote(cls).options(
+    remote = ray.remote(
         num_cpus=bundle.cpus,
         num_gpus=bundle.gpus,
         scheduling_strategy=strategy,
         runtime_env={"env_vars": variables},
         **options,
     )
-    return remote.remote(*arguments)
+    return remote(cls).remote(*arguments)
 
 
 def take_down(actor: Any, group: PlacementGroup | None) -> None:

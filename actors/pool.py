@@ -120,6 +120,12 @@ class WorkerPool:
             self.num_restarts += 1
             self._background(self._replace())
 
+    async def suspect(self, worker: Worker, error: RlhfError) -> None:
+        """Note an error that the worker itself reported, and retire it if it cannot serve on."""
+        self._note(worker.name, error)
+        if worker.state is not State.RETIRED:
+            await self._check_one(worker)
+
     async def supervise(self) -> None:
         """Check every worker each heartbeat. Ends by cancellation, or raises the pool's failure."""
         while True:

@@ -53,7 +53,7 @@ def prepare(config: RunConfig, argv: list[str], overwrite: bool) -> Iterator[Inp
 def _check(config: RunConfig, rundir: RunDir) -> Inputs:
     model_dir = _model_dir(config, rundir)
     tokenizer = load_tokenizer(config.model.tokenizer or model_dir)
-    check_fit(model_dir, tokenizer, config.max_sequence_tokens)
+    check_fit(model_dir, config.max_sequence_tokens, config.model.tokenizer)
     prompts = PromptSource(config.data, tokenizer, config.run.seed)
     num_warmup = config.sft.steps * config.sft.batch_size
     warmup = list(

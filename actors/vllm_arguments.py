@@ -22,6 +22,7 @@ TESTED_VLLM = "0.32"
 TRANSFER_BACKEND = "rlhf_store"
 WORKER_EXTENSION = "actors.vllm_weights.WorkerExtension"
 
+_CPU_BATCHED_TOKENS = 8192
 _CPU_BLOCK_SIZE = 32  # vLLM's own default on CPU is 128: prefix caching would then share little
 _CPU_KV_CACHE_BYTES = 256 << 20
 _CPU_QUANTIZATION = ("fp8_per_channel",)
@@ -30,8 +31,8 @@ _NEEDED_API = {
     "vllm.v1.engine.llm_engine.LLMEngine": (
         "from_engine_args", "add_request", "abort_request", "step", "collective_rpc",
         "set_weight_version", "reset_prefix_cache", "has_unfinished_requests",
-        "get_num_unfinished_requests",
     ),
+    "vllm.v1.core.sched.scheduler.Scheduler": ("get_request_counts", "get_kv_cache_usage"),
     "vllm.outputs.CompletionOutput": ("weight_versions",),
     "vllm.sampling_params.SamplingParams": ("flat_logprobs",),
     "vllm.distributed.weight_transfer.WeightTransferEngineFactory": ("register_engine",),
@@ -89,6 +90,10 @@ def engine_arguments(config: RunConfig, model_dir: str, worker_name: str) -> dic
     if not on_gpu:
         arguments["kv_cache_memory_bytes"] = generation.kv_cache_bytes or _CPU_KV_CACHE_BYTES
         arguments["block_size"] = generation.block_size or _CPU_BLOCK_SIZE
+        # A prompt that is split over steps rewinds the request's random generator, which torch's
+        # CPU generator cannot do: the step fails and takes the engine with it.
+        arguments["enable_chunked_prefill"] = False
+        arguments["max_num_batched_tokens"] = max(_CPU_BATCHED_TOKENS, config.max_sequence_tokens)
     owned = sorted(set(_OWNED) & set(generation.engine_args))
     if owned:
         raise ConfigError(

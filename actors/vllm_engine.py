@@ -24,7 +24,7 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,7 @@ from rlhf_cluster.errors import DataError, RlhfError, StalledError, WeightError,
 from rlhf_cluster.records import WeightVersion
 
 if TYPE_CHECKING:
-    from vllm.outputs import CompletionOutput, RequestOutput
+    from vllm.outputs import CompletionOutput
     from vllm.v1.engine.llm_engine import LLMEngine
 
 __all__ = ["VllmEngine", "engine_environment", "make_engine"]
@@ -79,6 +79,7 @@ class VllmEngine(Engine):
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop
         self._llm: LLMEngine
+        self._scheduler: Any  # read by `stats`; vLLM's own metrics would cost some of every step
         self._sampling_params: Callable[..., Any]
         self._refusals: tuple[type[Exception], ...]
         self._updating = asyncio.Lock()
@@ -137,9 +138,13 @@ class VllmEngine(Engine):
         )
 
     def stats(self) -> Mapping[str, float]:
+        """Sequences sampled and queued, share of the KV cache in use, and totals since start."""
+        num_running, num_waiting = self._scheduler.get_request_counts()
         return {
+            "num_running": float(num_running),
+            "num_waiting": float(num_waiting),
+            "kv_cache_use_fraction": float(self._scheduler.get_kv_cache_usage()),
             "num_requests": float(len(self._waiting)),
-            "num_sequences": float(self._llm.get_num_unfinished_requests()),
             "num_tokens_total": float(self._num_tokens),
             "num_steps_total": float(self._num_steps),
         }
@@ -219,6 +224,7 @@ class VllmEngine(Engine):
         self._sampling_params = sampling_params
         self._refusals = (ValueError, VLLMClientError)
         self._llm = LLMEngine.from_engine_args(EngineArgs(**self._arguments))
+        self._scheduler = self._llm.engine_core.engine_core.scheduler  # type: ignore[attr-defined]
         self._rpc("init_weight_transfer_engine", {"init_info": {}})
         self._llm.set_weight_version(str(INITIAL_VERSION))
 
@@ -264,7 +270,7 @@ class VllmEngine(Engine):
     def _rpc(self, method: str, kwargs: dict[str, Any] | None = None) -> list[Any]:
         return self._llm.collective_rpc(method, kwargs=kwargs or {})
 
-    def _collect(self, outputs: list[RequestOutput]) -> None:
+    def _collect(self, outputs: Sequence[Any]) -> None:  # of RequestOutput
         answers: list[Answer] = []
         for output in outputs:
             answer = self._waiting.pop(output.request_id, None)
@@ -357,15 +363,9 @@ def _to_sample(request_id: str, choice: CompletionOutput) -> Sample:
             f"request {request_id}: vLLM returned log-probabilities of other tokens than the "
             f"{len(token_ids)} sampled ones"
         )
-    spans = [(int(s.version), s.start, s.end) for s in choice.weight_versions or ()]
-    edges = [0] + [end for _, _, end in spans]
-    if edges[-1] != len(token_ids) or [start for _, start, _ in spans] != edges[:-1]:
-        raise WorkerError(
-            f"request {request_id}: version spans {spans} do not cover its {len(token_ids)} tokens"
-        )
     return Sample(
         token_ids=token_ids,
         logprobs=list(flat.logprobs),  # type: ignore[union-attr]
-        version_spans=spans,
+        version_spans=[(int(s.version), s.start, s.end) for s in choice.weight_versions or ()],
         finish_reason=choice.finish_reason,
     )

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,8 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
                 f"asked to apply version {update_info.version}, staged is "
                 f"{staged.version if staged else 'nothing'}; stage it first"
             )
-        self.model.load_weights((name, t.to(self.device)) for name, t in staged.tensors)
+        load_weights: Callable[..., object] = self.model.load_weights  # type: ignore[assignment]
+        load_weights((name, t.to(self.device)) for name, t in staged.tensors)
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)

@@ -252,6 +252,7 @@ def _check_inputs(config: RunConfig) -> list[str]:
     import tempfile
 
     from actors.prepare import prepare
+    from rlhf_cluster.planning.trial import try_rewards
 
     with tempfile.TemporaryDirectory(prefix="rlhf-validate-") as root:
         apart = config.model_copy(
@@ -262,6 +263,8 @@ def _check_inputs(config: RunConfig) -> list[str]:
         )
         with prepare(apart, [], False) as inputs:
             skipped = inputs.prompts.num_skipped
+            tokenizer_dir = config.model.tokenizer or str(inputs.model_dir)
+            try_rewards(config.scoring.rewards, tokenizer_dir, inputs.prompts.next())
     notes = []
     if skipped:
         notes.append(f"{skipped} prompts are over data.max_prompt_tokens and are left out")

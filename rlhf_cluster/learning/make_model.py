@@ -22,7 +22,7 @@ from rlhf_cluster.config.sections import ModelInit
 from rlhf_cluster.errors import DataError
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerFast
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 PAD, EOS, BOS, UNK = "<pad>", "<eos>", "<bos>", "<unk>"
 SPECIAL_TOKENS = (PAD, EOS, BOS, UNK)
@@ -53,7 +53,7 @@ def make_model(init: ModelInit, out_dir: str | Path, seed: int) -> Path:
     partial = out_dir.with_name(f"{out_dir.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
-        model.save_pretrained(partial)
+        _save(model, partial)
         tokenizer.save_pretrained(partial)
         partial.rename(out_dir)
     except OSError as error:
@@ -61,6 +61,20 @@ def make_model(init: ModelInit, out_dir: str | Path, seed: int) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out_dir
+
+
+def _save(model: PreTrainedModel, folder: Path) -> None:
+    """What `save_pretrained` writes for a small model, without importing every training library
+    that is installed (it looks for their wrappers), which takes seconds."""
+    from safetensors.torch import save_file
+
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    tied = set(model.all_tied_weights_keys)
+    tensors = {n: t.contiguous() for n, t in model.state_dict().items() if n not in tied}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

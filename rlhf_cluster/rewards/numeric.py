@@ -4,9 +4,10 @@ The final number of a text is the first one after the last `####`; else the last
 `\boxed{}`; else the last one of the whole text. The same rule reads both sides, so GSM8K's answers
 serve as they are.
 
-Numbers: sign, thousands commas, decimals, powers of ten (1.5e3), fractions (3/4, \frac{3}{4}), mixed
-numbers (2 1/2). Currency signs, percent signs and units are dropped, not converted: 50% reads as
-50. Arithmetic is exact (`Fraction`), never floating point. Reading takes time linear in the text.
+Numbers: sign, thousands commas, decimals, powers of ten (1.5e3), fractions (3/4, \frac{3}{4}),
+mixed numbers (2 1/2). Currency signs, percent signs and units are dropped, not converted: 50%
+reads as 50. Arithmetic is exact (`Fraction`), never floating point. Reading takes time linear in
+the text.
 """
 
 from __future__ import annotations
@@ -94,11 +95,11 @@ def final_number(text: str) -> Fraction | None:
     """The final number of `text` by the rule above, None when there is none."""
     for spelling, plain in _SPELLINGS:
         text = text.replace(spelling, plain)
-    before, marker, after = text.rpartition("####")
+    _, marker, after = text.rpartition("####")
     if marker:
         first = _NUMBER.search(_plain_fractions(after))
         return _value(first) if first else None
-    before, marker, after = text.rpartition("\\boxed{")
+    _, marker, after = text.rpartition("\\boxed{")
     last = None
     for match in _NUMBER.finditer(_plain_fractions(_up_to_brace(after) if marker else text)):
         last = match

@@ -33,6 +33,8 @@ _CHUNK_BYTES = 1 << 16
 _DEATH_CHECK_S = 0.5  # a grandchild may hold the pipe open, so its end alone does not tell
 _KILL_TIMEOUT_S = 10.0
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
+# Run as a file: as a module it would first import this package, several times its own start.
+_CHILD = str(Path(__file__).resolve().with_name("child.py"))
 
 
 class FunctionProcess:
@@ -101,7 +103,7 @@ class FunctionProcess:
     def _spawn(self) -> None:
         request_read, request_write = os.pipe()
         reply_read, reply_write = os.pipe()
-        command = [sys.executable, "-u", "-m", "rlhf_cluster.rewards.child", self._function]
+        command = [sys.executable, "-P", "-u", _CHILD, self._function]
         paths = (os.environ.get("PYTHONPATH"), _PACKAGE_ROOT)
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
         try:
@@ -244,6 +246,8 @@ class FunctionPool:
                 self._idle.get(timeout=_KILL_TIMEOUT_S).kill()
 
     def _take(self) -> FunctionProcess:
+        if self._closed:
+            raise self._refusal()
         try:
             process = self._idle.get(timeout=self._wait_timeout_s)
         except queue.Empty:
@@ -254,8 +258,11 @@ class FunctionPool:
             ) from None
         if self._closed:
             self._idle.put(process)
-            raise RewardFailure(f"{self._function}: the reward is closed", "busy")
+            raise self._refusal()
         return process
+
+    def _refusal(self) -> RewardFailure:
+        return RewardFailure(f"{self._function}: the reward is closed", "busy")
 
 
 def _signal_name(number: int) -> str:

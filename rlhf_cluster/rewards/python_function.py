@@ -94,7 +94,8 @@ def _check_kwargs(config: PythonFunctionConfig) -> None:
     for name, value in config.kwargs.items():
         if name in _OWN_ARGUMENTS:
             raise ConfigError(
-                f"kwargs.{name} of {config.function}: this argument is the function's own. Remove it"
+                f"kwargs.{name} of {config.function}: this argument is the function's own. Remove "
+                "it"
             )
         try:
             json.dumps(value)

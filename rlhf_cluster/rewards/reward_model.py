@@ -42,7 +42,7 @@ class RewardModelConfig(RewardSection):
     """Folder (or hub id, where the hub can be reached) of a sequence-classification model with
     num_labels = 1."""
     tokenizer: Literal["shared", "own"] = "shared"
-    """`shared`: it reads the policy's token ids. `own`: it reads the text with its own tokenizer."""
+    """`shared`: it reads the policy's token ids. `own`: the text, tokenized its own way."""
     dtype: Dtype = "bfloat16"
     """Type of the model; its score head always computes in float32."""
     tokens_per_batch: PositiveInt = 16384
@@ -99,7 +99,7 @@ class RewardModel:
         if not 1 <= len(ids) <= self._max_tokens:
             raise RewardFailure(
                 f"rollout {rollout.rollout_id} has {len(ids)} tokens, the reward model takes 1 to "
-                f"{self._max_tokens}. Raise tokens_per_batch (up to the positions of the model), or "
+                f"{self._max_tokens}. Raise tokens_per_batch (within the model's positions), or "
                 "shorten the responses",
                 "tokens",
             )
@@ -152,14 +152,14 @@ def _load(config: RewardModelConfig, device: str) -> Any:
         )
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"reward model {config.path}: cannot be loaded ({error}). Give the folder of a sequence-"
-            "classification model with safetensors weights"
+            f"reward model {config.path}: cannot be loaded ({error}). Give the folder of a "
+            "sequence-classification model with safetensors weights"
         ) from error
     head = getattr(model, "score", None)
     if not isinstance(head, torch.nn.Linear) or head.out_features != 1:
         raise ConfigError(
-            f"reward model {config.path}: {type(model).__name__} has the output {head!r}, expected a "
-            "linear `score` head with one output. Give a decoder model trained with num_labels = 1"
+            f"reward model {config.path}: {type(model).__name__} has the output {head!r}, expected "
+            "a linear `score` head with one output. Give a decoder model with num_labels = 1"
         )
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
@@ -180,8 +180,8 @@ def _check_vocabulary(path: str, tokenizer_dir: str | None) -> None:
     if own != policy:
         differing = sorted(token for token, _ in own.items() ^ policy.items())
         raise ConfigError(
-            f"reward model {path}: its tokenizer differs from the policy's in {tokenizer_dir} (such "
-            f"as {differing[0]!r}). Set tokenizer = 'own'"
+            f"reward model {path}: its tokenizer differs from the policy's in {tokenizer_dir} "
+            f"(such as {differing[0]!r}). Set tokenizer = 'own'"
         )
 
 

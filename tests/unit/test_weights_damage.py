@@ -153,9 +153,8 @@ def test_readers_beside_a_publisher_see_whole_versions_or_a_clear_error(tmp_path
 
     def read_until_last() -> None:
         while not newest or newest[-1] < num_versions:
+            version = store.latest(tmp_path)
             try:
-                version = store.latest(tmp_path)
-                assert version is not None
                 values = {x for _, t in store.read(version.path) for x in t.tolist()}
             except WeightError as error:
                 if "no such version" not in str(error):
@@ -175,6 +174,14 @@ def test_readers_beside_a_publisher_see_whole_versions_or_a_clear_error(tmp_path
     assert failures == []
     assert all(len(values) == 1 for values in seen)
     assert newest == sorted(newest)
+
+
+def test_the_pointer_is_replaced_and_never_written_in_place(tmp_path: Path) -> None:
+    publish(tmp_path, 1, small_model())
+    with (tmp_path / "latest").open() as before:
+        publish(tmp_path, 2, small_model(2))
+        assert before.read() == "v000001\n"
+    assert (tmp_path / "latest").read_text() == "v000002\n"
 
 
 def test_racing_commits_leave_the_newest_as_the_latest(tmp_path: Path) -> None:

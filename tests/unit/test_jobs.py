@@ -1,0 +1,252 @@
+"""Jobs, against a client written by hand."""
+
+import os
+import shlex
+import socket
+import threading
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from actors import jobs
+from rlhf_cluster.config import load_run
+from rlhf_cluster.errors import ConfigError, RunError, StalledError
+
+ADDRESS = "http://127.0.0.1:8265"
+TOML = """
+[run]
+name = "tiny"
+root = "/shared/runs"
+steps = 3
+groups_per_step = 4
+[model.init]
+hidden_size = 128
+num_layers = 1
+[data]
+path = "data/prompts.jsonl"
+max_prompt_tokens = 8
+[generation]
+max_response_tokens = 8
+[scoring]
+rewards = [{type = "exact_match"}]
+[learner]
+learning_rate = 1e-3
+"""
+
+
+def make_job(job_id: str, run: str | None, status: str, start_s: int = 1) -> SimpleNamespace:
+    return SimpleNamespace(
+        submission_id=job_id,
+        metadata={jobs.RUN_KEY: run} if run else None,
+        status=status,
+        message=f"message of {job_id}",
+        start_time=start_s * 1000,
+        end_time=None,
+    )
+
+
+@dataclass
+class FakeClient:
+    """Jobs that stand still, but for `script`: what each further list of jobs changes."""
+
+    jobs: list = field(default_factory=list)
+    script: list = field(default_factory=list)
+    text: str = ""
+    submitted: list = field(default_factory=list)
+    stopped: list = field(default_factory=list)
+
+    def submit_job(self, *, entrypoint, runtime_env, metadata):
+        folder = Path(runtime_env["working_dir"])
+        files = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
+        config = tomllib.loads(files["run.toml"].read_text())
+        self.submitted.append((entrypoint, set(files), metadata, config))
+        return "job-new"
+
+    def list_jobs(self):
+        if self.script:
+            self.script.pop(0)(self)
+        return self.jobs
+
+    def get_job_logs(self, job_id):
+        return self.text
+
+    def stop_job(self, job_id):
+        self.stopped.append(job_id)
+        return True
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.toml").write_text(TOML)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "prompts.jsonl").write_text("{}\n")
+    (tmp_path / "data" / "private.txt").write_text("not for the cluster")
+    return tmp_path
+
+
+def submit(client, *overrides, run_name=None):
+    return jobs.submit(Path("run.toml"), list(overrides), ADDRESS, run_name, client=client)
+
+
+def test_a_job_gets_the_configuration_the_code_and_its_prompts_and_nothing_else(here):
+    client = FakeClient()
+    assert submit(client, "run.steps=5", "data.prompt_column=be nice; rm -rf /") == "job-new"
+    [(entrypoint, files, metadata, config)] = client.submitted
+    assert shlex.split(entrypoint)[:5] == ["python", "-m", "rlhf_cluster.cli", "run", "run.toml"]
+    assert "data.prompt_column=be nice; rm -rf /" in shlex.split(entrypoint)
+    assert metadata == {"rlhf_run": "tiny"}
+    assert config["run"]["name"] == "tiny"
+    assert {"rlhf_cluster/cli.py", "actors/jobs.py", "data/prompts.jsonl"} <= files
+    assert "data/private.txt" not in files
+    assert not any("__pycache__" in name for name in files)
+
+
+def test_the_override_of_a_job_gives_the_run_that_was_checked(here):
+    client = FakeClient()
+    submit(client, "run.steps=5", run_name="other")
+    entrypoint, _, metadata, _ = client.submitted[0]
+    words = shlex.split(entrypoint)
+    overrides = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+    assert load_run("run.toml", overrides) == load_run(
+        "run.toml", ["run.steps=5", "run.name=other"]
+    )
+    assert metadata == {"rlhf_run": "other"}
+
+
+def test_a_job_joins_the_cluster_that_runs_it(here):
+    client = FakeClient()
+    submit(client, "cluster.address=ray://elsewhere:10001")
+    assert "cluster.address=auto" in shlex.split(client.submitted[0][0])
+
+
+def test_a_run_name_in_use_is_refused_until_its_job_has_ended(here):
+    client = FakeClient(jobs=[make_job("job-1", "tiny", "RUNNING")])
+    with pytest.raises(RunError, match=r"run 'tiny' is already running as job job-1.*--run-id"):
+        submit(client)
+    assert client.submitted == []
+    for ended in jobs.ENDED:
+        assert submit(FakeClient(jobs=[make_job("job-1", "tiny", ended)])) == "job-new"
+    assert submit(client, run_name="other") == "job-new"
+
+
+@pytest.mark.parametrize(
+    ("override", "key"), [("run.root=runs", "run.root"), ("weights.root=shm", "weights.root")]
+)
+def test_a_run_directory_that_no_other_node_finds_is_refused(here, override, key):
+    client = FakeClient()
+    with pytest.raises(ConfigError, match=rf"{key} = .* relative.*--set {key}=/shared"):
+        submit(client, override)
+    assert client.submitted == []
+
+
+def test_a_prompt_file_too_large_to_send_is_refused(here):
+    os.truncate(here / "data" / "prompts.jsonl", jobs.MAX_FILE_BYTES + 1)
+    with pytest.raises(ConfigError, match=r"data\.path = .* 52428801 bytes, 52428800 at most"):
+        submit(FakeClient())
+
+
+def test_the_module_of_a_reward_function_travels_with_the_job(here, tmp_path):
+    (here / "my_rewards.py").write_text("def score(): ...")
+    config = load_run("run.toml")
+    reward = SimpleNamespace(function="my_rewards:score")
+    scoring = config.scoring.model_copy(update={"rewards": [reward]})
+    target = tmp_path / "packed"
+    target.mkdir()
+    jobs.pack(target, here / "run.toml", config.model_copy(update={"scoring": scoring}), Path.cwd())
+    assert (target / "my_rewards.py").exists()
+
+
+def test_a_job_is_found_by_id_or_by_run_the_live_one_first():
+    client = FakeClient(
+        jobs=[
+            make_job("job-1", "tiny", "RUNNING", start_s=1),
+            make_job("job-2", "tiny", "FAILED", start_s=2),
+            make_job("job-3", None, "RUNNING", start_s=3),
+        ]
+    )
+    assert jobs.status("tiny", ADDRESS, client=client)["job"] == "job-1"
+    found = jobs.status("job-2", ADDRESS, client=client)
+    assert (found["run"], found["state"], found["started_s"]) == ("tiny", "FAILED", 2.0)
+    with pytest.raises(RunError, match="nothing: no job"):
+        jobs.status("nothing", ADDRESS, client=client)
+
+
+def test_the_tail_of_a_log():
+    client = FakeClient(jobs=[make_job("job-1", "tiny", "RUNNING")], text="a\nb\nc\n")
+    assert list(jobs.logs("tiny", ADDRESS, client=client)) == ["a", "b", "c"]
+    assert list(jobs.logs("tiny", ADDRESS, 2, client=client)) == ["b", "c"]
+    with pytest.raises(RunError, match=r"logs/learner-0\.log"):
+        list(jobs.logs("tiny", ADDRESS, actor="learner-0", client=client))
+
+
+def test_following_a_job_gives_every_line_once_and_ends_with_it():
+    def write(text):
+        return lambda client: setattr(client, "text", client.text + text)
+
+    def end(client):
+        client.text += "last"
+        client.jobs = [make_job("job-1", "tiny", "SUCCEEDED")]
+
+    client = FakeClient(
+        jobs=[make_job("job-1", "tiny", "RUNNING")],
+        script=[write(""), write("one\ntw"), write("o\n"), write(""), end],
+    )
+    naps = []
+    lines = list(jobs.follow("tiny", ADDRESS, client=client, sleep=naps.append))
+    assert lines == ["one", "two", "last"]
+    assert len(naps) == 3
+
+
+def test_a_stopped_job_is_seen_to_end():
+    def end(client):
+        client.jobs = [make_job("job-1", "tiny", "STOPPED")]
+
+    client = FakeClient(
+        jobs=[make_job("job-1", "tiny", "RUNNING")],
+        script=[lambda _: None, lambda _: None, end],
+    )
+    naps = []
+    jobs.stop("tiny", ADDRESS, client=client, sleep=naps.append)
+    assert client.stopped == ["job-1"]
+    assert len(naps) == 1
+    with pytest.raises(RunError, match="already ended: STOPPED"):
+        jobs.stop("tiny", ADDRESS, client=client)
+
+
+def test_a_job_that_does_not_stop_is_an_error_and_not_a_wait_for_ever():
+    client = FakeClient(jobs=[make_job("job-1", "tiny", "RUNNING")])
+    with pytest.raises(StalledError, match="still runs"):
+        jobs.stop("tiny", ADDRESS, client=client, sleep=lambda _: None)
+
+
+def test_a_silent_cluster_runs_into_the_deadline():
+    never = threading.Event()
+    with pytest.raises(StalledError, match=r"the list of jobs: no answer .* within 0\.05 s"):
+        jobs._within(0.05, "the list of jobs", never.wait)
+    never.set()
+
+
+def test_a_refusal_of_the_cluster_is_passed_on():
+    def refuse():
+        raise RuntimeError("401 unauthorized")
+
+    with pytest.raises(RunError, match="the list of jobs: the cluster answered: 401"):
+        jobs._within(5.0, "the list of jobs", refuse)
+
+
+def test_an_address_that_nobody_listens_at_is_named():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with pytest.raises(RunError, match=f"127.0.0.1:{port}: no Ray dashboard answers"):
+        jobs.connect(f"http://127.0.0.1:{port}")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:8265", "ray://head:10001", "auto", ""])
+def test_an_address_of_another_kind_is_refused(address):
+    with pytest.raises(RunError, match="expected the address of the Ray dashboard"):
+        jobs.connect(address)

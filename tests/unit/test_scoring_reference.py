@@ -1,0 +1,109 @@
+"""The reference model against a plain transformers forward of one sequence at a time."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlhf_cluster.errors import ScoringError, StalledError
+from rlhf_cluster.scoring.reference import Reference
+from tests import tiny_llama
+from tests.rewarding import make_prompt, make_rollouts
+
+RESPONSES = ([9, 8, 7, 6, 1], [9], [5, 1], [0, 0, 0], [30] * 20, [1, 1])
+PROMPT = [2, 3, 0, 4]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("policy")
+    tiny_llama.save(tiny_llama.build(seed=1, max_position=48), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def naive(model_dir):
+    """Log-probabilities of the response from the logits of one unpadded sequence, in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+
+    @torch.no_grad()
+    def logprobs(response, temperature):
+        ids = torch.tensor([PROMPT + list(response)])
+        table = (model(ids).logits[0] / temperature).log_softmax(-1)
+        start = len(PROMPT)
+        return np.array([table[start + i - 1, t].item() for i, t in enumerate(response)])
+
+    return logprobs
+
+
+def rollouts(temperature=1.0, responses=RESPONSES):
+    return make_rollouts(make_prompt(ids=PROMPT), responses, temperature=temperature)
+
+
+@pytest.mark.parametrize("tokens_per_batch", [24, 50, 4096])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_those_of_each_sequence_alone_at_its_temperature(
+    model_dir, naive, tokens_per_batch, temperature
+):
+    reference = Reference(str(model_dir), "float32", "cpu", tokens_per_batch)
+    found = reference.logprobs(rollouts(temperature))
+    for array, response in zip(found, RESPONSES, strict=True):
+        assert array.dtype == np.float32
+        np.testing.assert_allclose(array, naive(response, temperature), atol=2e-5)
+
+
+def test_rollouts_of_several_temperatures_keep_their_order(model_dir, naive):
+    temperatures = (1.0, 0.5, 1.0)
+    mixed = [
+        rollouts(temperature, [response])[0]
+        for temperature, response in zip(temperatures, RESPONSES, strict=False)
+    ]
+    found = Reference(str(model_dir), "float32", "cpu", 4096).logprobs(mixed)
+    for array, temperature, response in zip(found, temperatures, RESPONSES, strict=False):
+        np.testing.assert_allclose(array, naive(response, temperature), atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_s38_a_policy_equal_to_the_reference_is_at_zero_distance(model_dir, dtype):
+    """The learner's own forward of the same rows: the difference is exactly 0, token by token."""
+    import torch
+
+    from rlhf_cluster.learning.policy import load_policy
+
+    [found] = Reference(str(model_dir), dtype, "cpu", 4096).logprobs(rollouts()[:1])
+    policy = load_policy(model_dir, getattr(torch, dtype), "cpu", trainable=True)
+    tokens = torch.tensor([PROMPT + list(RESPONSES[0])])
+    positions = torch.arange(tokens.shape[1] - 1)[None]
+    own, _ = policy(tokens[:, :-1], positions, tokens[:, 1:])
+    assert own.requires_grad
+    assert np.array_equal(found, own[0, -len(RESPONSES[0]) :].detach().float().numpy())
+
+
+def test_the_reference_is_frozen(model_dir):
+    reference = Reference(str(model_dir), "float32", "cpu", 4096)
+    parameters = list(reference._policy.parameters())
+    assert parameters
+    assert not any(p.requires_grad for p in parameters)
+    assert not reference._policy.training
+
+
+def test_a_greedy_rollout_has_no_reference_distribution(model_dir):
+    reference = Reference(str(model_dir), "float32", "cpu", 4096)
+    with pytest.raises(ScoringError, match="temperature 0"):
+        reference.logprobs(rollouts(temperature=0.0))
+
+
+def test_a_sequence_over_the_token_budget_is_named(model_dir):
+    reference = Reference(str(model_dir), "float32", "cpu", tokens_per_batch=22)
+    with pytest.raises(ScoringError, match=r"g0/4 has 23 positions.*tokens_per_batch = 22"):
+        reference.logprobs(rollouts())
+
+
+def test_a_group_that_finds_the_model_busy_fails_by_its_deadline(model_dir):
+    reference = Reference(str(model_dir), "float32", "cpu", 4096, wait_timeout_s=0.05)
+    with reference._lock, pytest.raises(StalledError, match=r"busy for 0\.05 s"):
+        reference.logprobs(rollouts())
+    assert len(reference.logprobs(rollouts())) == len(RESPONSES)

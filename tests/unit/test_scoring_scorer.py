@@ -1,0 +1,262 @@
+"""The scorer and the worker around it: joining, decoding, errors, and groups beside each other."""
+
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from actors.scoring import ScoringWorker
+from rlhf_cluster import rewards
+from rlhf_cluster.errors import ConfigError, ScoringError, WorkerError
+from rlhf_cluster.records import FinishReason
+from rlhf_cluster.scoring.scorer import Scorer
+from tests import tiny_llama
+from tests.configs import tiny_config
+from tests.rewarding import make_group, make_prompt, make_rollouts
+
+MODULE = """
+import time
+
+def length(prompts, completions, **columns):
+    return [float(len(c.split())) for c in completions]
+
+def by_column(prompts, completions, behaviour, **columns):
+    if behaviour[0] == "raise":
+        raise KeyError("unit")
+    if behaviour[0] == "hang":
+        while True:
+            pass
+    if behaviour[0].startswith("/"):
+        open(behaviour[0], "rb").read()
+    return [1.0] * len(completions)
+"""
+EXACT = {"type": "exact_match"}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("policy")
+    tiny_llama.save(tiny_llama.build(seed=1, max_position=48), folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "scored_rewards.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def python(name: str, **keys) -> dict:
+    return {"type": "python", "function": f"scored_rewards:{name}", **keys}
+
+
+@pytest.fixture
+def make(model_dir):
+    """Builds and starts a scorer or a worker around one; closes it at the end."""
+    made = []
+
+    def build(cls, *configured, **scoring):
+        config = tiny_config(scoring={"rewards": list(configured), **scoring})
+        one = cls(config, str(model_dir), "scoring-3")
+        made.append(one)
+        one.setup() if isinstance(one, Scorer) else one.start()
+        return one
+
+    yield build
+    for one in made:
+        one.close()
+
+
+def group(*responses, number=7, purpose="train", temperature=1.0, **columns):
+    prompt = make_prompt("w2 w3", columns, ids=[2, 3])
+    made = make_rollouts(prompt, responses or ([5, 6, 1], [5, 1]), temperature=temperature)
+    return make_group(prompt, made, number, purpose)
+
+
+def test_rewards_are_joined_by_weight_and_ids_pass_through_untouched(make):
+    scorer = make(
+        Scorer,
+        {"type": "exact_match", "weight": 2.0},
+        python("length", name="words", weight=-0.5),
+    )
+    given = group([5, 6, 1], [5, 1], [5, 0, 6, 1], answer="w5 w6")
+    scored = scorer.score(given)
+    # Special tokens (<end>, <pad>) are not part of the text that rewards read.
+    assert [s.reward_parts for s in scored.scored] == [
+        {"exact_match": 1.0, "words": 2.0},
+        {"exact_match": 0.0, "words": 1.0},
+        {"exact_match": 1.0, "words": 2.0},
+    ]
+    assert [s.reward for s in scored.scored] == [1.0, -0.5, 1.0]
+    assert [s.rollout for s in scored.scored] == list(given.rollouts)
+    assert (scored.ticket, scored.prompt) == (given.ticket, given.prompt)
+    assert {s.scorer for s in scored.scored} == {"scoring-3"}
+    assert all(s.ref_logprobs is None for s in scored.scored)
+    stats = scorer.stats()
+    assert (stats["num_groups"], stats["num_rollouts"]) == (1, 3)
+
+
+def test_the_reference_scores_every_response_token_unless_it_is_left_out(make, model_dir):
+    from rlhf_cluster.scoring.reference import Reference
+
+    scorer = make(Scorer, EXACT, reference=True, dtype="float32")
+    given = group(answer="w5")
+    expected = Reference(str(model_dir), "float32", "cpu", 4096).logprobs(given.rollouts)
+    for one, logprobs in zip(scorer.score(given).scored, expected, strict=True):
+        assert np.array_equal(one.ref_logprobs, logprobs)
+    assert all(s.ref_logprobs is None for s in scorer.score(given, with_reference=False).scored)
+
+
+def test_a_reference_that_cannot_score_fails_the_group_by_name(make):
+    scorer = make(Scorer, EXACT, reference=True, dtype="float32")
+    with pytest.raises(ScoringError, match=r"reference, group g00000007: .*temperature 0"):
+        scorer.score(group(temperature=0.0, answer="w5"))
+    assert scorer.stats()["errors/reference/sequence"] == 1
+
+
+def test_s23_a_failed_reward_names_reward_group_and_reason_and_is_counted_by_reason(make):
+    scorer = make(Scorer, EXACT, python("by_column", name="mine", timeout_s=0.3))
+    for behaviour, reason in (("raise", "raised"), ("hang", "timeout"), ("hang", "timeout")):
+        with pytest.raises(ScoringError) as error:
+            scorer.score(group(answer="w5", behaviour=behaviour))
+        assert f"reward 'mine', group g00000007: [{reason}]" in str(error.value)
+        assert type(pickle.loads(pickle.dumps(error.value))) is ScoringError
+    scorer.score(group(answer="w5", behaviour="fine"))
+    stats = scorer.stats()
+    assert stats["errors/mine/raised"] == 1
+    assert stats["errors/mine/timeout"] == 2
+    assert stats["num_groups"] == 1
+
+
+class ScriptedReward:
+    """Returns what the prompt's column says."""
+
+    def __init__(self, config, context) -> None:
+        pass
+
+    def score(self, prompt, rollouts, completions):
+        return prompt.columns["scores"]
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("scores", "reason"),
+    [
+        ([1.0], "length"),
+        ([1.0, 2.0, 3.0], "length"),
+        ([1.0, None], "none"),
+        ([1.0, float("nan")], "nan"),
+        ([float("-inf"), 1.0], "infinite"),
+        (None, "not_a_list"),
+    ],
+)
+def test_s23_whatever_a_reward_returns_is_checked_where_it_is_used(
+    make, monkeypatch, scores, reason
+):
+    monkeypatch.setitem(rewards.REWARDS, "exact_match", ScriptedReward)
+    scorer = make(Scorer, EXACT)
+    with pytest.raises(ScoringError, match=rf"\[{reason}\]"):
+        scorer.score(group(scores=scores))
+    assert scorer.stats()[f"errors/exact_match/{reason}"] == 1
+
+
+def test_a_weighted_sum_that_overflows_is_an_error(make, monkeypatch):
+    monkeypatch.setitem(rewards.REWARDS, "exact_match", ScriptedReward)
+    scorer = make(Scorer, {"type": "exact_match", "weight": 1e10})
+    with pytest.raises(ScoringError, match=r"the sum of rewards, group g00000007: \[infinite\]"):
+        scorer.score(group(scores=[1.0, 1e300]))
+
+
+def test_a_reward_that_cannot_start_fails_setup_and_releases_the_others(make, monkeypatch):
+    closed = []
+    monkeypatch.setattr(ScriptedReward, "close", lambda self: closed.append(self))
+    monkeypatch.setitem(rewards.REWARDS, "exact_match", ScriptedReward)
+    with pytest.raises(ConfigError, match="has no attribute 'absent'"):
+        make(Scorer, EXACT, python("absent"))
+    assert len(closed) == 1
+
+
+@pytest.mark.timeout(60)
+def test_a_reward_that_waits_for_its_child_holds_up_neither_rewards_nor_reference_of_other_groups(
+    make, folder
+):
+    gate = str(folder / "gate")
+    os.mkfifo(gate)
+    scorer = make(Scorer, python("by_column", processes=2), reference=True, dtype="float32")
+    finished = []
+
+    def run() -> None:
+        finished.append(scorer.score(group(number=1, behaviour=gate)).group_id)
+
+    blocked = threading.Thread(target=run)
+    blocked.start()
+    with open(gate, "wb"):  # waits for: the first group's reward to be running
+        finished.append(scorer.score(group(number=2, behaviour="fine")).group_id)
+    blocked.join(timeout=30)
+    assert finished == ["g00000002", "g00000001"]
+
+
+def test_a_scorer_that_is_not_set_up_or_closed_says_so(make, model_dir):
+    config = tiny_config(scoring={"rewards": [EXACT]})
+    with pytest.raises(WorkerError, match="call setup"):
+        Scorer(config, str(model_dir), "scoring-0").score(group(answer="w5"))
+    scorer = make(Scorer, EXACT)
+    scorer.close()
+    with pytest.raises(WorkerError, match="call setup"):
+        scorer.score(group(answer="w5"))
+
+
+def test_a_worker_returns_the_summary_first_and_the_record_second(make):
+    worker = make(ScoringWorker, EXACT, reference=True, dtype="float32")
+    summary, experience = worker.score(group(answer="w5 w6"))
+    assert summary == experience.summary()
+    assert summary.rewards == (1.0, 0.0)
+    assert worker.health() == {"worker": "scoring-3", "num_in_flight": 0}
+    assert worker.stats()["num_groups"] == 1
+    assert pickle.loads(pickle.dumps(experience)).group_id == "g00000007"
+
+
+def test_a_worker_scores_greedy_held_out_groups_without_a_reference(make):
+    worker = make(ScoringWorker, EXACT, reference=True, dtype="float32")
+    _, trained = worker.score(group(answer="w5"))
+    _, held_out = worker.score(group(purpose="evaluate", temperature=0.0, answer="w5"))
+    assert all(s.ref_logprobs is not None for s in trained.scored)
+    assert all(s.ref_logprobs is None for s in held_out.scored)
+
+
+def test_a_failed_group_leaves_the_worker_healthy_and_a_closed_worker_is_not(make):
+    worker = make(ScoringWorker, EXACT)
+    with pytest.raises(ScoringError, match="no column 'answer'"):
+        worker.score(group())
+    assert worker.health()["num_in_flight"] == 0
+    worker.close()
+    for call in (worker.health, worker.stats, lambda: worker.score(group())):
+        with pytest.raises(WorkerError, match="call start"):
+            call()
+
+
+def test_a_response_cut_at_the_limit_is_scored_with_its_finish_reason(make):
+    prompt = make_prompt("w2", {"answer": "w5"}, ids=[2])
+    cut = make_rollouts(prompt, [[5, 1]], FinishReason.LENGTH)
+    scored = make(Scorer, EXACT).score(make_group(prompt, cut))
+    assert [s.reward for s in scored.scored] == [0.0]
+
+
+@pytest.mark.parametrize("module", ["rewards", "scoring", "scoring.scorer"])
+def test_importing_the_rewards_and_the_scorer_loads_neither_torch_nor_transformers(module):
+    code = (
+        f"import sys, rlhf_cluster.{module}; print({{'torch', 'transformers'}} & {{*sys.modules}})"
+    )
+    root = Path(rewards.__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=60
+    )
+    assert done.stdout.strip() == "set()", done.stderr
