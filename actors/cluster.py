@@ -1,6 +1,6 @@
 """The composition root: one run from its configuration to its result.
 
-    check inputs -> run directory -> Ray -> preflight -> services -> warm-up -> version 0 live
+    check inputs -> Ray -> preflight -> run directory -> services -> warm-up -> version 0 live
         -> evaluate -> pipeline -> evaluate -> export -> summary
 
 Promises: what is wrong with the input is said before anything starts; whatever ends the run, every
@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 import signal
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,6 @@ from actors.launch import preflight, take_down
 from actors.learner import RayLearner
 from actors.observer import RunObserver
 from actors.pool import WorkerPool
-from actors.prepare import Inputs, prepare
 from actors.services import (
     Launcher,
     generation_pool,
@@ -43,6 +44,7 @@ from actors.services import (
 from actors.supervisor import Supervisor
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import RunError, StalledError, first_failure
+from rlhf_cluster.inputs import Inputs, check_inputs
 from rlhf_cluster.observe.live import LiveView
 from rlhf_cluster.observe.run_log import read_metrics
 from rlhf_cluster.pipeline import Pipeline, evaluate
@@ -77,16 +79,28 @@ def run_config(
     """Run `config` to its end. Returns the summary; raises the `RlhfError` that ended it."""
     config = with_absolute_paths(config)
     started = time.time()
-    with prepare(config, overrides_argv, overwrite) as inputs, connected(config) as address:
-        preflight(demand(config))
-        write_json(
-            inputs.rundir.path / "control.json",
-            {"ray_address": address, "job_id": ray.get_runtime_context().get_job_id()},
-        )
-        console = Console()
-        with LiveView(console, live=config.observe.live and console.is_terminal) as view:
-            run = _Run(config, inputs, view, engine_factory, started)
-            return asyncio.run(run.supervised())
+    with tempfile.TemporaryDirectory(prefix="rlhf-cluster-") as scratch:
+        inputs = check_inputs(config, Path(scratch))
+        with connected(config) as address:
+            preflight(demand(config))
+            with RunDir.create(
+                config.run_dir, config, overwrite=overwrite, argv=overrides_argv
+            ) as rundir:
+                inputs = _move_in(inputs, config, rundir)
+                write_json(rundir.path / "control.json", {"ray_address": address})
+                console = Console()
+                live = config.observe.live and console.is_terminal
+                with LiveView(console, live=live) as view:
+                    run = _Run(config, inputs, rundir, view, engine_factory, started)
+                    return asyncio.run(run.supervised())
+
+
+def _move_in(inputs: Inputs, config: RunConfig, rundir: RunDir) -> Inputs:
+    """A made model belongs to the run."""
+    if config.model.init is None:
+        return inputs
+    shutil.copytree(inputs.model_dir, rundir.model)
+    return replace(inputs, model_dir=rundir.model)
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -103,12 +117,13 @@ class _Run:
         self,
         config: RunConfig,
         inputs: Inputs,
+        rundir: RunDir,
         view: LiveView,
         engine_factory: str,
         started: float,
     ) -> None:
         self.config, self.inputs, self.view = config, inputs, view
-        self.rundir: RunDir = inputs.rundir
+        self.rundir = rundir
         self.started = started
         self.launcher = Launcher(
             config=config,

@@ -78,6 +78,7 @@ class RunObserver:
             tokens_per_s=values["step/tokens_per_s"],
             step_s=times.step_s,
             learner_wait_s=times.learner_wait_s,
+            generation_wait_s=times.generation_wait_s,
         )
 
     def group_discarded(self, ticket: Ticket, error: RlhfError) -> None:
@@ -181,6 +182,7 @@ def group_metrics(taken: Sequence[Taken], times: StepTimes) -> dict[str, float]:
         "step/tokens_per_s": float(tokens.sum() / times.step_s) if times.step_s > 0 else 0.0,
         "time/step_s": times.step_s,
         "time/learner_wait_s": times.learner_wait_s,
+        "time/generation_wait_s": times.generation_wait_s,
         "time/train_s": times.train_s,
         "time/publish_wait_s": times.publish_wait_s,
     }

@@ -251,20 +251,10 @@ def _check_inputs(config: RunConfig) -> list[str]:
     """Check all inputs as `run` would, in a folder that is deleted again. Returns notes."""
     import tempfile
 
-    from actors.prepare import prepare
-    from rlhf_cluster.planning.trial import try_rewards
+    from rlhf_cluster.inputs import check_inputs
 
-    with tempfile.TemporaryDirectory(prefix="rlhf-validate-") as root:
-        apart = config.model_copy(
-            update={
-                "run": config.run.model_copy(update={"root": root}),
-                "weights": config.weights.model_copy(update={"root": None}),
-            }
-        )
-        with prepare(apart, [], False) as inputs:
-            skipped = inputs.prompts.num_skipped
-            tokenizer_dir = config.model.tokenizer or str(inputs.model_dir)
-            try_rewards(config.scoring.rewards, tokenizer_dir, inputs.prompts.next())
+    with tempfile.TemporaryDirectory(prefix="rlhf-validate-") as scratch:
+        skipped = check_inputs(config, Path(scratch)).prompts.num_skipped
     notes = []
     if skipped:
         notes.append(f"{skipped} prompts are over data.max_prompt_tokens and are left out")

@@ -20,7 +20,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -47,6 +48,7 @@ class StepTimes:
 
     step_s: float
     learner_wait_s: float  # the learner waited for groups
+    generation_wait_s: float  # no group was under way: generation waited for a free slot
     train_s: float
     publish_wait_s: float  # the learner waited for the copy of its weights
 
@@ -75,9 +77,13 @@ class Pipeline:
     live_timeout_s: float
     clock: Callable[[], float] = time.monotonic
     _outcomes: deque[bool] = field(default_factory=lambda: deque(maxlen=100))
+    _num_under_way: int = 0
+    _idle_since_s: float = 0.0
+    _idle_s: float = 0.0
 
     async def run(self) -> None:
         """Train `num_steps` steps. Version 0 must be live. Raises the first failure of any loop."""
+        self._idle_since_s = self.clock()
         try:
             async with asyncio.TaskGroup() as loops:
                 watch = loops.create_task(self.sync.run_until_cancelled(check_every_s=0.5))
@@ -102,7 +108,8 @@ class Pipeline:
     async def produce(self, ticket: Ticket, prompt: Prompt) -> None:
         """One group from ticket to buffer. A failure that outlived its retries is a discard."""
         try:
-            rollouts = await self.generation.generate(ticket, prompt, self.sampling)
+            with self._under_way():
+                rollouts = await self.generation.generate(ticket, prompt, self.sampling)
             handle, summary = await self.scoring.score(rollouts)
         except (WorkerError, ScoringError) as error:
             self.observer.group_discarded(ticket, error)
@@ -129,10 +136,31 @@ class Pipeline:
             times = StepTimes(
                 step_s=end - start,
                 learner_wait_s=got - start,
+                generation_wait_s=self._take_idle_time(),
                 train_s=trained - got,
                 publish_wait_s=end - trained,
             )
             self.observer.step(report, taken, times)
+
+    @contextmanager
+    def _under_way(self) -> Iterator[None]:
+        """Counts the groups being generated, and the time when there are none."""
+        if self._num_under_way == 0:
+            self._idle_s += self.clock() - self._idle_since_s
+        self._num_under_way += 1
+        try:
+            yield
+        finally:
+            self._num_under_way -= 1
+            self._idle_since_s = self.clock()
+
+    def _take_idle_time(self) -> float:
+        if self._num_under_way == 0:
+            now = self.clock()
+            self._idle_s += now - self._idle_since_s
+            self._idle_since_s = now
+        idle_s, self._idle_s = self._idle_s, 0.0
+        return idle_s
 
     def _count_outcome(self, *, failed: bool, error: RlhfError | None = None) -> None:
         self._outcomes.append(failed)

@@ -108,9 +108,7 @@ class FakeScoring:
         if error is not None:
             raise error
         scored = tuple(
-            ScoredRollout(
-                rollout=r, reward=1.0, reward_parts={}, ref_logprobs=None, scorer="fake"
-            )
+            ScoredRollout(rollout=r, reward=1.0, reward_parts={}, ref_logprobs=None, scorer="fake")
             for r in group.rollouts
         )
         experience = ExperienceGroup(ticket=group.ticket, prompt=group.prompt, scored=scored)

@@ -86,7 +86,9 @@ def _controller() -> tuple[Metric, ...]:
         _gauge("time/learner_wait_s", "s", role, "The learner waited for groups"),
         _gauge("time/train_s", "s", role, "The learner trained"),
         _gauge("time/publish_wait_s", "s", role, "The learner waited for the copy of its weights"),
-        _gauge("time/generation_wait_s", "s", role, "Admission waited for a free slot"),
+        _gauge(
+            "time/generation_wait_s", "s", role, "No group under way: generation waited for a slot"
+        ),
         _gauge("pool/size", "1", role, "Live workers of a pool", "pool"),
         _gauge("pool/wanted", "1", role, "Workers that a pool should have", "pool"),
         _counter("pool/restarts_total", "1", role, "Workers that were replaced", "pool"),

@@ -2,7 +2,8 @@
 
     python -P child.py module:function REQUEST_FD REPLY_FD
 
-Imports nothing of this project, so that it starts at once. Reads one JSON request a line and writes one JSON reply a line:
+Imports nothing of this project, so that it starts at once. Reads one JSON request a line and
+writes one JSON reply a line:
 
     {"id": 1, "arguments": {...}}  ->  {"id": 1, "result": ...}  or  {"id": 1, "error": "..."}
 

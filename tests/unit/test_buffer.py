@@ -8,7 +8,7 @@ from tests.fakes import make_group, make_prompt
 
 
 def gate(**changes) -> AdmissionGate:
-    values = dict(max_staleness=1, pipeline_depth=1, groups_per_step=2, num_steps=10)
+    values = {"max_staleness": 1, "pipeline_depth": 1, "groups_per_step": 2, "num_steps": 10}
     return AdmissionGate(**(values | changes))
 
 

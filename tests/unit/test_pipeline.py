@@ -89,7 +89,7 @@ async def test_trained_staleness_stays_within_the_bound_with_slow_groups(max_sta
     await pipeline.run()
     ages = [age for _, _, age in learner.trained]
     assert len(ages) == 30
-    assert 0 <= min(ages)
+    assert min(ages) >= 0
     assert max(ages) <= max_staleness
     if max_staleness == 0:
         assert set(ages) == {0}

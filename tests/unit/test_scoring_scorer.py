@@ -52,8 +52,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def python(name: str, **keys) -> dict:
-    return {"type": "python", "function": f"scored_rewards:{name}", **keys}
+def python(function: str, **keys) -> dict:
+    return {"type": "python", "function": f"scored_rewards:{function}", **keys}
 
 
 @pytest.fixture

@@ -38,8 +38,10 @@ def simulate(
         while (ticket := buffer.admit()) is not None:
             at(duration(rng), "sampled", (ticket, sampler))
         if not training:
-            ready = buffer.ready(gate.groups_per_step) if in_order else len(done_early) >= (
-                gate.groups_per_step
+            ready = (
+                buffer.ready(gate.groups_per_step)
+                if in_order
+                else len(done_early) >= (gate.groups_per_step)
             )
             if ready and learner < gate.num_steps:
                 if in_order:
@@ -112,15 +114,13 @@ def test_s9_no_trained_group_is_staler_than_the_bound_and_the_run_always_ends(
         duration=long_tailed,
     )
     assert len(ages) == 12 * groups_per_step
-    assert 0 <= min(ages)
+    assert min(ages) >= 0
     assert max(ages) <= max_staleness
 
 
 def test_staleness_zero_is_exactly_on_policy():
     gate = AdmissionGate(max_staleness=0, pipeline_depth=3, groups_per_step=4, num_steps=20)
-    ages = simulate(
-        gate, random.Random(1), publish_every=1, discard_rate=0.2, duration=long_tailed
-    )
+    ages = simulate(gate, random.Random(1), publish_every=1, discard_rate=0.2, duration=long_tailed)
     assert set(ages) == {0}
 
 

@@ -19,7 +19,7 @@ _DIED = 77
 
 
 def in_a_child(work: Callable[[], object], hook: Callable[[str, tuple[object, ...]], None]) -> int:
-    """The exit code of a forked process that does `work` under an audit hook; 0 if it got through."""
+    """The exit code of a forked process that does `work` under an audit hook; 0: it got through."""
     child = os.fork()
     if child == 0:
         status = 1
