@@ -13,7 +13,7 @@ import asyncio
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from rlhf_cluster.errors import RlhfError, WorkerError
 
@@ -30,19 +30,19 @@ async def answer(ref: ray.ObjectRef, timeout_s: float, what: str) -> Any:
     """The value of `ref`. `what` names the call in errors, such as "generation-0.pull"."""
     try:
         return await asyncio.wait_for(asyncio.wrap_future(ref.future()), timeout_s)
+    except RayError as error:  # first: Ray's copy of a StalledError is a TimeoutError too
+        raise translate(error, what) from error
     except TimeoutError as error:
         raise WorkerSilent(f"{what}: no answer within {timeout_s:g} s") from error
-    except (RayTaskError, RayError) as error:
-        raise translate(error, what) from error
 
 
 def answer_now(ref: ray.ObjectRef, timeout_s: float, what: str) -> Any:
     """`answer` for code without an event loop."""
     try:
         return ray.get(ref, timeout=timeout_s)
-    except ray.exceptions.GetTimeoutError as error:
+    except GetTimeoutError as error:
         raise WorkerSilent(f"{what}: no answer within {timeout_s:g} s") from error
-    except (RayTaskError, RayError) as error:
+    except RayError as error:
         raise translate(error, what) from error
 
 

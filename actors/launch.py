@@ -69,8 +69,8 @@ def spawn(
     """An actor of the plain class `cls` in bundle `index` of `group`."""
     on_gpu = bundle.gpus > 0
     variables = BASE_ENVIRONMENT | ({} if on_gpu else CPU_ENVIRONMENT) | dict(environment)
-    if "PYTHONPATH" in os.environ:
-        variables.setdefault("PYTHONPATH", os.environ["PYTHONPATH"])
+    paths = [os.environ.get("PYTHONPATH", ""), os.getcwd()]  # where rewards of users are found
+    variables.setdefault("PYTHONPATH", os.pathsep.join(path for path in paths if path))
     strategy = PlacementGroupSchedulingStrategy(
         placement_group=group, placement_group_bundle_index=index
     )

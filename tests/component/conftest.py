@@ -29,6 +29,7 @@ from rlhf_cluster.observe.run_log import read_metrics
 from rlhf_cluster.observe.snapshot import Snapshot
 from rlhf_cluster.rundir import RunDir
 from tests.configs import tiny_tree
+from tests.scripted_engine import write_script
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPTED = "tests.scripted_engine:make_engine"
@@ -52,7 +53,7 @@ class RunProcess:
 
     path: Path
     process: subprocess.Popen[str]
-    name: str
+    output_path: Path
 
     def wait_for(
         self, condition: Callable[[Snapshot], Any], what: str, timeout_s: float = 120.0
@@ -69,6 +70,15 @@ class RunProcess:
         self.process.kill()
         raise AssertionError(f"not within {timeout_s} s: {what}\n{self.output()}")
 
+    def script(self, **script: Any) -> None:
+        """Steer the run's engines from now on (tests/scripted_engine.py). Waits for: the model."""
+        deadline = time.monotonic() + 60
+        while not (self.path / "model" / "tokenizer.json").exists():
+            assert self.process.poll() is None, self.output()
+            assert time.monotonic() < deadline, "the run made no model"
+            time.sleep(0.02)
+        write_script(self.path / "model", **script)
+
     def ready(self) -> bool:
         return (self.path / "run.lock").exists()
 
@@ -82,7 +92,7 @@ class RunProcess:
         return self.process.returncode, self.output()
 
     def output(self) -> str:
-        return (self.path.parent / f"{self.name}.out").read_text()
+        return self.output_path.read_text()
 
     def metrics(self) -> list[dict[str, Any]]:
         return read_metrics(self.path / "metrics.jsonl")
@@ -93,22 +103,21 @@ def start_run(ray_address: str, tmp_path: Path) -> Iterator[Callable[..., RunPro
     """Start a run of the tiny configuration on the session's cluster."""
     started: list[RunProcess] = []
 
-    def start(script: dict[str, Any] | None = None, **sections: dict[str, Any]) -> RunProcess:
+    def start(**sections: dict[str, Any]) -> RunProcess:
         name = f"run-{os.getpid()}-{tmp_path.name[-20:]}-{len(started)}".replace("_", "-")
-        sections["run"] = {"name": name, "root": str(tmp_path), **sections.get("run", {})}
+        name = sections.get("run", {}).get("name", name)
+        sections["run"] = {"root": str(tmp_path), **sections.get("run", {}), "name": name}
         sections.setdefault("observe", {"live": False})
-        config = tmp_path / f"{name}.toml"
+        config = tmp_path / f"{name}-{len(started)}.toml"
         config.write_text(tomli_w.dumps(tiny_tree(**sections)))
-        if script is not None:
-            write_script(tmp_path, script)
         environment = {
             **os.environ,
             "RAY_ADDRESS": ray_address,
-            "PYTHONPATH": str(REPOSITORY),
-            "SCRIPTED_ENGINE": str(tmp_path / "script.json"),
+            "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{tmp_path}",
             "OMP_NUM_THREADS": "1",
         }
-        with (tmp_path / f"{name}.out").open("w") as out:
+        output = tmp_path / f"{name}-{len(started)}.out"
+        with output.open("w") as out:
             process = subprocess.Popen(
                 [sys.executable, "-m", "tests.run_with_engine", str(config), SCRIPTED],
                 cwd=REPOSITORY,
@@ -117,7 +126,7 @@ def start_run(ray_address: str, tmp_path: Path) -> Iterator[Callable[..., RunPro
                 stderr=subprocess.STDOUT,
                 text=True,
             )
-        run = RunProcess(path=tmp_path / name, process=process, name=name)
+        run = RunProcess(path=tmp_path / name, process=process, output_path=output)
         started.append(run)
         return run
 
@@ -126,12 +135,3 @@ def start_run(ray_address: str, tmp_path: Path) -> Iterator[Callable[..., RunPro
         if run.process.poll() is None:
             run.process.kill()
             run.process.wait(10)
-
-
-def write_script(folder: Path, script: dict[str, Any]) -> None:
-    """What the scripted engines of the test do from now on (tests/scripted_engine.py)."""
-    import json
-
-    partial = folder / "script.json.partial"
-    partial.write_text(json.dumps(script))
-    partial.replace(folder / "script.json")

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import signal
 import threading
 from pathlib import Path
 
@@ -69,13 +70,13 @@ def waits_for(path):
     with open(path, "rb") as fifo:
         return fifo.read().decode()
 
-def writes_everywhere():
+def writes_everywhere(text):
     for fd in range(3, 64):
         try:
-            os.write(fd, b'{"id": 1, "result": [1.0]}\\n' * 2)
+            os.write(fd, text.encode())
         except OSError:
             pass
-    return [0.0]
+    time.sleep(1000)
 
 class Odd:
     pass
@@ -231,9 +232,24 @@ def test_a_function_may_use_signals_of_its_own(process):
     assert "TimeoutError: ring" in str(failure_of(process("uses_an_alarm")))
 
 
-def test_an_answer_that_is_not_the_childs_own_is_refused(process):
-    failure = failure_of(process("writes_everywhere"))
+@pytest.mark.parametrize(
+    "text",
+    ['{"id": 1, "result": [1.0]}\n' * 2, '{"id": 9, "result": [1.0]}\n', "[1.0]\n", "noise\n"],
+)
+def test_an_answer_that_is_not_the_childs_own_is_refused(process, text):
+    failure = failure_of(process("writes_everywhere"), text=text)
     assert failure.reason == "reply"
+
+
+@pytest.mark.timeout(30)
+def test_a_child_that_does_not_read_its_request_meets_the_deadline_too(process):
+    child = process("back")
+    child.start()
+    pid = child._child.pid
+    os.kill(pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, pid, os.WSTOPPED)
+    os.write(child._request_fd, b" " * 32_768)  # a pipe with some room left, not all
+    assert failure_of(child, timeout_s=0.3, texts="x" * 1_000_000).reason == "timeout"
 
 
 def test_arrays_and_their_scalars_count_as_lists_and_numbers(process):

@@ -124,7 +124,7 @@ def test_numbers_are_compared_exactly_and_not_as_floats():
 
 
 def test_tolerance_is_the_largest_difference_that_counts_as_equal():
-    assert scores(numeric(tolerance=0.1), "1.0", "1.1", "0.9", "1.11") == [1.0, 1.0, 0.0]
+    assert scores(numeric(tolerance=0.3), "1.0", "1.3", "0.7", "1.31") == [1.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize(("target", "text"), [(72, "72"), (0.1, "1/10"), (1e-05, "0.00001")])

@@ -1,0 +1,190 @@
+"""Whole runs with a scripted engine on a real Ray cluster: what they do, and what they survive."""
+
+import json
+import os
+import signal
+import urllib.request
+from pathlib import Path
+
+import pyarrow.parquet as parquet
+import ray
+from ray.util.state import list_actors
+
+from actors.control import NAMESPACE, actor_name, scale
+from rlhf_cluster.observe.samples import read_samples
+
+LONG = {"steps": 400, "groups_per_step": 4}
+SLOW = {"generate_delay_s": 0.15}
+
+
+def actor_pids(kind: str) -> dict[str, int]:
+    """Process ids of the live actors of a class."""
+    actors = list_actors(filters=[("state", "=", "ALIVE"), ("class_name", "=", kind)], detail=True)
+    return {actor.actor_id: actor.pid for actor in actors}
+
+
+def exported(name: str) -> list[str]:
+    """Lines of every live node's Prometheus endpoint that carry `name`."""
+    lines = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+            with urllib.request.urlopen(url, timeout=10) as reply:
+                lines += [x for x in reply.read().decode().splitlines() if x.startswith(name)]
+    return lines
+
+
+def test_a_run_trains_every_group_once_and_leaves_its_whole_record(start_run):
+    run = start_run(run={"steps": 4, "groups_per_step": 4}, evaluation={"num_prompts": 8})
+    code, output = run.finish()
+    assert code == 0, output
+    records = [r for r in run.metrics() if "reward/mean" in r]
+    assert [r["step"] for r in records] == [1, 2, 3, 4]
+    assert all(r["staleness/max"] <= 1 for r in records)
+    for name in ("resolved.json", "environment.json", "status.json", "curve.png", "summary.json"):
+        assert (run.path / name).stat().st_size > 0, name
+    assert {p.stem for p in (run.path / "logs").glob("*.log")} >= {"generation-0", "scoring-0"}
+    assert (run.path / "final" / "model.safetensors").exists()
+    samples = [row for p in sorted((run.path / "samples").iterdir()) for row in read_samples(p)]
+    groups = {row["group_id"] for row in samples}
+    assert groups == {f"g{n:08d}" for n in range(16)}
+    assert len({row["rollout_id"] for row in samples}) == len(samples) == 64
+    for row in samples:
+        assert len(row["response_ids"]) == len(row["sampled_logprobs"])
+        assert 0 <= row["staleness"] <= 1
+    assert parquet.read_table(run.path / "samples" / "step-000001.parquet").num_rows == 16
+    assert not actor_pids("GenerationActor"), "nothing of the run is left on the cluster"
+
+
+def test_a_killed_worker_is_replaced_and_the_run_goes_on(start_run):
+    run = start_run(run=LONG, generation={"workers": 2})
+    run.script(**SLOW)
+    run.wait_for(lambda s: s.step >= 2, "two steps")
+    victim = next(iter(actor_pids("GenerationActor").values()))
+    os.kill(victim, signal.SIGKILL)
+    status = run.wait_for(
+        lambda s: any(p.name == "generation" and p.restarts == 1 and p.alive == 2 for p in s.pools),
+        "the replacement joined",
+    )
+    run.wait_for(lambda s: s.step >= status.step + 2, "two more steps")
+    scorer = next(iter(actor_pids("ScoringActor").values()))
+    os.kill(scorer, signal.SIGKILL)
+    status = run.wait_for(
+        lambda s: any(p.name == "scoring" and p.restarts == 1 and p.alive == 1 for p in s.pools),
+        "the scoring replacement joined",
+    )
+    status = run.wait_for(lambda s: s.step >= status.step + 2, "two more steps")
+    assert status.buffer_discarded == 0, "no group was lost"
+    assert exported("ray_rlhf_generation_tokens_total"), "metrics are exported"
+    assert exported("ray_rlhf_reward_mean")
+    run.process.send_signal(signal.SIGTERM)
+    code, output = run.finish()
+    assert code == 1
+    assert "was stopped by a signal" in output
+    assert json.loads((run.path / "status.json").read_text())["state"] == "stopped"
+
+
+def test_a_failed_pull_retires_the_worker_and_loses_nothing(start_run):
+    run = start_run(run=LONG, generation={"workers": 2})
+    run.script(**SLOW)
+    run.wait_for(lambda s: s.step >= 2, "two steps")
+    run.script(workers={"generation-1": {"fail_pull": True}}, **SLOW)
+    status = run.wait_for(
+        lambda s: any(p.name == "generation" and p.restarts >= 1 and p.alive == 2 for p in s.pools),
+        "the worker that could not pull was replaced",
+    )
+    status = run.wait_for(lambda s: s.step >= status.step + 3, "three more steps")
+    assert status.buffer_discarded == 0
+    assert status.staleness_max <= 1
+
+
+def test_a_hung_reward_costs_its_timeout_and_never_scores(start_run, tmp_path):
+    (tmp_path / "hanging_reward.py").write_text(
+        "import time\n"
+        "def reward(prompts, completions, answer, **columns):\n"
+        "    if answer[0].startswith('0'):\n"
+        "        time.sleep(3600)\n"
+        "    return [float(c == a) for c, a in zip(completions, answer)]\n"
+    )
+    reward = {"type": "python", "function": "hanging_reward:reward", "timeout_s": 1.0}
+    run = start_run(
+        run={"steps": 3, "groups_per_step": 4},
+        scoring={"rewards": [reward], "max_retries": 0, "max_error_rate": 1.0},
+    )
+    code, output = run.finish()
+    assert code == 0, output
+    discarded = [r for r in run.metrics() if "buffer/discarded_total/ScoringError" in r]
+    assert discarded, "some group hung and was discarded with its reason"
+    rows = [r for p in (run.path / "samples").iterdir() for r in read_samples(p)]
+    assert all(not row["response"].startswith("0") or row["reward"] == 1.0 for row in rows)
+
+
+def test_dead_generation_fails_the_run_naming_worker_error_and_groups(start_run):
+    run = start_run(
+        run={**LONG, "stall_timeout_s": 4.0},
+        generation={"request_timeout_s": 600},
+    )
+    run.script(**SLOW)
+    run.wait_for(lambda s: s.step >= 1, "a step")
+    run.script(hang_generate=True)
+    code, output = run.finish()
+    assert code == 1
+    assert "run.stall_timeout_s = 4" in output
+    assert "in flight" in output
+    assert "Pending groups: g0" in output
+
+
+def test_a_crash_loop_ends_the_run_with_the_first_cause(start_run):
+    run = start_run(run=LONG, cluster={"max_restarts": 1})
+    run.script(**SLOW)
+    run.wait_for(lambda s: s.step >= 1, "a step")
+    run.script(fail_check=True, fail_generate=True)
+    code, output = run.finish()
+    assert code == 1
+    assert "more than 1. First cause" in output
+    assert "scripted failure" in output
+
+
+def test_pools_grow_and_shrink_under_a_running_job(start_run, ray_address):
+    run = start_run(run=LONG, generation={"workers": 1}, staleness={"max_in_flight_groups": 2})
+    run.script(**SLOW)
+    run.wait_for(lambda s: s.step >= 1, "a step")
+    grown = scale(run.path, {"generation": 3, "scoring": 2}, ray_address)
+    assert grown == {"generation": "generation: 3 workers", "scoring": "scoring: 2 workers"}
+    status = run.wait_for(
+        lambda s: {p.name: p.alive for p in s.pools} == {"generation": 3, "scoring": 2},
+        "both pools grew",
+    )
+    assert status.buffer_in_flight <= 2, "the in-flight limit holds whatever the pool's size"
+    shrunk = scale(run.path, {"generation": 1}, ray_address)
+    assert shrunk == {"generation": "generation: 1 workers"}
+    status = run.wait_for(lambda s: s.step >= status.step + 2, "two more steps")
+    assert status.buffer_discarded == 0, "nothing in flight was lost"
+    refused = scale(run.path, {"generation": 500}, ray_address)
+    assert "refused" in refused["generation"]
+    assert "no room" in refused["generation"]
+    run.wait_for(lambda s: s.step > status.step, "the run goes on")
+
+
+def test_what_does_not_fit_is_refused_before_anything_starts(start_run):
+    run = start_run(generation={"workers": 3, "num_cpus": 5.0})
+    code, output = run.finish()
+    assert code == 1
+    assert "no node has room for generation-" in output
+    assert "Demand:" in output
+    assert "Supply:" in output
+    assert not run.path.exists(), "nothing was written"
+
+
+def test_a_run_of_the_same_name_is_refused_while_one_is_alive(start_run, tmp_path):
+    first = start_run(run={**LONG, "name": "same"})
+    first.script(**SLOW)
+    first.wait_for(lambda s: s.step >= 1, "a step")
+    second = start_run(run={**LONG, "name": "same"})
+    code, output = second.finish()
+    assert code == 1
+    assert "in use by process" in output
+    ray.get_actor(actor_name("same"), namespace=NAMESPACE)
+    assert first.process.poll() is None
+
+
