@@ -114,6 +114,22 @@ class RayScoring:
     def __init__(self, pool: WorkerPool, config: RunConfig) -> None:
         self._pool = pool
         self._config = config.scoring
+        self._start_timeout_s = config.run.start_timeout_s
+        self.reference_dir: str | None = None
+
+    async def use_reference(self, folder: str) -> None:
+        """Waits for: every live worker to load the reference model in `folder`."""
+        self.reference_dir = folder
+        await asyncio.gather(*(self.join(worker) for worker in self._pool.live))
+
+    async def join(self, worker: Worker) -> None:
+        """Give a new worker the reference before it gets work."""
+        if self.reference_dir is not None:
+            await answer(
+                worker.actor.load_reference.remote(self.reference_dir),
+                self._start_timeout_s,
+                f"{worker.name}.load_reference",
+            )
 
     async def score(self, group: Handle) -> tuple[Handle, GroupSummary]:
         summary, handle = await _try_workers(

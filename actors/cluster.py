@@ -226,6 +226,12 @@ class _Run:
         )
         await self.sync.after_step(0)
         await self.sync.drain(timeout_s)
+        if config.scoring.reference and config.sft.steps:
+            assert self.sync.last is not None
+            reference = export_hf(
+                self.sync.last, self.inputs.model_dir, self.rundir.path / "reference"
+            )
+            await services.scoring.use_reference(str(reference))
         before = await self._evaluate(services, observer, 0)
         pipeline = Pipeline(
             generation=services.generation,

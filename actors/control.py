@@ -86,7 +86,12 @@ def find(run_name: str, address: str) -> Any:
     """The control actor of a running job, after joining its cluster."""
     if not ray.is_initialized():
         try:
-            ray.init(address=address, namespace=NAMESPACE, log_to_driver=False)
+            ray.init(
+                address=address,
+                namespace=NAMESPACE,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise RunError(
                 f"{run_name}: cannot join the Ray cluster at {address}: {error}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import ray
+
 from actors.engine import LoadedWeights
 from actors.generation import GenerationWorker
 from actors.metrics import RayMetrics
@@ -22,6 +24,7 @@ from rlhf_cluster.records import (
     WeightVersion,
 )
 
+HEALTH_GROUP = "health"
 ENGINE_GAUGES = {
     "engine/num_running": "generation/requests_running",
     "engine/num_waiting": "generation/requests_waiting",
@@ -71,6 +74,11 @@ class ScoringActor(ScoringWorker):
         configure("scoring", name, config.run_dir / "logs")
         super().__init__(config, model_dir, name)
         self._metrics = RayMetrics("scoring", {"worker": name})
+
+    @ray.method(concurrency_group=HEALTH_GROUP)
+    def health(self) -> dict[str, Any]:
+        """Answered in a thread of its own: hanging rewards must not look like a dead worker."""
+        return super().health()
 
     def score(self, group: RolloutGroup) -> tuple[GroupSummary, ExperienceGroup]:
         start = time.perf_counter()

@@ -5,11 +5,13 @@ the configuration names by a path relative to the current folder. Models and the
 never sent: they must be folders that every node of the cluster sees.
 
 Promises: every call to the cluster has a deadline; a run name that a live job already has is
-refused; a job is found by its id or by the name of its run.
+refused; a job is found by its id or by the name of its run. Only the dashboard has to be reachable
+from here: what needs the cluster itself, such as `scale`, is sent there as a small job of its own.
 """
 
 from __future__ import annotations
 
+import logging
 import shlex
 import shutil
 import tempfile
@@ -17,7 +19,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +31,7 @@ CONNECT_TIMEOUT_S = 10.0
 SUBMIT_TIMEOUT_S = 120.0
 STOP_GRACE_S = 60
 FOLLOW_EVERY_S = 1.0
+SCALE_TIMEOUT_S = 960.0  # more than the run itself may take to answer
 MAX_FILE_BYTES = 50 * 2**20
 RUN_KEY = "rlhf_run"
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
@@ -77,21 +80,7 @@ def submit(
         overrides = [*overrides, "cluster.address=auto"]
     with tempfile.TemporaryDirectory(prefix="rlhf-submit-") as folder:
         pack(Path(folder), config_path, config, Path.cwd())
-        return _within(
-            SUBMIT_TIMEOUT_S,
-            "submitting the job",
-            lambda: client.submit_job(
-                entrypoint=entrypoint(overrides),
-                runtime_env={
-                    "working_dir": folder,
-                    "env_vars": {
-                        "PYTHONUNBUFFERED": "1",
-                        "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_S),
-                    },
-                },
-                metadata={RUN_KEY: name},
-            ),
-        )
+        return _send(client, entrypoint(overrides), folder, {RUN_KEY: name})
 
 
 def status(run_or_job: str, address: str, client: JobClient | None = None) -> dict[str, Any]:
@@ -101,7 +90,7 @@ def status(run_or_job: str, address: str, client: JobClient | None = None) -> di
         "job": job.submission_id,
         "run": (job.metadata or {}).get(RUN_KEY),
         "state": _state(job),
-        "message": job.message,
+        "message": _message(job),
         "started_s": job.start_time / 1000 if job.start_time else None,
         "ended_s": job.end_time / 1000 if job.end_time else None,
     }
@@ -183,6 +172,41 @@ def stop(
     )
 
 
+def scale(
+    run_or_job: str,
+    sizes: Mapping[str, int],
+    address: str,
+    client: JobClient | None = None,
+    sleep: Callable[[float], None] = time.sleep,
+) -> dict[str, str]:
+    """Change the pools of a run that is a live job. Returns what was done, by pool.
+
+    A job of its own asks the run, on the cluster. Waits for: that job to end. Unblocked by: its
+    end, or `StalledError` after `SCALE_TIMEOUT_S`. Raises `RunError` when the run is not live.
+    """
+    client = client or connect(address)
+    job = _find(client, run_or_job, address)
+    name = (job.metadata or {}).get(RUN_KEY)
+    if _ended(job) or name is None:
+        what = f"has ended: {_state(job)}" if _ended(job) else "is no run of rlhf-cluster"
+        raise RunError(f"job {job.submission_id} {what}. Only a live run can be scaled")
+    words = ["python", "-m", "rlhf_cluster.cli", "scale", name]
+    words += [f"{pool}={size}" for pool, size in sizes.items()]
+    with tempfile.TemporaryDirectory(prefix="rlhf-scale-") as folder:
+        for package in PACKAGES:
+            _copy(CODE / package, Path(folder) / package)
+        asked = _send(client, shlex.join([*words, "--address", "auto"]), folder, {})
+    deadline = time.monotonic() + SCALE_TIMEOUT_S
+    while not _ended(ended := _find(client, asked, address)):
+        if time.monotonic() > deadline:
+            raise StalledError(f"job {asked}: no answer to scale within {SCALE_TIMEOUT_S:g} s")
+        sleep(FOLLOW_EVERY_S)
+    if _state(ended) != "SUCCEEDED":
+        raise RunError(f"{name}: not scaled: {_message(ended)}")
+    rows = [line.split(maxsplit=1) for line in logs(asked, address, client=client)]
+    return {row[0]: row[1] for row in rows if len(row) == 2 and row[0] in sizes}
+
+
 def connect(address: str) -> JobClient:
     """A client of the cluster whose dashboard is at `address`. Raises `RunError` if unreachable."""
     if not address.startswith(("http://", "https://")):
@@ -200,6 +224,8 @@ def connect(address: str) -> JobClient:
         ) from error
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)
+    logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.WARNING)
     return _within(
         CALL_TIMEOUT_S, "connecting to the cluster", lambda: JobSubmissionClient(address)
     )
@@ -276,6 +302,27 @@ def _find(client: JobClient, run_or_job: str, address: str) -> Any:
     if not found:
         raise RunError(f"{run_or_job}: no job with this id or run name at {address}")
     return found[0]
+
+
+def _send(client: JobClient, command: str, folder: str, metadata: dict[str, str]) -> str:
+    """Start `command` in a copy of `folder` on the cluster. Returns the job's id."""
+    environment = {"PYTHONUNBUFFERED": "1", "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_S)}
+    return _within(
+        SUBMIT_TIMEOUT_S,
+        "submitting the job",
+        lambda: client.submit_job(
+            entrypoint=command,
+            runtime_env={"working_dir": folder, "env_vars": environment},
+            metadata=metadata,
+        ),
+    )
+
+
+def _message(job: Any) -> str | None:
+    """What the job says of its end: its own error, else the first line of Ray's words."""
+    lines = [line.strip() for line in (job.message or "").splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    return (errors[-1:] or lines[:1] or [None])[0]
 
 
 def _state(job: Any) -> str:

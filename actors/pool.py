@@ -53,6 +53,7 @@ class PoolLimits:
     drain_timeout_s: float = 600.0
     backoff_s: float = 1.0
     max_restarts: int = 10
+    max_in_flight: int | None = None  # calls that one worker takes at once; the rest wait here
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -88,19 +89,12 @@ class WorkerPool:
     async def acquire(self) -> AsyncIterator[Worker]:
         """The least loaded live worker, counted as busy inside the block.
 
-        Waits for: a live worker. Unblocked by: a replacement joining; `StalledError` after
+        Waits for: a live worker with room. Unblocked by: a call that ends (each has a deadline), a
+        replacement that joins. `StalledError` when there was no live worker for
         `acquire_timeout_s`.
         """
         async with self._changed:
-            try:
-                async with asyncio.timeout(self.limits.acquire_timeout_s):
-                    await self._changed.wait_for(lambda: self.live or self._failure)
-            except TimeoutError:
-                raise StalledError(
-                    f"no live {self.kind} worker for {self.limits.acquire_timeout_s:g} s. "
-                    f"{self.describe_errors()}"
-                ) from None
-            self._raise_failure()
+            await self._wait_for_room()
             worker = min(self.live, key=lambda w: w.num_in_flight)
             worker.num_in_flight += 1
         try:
@@ -108,6 +102,26 @@ class WorkerPool:
         finally:
             worker.num_in_flight -= 1
             await self._notify()
+
+    async def _wait_for_room(self) -> None:
+        limit = self.limits.max_in_flight
+
+        def has_room() -> bool:
+            return any(limit is None or w.num_in_flight < limit for w in self.live)
+
+        while not has_room():
+            self._raise_failure()
+            try:
+                async with asyncio.timeout(self.limits.acquire_timeout_s):
+                    await self._changed.wait_for(lambda: has_room() or self._failure)
+            except TimeoutError:
+                if self.live:
+                    continue
+                raise StalledError(
+                    f"no live {self.kind} worker for {self.limits.acquire_timeout_s:g} s. "
+                    f"{self.describe_errors()}"
+                ) from None
+        self._raise_failure()
 
     async def fail(self, worker: Worker, error: RlhfError) -> None:
         """Retire `worker` because of `error` and launch a replacement in the background."""

@@ -38,7 +38,12 @@ def connected(config: RunConfig) -> Iterator[str]:
     address = address_of(config)
     try:
         if address is not None:
-            ray.init(address=address, namespace=NAMESPACE, log_to_driver=False)
+            ray.init(
+                address=address,
+                namespace=NAMESPACE,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
         else:
             _start_local(config)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:

@@ -35,6 +35,9 @@ class ScoringWorker:
         self._scorer = scorer
         return {"start_s": time.perf_counter() - started}
 
+    def load_reference(self, folder: str) -> None:
+        self._running_scorer().load_reference(folder)
+
     def score(self, group: RolloutGroup) -> tuple[GroupSummary, ExperienceGroup]:
         """Score one group. Held-out groups get no reference: nothing is trained on them.
 

@@ -17,7 +17,7 @@ from actors.calls import answer
 from actors.clients import RayGeneration, RayScoring, check_health
 from actors.control import NAMESPACE, ControlActor, actor_name
 from actors.experience import BufferActor, RayBuffer
-from actors.instrumented import GenerationActor, ScoringActor
+from actors.instrumented import HEALTH_GROUP, GenerationActor, ScoringActor
 from actors.launch import place, spawn, take_down
 from actors.learner import ACTOR_OPTIONS, LearnerActor, RayLearner
 from actors.pool import PoolLimits, Worker, WorkerPool
@@ -143,20 +143,21 @@ def scoring_pool(launcher: Launcher) -> tuple[WorkerPool, RayScoring]:
             [config, launcher.model_dir, name],
             bundle,
             max_concurrency=SCORING_THREADS,
+            concurrency_groups={HEALTH_GROUP: 1},
         )
-        return await _ready(Worker(name=name, actor=actor, placement=group), config, None)
+        return await _ready(Worker(name=name, actor=actor, placement=group), config, client.join)
 
-    pool = _pool("scoring", launch, config.scoring.request_timeout_s, config)
-    return pool, RayScoring(pool, config)
+    pool = _pool("scoring", launch, config.scoring.request_timeout_s, config, SCORING_THREADS)
+    client = RayScoring(pool, config)
+    return pool, client
 
 
-async def _ready(worker: Worker, config: RunConfig, join: Callable[..., Any] | None) -> Worker:
+async def _ready(worker: Worker, config: RunConfig, join: Callable[..., Any]) -> Worker:
     """Start the worker, and let it join. It is taken down when either fails."""
     try:
         timeout_s = config.run.start_timeout_s
         await answer(worker.actor.start.remote(), timeout_s, f"{worker.name}.start")
-        if join is not None:
-            await join(worker)
+        await join(worker)
     except BaseException:
         take_down(worker.actor, worker.placement)
         raise
@@ -164,7 +165,11 @@ async def _ready(worker: Worker, config: RunConfig, join: Callable[..., Any] | N
 
 
 def _pool(
-    kind: str, launch: Callable[[str], Any], drain_timeout_s: float, config: RunConfig
+    kind: str,
+    launch: Callable[[str], Any],
+    drain_timeout_s: float,
+    config: RunConfig,
+    max_in_flight: int | None = None,
 ) -> WorkerPool:
     section = config.cluster
     limits = PoolLimits(
@@ -173,6 +178,7 @@ def _pool(
         acquire_timeout_s=config.run.stall_timeout_s,
         drain_timeout_s=drain_timeout_s,
         max_restarts=section.max_restarts,
+        max_in_flight=max_in_flight,
     )
     return WorkerPool(
         kind=kind,

@@ -8,9 +8,11 @@ wrong use of the command line with 2, an interrupt with 130; RLHF_DEBUG=1 shows 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -59,13 +61,18 @@ def run(
 ) -> None:
     """Run CONFIG to its end, on this machine or on the Ray cluster it names."""
     loaded = _load(config, set_)
+    from rlhf_cluster.rundir import RunDir
+
+    RunDir.check_free(loaded.run_dir, loaded, overwrite=overwrite)  # before anything slow
     from actors.cluster import run_config
 
     argv = ["rlhf-cluster", "run", str(config)]
     argv += [word for override in set_ or [] for word in ("--set", override)]
     summary = run_config(loaded, argv + (["--overwrite"] if overwrite else []), overwrite)
-    typer.echo(f"run {loaded.run.name} finished")
-    _table(summary)
+    from rlhf_cluster.observe.ending import ending
+
+    for line in ending(summary, loaded, config, set_ or [], _own_name(), Path.cwd()):
+        typer.echo(line)
 
 
 @app.command()
@@ -132,7 +139,9 @@ def status(
     if address is not None:
         from actors import jobs
 
-        _table(jobs.status(run_, address))
+        rows = jobs.status(run_, address)
+        times = {key: _utc(rows.pop(f"{key}_s")) for key in ("started", "ended")}
+        _table({**rows, **times})
         return
     from rlhf_cluster.rundir import find_run
 
@@ -202,7 +211,11 @@ def scale(
     ],
     address: Annotated[
         str | None,
-        typer.Option("--address", help="Ray cluster that runs it; default: the run's own."),
+        typer.Option(
+            "--address",
+            metavar="ADDRESS",
+            help="Ray dashboard, http://HOST:8265, or cluster, HOST:6379; default: the run's own.",
+        ),
     ] = None,
 ) -> None:
     """Change the number of workers of a running run's pools."""
@@ -210,10 +223,20 @@ def scale(
     from rlhf_cluster.rundir import find_run
 
     wanted = parse_sizes(sizes)
-    path = find_run(run_).path if address is None else Path(run_)
-    from actors.control import scale as scale_run
+    if address is not None and address.startswith(("http://", "https://")):
+        from actors import jobs
 
-    _table(scale_run(path, wanted, address))
+        results = jobs.scale(run_, wanted, address)
+    else:
+        path = find_run(run_).path if address is None else Path(run_)
+        from actors.control import scale as scale_run
+
+        results = scale_run(path, wanted, address)
+    results = {pool: text.removeprefix(f"{pool}: ") for pool, text in results.items()}
+    refused = {pool: text for pool, text in results.items() if text.startswith("refused")}
+    _table({pool: text for pool, text in results.items() if pool not in refused})
+    if refused:
+        raise RunError("; ".join(f"{run_}: {pool} {text}" for pool, text in refused.items()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -261,6 +284,19 @@ def _check_inputs(config: RunConfig) -> list[str]:
     if config.run_dir.exists():
         notes.append(f"{config.run_dir} exists: run asks for another run.name, or --overwrite")
     return notes
+
+
+def _own_name() -> str:
+    """How this program was called, if that can be typed again."""
+    called = Path(sys.argv[0])
+    found = called.name == "rlhf-cluster" and shutil.which("rlhf-cluster") != str(called.absolute())
+    return sys.argv[0] if found else "rlhf-cluster"
+
+
+def _utc(time_s: float | None) -> str | None:
+    if time_s is None:
+        return None
+    return datetime.fromtimestamp(time_s, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def _table(rows: Mapping[str, object]) -> None:

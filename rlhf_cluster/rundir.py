@@ -89,12 +89,9 @@ class RunDir:
         """
         path = Path(path).absolute()
         weights = Path(config.weights_dir).absolute()
-        folders = [(path, "run.name")]
-        if path not in weights.parents:
-            folders.append((weights, "weights.root"))
         claims: list[_Claim] = []
         try:
-            for folder, key in folders:
+            for folder, key in _folders(path, weights):
                 claims.append(_claim(folder, key, overwrite))
             for claim in claims:
                 claim.take_over()
@@ -105,6 +102,14 @@ class RunDir:
                 claim.withdraw()
             raise
         return run
+
+    @staticmethod
+    def check_free(path: str | Path, config: RunConfig, *, overwrite: bool = False) -> None:
+        """Raise the `RunError` that `create` would raise now, and change nothing."""
+        weights = Path(config.weights_dir).absolute()
+        for folder, key in _folders(Path(path).absolute(), weights):
+            if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+                _claim(folder, key, overwrite).withdraw()
 
     @classmethod
     def open(cls, path: str | Path) -> RunDir:
@@ -244,6 +249,11 @@ class _Claim:
             (self.folder / MARKER).unlink()
             self.folder.rmdir()
         os.close(self.lock)
+
+
+def _folders(path: Path, weights: Path) -> list[tuple[Path, str]]:
+    """What a run claims: its directory, and a weights folder elsewhere, each with its key."""
+    return [(path, "run.name")] + ([] if path in weights.parents else [(weights, "weights.root")])
 
 
 def _claim(folder: Path, key: str, overwrite: bool) -> _Claim:

@@ -45,30 +45,38 @@ class Scorer:
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._rewards: dict[str, tuple[Reward, float]] = {}
         self._weights = {r.name or r.type: r.weight for r in config.scoring.rewards}
+        self._device = "cuda" if config.scoring.num_gpus else "cpu"
         self._reference: Reference | None = None
         self._totals: defaultdict[str, float] = defaultdict(float)
         self._counting = threading.Lock()  # held for an addition only
 
     def setup(self) -> None:
-        """Load the tokenizer, the rewards and the reference. Raises `ConfigError`, `DataError`."""
+        """Load the tokenizer and the rewards, and the reference unless a warm-up comes first.
+
+        Raises `ConfigError`, `DataError`.
+        """
         scoring = self._config.scoring
         tokenizer_dir = self._config.model.tokenizer or self._model_dir
-        device = "cuda" if scoring.num_gpus else "cpu"
         tokenizer = load_tokenizer(tokenizer_dir)
-        if scoring.reference:
-            from rlhf_cluster.scoring.reference import Reference
-
-            self._reference = Reference(
-                self._model_dir,
-                scoring.dtype,
-                device,
-                scoring.tokens_per_batch,
-                scoring.request_timeout_s,
-            )
+        if scoring.reference and not self._config.sft.steps:
+            self.load_reference(self._model_dir)
         self._rewards = build_rewards(
-            scoring.rewards, tokenizer_dir, device, scoring.request_timeout_s
+            scoring.rewards, tokenizer_dir, self._device, scoring.request_timeout_s
         )
         self._tokenizer = tokenizer
+
+    def load_reference(self, folder: str) -> None:
+        """The frozen reference: the policy as it is when reinforcement learning begins."""
+        from rlhf_cluster.scoring.reference import Reference
+
+        scoring = self._config.scoring
+        self._reference = Reference(
+            folder,
+            scoring.dtype,
+            self._device,
+            scoring.tokens_per_batch,
+            scoring.request_timeout_s,
+        )
 
     def score(self, group: RolloutGroup, with_reference: bool = True) -> ExperienceGroup:
         """Score one group.
@@ -156,8 +164,10 @@ class Scorer:
         return total
 
     def _reference_logprobs(self, group: RolloutGroup) -> list[np.ndarray] | None:
-        if self._reference is None:
+        if not self._config.scoring.reference:
             return None
+        if self._reference is None:
+            raise WorkerError(f"{self._name}: no reference is loaded; call load_reference first")
         started = time.perf_counter()
         try:
             return self._reference.logprobs(group.rollouts)

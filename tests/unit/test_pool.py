@@ -135,3 +135,19 @@ async def test_a_replacement_wakes_those_who_wait_for_a_worker():
     await plant.pool.fail(plant.pool.live[0], WorkerError("gone"))
     async with plant.pool.acquire() as worker:
         assert worker.name == "generation-1"
+
+
+async def test_a_full_worker_keeps_work_waiting_and_a_finished_call_lets_it_on():
+    plant = Plant(max_in_flight=1, acquire_timeout_s=0.01)
+    await plant.pool.start(1)
+
+    async def work() -> None:
+        async with plant.pool.acquire():
+            pass
+
+    async with plant.pool.acquire() as busy:
+        waiting = asyncio.create_task(work())
+        done, _ = await asyncio.wait({waiting}, timeout=0.1)
+        assert not done, "being busy for long is no stall"
+        assert busy.num_in_flight == 1
+    await asyncio.wait_for(waiting, 5)

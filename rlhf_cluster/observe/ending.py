@@ -1,0 +1,74 @@
+"""What a person reads when a run has finished: the result, where it lies, what to try next.
+
+Promises: every path and command is written so that it works as it stands in the folder where the
+run was started.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlhf_cluster.config import RunConfig
+
+FRESH = ("run.name", "run.steps")  # settings that the suggested longer run gives anew
+MAX_NAME = 64
+
+
+def ending(
+    summary: Mapping[str, Any],
+    config: RunConfig,
+    config_path: Path,
+    overrides: Sequence[str],
+    command: str,
+    here: Path,
+) -> list[str]:
+    """The last lines of a finished run. `command` calls this program, `here` is the folder."""
+    folder = _shown(Path(summary["run_dir"]), here)
+    run = summary["run"] if Path(folder) == Path("runs") / summary["run"] else folder
+    result = {
+        "reward": _reward(summary, config.evaluation.num_prompts),
+        "run directory": folder,
+        "learning curve": f"{folder}/curve.png",
+        "trained model": _shown(Path(summary["final_model"]), here),
+    }
+    tries = {
+        "Where it ended": [command, "status", run],
+        "What it logged": [command, "logs", run, "--tail", "20"],
+        "A longer run": [command, "run", str(config_path), *_longer(config, overrides)],
+    }
+    return [
+        f"Run {summary['run']} finished: {summary['steps']:,} steps in {_time(summary['total_s'])}",
+        *(f"  {name:<14}  {text}" for name, text in result.items()),
+        "",
+        "Try next",
+        *(f"  {name:<14}  {shlex.join(words)}" for name, words in tries.items()),
+    ]
+
+
+def _reward(summary: Mapping[str, Any], num_prompts: int) -> str:
+    before, after = summary["reward_before"], summary["reward_after"]
+    if before is None or after is None:
+        return "not measured on held-out prompts (evaluation.num_prompts = 0)"
+    return f"{before:.3f} -> {after:.3f} on {num_prompts:,} held-out prompts"
+
+
+def _longer(config: RunConfig, overrides: Sequence[str]) -> list[str]:
+    """The same run with twice the steps, under a name of its own."""
+    suffix = "-longer"
+    name = config.run.name[: MAX_NAME - len(suffix)] + suffix
+    kept = [text for text in overrides if text.partition("=")[0].strip() not in FRESH]
+    settings = [*kept, f"run.name={name}", f"run.steps={2 * config.run.steps}"]
+    return [word for text in settings for word in ("--set", text)]
+
+
+def _shown(path: Path, here: Path) -> str:
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def _time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

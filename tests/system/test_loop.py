@@ -1,0 +1,322 @@
+"""The whole loop with nothing faked: vLLM, Ray, FSDP2, the weight store, the shipped quickstart.
+
+One run overlaps generation and training on two learner ranks; its record, its weights and its
+exported model are examined from every side. A second one is synchronous and is compared with a
+plain loop that has no concurrency at all (tests/plain_loop.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.engine import Request
+from rlhf_cluster.config import RunConfig, validate
+from rlhf_cluster.data.prompts import evaluation_prompts
+from rlhf_cluster.observe.run_log import read_metrics
+from rlhf_cluster.observe.samples import Row, read_samples
+from rlhf_cluster.weights import store
+from tests import plain_loop
+from tests.engine_process import EngineProcess
+
+REPOSITORY = Path(__file__).parents[2]
+QUICKSTART = REPOSITORY / "configs" / "quickstart.toml"
+RUN_DEADLINE_S = 600
+FLOOR = 1e-4
+"""Nats. Two implementations of the same float32 weights differ by 2e-5 at worst."""
+
+COMMON = [
+    "observe.live=false",
+    "observe.samples_per_step=100000",
+    "sft.steps=35",
+    "learner.learning_rate=3e-4",
+    "learner.num_cpus=0.25",
+]
+OVERLAPPED = [
+    *COMMON,
+    "run.name=overlapped",
+    "run.steps=40",
+    "run.groups_per_step=64",
+    "learner.ranks=2",
+    "staleness.max_staleness=1",
+    "evaluation.num_prompts=64",
+]
+SYNCHRONOUS = [
+    *COMMON,
+    "run.name=synchronous",
+    "run.steps=4",
+    "run.groups_per_step=16",
+    "staleness.max_staleness=0",
+    "algorithm.kl_coef=0.05",
+    "evaluation.num_prompts=0",
+]
+RISE = 0.05
+"""Least rise of the mean reward from the first ten steps to the last ten."""
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that ended well, and what it left behind."""
+
+    config: RunConfig
+
+    @property
+    def path(self) -> Path:
+        return self.config.run_dir
+
+    @cached_property
+    def steps(self) -> list[dict[str, Any]]:
+        """Metrics of each step."""
+        return [r for r in read_metrics(self.path / "metrics.jsonl") if "reward/mean" in r]
+
+    @cached_property
+    def samples(self) -> list[list[Row]]:
+        """All rollouts of each step, in the order they were trained."""
+        return [read_samples(p) for p in sorted((self.path / "samples").glob("step-*.parquet"))]
+
+    @property
+    def final(self) -> Path:
+        return self.path / "final"
+
+
+def run_to_the_end(root: Path, settings: list[str]) -> FinishedRun:
+    """`rlhf-cluster run` as a user starts it, on a local Ray cluster of its own."""
+    settings = [*settings, f"run.root={root}"]
+    command = [str(Path(sys.executable).with_name("rlhf-cluster")), "run", str(QUICKSTART)]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [*command, *(word for setting in settings for word in ("--set", setting))],
+        cwd=root,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=RUN_DEADLINE_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    (resolved,) = root.glob("*/resolved.json")
+    return FinishedRun(validate(RunConfig, json.loads(resolved.read_text()), str(resolved)))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    return run_to_the_end(tmp_path_factory.mktemp("overlapped"), OVERLAPPED)
+
+
+@pytest.fixture(scope="module")
+def synchronous(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    return run_to_the_end(tmp_path_factory.mktemp("synchronous"), SYNCHRONOUS)
+
+
+@pytest.fixture(scope="module")
+def plain(
+    synchronous: FinishedRun, tmp_path_factory: pytest.TempPathFactory
+) -> plain_loop.PlainRun:
+    return plain_loop.train(synchronous.config, tmp_path_factory.mktemp("plain"))
+
+
+def logprobs_of(model: Any, rows: list[Row]) -> list[np.ndarray]:
+    """[T] float32 for each row: log-probabilities of its response under `model`, padded right."""
+    import torch
+
+    ids = [torch.tensor(row["prompt_ids"] + row["response_ids"]) for row in rows]
+    batch = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    with torch.inference_mode():
+        logprobs = torch.log_softmax(model(batch).logits[:, :-1], dim=-1)
+    chosen = logprobs.gather(-1, batch[:, 1:, None])[:, :, 0].numpy()
+    starts = [len(row["prompt_ids"]) - 1 for row in rows]
+    lengths = [len(row["response_ids"]) for row in rows]
+    return [chosen[i, s : s + n] for i, (s, n) in enumerate(zip(starts, lengths, strict=True))]
+
+
+def worst_difference(model: Any, rows: list[Row]) -> float:
+    """Largest distance of a sampled log-probability to the one under `model`, in nats."""
+    pairs = zip(rows, logprobs_of(model, rows), strict=True)
+    return max(float(np.abs(np.float32(r["sampled_logprobs"]) - p).max()) for r, p in pairs)
+
+
+def load_policy(run: FinishedRun, version: int) -> Any:
+    """A published version in transformers, by way of the weight store."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(run.final)
+    tensors = dict(store.read(run.config.weights_dir / f"v{version:06d}"))
+    result = model.load_state_dict(tensors, strict=False)
+    assert not result.unexpected_keys
+    assert set(result.missing_keys) <= {"lm_head.weight"}, "tied to the embedding"
+    return model.eval()
+
+
+def test_reward_rises_over_the_run(run: FinishedRun) -> None:
+    rewards = [step["reward/mean"] for step in run.steps]
+    assert len(rewards) == run.config.run.steps
+    assert np.mean(rewards[-10:]) > np.mean(rewards[:10]) + RISE
+
+
+def test_every_trained_token_has_a_version_within_the_bound(run: FinishedRun) -> None:
+    bound = run.config.staleness.max_staleness
+    for step, rows in enumerate(run.samples, start=1):
+        for row in rows:
+            assert 0 <= row["version_min"] <= row["version_max"] <= step - 1
+            assert row["staleness"] == step - 1 - row["version_min"] <= bound
+    stalest = {max(row["staleness"] for row in rows) for rows in run.samples}
+    assert stalest == {0, bound}, "the run did overlap, and began on-policy"
+
+
+def test_groups_are_trained_once_each_in_admission_order(run: FinishedRun) -> None:
+    section = run.config.run
+    expected = [f"g{n:08d}" for n in range(section.steps * section.groups_per_step)]
+    size = run.config.algorithm.group_size
+    trained = [row["rollout_id"] for rows in run.samples for row in rows]
+    assert trained == [f"{group}/{i}" for group in expected for i in range(size)]
+    counts = [len(rows) for rows in run.samples]
+    assert counts == [section.groups_per_step * size] * section.steps
+
+
+def test_the_live_version_never_goes_back_and_trails_by_one_publish(run: FinishedRun) -> None:
+    live = [int(step["weights/version_live"]) for step in run.steps]
+    assert live == sorted(live)
+    for step, version in enumerate(live, start=1):
+        assert step - 2 <= version <= step, "max_staleness = 1 could not train with older weights"
+
+
+def test_learner_and_engine_agree_exactly_while_they_hold_the_same_weights(
+    run: FinishedRun,
+) -> None:
+    fresh = [s for s in run.steps if s["staleness/max"] == 0]
+    stale = [s for s in run.steps if s["staleness/mean"] == 1]
+    assert fresh
+    assert stale
+    assert all(s["importance/logprob_diff_mean"] < FLOOR for s in fresh)
+    assert all(s["importance/logprob_diff_mean"] > 10 * FLOOR for s in stale)
+
+
+def test_s12_recorded_logprobs_are_those_of_the_version_on_the_label(run: FinishedRun) -> None:
+    kept = store.versions(run.config.weights_dir)
+    models = {version: load_policy(run, version) for version in kept}
+    recent = [row for rows in run.samples[-2:] for row in rows]
+    by_version = {
+        version: [r for r in recent if r["version_min"] == r["version_max"] == version]
+        for version in kept
+    }
+    examined = {version: rows for version, rows in by_version.items() if len(rows) >= 50}
+    assert examined, "no version of the last steps is both kept and used"
+    for version, rows in examined.items():
+        assert worst_difference(models[version], rows) < FLOOR
+        for other in set(kept) - {version}:
+            assert worst_difference(models[other], rows) > 10 * FLOOR, "versions do differ"
+
+
+def test_s24_the_exported_weights_are_the_last_version_bit_for_bit(run: FinishedRun) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    last = store.latest(run.config.weights_dir)
+    assert last is not None
+    assert last.version == run.config.run.steps
+    published = dict(store.read(last.path, expected_digest=last.digest))
+    exported = load_file(run.final / "model.safetensors")
+    start = load_file(run.path / "model" / "model.safetensors")
+    assert exported.keys() == published.keys() == start.keys()
+    for name, tensor in exported.items():
+        assert tensor.dtype == published[name].dtype
+        assert torch.equal(tensor, published[name]), name
+        assert not torch.equal(tensor, start[name]), f"{name} was never trained"
+
+
+def test_the_exported_model_answers_alike_in_transformers_and_vllm(run: FinishedRun) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(run.final)
+    model = AutoModelForCausalLM.from_pretrained(run.final).eval()
+    num_prompts = run.config.evaluation.num_prompts
+    max_tokens = run.config.generation.max_response_tokens
+    prompts = evaluation_prompts(run.config, tokenizer, num_prompts)
+    answers = []
+    for prompt in prompts:
+        encoded = tokenizer(prompt.source, return_tensors="pt")
+        assert encoded.input_ids[0].tolist() == prompt.token_ids.tolist()
+        with torch.inference_mode():
+            output = model.generate(
+                encoded.input_ids,
+                attention_mask=encoded.attention_mask,
+                do_sample=False,
+                max_new_tokens=max_tokens,
+            )
+        answers.append(output[0, len(prompt.token_ids) :].tolist())
+
+    async def ask(engine: EngineProcess) -> list[list[int]]:
+        requests = [
+            Request(
+                request_id=prompt.prompt_id,
+                prompt_ids=prompt.token_ids.tolist(),
+                num_samples=1,
+                max_tokens=max_tokens,
+                temperature=0.0,
+                seed=0,
+            )
+            for prompt in prompts
+        ]
+        results = await asyncio.gather(*[engine.generate(request) for request in requests])
+        return [samples[0].token_ids for samples in results]
+
+    engine = EngineProcess(run.config, str(run.final))
+    try:
+        assert asyncio.run(ask(engine)) == answers
+    finally:
+        engine.close()
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    right = [text == p.columns["answer"] for text, p in zip(texts, prompts, strict=True)]
+    summary = json.loads((run.path / "summary.json").read_text())
+    assert summary["reward_after"] == pytest.approx(np.mean(right)), "what the run itself measured"
+
+
+def test_without_staleness_a_run_is_a_plain_synchronous_loop(
+    synchronous: FinishedRun, plain: plain_loop.PlainRun
+) -> None:
+    for version, (rows, step) in enumerate(zip(synchronous.samples, plain.steps, strict=True)):
+        scored = [s for group in step.groups for s in group.scored]
+        assert [r["rollout_id"] for r in rows] == [s.rollout.rollout_id for s in scored]
+        assert [r["prompt_ids"] for r in rows] == [s.rollout.prompt_ids.tolist() for s in scored]
+        for row, own in zip(rows, scored, strict=True):
+            where = f"step {version + 1}, {row['rollout_id']}"
+            assert (row["version_min"], row["version_max"]) == (version, version), where
+            assert row["response_ids"] == own.rollout.response_ids.tolist(), where
+            np.testing.assert_allclose(
+                row["sampled_logprobs"], own.rollout.sampled_logprobs, rtol=0, atol=FLOOR
+            )
+            assert row["reward"] == own.reward, where
+
+
+def test_without_staleness_the_learner_takes_the_plain_loops_steps(
+    synchronous: FinishedRun, plain: plain_loop.PlainRun
+) -> None:
+    exact = ("learner/tokens", "learner/rollouts", "learner/learning_rate", "staleness/max")
+    near = ("learner/loss", "learner/grad_norm", "learner/kl_ref", "learner/entropy")
+    assert any(step["reward/std"] > 0 for step in synchronous.steps)
+    for found, step in zip(synchronous.steps, plain.steps, strict=True):
+        assert found["staleness/max"] == 0
+        assert found["importance/logprob_diff_mean"] < FLOOR
+        for name in exact:
+            assert found[name] == step.metrics[name], name
+        for name in near:
+            assert found[name] == pytest.approx(step.metrics[name], rel=1e-3, abs=1e-5), name
+    last = store.latest(synchronous.config.weights_dir)
+    assert last is not None
+    weights = dict(store.read(last.path))
+    for name, expected in store.read(plain.last.path):
+        np.testing.assert_allclose(weights[name], expected, rtol=0, atol=1e-4, err_msg=name)
