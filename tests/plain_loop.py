@@ -2,7 +2,7 @@
 
 No Ray, no pipeline, no buffer, no background publish. Only the parts are those of a run: the inputs,
 the engine (in a process of its own, because vLLM cannot share one with a learner), the scorer, the
-learner rank, the weight store. A run with `max_staleness = 0` has to do the same.
+learner rank, the weight store. A run with `max_staleness = 0` and one rank has to do the same.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from actors.engine import LoadedWeights, Request, Sample
 from actors.generation import GenerationWorker
@@ -18,8 +19,12 @@ from actors.scoring import ScoringWorker
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.inputs import Inputs, check_inputs
 from rlhf_cluster.records import ExperienceGroup, Sampling, Ticket, WeightVersion
+from rlhf_cluster.weights.export import export_hf
 from tests.engine_process import EngineProcess
 from tests.learning_cases import free_address
+
+if TYPE_CHECKING:
+    from rlhf_cluster.learning.learner import LearnerRank
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +86,20 @@ def train(config: RunConfig, folder: Path) -> PlainRun:
 
 
 async def _train(
-    config: RunConfig, inputs: Inputs, learner, scorer: ScoringWorker, root: str
+    config: RunConfig, inputs: Inputs, learner: LearnerRank, scorer: ScoringWorker, root: str
 ) -> PlainRun:
     generation = GenerationWorker(
         config, str(inputs.model_dir), "plain", engine_factory="tests.plain_loop:RemoteEngine"
     )
     await generation.start()
     try:
-        steps = []
+        steps: list[PlainStep] = []
         for step in range(config.run.steps):
-            await generation.pull(publish(learner, root))
+            version = publish(learner, root)
+            await generation.pull(version)
+            if step == 0:
+                reference = export_hf(version, inputs.model_dir, Path(root).with_name("reference"))
+                scorer.load_reference(str(reference))
             groups = []
             for place in range(config.run.groups_per_step):
                 ticket = Ticket(number=step * config.run.groups_per_step + place, version=step)
@@ -104,7 +113,7 @@ async def _train(
         await generation.close()
 
 
-def publish(learner, root: str) -> WeightVersion:
+def publish(learner: LearnerRank, root: str) -> WeightVersion:
     from rlhf_cluster.weights import store
 
     version = learner.snapshot()

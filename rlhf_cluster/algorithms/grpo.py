@@ -4,15 +4,16 @@ For a token t of response i with advantage A_i (rewards centred and scaled in th
 
     loss_t = -w_t min(r_t A_i, clip(r_t, 1 - clip_low, 1 + clip_high) A_i) + kl_coef v_t k2_t
 
-    proximal = "recompute":  r = pi / sg(pi),  w = min(sg(pi) / mu, cap)
-    proximal = "bypass":     r = pi / mu,      w = 1
+    proximal = "recompute":  r = pi / sg(pi),        w = min(sg(pi) / mu, cap)
+    proximal = "bypass":     r = min(pi / mu, cap),  w = 1
     v = min(sg(pi) / mu, cap) in both;  k2 = (log pi - log ref)^2 / 2
 
 where pi is the learner, mu the sampler, ref the frozen reference, and sg stops the gradient. The
 learner takes one optimizer step a batch, so the current policy IS the proximal one: r is exactly 1
 in value, carries the gradient, and is never clipped; w alone handles the distance to the sampler.
-In "bypass" the ratio is against the sampler itself and the clipping bounds it. `correction` of
-type "none" makes w and v 1. The KL term is k2 because its gradient is that of KL(pi || ref) (see
+In "bypass" the ratio is against the sampler itself: it is the importance weight, clipped like any
+ratio and truncated at the cap, which bounds the loss where A is negative (the dual clip of Ye et
+al. 2020, arXiv 1912.09729). `correction` of type "none" makes w and v 1 and the cap infinite. The KL term is k2 because its gradient is that of KL(pi || ref) (see
 `kl`), weighted by v because the tokens come from mu.
 
 Shao et al. 2024, arXiv 2402.03300 (GRPO); Hilton et al. 2021, arXiv 2110.00641 (the proximal
@@ -21,6 +22,7 @@ policy apart from the sampling one).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -73,7 +75,8 @@ class GrpoConfig(Section):
     """Weight of the KL term to the reference in the loss; needs `scoring.reference = true`."""
     proximal: Literal["recompute", "bypass"] = "recompute"
     """`recompute`: the ratio is against the learner at the start of the step and `correction`
-    handles the distance to the sampler. `bypass`: the ratio is against the sampler itself."""
+    weights the distance to the sampler. `bypass`: the ratio is against the sampler itself, clipped
+    and truncated by `correction`."""
     correction: TokenTis | NoCorrection = Field(default=TokenTis(), discriminator="type")
 
 
@@ -120,8 +123,11 @@ class Grpo:
             weight = truncated_weight(learner, inputs.sampled_logprobs, cap)
         recompute = config.proximal == "recompute"
         proximal = learner.detach() if recompute else inputs.sampled_logprobs
+        log_ratios = log_ratio(learner, proximal)
+        if cap is not None and not recompute:
+            log_ratios = log_ratios.clamp(max=math.log(cap))
         policy_loss, clipped = clipped_policy_loss(
-            log_ratio(learner, proximal), inputs.advantages, config.clip_low, config.clip_high
+            log_ratios, inputs.advantages, config.clip_low, config.clip_high
         )
         loss = (policy_loss * weight if recompute else policy_loss).sum()
         count = clipped.new_tensor(clipped.numel(), dtype=loss.dtype)

@@ -60,7 +60,8 @@ def _load(path: str) -> tuple[Callable[..., Any] | None, str]:
         function = getattr(importlib.import_module(module_name), name)
     # The module is a user's: importing it may raise anything.
     except (Exception, SystemExit) as error:
-        traceback.print_exc()
+        if os.environ.get("RLHF_DEBUG") == "1":  # the reply names file and line
+            traceback.print_exc()
         return None, _describe(error)
     return (function, "") if callable(function) else (None, f"{name} is not callable")
 
@@ -86,9 +87,15 @@ def _plain(value: Any) -> Any:
 
 
 def _describe(error: BaseException) -> str:
-    """The last line of the traceback, and where it was raised."""
+    """The last line of the traceback, and where in the user's code it was raised."""
     text = traceback.format_exception_only(error)[-1].strip()
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename != __file__ and not frame.filename.startswith("<frozen")
+    ]
+    if frames and Path(frames[-1].filename) == Path(importlib.__file__):
+        frames = []
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     return f"{text}{where}"
 

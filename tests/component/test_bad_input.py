@@ -18,6 +18,7 @@ import tomli_w
 from rlhf_cluster.cli import main
 from rlhf_cluster.config.sections import ModelInit
 from rlhf_cluster.learning.make_model import make_model
+from rlhf_cluster.observe.samples import read_samples
 from rlhf_cluster.rundir import RunDir
 from tests.configs import tiny_config, tiny_tree
 
@@ -27,20 +28,19 @@ import no_such_package
 def reward(prompts, completions, **columns):
     return [1.0] * len(completions)
 """
-# Which fault a group gets is in the first digit of its answer.
+# Which fault a group meets is in the first digit of its prompt; half of them score.
 FAULTS = """
 import time
-def reward(prompts, completions, answer, **columns):
-    first = int(answer[0][0])
+def reward(prompts, completions, **columns):
+    first = int(prompts[0][0])
     if first == 0:
         raise ZeroDivisionError("on purpose")
     if first == 1:
         time.sleep(3600)
     if first == 2:
-        return [1.0] * (len(completions) - 1)
-    if first == 3:
-        return [float("nan")] * len(completions)
-    return [None] * len(completions)
+        return [0.25] * (len(completions) - 1)
+    value = {3: float("nan"), 4: None}.get(first, 0.25)
+    return [value] * len(completions)
 """
 JSONL = '{"question": "1+1=", "answer": "2"}\n'
 
@@ -89,12 +89,12 @@ def contents(folder: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-def refusal(capsys: pytest.CaptureFixture[str], config: str, *overrides: str) -> str:
+def refusal(capfd: pytest.CaptureFixture[str], config: str, *overrides: str) -> str:
     """The message that `run --overwrite` ends with; everything around it is checked here."""
     before = contents(Path.cwd())
     words = [word for text in overrides for word in ("--set", text)]
     code = main(["run", config, "--overwrite", *words])
-    captured = capsys.readouterr()
+    captured = capfd.readouterr()
     assert code == 1, captured
     assert captured.err.startswith("error: ")
     assert captured.err.count("error: ") == 1
@@ -149,7 +149,7 @@ CASES = {
     ),
     "sequences longer than the model": (
         ["data.max_prompt_tokens=60"],
-        ["max_position = 64", "data.max_prompt_tokens", "Raise"],
+        ["60 + 8 = 68 is over model.init.max_position = 64", "Lower the lengths, or raise"],
     ),
     "no chat template": (
         [*from_file("good.jsonl"), "data.template='chat'"],
@@ -160,8 +160,8 @@ CASES = {
         ["/no/such/model: no such folder"],
     ),
     "an impossible made model": (
-        ["model.init.num_heads=5"],
-        ["hidden_size / num_heads = 128 / 5", "take hidden_size = "],
+        ["model.init.num_heads=8"],
+        ["hidden_size / num_heads = 128 / 8 = 16", "take hidden_size = 256"],
     ),
     "a reward module that is not there": (
         ["scoring.rewards=[{type='python', function='absent_rewards:score'}]"],
@@ -169,11 +169,14 @@ CASES = {
     ),
     "a reward module that does not import": (
         ["scoring.rewards=[{type='python', function='broken_rewards:reward'}]"],
-        ["broken_rewards", "no_such_package"],
+        [
+            "broken_rewards:reward cannot",
+            "No module named 'no_such_package' (broken_rewards.py, line 2)",
+        ],
     ),
     "a reward function that is not there": (
         ["scoring.rewards=[{type='python', function='json:score'}]"],
-        ["json:score", "no function"],
+        ["json:score cannot be imported", "has no attribute 'score'"],
     ),
     "a reward column that is not there": (
         ["scoring.rewards=[{type='exact_match', target_column='gold'}]"],
@@ -187,8 +190,8 @@ CASES = {
 
 
 @pytest.mark.parametrize(("overrides", "fragments"), CASES.values(), ids=CASES)
-def test_a_bad_input_is_refused_with_what_where_and_cure(here, capsys, overrides, fragments):
-    message = refusal(capsys, "run.toml", *overrides)
+def test_a_bad_input_is_refused_with_what_where_and_cure(here, capfd, overrides, fragments):
+    message = refusal(capfd, "run.toml", *overrides)
     for fragment in fragments:
         assert fragment in message
 
@@ -201,55 +204,55 @@ def test_a_bad_input_is_refused_with_what_where_and_cure(here, capsys, overrides
         ("not.toml", "not.toml: not valid TOML"),
     ],
 )
-def test_a_run_file_that_cannot_be_read_is_named(here, capsys, config, fragment):
-    assert fragment in refusal(capsys, config)
+def test_a_run_file_that_cannot_be_read_is_named(here, capfd, config, fragment):
+    assert fragment in refusal(capfd, config)
 
 
-def test_a_model_and_a_tokenizer_that_do_not_fit_are_refused(here, models, capsys):
-    message = refusal(capsys, "run.toml", f"model={{path='{models}/misfit'}}")
+def test_a_model_and_a_tokenizer_that_do_not_fit_are_refused(here, models, capfd):
+    message = refusal(capfd, "run.toml", f"model={{path='{models}/misfit'}}")
     assert "misfit: the tokenizer has" in message
     assert "the model embeds 8" in message
-    message = refusal(capsys, "run.toml", f"model={{path='{models}/no_tokenizer'}}")
+    message = refusal(capfd, "run.toml", f"model={{path='{models}/no_tokenizer'}}")
     assert "no_tokenizer: no tokenizer can be loaded" in message
     long = [f"model={{path='{models}/good'}}", "data.max_prompt_tokens=60"]
-    message = refusal(capsys, "run.toml", *long)
+    message = refusal(capfd, "run.toml", *long)
     assert "max_position_embeddings = 64, the run allows sequences of 68 tokens" in message
 
 
-def test_all_problems_of_a_run_file_are_listed_at_once(here, capsys):
-    message = refusal(capsys, "run.toml", "run.stepz=3", "learner.ranks=0", "data.shuffle='no?'")
+def test_all_problems_of_a_run_file_are_listed_at_once(here, capfd):
+    message = refusal(capfd, "run.toml", "run.stepz=3", "learner.ranks=0", "data.shuffle='no?'")
     assert message.startswith("error: run.toml: 3 problems\n")
     assert [key in message for key in ("run.stepz", "learner.ranks", "data.shuffle")] == [True] * 3
 
 
-def test_long_prompts_left_out_on_request_are_counted(here, capsys):
+def test_long_prompts_left_out_on_request_are_counted(here, capfd):
     words = [*from_file("long.jsonl"), "data.on_long_prompt='skip'"]
     assert main(["validate", "run.toml", *(w for t in words for w in ("--set", t))]) == 0
-    assert "1 prompts are over data.max_prompt_tokens" in capsys.readouterr().out
+    assert "1 prompts are over data.max_prompt_tokens" in capfd.readouterr().out
 
 
-def test_a_dashboard_port_that_is_taken_is_named(here, capsys):
+def test_a_dashboard_port_that_is_taken_is_named(here, capfd):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         port_set = f"cluster={{dashboard=true, dashboard_port={port}}}"
-        message = refusal(capsys, "run.toml", port_set)
+        message = refusal(capfd, "run.toml", port_set)
     assert f"cluster.dashboard_port = {port}: the port is taken" in message
     assert "Choose another" in message
 
 
-def test_a_run_directory_in_use_is_refused_without_waiting_for_a_cluster(here, capsys):
+def test_a_run_directory_in_use_is_refused_without_waiting_for_a_cluster(here, capfd):
     with RunDir.create(here / "runs" / "tiny", tiny_config(), overwrite=True):
-        message = refusal(capsys, "run.toml")
+        message = refusal(capfd, "run.toml")
     assert f"in use by process {os.getpid()}" in message
     assert "--set run.name=NEW" in message
 
 
-def test_a_finished_run_is_not_overwritten_unasked(here, capsys):
+def test_a_finished_run_is_not_overwritten_unasked(here, capfd):
     before = contents(here)
     assert main(["run", "run.toml"]) == 1
-    assert "holds a run that has finished" in (message := capsys.readouterr().err)
+    assert "holds a run that has finished" in (message := capfd.readouterr().err)
     assert "--overwrite" in message
     assert contents(here) == before
 
@@ -270,3 +273,34 @@ def test_bundles_that_do_not_fit_are_refused_with_demand_and_supply(ray_address,
         assert fragment in done.stderr
     assert "Traceback" not in done.stderr
     assert contents(here) == before
+
+
+def test_s23_every_fault_of_a_reward_discards_its_group_with_its_reason(start_run, tmp_path):
+    (tmp_path / "faulty_rewards.py").write_text(FAULTS)
+    reward = {"type": "python", "function": "faulty_rewards:reward", "timeout_s": 1.0}
+    run = start_run(
+        run={"steps": 4, "groups_per_step": 8},
+        scoring={"rewards": [reward], "max_retries": 0, "max_error_rate": 1.0},
+    )
+    code, output = run.finish()
+    assert code == 0, output
+    for reason in ("raised", "timeout", "length", "nan", "none"):
+        assert f"[{reason}]" in output
+    assert max(r.get("buffer/discarded_total/ScoringError", 0) for r in run.metrics()) >= 5
+    rows = [row for p in (run.path / "samples").iterdir() for row in read_samples(p)]
+    assert len(rows) == 4 * 16
+    assert {row["reward"] for row in rows} == {0.25}, "a fault is discarded, it scores nothing"
+
+
+def test_s23_a_reward_that_keeps_failing_ends_the_run_with_the_rate_and_its_reason(
+    start_run, tmp_path
+):
+    (tmp_path / "none_rewards.py").write_text("def reward(prompts, **rest):\n    return None\n")
+    reward = {"type": "python", "function": "none_rewards:reward"}
+    run = start_run(scoring={"rewards": [reward], "max_retries": 0})
+    code, output = run.finish()
+    assert code == 1
+    assert "100% of the last 8 groups failed, over scoring.max_error_rate = 0.5" in output
+    assert "reward 'python'" in output
+    assert "returned NoneType None, expected a list of 4 floats" in output
+    assert json.loads((run.path / "status.json").read_text())["state"] == "failed"

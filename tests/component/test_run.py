@@ -186,5 +186,3 @@ def test_a_run_of_the_same_name_is_refused_while_one_is_alive(start_run, tmp_pat
     assert "in use by process" in output
     ray.get_actor(actor_name("same"), namespace=NAMESPACE)
     assert first.process.poll() is None
-
-

@@ -2,7 +2,8 @@
 
 One run overlaps generation and training on two learner ranks; its record, its weights and its
 exported model are examined from every side. A second one is synchronous and is compared with a
-plain loop that has no concurrency at all (tests/plain_loop.py).
+plain loop that has no concurrency at all (tests/plain_loop.py): seeds belong to groups and float32
+sampling does not depend on the batch around it, so the two agree to the last bit.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ COMMON = [
     "observe.live=false",
     "observe.samples_per_step=100000",
     "sft.steps=35",
+    "algorithm.group_size=8",
     "learner.learning_rate=3e-4",
     "learner.num_cpus=0.25",
 ]
@@ -204,6 +206,13 @@ def test_learner_and_engine_agree_exactly_while_they_hold_the_same_weights(
     assert all(s["importance/logprob_diff_mean"] > 10 * FLOOR for s in stale)
 
 
+def test_s38_the_reference_is_the_policy_that_reinforcement_learning_starts_from(
+    run: FinishedRun,
+) -> None:
+    assert run.steps[0]["learner/kl_ref"] == pytest.approx(0, abs=1e-6)
+    assert run.steps[-1]["learner/kl_ref"] > 1e-3, "the policy has moved away from it"
+
+
 def test_s12_recorded_logprobs_are_those_of_the_version_on_the_label(run: FinishedRun) -> None:
     kept = store.versions(run.config.weights_dir)
     models = {version: load_policy(run, version) for version in kept}
@@ -285,38 +294,31 @@ def test_the_exported_model_answers_alike_in_transformers_and_vllm(run: Finished
     assert summary["reward_after"] == pytest.approx(np.mean(right)), "what the run itself measured"
 
 
-def test_without_staleness_a_run_is_a_plain_synchronous_loop(
+def test_without_staleness_a_run_samples_and_scores_what_a_plain_loop_does(
     synchronous: FinishedRun, plain: plain_loop.PlainRun
 ) -> None:
     for version, (rows, step) in enumerate(zip(synchronous.samples, plain.steps, strict=True)):
         scored = [s for group in step.groups for s in group.scored]
         assert [r["rollout_id"] for r in rows] == [s.rollout.rollout_id for s in scored]
-        assert [r["prompt_ids"] for r in rows] == [s.rollout.prompt_ids.tolist() for s in scored]
         for row, own in zip(rows, scored, strict=True):
             where = f"step {version + 1}, {row['rollout_id']}"
             assert (row["version_min"], row["version_max"]) == (version, version), where
+            assert row["prompt_ids"] == own.rollout.prompt_ids.tolist(), where
             assert row["response_ids"] == own.rollout.response_ids.tolist(), where
-            np.testing.assert_allclose(
-                row["sampled_logprobs"], own.rollout.sampled_logprobs, rtol=0, atol=FLOOR
-            )
+            assert row["sampled_logprobs"] == own.rollout.sampled_logprobs.tolist(), where
             assert row["reward"] == own.reward, where
 
 
-def test_without_staleness_the_learner_takes_the_plain_loops_steps(
+def test_without_staleness_a_run_learns_bit_for_bit_what_a_plain_loop_learns(
     synchronous: FinishedRun, plain: plain_loop.PlainRun
 ) -> None:
-    exact = ("learner/tokens", "learner/rollouts", "learner/learning_rate", "staleness/max")
-    near = ("learner/loss", "learner/grad_norm", "learner/kl_ref", "learner/entropy")
-    assert any(step["reward/std"] > 0 for step in synchronous.steps)
+    assert any(step["reward/std"] > 0 for step in synchronous.steps), "there is something to learn"
     for found, step in zip(synchronous.steps, plain.steps, strict=True):
         assert found["staleness/max"] == 0
         assert found["importance/logprob_diff_mean"] < FLOOR
-        for name in exact:
-            assert found[name] == step.metrics[name], name
-        for name in near:
-            assert found[name] == pytest.approx(step.metrics[name], rel=1e-3, abs=1e-5), name
+        same = {name for name in step.metrics if not name.endswith("_s")}
+        assert same >= {"learner/loss", "learner/grad_norm", "learner/kl_ref", "learner/entropy"}
+        assert {n: found[n] for n in same} == {n: step.metrics[n] for n in same}
     last = store.latest(synchronous.config.weights_dir)
     assert last is not None
-    weights = dict(store.read(last.path))
-    for name, expected in store.read(plain.last.path):
-        np.testing.assert_allclose(weights[name], expected, rtol=0, atol=1e-4, err_msg=name)
+    assert (last.version, last.digest) == (plain.last.version, plain.last.digest)

@@ -38,6 +38,8 @@ def _slow_loss(config: GrpoConfig, inputs: LossInputs) -> float:
         advantage = inputs.advantages[i].item()
         weight = 1.0 if cap is None else min(math.exp(learner - sampled), cap)
         ratio = 1.0 if config.proximal == "recompute" else math.exp(learner - sampled)
+        if cap is not None and config.proximal == "bypass":
+            ratio = min(ratio, cap)
         bounded = min(max(ratio, 1 - config.clip_low), 1 + config.clip_high)
         policy = -min(ratio * advantage, bounded * advantage)
         total += policy * (weight if config.proximal == "recompute" else 1.0)
@@ -72,7 +74,22 @@ def test_bypass_counts_clipped_tokens_and_gives_them_no_gradient() -> None:
     loss.backward()
     grad = inputs.learner_logprobs.grad
     assert grad is not None
-    assert (grad == 0).sum() == sums["learner/clip_fraction"][0] > 0
+    ratio = (inputs.learner_logprobs - inputs.sampled_logprobs).detach().exp()
+    truncated = (ratio > 2.0) & (inputs.advantages < 0)
+    assert truncated.any()
+    assert (grad == 0).sum() - truncated.sum() == sums["learner/clip_fraction"][0] > 0
+
+
+def test_bypass_truncates_the_ratio_of_a_bad_token_at_the_cap() -> None:
+    inputs = LossInputs(
+        learner_logprobs=torch.tensor([0.0], requires_grad=True),
+        sampled_logprobs=torch.tensor([-3.0]),
+        ref_logprobs=None,
+        advantages=torch.tensor([-1.0]),
+        entropy=torch.zeros(1),
+    )
+    loss, _ = Grpo(GrpoConfig(proximal="bypass")).loss(inputs)
+    assert loss.item() == pytest.approx(2.0), "the ratio is 20, the cap is 2"
 
 
 @pytest.mark.parametrize("proximal", ["recompute", "bypass"])

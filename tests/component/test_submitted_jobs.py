@@ -1,0 +1,186 @@
+"""A run as a job of a cluster, from the command line: submit, follow, scale, logs, stop.
+
+The cluster is a head of its own with a dashboard, started as a user would start it. Jobs run the
+real engine: nothing of the tests is sent with them.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import tomli_w
+from ray.util.state import list_actors
+
+from rlhf_cluster.cli import main
+from rlhf_cluster.observe.snapshot import Snapshot
+from rlhf_cluster.rundir import RunDir
+from tests.configs import tiny_tree
+
+REPOSITORY = Path(__file__).parents[2]
+OURS = {"ControlActor", "BufferActor", "LearnerActor", "GenerationActor", "ScoringActor"}
+START_S, RUN_S = 90.0, 240.0
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, all above those that Ray gives to workers."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def wait_until(found: Callable[[], object], what: str, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not found():
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def dashboard() -> Iterator[str]:
+    """The address of the dashboard of a cluster that lives as long as this module's tests."""
+    folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: Ray's sockets lie below it
+    port, client, agent, gcs = free_ports(4)
+    bin_folder = Path(sys.executable).parent
+    words = f"""{bin_folder}/ray start --head --block --disable-usage-stats --port {gcs}
+        --include-dashboard true --dashboard-host 127.0.0.1 --dashboard-port {port}
+        --ray-client-server-port {client} --dashboard-agent-listen-port {agent}
+        --min-worker-port 0 --max-worker-port 0 --num-cpus 8 --object-store-memory 268435456
+        --temp-dir {folder}/ray"""
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{bin_folder}{os.pathsep}{os.environ['PATH']}"
+    environment.pop("RAY_ADDRESS", None)
+    with (folder / "head.log").open("w") as log:
+        head = subprocess.Popen(words.split(), env=environment, stdout=log, stderr=log)
+    url = f"http://127.0.0.1:{port}"
+
+    def answers() -> bool:
+        assert head.poll() is None, (folder / "head.log").read_text()
+        try:
+            with urllib.request.urlopen(f"{url}/api/version", timeout=2):
+                return True
+        except OSError:
+            return False
+
+    try:
+        wait_until(answers, "the dashboard answers", START_S)
+        yield url
+    finally:
+        head.send_signal(signal.SIGTERM)
+        head.wait(60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("jobs")
+    tree = tiny_tree(run={"steps": 2}, evaluation={"num_prompts": 8})
+    (folder / "run.toml").write_text(tomli_w.dumps(tree))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def live(dashboard: str, folder: Path) -> Path:
+    """The directory of a submitted run without an end, once it trains."""
+    assert submit(dashboard, folder, "live", "run.steps=1000000") == 0
+    wait_until(lambda: status_of(folder / "live").step >= 1, "a step", RUN_S)
+    return folder / "live"
+
+
+def submit(dashboard: str, folder: Path, name: str, *overrides: str, follow: bool = False) -> int:
+    words = ["submit", str(folder / "run.toml"), "--address", dashboard, "--run-id", name]
+    for override in (f"run.root={folder}", *overrides):
+        words += ["--set", override]
+    return main(words + ["--follow"] * follow)
+
+
+def status_of(path: Path) -> Snapshot:
+    status = RunDir.open(path).read_status() if (path / "run.lock").exists() else None
+    return status or Snapshot(run="", state="starting", step=0, num_steps=1, time_s=0, reward=None)
+
+
+def workers(path: Path) -> dict[str, int]:
+    return {pool.name: pool.alive for pool in status_of(path).pools}
+
+
+def actors_of_runs(dashboard: str) -> list[str]:
+    alive = list_actors(address=dashboard, filters=[("state", "=", "ALIVE")], limit=1000)
+    return sorted(actor.class_name for actor in alive if actor.class_name in OURS)
+
+
+def test_a_submitted_run_can_be_followed_to_its_end(dashboard, folder, capsys):
+    assert submit(dashboard, folder, "short", follow=True) == 0, capsys.readouterr()
+    output = capsys.readouterr().out
+    for text in ("submitted job ", "step 2/2", "Run short finished: 2 steps", "8 held-out prompts"):
+        assert text in output
+    assert (folder / "short" / "final" / "model.safetensors").exists()
+    assert main(["status", "short", "--address", dashboard]) == 0
+    assert "SUCCEEDED" in capsys.readouterr().out
+    assert actors_of_runs(dashboard) == []
+
+
+def test_a_job_that_fails_ends_with_its_own_error(dashboard, folder, capsys):
+    assert submit(dashboard, folder, "bad", "data.max_prompt_tokens=3", follow=True) == 1
+    error = capsys.readouterr().err
+    assert "ended: FAILED. error: task sort_digits: 256 of 256 prompts are over" in error
+    assert error.count("\n") == 1
+    assert not (folder / "bad").exists()
+
+
+def test_a_live_run_is_not_submitted_twice(dashboard, folder, live, capsys):
+    assert submit(dashboard, folder, "live") == 1
+    error = capsys.readouterr().err
+    assert "run 'live' is already running as job raysubmit_" in error
+    assert "--run-id" in error
+
+
+def test_a_submitted_run_is_scaled_by_its_directory_and_through_the_dashboard(
+    dashboard, live, capsys
+):
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf_cluster.cli", "scale", str(live), "generation=2"],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "RAY_AUTH_MODE": "disabled"},
+        capture_output=True,
+        text=True,
+        timeout=RUN_S,
+    )
+    assert (done.returncode, done.stdout) == (0, "  generation  2 workers\n"), done.stderr
+    wait_until(lambda: workers(live)["generation"] == 2, "the status shows them", 20)
+    assert main(["scale", "live", "generation=1", "--address", dashboard]) == 0
+    assert capsys.readouterr().out == "  generation  1 workers\n"
+    wait_until(lambda: workers(live)["generation"] == 1, "the status shows it", 20)
+    step = status_of(live).step
+    wait_until(lambda: status_of(live).step > step, "the run goes on", RUN_S)
+
+
+def test_the_logs_of_a_job_are_its_drivers(dashboard, live, capsys):
+    assert main(["logs", "live", "--address", dashboard, "--tail", "20"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 20
+    assert any("reward" in line and "staleness" in line for line in lines)
+
+
+def test_a_stopped_job_leaves_its_record_and_no_actors(dashboard, live, capsys):
+    assert actors_of_runs(dashboard) == sorted(OURS)
+    assert main(["stop", "live", "--address", dashboard]) == 0
+    assert capsys.readouterr().out == "live: stopped\n"
+    assert status_of(live).state == "stopped"
+    assert not RunDir.open(live).is_held()
+    wait_until(lambda: actors_of_runs(dashboard) == [], "all actors are gone", 30)
+    assert main(["stop", "live", "--address", dashboard]) == 1
+    assert "has already ended: STOPPED" in capsys.readouterr().err
+    assert main(["scale", "live", "generation=2", "--address", dashboard]) == 1
+    assert "Only a live run can be scaled" in capsys.readouterr().err

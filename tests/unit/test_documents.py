@@ -1,0 +1,83 @@
+"""What README and docs state: commands that parse, files that exist, figures that were measured."""
+
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import typer
+
+from rlhf_cluster.cli import app
+from rlhf_cluster.observe.metrics import docs_table
+
+README = Path("README.md").read_text()
+COMMANDS = [
+    line.split("#")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    for line in block.splitlines()
+    if line.strip()
+]
+FIGURES = json.loads(Path("benchmarks/results/loop.json").read_text())["figures"]
+
+
+def test_the_readme_has_the_two_commands():
+    assert {"make quickstart", "make test"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])
+def test_every_make_target_of_the_readme_exists(command):
+    done = subprocess.run([*shlex.split(command), "--dry-run"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "rlhf-cluster" in c])
+def test_every_command_of_the_readme_parses_and_names_real_files(command):
+    words = [w for w in shlex.split(command) if not re.fullmatch(r"[A-Z0-9]+=\S*", w)]
+    assert words[0] == "rlhf-cluster"
+    group = typer.main.get_command(app)
+    name, parsed, rest = group.resolve_command(group.make_context("x", words[1:]), words[1:])
+    assert name == words[1]
+    parsed.make_context(name, list(rest))
+    for word in words:
+        if word.startswith("configs/"):
+            assert Path(word).exists()
+
+
+def test_every_figure_of_the_readme_is_the_measured_one():
+    rows = re.findall(r"^\| [^|]+ \| ([\d.]+)[^|]*\| `(\w+)` \|$", README, flags=re.MULTILINE)
+    assert len(rows) >= 8
+    for shown, name in rows:
+        digits = len(shown.partition(".")[2])
+        assert float(shown) == round(FIGURES[name], digits), name
+
+
+def test_the_result_names_machine_versions_and_command():
+    result = json.loads(Path("benchmarks/results/loop.json").read_text())
+    assert {"machine", "versions", "command", "date", "figures", "runs"} <= set(result)
+    assert {
+        "pool_over_raw_vllm",
+        "async_over_slower_side",
+        "async_over_sync",
+        "install_s",
+        "first_step_s",
+        "quickstart_s",
+        "reward_before",
+        "reward_after",
+    } <= set(result["figures"])
+
+
+def test_the_table_of_metrics_is_the_one_in_the_code():
+    assert Path("docs/metrics.md").read_text().endswith(docs_table())
+
+
+def test_files_that_the_documents_name_exist():
+    for document in [Path("README.md"), *Path("docs").glob("*.md")]:
+        for name in re.findall(
+            r"`((?:rlhf_cluster|actors|tests|configs|docs|benchmarks)/[\w./]+)`",
+            document.read_text(),
+        ):
+            assert Path(name).exists(), f"{document}: {name}"
+        for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", document.read_text()):
+            assert Path(name).exists(), f"{document}: {name}"
