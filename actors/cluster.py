@@ -46,6 +46,7 @@ from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import RunError, StalledError, first_failure
 from rlhf_cluster.inputs import Inputs, check_inputs
 from rlhf_cluster.observe.live import LiveView
+from rlhf_cluster.observe.logs import configure
 from rlhf_cluster.observe.run_log import read_metrics
 from rlhf_cluster.pipeline import Pipeline, evaluate
 from rlhf_cluster.planning.placement import demand
@@ -124,6 +125,7 @@ class _Run:
     ) -> None:
         self.config, self.inputs, self.view = config, inputs, view
         self.rundir = rundir
+        configure("controller", "controller", rundir.logs)
         self.started = started
         self.launcher = Launcher(
             config=config,

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from actors.calls import answer
+from actors.metrics import RayMetrics
 from rlhf_cluster.config import RunConfig
-from rlhf_cluster.experience.buffer import BufferStats, ExperienceBuffer
+from rlhf_cluster.experience.buffer import BufferStats, ExperienceBuffer, buffer_metrics
 from rlhf_cluster.experience.service import Answer, BufferService
 from rlhf_cluster.experience.staleness import AdmissionGate
+from rlhf_cluster.observe.logs import configure
 from rlhf_cluster.ports import Handle, Taken
 from rlhf_cluster.records import GroupSummary, Ticket
 
@@ -27,6 +29,8 @@ class BufferActor:
     the reference on instead of fetching what it stands for."""
 
     def __init__(self, config: RunConfig) -> None:
+        configure("buffer", "buffer", config.run_dir / "logs")
+        self._metrics = RayMetrics("buffer", {"run": config.run.name})
         gate = AdmissionGate(
             max_staleness=config.staleness.max_staleness,
             pipeline_depth=config.staleness.pipeline_depth,
@@ -54,7 +58,9 @@ class BufferActor:
         await self._service.version_live(version)
 
     async def stats(self) -> BufferStats:
-        return await self._service.stats()
+        stats = await self._service.stats()
+        self._metrics.record(buffer_metrics(stats))
+        return stats
 
 
 class RayBuffer:

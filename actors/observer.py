@@ -18,9 +18,11 @@ from actors.metrics import RayMetrics
 from actors.pool import WorkerPool
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import RlhfError
-from rlhf_cluster.experience.buffer import BufferStats
+from rlhf_cluster.experience.buffer import BufferStats, buffer_metrics
+from rlhf_cluster.observe.metrics import find
 from rlhf_cluster.observe.run_log import RunLog
 from rlhf_cluster.observe.snapshot import Event, Pool, Snapshot, State
+from rlhf_cluster.observe.table import Role
 from rlhf_cluster.pipeline import StepTimes
 from rlhf_cluster.ports import StepReport, Taken
 from rlhf_cluster.records import Ticket
@@ -28,6 +30,7 @@ from rlhf_cluster.rundir import RunDir
 from rlhf_cluster.weights.sync import SyncStats
 
 MAX_EVENTS = 6
+OWN_ROLES = (Role.CONTROLLER, Role.WEIGHTS)  # the others export their numbers themselves
 
 
 class RunObserver:
@@ -65,7 +68,7 @@ class RunObserver:
             self.first_step_s = now - self._started_s
         values = {**report.metrics, **group_metrics(taken, times), **self._counters()}
         self._log.append(report.step, now, values)
-        self._metrics.record(values)
+        self._metrics.record({k: v for k, v in values.items() if find(k).role in OWN_ROLES})
         self._rewards.append(values["reward/mean"])
         self._update(
             state="running",
@@ -127,15 +130,7 @@ class RunObserver:
             values[f"pool/wanted/{pool.kind}"] = float(pool.wanted)
             values[f"pool/restarts_total/{pool.kind}"] = float(pool.num_restarts)
         if self._buffer is not None:
-            values |= {
-                "buffer/admitted_total": float(self._buffer.admitted),
-                "buffer/finished_total": float(self._buffer.finished),
-                "buffer/taken_total": float(self._buffer.taken),
-                "buffer/in_flight": float(len(self._buffer.in_flight)),
-                "buffer/ready": float(self._buffer.ready),
-            }
-            for reason, count in self._buffer.discarded.items():
-                values[f"buffer/discarded_total/{reason}"] = float(count)
+            values |= buffer_metrics(self._buffer)
         return values
 
     def _update(self, **changes: Any) -> None:

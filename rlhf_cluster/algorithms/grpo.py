@@ -13,8 +13,9 @@ learner takes one optimizer step a batch, so the current policy IS the proximal 
 in value, carries the gradient, and is never clipped; w alone handles the distance to the sampler.
 In "bypass" the ratio is against the sampler itself: it is the importance weight, clipped like any
 ratio and truncated at the cap, which bounds the loss where A is negative (the dual clip of Ye et
-al. 2020, arXiv 1912.09729). `correction` of type "none" makes w and v 1 and the cap infinite. The KL term is k2 because its gradient is that of KL(pi || ref) (see
-`kl`), weighted by v because the tokens come from mu.
+al. 2020, arXiv 1912.09729). `correction` of type "none" makes w and v 1 and the cap infinite.
+The KL term is k2 because its gradient is that of KL(pi || ref) (see `kl`), weighted by v because
+the tokens come from mu.
 
 Shao et al. 2024, arXiv 2402.03300 (GRPO); Hilton et al. 2021, arXiv 2110.00641 (the proximal
 policy apart from the sampling one).

@@ -161,3 +161,16 @@ class ExperienceBuffer:
                 f"the {whose} version would go back from {current} to {version}; versions only rise"
             )
         return version
+
+
+def buffer_metrics(stats: BufferStats) -> dict[str, float]:
+    """The counters under their names in the table of metrics."""
+    values = {
+        "buffer/admitted_total": float(stats.admitted),
+        "buffer/finished_total": float(stats.finished),
+        "buffer/taken_total": float(stats.taken),
+        "buffer/in_flight": float(len(stats.in_flight)),
+        "buffer/ready": float(stats.ready),
+    }
+    discarded = {f"buffer/discarded_total/{k}": float(v) for k, v in stats.discarded.items()}
+    return values | discarded

@@ -50,7 +50,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a run file, data, and a finished run of the same name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")  # nobody is there: going on would show
     monkeypatch.delenv("RLHF_DEBUG", raising=False)
     (tmp_path / "run.toml").write_text(tomli_w.dumps(tiny_tree()))
     (tmp_path / "good.jsonl").write_text(JSONL * 4)
@@ -231,7 +231,8 @@ def test_long_prompts_left_out_on_request_are_counted(here, capfd):
     assert "1 prompts are over data.max_prompt_tokens" in capfd.readouterr().out
 
 
-def test_a_dashboard_port_that_is_taken_is_named(here, capfd):
+def test_a_dashboard_port_that_is_taken_is_named(here, capfd, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

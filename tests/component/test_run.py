@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import urllib.request
-from pathlib import Path
 
 import pyarrow.parquet as parquet
 import ray

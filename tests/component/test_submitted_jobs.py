@@ -29,6 +29,8 @@ REPOSITORY = Path(__file__).parents[2]
 OURS = {"ControlActor", "BufferActor", "LearnerActor", "GenerationActor", "ScoringActor"}
 START_S, RUN_S = 90.0, 240.0
 
+pytestmark = pytest.mark.timeout(600)
+
 
 def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on, all above those that Ray gives to workers."""

@@ -61,7 +61,7 @@ class FakeClient:
     def submit_job(self, *, entrypoint, runtime_env, metadata):
         folder = Path(runtime_env["working_dir"])
         files = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
-        config = tomllib.loads(files["run.toml"].read_text())
+        config = tomllib.loads(files["run.toml"].read_text()) if "run.toml" in files else None
         self.submitted.append((entrypoint, set(files), metadata, config))
         return "job-new"
 
@@ -215,6 +215,40 @@ def test_a_stopped_job_is_seen_to_end():
     assert len(naps) == 1
     with pytest.raises(RunError, match="already ended: STOPPED"):
         jobs.stop("tiny", ADDRESS, client=client)
+
+
+def test_a_run_is_scaled_by_a_job_that_asks_it_on_its_cluster():
+    def end(client):
+        client.jobs.append(make_job("job-new", None, "SUCCEEDED"))
+        client.text = "noise of Ray\n  generation  3 workers\n"
+
+    live = make_job("job-1", "tiny", "RUNNING")
+    asked = make_job("job-new", None, "RUNNING")
+    client = FakeClient(
+        jobs=[live, asked],
+        script=[lambda _: None, lambda _: None, lambda c: c.jobs.remove(asked) or end(c)],
+    )
+    naps = []
+    found = jobs.scale("job-1", {"generation": 3}, ADDRESS, client=client, sleep=naps.append)
+    assert found == {"generation": "3 workers"}
+    assert len(naps) == 1
+    [(entrypoint, files, metadata, _)] = client.submitted
+    words = "python -m rlhf_cluster.cli scale tiny generation=3 --address auto"
+    assert shlex.split(entrypoint) == words.split()
+    assert {"rlhf_cluster/cli.py", "actors/control.py"} <= files
+    assert metadata == {}, "it is not the run, and the run's name stays the run's"
+
+
+def test_only_a_live_run_is_scaled_and_a_refusal_is_an_error():
+    client = FakeClient(jobs=[make_job("job-1", "tiny", "STOPPED")])
+    with pytest.raises(RunError, match="job-1 has ended: STOPPED. Only a live run"):
+        jobs.scale("tiny", {"generation": 3}, ADDRESS, client=client)
+    assert client.submitted == []
+    refused = make_job("job-new", None, "FAILED")
+    refused.message = "Job failed, last logs:\nerror: tiny: generation refused: no room\n\n"
+    client = FakeClient(jobs=[make_job("job-1", "tiny", "RUNNING"), refused])
+    with pytest.raises(RunError, match="tiny: not scaled: error: tiny: generation refused: no r"):
+        jobs.scale("tiny", {"generation": 3}, ADDRESS, client=client)
 
 
 def test_a_job_that_does_not_stop_is_an_error_and_not_a_wait_for_ever():

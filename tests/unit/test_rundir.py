@@ -229,3 +229,20 @@ def test_runs_are_found_by_path_or_by_name(tmp_path):
 def test_a_folder_without_the_marker_is_not_a_run(tmp_path):
     with pytest.raises(RunError, match="not a run directory"):
         RunDir.open(tmp_path)
+
+
+def test_a_look_at_whether_a_directory_is_free_changes_nothing(tmp_path):
+    path = tmp_path / "runs" / "tiny"
+    config = tiny_config(run={"root": str(tmp_path / "runs")})
+    RunDir.check_free(path, config)
+    assert list(tmp_path.iterdir()) == [], "not even the folder of the runs"
+    with RunDir.create(path, config):
+        with pytest.raises(RunError, match="in use by"):
+            RunDir.check_free(path, config, overwrite=True)
+        with pytest.raises(RunError, match="in use by"):
+            RunDir.check_free(path, config)
+    before = sorted(path.rglob("*"))
+    with pytest.raises(RunError, match="has finished or crashed"):
+        RunDir.check_free(path, config)
+    RunDir.check_free(path, config, overwrite=True)
+    assert sorted(path.rglob("*")) == before

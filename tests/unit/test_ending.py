@@ -1,0 +1,59 @@
+"""The last lines of a finished run."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from rlhf_cluster.config import RunConfig, load_run
+from rlhf_cluster.observe.ending import ending
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.toml"
+
+
+def lines_of(run_dir: Path, here: Path, overrides: list[str], **changes) -> list[str]:
+    config: RunConfig = load_run(QUICKSTART, overrides)
+    summary = {
+        "run": config.run.name,
+        "run_dir": str(run_dir),
+        "steps": config.run.steps,
+        "reward_before": 0.1234,
+        "reward_after": 0.9,
+        "total_s": 95.4,
+        "final_model": str(run_dir / "final"),
+        **changes,
+    }
+    return ending(summary, config, Path("my configs/a.toml"), overrides, "rlhf-cluster", here)
+
+
+def test_the_ending_tells_the_result_and_where_it_lies(tmp_path: Path) -> None:
+    lines = lines_of(tmp_path / "runs" / "quickstart", tmp_path, ["run.steps=1200"])
+    assert lines[:5] == [
+        "Run quickstart finished: 1,200 steps in 1 min 35 s",
+        "  reward          0.123 -> 0.900 on 256 held-out prompts",
+        "  run directory   runs/quickstart",
+        "  learning curve  runs/quickstart/curve.png",
+        "  trained model   runs/quickstart/final",
+    ]
+    assert lines[-3].endswith("rlhf-cluster status quickstart")
+    elsewhere = lines_of(tmp_path / "runs" / "quickstart", tmp_path / "other", [])
+    assert f"{tmp_path}/runs/quickstart" in elsewhere[2]
+    assert elsewhere[-3].endswith(f"status {tmp_path}/runs/quickstart")
+
+
+def test_a_run_without_held_out_prompts_says_so(tmp_path: Path) -> None:
+    lines = lines_of(tmp_path, tmp_path, [], reward_before=None, reward_after=None)
+    assert "not measured on held-out prompts (evaluation.num_prompts = 0)" in lines[1]
+
+
+@pytest.mark.parametrize("name", ["quickstart", "a" * 64])
+def test_the_suggested_longer_run_can_be_started_as_it_stands(tmp_path: Path, name: str) -> None:
+    given = [f"run.name={name}", "run.steps=50", "data.prompt_column=two words"]
+    line = lines_of(tmp_path / "runs" / name, tmp_path, given)[-1]
+    words = shlex.split(line.split("A longer run", 1)[1])
+    assert words[:3] == ["rlhf-cluster", "run", "my configs/a.toml"]
+    assert set(words[3::2]) == {"--set"}
+    suggested = load_run(QUICKSTART, words[4::2])
+    assert suggested.run.steps == 100
+    assert suggested.run.name == f"{name[:57]}-longer"
+    assert suggested.data.prompt_column == "two words"
