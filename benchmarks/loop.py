@@ -28,7 +28,7 @@ from benchmarks.harness import machine, spread, write_result
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.toml"
 REPEATS = 5
-OVERLAP_STEPS = 30
+OVERLAP_STEPS = 25
 SKIPPED_STEPS = 5  # the pipeline fills, caches warm up
 
 
