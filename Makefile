@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOCK := deploy/requirements-cpu.lock
 RUN := quickstart
+PIP_OPTIONS := --quiet --quiet --no-deps --no-compile
 
 export OMP_NUM_THREADS := 1
 export HF_HUB_OFFLINE := 1
@@ -21,9 +22,11 @@ install: $(VENV)/.installed
 $(VENV)/.installed: $(LOCK) pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found. Install Python 3.11, or: make PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --quiet --no-deps --requirement $(LOCK)
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --quiet --no-deps --no-build-isolation deepspeed==0.19.8
-	$(BIN)/python -m pip install --quiet --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m pip install $(PIP_OPTIONS) --requirement $(LOCK)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install $(PIP_OPTIONS) --no-build-isolation deepspeed==0.19.8
+	$(BIN)/python -m pip install $(PIP_OPTIONS) --no-build-isolation --editable .
+	@# On all cores, and without the test files and templates that do not compile.
+	-@$(BIN)/python -m compileall -q -q -j 0 $(VENV)/lib -x 'templates|/tests?/' >/dev/null
 	@touch $@
 
 test: lint unit component system

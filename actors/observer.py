@@ -48,6 +48,7 @@ class RunObserver:
         self._rundir, self._pools, self._sync, self._show = rundir, pools, sync, show
         self._clock = clock
         self._started_s = clock()
+        self._num_steps, self._num_warmup_steps = config.run.steps, config.sft.steps
         self._log = RunLog(rundir)
         self._metrics = RayMetrics("controller", {"run": config.run.name})
         self._rewards: deque[float] = deque(maxlen=10)
@@ -73,6 +74,7 @@ class RunObserver:
         self._update(
             state="running",
             step=report.step,
+            num_steps=self._num_steps,
             reward=values["reward/mean"],
             reward_mean10=float(np.mean(self._rewards)),
             staleness_mean=values.get("staleness/mean"),
@@ -93,11 +95,13 @@ class RunObserver:
         self._update()
 
     def state(self, state: State, error: str | None = None) -> None:
-        self._update(state=state, error=error)
+        steps = {"step": 0, "num_steps": self._num_steps} if self.snapshot.state == "warmup" else {}
+        self._update(state=state, error=error, **steps)
 
     def warmup(self, step: int, values: dict[str, float]) -> None:
-        self._metrics.record(values)
-        self._update(state="warmup", step=step)
+        """A step of the supervised warm-up. Its steps count for themselves."""
+        self._metrics.record({k: v for k, v in values.items() if find(k).role in OWN_ROLES})
+        self._update(state="warmup", step=step, num_steps=self._num_warmup_steps)
 
     def evaluation(self, step: int, rewards: Sequence[float]) -> float:
         """Log one evaluation; returns its mean reward."""

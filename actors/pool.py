@@ -166,7 +166,8 @@ class WorkerPool:
         return f"{self.kind}: {len(self.live)} workers"
 
     def close(self) -> None:
-        """Retire every worker and stop replacing."""
+        """Retire every worker and stop replacing, for good."""
+        self.wanted = 0
         for task in self._tasks:
             task.cancel()
         for worker in self.workers:
