@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOCK := deploy/requirements-cpu.lock
 RUN := quickstart
+# No bytecode at installation: most of what is installed is never imported.
 PIP_OPTIONS := --quiet --quiet --no-deps --no-compile
 
 export OMP_NUM_THREADS := 1
@@ -25,8 +26,6 @@ $(VENV)/.installed: $(LOCK) pyproject.toml
 	$(BIN)/python -m pip install $(PIP_OPTIONS) --requirement $(LOCK)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install $(PIP_OPTIONS) --no-build-isolation deepspeed==0.19.8
 	$(BIN)/python -m pip install $(PIP_OPTIONS) --no-build-isolation --editable .
-	@# On all cores, and without the test files and templates that do not compile.
-	-@$(BIN)/python -m compileall -q -q -j 0 $(VENV)/lib -x 'templates|/tests?/' >/dev/null
 	@touch $@
 
 test: lint unit component system
