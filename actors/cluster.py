@@ -161,6 +161,7 @@ class _Run:
             [pool for pool, _ in pools],
             lambda: self.sync.stats if self.sync else SyncStats(),
             self.view.update,
+            self.started,
         )
         try:
             observer.state("starting")

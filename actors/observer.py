@@ -34,7 +34,8 @@ OWN_ROLES = (Role.CONTROLLER, Role.WEIGHTS)  # the others export their numbers t
 
 
 class RunObserver:
-    """Implements the pipeline's observer. `show` gets every new snapshot."""
+    """Implements the pipeline's observer. `show` gets every new snapshot; `started_s` is the unix
+    time at which the run was asked for."""
 
     def __init__(
         self,
@@ -43,11 +44,12 @@ class RunObserver:
         pools: Sequence[WorkerPool],
         sync: Callable[[], SyncStats],
         show: Callable[[Snapshot], None],
+        started_s: float,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._rundir, self._pools, self._sync, self._show = rundir, pools, sync, show
         self._clock = clock
-        self._started_s = clock()
+        self._started_s = started_s
         self._num_steps, self._num_warmup_steps = config.run.steps, config.sft.steps
         self._log = RunLog(rundir)
         self._metrics = RayMetrics("controller", {"run": config.run.name})
