@@ -64,6 +64,7 @@ def run(
     from rlhf_cluster.rundir import RunDir
 
     RunDir.check_free(loaded.run_dir, loaded, overwrite=overwrite)  # before anything slow
+    _check_engine(loaded)
     from actors.cluster import run_config
 
     argv = ["rlhf-cluster", "run", str(config)]
@@ -81,6 +82,7 @@ def validate(config: ConfigArgument, set_: SetOption = None) -> None:
     loaded = _load(config, set_)
     from rlhf_cluster.planning.derived import derived
 
+    _check_engine(loaded)
     notes = _check_inputs(loaded)
     typer.echo(f"{config}: valid")
     _table(derived(loaded))
@@ -268,6 +270,13 @@ def _load(config: Path, overrides: Sequence[str] | None) -> RunConfig:
     from rlhf_cluster.config import load_run
 
     return load_run(config, overrides or ())
+
+
+def _check_engine(config: RunConfig) -> None:
+    """Refuse now what every generation worker would refuse when it starts."""
+    from actors.vllm_arguments import engine_arguments
+
+    engine_arguments(config, model_dir="", worker_name="generation-0")
 
 
 def _check_inputs(config: RunConfig) -> list[str]:

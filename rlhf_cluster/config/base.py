@@ -95,6 +95,13 @@ def _explain(cls: type[Section], problem: Any) -> str:
         return f"{key}: unknown key{hint}"
     if kind == "missing":
         return f"{key}: required, and not given"
+    if kind == "model_type":
+        return (
+            f"{key}: expected a section, [{key}] with keys of its own; found {problem['input']!r}"
+        )
+    if kind == "union_tag_invalid":
+        context = problem["ctx"]
+        return f"{key}: unknown type {context['tag']!r}; expected one of {context['expected_tags']}"
     if kind == "value_error":
         return message if not location else f"{key}: {message}"
     return f"{key}: {message}; found {problem['input']!r}"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rlhf_cluster.config import RunConfig
 
 FRESH = ("run.name", "run.steps")  # settings that the suggested longer run gives anew
+COOLER = "generation.temperature=0.8"  # a change that every configuration allows
 MAX_NAME = 64
 
 
@@ -37,7 +38,7 @@ def ending(
     }
     tries = {
         "Where it ended": [command, "status", run],
-        "What it logged": [command, "logs", run, "--tail", "20"],
+        "Check a change": [command, "validate", str(config_path), *_set([*overrides, COOLER])],
         "A longer run": [command, "run", str(config_path), *_longer(config, overrides)],
     }
     return [
@@ -61,7 +62,10 @@ def _longer(config: RunConfig, overrides: Sequence[str]) -> list[str]:
     suffix = "-longer"
     name = config.run.name[: MAX_NAME - len(suffix)] + suffix
     kept = [text for text in overrides if text.partition("=")[0].strip() not in FRESH]
-    settings = [*kept, f"run.name={name}", f"run.steps={2 * config.run.steps}"]
+    return _set([*kept, f"run.name={name}", f"run.steps={2 * config.run.steps}"])
+
+
+def _set(settings: Sequence[str]) -> list[str]:
     return [word for text in settings for word in ("--set", text)]
 
 

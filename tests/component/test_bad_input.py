@@ -50,7 +50,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a run file, data, and a finished run of the same name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")  # nobody is there: going on would show
+    monkeypatch.setenv("RAY_ADDRESS", "http://nobody")  # going on to a cluster would show
     monkeypatch.delenv("RLHF_DEBUG", raising=False)
     (tmp_path / "run.toml").write_text(tomli_w.dumps(tiny_tree()))
     (tmp_path / "good.jsonl").write_text(JSONL * 4)
@@ -118,7 +118,10 @@ CASES = {
     "a number out of range": (["run.steps=0"], ["run.steps", "greater than 0", "found 0"]),
     "an override without a value": (["run.steps"], ["--set 'run.steps'", "section.key=value"]),
     "an unknown algorithm": (["algorithm.type='pppo'"], ["algorithm", "'pppo'", "'grpo'"]),
-    "an unknown reward": (["scoring.rewards=[{type='exakt'}]"], ["'exakt'", "'exact_match'"]),
+    "an unknown reward": (
+        ["scoring.rewards=[{type='exakt'}]"],
+        ["unknown type 'exakt'; expected one of 'exact_match'"],
+    ),
     "KL without a reference": (
         ["algorithm.kl_coef=0.1"],
         ["algorithm.kl_coef = 0.1", "scoring.reference = true", "Turn the reference on"],
@@ -126,6 +129,10 @@ CASES = {
     "versions that are never published": (
         ["weights.publish_every=5"],
         ["weights.publish_every = 5", "staleness.max_staleness + 1 = 2", "Publish more often"],
+    ),
+    "a quantisation that the engine gets wrong": (
+        ["generation.quantization='fp8'"],
+        ["generation.quantization = 'fp8'", "Use one of fp8_per_channel"],
     ),
     "no prompt source": (["data={max_prompt_tokens=8}"], ["data.task", "data.path"]),
     "a data file that is not there": (
@@ -165,7 +172,7 @@ CASES = {
     ),
     "a reward module that is not there": (
         ["scoring.rewards=[{type='python', function='absent_rewards:score'}]"],
-        ["absent_rewards"],
+        ["absent_rewards:score cannot be imported: ", "'absent_rewards'. Give module:function"],
     ),
     "a reward module that does not import": (
         ["scoring.rewards=[{type='python', function='broken_rewards:reward'}]"],

@@ -57,3 +57,11 @@ def test_the_suggested_longer_run_can_be_started_as_it_stands(tmp_path: Path, na
     assert suggested.run.steps == 100
     assert suggested.run.name == f"{name[:57]}-longer"
     assert suggested.data.prompt_column == "two words"
+
+
+def test_the_suggested_change_is_a_valid_configuration(tmp_path: Path) -> None:
+    line = lines_of(tmp_path / "runs" / "quickstart", tmp_path, ["run.steps=50"])[-2]
+    words = shlex.split(line.split("Check a change", 1)[1])
+    assert words[:3] == ["rlhf-cluster", "validate", "my configs/a.toml"]
+    suggested = load_run(QUICKSTART, words[4::2])
+    assert (suggested.run.steps, suggested.generation.temperature) == (50, 0.8)
