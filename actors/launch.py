@@ -46,8 +46,10 @@ async def place(bundles: Sequence[Bundle], name: str, timeout_s: float) -> Place
     group = placement_group([b.resources for b in bundles], strategy="PACK", name=name)
     try:
         await answer(group.ready(), timeout_s, f"placement of {name}")
-    except WorkerSilent as error:
+    except BaseException as error:
         remove_placement_group(group)
+        if not isinstance(error, WorkerSilent):
+            raise
         available = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
         raise PlacementError(
             f"no room for {', '.join(str(b) for b in bundles)} within {timeout_s:g} s. Free in the "

@@ -150,20 +150,35 @@ class WorkerPool:
     async def resize(self, wanted: int) -> str:
         """Add workers, or drain the least loaded ones. Returns what was done.
 
+        All new workers join, or none: the first that cannot start is raised, and those that were
+        started beside it are ended again.
+
         Waits for: the new workers to be ready, or the drained ones to be idle.
         """
-        change = wanted - self.wanted
+        change, before = wanted - self.wanted, self.wanted
         self.wanted = wanted
         if change > 0:
-            try:
-                await asyncio.gather(*(self._add() for _ in range(change)))
-            except RlhfError:
-                self.wanted = len(self.live)
-                raise
+            await self._grow(change, before)
         for worker in sorted(self.live, key=lambda w: w.num_in_flight)[: max(0, -change)]:
             worker.state = State.DRAINING
         await asyncio.gather(*(self._drain(w) for w in self.workers if w.state is State.DRAINING))
         return f"{self.kind}: {len(self.live)} workers"
+
+    async def _grow(self, change: int, before: int) -> None:
+        kept = list(self.workers)
+        starts = [asyncio.ensure_future(self._add()) for _ in range(change)]
+        try:
+            await asyncio.gather(*starts)
+        except RlhfError:
+            for start in starts:
+                start.cancel()
+            await asyncio.gather(*starts, return_exceptions=True)
+            self.wanted = before
+            extra = [worker for worker in self.live if worker not in kept]
+            for worker in extra:
+                worker.state = State.DRAINING
+            await asyncio.gather(*(self._drain(worker) for worker in extra))
+            raise
 
     def close(self) -> None:
         """Retire every worker and stop replacing, for good."""

@@ -115,6 +115,27 @@ async def test_scaling_up_beyond_the_cluster_fails_and_keeps_the_old_size():
     assert plant.names() == ["generation-0"]
 
 
+async def test_a_growth_that_fails_half_way_ends_what_it_started():
+    plant = Plant()
+    await plant.pool.start(1)
+    launch = plant.pool.launch
+
+    async def third_fails(name: str) -> Worker:
+        if name == "generation-3":
+            await asyncio.sleep(0.01)
+            raise PlacementError(f"{name}: no room")
+        if name == "generation-4":
+            await asyncio.sleep(3600)
+        return await launch(name)
+
+    plant.pool.launch = third_fails
+    with pytest.raises(PlacementError, match="generation-3: no room"):
+        await plant.pool.resize(5)
+    assert plant.names() == ["generation-0"]
+    assert sorted(plant.retired) == ["generation-1", "generation-2"]
+    assert plant.pool.wanted == 1
+
+
 async def test_a_crash_loop_ends_with_the_first_cause_and_backs_off():
     plant = Plant(max_restarts=3, acquire_timeout_s=5.0)
     await plant.pool.start(1)
