@@ -206,6 +206,7 @@ class WorkerPool:
         await self._notify()
 
     async def _replace(self) -> None:
+        """Launch until the pool has its size again. Ends there, or with the restart budget."""
         while len(self.live) < self.wanted:
             if self.num_restarts > self.limits.max_restarts:
                 await self._give_up()

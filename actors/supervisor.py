@@ -73,6 +73,7 @@ class Supervisor:
         await answer(self._control.answer.remote(number, results), CALL_TIMEOUT_S, "control.answer")
 
     async def _look_at_buffer(self) -> None:
+        """Waits for: the next look. Ends by cancellation, or with the error of a buffer that died."""
         while True:
             self._observer.buffer(await self._buffer.stats())
             await asyncio.sleep(LOOK_EVERY_S)
