@@ -4,6 +4,7 @@
 - an error that our own code raised in the other process into that same error,
 - any other error there into `WorkerError` with its last line,
 - a dead or unreachable actor into `WorkerDied`,
+- an argument that was lost with the node that held it into `RecordLost`,
 - a passed deadline into `WorkerSilent`.
 """
 
@@ -13,7 +14,13 @@ import asyncio
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    GetTimeoutError,
+    ObjectLostError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
 from rlhf_cluster.errors import RlhfError, WorkerError
 
@@ -26,10 +33,15 @@ class WorkerSilent(WorkerError):
     """The actor did not answer within the deadline."""
 
 
+class RecordLost(WorkerError):
+    """A record that the call needs is gone: the only copy was on a node that died."""
+
+
 async def answer(ref: ray.ObjectRef, timeout_s: float, what: str) -> Any:
     """The value of `ref`. `what` names the call in errors, such as "generation-0.pull"."""
     try:
-        return await asyncio.wait_for(asyncio.wrap_future(ref.future()), timeout_s)
+        async with asyncio.timeout(timeout_s):
+            return await asyncio.wrap_future(ref.future())
     except RayError as error:  # first: Ray's copy of a StalledError is a TimeoutError too
         raise translate(error, what) from error
     except TimeoutError as error:
@@ -52,6 +64,8 @@ def translate(error: Exception, what: str) -> RlhfError:
         cause = error.cause
         if isinstance(cause, RlhfError):
             return type(cause)(f"{what}: {cause}")
+        if isinstance(cause, ObjectLostError):
+            return RecordLost(f"{what}: a record that it needs was lost with the node that held it")
         last = str(error).strip().splitlines()[-1]
         return WorkerError(f"{what}: {last}")
     if isinstance(error, RayActorError):

@@ -1,7 +1,9 @@
 """The generation and scoring ports over pools of actors.
 
 A group whose worker dies or hangs is tried again on another worker, at most `max_retries` times;
-its request seed depends on the group alone, so the new attempt draws what the old one would have.
+its random streams do not depend on the worker, so the new attempt draws what the old one would have.
+With `generation.segment_tokens` what is tried again is one segment, after the tokens so far; the next
+one goes to the worker that has their caches, while it lives.
 The records stay in the object store: each call returns (small summary, record) as two references,
 and only the first is fetched here.
 """
@@ -9,11 +11,13 @@ and only the first is fetched here.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from actors.calls import WorkerDied, WorkerSilent, answer
-from actors.pool import Worker, WorkerPool
+from actors.calls import RecordLost, WorkerDied, WorkerSilent, answer
+from actors.pool import State, Worker, WorkerPool
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import (
     RlhfError,
@@ -24,6 +28,17 @@ from rlhf_cluster.errors import (
 )
 from rlhf_cluster.ports import Handle
 from rlhf_cluster.records import GroupSummary, Prompt, Sampling, Ticket, WeightVersion
+from rlhf_cluster.scoring.moving import ReferenceKeeper
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Answer:
+    """What `worker` gave, and how many tries failed before."""
+
+    summary: Any
+    handle: Handle
+    worker: Worker
+    num_failed: int
 
 
 async def _try_workers(
@@ -32,26 +47,31 @@ async def _try_workers(
     what: str,
     timeout_s: float,
     max_retries: int,
-) -> tuple[Any, Handle]:
+    prefer: Worker | None = None,
+) -> _Answer:
     """The answer of the first worker that gives one; the last try's error otherwise.
 
     A worker that died or was silent is replaced. One that answered with an error is checked first:
-    it stays when it can still serve.
+    it stays when it can still serve. A lost record is no worker's fault, and raised at once.
     """
     last: RlhfError | None = None
-    for _ in range(max_retries + 1):
-        async with pool.acquire() as worker:
+    for num_failed in range(max_retries + 1):
+        async with pool.acquire(prefer if num_failed == 0 else None) as worker:
             try:
-                summary, handle = call(worker)
-                return await answer(summary, timeout_s, f"{worker.name}.{what}"), handle
+                reference, handle = call(worker)
+                summary = await answer(reference, timeout_s, f"{worker.name}.{what}")
+                return _Answer(summary=summary, handle=handle, worker=worker, num_failed=num_failed)
+            except RecordLost:
+                raise
             except (WorkerDied, WorkerSilent) as error:
                 last = error
                 await pool.fail(worker, error)
-            except (WorkerError, ScoringError, StalledError) as error:
+            except (WorkerError, ScoringError, StalledError, WeightError) as error:
                 last = error
                 await pool.suspect(worker, error)
     assert last is not None
-    raise last if isinstance(last, (WorkerError, ScoringError)) else WorkerError(str(last))
+    ours = isinstance(last, (WorkerError, ScoringError, WeightError))
+    raise last if ours else WorkerError(str(last))
 
 
 class RayGeneration:
@@ -60,40 +80,110 @@ class RayGeneration:
     def __init__(self, pool: WorkerPool, config: RunConfig) -> None:
         self._pool = pool
         self._config = config.generation
+        self._totals = {"segments": 0, "tokens_kept": 0, "tokens_resampled": 0}
         self.target: WeightVersion | None = None
 
     async def generate(self, ticket: Ticket, prompt: Prompt, sampling: Sampling) -> Handle:
-        _, handle = await _try_workers(
+        """Segment after segment until no response goes on; each has `max_retries` of its own.
+
+        Tokens so far that were lost with a node are sampled again, at most `max_retries` times.
+        """
+        partial: Handle | None = None  # a PartialGroup
+        worker: Worker | None = None
+        num_tokens, num_losses = 0, 0
+        while True:
+            try:
+                given = await self._segment(ticket, prompt, sampling, partial, worker)
+            except RecordLost:
+                num_losses += 1
+                if num_losses > self._config.max_retries:
+                    raise
+                self._totals["tokens_resampled"] += num_tokens
+                partial, num_tokens = None, 0
+                continue
+            added = given.summary["num_tokens"]
+            self._totals["segments"] += 1
+            self._totals["tokens_kept"] += given.num_failed * num_tokens
+            self._totals["tokens_resampled"] += given.num_failed * added
+            if not given.summary["num_unfinished"]:
+                return given.handle
+            partial, worker, num_tokens = given.handle, given.worker, num_tokens + added
+
+    async def _segment(
+        self,
+        ticket: Ticket,
+        prompt: Prompt,
+        sampling: Sampling,
+        partial: Handle | None,
+        prefer: Worker | None,
+    ) -> _Answer:
+        arguments = (ticket, prompt, sampling, partial)
+        return await _try_workers(
             self._pool,
-            lambda w: w.actor.generate.options(num_returns=2).remote(ticket, prompt, sampling),
+            lambda w: w.actor.generate.options(num_returns=2).remote(*arguments),
             f"generate({ticket.group_id})",
             self._config.request_timeout_s,
             self._config.max_retries,
+            prefer,
         )
-        return handle
+
+    def metrics(self) -> Mapping[str, float]:
+        """Segments, and the tokens that failed calls did not cost, or did."""
+        return {f"generation/{name}_total": float(n) for name, n in self._totals.items()}
 
     async def pull(self, version: WeightVersion) -> None:
-        """Waits for: every live worker. One that fails is replaced by one that runs `version`."""
-        self.target = version
-        await asyncio.gather(*(self._pull_or_fail(w, version) for w in self._pool.live))
+        """Waits for: every live worker, all within one deadline.
+
+        One that fails is replaced by one that runs `version`. One that refuses it, because it
+        could not read it whole, is asked a second time first. `WeightError`, with the first
+        worker's words, when all refused: no worker is to blame then, and none is replaced.
+        """
+        before, self.target = self.target, version
+        ends = time.monotonic() + self._config.pull_timeout_s
+        workers = list(self._pool.live)
+        refusals = await self._ask(workers, version, ends)
+        if refusals:
+            refusals = await self._ask(list(refusals), version, ends)
+        if refusals and len(refusals) == len(workers):
+            self.target = before
+            raise next(iter(refusals.values()))
+        for worker, refusal in refusals.items():
+            await self._pool.fail(worker, refusal)
+
+    async def _ask(
+        self, workers: Sequence[Worker], version: WeightVersion, ends: float
+    ) -> dict[Worker, WeightError]:
+        """Why workers that are still live refused `version`. Those that failed are retired."""
+        answers = await asyncio.gather(*(self._pull_or_fail(w, version, ends) for w in workers))
+        pairs = zip(workers, answers, strict=True)
+        return {w: why for w, why in pairs if why is not None and w.state is State.LIVE}
 
     async def join(self, worker: Worker) -> None:
-        """Bring a new worker to the newest version before it gets work."""
+        """Bring a new worker to the newest version before it gets work.
+
+        Waits for: its pull, again while newer versions arrive; each has its deadline.
+        """
         while (target := self.target) is not None:
-            await self._pull_one(worker, target)
+            await self._pull_one(worker, target, self._config.pull_timeout_s)
             if self.target is target:
                 return
 
-    async def _pull_or_fail(self, worker: Worker, version: WeightVersion) -> None:
+    async def _pull_or_fail(
+        self, worker: Worker, version: WeightVersion, ends: float
+    ) -> WeightError | None:
         try:
-            await self._pull_one(worker, version)
-        except (WeightError, WorkerError, StalledError) as error:
+            await self._pull_one(worker, version, max(0.0, ends - time.monotonic()))
+        except WeightError as error:
+            await self._pool.suspect(worker, error)  # its weights may be lost, not only refused
+            return error
+        except (WorkerError, StalledError) as error:
             await self._pool.fail(worker, error)
+        return None
 
-    async def _pull_one(self, worker: Worker, version: WeightVersion) -> None:
+    async def _pull_one(self, worker: Worker, version: WeightVersion, timeout_s: float) -> None:
         loaded = await answer(
             worker.actor.pull.remote(version),
-            self._config.pull_timeout_s,
+            timeout_s,
             f"{worker.name}.pull(version {version.version})",
         )
         if (loaded.version, loaded.digest, loaded.num_tensors) != (
@@ -109,37 +199,78 @@ class RayGeneration:
 
 
 class RayScoring:
-    """`ScoringPort` over a pool of `ScoringWorker` actors."""
+    """`ScoringPort` over a pool of `ScoringWorker` actors. It owns the reference that they share."""
 
     def __init__(self, pool: WorkerPool, config: RunConfig) -> None:
         self._pool = pool
         self._config = config.scoring
-        self._start_timeout_s = config.run.start_timeout_s
-        self.reference_dir: str | None = None
+        self._load_timeout_s = config.run.start_timeout_s
+        self._keeper = (
+            ReferenceKeeper(config.run_dir / "reference", config.scoring.reference_update)
+            if config.stored_reference
+            else None
+        )
+        self._reference: WeightVersion | None = None
 
-    async def use_reference(self, folder: str) -> None:
-        """Waits for: every live worker to load the reference model in `folder`."""
-        self.reference_dir = folder
-        await asyncio.gather(*(self.join(worker) for worker in self._pool.live))
+    async def follow(self, version: WeightVersion) -> None:
+        """The policy's `version` is on every generation worker: move the reference if it is due.
+
+        Waits for: the new reference to be written, and loaded by every live worker. A worker that
+        cannot load it is replaced by one that can. Raises `WeightError`, `StalledError`.
+        """
+        if self._keeper is None:
+            return
+        try:
+            async with asyncio.timeout(self._load_timeout_s):
+                target = await asyncio.to_thread(self._keeper.follow, version)
+        except TimeoutError as error:
+            raise StalledError(
+                f"the reference of version {version.version} was not written within "
+                f"run.start_timeout_s = {self._load_timeout_s:g} s"
+            ) from error
+        if target != self._reference:
+            self._reference = target
+            await asyncio.gather(*(self._load_or_fail(w, target) for w in self._pool.live))
 
     async def join(self, worker: Worker) -> None:
-        """Give a new worker the reference before it gets work."""
-        if self.reference_dir is not None:
-            await answer(
-                worker.actor.load_reference.remote(self.reference_dir),
-                self._start_timeout_s,
-                f"{worker.name}.load_reference",
-            )
+        """Give a new worker the reference before it gets work.
+
+        Waits for: its load, again where the reference moved meanwhile; each has its deadline.
+        """
+        while (target := self._reference) is not None:
+            await self._load(worker, target)
+            if self._reference is target:
+                return
+
+    def metrics(self) -> Mapping[str, float]:
+        """The version of the reference that workers hold, where one is configured."""
+        if not self._config.reference:
+            return {}
+        version = 0 if self._reference is None else self._reference.version
+        return {"scoring/reference_version": float(version)}
+
+    async def _load_or_fail(self, worker: Worker, reference: WeightVersion) -> None:
+        try:
+            await self._load(worker, reference)
+        except (WeightError, WorkerError, StalledError) as error:
+            await self._pool.fail(worker, error)
+
+    async def _load(self, worker: Worker, reference: WeightVersion) -> None:
+        await answer(
+            worker.actor.load_reference.remote(reference),
+            self._load_timeout_s,
+            f"{worker.name}.load_reference(version {reference.version})",
+        )
 
     async def score(self, group: Handle) -> tuple[Handle, GroupSummary]:
-        summary, handle = await _try_workers(
+        given = await _try_workers(
             self._pool,
             lambda w: w.actor.score.options(num_returns=2).remote(group),
             "score",
             self._config.request_timeout_s,
             self._config.max_retries,
         )
-        return handle, summary
+        return given.handle, given.summary
 
 
 async def check_health(worker: Worker, timeout_s: float) -> None:

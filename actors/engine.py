@@ -6,11 +6,17 @@ Nothing here imports vllm: the messages are plain values, so no other process ev
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
+from rlhf_cluster.errors import WorkerError
 from rlhf_cluster.records import WeightVersion
+from rlhf_cluster.weights.transport import Deadline
+
+_T = TypeVar("_T")
+_CANCEL_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +64,8 @@ class Engine(Protocol):
         """Swap weights in flight: requests are paused and kept, never aborted.
 
         Raises `WeightError` and leaves the old weights serving when the version cannot be read.
+        After any other error, or when the call is cancelled, nobody knows what the weights are
+        until a later call returns (`WeightGuard`). Weights change here alone: there is no sleep.
         """
         ...
 
@@ -70,3 +78,63 @@ class Engine(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+async def read_beside(read: Callable[[], _T], deadline: Deadline) -> _T:
+    """`read()` in a thread of its own, which looks at `deadline`.
+
+    Waits for: its end. A cancelled call cancels `deadline`, and returns when the thread has stopped,
+    so that no later read meets it.
+    """
+    reading = asyncio.ensure_future(asyncio.to_thread(read))
+    try:
+        return await asyncio.shield(reading)
+    except asyncio.CancelledError:
+        deadline.cancel()
+        done, _ = await asyncio.wait({reading}, timeout=_CANCEL_S)
+        for stopped in done:
+            stopped.exception()
+        raise
+
+
+class WeightGuard:
+    """Whether the weights behind an engine are whole: one version's, all of it, as published.
+
+        whole --a version is refused before anything is replaced--> whole, as before
+        whole --a replacement breaks off, or is not what was published--> lost
+        lost  --a version is refused--> lost
+        any   --a whole version is loaded--> whole
+
+    An engine samples from half of a version, from memory that was given back, or from another
+    run's weights as readily as from its own. So whoever asks it to sample calls `check` before, and
+    again with the mark that it got when the answer is there.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._lost: str | None = None
+        self._last_loss = ""
+        self._num_losses = 0
+
+    def check(self, mark: int | None = None) -> int:
+        """A mark of this moment. Raises `WorkerError` unless the weights are whole, and have been
+        ever since `mark`."""
+        if self._lost is not None:
+            raise WorkerError(
+                f"{self._name}: its weights are lost ({self._lost}); it samples nothing until a whole "
+                "version is loaded. Pull one, or replace the worker"
+            )
+        if mark is not None and mark != self._num_losses:
+            raise WorkerError(
+                f"{self._name}: its weights were lost while it sampled ({self._last_loss}). Sample "
+                "again"
+            )
+        return self._num_losses
+
+    def lose(self, cause: str) -> None:
+        self._lost = self._last_loss = cause
+        self._num_losses += 1
+
+    def restore(self) -> None:
+        """A whole version is loaded and verified."""
+        self._lost = None

@@ -6,6 +6,7 @@ buffer's own stall deadline, or with an error when the actor is gone.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -13,12 +14,19 @@ from typing import Any
 from actors.calls import answer
 from actors.metrics import RayMetrics
 from rlhf_cluster.config import RunConfig
-from rlhf_cluster.experience.buffer import BufferStats, ExperienceBuffer, buffer_metrics
+from rlhf_cluster.experience.buffer import (
+    BufferState,
+    BufferStats,
+    ExperienceBuffer,
+    buffer_metrics,
+)
 from rlhf_cluster.experience.service import Answer, BufferService
 from rlhf_cluster.experience.staleness import AdmissionGate
 from rlhf_cluster.observe.logs import configure
 from rlhf_cluster.ports import Handle, Taken
 from rlhf_cluster.records import GroupSummary, Ticket
+
+log = logging.getLogger(__name__)
 
 PATIENCE_S = 5.0
 REPLY_MARGIN_S = 60.0
@@ -28,7 +36,8 @@ class BufferActor:
     """`BufferService` in a process of its own. Handles arrive inside a list, so that Ray passes
     the reference on instead of fetching what it stands for."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, state: BufferState | None = None) -> None:
+        """`state` is that of a checkpoint from which the run goes on."""
         configure("buffer", "buffer", config.run_dir / "logs")
         self._metrics = RayMetrics("buffer", {"run": config.run.name})
         gate = AdmissionGate(
@@ -37,25 +46,43 @@ class BufferActor:
             groups_per_step=config.run.groups_per_step,
             num_steps=config.run.steps,
             max_in_flight_groups=config.staleness.max_in_flight_groups,
+            look_ahead=config.staleness.look_ahead,
+            on_stale=config.staleness.on_stale,
+            stale_limit=config.staleness.stale_limit,
         )
+        buffer = ExperienceBuffer.resume(gate, state) if state else ExperienceBuffer(gate)
         self._service = BufferService(
-            ExperienceBuffer(gate), config.run.stall_timeout_s, PATIENCE_S, time.monotonic
+            buffer, config.run.stall_timeout_s, PATIENCE_S, time.monotonic
         )
+        log.info("admitting by %s", gate)
 
-    async def admit(self) -> Ticket | Answer:
+    async def admit(self) -> list[Ticket] | Answer:
         return await self._service.admit()
 
     async def finish(self, ticket: Ticket, handle: list[Handle], summary: GroupSummary) -> None:
         await self._service.finish(ticket, handle, summary)
 
     async def discard(self, ticket: Ticket, reason: str) -> None:
+        log.info("group %s discarded: %s", ticket.group_id, reason)
         await self._service.discard(ticket, reason)
 
     async def take(self, num_groups: int, learner_version: int) -> Sequence[Taken] | Answer:
         return await self._service.take(num_groups, learner_version)
 
     async def version_live(self, version: int) -> None:
+        log.info("version %d is live on every worker", version)
         await self._service.version_live(version)
+
+    async def stop(self) -> None:
+        log.info("stopped: nothing is handed out any more")
+        await self._service.stop()
+
+    async def state(self, learner_version: int) -> BufferState:
+        return await self._service.state(learner_version)
+
+    async def set_pipeline_depth(self, depth: int) -> None:
+        log.info("pipeline depth: %d", depth)
+        await self._service.set_pipeline_depth(depth)
 
     async def stats(self) -> BufferStats:
         stats = await self._service.stats()
@@ -69,14 +96,14 @@ class RayBuffer:
     def __init__(self, actor: Any) -> None:
         self._actor = actor
 
-    async def admit(self) -> Ticket | None:
+    async def admit(self) -> list[Ticket]:
         """Waits for: a free slot. Unblocked by: the learner, a live version; ends with the run."""
         while True:
             reply = await self._call("admit")
-            if isinstance(reply, Ticket):
+            if not isinstance(reply, Answer):
                 return reply
             if reply is Answer.DONE:
-                return None
+                return []
 
     async def finish(self, ticket: Ticket, handle: Handle, summary: GroupSummary) -> None:
         await self._call("finish", ticket, [handle], summary)
@@ -85,14 +112,25 @@ class RayBuffer:
         await self._call("discard", ticket, reason)
 
     async def take(self, num_groups: int, learner_version: int) -> Sequence[Taken]:
-        """Waits for: finished groups. Unblocked by: the rollout loop, or `StalledError`."""
+        """Waits for: finished groups. Unblocked by: the rollout loop, `stop`, or `StalledError`."""
         while True:
             reply = await self._call("take", num_groups, learner_version)
             if not isinstance(reply, Answer):
                 return reply
+            if reply is Answer.DONE:
+                return []
 
     async def version_live(self, version: int) -> None:
         await self._call("version_live", version)
+
+    async def stop(self) -> None:
+        await self._call("stop")
+
+    async def state(self, learner_version: int) -> BufferState:
+        return await self._call("state", learner_version)
+
+    async def set_pipeline_depth(self, depth: int) -> None:
+        await self._call("set_pipeline_depth", depth)
 
     async def stats(self) -> BufferStats:
         return await self._call("stats")

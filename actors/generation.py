@@ -1,14 +1,17 @@
 """One generation worker: an inference engine, turned into a source of validated rollouts.
 
     ticket, prompt  -->  generate  -->  RolloutGroup      pull(version)  -->  live weights
+      PartialGroup  -->            -->  PartialGroup
 
 Promises:
 - a plain class: no ray here; every public method is async and none blocks the event loop;
 - token ids, log-probabilities and versions are the engine's own, checked when the record is built;
-- the random stream of a group follows from run seed and group id alone: a group that is issued
-  again is the same group whichever worker takes it, and no two groups share a stream;
+- a call that is issued again under the same weights gives the same tokens whichever worker takes
+  it, and no two groups, samples or segments share a random stream (`actors.segments`);
 - a version counts as live only after the engine reported the digest and tensor count that were
-  published; requests go on while it is pulled.
+  published; requests go on while it is pulled;
+- a pull that breaks off, or ends with other weights than were published, fails the requests that
+  run and all later ones until a whole version is loaded (`actors.engine.WeightGuard`).
 """
 
 from __future__ import annotations
@@ -17,19 +20,16 @@ import asyncio
 import importlib
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
-import numpy as np
-
-from actors.engine import Engine, LoadedWeights, Request, Sample
-from actors.vllm_arguments import stable_hash
+from actors import segments
+from actors.engine import Engine, LoadedWeights, Sample, WeightGuard
 from rlhf_cluster.config import RunConfig
-from rlhf_cluster.errors import ConfigError, StalledError, WeightError, WorkerError
+from rlhf_cluster.errors import ConfigError, RecordError, StalledError, WeightError, WorkerError
 from rlhf_cluster.records import (
-    FinishReason,
+    PartialGroup,
     Prompt,
-    Rollout,
     RolloutGroup,
     Sampling,
     Ticket,
@@ -56,6 +56,7 @@ class GenerationWorker:
         self._engine_factory = engine_factory
         self._engine: Engine | None = None
         self._loaded: LoadedWeights | None = None
+        self._weights = WeightGuard(name)
         self._request_numbers = itertools.count()
         self._num_in_flight = 0
         self._totals = {"num_groups": 0.0, "num_tokens": 0.0, "num_pulls": 0.0, "pull_pause_s": 0.0}
@@ -70,28 +71,33 @@ class GenerationWorker:
         return {"start_s": time.perf_counter() - started}
 
     async def generate(
-        self, ticket: Ticket, prompt: Prompt, sampling: Sampling
-    ) -> tuple[dict[str, Any], RolloutGroup]:
-        """Sample one group. The first value is a small description of the second.
+        self,
+        ticket: Ticket,
+        prompt: Prompt,
+        sampling: Sampling,
+        partial: PartialGroup | None = None,
+    ) -> tuple[dict[str, Any], RolloutGroup | PartialGroup]:
+        """Sample one group, or its next segment after `partial`: a `RolloutGroup` once all its
+        responses are finished. The first value is a small description of the second.
 
         Waits for: the last sample. Raises `StalledError` after `generation.request_timeout_s`,
-        `WorkerError` when the engine is dead, `RecordError` when its answer is inconsistent.
+        `WorkerError` when the engine is dead or its weights are lost, `RecordError` when its answer
+        is inconsistent.
         """
-        engine = self._running_engine()
-        request = Request(
-            request_id=f"{ticket.group_id}-{next(self._request_numbers)}",
-            prompt_ids=prompt.token_ids.tolist(),
-            num_samples=sampling.num_samples,
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            seed=group_seed(self._config.run.seed, ticket.group_id),
-        )
-        timeout_s = self._config.generation.request_timeout_s
+        engine, mark = self._running_engine(), self._weights.check()
+        section, seed = self._config.generation, self._config.run.seed
+        timeout_s = section.request_timeout_s
         started_s, clock = time.time(), time.perf_counter()
+        before = segments.begin(ticket, sampling, started_s) if partial is None else partial
+        if before.group_id != ticket.group_id:
+            raise RecordError(f"{ticket.group_id} cannot go on from {before.group_id}")
+        parts = segments.plan(
+            before, prompt, sampling, section.segment_tokens, seed, self._request_numbers
+        )
         self._num_in_flight += 1
         try:
             async with asyncio.timeout(timeout_s):
-                samples = await engine.generate(request)
+                answers = await _all_or_none(engine.generate(p.request) for p in parts)
         except TimeoutError:
             raise StalledError(
                 f"{self._name}: group {ticket.group_id} was not sampled after "
@@ -99,32 +105,40 @@ class GenerationWorker:
             ) from None
         finally:
             self._num_in_flight -= 1
+        self._weights.check(mark)
         generate_s = time.perf_counter() - clock
-        group = self._to_group(
-            ticket, prompt, sampling, samples, (started_s, started_s + generate_s)
-        )
-        num_tokens = sum(len(rollout.response_ids) for rollout in group.rollouts)
-        self._totals["num_groups"] += 1
-        self._totals["num_tokens"] += num_tokens
+        after = segments.extend(before, parts, answers, sampling, self._name)
+        num_tokens = after.num_tokens - before.num_tokens
         meta = {
             "group_id": ticket.group_id,
             "worker": self._name,
             "num_tokens": num_tokens,
+            "num_unfinished": after.num_unfinished,
             "generate_s": generate_s,
         }
-        return meta, group
+        self._totals["num_tokens"] += num_tokens
+        if after.num_unfinished:
+            return meta, after
+        self._totals["num_groups"] += 1
+        return meta, segments.complete(after, ticket, prompt, sampling, started_s + generate_s)
 
     async def pull(self, version: WeightVersion) -> LoadedWeights:
         """Make `version` live, while requests go on.
 
         Raises `WeightError` when it cannot be read or is not what was published, `StalledError`
-        after `generation.pull_timeout_s`.
+        after `generation.pull_timeout_s`. Only when the engine refuses the version before it
+        replaces anything do the old weights go on to serve; otherwise they are lost.
         """
         engine, timeout_s = self._running_engine(), self._config.generation.pull_timeout_s
         try:
             async with asyncio.timeout(timeout_s):
                 loaded = await engine.load_weights(version)
-        except TimeoutError:
+        except WeightError:
+            raise
+        except BaseException as error:  # a cancelled call, too, may have replaced half of them
+            self._weights.lose(f"pulling version {version.version}: {type(error).__name__} {error}")
+            if not isinstance(error, TimeoutError):
+                raise
             raise StalledError(
                 f"{self._name}: version {version.version} was not live after "
                 f"generation.pull_timeout_s = {timeout_s:g} s"
@@ -132,10 +146,13 @@ class GenerationWorker:
         for field in ("version", "digest", "num_tensors"):
             expected, found = getattr(version, field), getattr(loaded, field)
             if found != expected:
-                raise WeightError(
+                mismatch = (
                     f"{self._name}: the engine loaded {field} {found}, version {version.version} "
                     f"was published with {expected}. Pull it again, or restart the worker"
                 )
+                self._weights.lose(mismatch)
+                raise WeightError(mismatch)
+        self._weights.restore()
         self._loaded = loaded
         self._totals["num_pulls"] += 1
         self._totals["pull_pause_s"] += loaded.pause_s
@@ -144,6 +161,7 @@ class GenerationWorker:
     async def health(self) -> dict[str, Any]:
         """What this worker serves. Raises `WorkerError` when it can no longer serve."""
         self._running_engine().check()
+        self._weights.check()
         return {
             "worker": self._name,
             "version": self._loaded.version if self._loaded else None,
@@ -167,53 +185,15 @@ class GenerationWorker:
             raise WorkerError(f"{self._name}: no engine is running; call start first")
         return self._engine
 
-    def _to_group(
-        self,
-        ticket: Ticket,
-        prompt: Prompt,
-        sampling: Sampling,
-        samples: list[Sample],
-        times_s: tuple[float, float],
-    ) -> RolloutGroup:
-        if len(samples) != sampling.num_samples:
-            raise WorkerError(
-                f"{self._name}: group {ticket.group_id} came back with {len(samples)} samples, "
-                f"{sampling.num_samples} were asked for"
-            )
-        rollouts = tuple(
-            Rollout(
-                rollout_id=f"{ticket.group_id}/{index}",
-                prompt_id=prompt.prompt_id,
-                prompt_ids=prompt.token_ids,
-                response_ids=np.asarray(sample.token_ids, dtype=np.int32),
-                sampled_logprobs=np.asarray(sample.logprobs, dtype=np.float32),
-                versions=expand_spans(sample.version_spans, len(sample.token_ids)),
-                response_mask=np.ones(len(sample.token_ids), dtype=np.bool_),
-                finish_reason=FinishReason(sample.finish_reason),
-                temperature=sampling.temperature,
-                worker=self._name,
-                started_s=times_s[0],
-                finished_s=times_s[1],
-            )
-            for index, sample in enumerate(samples)
-        )
-        return RolloutGroup(ticket=ticket, prompt=prompt, rollouts=rollouts)
 
-
-def group_seed(run_seed: int, group_id: str) -> int:
-    """The 63-bit seed of a group's random stream."""
-    return stable_hash(f"{run_seed}/{group_id}", bits=63)
-
-
-def expand_spans(spans: list[tuple[int, int, int]], num_tokens: int) -> np.ndarray:
-    """One version a token, [num_tokens] int32. Raises `WorkerError` unless spans tile them."""
-    edges = [0] + [end for _, _, end in spans]
-    lengths = np.diff(edges)
-    starts = [start for _, start, _ in spans]
-    if edges[-1] != num_tokens or starts != edges[:-1] or (lengths <= 0).any():
-        raise WorkerError(f"version spans {spans} do not tile {num_tokens} response tokens")
-    versions = [version for version, _, _ in spans]
-    return np.repeat(np.asarray(versions, dtype=np.int32), lengths)
+async def _all_or_none(calls: Iterable[Coroutine[Any, Any, list[Sample]]]) -> list[list[Sample]]:
+    """Every answer, in order. The first failure is raised, and ends the calls beside it."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def _resolve(path: str) -> Callable[..., Engine]:

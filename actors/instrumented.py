@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -11,18 +12,22 @@ from actors.engine import LoadedWeights
 from actors.generation import GenerationWorker
 from actors.metrics import RayMetrics
 from actors.scoring import ScoringWorker
+from actors.transports import transport_of
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import RlhfError
 from rlhf_cluster.observe.logs import configure
 from rlhf_cluster.records import (
     ExperienceGroup,
     GroupSummary,
+    PartialGroup,
     Prompt,
     RolloutGroup,
     Sampling,
     Ticket,
     WeightVersion,
 )
+
+log = logging.getLogger(__name__)
 
 HEALTH_GROUP = "health"
 ENGINE_GAUGES = {
@@ -38,17 +43,29 @@ class GenerationActor(GenerationWorker):
         super().__init__(config, model_dir, name, engine_factory)
         self._metrics = RayMetrics("generation", {"worker": name})
 
+    async def start(self) -> dict[str, float]:
+        facts = await super().start()
+        log.info("engine up after %.1f s", facts["start_s"])
+        return facts
+
     async def generate(
-        self, ticket: Ticket, prompt: Prompt, sampling: Sampling
-    ) -> tuple[dict[str, Any], RolloutGroup]:
+        self,
+        ticket: Ticket,
+        prompt: Prompt,
+        sampling: Sampling,
+        partial: PartialGroup | None = None,
+    ) -> tuple[dict[str, Any], RolloutGroup | PartialGroup]:
         try:
-            meta, group = await super().generate(ticket, prompt, sampling)
+            meta, group = await super().generate(ticket, prompt, sampling, partial)
         except RlhfError as error:
             self._metrics.count(f"generation/errors_total/{type(error).__name__}")
+            log.info("group %s: %s: %s", ticket.group_id, type(error).__name__, error)
             raise
-        self._metrics.count("generation/groups_total")
         self._metrics.count("generation/tokens_total", meta["num_tokens"])
-        self._metrics.observe("generation/group_s", meta["generate_s"])
+        if isinstance(group, RolloutGroup):
+            rollout = group.rollouts[0]
+            self._metrics.count("generation/groups_total")
+            self._metrics.observe("generation/group_s", rollout.finished_s - rollout.started_s)
         return meta, group
 
     async def pull(self, version: WeightVersion) -> LoadedWeights:
@@ -58,6 +75,13 @@ class GenerationActor(GenerationWorker):
         self._metrics.observe("generation/pull_s", time.perf_counter() - start)
         self._metrics.observe("generation/pull_pause_s", loaded.pause_s)
         self._metrics.gauge("generation/version_live", loaded.version)
+        log.info(
+            "version %d live: %d tensors, digest %s, sampling paused %.0f ms",
+            loaded.version,
+            loaded.num_tensors,
+            loaded.digest,
+            1000 * loaded.pause_s,
+        )
         return loaded
 
     async def health(self) -> dict[str, Any]:
@@ -72,8 +96,18 @@ class GenerationActor(GenerationWorker):
 class ScoringActor(ScoringWorker):
     def __init__(self, config: RunConfig, model_dir: str, name: str) -> None:
         configure("scoring", name, config.run_dir / "logs")
-        super().__init__(config, model_dir, name)
+        super().__init__(config, model_dir, name, transport_of(config).source())
         self._metrics = RayMetrics("scoring", {"worker": name})
+
+    def start(self) -> dict[str, float]:
+        facts = super().start()
+        log.info("rewards and models up after %.1f s", facts["start_s"])
+        return facts
+
+    def load_reference(self, version: WeightVersion) -> None:
+        super().load_reference(version)
+        self._metrics.gauge("scoring/reference_version", version.version)
+        log.info("reference of version %d loaded, digest %s", version.version, version.digest)
 
     @ray.method(concurrency_group=HEALTH_GROUP)
     def health(self) -> dict[str, Any]:
@@ -86,6 +120,7 @@ class ScoringActor(ScoringWorker):
             answer = super().score(group)
         except RlhfError as error:
             self._metrics.count(f"scoring/errors_total/{type(error).__name__}")
+            log.info("group %s: %s: %s", group.group_id, type(error).__name__, error)
             raise
         self._metrics.count("scoring/groups_total")
         self._metrics.observe("scoring/latency_s", time.perf_counter() - start)

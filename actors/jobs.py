@@ -29,6 +29,9 @@ from rlhf_cluster.errors import ConfigError, RunError, StalledError
 CALL_TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 10.0
 SUBMIT_TIMEOUT_S = 120.0
+NO_AGENT = "No available agent"
+AGENT_TIMEOUT_S = 60.0
+AGENT_RETRY_S = 1.0
 STOP_GRACE_S = 60
 FOLLOW_EVERY_S = 1.0
 SCALE_TIMEOUT_S = 960.0  # more than the run itself may take to answer
@@ -307,15 +310,40 @@ def _find(client: JobClient, run_or_job: str, address: str) -> Any:
 def _send(client: JobClient, command: str, folder: str, metadata: dict[str, str]) -> str:
     """Start `command` in a copy of `folder` on the cluster. Returns the job's id."""
     environment = {"PYTHONUNBUFFERED": "1", "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_S)}
-    return _within(
-        SUBMIT_TIMEOUT_S,
-        "submitting the job",
-        lambda: client.submit_job(
+
+    def send() -> str:
+        return client.submit_job(
             entrypoint=command,
             runtime_env={"working_dir": folder, "env_vars": environment},
             metadata=metadata,
-        ),
+        )
+
+    return _within(
+        SUBMIT_TIMEOUT_S,
+        "submitting the job",
+        lambda: once_agents_are_up(send, AGENT_TIMEOUT_S, time.monotonic, time.sleep),
     )
+
+
+def once_agents_are_up(
+    send: Callable[[], str],
+    timeout_s: float,
+    clock: Callable[[], float],
+    sleep: Callable[[float], None],
+) -> str:
+    """`send()`, again while the cluster is so young that no node's agent takes jobs.
+
+    Waits for: an agent. Unblocked by: its start, any other error, or the cluster's refusal after
+    `timeout_s`.
+    """
+    ends = clock() + timeout_s
+    while True:
+        try:
+            return send()
+        except RuntimeError as error:
+            if NO_AGENT not in str(error) or clock() >= ends:
+                raise
+        sleep(AGENT_RETRY_S)
 
 
 def _message(job: Any) -> str | None:

@@ -1,8 +1,8 @@
 """The learner ranks as actors, and the group of them as the learner port.
 
-Each rank runs its steps one after the other in one thread; writing a snapshot to the weight store
-runs in a second one ("io"), beside the next step. Every rank gets every group of a step and takes
-its own part by the same plan, so no rank has to tell another what to train on.
+Each rank runs its steps one after the other in one thread; writing a snapshot to the weight store, or
+a checkpoint, runs in others ("io"), beside the next step. Every rank gets every group of a step and
+takes its own part by the same plan, so no rank has to tell another what to train on.
 
 A rank that dies or hangs fails the whole step: the error names the rank, and the others are
 released by their collective deadline.
@@ -11,13 +11,20 @@ released by their collective deadline.
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import socket
+import time
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from actors.calls import answer
+from actors.transports import transport_of
+from rlhf_cluster.checkpoint.state import LearnerState
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.data.examples import SftExample
 from rlhf_cluster.data.tokenizer import load_tokenizer
@@ -25,9 +32,13 @@ from rlhf_cluster.errors import WorkerError
 from rlhf_cluster.observe.samples import write_samples
 from rlhf_cluster.ports import StepReport, Taken
 from rlhf_cluster.records import WeightVersion
+from rlhf_cluster.weights.sync import BasePlan, DurablePlan
+from rlhf_cluster.weights.transport import Deadline
 
-IO_GROUP = "io"
-ACTOR_OPTIONS = {"concurrency_groups": {IO_GROUP: 2}}
+log = logging.getLogger(__name__)
+
+IO_GROUP = "io"  # three threads: publishing, its cancelling, a checkpoint
+ACTOR_OPTIONS = {"concurrency_groups": {IO_GROUP: 3}}
 
 
 class LearnerActor:
@@ -40,6 +51,8 @@ class LearnerActor:
         self._rank: Any = None
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._tokenizer: Any = None
+        self._transport = transport_of(config)
+        self._writing: Deadline | None = None
 
     def rendezvous(self) -> str:
         """Where the ranks meet: this node, a free port. Asked of rank 0 only."""
@@ -61,6 +74,7 @@ class LearnerActor:
         facts = self._rank.setup()
         self._shapes = self._rank.tensor_shapes()
         self._tokenizer = load_tokenizer(self._config.model.tokenizer or self._model_dir)
+        log.info("set up: %s", ", ".join(f"{key} {value}" for key, value in facts.items()))
         return facts
 
     def sft_step(self, examples: list[SftExample]) -> dict[str, float]:
@@ -70,6 +84,12 @@ class LearnerActor:
         groups = ray.get([handle for [handle] in handles], timeout=60)
         report = self._rank.train_step(groups)
         if self._number == 0:
+            log.info(
+                "step %d: loss %.4g, gradient norm %.4g",
+                report.step,
+                report.metrics.get("learner/loss", math.nan),
+                report.metrics.get("learner/grad_norm", math.nan),
+            )
             self._metrics.record(report.metrics)
             write_samples(
                 self._config.run_dir / "samples",
@@ -84,19 +104,46 @@ class LearnerActor:
     def snapshot(self) -> int:
         return self._rank.snapshot()
 
-    def write_snapshot(self) -> Any:
-        return self._rank.write_snapshot(str(self._config.weights_dir))
+    def write_snapshot(self, base: int | None, durable: bool, timeout_s: float) -> Any:
+        deadline = self._writing = Deadline(f"learner-{self._number}: the write", timeout_s)
+        return self._transport.write(self._rank, base, durable, deadline)
 
-    def commit(self, version: int, reports: list[Any]) -> WeightVersion:
+    def commit(
+        self, version: int, shards: list[Any], durable: bool, timeout_s: float
+    ) -> WeightVersion:
+        deadline = self._writing = Deadline(f"the commit of version {version}", timeout_s)
+        published = self._transport.commit(version, shards, self._shapes, durable, deadline)
+        log.info(
+            "version %d published: %d bytes, %d stored",
+            version,
+            published.num_bytes,
+            published.stored_bytes,
+        )
+        return published
+
+    def cancel_publish(self) -> None:
+        """End the write or the commit under way, if there is one."""
+        if self._writing is not None:
+            self._writing.cancel()
+
+    def refused(self, version: int, reason: str) -> None:
+        log.warning("version %d was refused by every reader: %s", version, reason)
+
+    def copy_state(self) -> LearnerState:
+        return self._rank.copy_state()
+
+    def write_state(self, root: str, timeout_s: float) -> Any:
+        return self._rank.write_state(root)
+
+    def commit_state(self, root: str, version: int, reports: list[Any], timeout_s: float) -> None:
         from rlhf_cluster.weights.store import commit
 
-        return commit(
-            str(self._config.weights_dir),
-            version,
-            reports,
-            keep=self._config.staleness.max_staleness + 2,
-            expected_names=self._shapes,
-        )
+        commit(root, version, reports, keep=1, fsync=True, lock_timeout_s=timeout_s)
+        log.info("state of version %d written to %s", version, root)
+
+    def load_state(self, folder: str, state: LearnerState) -> None:
+        self._rank.load_state(folder, state)
+        log.info("goes on from %s", folder)
 
     def close(self) -> None:
         if self._rank is not None:
@@ -110,6 +157,10 @@ class RayLearner:
         self._actors = list(actors)
         self._config = config
         self._snapshot = -1
+        weights = config.weights
+        anchor_every = {"full": 1, "delta": weights.anchor_every, "adapter": None}
+        self._bases = BasePlan(anchor_every[weights.format])
+        self._durable = DurablePlan(weights.durable_every, config.run.steps)
 
     async def setup(self) -> list[dict[str, Any]]:
         timeout_s = self._config.run.start_timeout_s
@@ -133,22 +184,64 @@ class RayLearner:
         return self._snapshot
 
     async def publish(self) -> WeightVersion:
-        timeout_s = self._config.weights.publish_timeout_s
-        reports = [
-            actor.write_snapshot.options(concurrency_group=IO_GROUP).remote()
-            for actor in self._actors
+        """Waits for: every rank's write, then the commit, both within one deadline.
+
+        When one fails, the others are cancelled.
+        """
+        ends = time.monotonic() + self._config.weights.publish_timeout_s
+        number, durable = self._snapshot, self._durable.wants(self._snapshot)
+        base = self._bases.take_base()
+        if durable and self._config.weights.transport != "files":
+            base = None  # files hold no version that it could build on
+        try:
+            shards = await self._io("write_snapshot", self._actors, ends, base, durable)
+            [version] = await self._io("commit", self._actors[:1], ends, number, shards, durable)
+        except BaseException:
+            for actor in self._actors:
+                actor.cancel_publish.options(concurrency_group=IO_GROUP).remote()
+            raise
+        self._bases.committed(number, in_full=base is None)
+        self._durable.committed(number, durable)
+        return version
+
+    async def copy_state(self) -> LearnerState:
+        states = await self._all("copy_state", self._config.learner.step_timeout_s)
+        if len({state.version for state in states}) != 1:
+            raise WorkerError(f"learner ranks are at different versions: {states}; expected one")
+        return replace(states[0], num_bytes=sum(state.num_bytes for state in states))
+
+    async def write_state(self, folder: Path) -> None:
+        """Waits for: every rank's write, then the commit, both within one deadline."""
+        ends = time.monotonic() + self._config.checkpoint.timeout_s
+        reports = await self._io("write_state", self._actors, ends, str(folder))
+        version = reports[0].version
+        await self._io("commit_state", self._actors[:1], ends, str(folder), version, reports)
+
+    async def load_state(self, folder: Path, state: LearnerState) -> None:
+        """Waits for: every rank to read all of it."""
+        await self._all("load_state", self._config.run.start_timeout_s, str(folder), state)
+
+    async def refused(self, version: int, reason: str) -> None:
+        """Every rank logs it; the next version builds on none."""
+        self._bases.take_base()
+        for actor in self._actors:
+            actor.refused.options(concurrency_group=IO_GROUP).remote(version, reason)
+
+    async def _io(self, method: str, actors: Sequence[Any], ends: float, *arguments: Any) -> Any:
+        """The answers of `actors`, from their second threads; they get the seconds left as well."""
+        left_s = max(0.0, ends - time.monotonic())
+        refs = [
+            getattr(a, method).options(concurrency_group=IO_GROUP).remote(*arguments, left_s)
+            for a in actors
         ]
-        parts = await asyncio.gather(
-            *(answer(r, timeout_s, f"learner-{i}.write_snapshot") for i, r in enumerate(reports))
-        )
-        commit = self._actors[0].commit.options(concurrency_group=IO_GROUP)
-        return await answer(
-            commit.remote(self._snapshot, list(parts)), timeout_s, "learner-0.commit"
-        )
+        return await self._answers(refs, left_s, method)
 
     async def _all(self, method: str, timeout_s: float, *arguments: Any) -> list[Any]:
-        """Waits for: every rank. The first rank to fail is what the caller sees."""
         refs = [getattr(actor, method).remote(*arguments) for actor in self._actors]
+        return await self._answers(refs, timeout_s, method)
+
+    async def _answers(self, refs: Sequence[Any], timeout_s: float, method: str) -> list[Any]:
+        """Waits for: every rank. The first rank to fail is what the caller sees."""
         waits = [
             asyncio.ensure_future(answer(ref, timeout_s, f"learner-{i}.{method}"))
             for i, ref in enumerate(refs)

@@ -6,9 +6,10 @@ itself (samples) is written by the learner, so that no rollout passes through th
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import RlhfError
 from rlhf_cluster.experience.buffer import BufferStats, buffer_metrics
 from rlhf_cluster.observe.metrics import find
-from rlhf_cluster.observe.run_log import RunLog
+from rlhf_cluster.observe.run_log import RunLog, read_metrics
 from rlhf_cluster.observe.snapshot import Event, Pool, Snapshot, State
 from rlhf_cluster.observe.table import Role
 from rlhf_cluster.pipeline import StepTimes
@@ -29,13 +30,15 @@ from rlhf_cluster.records import Ticket
 from rlhf_cluster.rundir import RunDir
 from rlhf_cluster.weights.sync import SyncStats
 
+log = logging.getLogger(__name__)
+
 MAX_EVENTS = 6
 OWN_ROLES = (Role.CONTROLLER, Role.WEIGHTS)  # the others export their numbers themselves
 
 
 class RunObserver:
     """Implements the pipeline's observer. `show` gets every new snapshot; `started_s` is the unix
-    time at which the run was asked for."""
+    time at which the run was asked for; `further` gives metrics of services that the driver knows."""
 
     def __init__(
         self,
@@ -46,9 +49,10 @@ class RunObserver:
         show: Callable[[Snapshot], None],
         started_s: float,
         clock: Callable[[], float] = time.time,
+        further: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         self._rundir, self._pools, self._sync, self._show = rundir, pools, sync, show
-        self._clock = clock
+        self._clock, self._further = clock, further
         self._started_s = started_s
         self._num_steps, self._num_warmup_steps = config.run.steps, config.sft.steps
         self._log = RunLog(rundir)
@@ -73,6 +77,7 @@ class RunObserver:
         self._log.append(report.step, now, values)
         self._metrics.record({k: v for k, v in values.items() if find(k).role in OWN_ROLES})
         self._rewards.append(values["reward/mean"])
+        log.info("step %d: reward %.4g, %.3g s", report.step, values["reward/mean"], times.step_s)
         self._update(
             state="running",
             step=report.step,
@@ -93,12 +98,26 @@ class RunObserver:
 
     def event(self, text: str) -> None:
         """Something worth telling: a restart, a discard, a scaling."""
+        log.info(text)
         self._events.append(Event(time_s=self._clock(), text=text))
         self._update()
 
     def state(self, state: State, error: str | None = None) -> None:
+        log.info("%s%s", state, f": {error}" if error else "")
         steps = {"step": 0, "num_steps": self._num_steps} if self.snapshot.state == "warmup" else {}
         self._update(state=state, error=error, **steps)
+
+    def resumed(self, step: int) -> None:
+        """The run goes on after `step` steps, which are in its record already."""
+        records = read_metrics(self._rundir.metrics)
+        self._rewards.extend(r["reward/mean"] for r in records if r.get("reward/mean") is not None)
+        self._update(step=step, checkpoint=step)
+        self.event(f"continues from the checkpoint of step {step}")
+
+    def checkpointed(self, step: int) -> None:
+        """The run can be continued from `step`."""
+        log.info("checkpoint of step %d is complete", step)
+        self._update(checkpoint=step)
 
     def warmup(self, step: int, values: dict[str, float]) -> None:
         """A step of the supervised warm-up. Its steps count for themselves."""
@@ -129,7 +148,9 @@ class RunObserver:
             "weights/publish_s": sync.publish_s,
             "weights/pull_s": sync.pull_s,
             "weights/bytes": float(sync.num_bytes),
+            "weights/stored_bytes": float(sync.stored_bytes),
             "weights/publishes_skipped_total": float(sync.skipped),
+            "weights/refused_total": float(sync.refused),
         }
         for pool in self._pools:
             values[f"pool/size/{pool.kind}"] = float(len(pool.live))
@@ -137,7 +158,7 @@ class RunObserver:
             values[f"pool/restarts_total/{pool.kind}"] = float(pool.num_restarts)
         if self._buffer is not None:
             values |= buffer_metrics(self._buffer)
-        return values
+        return {**values, **self._further()}
 
     def _update(self, **changes: Any) -> None:
         now, sync = self._clock(), self._sync()
@@ -170,7 +191,13 @@ def group_metrics(taken: Sequence[Taken], times: StepTimes) -> dict[str, float]:
     rewards = np.array([r for t in taken for r in t.summary.rewards], dtype=np.float64)
     tokens = np.array([t.summary.num_tokens for t in taken], dtype=np.float64)
     flat = [max(t.summary.rewards) == min(t.summary.rewards) for t in taken]
+    steps = [r for t in taken for r in t.summary.step_rewards]
+    of_steps = {}
+    if steps:
+        of_steps["reward/reasoning_step_mean"] = float(np.mean(steps))
+        of_steps["reward/reasoning_steps_mean"] = len(steps) / len(rewards)
     return {
+        **of_steps,
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
         "reward/min": float(rewards.min()),

@@ -1,7 +1,8 @@
 """A pool of replaceable workers: dispatch, health, replacement, scaling.
 
 Promises:
-- work goes to the live worker with the least in flight; a draining worker gets none;
+- work goes to the live worker that the caller prefers, else to the one with the least in flight;
+  a draining worker gets none;
 - a worker that dies, hangs or fails its health check is retired (killed, its placement group given
   back) and replaced; its work is the caller's to try again elsewhere;
 - a worker joins only after `launch` has made it ready to serve (model loaded, weights live);
@@ -86,8 +87,9 @@ class WorkerPool:
         await asyncio.gather(*(self._add() for _ in range(wanted)))
 
     @asynccontextmanager
-    async def acquire(self) -> AsyncIterator[Worker]:
-        """The least loaded live worker, counted as busy inside the block.
+    async def acquire(self, prefer: Worker | None = None) -> AsyncIterator[Worker]:
+        """A live worker with room, counted as busy inside the block: `prefer` if it is one, else
+        the least loaded.
 
         Waits for: a live worker with room. Unblocked by: a call that ends (each has a deadline), a
         replacement that joins. `StalledError` when there was no live worker for
@@ -95,7 +97,8 @@ class WorkerPool:
         """
         async with self._changed:
             await self._wait_for_room()
-            worker = min(self.live, key=lambda w: w.num_in_flight)
+            free = [w for w in self.live if self._has_room(w)]
+            worker = prefer if prefer in free else min(free, key=lambda w: w.num_in_flight)
             worker.num_in_flight += 1
         try:
             yield worker
@@ -103,11 +106,13 @@ class WorkerPool:
             worker.num_in_flight -= 1
             await self._notify()
 
-    async def _wait_for_room(self) -> None:
+    def _has_room(self, worker: Worker) -> bool:
         limit = self.limits.max_in_flight
+        return limit is None or worker.num_in_flight < limit
 
+    async def _wait_for_room(self) -> None:
         def has_room() -> bool:
-            return any(limit is None or w.num_in_flight < limit for w in self.live)
+            return any(self._has_room(worker) for worker in self.live)
 
         while not has_room():
             self._raise_failure()

@@ -12,15 +12,20 @@ from typing import Any
 
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import WorkerError
-from rlhf_cluster.records import ExperienceGroup, GroupSummary, RolloutGroup
+from rlhf_cluster.records import ExperienceGroup, GroupSummary, RolloutGroup, WeightVersion
 from rlhf_cluster.scoring.scorer import Scorer
+from rlhf_cluster.weights.transport import ShardSource
 
 
 class ScoringWorker:
     """Call `start` first; `close` when done."""
 
-    def __init__(self, config: RunConfig, model_dir: str, name: str) -> None:
+    def __init__(
+        self, config: RunConfig, model_dir: str, name: str, source: ShardSource | None = None
+    ) -> None:
+        """`source` is where the policy's versions are read from; default: their files."""
         self._config = config
+        self._source = source
         self._model_dir = model_dir
         self._name = name
         self._scorer: Scorer | None = None
@@ -30,23 +35,25 @@ class ScoringWorker:
     def start(self) -> dict[str, float]:
         """Load models and rewards; returns how long it took. Raises `ConfigError`, `DataError`."""
         started = time.perf_counter()
-        scorer = Scorer(self._config, self._model_dir, self._name)
+        scorer = Scorer(self._config, self._model_dir, self._name, self._source)
         scorer.setup()
         self._scorer = scorer
         return {"start_s": time.perf_counter() - started}
 
-    def load_reference(self, folder: str) -> None:
-        self._running_scorer().load_reference(folder)
+    def load_reference(self, version: WeightVersion) -> None:
+        """Raises `WeightError`, `StalledError`, and `WorkerError` as `Scorer.load_reference`."""
+        self._running_scorer().load_reference(version)
 
     def score(self, group: RolloutGroup) -> tuple[GroupSummary, ExperienceGroup]:
-        """Score one group. Held-out groups get no reference: nothing is trained on them.
+        """Score one group. Held-out groups get rewards only: nothing is trained on them.
 
-        Raises `ScoringError`, `StalledError`, and `WorkerError` when the worker is not running.
+        Raises `ScoringError`, `StalledError`, `WeightError`, and `WorkerError` when the worker is
+        not running.
         """
         scorer = self._running_scorer()
         self._add_in_flight(1)
         try:
-            experience = scorer.score(group, with_reference=group.ticket.purpose == "train")
+            experience = scorer.score(group, with_logprobs=group.ticket.purpose == "train")
         finally:
             self._add_in_flight(-1)
         return experience.summary(), experience

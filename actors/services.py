@@ -6,6 +6,7 @@ Every `start_*` returns when its service can work, or raises within `run.start_t
 from __future__ import annotations
 
 import functools
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from actors.learner import ACTOR_OPTIONS, LearnerActor, RayLearner
 from actors.pool import PoolLimits, Worker, WorkerPool
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import RunError
+from rlhf_cluster.experience.buffer import BufferState
 from rlhf_cluster.planning.placement import BUFFER_CPUS, Bundle, pool_bundle
 
 GENERATION_CONCURRENCY = 1000
@@ -61,25 +63,35 @@ class Launcher:
         return actor, group
 
 
-def start_control(config: RunConfig) -> Any:
-    """The control actor. `RunError` when a run of this name is alive on the cluster."""
-    name = actor_name(config.run.name)
-    try:
-        return (
-            ray.remote(ControlActor)
-            .options(name=name, namespace=NAMESPACE, num_cpus=0, max_concurrency=1)
-            .remote()
-        )
-    except ValueError as error:
-        raise RunError(
-            f"run {config.run.name!r} is already alive on this cluster (actor {name}). Stop it, or "
-            "choose another run.name"
-        ) from error
+def start_control(config: RunConfig, patience_s: float = 0.0) -> Any:
+    """The control actor. `RunError` when a run of this name is alive on the cluster.
+
+    Waits for: Ray to end what an earlier attempt of the run left there, at most `patience_s`.
+    """
+    name, ends = actor_name(config.run.name), time.monotonic() + patience_s
+    while True:
+        try:
+            return (
+                ray.remote(ControlActor)
+                .options(name=name, namespace=NAMESPACE, num_cpus=0, max_concurrency=1)
+                .remote()
+            )
+        except ValueError as error:
+            if time.monotonic() < ends:
+                time.sleep(0.2)
+                continue
+            raise RunError(
+                f"run {config.run.name!r} is already alive on this cluster (actor {name}). Stop it, "
+                "or choose another run.name"
+            ) from error
 
 
-async def start_buffer(launcher: Launcher, started: list[tuple[Any, Any]]) -> RayBuffer:
+async def start_buffer(
+    launcher: Launcher, started: list[tuple[Any, Any]], state: BufferState | None
+) -> RayBuffer:
+    """`state` is that of a checkpoint. What was started is added to `started`."""
     bundle = Bundle(owner="buffer", cpus=BUFFER_CPUS, gpus=0.0)
-    actor, group = await launcher.actor(BufferActor, [launcher.config], bundle)
+    actor, group = await launcher.actor(BufferActor, [launcher.config, state], bundle)
     started.append((actor, group))
     await answer(actor.stats.remote(), launcher.config.run.start_timeout_s, "buffer.stats")
     return RayBuffer(actor)

@@ -25,7 +25,9 @@ WORKER_EXTENSION = "actors.vllm_weights.WorkerExtension"
 _CPU_BATCHED_TOKENS = 8192
 _CPU_BLOCK_SIZE = 32  # vLLM's own default on CPU is 128: prefix caching would then share little
 _CPU_KV_CACHE_BYTES = 256 << 20
-_CPU_QUANTIZATION = ("fp8_per_channel",)
+INT8 = "int8"
+"""The one value of generation.quantization that this project makes itself; others are vLLM's."""
+_CPU_QUANTIZATION = (INT8, "fp8_per_channel")
 _OWNED = ("weight_transfer_config", "worker_extension_cls", "async_scheduling")
 _NEEDED_API = {
     "vllm.v1.engine.llm_engine.LLMEngine": (
@@ -35,6 +37,7 @@ _NEEDED_API = {
     "vllm.v1.core.sched.scheduler.Scheduler": ("get_request_counts", "get_kv_cache_usage"),
     "vllm.outputs.CompletionOutput": ("weight_versions",),
     "vllm.sampling_params.SamplingParams": ("flat_logprobs",),
+    "vllm.v1.request.RequestStatus": ("WAITING",),
     "vllm.distributed.weight_transfer.WeightTransferEngineFactory": ("register_engine",),
 }  # fmt: skip
 
@@ -64,11 +67,18 @@ def engine_arguments(config: RunConfig, model_dir: str, worker_name: str) -> dic
     if not on_gpu:
         _refuse_on_cpu(config)
     parallel = generation.tensor_parallel_size
+    int8 = generation.quantization == INT8
+    if int8 and generation.dtype != "bfloat16":
+        raise ConfigError(
+            f"generation.quantization = 'int8' with generation.dtype = {generation.dtype!r}: vLLM's "
+            "INT8 layers compute in bfloat16 only. Set generation.dtype = 'bfloat16'"
+        )
     arguments: dict[str, Any] = {
-        "model": model_dir,
+        # The folder says itself how its weights are quantised.
+        "model": str(config.run_dir.absolute() / "engine-int8") if int8 else model_dir,
         "tokenizer": config.model.tokenizer,
         "dtype": generation.dtype,
-        "quantization": generation.quantization,
+        "quantization": None if int8 else generation.quantization,
         "seed": stable_hash(f"{config.run.seed}/{worker_name}", bits=31),
         "max_model_len": config.max_sequence_tokens,
         "max_num_seqs": generation.max_num_seqs,
@@ -153,7 +163,7 @@ def _refuse_on_cpu(config: RunConfig) -> None:
         )
     if generation.quantization not in (None, *_CPU_QUANTIZATION):
         raise ConfigError(
-            f"generation.quantization = {generation.quantization!r}: on CPU, vLLM {TESTED_VLLM} "
-            "loses its quantisation scales when weights are replaced in place. Use one of "
+            f"generation.quantization = {generation.quantization!r}: on CPU, vLLM {TESTED_VLLM} has "
+            "no kernel for it, or loses its scales when weights are replaced in place. Use one of "
             f"{', '.join(_CPU_QUANTIZATION)}, remove it, or run generation on GPUs"
         )

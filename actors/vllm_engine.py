@@ -9,8 +9,10 @@ Promises:
   goes on beside sampling);
 - commands run between steps, so a weight update never meets a half-done step, and every token is
   labelled with the version that sampled it;
-- an update keeps all requests; with `cache_on_update = "recompute"` their KV caches are computed
-  again with the new weights, so that every later token depends on one version only;
+- an update keeps all requests, and their caches as `generation.cache_on_update` says: "recompute"
+  computes them again with the new weights, so that every later token depends on one version only;
+  with "salt" and "keep" a running request goes on from what the old weights computed, and with
+  "salt" no request starts from it (`actors.vllm_requests`);
 - a request that vLLM refuses fails alone; an exception in a step or while weights are replaced
   ends the engine: every waiting call raises `WorkerError`, and so do `check` and later calls.
 
@@ -24,35 +26,43 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from actors.engine import Engine, LoadedWeights, Request, Sample
+from actors.engine import Engine, LoadedWeights, Request, Sample, read_beside
 from actors.vllm_arguments import (
+    INT8,
     engine_arguments,
     engine_environment,
     probe_vllm,
     refuse_unknown_arguments,
 )
+from actors.vllm_requests import Answer, Requests
 from rlhf_cluster.config import RunConfig
-from rlhf_cluster.errors import DataError, RlhfError, StalledError, WeightError, WorkerError
+from rlhf_cluster.errors import RlhfError, StalledError, WeightError, WorkerError
 from rlhf_cluster.records import WeightVersion
+from rlhf_cluster.weights.quantize import write_start_folder
+from rlhf_cluster.weights.transport import Deadline, ShardSource
 
 if TYPE_CHECKING:
-    from vllm.outputs import CompletionOutput
     from vllm.v1.engine.llm_engine import LLMEngine
 
 __all__ = ["VllmEngine", "engine_environment", "make_engine"]
 
 _CLOSE_TIMEOUT_S = 30.0
+_READ_SHARE = 0.8  # of generation.pull_timeout_s; the rest is for the swap and for the answer
 INITIAL_VERSION = -1  # of the weights in the model folder, before the first update
-
-Answer = tuple["asyncio.Future[Any]", Any]  # an exception instance is raised, all else returned
 
 
 def make_engine(config: RunConfig, model_dir: str, worker_name: str) -> VllmEngine:
     return VllmEngine(config, model_dir, worker_name)
+
+
+def _source_of(config: RunConfig) -> ShardSource | None:
+    from actors.transports import transport_of  # imports ray, which this module does not need
+
+    return transport_of(config).source()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,10 +79,17 @@ class VllmEngine(Engine):
 
     def __init__(self, config: RunConfig, model_dir: str, worker_name: str) -> None:
         self._arguments = engine_arguments(config, model_dir, worker_name)
+        self._model_dir = model_dir
+        self._int8 = config.generation.quantization == INT8
+        self._draft = config.generation.draft_folder
+        self._hold_base = config.weights.format != "full"
         self._name = worker_name
         self._recompute = config.generation.cache_on_update == "recompute"
+        self._salted = config.generation.cache_on_update == "salt"
         self._read_beside_steps = config.generation.tensor_parallel_size == 1
         self._start_timeout_s = config.run.start_timeout_s
+        self._read_timeout_s = _READ_SHARE * config.generation.pull_timeout_s
+        self._source = _source_of(config)
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._lock = threading.Lock()  # over _failure and the decision to queue a command
         self._failure: RlhfError | None = None
@@ -80,13 +97,10 @@ class VllmEngine(Engine):
         self._loop: asyncio.AbstractEventLoop
         self._llm: LLMEngine
         self._scheduler: Any  # read by `stats`; vLLM's own metrics would cost some of every step
-        self._sampling_params: Callable[..., Any]
-        self._refusals: tuple[type[Exception], ...]
+        self._requests: Requests
         self._updating = asyncio.Lock()
         # The stepping thread's own.
-        self._waiting: dict[str, asyncio.Future[list[Sample]]] = {}
         self._closing = False
-        self._num_tokens = 0
         self._num_steps = 0
 
     async def start(self) -> None:
@@ -98,7 +112,8 @@ class VllmEngine(Engine):
         )
         self._thread.start()
         try:
-            await asyncio.wait_for(started, self._start_timeout_s)
+            async with asyncio.timeout(self._start_timeout_s):
+                await started
         except TimeoutError:
             raise StalledError(
                 f"{self._name}: vLLM was not up after run.start_timeout_s = "
@@ -111,21 +126,29 @@ class VllmEngine(Engine):
         Raises `DataError` when vLLM refuses the request, `WorkerError` when the engine is dead.
         """
         answer: asyncio.Future[list[Sample]] = self._loop.create_future()
-        self._post(_Command(run=lambda: self._add(request, answer), answer=answer))
+        self._post(_Command(run=lambda: self._requests.add(request, answer), answer=answer))
         try:
             return await answer
         except asyncio.CancelledError:
             if self._failure is None:
-                self._post(_Command(run=lambda: self._abort(request.request_id)))
+                self._post(_Command(run=lambda: self._requests.abort(request.request_id)))
             raise
 
     async def load_weights(self, version: WeightVersion) -> LoadedWeights:
         """Stage `version`, then swap it in between two steps. One update at a time."""
-        stage = {"version": version.version, "path": version.path, "digest": version.digest}
+        number = version.version
+        deadline = Deadline(f"{self._name}: reading version {number}", self._read_timeout_s)
+        stage = {
+            "version": number,
+            "path": version.path,
+            "digest": version.digest,
+            "source": self._source,
+            "deadline": deadline,
+        }
         async with self._updating:
             self.check()
             if self._read_beside_steps:
-                reports = await asyncio.to_thread(self._rpc, "stage_version", stage)
+                reports = await read_beside(lambda: self._rpc("stage_version", stage), deadline)
             else:
                 reports = await self._call(lambda: self._rpc("stage_version", stage))
             staged = _agreed(reports, version)
@@ -144,8 +167,8 @@ class VllmEngine(Engine):
             "num_running": float(num_running),
             "num_waiting": float(num_waiting),
             "kv_cache_use_fraction": float(self._scheduler.get_kv_cache_usage()),
-            "num_requests": float(len(self._waiting)),
-            "num_tokens_total": float(self._num_tokens),
+            "num_requests": float(len(self._requests)),
+            "num_tokens_total": float(self._requests.num_tokens),
             "num_steps_total": float(self._num_steps),
         }
 
@@ -192,7 +215,7 @@ class VllmEngine(Engine):
             while not self._closing:
                 self._run_commands(wait=not self._llm.has_unfinished_requests())
                 if self._llm.has_unfinished_requests() and not self._closing:
-                    self._collect(self._llm.step())
+                    self._deliver(self._requests.collect(self._llm.step()))
                     self._num_steps += 1
         except Exception as error:
             cause = error
@@ -201,32 +224,24 @@ class VllmEngine(Engine):
 
     def _build(self) -> None:
         probe_vllm()
-        from vllm import SamplingParams
         from vllm.engine.arg_utils import EngineArgs
-        from vllm.exceptions import VLLMClientError
-        from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.llm_engine import LLMEngine
 
         refuse_unknown_arguments(self._arguments, EngineArgs)
+        if self._int8:
+            write_start_folder(self._model_dir, self._arguments["model"])
 
-        def sampling_params(request: Request) -> SamplingParams:
-            return SamplingParams(
-                n=request.num_samples,
-                temperature=request.temperature,
-                max_tokens=request.max_tokens,
-                seed=request.seed,
-                logprobs=0,
-                flat_logprobs=True,
-                detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            )
-
-        self._sampling_params = sampling_params
-        self._refusals = (ValueError, VLLMClientError)
         self._llm = LLMEngine.from_engine_args(EngineArgs(**self._arguments))
         self._scheduler = self._llm.engine_core.engine_core.scheduler  # type: ignore[attr-defined]
-        self._rpc("init_weight_transfer_engine", {"init_info": {}})
+        store = {
+            "checkpoint": self._model_dir,
+            "draft": self._draft,
+            "hold_base": self._hold_base,
+            "int8": self._int8,
+        }
+        self._rpc("init_weight_transfer_engine", {"init_info": store})
         self._llm.set_weight_version(str(INITIAL_VERSION))
+        self._requests = Requests(self._llm, self._scheduler, self._salted, INITIAL_VERSION)
 
     def _run_commands(self, wait: bool) -> None:
         while not self._closing:
@@ -243,47 +258,20 @@ class VllmEngine(Engine):
                 if command.fatal or command.answer is None:
                     raise
 
-    def _add(self, request: Request, answer: asyncio.Future[list[Sample]]) -> None:
-        if request.request_id in self._waiting:
-            raise DataError(f"{self._name}: request {request.request_id} is already running")
-        prompt = {"type": "token", "prompt_token_ids": request.prompt_ids}
-        try:
-            self._llm.add_request(request.request_id, prompt, self._sampling_params(request))  # type: ignore[arg-type]
-        except self._refusals as error:
-            raise DataError(f"vLLM refused request {request.request_id}: {error}") from error
-        self._waiting[request.request_id] = answer
-
-    def _abort(self, request_id: str) -> None:
-        if self._waiting.pop(request_id, None) is not None:
-            self._llm.abort_request([request_id])
-
     def _apply(self, version: int) -> float:
         started = time.perf_counter()
-        self._rpc("start_weight_update")
-        self._rpc("update_weights", {"update_info": {"version": version}})
-        self._rpc("finish_weight_update")
+        for draft in (False, True) if self._draft else (False,):
+            self._rpc("start_draft_weight_update" if draft else "start_weight_update")
+            self._rpc("update_weights", {"update_info": {"version": version, "draft": draft}})
+            self._rpc("finish_weight_update")
         if self._recompute:
             self._llm.reset_prefix_cache(reset_running_requests=True)
         self._llm.set_weight_version(str(version))
+        self._requests.follow(version)
         return time.perf_counter() - started
 
     def _rpc(self, method: str, kwargs: dict[str, Any] | None = None) -> list[Any]:
         return self._llm.collective_rpc(method, kwargs=kwargs or {})
-
-    def _collect(self, outputs: Sequence[Any]) -> None:  # of RequestOutput
-        answers: list[Answer] = []
-        for output in outputs:
-            answer = self._waiting.pop(output.request_id, None)
-            if answer is None:  # aborted in this very step
-                continue
-            try:
-                samples = [_to_sample(output.request_id, choice) for choice in output.outputs]
-            except WorkerError as error:
-                answers.append((answer, error))
-                continue
-            self._num_tokens += sum(len(sample.token_ids) for sample in samples)
-            answers.append((answer, samples))
-        self._deliver(answers)
 
     def _stop(self) -> None:
         self._closing = True
@@ -307,8 +295,9 @@ class VllmEngine(Engine):
             failure = self._named(cause, fatal=not self._is_refusal(cause))
         with self._lock:
             self._failure = failure
-        orphans: list[asyncio.Future[Any]] = [started, *self._waiting.values()]
-        self._waiting.clear()
+        orphans: list[asyncio.Future[Any]] = [started]
+        if hasattr(self, "_requests"):
+            orphans += self._requests.drop_all()
         while not self._commands.empty():
             answer = self._commands.get_nowait().answer
             orphans += [answer] if answer is not None else []
@@ -349,23 +338,3 @@ def _agreed(reports: list[dict[str, Any]], version: WeightVersion) -> dict[str, 
             f"contents: {reports}. Check that all of them see the same {version.path}"
         )
     return reports[0]
-
-
-def _to_sample(request_id: str, choice: CompletionOutput) -> Sample:
-    """Plain values of one finished sequence. Raises `WorkerError` when something is missing."""
-    token_ids, flat = list(choice.token_ids), choice.logprobs
-    if choice.finish_reason not in ("stop", "length"):
-        raise WorkerError(
-            f"request {request_id} ended with {choice.finish_reason!r}, not with stop or length"
-        )
-    if flat is None or list(flat.token_ids) != token_ids:  # type: ignore[union-attr]
-        raise WorkerError(
-            f"request {request_id}: vLLM returned log-probabilities of other tokens than the "
-            f"{len(token_ids)} sampled ones"
-        )
-    return Sample(
-        token_ids=token_ids,
-        logprobs=list(flat.logprobs),  # type: ignore[union-attr]
-        version_spans=[(int(s.version), s.start, s.end) for s in choice.weight_versions or ()],
-        finish_reason=choice.finish_reason,
-    )

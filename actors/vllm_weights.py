@@ -11,19 +11,27 @@ An update has two phases, so that a bad version never touches a model, with any 
 Promises: a version that is damaged, incomplete, or not of this model fails in `stage`, and the old
 weights keep serving; `apply` takes only what was staged, and consumes it. While a version is
 staged, a worker holds a second copy of the weights in host memory.
+
+A draft model for speculation holds tensors of the policy's, by name. It is given them from the same
+staged version, right after the policy and before the next step.
+
+With `hold_base`, every worker process keeps its last version in host memory, whole and as
+published, and reads only what changed since (`reading.Held`); where versions are adapters it keeps
+the weights under them. After a failure it lets go of it and reads the next version from its anchor
+on. With `int8`, what was read and verified is quantised before it is
+staged: the digest that is reported stays that of the published tensors.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import wraps
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from vllm import _custom_ops
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -37,29 +45,42 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from actors.vllm_arguments import TRANSFER_BACKEND
-from rlhf_cluster.errors import WeightError
+from rlhf_cluster.errors import StalledError, WeightError
 from rlhf_cluster.weights import store
+from rlhf_cluster.weights.checkpoint import (
+    checkpoint_shapes,
+    refuse_other_model,
+    without_tied_head,
+)
 from rlhf_cluster.weights.hashing import digest_of
-
-_TIED_HEAD = "lm_head.weight"
-_NAMES_SHOWN = 5
+from rlhf_cluster.weights.quantize import linear_weights, quantized
+from rlhf_cluster.weights.reading import Held
+from rlhf_cluster.weights.transport import Deadline, ShardSource
 
 
 @dataclass
 class StoreInitInfo(WeightTransferInitInfo):
-    """Nothing to agree on: versions are folders."""
+    """`checkpoint`: the folder of the model that is trained, whose names versions have; `draft`:
+    that of the draft model, where there is one."""
+
+    checkpoint: str
+    draft: str | None
+    hold_base: bool
+    int8: bool
 
 
 @dataclass
 class StoreUpdateInfo(WeightTransferUpdateInfo):
     version: int
+    draft: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Staged:
-    """A verified version that waits in host memory."""
+    """A verified version that waits in host memory: as published, and as the model loads it."""
 
     version: int
+    published: dict[str, torch.Tensor]
     tensors: list[tuple[str, torch.Tensor]]
 
 
@@ -68,32 +89,49 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
 
     init_info_cls = StoreInitInfo
     update_info_cls = StoreUpdateInfo
-    supports_draft_weight_update = False
+    supports_draft_weight_update = True
 
     _shapes: Mapping[str, tuple[int, ...]]
+    _draft_names: frozenset[str]
     _staged: Staged | None = None
+    _held: Held | None = None
 
     def init_transfer_engine(self, init_info: StoreInitInfo) -> None:
-        tied = bool(getattr(self.model_config.hf_text_config, "tie_word_embeddings", False))
-        self._shapes = _without_tied_head(checkpoint_shapes(self.model_config.model), tied)
-        self._tied = tied
+        self._tied = _is_tied(self.model_config)
+        self._shapes = without_tied_head(checkpoint_shapes(init_info.checkpoint), self._tied)
+        draft = checkpoint_shapes(init_info.draft) if init_info.draft else {}
+        self._draft_names = frozenset(draft)
+        self._held = Held() if init_info.hold_base else None
+        self._linear = linear_weights(init_info.checkpoint) if init_info.int8 else frozenset()
 
-    def stage(self, version: int, path: str, digest: str) -> dict[str, Any]:
+    def stage(
+        self,
+        version: int,
+        path: str,
+        digest: str,
+        source: ShardSource | None = None,
+        deadline: Deadline | None = None,
+    ) -> dict[str, Any]:
         """Read version `version`; returns its digest and number of tensors, or an `error`.
 
         The digest is computed from the tensors in memory, not taken from what was announced.
         Errors are values here: an exception would cross process borders as a bare text, and with
         several workers one must be able to refuse before any of them applies.
         """
-        self._staged = None
+        self._staged = None  # shares memory with what is held, which the read changes
         try:
-            tensors = list(store.read(path, verify=True, expected_digest=digest))
-            found = {name: tuple(tensor.shape) for name, tensor in tensors}
-            refuse_other_model(path, _without_tied_head(found, self._tied), self._shapes)
-        except WeightError as error:
+            tensors = dict(store.read(path, True, digest, self._held, source, deadline))
+            found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            refuse_other_model(path, without_tied_head(found, self._tied), self._shapes)
+        except (WeightError, StalledError) as error:
             return {"error": str(error)}
-        self._staged = Staged(version=version, tensors=tensors)
-        return {"digest": digest_of(tensors), "num_tensors": len(tensors)}
+        found_digest = digest_of(tensors.items())
+        self._staged = Staged(
+            version=version,
+            published=tensors,
+            tensors=list(quantized(tensors.items(), self._linear)),
+        )
+        return {"digest": found_digest, "num_tensors": len(tensors)}
 
     def start_weight_update(self) -> None:
         if self._staged is None:
@@ -103,18 +141,23 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: StoreUpdateInfo) -> None:
-        staged, self._staged = self._staged, None
+        staged = self._staged
+        if update_info.draft or not self._draft_names:
+            self._staged = None
         if staged is None or staged.version != update_info.version:
             raise WeightError(
                 f"asked to apply version {update_info.version}, staged is "
                 f"{staged.version if staged else 'nothing'}; stage it first"
             )
+        tensors = staged.tensors
+        if update_info.draft:
+            tensors = [(name, staged.published[name]) for name in sorted(self._draft_names)]
         load_weights: Callable[..., object] = self.model.load_weights  # type: ignore[assignment]
-        load_weights((name, t.to(self.device)) for name, t in staged.tensors)
+        load_weights((name, t.to(self.device)) for name, t in tensors)
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
-        if self._tied:
+        if _is_tied(self.model_config):
             # A tied head has no tensor of its own, so the reload above passes it by; on CPU it
             # computes with a packed copy, which would stay at the old weights.
             for head in self.model.modules():
@@ -122,7 +165,7 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
                     head.quant_method.process_weights_after_loading(head)
 
     def shutdown(self) -> None:
-        self._staged = None
+        self._staged = self._held = None
 
 
 class WorkerExtension:
@@ -130,58 +173,12 @@ class WorkerExtension:
 
     weight_transfer_engine: StoreTransferEngine
 
-    def stage_version(self, version: int, path: str, digest: str) -> dict[str, Any]:
-        return self.weight_transfer_engine.stage(version, path, digest)
+    def stage_version(self, **announced: Any) -> dict[str, Any]:
+        return self.weight_transfer_engine.stage(**announced)
 
 
-def checkpoint_shapes(model_dir: str) -> dict[str, tuple[int, ...]]:
-    """Tensor names and shapes of a Hugging Face folder. Raises `WeightError`."""
-    index = Path(model_dir) / "model.safetensors.index.json"
-    if index.is_file():
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        files = [Path(model_dir) / name for name in sorted(set(names))]
-    else:
-        files = sorted(Path(model_dir).glob("*.safetensors"))
-    if not files:
-        raise WeightError(
-            f"{model_dir}: no .safetensors file, so published weights cannot be compared with the "
-            "model. Save the model in safetensors format"
-        )
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                shapes[name] = tuple(tensors.get_slice(name).get_shape())
-    return shapes
-
-
-def refuse_other_model(
-    path: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
-) -> None:
-    """Raise `WeightError` unless names and shapes are those of the model's checkpoint."""
-    problems = []
-    for label, names in (
-        ("missing", expected.keys() - found),
-        ("unknown", found.keys() - expected),
-    ):
-        if names:
-            shown = ", ".join(sorted(names)[:_NAMES_SHOWN])
-            more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-            problems.append(f"{label} {shown}{more}")
-    problems += [
-        f"{name} has shape {list(found[name])}, the model has {list(shape)}"
-        for name, shape in sorted(expected.items())
-        if name in found and found[name] != shape
-    ][:_NAMES_SHOWN]
-    if problems:
-        raise WeightError(
-            f"{path}: not the tensors of the served model: {'; '.join(problems)}. Publish exactly "
-            "the tensors of the model's checkpoint"
-        )
-
-
-def _without_tied_head(shapes: Mapping[str, Any], tied: bool) -> dict[str, Any]:
-    return {name: shape for name, shape in shapes.items() if not (tied and name == _TIED_HEAD)}
+def _is_tied(model_config: Any) -> bool:
+    return bool(getattr(model_config.hf_text_config, "tie_word_embeddings", False))
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -191,6 +188,28 @@ def _is_news(record: logging.LogRecord) -> bool:
 # vLLM warns at every reload of layers that no tensor was meant for (rotary embeddings, tied heads).
 # Tensors that are really missing were refused by name before.
 logging.getLogger(finalize_layerwise_reload.__module__).addFilter(_is_news)
+
+
+def keep_scales_alive(ops: Any) -> None:
+    """Mend vLLM's INT8 layers on CPU: their handler keeps the address of the scales and no more.
+
+    A reload in place frees the tensor at that address, and later steps compute with whatever is
+    there. With this, the handler also holds the tensor.
+    """
+    create = getattr(ops, "create_onednn_scaled_mm", None)
+    if create is None or hasattr(create, "__wrapped__"):
+        return
+
+    @wraps(create)
+    def create_and_hold(weight: Any, weight_scales: Any, *arguments: Any, **named: Any) -> Any:
+        handler = create(weight, weight_scales, *arguments, **named)
+        handler.held_scales = weight_scales
+        return handler
+
+    ops.create_onednn_scaled_mm = create_and_hold
+
+
+keep_scales_alive(_custom_ops)
 
 if TRANSFER_BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(TRANSFER_BACKEND, StoreTransferEngine)

@@ -10,10 +10,8 @@ user      what a new user sees: installation, first step, quick start, reward be
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -25,12 +23,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.harness import machine, spread, write_result
+from benchmarks.harness import (
+    machine,
+    run_parts,
+    run_steps,
+    spread,
+    step_times,
+    write_result,
+)
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.toml"
 REPEATS = 5
 OVERLAP_STEPS = 14
-SKIPPED_STEPS = 4  # the pipeline fills, caches warm up
 
 
 class RawVllm:
@@ -72,17 +76,16 @@ class RawVllm:
 
 
 def pool() -> None:
-    from actors.cluster import with_absolute_paths
     from actors.ray_cluster import connected
     from rlhf_cluster.config import load_run
 
     with tempfile.TemporaryDirectory() as folder:
         overrides = [
             f"run.root={folder}",
-            "generation.max_response_tokens=32",
+            "generation.max_response_tokens=56",
             "generation.kv_cache_bytes=134217728",
         ]
-        config = with_absolute_paths(load_run(QUICKSTART, overrides))
+        config = load_run(QUICKSTART, overrides).with_absolute_paths()
         (config.run_dir / "logs").mkdir(parents=True)
         before = machine()
         with connected(config):
@@ -97,7 +100,7 @@ async def _pool_repeats(config: Any) -> list[dict[str, float]]:
     import ray
 
     from actors.calls import answer
-    from actors.generation import group_seed
+    from actors.segments import group_seed
     from actors.services import Launcher, generation_pool
     from actors.vllm_arguments import engine_arguments, engine_environment
     from rlhf_cluster.data.prompts import PromptSource
@@ -126,7 +129,7 @@ async def _pool_repeats(config: Any) -> list[dict[str, float]]:
     )
     await asyncio.gather(workers.start(1), answer(raw.start.remote(), 300, "raw.start"))
     source = PromptSource(config.data, load_tokenizer(model_dir), 0)
-    sampling = Sampling(num_samples=8, temperature=1.0, max_tokens=32)
+    sampling = Sampling(num_samples=8, temperature=1.0, max_tokens=56)
     runs = []
     for repeat in range(REPEATS + 1):
         prompts = [source.next() for _ in range(64)]
@@ -139,7 +142,7 @@ async def _pool_repeats(config: Any) -> list[dict[str, float]]:
         groups = ray.get(handles)
         seeds = [group_seed(config.run.seed, t.group_id) for t in tickets]
         ids = [p.token_ids.tolist() for p in prompts]
-        raw_s, expected = await answer(raw.generate.remote(ids, seeds, 8, 32), 300, "raw.generate")
+        raw_s, expected = await answer(raw.generate.remote(ids, seeds, 8, 56), 300, "raw.generate")
         found = [[r.response_ids.tolist() for r in g.rollouts] for g in groups]
         if found != expected:
             raise SystemExit("the pool and raw vLLM sampled different tokens; no speed to report")
@@ -163,8 +166,8 @@ def overlap() -> None:
     runs: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(REPEATS):
-            sync = _run_steps(folder, f"sync-{repeat}", max_staleness=0)
-            asynchronous = _run_steps(folder, f"async-{repeat}", max_staleness=2)
+            sync = _times(folder, f"sync-{repeat}", max_staleness=0)
+            asynchronous = _times(folder, f"async-{repeat}", max_staleness=2)
             slower = max(sync["generation_s"], sync["train_s"])
             runs.append(
                 {
@@ -185,35 +188,14 @@ def overlap() -> None:
     write_result("loop", figures, {"overlap": runs}, machine=before)
 
 
-def _run_steps(folder: str, name: str, max_staleness: int) -> dict[str, float]:
-    """Median times of one run's steps. Generation is the learner's wait in the synchronous run."""
-    from rlhf_cluster.observe.run_log import read_metrics
-
+def _times(folder: str, name: str, max_staleness: int) -> dict[str, float]:
+    depth = min(1, max_staleness)
     settings = [
-        f"run.root={folder}",
-        f"run.name={name}",
         f"run.steps={OVERLAP_STEPS}",
         f"staleness.max_staleness={max_staleness}",
-        f"staleness.pipeline_depth={min(1, max_staleness)}",
-        "evaluation.num_prompts=0",
+        f"staleness.pipeline_depth={depth}",
     ]
-    overrides = [part for setting in settings for part in ("--set", setting)]
-    command = [sys.executable, "-m", "rlhf_cluster.cli", "run", str(QUICKSTART), *overrides]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, **_environment()})
-    records = [r for r in read_metrics(Path(folder) / name / "metrics.jsonl") if "time/step_s" in r]
-    records = records[SKIPPED_STEPS:]
-    if max(r["staleness/max"] for r in records) > max_staleness:
-        raise SystemExit(f"{name}: the staleness bound was broken; no speed to report")
-
-    def median(key: str) -> float:
-        return statistics.median(record[key] for record in records)
-
-    publish = statistics.median(r["weights/publish_s"] + r["weights/pull_s"] for r in records)
-    return {
-        "step_s": median("time/step_s"),
-        "generation_s": max(0.0, median("time/learner_wait_s") - publish),
-        "train_s": median("time/train_s"),
-    }
+    return step_times(run_steps(QUICKSTART, folder, name, settings))
 
 
 def user() -> None:
@@ -242,20 +224,8 @@ def user() -> None:
     write_result("loop", figures, {"user": [summary]}, machine=before)
 
 
-def _environment() -> dict[str, str]:
-    return {"RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-
 PARTS = {"pool": pool, "overlap": overlap, "user": user}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="+", choices=sorted(PARTS))
-    os.environ.update(_environment())
-    for part in parser.parse_args().parts:
-        PARTS[part]()
-
-
 if __name__ == "__main__":
-    main()
+    run_parts(__doc__, PARTS)

@@ -58,18 +58,30 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete what an earlier run of this name left.")
     ] = False,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Continue a run with another configuration.")
+    ] = False,
 ) -> None:
-    """Run CONFIG to its end, on this machine or on the Ray cluster it names."""
-    loaded = _load(config, set_)
-    from rlhf_cluster.rundir import RunDir
+    """Run CONFIG to its end, on this machine or on the Ray cluster it names.
 
-    RunDir.check_free(loaded.run_dir, loaded, overwrite=overwrite)  # before anything slow
+    A run that was interrupted continues from its last checkpoint.
+    """
+    loaded = _load(config, set_).with_absolute_paths()
+    from rlhf_cluster.checkpoint.continuing import standing
+
+    there = standing(loaded, overwrite, accept_changes)  # before anything slow
+    if there is not None and there.finished:
+        for note in there.notes:
+            typer.echo(note)
+        return
     _check_engine(loaded)
     from actors.cluster import run_config
 
+    options = {"--overwrite": overwrite, "--accept-changes": accept_changes}
     argv = ["rlhf-cluster", "run", str(config)]
     argv += [word for override in set_ or [] for word in ("--set", override)]
-    summary = run_config(loaded, argv + (["--overwrite"] if overwrite else []), overwrite)
+    argv += [option for option, given in options.items() if given]
+    summary = run_config(loaded, argv, overwrite, accept_changes=accept_changes)
     from rlhf_cluster.observe.ending import ending
 
     for line in ending(summary, loaded, config, set_ or [], _own_name(), Path.cwd()):
@@ -291,7 +303,7 @@ def _check_inputs(config: RunConfig) -> list[str]:
     if skipped:
         notes.append(f"{skipped} prompts are over data.max_prompt_tokens and are left out")
     if config.run_dir.exists():
-        notes.append(f"{config.run_dir} exists: run asks for another run.name, or --overwrite")
+        notes.append(f"{config.run_dir} exists: run continues what is there, or says why it cannot")
     return notes
 
 

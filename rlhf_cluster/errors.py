@@ -38,6 +38,10 @@ class WeightError(RlhfError, RuntimeError):
     """A weight version that is incomplete, damaged, or not the one expected."""
 
 
+class CheckpointError(RlhfError, RuntimeError):
+    """A checkpoint that cannot be written, or is not whole, or does not fit the run."""
+
+
 class WorkerError(RlhfError, RuntimeError):
     """A worker died, hung, or answered with an error."""
 

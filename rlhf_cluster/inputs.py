@@ -1,5 +1,5 @@
 """Everything about a run's inputs that can be checked before a process starts or a file is touched:
-model, tokenizer, data set, rewards.
+model, draft model, tokenizer, data set, rewards.
 
 A model made from numbers is written to a scratch folder, so that a run which is refused leaves
 nothing behind and an earlier run of the same name is not deleted for it.
@@ -19,6 +19,7 @@ from rlhf_cluster.data.tokenizer import load_tokenizer
 from rlhf_cluster.learning.make_model import check_fit, make_model
 from rlhf_cluster.planning.trial import try_rewards
 from rlhf_cluster.records import Prompt
+from rlhf_cluster.weights.checkpoint import checkpoint_shapes, refuse_other_draft
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +39,10 @@ class Inputs:
 
 
 def check_inputs(config: RunConfig, scratch: Path) -> Inputs:
-    """Raises `DataError` or `ConfigError` for the first input that cannot be used."""
+    """Raises `DataError`, `WeightError` or `ConfigError` for the first input that cannot be used."""
     model_dir = _model_dir(config, scratch)
+    if (draft := config.generation.draft_folder) is not None:
+        refuse_other_draft(draft, checkpoint_shapes(draft), checkpoint_shapes(model_dir))
     tokenizer_dir = config.model.tokenizer or str(model_dir)
     tokenizer = load_tokenizer(tokenizer_dir)
     check_fit(model_dir, config.max_sequence_tokens, config.model.tokenizer)

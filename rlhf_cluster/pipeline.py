@@ -22,10 +22,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from rlhf_cluster.errors import RlhfError, ScoringError, WorkerError, first_failure
+from rlhf_cluster.experience.adaptive import DepthController
 from rlhf_cluster.ports import (
     BufferPort,
     GenerationPort,
@@ -37,9 +38,14 @@ from rlhf_cluster.ports import (
 from rlhf_cluster.records import GroupSummary, Prompt, Sampling, Ticket
 from rlhf_cluster.weights.sync import WeightSync
 
+NO_SIGNAL = "no_signal"
+"""The reason of a discard whose rewards the algorithm has no use for."""
+
 
 class PromptsPort(Protocol):
     def next(self) -> Prompt: ...
+
+    def seek(self, cursor: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,10 +64,24 @@ class ObserverPort(Protocol):
 
     def group_discarded(self, ticket: Ticket, error: RlhfError) -> None: ...
 
+    def event(self, text: str) -> None: ...
+
+
+class CheckpointsPort(Protocol):
+    async def after_step(self, step: int) -> None: ...
+
+    async def save_now(self, step: int, timeout_s: float) -> None: ...
+
+    async def drain(self) -> None: ...
+
 
 @dataclass(slots=True, kw_only=True)
 class Pipeline:
-    """The services of one run and the few numbers that the loops need."""
+    """The services of one run and the few numbers that the loops need.
+
+    A run that goes on from a checkpoint begins with `first_step` steps done and the groups of `open`
+    under way again. Ticket n gets the prompt at place `first_prompt` + n of the stream, always.
+    """
 
     generation: GenerationPort
     scoring: ScoringPort
@@ -75,23 +95,39 @@ class Pipeline:
     groups_per_step: int
     max_error_rate: float
     live_timeout_s: float
+    trains_on: Callable[[Sequence[float]], bool] = lambda rewards: True
+    depth: DepthController | None = None  # None: the depth stays as it is
+    checkpoints: CheckpointsPort | None = None
+    first_step: int = 0
+    first_prompt: int = 0
+    open: Sequence[Ticket] = ()
+    stopped: bool = False  # by `stop`
     clock: Callable[[], float] = time.monotonic
     _outcomes: deque[bool] = field(default_factory=lambda: deque(maxlen=100))
     _num_under_way: int = 0
     _idle_since_s: float = 0.0
     _idle_s: float = 0.0
 
-    async def run(self) -> None:
-        """Train `num_steps` steps. Version 0 must be live. Raises the first failure of any loop."""
+    async def run(self) -> int:
+        """Train up to step `num_steps`; returns the steps done, fewer after `stop`.
+
+        Version `first_step` must be live. Raises the first failure of any loop.
+        """
         self._idle_since_s = self.clock()
         try:
             async with asyncio.TaskGroup() as loops:
                 watch = loops.create_task(self.sync.run_until_cancelled(check_every_s=0.5))
                 rollouts = loops.create_task(self.rollout_loop())
-                await self.learner_loop()
-                await rollouts
-                await self.sync.drain(self.live_timeout_s)
+                done = await self.learner_loop()
+                if self.stopped:
+                    rollouts.cancel()
+                else:
+                    await rollouts
+                    await self.sync.drain(self.live_timeout_s)
+                    if self.checkpoints is not None:
+                        await self.checkpoints.drain()
                 watch.cancel()
+                return done
         except BaseExceptionGroup as failures:
             raise first_failure(failures) from failures
 
@@ -102,11 +138,21 @@ class Pipeline:
         Ends when the buffer needs no further group.
         """
         async with asyncio.TaskGroup() as groups:
-            while (ticket := await self.buffer.admit()) is not None:
-                groups.create_task(self.produce(ticket, self.prompts.next()))
+            tickets = list(self.open)
+            while tickets := tickets or await self.buffer.admit():
+                for ticket in tickets:
+                    self.prompts.seek(self.first_prompt + ticket.number)
+                    groups.create_task(self.produce(ticket, self.prompts.next()))
+                tickets = []
+
+    async def stop(self) -> None:
+        """End `run` at the next boundary between two steps: now, where the learner waits."""
+        self.stopped = True
+        await self.buffer.stop()
 
     async def produce(self, ticket: Ticket, prompt: Prompt) -> None:
-        """One group from ticket to buffer. A failure that outlived its retries is a discard."""
+        """One group from ticket to buffer. A failure that outlived its retries is a discard, and so
+        is a group that the algorithm does not train on; another one is admitted in its place."""
         try:
             with self._under_way():
                 rollouts = await self.generation.generate(ticket, prompt, self.sampling)
@@ -116,18 +162,23 @@ class Pipeline:
             await self.buffer.discard(ticket, type(error).__name__)
             self._count_outcome(failed=True, error=error)
         else:
-            await self.buffer.finish(ticket, handle, summary)
+            if self.trains_on(summary.rewards):
+                await self.buffer.finish(ticket, handle, summary)
+            else:
+                await self.buffer.discard(ticket, NO_SIGNAL)
             self._count_outcome(failed=False)
 
-    async def learner_loop(self) -> None:
-        """Consumes batches, produces weights.
+    async def learner_loop(self) -> int:
+        """Consumes batches, produces weights and checkpoints; returns the steps done.
 
-        Waits for: `groups_per_step` finished groups. Unblocked by: `rollout_loop`, or the buffer's
-        stall deadline.
+        Waits for: `groups_per_step` finished groups. Unblocked by: `rollout_loop`, `stop`, or the
+        buffer's stall deadline.
         """
-        for version in range(self.num_steps):
+        for version in range(self.first_step, self.num_steps):
             start = self.clock()
             taken = await self.buffer.take(self.groups_per_step, learner_version=version)
+            if not taken:
+                return version
             got = self.clock()
             report = await self.learner.train_step(taken)
             trained = self.clock()
@@ -140,7 +191,27 @@ class Pipeline:
                 train_s=trained - got,
                 publish_wait_s=end - trained,
             )
-            self.observer.step(report, taken, times)
+            self.observer.step(self._with_depth(report), taken, times)
+            await self._adapt_depth(report, times)
+            if self.checkpoints is not None:
+                await self.checkpoints.after_step(report.step)
+        return self.num_steps
+
+    def _with_depth(self, report: StepReport) -> StepReport:
+        if self.depth is None:
+            return report
+        depth = {"staleness/pipeline_depth": float(self.depth.depth)}
+        return replace(report, metrics={**report.metrics, **depth})
+
+    async def _adapt_depth(self, report: StepReport, times: StepTimes) -> None:
+        if self.depth is None:
+            return
+        share = times.learner_wait_s / times.step_s if times.step_s > 0 else 0.0
+        size = report.metrics.get("importance/effective_sample_size")
+        change = self.depth.step(size, share)
+        if change is not None:
+            await self.buffer.set_pipeline_depth(change.depth)
+            self.observer.event(str(change))
 
     @contextmanager
     def _under_way(self) -> Iterator[None]:

@@ -11,9 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rlhf_cluster.records import GroupSummary, Prompt, Sampling, Ticket, WeightVersion
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rlhf_cluster.checkpoint.state import LearnerState
+    from rlhf_cluster.experience.buffer import BufferState
 
 Handle = Any
 
@@ -29,7 +35,7 @@ class Taken:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """What one optimizer step says of itself. Metric names are `area/quantity_unit`."""
+    """What one step says of itself. Metric names are `area/quantity_unit`."""
 
     step: int  # learner version after the step
     metrics: Mapping[str, float]
@@ -44,7 +50,10 @@ class GenerationPort(Protocol):
         ...
 
     async def pull(self, version: WeightVersion) -> None:
-        """Bring every worker to `version`. Returns when it is live on all of them."""
+        """Bring every worker to `version`. Returns when it is live on all of them.
+
+        `WeightError` when no worker could read it: all serve on with the weights they had.
+        """
         ...
 
 
@@ -58,8 +67,9 @@ class ScoringPort(Protocol):
 
 
 class BufferPort(Protocol):
-    async def admit(self) -> Ticket | None:
-        """Wait for a free slot. None when the run needs no further group."""
+    async def admit(self) -> list[Ticket]:
+        """Wait for free slots; all there are. Empty when the run needs no further group, or was
+        stopped."""
         ...
 
     async def finish(self, ticket: Ticket, handle: Handle, summary: GroupSummary) -> None: ...
@@ -67,7 +77,22 @@ class BufferPort(Protocol):
     async def discard(self, ticket: Ticket, reason: str) -> None: ...
 
     async def take(self, num_groups: int, learner_version: int) -> Sequence[Taken]:
-        """The next groups in admission order, once all of them are finished."""
+        """The next groups, the oldest first, within the look-ahead window of admission order.
+
+        None at all once the buffer was asked to `stop`.
+        """
+        ...
+
+    async def stop(self) -> None:
+        """Hand out nothing any more, neither tickets nor groups; what is there stays."""
+        ...
+
+    async def state(self, learner_version: int) -> BufferState:
+        """What a resumed run needs, after `learner_version` steps and before the next."""
+        ...
+
+    async def set_pipeline_depth(self, depth: int) -> None:
+        """How many steps generation may run ahead of the learner, from now on."""
         ...
 
     async def version_live(self, version: int) -> None:
@@ -84,4 +109,16 @@ class LearnerPort(Protocol):
 
     async def publish(self) -> WeightVersion:
         """Write the last snapshot to the weight store, beside the steps that follow."""
+        ...
+
+    async def refused(self, version: int, reason: str) -> None:
+        """No reader could take `version`: the next one must not build on it."""
+        ...
+
+    async def copy_state(self) -> LearnerState:
+        """Copy weights, moments and counters out of the learner, between two steps."""
+        ...
+
+    async def write_state(self, folder: Path) -> None:
+        """Write the last copy into `folder`, beside the steps that follow."""
         ...

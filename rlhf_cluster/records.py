@@ -2,6 +2,8 @@
 
     Prompt -> Rollout -> RolloutGroup -> ScoredRollout -> ExperienceGroup
 
+A group that is generated in segments is a PartialGroup until the last of them.
+
 Promises: frozen; arrays are numpy, one dimension, and every per-token array of a rollout has
 exactly one entry a response token (checked when built, `RecordError` otherwise). Token ids are
 those the engine sampled, never decoded and encoded again. Every record has an id, so a trained
@@ -69,11 +71,15 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How a group is sampled. `temperature = 0` is greedy (evaluation only)."""
+    """How a group is sampled. `temperature = 0` is greedy (evaluation only).
+
+    `greedy_baseline` asks for one greedy response beside the samples, as `RolloutGroup.greedy`.
+    """
 
     num_samples: int
     temperature: float
     max_tokens: int
+    greedy_baseline: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,25 +100,15 @@ class Rollout:
     response_mask: Array  # [T] bool, True = trained
     finish_reason: FinishReason
     temperature: float
-    worker: str
+    worker: str  # all that sampled it, in order, between commas
     started_s: float  # unix time
     finished_s: float
 
     def __post_init__(self) -> None:
         _check_array(self, "prompt_ids", np.int32)
-        _check_array(self, "response_ids", np.int32)
-        num_tokens = len(self.response_ids)
-        for name, dtype in _PER_TOKEN.items():
-            _check_array(self, name, dtype)
-            if len(getattr(self, name)) != num_tokens:
-                raise RecordError(
-                    f"rollout {self.rollout_id}: {name} has {len(getattr(self, name))} entries, "
-                    f"response_ids has {num_tokens}; they must be equal"
-                )
-        if num_tokens == 0:
+        _check_tokens(self, ("sampled_logprobs", "versions", "response_mask"))
+        if len(self.response_ids) == 0:
             raise RecordError(f"rollout {self.rollout_id} has no response tokens")
-        if not np.isfinite(self.sampled_logprobs).all():
-            raise RecordError(f"rollout {self.rollout_id}: sampled_logprobs must be finite")
 
     @property
     def oldest_version(self) -> int:
@@ -124,11 +120,15 @@ _PER_TOKEN = {"sampled_logprobs": np.float32, "versions": np.int32, "response_ma
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutGroup:
-    """All rollouts of one prompt under one ticket."""
+    """All rollouts of one prompt under one ticket.
+
+    `greedy` is there for its reward only: it is no rollout of the group and never trained.
+    """
 
     ticket: Ticket
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
+    greedy: Rollout | None = None
 
     @property
     def group_id(self) -> str:
@@ -136,11 +136,48 @@ class RolloutGroup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PartialResponse:
+    """One response so far, as the engine produced it. It goes on while it has no `finish_reason`."""
+
+    rollout_id: str
+    response_ids: Array  # [T] int32
+    sampled_logprobs: Array  # [T] float32
+    versions: Array  # [T] int32
+    temperature: float
+    workers: tuple[str, ...] = ()  # that sampled it, in order
+    finish_reason: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        _check_tokens(self, ("sampled_logprobs", "versions"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartialGroup:
+    """A group between two segments: its samples in order, then the greedy response if asked for."""
+
+    group_id: str
+    responses: tuple[PartialResponse, ...]
+    started_s: float  # unix time
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(r.response_ids) for r in self.responses)
+
+    @property
+    def num_unfinished(self) -> int:
+        return sum(r.finish_reason is None for r in self.responses)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredRollout:
     """A rollout with what the scoring pool says of it.
 
-    `reward` is the weighted sum of `reward_parts`. `ref_logprobs` are the frozen reference
-    model's log-probabilities at the rollout's temperature, absent when no reference is configured.
+    `reward` is the weighted sum of `reward_parts`; a part that scores reasoning steps is the sum of
+    its steps' scores. `step_rewards` are the weighted sums of such parts step by step, so `reward`
+    is `outcome_reward` and all of them together. Log-probabilities are at the rollout's temperature:
+    `ref_logprobs` the reference policy's, `exact_logprobs` those of the version that sampled each
+    token, as the learner computes. `reference_kl` is the learner's own: the KL of its policy to the
+    reference, over the whole vocabulary, at the start of the step. Absent when not configured.
     """
 
     rollout: Rollout
@@ -148,28 +185,68 @@ class ScoredRollout:
     reward_parts: Mapping[str, float]
     ref_logprobs: Array | None  # [T] float32
     scorer: str
+    exact_logprobs: Array | None = None  # [T] float32
+    reference_kl: Array | None = None  # [T] float32
+    step_ends: Array | None = None  # [S] int32, last token of each reasoning step, never falling
+    step_rewards: Array | None = None  # [S] float64
 
     def __post_init__(self) -> None:
         if not np.isfinite(self.reward):
             raise RecordError(
                 f"rollout {self.rollout.rollout_id}: reward {self.reward} is not finite"
             )
-        if self.ref_logprobs is not None:
-            _check_array(self, "ref_logprobs", np.float32)
-            if len(self.ref_logprobs) != len(self.rollout.response_ids):
-                raise RecordError(
-                    f"rollout {self.rollout.rollout_id}: ref_logprobs has {len(self.ref_logprobs)} "
-                    f"entries for {len(self.rollout.response_ids)} response tokens"
-                )
+        for name in ("ref_logprobs", "exact_logprobs", "reference_kl"):
+            if getattr(self, name) is not None:
+                self._check_logprobs(name)
+        if self.exact_logprobs is not None and not np.isfinite(self.exact_logprobs).all():
+            raise RecordError(
+                f"rollout {self.rollout.rollout_id}: exact_logprobs must be finite for every token"
+            )
+        if self.step_ends is not None or self.step_rewards is not None:
+            self._check_steps()
+
+    @property
+    def outcome_reward(self) -> float:
+        """What of the reward belongs to the response as a whole: all but its steps'."""
+        steps = 0.0 if self.step_rewards is None else float(self.step_rewards.sum())
+        return self.reward - steps
+
+    def _check_steps(self) -> None:
+        _check_array(self, "step_ends", np.int32)
+        _check_array(self, "step_rewards", np.float64)
+        ends, rewards = np.asarray(self.step_ends), np.asarray(self.step_rewards)
+        num_tokens = len(self.rollout.response_ids)
+        inside = len(ends) == 0 or (ends[0] >= 0 and ends[-1] < num_tokens)
+        if len(rewards) != len(ends) or not inside or (np.diff(ends) < 0).any():
+            raise RecordError(
+                f"rollout {self.rollout.rollout_id}: {len(rewards)} step rewards with ends "
+                f"{ends.tolist()} in {num_tokens} response tokens; needed is one end a reward, never "
+                "falling, inside the response"
+            )
+        if not np.isfinite(rewards).all():
+            raise RecordError(f"rollout {self.rollout.rollout_id}: step_rewards must be finite")
+
+    def _check_logprobs(self, name: str) -> None:
+        _check_array(self, name, np.float32)
+        num_values, num_tokens = len(getattr(self, name)), len(self.rollout.response_ids)
+        if num_values != num_tokens:
+            raise RecordError(
+                f"rollout {self.rollout.rollout_id}: {name} has {num_values} entries for "
+                f"{num_tokens} response tokens"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExperienceGroup:
-    """A scored group: what the learner trains on."""
+    """A scored group: what the learner trains on.
+
+    `greedy_reward` is the reward of the greedy response to the prompt, where one was asked for.
+    """
 
     ticket: Ticket
     prompt: Prompt
     scored: tuple[ScoredRollout, ...]
+    greedy_reward: float | None = None
 
     @property
     def group_id(self) -> str:
@@ -183,6 +260,12 @@ class ExperienceGroup:
             num_rollouts=len(rollouts),
             num_tokens=sum(len(r.response_ids) for r in rollouts),
             rewards=tuple(s.reward for s in self.scored),
+            step_rewards=tuple(
+                r
+                for s in self.scored
+                if s.step_rewards is not None
+                for r in s.step_rewards.tolist()
+            ),
         )
 
 
@@ -195,6 +278,7 @@ class GroupSummary:
     num_rollouts: int
     num_tokens: int
     rewards: tuple[float, ...]
+    step_rewards: tuple[float, ...] = ()  # of all reasoning steps of all rollouts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,7 +289,23 @@ class WeightVersion:
     path: str
     digest: str
     num_tensors: int
-    num_bytes: int
+    num_bytes: int  # of the tensors
+    stored_bytes: int = 0  # of the files written for it: fewer when only changes are stored
+
+
+def _check_tokens(record: Rollout | PartialResponse, names: tuple[str, ...]) -> None:
+    """One entry a response token in every array of `names`, and finite log-probabilities."""
+    _check_array(record, "response_ids", np.int32)
+    num_tokens = len(record.response_ids)
+    for name in names:
+        _check_array(record, name, _PER_TOKEN[name])
+        if len(getattr(record, name)) != num_tokens:
+            raise RecordError(
+                f"rollout {record.rollout_id}: {name} has {len(getattr(record, name))} entries, "
+                f"response_ids has {num_tokens}; they must be equal"
+            )
+    if not np.isfinite(record.sampled_logprobs).all():
+        raise RecordError(f"rollout {record.rollout_id}: sampled_logprobs must be finite")
 
 
 def _check_array(record: Any, name: str, dtype: Any) -> None:

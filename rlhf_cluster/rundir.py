@@ -6,7 +6,7 @@
                    status.json       where the run stands, replaced as a whole
                    metrics.jsonl     one object a step
                    summary.json      the result, when the run is over
-                   samples/ logs/ model/ weights/ final/ curve.png
+                   samples/ logs/ model/ weights/ reference/ checkpoints/ final/ curve.png
 
 A weights folder outside of it (`weights.root`) carries the same marker and is held as well.
 
@@ -56,9 +56,10 @@ class Owner:
 
 
 class RunDir:
-    """Paths of one run. Made by `create` (which owns the directory) or `open` (which reads)."""
+    """Paths of one run. Made by `create` or `reclaim` (which own the directory) or `open` (which
+    reads)."""
 
-    def __init__(self, path: Path, weights: Path, locks: tuple[int, ...] = ()) -> None:
+    def __init__(self, path: Path, weights: Path, claims: tuple[_Claim, ...] = ()) -> None:
         self.path = path
         self.weights = weights
         self.resolved = path / "resolved.json"
@@ -71,7 +72,9 @@ class RunDir:
         self.logs = path / "logs"
         self.model = path / "model"
         self.final = path / "final"
-        self._locks = locks
+        self.reference = path / "reference"
+        self.checkpoints = path / "checkpoints"
+        self._claims = claims
 
     @classmethod
     def create(
@@ -95,13 +98,54 @@ class RunDir:
                 claims.append(_claim(folder, key, overwrite))
             for claim in claims:
                 claim.take_over()
-            run = cls(path, weights, tuple(claim.lock for claim in claims))
+            run = cls(path, weights, tuple(claims))
             run._describe(config, argv)
         except BaseException:
             for claim in claims:
                 claim.withdraw()
             raise
         return run
+
+    @staticmethod
+    def has_run(path: str | Path) -> bool:
+        """Whether a run was, or is, in the directory."""
+        return _owner(Path(path) / MARKER) is not None
+
+    @classmethod
+    def reclaim(cls, path: str | Path, config: RunConfig) -> RunDir:
+        """Claim the directory of an earlier run, and leave everything in it as it is.
+
+        `go_on` or `restart` follows, or `withdraw`. Raises `RunError`.
+        """
+        path = Path(path).absolute()
+        weights = Path(config.weights_dir).absolute()
+        claims: list[_Claim] = []
+        try:
+            for folder, key in _folders(path, weights):
+                claims.append(_claim(folder, key, overwrite=True))
+        except BaseException:
+            for claim in claims:
+                claim.withdraw()
+            raise
+        return cls(path, weights, tuple(claims))
+
+    def go_on(self, config: RunConfig, argv: Iterable[str] = ()) -> None:
+        """Own the directory and describe the run anew, keeping what is in it."""
+        for claim in self._claims:
+            claim.sign()
+        self._describe(config, argv)
+
+    def restart(self, config: RunConfig, argv: Iterable[str] = ()) -> None:
+        """Own the directory, emptied."""
+        for claim in self._claims:
+            claim.take_over()
+        self._describe(config, argv)
+
+    def withdraw(self) -> None:
+        """Give the directory back as it was found."""
+        for claim in self._claims:
+            claim.withdraw()
+        self._claims = ()
 
     @staticmethod
     def check_free(path: str | Path, config: RunConfig, *, overwrite: bool = False) -> None:
@@ -153,12 +197,23 @@ class RunDir:
         except FileNotFoundError:
             return None
 
+    def read_resolved(self) -> dict[str, Any] | None:
+        """The configuration that the run was last started with; None when it is not there."""
+        return _read_json(self.resolved)
+
+    def read_summary(self) -> dict[str, Any]:
+        """The result of a run that is over. Raises `RunError`."""
+        found = _read_json(self.summary)
+        if found is None:
+            raise RunError(f"{self.summary}: not there, or damaged. Has the run finished?")
+        return found
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         write_json(self.summary, summary)
 
     def remove(self) -> None:
         """Give the lock back and leave nothing: for a run that was refused before it began."""
-        if not self._locks:
+        if not self._claims:
             raise RunError(f"{self.path}: only the run that holds a directory may delete it")
         for folder in (self.path, self.weights):
             if folder.exists():
@@ -167,9 +222,9 @@ class RunDir:
 
     def close(self) -> None:
         """Give the lock back. The directory stays, marked as left by this run."""
-        for lock in self._locks:
-            os.close(lock)
-        self._locks = ()
+        for claim in self._claims:
+            os.close(claim.lock)
+        self._claims = ()
 
     def __enter__(self) -> RunDir:
         return self
@@ -179,7 +234,7 @@ class RunDir:
 
     def _describe(self, config: RunConfig, argv: Iterable[str]) -> None:
         for folder in FOLDERS:
-            (self.path / folder).mkdir()
+            (self.path / folder).mkdir(exist_ok=True)
         self.weights.mkdir(parents=True, exist_ok=True)
         write_json(self.resolved, without_secrets(config.model_dump(mode="json")))
         write_json(self.environment, describe_environment(argv, config.run.seed))
@@ -227,7 +282,6 @@ class _Claim:
 
     def take_over(self) -> None:
         """Empty the folder and put our name on it."""
-        self.taken = True
         for entry in self.folder.iterdir():
             if entry.name == MARKER:
                 continue
@@ -235,6 +289,11 @@ class _Claim:
                 shutil.rmtree(entry)
             else:
                 entry.unlink()
+        self.sign()
+
+    def sign(self) -> None:
+        """Put our name on the folder."""
+        self.taken = True
         owner = Owner(
             host=socket.gethostname(),
             pid=os.getpid(),
@@ -273,9 +332,9 @@ def _claim(folder: Path, key: str, overwrite: bool) -> _Claim:
     if (owner or others) and not overwrite:
         claim.withdraw()
         raise RunError(
-            f"{folder}: holds a run that has finished or crashed ({owner or 'owner unknown'}). A "
-            "run cannot be resumed yet. Start under another name with --set run.name=NEW, or give "
-            "--overwrite to delete it and start anew"
+            f"{folder}: holds a run that has finished or crashed ({owner or 'owner unknown'}). "
+            "Start under another name with --set run.name=NEW, or give --overwrite to delete it and "
+            "start anew"
         )
     return claim
 

@@ -23,16 +23,18 @@ from rlhf_cluster.records import WeightVersion
 _START_TIMEOUT_S = 180.0
 _CALL_TIMEOUT_S = 60.0
 _END_TIMEOUT_S = 30.0
+NUM_DRAFT_TOKENS = 3
 
 
 class EngineProcess:
     """Starts the engine. Calls run side by side; cancelling `generate` cancels it over there."""
 
-    def __init__(self, config: RunConfig, model_dir: str) -> None:
+    def __init__(self, config: RunConfig, model_dir: str, draft: str | None = None) -> None:
+        """`draft`: folder of a model that proposes tokens. The product refuses one on CPU."""
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(theirs, config, model_dir), daemon=True
+            target=_serve, args=(theirs, config, model_dir, draft), daemon=True
         )
         self._numbers = itertools.count(1)
         self._answers: dict[int, Future[Any]] = {0: Future()}
@@ -53,6 +55,10 @@ class EngineProcess:
     async def check(self) -> None:
         await self._call("check")
 
+    async def generate_counted(self, request: Request) -> tuple[list[Sample], int]:
+        """The samples, and how many prompt tokens of the last one came from the prefix cache."""
+        return await self._call("generate_counted", request)
+
     async def break_step(self) -> None:
         """The next step of the engine raises."""
         await self._call("break_step")
@@ -71,7 +77,8 @@ class EngineProcess:
         self._answers[number] = answer
         self._connection.send((number, method, arguments))
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(answer), _CALL_TIMEOUT_S)
+            async with asyncio.timeout(_CALL_TIMEOUT_S):
+                return await asyncio.wrap_future(answer)
         except asyncio.CancelledError:
             self._connection.send((number, "cancel", ()))
             raise
@@ -95,22 +102,30 @@ class EngineProcess:
                 answer.set_result(result)
 
 
-def _serve(connection: Connection, config: RunConfig, model_dir: str) -> None:
+def _serve(connection: Connection, config: RunConfig, model_dir: str, draft: str | None) -> None:
     from actors.vllm_engine import engine_environment
 
-    os.environ.update(engine_environment(on_gpu=False))
-    asyncio.run(_Server(connection).run(config, model_dir))
+    os.environ.update(engine_environment(on_gpu=config.generation.num_gpus > 0))
+    asyncio.run(_Server(connection).run(config, model_dir, draft))
 
 
 class _Server:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._num_cached: dict[str, int] = {}
 
-    async def run(self, config: RunConfig, model_dir: str) -> None:
+    async def run(self, config: RunConfig, model_dir: str, draft: str | None) -> None:
         from actors.vllm_engine import make_engine
 
         self._engine = make_engine(config, model_dir, "test-worker")
+        if draft is not None:
+            self._engine._draft = draft
+            self._engine._arguments["speculative_config"] = {
+                "method": "draft_model",
+                "model": draft,
+                "num_speculative_tokens": NUM_DRAFT_TOKENS,
+            }
         await self._answer(0, self._engine.start())
         while True:
             number, method, arguments = await asyncio.to_thread(self._connection.recv)
@@ -135,6 +150,18 @@ class _Server:
 
     async def _generate(self, request: Request) -> list[Sample]:
         return await self._engine.generate(request)
+
+    async def _generate_counted(self, request: Request) -> tuple[list[Sample], int]:
+        requests = self._engine._requests
+        collect = type(requests).collect
+
+        def count_and_collect(outputs: Any) -> Any:
+            self._num_cached |= {output.request_id: output.num_cached_tokens for output in outputs}
+            return collect(requests, outputs)
+
+        requests.collect = count_and_collect
+        samples = await self._engine.generate(request)
+        return samples, self._num_cached.pop(request.request_id)
 
     async def _load_weights(self, version: WeightVersion) -> LoadedWeights:
         return await self._engine.load_weights(version)

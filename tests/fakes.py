@@ -102,14 +102,15 @@ class FakeGeneration:
 @dataclass
 class FakeScoring:
     fail: Callable[[RolloutGroup], RlhfError | None] = lambda group: None
+    rewards: Callable[[RolloutGroup], Sequence[float]] = lambda group: [1.0] * len(group.rollouts)
 
     async def score(self, group: RolloutGroup) -> tuple[Handle, GroupSummary]:
         error = self.fail(group)
         if error is not None:
             raise error
         scored = tuple(
-            ScoredRollout(rollout=r, reward=1.0, reward_parts={}, ref_logprobs=None, scorer="fake")
-            for r in group.rollouts
+            ScoredRollout(rollout=r, reward=v, reward_parts={}, ref_logprobs=None, scorer="fake")
+            for r, v in zip(group.rollouts, self.rewards(group), strict=True)
         )
         experience = ExperienceGroup(ticket=group.ticket, prompt=group.prompt, scored=scored)
         return experience, experience.summary()
@@ -126,6 +127,8 @@ class FakeLearner:
     trained: list[tuple[int, str, int]] = field(default_factory=list)
     publishing: int = 0
     fail_at: int | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    refusals: list[tuple[int, str]] = field(default_factory=list)
 
     async def train_step(self, groups: Sequence[Taken]) -> StepReport:
         if self.version == self.fail_at:
@@ -135,7 +138,7 @@ class FakeLearner:
             staleness = self.version - group.summary.oldest_version
             self.trained.append((self.version, group.ticket.group_id, staleness))
         self.version += 1
-        return StepReport(step=self.version, metrics={})
+        return StepReport(step=self.version, metrics=dict(self.metrics))
 
     async def snapshot(self) -> int:
         self.snapshot_version = self.version
@@ -149,10 +152,16 @@ class FakeLearner:
         self.publishing -= 1
         return make_version(version)
 
+    async def refused(self, version: int, reason: str) -> None:
+        self.refusals.append((version, reason))
+
 
 @dataclass
 class FakePrompts:
     drawn: int = 0
+
+    def seek(self, cursor: int) -> None:
+        self.drawn = cursor
 
     def next(self) -> Prompt:
         self.drawn += 1
@@ -163,9 +172,13 @@ class FakePrompts:
 class FakeObserver:
     steps: list[StepReport] = field(default_factory=list)
     discarded: list[tuple[str, str]] = field(default_factory=list)
+    events: list[str] = field(default_factory=list)
 
     def step(self, report: StepReport, taken: Sequence[Taken], times: object) -> None:
         self.steps.append(report)
 
     def group_discarded(self, ticket: Ticket, error: RlhfError) -> None:
         self.discarded.append((ticket.group_id, str(error)))
+
+    def event(self, text: str) -> None:
+        self.events.append(text)

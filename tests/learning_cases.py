@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlhf_cluster.algorithms.base import LossInputs
 from rlhf_cluster.config import RunConfig, validate
+from rlhf_cluster.data.examples import SftExample
 from rlhf_cluster.records import (
     ExperienceGroup,
     FinishReason,
@@ -20,7 +22,10 @@ from rlhf_cluster.records import (
 )
 
 if TYPE_CHECKING:
+    import torch
     from transformers import LlamaForCausalLM
+
+    from rlhf_cluster.learning.learner import LearnerRank
 
 VOCABULARY = 48
 MAX_PROMPT_TOKENS = 8
@@ -63,7 +68,13 @@ def free_address() -> str:
 def learner_config(model_dir: str, **sections: dict[str, Any]) -> RunConfig:
     """A float32 learner on the CPU. `sections` change single keys of single sections."""
     tree: dict[str, dict[str, Any]] = {
-        "run": {"name": "tiny", "steps": 10, "groups_per_step": 4, "start_timeout_s": 120.0},
+        "run": {
+            "name": "tiny",
+            "root": str(Path(model_dir).parent),
+            "steps": 10,
+            "groups_per_step": 4,
+            "start_timeout_s": 120.0,
+        },
         "model": {"path": model_dir},
         "data": {"task": "sort_digits", "max_prompt_tokens": MAX_PROMPT_TOKENS},
         "algorithm": {"type": "grpo", "group_size": 4},
@@ -73,6 +84,35 @@ def learner_config(model_dir: str, **sections: dict[str, Any]) -> RunConfig:
     }
     merged = {n: {**tree.get(n, {}), **sections.get(n, {})} for n in {*tree, *sections}}
     return validate(RunConfig, merged, source="test")
+
+
+def full_parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the whole parameters by name, gathered by the library that shards them.
+
+    Of ZeRO-3 these are the working copies. Every rank must take part.
+    """
+    found = {}
+    for name, parameter in module.named_parameters():
+        if hasattr(parameter, "full_tensor"):
+            found[name] = parameter.full_tensor().detach().clone()  # type: ignore[operator]
+        else:
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter]):
+                found[name] = parameter.detach().clone()
+    return found
+
+
+def sft_examples(num: int = 8) -> list[SftExample]:
+    """Random prompts of 3 tokens with targets of 1 to 7."""
+    draw = np.random.default_rng(0)
+    return [
+        SftExample(
+            prompt_ids=draw.integers(0, VOCABULARY, 3).astype(np.int32),
+            target_ids=draw.integers(0, VOCABULARY, int(n)).astype(np.int32),
+        )
+        for n in draw.integers(1, 8, num)
+    ]
 
 
 def make_scored(
@@ -155,3 +195,64 @@ def random_groups(
             taken += 1
         groups.append(make_group(number, prompt, scored))
     return groups
+
+
+def loss_inputs(
+    learner: torch.Tensor,
+    sampled: torch.Tensor,
+    advantages: torch.Tensor,
+    *,
+    proximal: torch.Tensor | None = None,
+    ref: torch.Tensor | None = None,
+    entropy: torch.Tensor | None = None,
+    staleness: torch.Tensor | None = None,
+    lengths: Sequence[int] | None = None,
+) -> LossInputs:
+    """Inputs of a loss over N tokens; `lengths` cuts them into sequences (default: one)."""
+    import torch
+
+    lengths = [len(learner)] if lengths is None else lengths
+    return LossInputs(
+        learner_logprobs=learner,
+        proximal_logprobs=learner.detach() if proximal is None else proximal,
+        sampled_logprobs=sampled,
+        ref_logprobs=ref,
+        advantages=advantages,
+        entropy=torch.zeros_like(advantages) if entropy is None else entropy,
+        staleness=torch.zeros_like(advantages) if staleness is None else staleness,
+        sequence=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
+        num_sequences=len(lengths),
+    )
+
+
+def response_logprobs(learner: LearnerRank, groups: Sequence[ExperienceGroup]) -> list[np.ndarray]:
+    """What a single learner rank gives each response token, [T] of every rollout."""
+    from rlhf_cluster.learning.packing import TokenSequence
+    from rlhf_cluster.learning.passes import score
+
+    sequences = [
+        TokenSequence(prompt_ids=s.rollout.prompt_ids, target_ids=s.rollout.response_ids)
+        for g in groups
+        for s in g.scored
+    ]
+    found = score(learner.model, sequences, 1.0, learner._layout)
+    # a pass without a backward leaves the root's parameters gathered
+    learner.model.module.reshard()  # type: ignore[operator]
+    return [found[i] for i in range(len(sequences))]
+
+
+CHANGED = "learner/params_changed_fraction_bf16"
+
+
+def check_changed_share(learner: LearnerRank) -> None:
+    """The share that is reported is that of the step between two snapshots, whatever the backend."""
+    learner.snapshot()
+    before = full_parameters(learner.policy)
+    assert CHANGED not in learner.train_step(random_groups(0)).metrics
+    learner.snapshot()
+    after = full_parameters(learner.policy)
+    found = learner.train_step(random_groups(1, version=1)).metrics[CHANGED]
+    changed = sum(int((before[n].bfloat16() != w.bfloat16()).sum()) for n, w in after.items())
+    assert found == changed / sum(w.numel() for w in after.values())
+    assert 0.02 < found < 0.98
+    assert CHANGED not in learner.train_step(random_groups(2, version=2)).metrics

@@ -18,8 +18,7 @@ from actors.generation import GenerationWorker
 from actors.scoring import ScoringWorker
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.inputs import Inputs, check_inputs
-from rlhf_cluster.records import ExperienceGroup, Sampling, Ticket, WeightVersion
-from rlhf_cluster.weights.export import export_hf
+from rlhf_cluster.records import ExperienceGroup, Ticket, WeightVersion
 from tests.engine_process import EngineProcess
 from tests.learning_cases import free_address
 
@@ -97,14 +96,13 @@ async def _train(
         for step in range(config.run.steps):
             version = publish(learner, root)
             await generation.pull(version)
-            if step == 0:
-                reference = export_hf(version, inputs.model_dir, Path(root).with_name("reference"))
-                scorer.load_reference(str(reference))
+            if step == 0 and config.stored_reference:
+                scorer.load_reference(version)
             groups = []
             for place in range(config.run.groups_per_step):
                 ticket = Ticket(number=step * config.run.groups_per_step + place, version=step)
                 _, sampled = await generation.generate(
-                    ticket, inputs.prompts.next(), _sampling(config)
+                    ticket, inputs.prompts.next(), config.sampling
                 )
                 groups.append(scorer.score(sampled)[1])
             steps.append(PlainStep(groups, learner.train_step(groups).metrics))
@@ -119,11 +117,3 @@ def publish(learner: LearnerRank, root: str) -> WeightVersion:
     version = learner.snapshot()
     report = learner.write_snapshot(root)
     return store.commit(root, version, [report], keep=100, expected_names=learner.tensor_shapes())
-
-
-def _sampling(config: RunConfig) -> Sampling:
-    return Sampling(
-        num_samples=config.algorithm.group_size,
-        temperature=config.generation.temperature,
-        max_tokens=config.generation.max_response_tokens,
-    )

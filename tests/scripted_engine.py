@@ -2,6 +2,7 @@
 
 It answers the sort_digits task: with probability `skill + skill_per_version * version` the sorted
 digits, otherwise the digits as they came. Samples follow from the request's seed and the version.
+What follows the prompt's "=" is the answer so far: it is continued.
 
 A JSON object steers it: the file `scripted_engine.json` in the model folder, read again at every
 call, or else the environment variable SCRIPTED_ENGINE. The key `workers` holds objects that
@@ -11,8 +12,10 @@ override the rest for single workers by name. Keys and defaults:
     skill 0.1, skill_per_version 0.1
     fail_start, fail_generate, fail_pull, fail_check    false: raise the error of that call
     hang_generate, hang_pull                            false: wait until cancelled
+    hang_after_tokens                                   null: the same, with that many tokens so far
     crash_after_groups                                  null: end the process at the group after
     wrong_digest                                        false: report a digest that nobody published
+    read_weights                                        false: read the version, by its transport
 """
 
 from __future__ import annotations
@@ -25,12 +28,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
-from actors.engine import Engine, LoadedWeights, Request, Sample
+from actors.engine import Engine, LoadedWeights, Request, Sample, read_beside
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import WeightError, WorkerError
 from rlhf_cluster.records import WeightVersion
+from rlhf_cluster.weights.transport import Deadline
 
 SCRIPT_FILE = "scripted_engine.json"
 SCRIPT_VARIABLE = "SCRIPTED_ENGINE"
@@ -46,14 +50,24 @@ _DEFAULTS: dict[str, Any] = {
     "fail_check": False,
     "hang_generate": False,
     "hang_pull": False,
+    "hang_after_tokens": None,
     "crash_after_groups": None,
     "wrong_digest": False,
+    "read_weights": False,
 }
+VOCABULARY = {"<pad>": 0, "<eos>": 1} | {c: i for i, c in enumerate("0123456789=", start=2)}
 _LOGPROB_SCALE = 0.5  # logprobs are drawn from (-0.5, 0]
 
 
 def make_engine(config: RunConfig, model_dir: str, worker_name: str) -> ScriptedEngine:
-    return ScriptedEngine(model_dir, worker_name)
+    return ScriptedEngine(config, model_dir, worker_name)
+
+
+def write_tokenizer(model_dir: str | Path) -> None:
+    """All of a model folder that this engine reads, for tests that make none."""
+    tokenizer = Tokenizer(models.BPE(vocab=VOCABULARY, merges=[]))
+    tokenizer.add_special_tokens(["<pad>", "<eos>"])
+    tokenizer.save(str(Path(model_dir) / "tokenizer.json"))
 
 
 def write_script(model_dir: str | Path, **script: Any) -> None:
@@ -67,7 +81,8 @@ def write_script(model_dir: str | Path, **script: Any) -> None:
 
 
 class ScriptedEngine(Engine):
-    def __init__(self, model_dir: str, worker_name: str) -> None:
+    def __init__(self, config: RunConfig, model_dir: str, worker_name: str) -> None:
+        self._config = config
         self._model_dir = Path(model_dir)
         self._name = worker_name
         self._tokenizer: Tokenizer
@@ -92,7 +107,7 @@ class ScriptedEngine(Engine):
         first_version = self._version
         self._num_running += request.num_samples
         try:
-            if script["hang_generate"]:
+            if script["hang_generate"] or self._is_long(request, script["hang_after_tokens"]):
                 await asyncio.Event().wait()
             await asyncio.sleep(script["generate_delay_s"])
         finally:
@@ -107,12 +122,25 @@ class ScriptedEngine(Engine):
         await asyncio.sleep(script["pull_delay_s"])
         if script["fail_pull"]:
             raise WeightError(f"{self._name}: scripted failure of pull")
+        digest = await self._read(version) if script["read_weights"] else version.digest
         self._version = version.version
         return LoadedWeights(
             version=version.version,
-            digest="0" * 32 if script["wrong_digest"] else version.digest,
+            digest="0" * 32 if script["wrong_digest"] else digest,
             num_tensors=version.num_tensors,
             pause_s=script["pull_delay_s"],
+        )
+
+    async def _read(self, version: WeightVersion) -> str:
+        from actors.transports import transport_of
+        from rlhf_cluster.weights import store
+        from rlhf_cluster.weights.hashing import digest_of
+
+        timeout_s = self._config.generation.pull_timeout_s
+        deadline = Deadline(f"{self._name}: reading version {version.version}", timeout_s)
+        source = transport_of(self._config).source()
+        return await read_beside(
+            lambda: digest_of(store.read(version.path, source=source, deadline=deadline)), deadline
         )
 
     def stats(self) -> Mapping[str, float]:
@@ -136,13 +164,24 @@ class ScriptedEngine(Engine):
         own = script.pop("workers", {}).get(self._name, {})
         return _DEFAULTS | script | own
 
+    def _question_and_answer(self, request: Request) -> tuple[str, str]:
+        """The digits to sort, and those of the answer so far."""
+        question, _, answer = self._tokenizer.decode(request.prompt_ids).partition("=")
+        digits = ["".join(c for c in text if c.isdigit()) for text in (question, answer)]
+        return digits[0], digits[1]
+
+    def _is_long(self, request: Request, limit: int | None) -> bool:
+        return limit is not None and len(self._question_and_answer(request)[1]) >= limit
+
     def _sample(self, script: dict[str, Any], request: Request, index: int, first: int) -> Sample:
         """One answer. An update while it was sampled labels its second half."""
         rng = random.Random(f"{request.seed}/{index}/{self._version}")
         skill = script["skill"] + script["skill_per_version"] * max(self._version, 0)
         correct = request.temperature == 0 or rng.random() < skill
-        digits = [c for c in self._tokenizer.decode(request.prompt_ids) if c.isdigit()]
-        text = "".join(sorted(digits) if correct else digits)
+        digits, so_far = self._question_and_answer(request)
+        answers = ["".join(sorted(digits)), digits]
+        text = next((a for a in answers[not correct :] if a.startswith(so_far)), digits)
+        text = text[len(so_far) :]
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         ids.append(self._tokenizer.token_to_id("<eos>"))
         ended = len(ids) <= request.max_tokens

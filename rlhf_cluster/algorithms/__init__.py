@@ -1,13 +1,69 @@
-"""Policy-optimisation algorithms: one file each, one entry in `ALGORITHMS`.
+"""Policy-optimisation algorithms: one file each, one entry in `ALGORITHMS`, one in the union.
 
 An algorithm turns scored groups into per-token advantages (numpy) and per-token log-probabilities
-into a loss sum (torch). The learner knows none of them by name. Importing this loads no torch.
+into per-token losses (torch). The learner knows none of them by name. Importing this loads no torch.
+`type` chooses the algorithm; without one it is grpo.
 """
 
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from rlhf_cluster.algorithms.cispo import Cispo, CispoConfig
+from rlhf_cluster.algorithms.dapo import Dapo, DapoConfig
+from rlhf_cluster.algorithms.dr_grpo import DrGrpo, DrGrpoConfig
+from rlhf_cluster.algorithms.gdpo import Gdpo, GdpoConfig
 from rlhf_cluster.algorithms.grpo import Grpo, GrpoConfig
+from rlhf_cluster.algorithms.gspo import Gspo, GspoConfig
+from rlhf_cluster.algorithms.policy_gradient import PolicyGradient
+from rlhf_cluster.algorithms.ppo import Ppo, PpoConfig
+from rlhf_cluster.algorithms.reinforce import Reinforce, ReinforceConfig
+from rlhf_cluster.algorithms.reinforce_pp import ReinforcePp, ReinforcePpConfig
+from rlhf_cluster.algorithms.remax import Remax, RemaxConfig
+from rlhf_cluster.algorithms.rloo import Rloo, RlooConfig
+from rlhf_cluster.algorithms.sapo import Sapo, SapoConfig
 
-AlgorithmConfig = GrpoConfig
+ALGORITHMS: dict[str, type[PolicyGradient[Any]]] = {
+    "cispo": Cispo,
+    "dapo": Dapo,
+    "dr_grpo": DrGrpo,
+    "gdpo": Gdpo,
+    "grpo": Grpo,
+    "gspo": Gspo,
+    "ppo": Ppo,
+    "reinforce": Reinforce,
+    "reinforce_pp": ReinforcePp,
+    "remax": Remax,
+    "rloo": Rloo,
+    "sapo": Sapo,
+}
 
-ALGORITHMS = {"grpo": Grpo}
 
-__all__ = ["ALGORITHMS", "AlgorithmConfig", "Grpo", "GrpoConfig"]
+def _with_type(section: Any) -> Any:
+    return {"type": "grpo", **section} if isinstance(section, dict) else section
+
+
+AlgorithmConfig = Annotated[
+    CispoConfig
+    | DapoConfig
+    | DrGrpoConfig
+    | GdpoConfig
+    | GrpoConfig
+    | GspoConfig
+    | PpoConfig
+    | ReinforceConfig
+    | ReinforcePpConfig
+    | RemaxConfig
+    | RlooConfig
+    | SapoConfig,
+    Field(discriminator="type"),
+    BeforeValidator(_with_type),
+]
+
+
+def build_algorithm(config: AlgorithmConfig, max_response_tokens: int) -> PolicyGradient[Any]:
+    """The algorithm of a run; `max_response_tokens` is `generation.max_response_tokens`."""
+    return ALGORITHMS[config.type](config, max_response_tokens)
+
+
+__all__ = ["ALGORITHMS", "AlgorithmConfig", "Grpo", "GrpoConfig", "build_algorithm"]

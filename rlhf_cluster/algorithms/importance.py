@@ -1,18 +1,23 @@
-"""Importance weights between the policy that sampled a token and the one that trains it.
+"""Off-policy correction: the weight of a token whose sampler is not the policy that is trained.
 
-Promises: everything is computed from log-ratios clamped to [-20, 20], so weights and their squares
-are finite for any finite log-probabilities; weights carry no gradient; reported ratios are those
-BEFORE truncation, so the report shows how far apart the policies are and not the cap.
+What the rules are, and which may be combined, is in `correction`. The weight of a token is the
+product of the weights that the rules give it.
 
-Shapes: N trained tokens (masked ones are gone before they come here).
+Promises: everything is computed in log space from log-ratios clamped to [-20, 20], sums of them too,
+so weights and their squares are finite for any finite log-probabilities and any length; weights
+carry no gradient; a rollout's weight depends on its own tokens only, so micro-batches that keep
+rollouts whole change nothing.
+
+Shapes: N trained tokens (masked ones are gone before they come here), R rollouts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rlhf_cluster.algorithms.base import Sums
+from rlhf_cluster.algorithms.correction import Level, Rule, TokenTis
 from rlhf_cluster.errors import RecordError
 
 if TYPE_CHECKING:
@@ -20,8 +25,15 @@ if TYPE_CHECKING:
 
 MAX_LOG_RATIO = 20.0
 
-BAND = (0.5, 5.0)
-"""Ratios outside are counted as outside the band (the token band of IcePop)."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weighed:
+    """What the rules make of the tokens. No gradient."""
+
+    weights: Tensor  # [N]
+    capped: Tensor  # [N] bool, the weight is not 0, and its ratio was moved to a bound
+    masked: Tensor  # [N] bool, the weight is 0
+    outside: Mapping[str, Tensor]  # by the rule's name, [N] bool, the ratio is off its band
 
 
 def log_ratio(logprobs: Tensor, sampled_logprobs: Tensor) -> Tensor:
@@ -38,44 +50,85 @@ def log_ratio(logprobs: Tensor, sampled_logprobs: Tensor) -> Tensor:
     return (logprobs - sampled_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
-def truncated_weight(logprobs: Tensor, sampled_logprobs: Tensor, cap: float) -> Tensor:
-    """w = min(pi / mu, cap) a token, without gradient. [N], [N] -> [N].
+def sequence_sums(values: Tensor, sequence: Tensor, num_sequences: int) -> Tensor:
+    """Sums over the tokens of each sequence. [N], [N] int64 -> [num_sequences]; keeps gradients."""
+    return values.new_zeros(num_sequences).index_add(0, sequence, values)
 
-    Token-level truncated importance sampling (Ionides 2008; Yao et al. 2025, "Your efficient RL
-    framework secretly brings you off-policy RL training").
+
+def sequence_means(values: Tensor, sequence: Tensor, num_sequences: int) -> Tensor:
+    """Means over the tokens of each sequence, 0 where there is none. Shapes as `sequence_sums`."""
+    counts = sequence_sums(values.new_ones(values.shape), sequence, num_sequences)
+    return sequence_sums(values, sequence, num_sequences) / counts.clamp(min=1)
+
+
+def weigh(
+    rules: Sequence[Rule],
+    logprobs: Tensor,
+    sampled_logprobs: Tensor,
+    sequence: Tensor,
+    num_sequences: int,
+) -> Weighed:
+    """Apply all rules to all tokens of a micro-batch; without one each token weighs 1.
+
+    Args:
+        rules: see `correction`.
+        logprobs: [N] of the policy that the weights lead to.
+        sampled_logprobs: [N] of the sampler.
+        sequence: [N] int64 in [0, num_sequences), whose rollout a token is of.
+        num_sequences: rollouts in the micro-batch.
+
+    Raises:
+        RecordError: shapes that differ.
     """
-    return log_ratio(logprobs, sampled_logprobs).detach().exp().clamp(max=cap)
+    logs = log_ratio(logprobs.detach(), sampled_logprobs.detach())
+    weights = logs.new_ones(logs.shape)
+    capped = masked = logs.new_zeros(logs.shape).bool()
+    found = {}
+    for rule in rules:
+        ratio = _level_logs(rule.level, logs, sequence, num_sequences).exp()
+        outside = found[rule.name] = (ratio < rule.low) | (ratio > rule.high)
+        if rule.action == "truncate":
+            weights, capped = weights * ratio.clamp(rule.low, rule.high), capped | outside
+        else:
+            weights, masked = weights * ratio if rule.keep_ratio else weights, masked | outside
+    return Weighed(
+        weights=weights.masked_fill(masked, 0.0),
+        capped=capped & ~masked,
+        masked=masked,
+        outside=found,
+    )
 
 
-def metric_sums(logprobs: Tensor, sampled_logprobs: Tensor, cap: float | None) -> Sums:
-    """What tells how far the policies are apart, as sums over tokens. `cap` None: nothing capped.
+def _level_logs(level: Level, logs: Tensor, sequence: Tensor, num_sequences: int) -> Tensor:
+    if level == "token":
+        return logs
+    over = sequence_sums if level == "sequence" else sequence_means
+    whole = over(logs.double(), sequence, num_sequences)
+    return whole.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)[sequence].to(logs.dtype)
 
-    Besides the reported names, `importance/ratio_squared` is there for `effective_sample_size`.
+
+def token_cap(rules: Sequence[Rule]) -> float | None:
+    """Bound of the TOKEN weight of terms that are sums over tokens, such as the KL.
+
+    A sequence's ratio on a single token's KL would weigh it by what other tokens did, so those
+    terms take the token's own ratio whatever the rules' levels; without a rule they take none.
     """
-    logs = log_ratio(logprobs, sampled_logprobs).detach()
-    ratio = logs.exp().double()
-    count = ratio.new_tensor(ratio.numel())
-    capped = ratio > cap if cap is not None else ratio.new_zeros(ratio.shape)
-    outside = (ratio < BAND[0]) | (ratio > BAND[1])
-    largest = ratio.max() if ratio.numel() else ratio.new_tensor(0.0)
-    sums = {
-        "importance/ratio_mean": ratio.sum(),
-        "importance/ratio_squared": ratio.square().sum(),
-        "importance/ratio_max": largest,
-        "importance/capped_fraction": capped.sum(),
-        "importance/outside_band_fraction": outside.sum(),
-        "importance/logprob_diff_mean": (logprobs.detach() - sampled_logprobs).abs().sum(),
-    }
-    return {name: (total, count) for name, total in sums.items()}
+    if not rules:
+        return None
+    return min((r.high for r in rules if r.level == "token"), default=TokenTis().cap)
 
 
-def effective_sample_size(means: Mapping[str, float]) -> dict[str, float]:
-    """Replace the mean squared ratio by the effective sample size, (sum w)^2 / (N sum w^2).
+def interpolated_proximal(
+    learner_logprobs: Tensor, sampled_logprobs: Tensor, staleness: Tensor
+) -> Tensor:
+    """The proximal policy between sampler and learner, without a pass of its own. [N] -> [N].
 
-    A share in (0, 1]: 1 when all tokens weigh the same, 1/N when one outweighs all others.
+        log prox = alpha log mu + (1 - alpha) sg(log pi),   alpha = 1 / staleness, 0 where that is 0
+
+    The staler a token, the nearer the trust region's centre is to the learner: at staleness d the
+    proximal policy stands one of d steps' distance from it. Li et al. 2025, arXiv 2512.06547
+    (A-3PO).
     """
-    found = dict(means)
-    squared = found.pop("importance/ratio_squared", None)
-    if squared:
-        found["importance/effective_sample_size"] = found["importance/ratio_mean"] ** 2 / squared
-    return found
+    learner = learner_logprobs.detach()
+    alpha = (1 / staleness.clamp(min=1)).masked_fill(staleness < 1, 0.0).to(learner.dtype)
+    return alpha * sampled_logprobs + (1 - alpha) * learner

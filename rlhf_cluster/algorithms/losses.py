@@ -1,4 +1,12 @@
-"""Token losses: pure functions of tensors, one value a token, summed by the caller.
+"""Surrogates: pure functions from log-ratios to the loss of each token, not weighted, not summed.
+
+    clipped     -min(r A, clip(r, 1 - low, 1 + high) A)
+    gated       -f(r) A,  f(r) = (4 / tau) sigmoid(tau (r - 1)),  tau by the sign of A
+    cispo       -sg(clip(r, 1 - low, 1 + high)) A log pi
+    plain       -r A
+
+with r = exp(log ratio). Promises: shapes are checked, so nothing broadcasts; no gradient flows into
+advantages; where a bound was taken the gradient is exactly zero.
 
 Shapes: N trained tokens.
 """
@@ -14,33 +22,103 @@ if TYPE_CHECKING:
 
 
 def clipped_policy_loss(
-    log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float
+    log_ratio: Tensor,
+    advantages: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The clipped objective, negated, one value a token (Schulman et al. 2017, arXiv 1707.06347).
 
-        -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A),   r = exp(log_ratio)
-
-    Unequal bounds are those of DAPO (Yu et al. 2025, arXiv 2503.14476).
+    Unequal bounds are those of DAPO (Yu et al. 2025, arXiv 2503.14476). With `dual_clip` c, where
+    A < 0 the loss is at most c |A| (Ye et al. 2020, arXiv 1912.09729).
 
     Args:
         log_ratio: [N], carries the gradient.
         advantages: [N].
 
     Returns:
-        (loss [N], clipped [N] bool: where the bound was taken, so that the gradient is zero).
+        (loss [N], clipped [N] bool: where a bound was taken, so that the gradient is zero).
 
     Raises:
         RecordError: shapes that differ.
     """
-    if log_ratio.shape != advantages.shape or log_ratio.ndim != 1:
-        raise RecordError(
-            f"log_ratio {list(log_ratio.shape)} and advantages {list(advantages.shape)} must both "
-            "be [N]"
-        )
+    _check(log_ratio, advantages)
+    advantages = advantages.detach()
     ratio = log_ratio.exp()
     free = ratio * advantages
     bounded = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    return -free.minimum(bounded), (bounded < free).detach()
+    loss, clipped = -free.minimum(bounded), bounded < free
+    if dual_clip is not None:
+        largest = dual_clip * advantages.abs()
+        beyond = loss > largest  # only where A < 0: elsewhere the loss is not positive
+        loss, clipped = loss.where(~beyond, largest), clipped | beyond
+    return loss, clipped.detach()
+
+
+def gated_policy_loss(
+    log_ratio: Tensor, advantages: Tensor, positive_temperature: float, negative_temperature: float
+) -> Tensor:
+    """A soft gate instead of a clip, one value a token (Gao et al. 2025, arXiv 2511.20347, SAPO).
+
+    f(1) = 2 / tau and f'(1) = 1: near r = 1 the gradient is that of r A, and it fades as r leaves.
+
+    Args:
+        log_ratio: [N], carries the gradient.
+        advantages: [N]; those over 0 take `positive_temperature`, others `negative_temperature`.
+
+    Raises:
+        RecordError: shapes that differ.
+    """
+    _check(log_ratio, advantages)
+    advantages = advantages.detach()
+    tau = (advantages > 0).to(log_ratio.dtype)
+    tau = tau * positive_temperature + (1 - tau) * negative_temperature
+    gate = (tau * (log_ratio.exp() - 1)).sigmoid() * 4 / tau
+    return -gate * advantages
+
+
+def cispo_policy_loss(
+    log_ratio: Tensor,
+    learner_logprobs: Tensor,
+    advantages: Tensor,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[Tensor, Tensor]:
+    """REINFORCE with a clipped ratio as its weight (MiniMax 2025, arXiv 2506.13585, CISPO).
+
+    No token loses its gradient: a clipped ratio bounds the weight only.
+
+    Args:
+        log_ratio: [N], its gradient is stopped.
+        learner_logprobs: [N], carries the gradient.
+        advantages: [N].
+
+    Returns:
+        (loss [N], clipped [N] bool: where the weight is a bound).
+
+    Raises:
+        RecordError: shapes that differ.
+    """
+    _check(log_ratio, advantages)
+    _check(learner_logprobs, advantages)
+    ratio = log_ratio.detach().exp()
+    weight = ratio.clamp(1 - clip_low, 1 + clip_high)
+    return -weight * advantages.detach() * learner_logprobs, weight != ratio
+
+
+def plain_policy_loss(log_ratio: Tensor, advantages: Tensor) -> Tensor:
+    """-r A, one value a token: where r = 1 its gradient is -A grad log pi (Williams 1992).
+
+    Args:
+        log_ratio: [N], carries the gradient.
+        advantages: [N].
+
+    Raises:
+        RecordError: shapes that differ.
+    """
+    _check(log_ratio, advantages)
+    return -log_ratio.exp() * advantages.detach()
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,3 +134,11 @@ def masked_sum(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
             f"values {list(values.shape)} and mask {list(mask.shape)} must have one shape"
         )
     return values[mask.bool()].sum(), mask.sum()
+
+
+def _check(log_ratio: Tensor, advantages: Tensor) -> None:
+    if log_ratio.shape != advantages.shape or log_ratio.ndim != 1:
+        raise RecordError(
+            f"log_ratio {list(log_ratio.shape)} and advantages {list(advantages.shape)} must both "
+            "be [N]"
+        )

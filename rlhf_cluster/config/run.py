@@ -1,6 +1,7 @@
 """A whole run file, and what its sections must agree on.
 
-Cross-checks live here and nowhere else. Each message names both keys, their values and the cure.
+Cross-checks live here and in the check_*.py beside it, nowhere else. Each message names both keys,
+their values and the cure.
 Values that follow from others are properties, so that every value has one owner.
 """
 
@@ -9,13 +10,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from rlhf_cluster.algorithms import AlgorithmConfig
+from rlhf_cluster.algorithms import ALGORITHMS, AlgorithmConfig, GrpoConfig
 from rlhf_cluster.config.base import Section, load
+from rlhf_cluster.config.check_generation import check_generation
+from rlhf_cluster.config.check_kl import check_kl
+from rlhf_cluster.config.check_staleness import check_staleness
+from rlhf_cluster.config.check_steps import check_steps
+from rlhf_cluster.config.check_weights import check_weights
 from rlhf_cluster.config.scoring import Scoring
 from rlhf_cluster.config.sections import (
+    Checkpoint,
     ClusterSection,
+    Critic,
     Data,
     Dtype,
     Evaluation,
@@ -28,6 +36,7 @@ from rlhf_cluster.config.sections import (
     Staleness,
     Weights,
 )
+from rlhf_cluster.records import Sampling
 
 
 class RunConfig(Section):
@@ -36,14 +45,16 @@ class RunConfig(Section):
     run: Run
     model: Model
     data: Data
-    algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
+    algorithm: AlgorithmConfig = GrpoConfig()
     generation: Generation
     scoring: Scoring
     learner: Learner
+    critic: Critic = Critic()
     sft: Sft = Sft()
     evaluation: Evaluation = Evaluation()
     staleness: Staleness = Staleness()
     weights: Weights = Weights()
+    checkpoint: Checkpoint = Checkpoint()
     cluster: ClusterSection = ClusterSection()
     observe: Observe = Observe()
 
@@ -59,6 +70,22 @@ class RunConfig(Section):
             else self.run_dir / "weights"
         )
 
+    def with_absolute_paths(self) -> RunConfig:
+        """The same run with folders that mean the same in every process."""
+        run = self.run.model_copy(update={"root": str(Path(self.run.root).absolute())})
+        weights = self.weights
+        if weights.root is not None:
+            weights = weights.model_copy(update={"root": str(Path(weights.root).absolute())})
+        return self.model_copy(update={"run": run, "weights": weights})
+
+    @property
+    def stored_reference(self) -> bool:
+        """The reference is not the model folder's policy but one written during the run."""
+        scoring = self.scoring
+        moves = scoring.reference_update.type != "fixed"
+        rounded = self.learner.lora is not None and self.learner.lora.quantize_base
+        return scoring.reference and (self.sft.steps > 0 or moves or rounded)
+
     @property
     def publish_dtype(self) -> Dtype:
         return self.weights.dtype or self.generation.dtype
@@ -71,17 +98,37 @@ class RunConfig(Section):
     def tokens_per_row(self) -> int:
         return self.learner.tokens_per_row or self.max_sequence_tokens
 
+    @property
+    def sampling(self) -> Sampling:
+        """How every group of the run is sampled."""
+        return Sampling(
+            num_samples=self.algorithm.group_size,
+            temperature=self.generation.temperature,
+            max_tokens=self.generation.max_response_tokens,
+            greedy_baseline=ALGORITHMS[self.algorithm.type](self.algorithm).needs_greedy,
+        )
+
     @model_validator(mode="after")
     def _sections_agree(self) -> RunConfig:
         for check in (
             _check_model,
             _check_data,
             _check_lengths,
-            _check_staleness,
-            _check_reference,
+            check_staleness,
+            _check_batch,
+            check_kl,
+            _check_scoring,
+            _check_critic,
+            _check_algorithm,
+            _check_schedule,
+            _check_lora,
+            _check_weights,
             _check_devices,
             _check_sampling,
+            check_generation,
             _check_rewards,
+            check_steps,
+            check_weights,
         ):
             check(self)
         return self
@@ -153,6 +200,12 @@ def _check_lengths(c: RunConfig) -> None:
             f"{terms} is over model.init.max_position = {c.model.init.max_position}. Lower the "
             "lengths, or raise max_position"
         )
+    segment, response = c.generation.segment_tokens, c.generation.max_response_tokens
+    if segment is not None and segment >= response:
+        raise ValueError(
+            f"generation.segment_tokens = {segment} is not under generation.max_response_tokens = "
+            f"{response}: no response would be cut. Lower it, or remove it"
+        )
     if longest > c.tokens_per_row:
         raise ValueError(
             f"{terms} is over learner.tokens_per_row = {c.learner.tokens_per_row}: the longest "
@@ -170,29 +223,101 @@ def _check_lengths(c: RunConfig) -> None:
         )
 
 
-def _check_staleness(c: RunConfig) -> None:
-    if c.weights.publish_every > c.staleness.max_staleness + 1:
-        raise ValueError(
-            f"weights.publish_every = {c.weights.publish_every} is over staleness.max_staleness + 1 = "
-            f"{c.staleness.max_staleness + 1}: the learner would wait for ever for a version that is "
-            "never published. Publish more often, or allow more staleness"
-        )
-    in_flight = c.staleness.max_in_flight_groups
-    if in_flight is not None and in_flight < 1:
-        raise ValueError(f"staleness.max_in_flight_groups = {in_flight} must be at least 1")
-    if c.run.groups_per_step * c.algorithm.group_size < c.learner.ranks:
+def _check_batch(c: RunConfig) -> None:
+    learner = c.learner
+    if c.run.groups_per_step * c.algorithm.group_size < learner.ranks * learner.minibatches:
         raise ValueError(
             f"run.groups_per_step * algorithm.group_size = {c.run.groups_per_step} * "
-            f"{c.algorithm.group_size} is under learner.ranks = {c.learner.ranks}: some ranks would "
-            "have nothing to train on. Raise the batch or lower the ranks"
+            f"{c.algorithm.group_size} is under learner.ranks * learner.minibatches = "
+            f"{learner.ranks} * {learner.minibatches}: some ranks would have nothing to train on. "
+            "Raise the batch, or lower the ranks or the minibatches"
         )
 
 
-def _check_reference(c: RunConfig) -> None:
-    if c.algorithm.kl_coef > 0 and not c.scoring.reference:
+def _check_algorithm(c: RunConfig) -> None:
+    algorithm, longest = c.algorithm, c.generation.max_response_tokens
+    if algorithm.type == "dapo" and algorithm.overlong_buffer_tokens > longest:
         raise ValueError(
-            f"algorithm.kl_coef = {c.algorithm.kl_coef} needs scoring.reference = true, found false. "
-            "Turn the reference on, or set kl_coef = 0"
+            f"algorithm.overlong_buffer_tokens = {algorithm.overlong_buffer_tokens} is over "
+            f"generation.max_response_tokens = {longest}: the buffer is its last part. Lower the "
+            "buffer, or allow longer responses"
+        )
+    if algorithm.proximal == "interpolate" and c.staleness.bound == 0:
+        raise ValueError(
+            "algorithm.proximal = 'interpolate' with staleness.max_staleness = 0: between equal "
+            "policies there is nothing to interpolate, and no ratio would ever be clipped. Use "
+            "proximal = 'recompute', or allow staleness"
+        )
+
+
+def _check_scoring(c: RunConfig) -> None:
+    update = c.scoring.reference_update
+    if update.type != "fixed" and not c.scoring.reference:
+        raise ValueError(
+            f"scoring.reference_update.type = {update.type!r} with scoring.reference = false: there "
+            "is no reference to move. Set scoring.reference = true, or remove reference_update"
+        )
+    if c.algorithm.sampler == "exact" and not c.scoring.exact_logprobs:
+        raise ValueError(
+            "algorithm.sampler = 'exact' with scoring.exact_logprobs = false: nobody computes the "
+            "exact log-probabilities. Set scoring.exact_logprobs = true, or sampler = 'sampled'"
+        )
+
+
+def _check_schedule(c: RunConfig) -> None:
+    settings = c.learner
+    if (settings.schedule == "wsd") != (settings.decay_steps is not None):
+        raise ValueError(
+            f"learner.schedule = {settings.schedule!r} with learner.decay_steps = "
+            f"{settings.decay_steps}: the steps of the decay belong to schedule = 'wsd', and it needs "
+            "them. Set both, or neither"
+        )
+    total = c.run.steps * settings.epochs * settings.minibatches
+    if settings.decay_steps is not None and settings.warmup_steps + settings.decay_steps > total:
+        raise ValueError(
+            f"learner.warmup_steps + learner.decay_steps = {settings.warmup_steps} + "
+            f"{settings.decay_steps} are over run.steps * learner.epochs * learner.minibatches = "
+            f"{total} optimizer steps. Lower them, or train longer"
+        )
+
+
+def _check_critic(c: RunConfig) -> None:
+    needed = ALGORITHMS[c.algorithm.type](c.algorithm).needs_critic
+    if c.critic != Critic() and not needed:
+        raise ValueError(
+            f"[critic] with algorithm.type = {c.algorithm.type!r}: that algorithm learns no values. "
+            "Remove the section, or set algorithm.type = 'ppo'"
+        )
+    if c.critic.kind == "head" and c.learner.backend != "fsdp2":
+        raise ValueError(
+            f"critic.kind = 'head' with learner.backend = {c.learner.backend!r}: the head's "
+            "passes run inside the policy's backward pass, which a DeepSpeed engine runs for its own "
+            "module alone. Set learner.backend = 'fsdp2', or critic.kind = 'separate'"
+        )
+    if c.critic.kind == "separate" and c.critic.coef != Critic().coef:
+        raise ValueError(
+            f"critic.coef = {c.critic.coef:g} with critic.kind = 'separate': a separate critic has "
+            "a learning rate instead of a weight. Remove it, or set critic.kind = 'head'"
+        )
+
+
+def _check_lora(c: RunConfig) -> None:
+    lora = c.learner.lora
+    if lora is None:
+        return
+    needs_critic = ALGORITHMS[c.algorithm.type](c.algorithm).needs_critic
+    if needs_critic and c.critic.kind == "separate":
+        raise ValueError(
+            f"[learner.lora] with algorithm.type = {c.algorithm.type!r}: the critic starts as a copy "
+            "of the policy's own weights. Remove the section, or use an algorithm without a critic"
+        )
+
+
+def _check_weights(c: RunConfig) -> None:
+    if c.weights.format == "adapter" and c.learner.lora is None:
+        raise ValueError(
+            "weights.format = 'adapter' without [learner.lora]: all weights are trained, and there are "
+            "no adapters to write. Add the section, or set weights.format = 'delta' or 'full'"
         )
 
 
@@ -210,18 +335,25 @@ def _check_devices(c: RunConfig) -> None:
 
 
 def _check_sampling(c: RunConfig) -> None:
-    refused = {"top_p", "top_k", "min_p", "repetition_penalty", "logprobs_mode", "seed", "model"}
+    owned = {"logprobs_mode", "seed", "model", "max_model_len"}
+    refused = {"top_p", "top_k", "min_p", "repetition_penalty", *owned}
     found = sorted(refused & set(c.generation.engine_args))
     if found:
         raise ValueError(
             f"generation.engine_args.{found[0]}: not allowed here. Truncated or penalised sampling "
-            "cannot be replayed by the learner, and model, seed and logprobs_mode are set by the run. "
-            "Remove it"
+            "cannot be replayed by the learner, and model, max_model_len, seed and logprobs_mode are "
+            "set by the run. Remove it"
         )
 
 
 def _check_rewards(c: RunConfig) -> None:
     names = [r.name or r.type for r in c.scoring.rewards]
+    unknown = sorted({*getattr(c.algorithm, "reward_weights", {})} - {*names})
+    if unknown:
+        raise ValueError(
+            f"algorithm.reward_weights names {unknown[0]!r}, and scoring.rewards has "
+            f"{', '.join(map(repr, names))}. Use one of these names"
+        )
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
         raise ValueError(

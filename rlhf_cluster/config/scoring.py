@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from rlhf_cluster.config.base import Section
@@ -9,21 +11,62 @@ from rlhf_cluster.config.sections import Dtype
 from rlhf_cluster.rewards import RewardConfig
 
 
+class FixedReference(Section):
+    """The reference stays the policy as it is when reinforcement learning begins."""
+
+    type: Literal["fixed"] = "fixed"
+
+
+class PeriodicReference(Section):
+    """The reference becomes the policy's live version."""
+
+    type: Literal["periodic"] = "periodic"
+    every: PositiveInt
+    """Versions between two moves; it moves when one goes live that many after the last."""
+
+
+class EmaReference(Section):
+    """The reference is an exponential moving average of the policy's live versions."""
+
+    type: Literal["ema"] = "ema"
+    every: PositiveInt = 1
+    """Versions between two moves; it moves when one goes live that many after the last."""
+    decay: float = Field(default=0.99, gt=0, lt=1)
+    """Share of the old reference that stays at a move."""
+
+
+ReferenceUpdate = Annotated[
+    FixedReference | PeriodicReference | EmaReference, Field(discriminator="type")
+]
+
+
 class Scoring(Section):
-    """The scoring pool: a frozen reference model and the rewards."""
+    """The scoring pool: rewards, the reference model, and exact log-probabilities."""
 
     workers: PositiveInt = 1
     rewards: list[RewardConfig] = Field(min_length=1)
+    step_separator: str = Field(default="\n", min_length=1)
+    """What separates the reasoning steps of a response, for rewards that score steps; segments that
+    are blank are no steps."""
     reference: bool = False
-    """Compute the starting policy's log-probabilities of every response token."""
+    """Compute the reference policy's log-probabilities of every response token."""
+    reference_update: ReferenceUpdate = FixedReference()
+    """Which policy the reference is: the starting one, or one that follows; see `scoring.moving`."""
     dtype: Dtype = "bfloat16"
-    """Compute type of the reference model."""
+    """Compute type of the reference model. With `learner.dtype` a policy equal to the reference has
+    a KL of exactly 0."""
+    exact_logprobs: bool = False
+    """Compute every response token's log-probability under the version that sampled it, as the
+    learner computes: tells engine mismatch and staleness apart; see `scoring.exact`."""
+    cached_versions: PositiveInt = 2
+    """Versions that a worker keeps in host memory for `exact_logprobs`, each as large as a published
+    one; any other is read from the weight store again."""
     tokens_per_batch: PositiveInt = 16384
     """Token budget of one forward pass of the frozen models."""
     num_cpus: PositiveFloat = 1.0
     num_gpus: float = Field(default=0.0, ge=0)
     request_timeout_s: PositiveFloat = 300.0
-    """Deadline of one group on one worker, all rewards and the reference included."""
+    """Deadline of one group on one worker, all rewards and models included."""
     max_retries: int = Field(default=2, ge=0)
     """How often a group whose scoring failed is tried again before it is discarded."""
     max_error_rate: float = Field(default=0.5, gt=0, le=1)

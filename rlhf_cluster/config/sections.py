@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from rlhf_cluster.config.base import Section
+from rlhf_cluster.experience.staleness import OnStale
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -21,9 +22,9 @@ class Run(Section):
     """Folder that holds the runs; on a cluster one that every node sees."""
     seed: int = Field(default=0, ge=0)
     steps: PositiveInt
-    """Optimizer steps of reinforcement learning."""
+    """Steps of reinforcement learning, each on one batch of groups."""
     groups_per_step: PositiveInt
-    """Prompts (groups of rollouts) that one optimizer step trains on."""
+    """Prompts (groups of rollouts) that one step trains on."""
     stall_timeout_s: PositiveFloat = 300.0
     """The run fails when the learner got nothing to train on for this long."""
     start_timeout_s: PositiveFloat = 600.0
@@ -103,7 +104,9 @@ class Generation(Section):
     temperature: PositiveFloat = 1.0
     dtype: Dtype = "bfloat16"
     quantization: str | None = None
-    """vLLM's name of a quantisation of the weights, such as "fp8_per_channel"."""
+    """`int8`: weights and activations in 8 bits, made from each published version by the worker that
+    loads it. Else vLLM's name of a quantisation, such as "fp8_per_channel". Training, published
+    versions and scoring stay as they are; the correction metrics show the mismatch it adds."""
     tensor_parallel_size: PositiveInt = 1
     max_num_seqs: PositiveInt = 256
     kv_cache_bytes: PositiveInt | None = None
@@ -111,29 +114,70 @@ class Generation(Section):
     block_size: PositiveInt | None = None
     prefix_caching: bool = True
     speculative: dict[str, Any] | None = None
-    """vLLM's speculative_config, such as {method = "ngram", num_speculative_tokens = 3}."""
+    """vLLM's speculative_config, such as {method = "ngram", num_speculative_tokens = 3}. A draft model
+    must hold tensors of the policy's (all, or its first layers), and moves with it at every pull;
+    its folder is `model`, seen by every node."""
     enforce_eager: bool = False
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """Further vLLM engine arguments by name."""
     num_cpus: PositiveFloat = 1.0
     num_gpus: float = Field(default=0.0, ge=0)
     """GPUs of one worker; `tensor_parallel_size` of them on a GPU machine."""
+    segment_tokens: PositiveInt | None = None
+    """A worker samples at most this many tokens more of each response of a group, then hands the
+    group back, to be continued from there: a worker's death costs one segment. Each costs a call and,
+    without `prefix_caching`, the tokens so far again. Default: whole responses."""
     request_timeout_s: PositiveFloat = 600.0
-    """Deadline of one group; then the worker counts as failed and the group goes elsewhere."""
+    """Deadline of one group, or of one segment of it; then the worker counts as failed and the group
+    goes elsewhere."""
     max_retries: int = Field(default=3, ge=0)
-    """How often a group is tried again on another worker before it is discarded."""
+    """How often a group, or one segment of it, is tried again on another worker before the group is
+    discarded."""
     pull_timeout_s: PositiveFloat = 120.0
-    cache_on_update: Literal["recompute", "keep"] = "recompute"
-    """What happens to KV caches when new weights arrive in flight."""
+    cache_on_update: Literal["recompute", "salt", "keep"] = "recompute"
+    """What happens to KV caches when new weights arrive in flight. `recompute`: all are computed
+    again. `salt`: running requests go on from theirs, and others start from none of another version.
+    `keep`: nothing is dropped or kept apart. docs/architecture.md has what each costs."""
+
+    @property
+    def draft_folder(self) -> str | None:
+        """Folder of the model that proposes tokens, where one does."""
+        return (self.speculative or {}).get("model")
+
+
+class Lora(Section):
+    """Adapters by peft: only they are trained, and versions are published with them merged."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    """The adapter's product counts alpha / rank times."""
+    targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Names of linear layers, such as ["q_proj", "v_proj"]; `all-linear`: all but the output's."""
+    dora: bool = False
+    """Learn the size of each row apart from its direction (DoRA)."""
+    quantize_base: bool = False
+    """Hold the decoder's frozen linear layers in 4 bits (QLoRA), by bitsandbytes. The policy and its
+    reference start as the model with these layers rounded, which is version 0."""
 
 
 class Learner(Section):
-    """The learner: FSDP2 ranks with fp32 master weights."""
+    """The learner: sharded ranks with fp32 master weights."""
 
     ranks: PositiveInt = 1
+    backend: Literal["fsdp2", "zero3"] = "fsdp2"
+    """What shards weights, gradients and moments: torch FSDP2, or DeepSpeed ZeRO-3. Equal results."""
+    lora: Lora | None = None
+    """A section of its own, [learner.lora], trains adapters instead of the weights themselves."""
+    epochs: PositiveInt = 1
+    """How often a step goes over its batch."""
+    minibatches: PositiveInt = 1
+    """Random parts of a batch with an optimizer step each; a step makes epochs * minibatches."""
     learning_rate: PositiveFloat
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    """Of the learning rate, in optimizer steps. `wsd`: constant, and a decay in a line at the end."""
     warmup_steps: int = Field(default=0, ge=0)
+    decay_steps: PositiveInt | None = None
+    """Optimizer steps of the decay at the end, with schedule = "wsd" only."""
     min_learning_rate: float = Field(default=0.0, ge=0)
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
@@ -156,6 +200,34 @@ class Learner(Section):
     step_timeout_s: PositiveFloat = 1800.0
 
 
+class Critic(Section):
+    """What learns the values of algorithms that need them (PPO). What is not here is as in
+    `learner`."""
+
+    kind: Literal["separate", "head"] = "separate"
+    """`separate`: the policy's architecture with a scalar head, a model of its own in every learner
+    rank. `head`: a scalar head on the policy's own last hidden states, trained in the same passes."""
+    coef: PositiveFloat = 0.5
+    """With kind = "head" only: weight of the value loss in the policy's loss."""
+    learning_rate: PositiveFloat = 1e-5
+    warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps of linear warm-up; the rate is constant after it."""
+    max_grad_norm: PositiveFloat = 1.0
+
+
+class AdaptiveDepth(Section):
+    """`staleness.pipeline_depth` follows what is measured; see `experience.adaptive`."""
+
+    ess_low: float = Field(default=0.5, gt=0, lt=1)
+    """Effective sample size (a share of the tokens) under which generation runs less far ahead."""
+    ess_high: float = Field(default=0.8, gt=0, le=1)
+    """Effective sample size from which generation may run further ahead."""
+    wait_share: float = Field(default=0.1, gt=0, lt=1)
+    """The learner waits when it spends more than this share of a step waiting for groups."""
+    steps: PositiveInt = 4
+    """Steps whose mean decides. Those trained on groups of an earlier depth do not count."""
+
+
 class Staleness(Section):
     """How old a token may be when it is trained, and how far generation runs ahead."""
 
@@ -165,6 +237,29 @@ class Staleness(Section):
     """Steps that generation may run ahead of the learner, within the bound."""
     max_in_flight_groups: PositiveInt | None = None
     """Groups being generated or scored at once; default: no limit but the two above."""
+    look_ahead: PositiveInt = 1
+    """The learner may take finished groups among this many from the oldest on, so that a slow one
+    holds up fewer. 1 is strict admission order. Admission allows for it: the bound stays."""
+    on_stale: OnStale = "wait"
+    """What happens when publishing is slow. `wait`: admission waits for live weights, no group is
+    ever over `max_staleness`. `drop`: admission goes on, groups that get too old are discarded and
+    replaced. `reweight`: admission goes on, groups up to `stale_limit` are trained, with the
+    algorithm's correction."""
+    stale_limit: PositiveInt | None = None
+    """The bound with on_stale = "reweight", over `max_staleness`."""
+    adaptive: AdaptiveDepth | None = None
+    """Makes `pipeline_depth` the start of a depth that follows what is measured."""
+
+    @property
+    def bound(self) -> int:
+        """The largest staleness that is trained."""
+        return self.max_staleness if self.stale_limit is None else self.stale_limit
+
+    @property
+    def oldest_in_flight(self) -> int:
+        """How far a version that sampled a token of a group in flight can be behind the learner's;
+        see `scoring.exact`."""
+        return 2 * self.max_staleness if self.on_stale == "drop" else self.bound
 
 
 class Weights(Section):
@@ -172,11 +267,42 @@ class Weights(Section):
 
     root: str | None = None
     """Folder of the versions; default: `weights` in the run directory. /dev/shm suits one box."""
+    transport: Literal["files", "ray", "nccl", "ipc"] = "files"
+    """What carries versions to their readers. `files`: the folder above, seen by every node. `ray`:
+    Ray's object store, and files only for versions that have to last. `nccl` and `ipc` are refused."""
+    durable_every: PositiveInt = 10
+    """With transport = "ray": versions from one written to files to the next. The first and the last
+    version of a run always are. Only these outlive the learner's processes."""
     dtype: Dtype | None = None
     """Type of the published tensors; default: the generation pool's."""
+    format: Literal["full", "delta", "adapter"] = "full"
+    """`delta` writes only what changed since the version before, without loss. Suits small steps in
+    bfloat16 and slow file systems. Each learner rank then keeps its share of the last version in
+    host memory, and each part of a generation worker the whole of it. `adapter`, with [learner.lora],
+    writes adapters only, after a first version in full; each part of a generation worker keeps the
+    weights under them in host memory. What readers get is the same in all formats, to the bit."""
+    anchor_every: int = Field(default=8, ge=2, le=64)
+    """With format = "delta" one version in this many is written in full, which bounds how many a
+    worker that joins late has to read."""
     publish_every: PositiveInt = 1
     """Optimizer steps between two published versions."""
     publish_timeout_s: PositiveFloat = 300.0
+
+
+class Checkpoint(Section):
+    """Checkpoints of the whole run, from which the same command continues it."""
+
+    every: int = Field(default=50, ge=0)
+    """Steps between two checkpoints; the last step has one too. 0: only when the run is stopped.
+    Writing goes on behind the steps that follow, from a copy in host memory of 12 bytes a trained
+    parameter, shared among the ranks."""
+    keep: PositiveInt = 2
+    """How many stay on disk. An older one is deleted once a newer one is complete."""
+    timeout_s: PositiveFloat = 600.0
+    """Deadline of writing one."""
+    notice_s: float = Field(default=45.0, gt=0, le=100)
+    """After SIGTERM, Ctrl-C or stop the run ends its step and writes a checkpoint, within this. A
+    second signal ends it at once."""
 
 
 class ClusterSection(Section):

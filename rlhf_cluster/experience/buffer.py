@@ -1,9 +1,12 @@
 """The experience buffer as a state machine: no clock, no waiting, no transport.
 
-A group's life: admit -> finish -> take, or admit -> discard. Promises:
+A group's life: admit -> finish -> take, or a discard before it is taken. Promises:
 - every admitted ticket ends exactly once: taken, or discarded with a reason that is counted;
-- `take` hands out whole groups in admission order and nothing before its turn;
-- a group over the staleness bound raises `StalenessError` when taken;
+- `take` hands out whole groups, the oldest finished first, within the look-ahead window that starts
+  at the oldest group (see `staleness`), and nothing before its turn;
+- a group over `gate.bound` is never handed out: with on_stale = "drop" one over `max_staleness` is
+  discarded with the reason "stale" as soon as it is known, otherwise `take` raises
+  `StalenessError`;
 - versions never go back.
 
 `Handle`s are kept as they are; the buffer never looks inside.
@@ -12,12 +15,15 @@ A group's life: admit -> finish -> take, or admit -> discard. Promises:
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rlhf_cluster.errors import RecordError, StalenessError
-from rlhf_cluster.experience.staleness import AdmissionGate, check_staleness
+from rlhf_cluster.experience.staleness import AdmissionGate
 from rlhf_cluster.ports import Handle, Taken
 from rlhf_cluster.records import GroupSummary, Ticket
+
+STALE = "stale"
+"""The reason of a discard for age."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +33,7 @@ class BufferStats:
     admitted: int
     finished: int
     taken: int
+    reweighted: int  # taken over max_staleness, with on_stale = "reweight"
     discarded: dict[str, int]
     in_flight: tuple[str, ...]  # ids of groups admitted and not yet finished, oldest first
     ready: int  # finished and not yet taken
@@ -38,6 +45,23 @@ class BufferStats:
         return sum(self.discarded.values())
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BufferState:
+    """What a resumed run needs of the buffer, taken between two steps.
+
+    `open` are the tickets that are admitted, not taken and not discarded, in order. Groups that
+    were finished are among them, and not among `finished`: they are generated again.
+    """
+
+    learner_version: int
+    admitted: int
+    finished: int
+    taken: int
+    reweighted: int
+    discarded: dict[str, int]
+    open: tuple[Ticket, ...]
+
+
 @dataclass(slots=True)
 class ExperienceBuffer:
     """`live_version` is -1 until the first version is live; nothing is admitted before that."""
@@ -46,14 +70,65 @@ class ExperienceBuffer:
     learner_version: int = 0
     live_version: int = -1
     _waiting: OrderedDict[int, Taken | Ticket] = field(default_factory=OrderedDict)
+    _num_in_flight: int = 0
     _admitted: int = 0
     _finished: int = 0
     _taken: int = 0
+    _reweighted: int = 0
     _discarded: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def resume(cls, gate: AdmissionGate, state: BufferState) -> ExperienceBuffer:
+        """The buffer of a run that goes on from `state`.
+
+        Open tickets are in flight again: the caller generates each once more, or discards it. They
+        keep their numbers and versions, so the bound holds for them as for any other.
+
+        Raises `StalenessError` when counters and version do not belong together: a counter that
+        started from zero would admit a whole run's worth of groups at once.
+        """
+        groups = state.learner_version * gate.groups_per_step
+        kept = state.admitted - sum(state.discarded.values())
+        if state.taken != groups or kept != state.taken + len(state.open):
+            raise StalenessError(
+                f"resume at learner version {state.learner_version} with {state.taken} groups "
+                f"taken, {len(state.open)} open and {kept} admitted and not discarded; "
+                f"{state.learner_version} steps of {gate.groups_per_step} groups have taken "
+                f"{groups}, and taken + open must be those kept. Counters, groups_per_step and "
+                "learner must come from the same checkpoint"
+            )
+        return cls(
+            gate,
+            learner_version=state.learner_version,
+            _waiting=OrderedDict((ticket.number, ticket) for ticket in state.open),
+            _num_in_flight=len(state.open),
+            _admitted=state.admitted,
+            _finished=state.finished,
+            _taken=state.taken,
+            _reweighted=state.reweighted,
+            _discarded=Counter(state.discarded),
+        )
+
+    def state(self) -> BufferState:
+        """What `resume` takes; call between two steps."""
+        tickets = [e if isinstance(e, Ticket) else e.ticket for e in self._waiting.values()]
+        return BufferState(
+            learner_version=self.learner_version,
+            admitted=self._admitted,
+            finished=self._finished - self.num_ready,
+            taken=self._taken,
+            reweighted=self._reweighted,
+            discarded=dict(self._discarded),
+            open=tuple(tickets),
+        )
 
     @property
     def num_in_flight(self) -> int:
-        return self._admitted - self._finished - self._discarded.total()
+        return self._num_in_flight
+
+    @property
+    def num_ready(self) -> int:
+        return len(self._waiting) - self._num_in_flight
 
     @property
     def num_kept(self) -> int:
@@ -61,8 +136,8 @@ class ExperienceBuffer:
 
     @property
     def complete(self) -> bool:
-        """All groups of the run have been finished, so none will ever be admitted again."""
-        return self._finished >= self.gate.total_groups
+        """All groups of the run have been taken, so none will ever be admitted again."""
+        return self._taken >= self.gate.total_groups
 
     def admit(self) -> Ticket | None:
         """A ticket, or None while there is no free slot."""
@@ -79,9 +154,11 @@ class ExperienceBuffer:
         ticket = Ticket(number=self._admitted, version=self.live_version)
         self._waiting[ticket.number] = ticket
         self._admitted += 1
+        self._num_in_flight += 1
         return ticket
 
-    def finish(self, ticket: Ticket, handle: Handle, summary: GroupSummary) -> None:
+    def finish(self, ticket: Ticket, handle: Handle, summary: GroupSummary) -> bool:
+        """Whether the group was kept: with on_stale = "drop" one that is too old is discarded."""
         self._open(ticket, "finish")
         if summary.oldest_version < ticket.version:
             raise StalenessError(
@@ -91,46 +168,51 @@ class ExperienceBuffer:
             )
         self._waiting[ticket.number] = Taken(ticket=ticket, handle=handle, summary=summary)
         self._finished += 1
+        self._num_in_flight -= 1
+        self._drop_stale()
+        return ticket.number in self._waiting
 
     def discard(self, ticket: Ticket, reason: str) -> None:
         self._open(ticket, "discard")
         del self._waiting[ticket.number]
+        self._num_in_flight -= 1
         self._discarded[reason] += 1
 
     def ready(self, num_groups: int) -> bool:
-        """Whether the oldest `num_groups` groups are all finished."""
-        heads = [entry for _, entry in zip(range(num_groups), self._waiting.values(), strict=False)]
-        return len(heads) == num_groups and all(isinstance(head, Taken) for head in heads)
+        """Whether `num_groups` groups can be taken."""
+        return len(self._next(num_groups)) == num_groups
 
     def saw_learner(self, version: int) -> None:
-        """The learner has done `version` optimizer steps."""
+        """The learner has done `version` steps."""
         self.learner_version = self._advance("learner", self.learner_version, version)
+        self._drop_stale()
 
     def version_live(self, version: int) -> None:
         """Every worker samples with `version` or later, so the learner has done that many steps."""
         self.live_version = self._advance("live", self.live_version, version)
-        self.learner_version = max(self.learner_version, version)
+        self.saw_learner(max(self.learner_version, version))
+
+    def set_pipeline_depth(self, depth: int) -> None:
+        """Pace admission anew. The bound does not depend on it."""
+        self.gate = replace(self.gate, pipeline_depth=depth)
 
     def take(self, num_groups: int) -> list[Taken]:
-        """The oldest `num_groups` groups; call only when `ready`. Raises `StalenessError`."""
-        if not self.ready(num_groups):
+        """The next `num_groups` groups; call only when `ready`. Raises `StalenessError`."""
+        groups = self._next(num_groups)
+        if len(groups) < num_groups:
             raise RecordError(
-                f"take({num_groups}) with {len(self._waiting)} groups waiting, the oldest not all "
-                "finished; ask ready() first"
+                f"take({num_groups}) with {len(self._waiting)} groups waiting, of which "
+                f"{len(groups)} can be taken; ask ready() first"
             )
-        groups = []
-        for number in list(self._waiting)[:num_groups]:
-            entry = self._waiting[number]
-            assert isinstance(entry, Taken)
-            check_staleness(
-                group_id=entry.ticket.group_id,
-                oldest_version=entry.summary.oldest_version,
+        for group in groups:
+            self.gate.check(
+                group_id=group.ticket.group_id,
+                oldest_version=group.summary.oldest_version,
                 learner_version=self.learner_version,
-                max_staleness=self.gate.max_staleness,
             )
-            groups.append(entry)
         for group in groups:
             del self._waiting[group.ticket.number]
+            self._reweighted += self._is_stale(group)
         self._taken += num_groups
         return groups
 
@@ -140,12 +222,43 @@ class ExperienceBuffer:
             admitted=self._admitted,
             finished=self._finished,
             taken=self._taken,
+            reweighted=self._reweighted,
             discarded=dict(self._discarded),
             in_flight=tuple(ticket.group_id for ticket in open_tickets),
-            ready=len(self._waiting) - len(open_tickets),
+            ready=self.num_ready,
             learner_version=self.learner_version,
             live_version=self.live_version,
         )
+
+    def _next(self, num_groups: int) -> list[Taken]:
+        """Up to `num_groups` finished groups in the window, the oldest first.
+
+        The window starts at the oldest group that is not taken, the ones picked here counted as
+        taken: at the first that is not finished.
+        """
+        found: list[Taken] = []
+        head: int | None = None
+        for number, entry in self._waiting.items():
+            if len(found) == num_groups:
+                break
+            if head is not None and number >= head + self.gate.look_ahead:
+                break
+            if isinstance(entry, Taken):
+                found.append(entry)
+            elif head is None:
+                head = number
+        return found
+
+    def _drop_stale(self) -> None:
+        if self.gate.on_stale != "drop":
+            return
+        ready = [entry for entry in self._waiting.values() if isinstance(entry, Taken)]
+        for group in filter(self._is_stale, ready):
+            del self._waiting[group.ticket.number]
+            self._discarded[STALE] += 1
+
+    def _is_stale(self, group: Taken) -> bool:
+        return self.gate.is_stale(group.summary.oldest_version, self.learner_version)
 
     def _open(self, ticket: Ticket, action: str) -> None:
         if not isinstance(self._waiting.get(ticket.number), Ticket):
@@ -169,6 +282,7 @@ def buffer_metrics(stats: BufferStats) -> dict[str, float]:
         "buffer/admitted_total": float(stats.admitted),
         "buffer/finished_total": float(stats.finished),
         "buffer/taken_total": float(stats.taken),
+        "buffer/reweighted_total": float(stats.reweighted),
         "buffer/in_flight": float(len(stats.in_flight)),
         "buffer/ready": float(stats.ready),
     }

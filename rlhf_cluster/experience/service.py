@@ -2,7 +2,7 @@
 
 Every wait ends: at its condition, or after `patience_s`, when it answers `WAIT` and the caller asks
 again. So a call never outlives its caller's deadline by more than `patience_s`, and a caller that
-died leaves no waiter behind. `take` raises `StalledError` when no group finished for
+died leaves no waiter behind. `take` raises `StalledError` when no group was finished and kept for
 `stall_timeout_s` while the learner waited; the message names the groups that are missing.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from enum import StrEnum
 
 from rlhf_cluster.errors import StalledError
-from rlhf_cluster.experience.buffer import BufferStats, ExperienceBuffer
+from rlhf_cluster.experience.buffer import BufferState, BufferStats, ExperienceBuffer
 from rlhf_cluster.ports import Handle, Taken
 from rlhf_cluster.records import GroupSummary, Ticket
 
@@ -22,7 +22,7 @@ class Answer(StrEnum):
     """What a wait says when it has no result."""
 
     WAIT = "wait"  # nothing yet: ask again
-    DONE = "done"  # the run needs no further group
+    DONE = "done"  # the run needs no further group, or was stopped
 
 
 class BufferService:
@@ -42,25 +42,27 @@ class BufferService:
         self._changed = asyncio.Condition()
         self._last_progress_s = clock()
         self._learner_waits = False
+        self._stopped = False
 
-    async def admit(self) -> Ticket | Answer:
-        """Waits for: a free slot. Unblocked by: `take`, `discard`, `version_live`."""
-        ticket: Ticket | None = None
+    async def admit(self) -> list[Ticket] | Answer:
+        """All slots that are free. Waits for: one. Unblocked by: `take`, `discard`,
+        `version_live`."""
+        tickets: list[Ticket] = []
 
         def free_or_done() -> bool:
-            nonlocal ticket
-            ticket = self._buffer.admit()
-            return ticket is not None or self._buffer.complete
+            while not self._stopped and (ticket := self._buffer.admit()) is not None:
+                tickets.append(ticket)
+            return bool(tickets) or self._buffer.complete or self._stopped
 
         await self._wait(free_or_done)
-        if ticket is not None:
-            return ticket
-        return Answer.DONE if self._buffer.complete else Answer.WAIT
+        if tickets:
+            return tickets
+        return Answer.DONE if self._buffer.complete or self._stopped else Answer.WAIT
 
     async def finish(self, ticket: Ticket, handle: Handle, summary: GroupSummary) -> None:
         async with self._changed:
-            self._buffer.finish(ticket, handle, summary)
-            self._last_progress_s = self._clock()
+            if self._buffer.finish(ticket, handle, summary):
+                self._last_progress_s = self._clock()
             self._changed.notify_all()
 
     async def discard(self, ticket: Ticket, reason: str) -> None:
@@ -69,15 +71,17 @@ class BufferService:
             self._changed.notify_all()
 
     async def take(self, num_groups: int, learner_version: int) -> Sequence[Taken] | Answer:
-        """Waits for: the oldest groups to finish. Unblocked by: `finish`, `discard`."""
+        """Waits for: the next groups to finish. Unblocked by: `finish`, `discard`, `stop`."""
         async with self._changed:
             self._buffer.saw_learner(learner_version)
             self._changed.notify_all()
         if not self._learner_waits:
             self._learner_waits = True
             self._last_progress_s = self._clock()
-        if await self._wait(lambda: self._buffer.ready(num_groups)):
+        if await self._wait(lambda: self._stopped or self._buffer.ready(num_groups)):
             self._learner_waits = False
+            if self._stopped:
+                return Answer.DONE
             async with self._changed:
                 groups = self._buffer.take(num_groups)
                 self._changed.notify_all()
@@ -85,9 +89,27 @@ class BufferService:
         self._check_stall(num_groups)
         return Answer.WAIT
 
+    async def stop(self) -> None:
+        """From now on `admit` and `take` answer `DONE`. What is in the buffer stays."""
+        async with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    async def state(self, learner_version: int) -> BufferState:
+        """What `ExperienceBuffer.resume` takes; call between two steps of the learner."""
+        async with self._changed:
+            self._buffer.saw_learner(learner_version)
+            self._changed.notify_all()
+            return self._buffer.state()
+
     async def version_live(self, version: int) -> None:
         async with self._changed:
             self._buffer.version_live(version)
+            self._changed.notify_all()
+
+    async def set_pipeline_depth(self, depth: int) -> None:
+        async with self._changed:
+            self._buffer.set_pipeline_depth(depth)
             self._changed.notify_all()
 
     async def stats(self) -> BufferStats:

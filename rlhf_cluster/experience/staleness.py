@@ -2,45 +2,65 @@
 
 staleness = learner version at the time of training - oldest version that sampled a token.
 
-Admission. A new group may start only while
+Written with G = groups_per_step, K = max_staleness, W = look_ahead, D = pipeline_depth. `learner`
+is the number of steps done, `live` the oldest version that any generation worker can still sample
+with; it trails `learner` while a publish or pull is under way, so live <= learner. `kept` are the
+groups admitted and not discarded. `bound` is K, or `stale_limit` with on_stale = "reweight".
 
-    admitted - discarded < (max_staleness + live_version + 1) * groups_per_step      (the bound)
-    admitted - discarded < (pipeline_depth + learner_version + 1) * groups_per_step  (the pacing)
+Admission. A group may start only while all of these hold:
 
-`live_version` is the oldest version that any generation worker can still sample with, so it trails
-`learner_version` while a publish or pull is under way.
+    kept < (bound + live + 1) * G - (W - 1)      the bound; not with on_stale = "drop"
+    kept < (K + learner + 1) * G - (W - 1)       the target; implied by the bound where bound = K
+    kept < (D + learner + 1) * G                 the pacing
+    learner - live <= K                          with on_stale = "drop" only
 
-Consumption. The learner takes groups in admission order, `groups_per_step` a step.
+Consumption. Of the groups not yet taken let h be the number of the oldest. The learner may take a
+finished group with number < h + W, the oldest first, G a step. W = 1 is strict admission order.
 
-Why the bound holds: let a group be admitted while `live_version = v`, with fewer than
-(max_staleness + v + 1) * groups_per_step groups admitted and not discarded. Admission order and
-whole steps put it into step floor(place / groups_per_step) <= max_staleness + v, and later discards
-only move it forward. The learner's version before step k is k, and each of the group's tokens is
-sampled with version v or later. So its staleness is at most max_staleness. Taking groups in the
-order in which they complete would break this: a slow group could slip arbitrarily many steps.
+The bound: no group is trained with a staleness over `bound` ("wait", "reweight": it cannot happen
+and raises if it does; "drop": an older group is discarded instead). The theorem, its proof, and
+what breaks it are in docs/staleness.md.
+
+The window moves with the oldest group and never past it, so a group is overtaken by at most W - 1
+others. A window over "the first W that are left" would let a slow group be overtaken without end.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from rlhf_cluster.errors import StalenessError
+
+OnStale = Literal["wait", "drop", "reweight"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdmissionGate:
-    """How many further groups may start, given the counters of the buffer."""
+    """How many further groups may start, given the counters of the buffer.
+
+    A look-ahead over `largest_look_ahead` is safe and stalls the run, because whole steps are never
+    admitted; the configuration refuses it.
+    """
 
     max_staleness: int
     pipeline_depth: int
     groups_per_step: int
     num_steps: int
     max_in_flight_groups: int | None = None
+    look_ahead: int = 1
+    on_stale: OnStale = "wait"
+    stale_limit: int | None = None  # with on_stale = "reweight", where it is over max_staleness
 
     @property
     def total_groups(self) -> int:
         """Groups that the run trains on in all; none is started beyond them."""
         return self.num_steps * self.groups_per_step
+
+    @property
+    def bound(self) -> int:
+        """The largest staleness that is trained."""
+        return self.max_staleness if self.stale_limit is None else self.stale_limit
 
     def capacity(
         self, *, learner_version: int, live_version: int, num_kept: int, num_in_flight: int
@@ -49,23 +69,45 @@ class AdmissionGate:
 
         `num_kept`: groups admitted and not discarded. `num_in_flight`: admitted, not yet finished.
         """
-        bound = (self.max_staleness + live_version + 1) * self.groups_per_step
-        pacing = (self.pipeline_depth + learner_version + 1) * self.groups_per_step
-        slots = min(bound, pacing, self.total_groups) - num_kept
+        limits = [
+            self._whole_steps(self.max_staleness + learner_version),
+            (self.pipeline_depth + learner_version + 1) * self.groups_per_step,
+            self.total_groups,
+        ]
+        if self.on_stale != "drop":
+            limits.append(self._whole_steps(self.bound + live_version))
+        elif learner_version - live_version > self.max_staleness:
+            return 0
+        slots = min(limits) - num_kept
         if self.max_in_flight_groups is not None:
             slots = min(slots, self.max_in_flight_groups - num_in_flight)
         return slots
 
+    def is_stale(self, oldest_version: int, learner_version: int) -> bool:
+        """Whether a group is over `max_staleness`; what follows is `on_stale`."""
+        return learner_version - oldest_version > self.max_staleness
 
-def check_staleness(
-    *, group_id: str, oldest_version: int, learner_version: int, max_staleness: int
-) -> int:
-    """The staleness of a group. Raises `StalenessError` when it is over the bound or negative."""
-    staleness = learner_version - oldest_version
-    if not 0 <= staleness <= max_staleness:
-        raise StalenessError(
-            f"group {group_id} was sampled with version {oldest_version} and the learner is at "
-            f"version {learner_version}: staleness {staleness} is outside 0..{max_staleness} "
-            "(staleness.max_staleness). The group was not trained; this is a fault of the system"
-        )
-    return staleness
+    def check(self, *, group_id: str, oldest_version: int, learner_version: int) -> int:
+        """The staleness of a group. Raises `StalenessError` when it is over the bound or negative."""
+        staleness = learner_version - oldest_version
+        if not 0 <= staleness <= self.bound:
+            key = "max_staleness" if self.stale_limit is None else "stale_limit"
+            raise StalenessError(
+                f"group {group_id} was sampled with version {oldest_version} and the learner is at "
+                f"version {learner_version}: staleness {staleness} is outside 0..{self.bound} "
+                f"(staleness.{key}). The group was not trained; this is a fault of the system"
+            )
+        return staleness
+
+    def _whole_steps(self, last_step: int) -> int:
+        """Groups that may be kept so that none is trained after `last_step`, overtaken or not."""
+        return (last_step + 1) * self.groups_per_step - (self.look_ahead - 1)
+
+
+def largest_look_ahead(*, max_staleness: int, publish_every: int, groups_per_step: int) -> int:
+    """The largest window with which the learner always gets a whole step of groups.
+
+    While it waits at version s, the newest version that gets live is at least
+    s - (publish_every - 1); the bound must admit (s + 1) * groups_per_step groups then.
+    """
+    return (max_staleness + 1 - publish_every) * groups_per_step + 1

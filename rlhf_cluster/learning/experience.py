@@ -1,8 +1,8 @@
 """Experience groups -> sequences to train on (numpy), and the staleness gate of the learner.
 
 Promises: the gate looks at every trained token at the moment of training and raises; nothing stale
-is dropped or trained without a word. `num_tokens` counts exactly the trained tokens of the batch,
-also those of rollouts that are left out of the computation because their loss is zero: leaving
+is dropped or trained without a word. `num_tokens` counts exactly the trained tokens of each
+rollout, also of those that are left out of the computation because their loss is zero: leaving
 them out saves their passes and changes neither the gradient nor its scale.
 """
 
@@ -17,18 +17,23 @@ from rlhf_cluster.errors import RecordError, StalenessError
 from rlhf_cluster.learning.packing import TokenSequence
 from rlhf_cluster.records import ExperienceGroup, Rollout, ScoredRollout
 
+SCORES = ("ref_logprobs", "exact_logprobs", "reference_kl")
+"""What the scoring pool, or the learner at the start of the step, may have added."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingBatch:
-    """What one optimizer step computes with."""
+    """What one step computes with. R rollouts, some of them left out of the passes."""
 
-    sequences: list[TokenSequence]
+    sequences: list[TokenSequence | None]  # [R], None where a rollout is left out
+    num_tokens: list[int]  # [R], trained tokens
+    rollout_ids: list[str]  # [R]
     streams: tuple[str, ...]
     temperature: float
-    num_tokens: int  # trained tokens of all rollouts: the denominator of the loss
-    num_computed_tokens: int  # those of `sequences`
-    num_rollouts: int
-    num_dropped: int  # rollouts without a loss, left out of the passes
+
+    @property
+    def num_left_out(self) -> int:
+        return sum(s is None for s in self.sequences)
 
 
 def check_staleness(
@@ -67,25 +72,27 @@ def check_staleness(
 def training_batch(
     groups: Sequence[ExperienceGroup],
     advantages: Sequence[Sequence[np.ndarray]],
+    version: int,
     drop_zero_advantages: bool,
 ) -> TrainingBatch:
     """Turn groups and their advantages into sequences with the streams that losses need.
 
-    Streams: `sampled_logprobs`, `advantages`, and `ref_logprobs` when every rollout has them.
-    Rollouts without a trained token are left out always; those whose advantages are all zero only
-    with `drop_zero_advantages`, which is right when the advantage multiplies the whole loss.
+    Streams: `sampled_logprobs`, `advantages`, `staleness` (against the learner's `version`), and
+    those of `SCORES` that every rollout has. Rollouts without a trained token are left out always;
+    those whose advantages are all zero only with `drop_zero_advantages`, which is right when the
+    advantage multiplies the whole loss.
 
     Raises:
         RecordError: no trained token at all, advantages that do not fit, mixed temperatures, or
-            reference log-probabilities for some rollouts only.
+            one of `SCORES` for some rollouts only.
     """
     scored = [s for group in groups for s in group.scored]
     flat_advantages = [a for group in advantages for a in group]
     rollouts = [s.rollout for s in scored]
-    num_tokens = sum(int(r.response_mask.sum()) for r in rollouts)
-    if num_tokens == 0:
+    num_tokens = [int(r.response_mask.sum()) for r in rollouts]
+    if not any(num_tokens):
         raise RecordError(f"a batch of {len(groups)} groups has no trained token")
-    has_reference = _has_reference(scored)
+    scores = [name for name in SCORES if _has(scored, name)]
     sequences = []
     for item, values in zip(scored, flat_advantages, strict=True):
         mask = item.rollout.response_mask
@@ -94,25 +101,28 @@ def training_batch(
                 f"rollout {item.rollout.rollout_id}: advantages {list(values.shape)} for "
                 f"{len(mask)} response tokens"
             )
-        if mask.any() and (values[mask].any() or not drop_zero_advantages):
-            sequences.append(_sequence(item, values, has_reference))
-    names = ("sampled_logprobs", "advantages", *(("ref_logprobs",) if has_reference else ()))
+        counts = mask.any() and (values[mask].any() or not drop_zero_advantages)
+        sequences.append(_sequence(item, values, version, scores) if counts else None)
+    names = ("sampled_logprobs", "advantages", "staleness")
     return TrainingBatch(
         sequences=sequences,
-        streams=names,
-        temperature=_temperature(rollouts),
         num_tokens=num_tokens,
-        num_computed_tokens=sum(int(np.sum(s.target_mask)) for s in sequences),
-        num_rollouts=len(rollouts),
-        num_dropped=len(rollouts) - len(sequences),
+        rollout_ids=[r.rollout_id for r in rollouts],
+        streams=(*names, *scores),
+        temperature=temperature_of(rollouts),
     )
 
 
-def _sequence(item: ScoredRollout, advantages: np.ndarray, has_reference: bool) -> TokenSequence:
+def _sequence(
+    item: ScoredRollout, advantages: np.ndarray, version: int, scores: Sequence[str]
+) -> TokenSequence:
     rollout = item.rollout
-    streams = {"sampled_logprobs": rollout.sampled_logprobs, "advantages": advantages}
-    if has_reference and item.ref_logprobs is not None:
-        streams["ref_logprobs"] = item.ref_logprobs
+    streams = {
+        "sampled_logprobs": rollout.sampled_logprobs,
+        "advantages": advantages,
+        "staleness": (version - rollout.versions).astype(np.float32),
+    }
+    streams |= {name: getattr(item, name) for name in scores}
     return TokenSequence(
         prompt_ids=rollout.prompt_ids,
         target_ids=rollout.response_ids,
@@ -121,16 +131,17 @@ def _sequence(item: ScoredRollout, advantages: np.ndarray, has_reference: bool) 
     )
 
 
-def _has_reference(scored: Sequence[ScoredRollout]) -> bool:
-    missing = [s.rollout.rollout_id for s in scored if s.ref_logprobs is None]
+def _has(scored: Sequence[ScoredRollout], name: str) -> bool:
+    missing = [s.rollout.rollout_id for s in scored if getattr(s, name) is None]
     if missing and len(missing) < len(scored):
         raise RecordError(
-            f"rollout {missing[0]} has no ref_logprobs, others of the batch have; all or none"
+            f"rollout {missing[0]} has no {name}, others of the batch have; all or none"
         )
     return not missing
 
 
-def _temperature(rollouts: Sequence[Rollout]) -> float:
+def temperature_of(rollouts: Sequence[Rollout]) -> float:
+    """The one that all were sampled at. Raises `RecordError` where there is no single one, over 0."""
     found = sorted({r.temperature for r in rollouts})
     if len(found) != 1 or found[0] <= 0:
         raise RecordError(

@@ -3,47 +3,76 @@
     setup -> sft_step* -> train_step*, with snapshot and write_snapshot between them -> close
 
 Every rank is given the same calls with the same arguments in the same order. Promises:
-- `version` is the number of optimizer steps of reinforcement learning; a step that was skipped for
-  gradients that are not finite counts, so that versions stay in step with the run.
+- `version` is the number of steps of reinforcement learning, each of `learner.epochs` times
+  `learner.minibatches` optimizer steps; those that were skipped for gradients that are not finite
+  count, so that versions stay in step with the run. Their rollouts' ids are left in the run
+  directory under `skipped/`.
 - Master weights, gradients and moments are float32. Supervised steps have an optimizer of their
   own, gone before the first step of reinforcement learning, which starts with a fresh one.
+- An algorithm with a critic has a value model or a value head beside the policy, never published.
+- `copy_state` is all that a checkpoint needs between two steps, and `load_state` goes on from what
+  `write_state` wrote as if there had been no interruption (`learning.checkpoint`).
 - `snapshot` is all that publishing needs between two steps: a copy of this rank's own shards.
   `write_snapshot` reads that copy only, so it may run in another thread beside the next step.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
-from rlhf_cluster.algorithms import ALGORITHMS
+from rlhf_cluster.algorithms import build_algorithm
+from rlhf_cluster.algorithms.base import CriticAlgorithm
+from rlhf_cluster.checkpoint.state import LearnerState
 from rlhf_cluster.config.run import RunConfig
 from rlhf_cluster.data.examples import SftExample
 from rlhf_cluster.errors import RunError, WeightError
-from rlhf_cluster.learning.fsdp import (
-    adamw,
-    assert_float32,
-    join_group,
+from rlhf_cluster.learning.backend import AdamWSettings, ShardedModel, assert_float32
+from rlhf_cluster.learning.checkpoint import StateCopies, load
+from rlhf_cluster.learning.critic import Critic, ValueLM, load_value_model, shard_value_model
+from rlhf_cluster.learning.fsdp import Fsdp2Model, shard
+from rlhf_cluster.learning.lora import add_adapters
+from rlhf_cluster.learning.passes import Layout
+from rlhf_cluster.learning.policy import (
+    PolicyLM,
+    check_distribution,
+    check_names,
+    load_policy,
+)
+from rlhf_cluster.learning.process_group import join_group
+from rlhf_cluster.learning.publishing import (
+    Bases,
+    Frozen,
+    anchor_parts,
+    changed_fraction,
+    count_changed_bf16,
+    frozen,
+    host_copy,
     local_parts,
-    shard,
     tensor_shapes,
 )
-from rlhf_cluster.learning.passes import Layout
-from rlhf_cluster.learning.policy import PolicyLM, check_names, load_policy
+from rlhf_cluster.learning.quantized import stands_for
+from rlhf_cluster.learning.reference import FrozenCopy, Reference, StartAdapters
 from rlhf_cluster.learning.schedule import Schedule
 from rlhf_cluster.learning.sft import sft_step
-from rlhf_cluster.learning.train_step import train_step
+from rlhf_cluster.learning.train_step import StepSettings, train_step
 from rlhf_cluster.learning.update import Updater
+from rlhf_cluster.learning.value_head import new_critic, sharded_head
+from rlhf_cluster.learning.zero3 import leave_group, partition
 from rlhf_cluster.ports import StepReport
 from rlhf_cluster.records import ExperienceGroup
+from rlhf_cluster.weights.files import FileSink
 from rlhf_cluster.weights.manifest import LocalPart, ShardReport
-from rlhf_cluster.weights.store import write_shard
+from rlhf_cluster.weights.shards import send_shard
+from rlhf_cluster.weights.transport import ShardSink
 
 
 class LearnerRank:
@@ -63,26 +92,39 @@ class LearnerRank:
         self._rank, self._world_size = rank, world_size
         self._init_method = init_method
         self._clock = clock
-        self._algorithm = ALGORITHMS[config.algorithm.type](config.algorithm)
+        self._algorithm = build_algorithm(config.algorithm, config.generation.max_response_tokens)
         self._device = torch.device("cpu")
-        self._policy: PolicyLM | None = None
+        self._joined = False
+        self._model: ShardedModel | None = None
         self._updater: Updater | None = None
         self._sft_updater: Updater | None = None
+        self._value_model: ShardedModel | None = None
+        self._critic: Critic | None = None
+        self._reference: Reference | None = None
         self._num_sft_steps = 0
         self._version = 0
         self._snapshot: tuple[int, list[LocalPart]] | None = None
         self._snapshot_lock = threading.Lock()
+        self._copied: list[LocalPart] | None = None
+        self._changed: tuple[int, int] | None = None
+        self._bases = Bases(rank, config.weights.format)
+        self._frozen: Frozen | None = None  # where versions are adapters
+        self._copies = StateCopies(rank)
 
     @property
     def version(self) -> int:
-        """Optimizer steps of reinforcement learning that were taken."""
+        """Steps of reinforcement learning that were taken."""
         return self._version
 
     @property
-    def policy(self) -> PolicyLM:
-        if self._policy is None:
+    def model(self) -> ShardedModel:
+        if self._model is None:
             raise RunError(f"learner rank {self._rank} is not set up; call setup first")
-        return self._policy
+        return self._model
+
+    @property
+    def policy(self) -> PolicyLM:
+        return cast(PolicyLM, self.model.module)
 
     def setup(self) -> dict[str, Any]:
         """Load and shard the model, and meet the other ranks; returns facts about the rank.
@@ -98,6 +140,9 @@ class LearnerRank:
         compute = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
         policy = load_policy(self._model_dir, torch.float32, self._device, True, compute)
         check_names(policy, self._model_dir)
+        if settings.lora is not None:
+            add_adapters(policy, settings.lora, self._config.run.seed)
+            check_distribution(policy, compute)
         mesh = join_group(
             self._init_method,
             self._rank,
@@ -106,15 +151,33 @@ class LearnerRank:
             self._config.run.start_timeout_s,
             settings.collective_timeout_s,
         )
-        shard(policy, mesh, compute, settings.gradient_checkpointing)
-        assert_float32(policy)
-        self._policy = policy
+        self._joined = True
+        self._model = self._sharded(policy, mesh, compute)
+        assert_float32(self._model)
+        if self._algorithm.needs_critic:
+            if self._config.critic.kind == "head":
+                self._value_model = Fsdp2Model(sharded_head(policy, mesh), self._adamw)
+            else:
+                value_model = load_value_model(self._model_dir, self._device, compute)
+                self._value_model = self._sharded(value_model, mesh, compute)
+        if self._config.weights.format == "adapter":
+            self._frozen = frozen(self._model, self._publish_dtype)
+        if self._algorithm.full_kl_in is not None:
+            if settings.lora is not None:
+                self._reference = StartAdapters(self._model)
+            else:
+                self._reference = FrozenCopy(self._model_dir, mesh, self._device, compute)
+        weights = (stands_for(policy, part) for part in self._model.shards())
+        sizes = {name: math.prod(shape) for name, shape in weights}
         return {
             "rank": self._rank,
             "world_size": self._world_size,
             "device": str(self._device),
             "attention": policy.config._attn_implementation,
-            "num_parameters": sum(p.numel() for p in policy.parameters()),
+            "num_parameters": sum(sizes.values()),
+            "num_trained_parameters": sum(
+                sizes[name] for name, p in policy.named_parameters() if p.requires_grad
+            ),
         }
 
     def sft_step(self, examples: list[SftExample]) -> dict[str, float]:
@@ -133,26 +196,36 @@ class LearnerRank:
             schedule = Schedule(peak=sft.learning_rate, warmup_steps=sft.warmup_steps)
             self._sft_updater = self._new_updater(schedule)
         step, self._num_sft_steps = self._num_sft_steps, self._num_sft_steps + 1
-        return sft_step(self.policy, self._sft_updater, examples, step, self._layout)
+        return sft_step(self.model, self._sft_updater, examples, step, self._layout)
 
     def train_step(self, groups: Sequence[ExperienceGroup]) -> StepReport:
-        """One optimizer step on all groups; see `train_step.train_step`."""
-        if self._updater is None:
-            self._sft_updater = None
-            self._updater = self._new_updater(self._schedule)
+        """One step on all groups; see `train_step.train_step`.
+
+        Where two snapshots were taken before it, the report has the share of the elements that
+        differ between the last two of them, as bfloat16.
+        """
+        updater = self._begin()
         metrics = train_step(
-            self.policy,
-            self._updater,
+            self.model,
+            updater,
             self._algorithm,
             groups,
             self._version,
-            self._config.staleness.max_staleness,
+            StepSettings.of(self._config),
             self._layout,
             self._clock,
+            self._report_skipped,
+            self._critic,
+            self._reference,
         )
         if self._version == 0:
-            assert_float32(self.policy, self._updater.optimizer)
+            assert_float32(self.model)
+            if self._value_model is not None:
+                assert_float32(self._value_model)
         self._version += 1
+        if self._changed is not None:
+            metrics |= changed_fraction(self._changed, self._device)
+            self._changed = None
         return StepReport(step=self._version, metrics=metrics)
 
     def snapshot(self) -> int:
@@ -160,23 +233,26 @@ class LearnerRank:
 
         A snapshot that was not written yet is replaced.
         """
-        dtype = torch.bfloat16 if self._config.publish_dtype == "bfloat16" else torch.float32
-        parts = []
-        for part in local_parts(self.policy):
-            keep = part.tensor.dtype if not part.tensor.is_floating_point() else dtype
-            copied = part.tensor.to(keep, copy=True).to("cpu")
-            parts.append(replace(part, tensor=copied))
+        as_adapters = self._frozen is not None
+        parts = host_copy(local_parts(self.model, as_adapters), self._publish_dtype)
+        if self._copied is not None:
+            unchanged = self._frozen.num_unadapted if self._frozen is not None else 0
+            self._changed = count_changed_bf16(self._copied, parts, unchanged)
+        self._copied = parts
         with self._snapshot_lock:
             self._snapshot = (self._version, parts)
         return self._version
 
-    def write_snapshot(self, root: str) -> ShardReport:
+    def write_snapshot(self, to: str | Sequence[ShardSink], base: int | None = None) -> ShardReport:
         """Write the last snapshot as this rank's shard of its version. May run beside a step.
 
-        After an error the snapshot is still there, to be written again.
+        It goes to all sinks of `to`, or that folder. With `base`, the version that this rank wrote
+        last, only the difference is stored; with the last anchor that it wrote, only the adapters.
+        After an error the snapshot can be written again.
 
         Raises:
-            WeightError: there is no snapshot, or it cannot be written.
+            WeightError: there is no snapshot, or it cannot be written, or not against `base`.
+            StalledError: a sink's deadline passed.
         """
         with self._snapshot_lock:
             taken = self._snapshot
@@ -185,21 +261,53 @@ class LearnerRank:
                 f"learner rank {self._rank} has no snapshot to write; take one between two steps"
             )
         version, parts = taken
-        report = write_shard(root, version, self._rank, parts)
+        written = self._bases.find(base)
+        if self._frozen is not None and written is None:
+            parts = [*anchor_parts(self.model, self._frozen, self._publish_dtype), *parts]
+        sinks = [FileSink(to)] if isinstance(to, str) else to
+        report = send_shard(sinks, version, self._rank, parts, written)
         with self._snapshot_lock:
             if self._snapshot is taken:
                 self._snapshot = None
+        self._bases.wrote(version, parts, written)
         return report
+
+    def copy_state(self) -> LearnerState:
+        """Copy all that training goes on from to host memory; see `checkpoint.StateCopies`."""
+        return self._copies.copy(self._updaters, self._algorithm, self._version)
+
+    def write_state(self, root: str) -> ShardReport:
+        """Write the last copy of the state as this rank's shard. May run beside a step."""
+        return self._copies.write(root)
+
+    def load_state(self, folder: str, state: LearnerState) -> None:
+        """Go on from what all ranks' `write_state` made; see `checkpoint.load`.
+
+        Raises:
+            RunError: a step was taken.
+        """
+        if self._updater is not None:
+            raise RunError(f"load_state after version {self._version}: it comes before any step")
+        self._begin()
+        load(folder, state, self._updaters, self._algorithm)
+        self._version = state.version
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of a complete version, as `store.commit` takes them."""
-        return tensor_shapes(self.policy)
+        return tensor_shapes(self.model)
 
     def close(self) -> None:
         """Leave the group and drop the model. Safe to call twice."""
-        self._policy = self._updater = self._sft_updater = None
-        if dist.is_initialized():
+        models = [m for m in (self._value_model, self._model) if m is not None]
+        for model in models:
+            model.close()
+        if models and self._config.learner.backend == "zero3":
+            leave_group()
+        self._model = self._updater = self._sft_updater = self._frozen = None
+        self._value_model = self._critic = self._reference = None
+        if self._joined and dist.is_initialized():
             dist.destroy_process_group()
+        self._joined = False
 
     def _use_device(self) -> None:
         if self._config.learner.num_gpus:
@@ -208,10 +316,62 @@ class LearnerRank:
         else:
             torch.set_num_threads(1)
 
-    def _new_updater(self, schedule: Schedule) -> Updater:
+    def _sharded(
+        self, model: PolicyLM | ValueLM, mesh: DeviceMesh, compute: torch.dtype
+    ) -> ShardedModel:
         settings = self._config.learner
-        optimizer = adamw(self.policy, settings.beta1, settings.beta2, settings.weight_decay)
-        return Updater(self.policy, optimizer, schedule, settings.max_grad_norm)
+        if settings.backend == "zero3":
+            if settings.gradient_checkpointing:
+                cast(Any, model.lm).gradient_checkpointing_enable({"use_reentrant": False})
+            timeout_s = settings.collective_timeout_s
+            return partition(model, self._adamw, self._device, compute, timeout_s)
+        if isinstance(model, ValueLM):
+            shard_value_model(model, mesh, compute, settings.gradient_checkpointing)
+        else:
+            shard(model, mesh, compute, settings.gradient_checkpointing)
+        return Fsdp2Model(model, self._adamw)
+
+    @property
+    def _updaters(self) -> dict[str, Updater]:
+        """Those of reinforcement learning, by model; none before it began."""
+        critic = {} if self._critic is None else {"critic": self._critic.updater}
+        return {} if self._updater is None else {"policy": self._updater, **critic}
+
+    def _begin(self) -> Updater:
+        """Reinforcement learning's updater, made with the critic before the first step."""
+        if self._updater is None:
+            self._sft_updater = None
+            self._updater = self._new_updater(self._schedule)
+            self._critic = self._new_critic()
+        return self._updater
+
+    def _new_updater(self, schedule: Schedule) -> Updater:
+        return Updater(self.model, schedule, self._config.learner.max_grad_norm)
+
+    def _new_critic(self) -> Critic | None:
+        if self._value_model is None:
+            return None
+        algorithm = cast(CriticAlgorithm, self._algorithm)
+        return new_critic(self._config.critic, self.model, self._value_model, algorithm)
+
+    @property
+    def _adamw(self) -> AdamWSettings:
+        settings = self._config.learner
+        return AdamWSettings(
+            beta1=settings.beta1, beta2=settings.beta2, weight_decay=settings.weight_decay
+        )
+
+    @property
+    def _publish_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self._config.publish_dtype == "bfloat16" else torch.float32
+
+    def _report_skipped(self, update: int, rollout_ids: list[str]) -> None:
+        if self._rank:
+            return
+        folder = self._config.run_dir / "skipped"
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {"optimizer_step": update, "version": self._version, "rollout_ids": rollout_ids}
+        (folder / f"{update:08d}.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
 
     @property
     def _schedule(self) -> Schedule:
@@ -220,8 +380,9 @@ class LearnerRank:
             peak=settings.learning_rate,
             kind=settings.schedule,
             warmup_steps=settings.warmup_steps,
-            total_steps=self._config.run.steps,
+            total_steps=self._config.run.steps * StepSettings.of(self._config).num_updates,
             minimum=settings.min_learning_rate,
+            decay_steps=settings.decay_steps or 0,
         )
 
     @property

@@ -2,11 +2,15 @@
 
     logprobs[n] = log softmax(hidden[n] @ weight.T / temperature)[labels[n]]
     entropy[n]  = entropy of that same distribution
+    kl[n]       = sum over the vocabulary of p (log p - log q), q the distribution of a reference
 
-Promises: at most `chunk_tokens` rows of logits exist at once, forward and backward; logits are
-divided by the temperature BEFORE the softmax, so `logprobs` are those of the distribution that is
-sampled at that temperature; results are at least float32 whatever the inputs are; gradients flow
-to `hidden` and `weight`, and none flows through `entropy`.
+Promises: at most `chunk_tokens` rows of logits (of each model) exist at once, forward and backward,
+in memory that all chunks share; logits are divided by the temperature BEFORE the softmax, so
+`logprobs` are those of the distribution that is sampled at that temperature; results are at least
+float32 whatever the inputs are, finite for any finite logits; gradients flow to `hidden` and
+`weight`, through `entropy` only where `entropy_gradient` asks for it, and never to a reference.
+Where the reference's hidden states and weight equal the policy's, `kl` and its gradient are exactly
+0. Under autocast the products are computed in its type.
 
 Shapes: N tokens, H hidden size, V vocabulary.
 """
@@ -27,8 +31,10 @@ def linear_logprobs(
     labels: Tensor,
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each label, and the entropy of its distribution, in nats.
+    entropy_gradient: bool = False,
+    reference: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, ...]:
+    """Log-probability of each label, the entropy of its distribution, and its KL, in nats.
 
     Args:
         hidden: [N, H].
@@ -36,9 +42,12 @@ def linear_logprobs(
         labels: [N] int64, each in [0, V).
         temperature: over 0.
         chunk_tokens: rows of logits that exist at once.
+        entropy_gradient: whether the entropy carries a gradient.
+        reference: hidden states [N, G] and output projection [V, G] of another model, for the KL.
 
     Returns:
-        (logprobs [N], entropy [N] without gradient), float32 (float64 for float64 inputs).
+        (logprobs [N], entropy [N]), with a reference (logprobs [N], entropy [N], kl [N]); float32
+        (float64 for float64 inputs).
 
     Raises:
         ConfigError: a temperature or chunk that is not positive.
@@ -56,61 +65,170 @@ def linear_logprobs(
         raise RecordError(
             f"labels {list(labels.shape)} must have one entry a row of hidden {list(hidden.shape)}"
         )
-    return _LinearLogprobs.apply(hidden, weight, labels, float(temperature), int(chunk_tokens))
+    tensors = [hidden, weight, *(reference or ())]
+    if reference is not None:
+        _check_reference(hidden, weight, *reference)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        tensors = [tensor.to(dtype) for tensor in tensors]
+    found = _LinearLogprobs.apply(
+        labels, float(temperature), int(chunk_tokens), entropy_gradient, *tensors
+    )
+    return found if reference is not None else found[:2]
 
 
-def _scaled_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    logits = hidden @ weight.t()
-    return logits.to(_accumulation_dtype(hidden)).div_(temperature)
+def _check_reference(
+    hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor
+) -> None:
+    fits = ref_hidden.ndim == ref_weight.ndim == 2 and ref_hidden.shape[1] == ref_weight.shape[1]
+    if not fits or (len(ref_hidden), len(ref_weight)) != (len(hidden), len(weight)):
+        raise RecordError(
+            f"the reference's hidden {list(ref_hidden.shape)} and weight {list(ref_weight.shape)} "
+            f"must have the rows of hidden {list(hidden.shape)} and weight {list(weight.shape)}"
+        )
 
 
 def _accumulation_dtype(hidden: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
+class _Logits:
+    """The logits of one chunk after another, over the temperature, in memory that is reused.
+
+    Fresh memory for each chunk would be handed back and mapped again, which on a CPU costs as much
+    as the arithmetic.
+    """
+
+    def __init__(self, temperature: float, chunk: int, hidden: Tensor, weight: Tensor) -> None:
+        shape = (min(chunk, hidden.shape[0]), weight.shape[0])
+        self._hidden, self._weight, self._temperature = hidden, weight, temperature
+        self._product = hidden.new_empty(shape)
+        wide = _accumulation_dtype(hidden)
+        self._wide = self._product if hidden.dtype == wide else hidden.new_empty(shape, dtype=wide)
+
+    def of(self, rows: slice) -> Tensor:
+        """[n, V] at least float32; the caller may change it, the next call overwrites it."""
+        hidden = self._hidden[rows]
+        logits = torch.mm(hidden, self._weight.t(), out=self._product[: len(hidden)])
+        if self._wide is not self._product:
+            logits = self._wide[: len(hidden)].copy_(logits)
+        return logits if self._temperature == 1 else logits.div_(self._temperature)
+
+    def narrowed(self, values: Tensor) -> Tensor:
+        """[n, V] in the type of the hidden states, in the memory of the product."""
+        if self._wide is self._product:
+            return values
+        return self._product[: len(values)].copy_(values)
+
+
+def _shift(logits: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Take its maximum off each row of logits, in place; returns their exponentials in the memory
+    of `scratch`, the sums of those, and the maxima."""
+    largest = logits.amax(-1, keepdim=True)
+    logits -= largest
+    powers = torch.exp(logits, out=scratch[: len(logits)])
+    return powers, powers.sum(-1), largest.squeeze(-1)
+
+
 class _LinearLogprobs(torch.autograd.Function):
-    """Saves only the log-normaliser a token and computes each chunk's logits again going back."""
+    """Saves a few numbers a token; going back computes the logits again."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, chunk: int
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any,
+        labels: Tensor,
+        temperature: float,
+        chunk: int,
+        entropy_gradient: bool,
+        hidden: Tensor,
+        weight: Tensor,
+        *reference: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # with l the logits less their maximum m, and Z = sum exp(l):
+        #   logprob = l[label] - log Z,   normaliser = m + log Z,   entropy = log Z - sum(l exp(l)) / Z
+        #   kl = sum(d exp(l)) / Z,       d = (l - log Z) - (the same of the reference)
         num_tokens = hidden.shape[0]
         logprobs = hidden.new_empty(num_tokens, dtype=_accumulation_dtype(hidden))
         normaliser, entropy = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        kl = torch.empty_like(logprobs) if reference else logprobs.new_empty(0)
+        ref_normaliser = torch.empty_like(kl)
+        chunks = _Logits(temperature, chunk, hidden, weight)
+        ref_chunks = _Logits(temperature, chunk, *reference) if reference else None
+        scratch = logprobs.new_empty(min(chunk, num_tokens), weight.shape[0])
         for start in range(0, num_tokens, chunk):
             rows = slice(start, start + chunk)
-            logits = _scaled_logits(hidden[rows], weight, temperature)
-            normaliser[rows] = logits.logsumexp(-1)
+            ref_logits = ref_log_total = None
+            if ref_chunks is not None:
+                ref_logits = ref_chunks.of(rows)
+                _, ref_total, ref_largest = _shift(ref_logits, scratch)
+                ref_log_total = ref_total.log()
+                ref_normaliser[rows] = ref_largest + ref_log_total
+            logits = chunks.of(rows)
+            powers, total, largest = _shift(logits, scratch)
+            log_total = total.log()
             chosen = logits.gather(-1, labels[rows, None]).squeeze(-1)
-            logprobs[rows] = chosen - normaliser[rows]
-            probabilities = (logits - normaliser[rows, None]).exp_()
-            entropy[rows] = normaliser[rows] - (probabilities * logits).sum(-1)
-        ctx.save_for_backward(hidden, weight, labels, normaliser)
+            logprobs[rows] = chosen - log_total
+            normaliser[rows] = largest + log_total
+            if ref_logits is not None and ref_log_total is not None:
+                difference = ref_logits.neg_().add_(logits)
+                difference.sub_((log_total - ref_log_total)[:, None])
+                kl[rows] = difference.mul_(powers).sum(-1) / total
+            entropy[rows] = log_total - powers.mul_(logits).sum(-1) / total
+        ctx.save_for_backward(
+            labels, normaliser, entropy, kl, ref_normaliser, hidden, weight, *reference
+        )
         ctx.temperature, ctx.chunk = temperature, chunk
-        ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy, kl
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        # d logprob / d logits = (onehot(label) - probabilities) / temperature
-        hidden, weight, labels, normaliser = ctx.saved_tensors
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        grad_logprobs = grad_outputs[0]
+        # with p the probabilities, T the temperature, H the entropy and K the KL to q:
+        #   d logprob / d logits = (onehot(label) - p) / T
+        #   d H / d logits       = -p (log p + H) / T
+        #   d K / d logits       =  p (log p - log q - K) / T
+        labels, normaliser, entropy, kl, ref_normaliser, *tensors = ctx.saved_tensors
+        hidden, weight, *reference = tensors
+        needs_hidden, needs_weight = ctx.needs_input_grad[4:6]
+        grad_logprobs, grad_entropy, grad_kl = (g / ctx.temperature for g in grad_outputs)
+        needs_entropy, needs_kl = bool(grad_entropy.any()), bool(grad_kl.any())
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=normaliser.dtype) if needs_weight else None
+        grad_weight = _Accumulated(weight, normaliser.dtype) if needs_weight else None
+        chunks = _Logits(ctx.temperature, ctx.chunk, hidden, weight)
+        ref_chunks = _Logits(ctx.temperature, ctx.chunk, *reference) if needs_kl else None
         for start in range(0, hidden.shape[0], ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            logits = _scaled_logits(hidden[rows], weight, ctx.temperature)
-            grad_logits = (logits - normaliser[rows, None]).exp_().neg_()
-            ones = torch.ones_like(grad_logits[:, :1])
-            grad_logits.scatter_add_(1, labels[rows, None], ones)
-            grad_logits.mul_(grad_logprobs[rows, None] / ctx.temperature)
-            grad_logits = grad_logits.to(hidden.dtype)
+            logs = chunks.of(rows).sub_(normaliser[rows, None])
+            force = grad_logprobs[rows, None]
+            factor = -force
+            if needs_entropy:
+                own = (logs + entropy[rows, None]).mul_(-grad_entropy[rows, None])
+                factor = own.add_(factor)
+            if ref_chunks is not None:
+                difference = ref_chunks.of(rows).sub_(ref_normaliser[rows, None]).neg_().add_(logs)
+                difference.sub_(kl[rows, None]).mul_(grad_kl[rows, None])
+                factor = difference.add_(factor)
+            grad_logits = logs.exp_().mul_(factor)
+            grad_logits.scatter_add_(1, labels[rows, None], force)
+            grad_logits = chunks.narrowed(grad_logits)
             if grad_hidden is not None:
                 grad_hidden[rows] = grad_logits @ weight
             if grad_weight is not None:
-                grad_weight += grad_logits.t() @ hidden[rows]
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None
+                grad_weight.add(grad_logits, hidden[rows])
+        total = None if grad_weight is None else grad_weight.total.to(weight.dtype)
+        return None, None, None, None, grad_hidden, total, *(None for _ in reference)
+
+
+class _Accumulated:
+    """A sum of products `grad_logits.T @ hidden` [V, H] in a wider type than theirs."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        self.total = torch.zeros_like(weight, dtype=dtype)
+        self._product = None if dtype == weight.dtype else torch.empty_like(weight)
+
+    def add(self, grad_logits: Tensor, hidden: Tensor) -> None:
+        if self._product is None:
+            self.total.addmm_(grad_logits.t(), hidden)
+        else:
+            self.total += torch.mm(grad_logits.t(), hidden, out=self._product)

@@ -15,7 +15,11 @@ from rlhf_cluster.algorithms.base import Sums
 
 
 class MetricSums:
-    """Collects (sum, count) by name; a name that ends in `_max` keeps the largest value."""
+    """Collects (sum, count) by name; a name that ends in `_max` keeps the largest value.
+
+    A sum that is a vector [K], with a count for all of it or one an entry, is K metrics: `name/0` to
+    `name/K-1`.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}
@@ -24,6 +28,7 @@ class MetricSums:
         """Add one micro-batch. Stays on the device: nothing is waited for."""
         for name, (total, count) in sums.items():
             total, count = total.detach().double(), count.detach().double()
+            count = count.expand_as(total)
             if name.endswith("_max"):
                 total = torch.where(count > 0, total, torch.full_like(total, -torch.inf))
             if name in self._sums:
@@ -38,18 +43,25 @@ class MetricSums:
 
         Waits for all ranks (two collectives); the group's deadline bounds the wait.
         """
-        names = sorted(self._sums)
-        if not names:
+        if not self._sums:
             return {}
-        totals = torch.stack([self._sums[n][0] for n in names])
-        counts = torch.stack([self._sums[n][1] for n in names])
-        keeps_largest = torch.tensor([n.endswith("_max") for n in names], device=totals.device)
+        entries = sorted(self._sums.items())
+        names = [own for name, (total, _) in entries for own in _names(name, total)]
+        maxima = [n.endswith("_max") for n, (total, _) in entries for _ in range(total.numel())]
+        totals = torch.cat([total.reshape(-1) for _, (total, _) in entries])
+        counts = torch.cat([count.reshape(-1) for _, (_, count) in entries])
+        keeps_largest = torch.tensor(maxima, device=totals.device)
         summed = torch.stack([totals.masked_fill(keeps_largest, 0.0), counts])
         largest = totals.masked_fill(~keeps_largest, -torch.inf)
         dist.all_reduce(summed)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         found: dict[str, float] = {}
-        for name, total, count, most in zip(names, *summed.tolist(), largest.tolist(), strict=True):
+        columns = (names, maxima, *summed.tolist(), largest.tolist())
+        for name, is_maximum, total, count, most in zip(*columns, strict=True):
             if count > 0:
-                found[name] = most if name.endswith("_max") else total / count
+                found[name] = most if is_maximum else total / count
         return found
+
+
+def _names(name: str, total: Tensor) -> list[str]:
+    return [f"{name}/{i}" for i in range(total.numel())] if total.ndim else [name]

@@ -90,6 +90,7 @@ class MicroBatch:
     position_ids: Array  # [B, S] int64
     labels: Array  # [B, S] int64, the token after each position (0 where there is none)
     mask: Array  # [B, S] bool, True = the label is a trained target
+    sequence: Array  # [B, S] int64, the index in `spans` of the sequence a target belongs to
     streams: Mapping[str, Array]  # each [B, S] float32, 0 where no target is
     spans: tuple[TargetSpan, ...]
 
@@ -197,7 +198,7 @@ def collate(
     num_rows = max(1, len(batch))
     width = max([1, *(sum(sequences[i].num_inputs for i in row) for row in batch)])
     shape = (num_rows, width)
-    input_ids, position_ids, labels = (np.zeros(shape, dtype=np.int64) for _ in range(3))
+    input_ids, position_ids, labels, owner = (np.zeros(shape, dtype=np.int64) for _ in range(4))
     mask = np.zeros(shape, dtype=np.bool_)
     values = {name: np.zeros(shape, dtype=np.float32) for name in streams}
     spans = []
@@ -211,6 +212,7 @@ def collate(
             labels[row, begin:end] = tokens[1:]
             position_ids[row, begin:end] = np.arange(end - begin)
             start = end - len(sequence.target_ids)
+            owner[row, start:end] = len(spans)
             mask[row, start:end] = True if sequence.target_mask is None else sequence.target_mask
             for name, array in values.items():
                 array[row, start:end] = sequence.streams[name]
@@ -221,6 +223,7 @@ def collate(
         position_ids=position_ids,
         labels=labels,
         mask=mask,
+        sequence=owner,
         streams=values,
         spans=tuple(spans),
     )

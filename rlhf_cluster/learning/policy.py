@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_cluster.errors import ConfigError
+from rlhf_cluster.learning import varlen
 from rlhf_cluster.learning.logprobs import linear_logprobs
 
 if TYPE_CHECKING:
@@ -41,18 +42,26 @@ class LogprobHead(nn.Linear):
         labels: Tensor | None = None,
         temperature: float = 1.0,
         chunk_tokens: int = 1024,
+        entropy_gradient: bool = False,
+        reference: tuple[Tensor, Tensor | None] | None = None,
     ) -> Any:
-        """Logits [..., V] without labels, else (logprobs, entropy), each shaped like `labels`."""
+        """Logits [..., V] without labels, else what `linear_logprobs` returns, shaped like them."""
         if labels is None:
             return super().forward(hidden)
-        logprobs, entropy = linear_logprobs(
+        if reference is not None:
+            other, weight = reference
+            weight = self.weight.detach() if weight is None else weight
+            reference = other.reshape(-1, other.shape[-1]), weight
+        found = linear_logprobs(
             hidden.reshape(-1, hidden.shape[-1]),
             self.weight,
             labels.reshape(-1),
             temperature,
             chunk_tokens,
+            entropy_gradient,
+            reference,
         )
-        return logprobs.view(labels.shape), entropy.view(labels.shape)
+        return tuple(values.view(labels.shape) for values in found)
 
 
 class PolicyLM(nn.Module):
@@ -63,8 +72,6 @@ class PolicyLM(nn.Module):
         self.lm = lm
         self.config = lm.config
         self.config.use_cache = False
-        # flash attention tells sequences apart by position ids in a batch of one row only
-        self._one_row = "flash" in str(getattr(self.config, "_attn_implementation", ""))
         head = lm.get_output_embeddings()
         if not isinstance(head, nn.Linear) or head.bias is not None:
             raise ConfigError(
@@ -79,21 +86,31 @@ class PolicyLM(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        labels: Tensor,
+        labels: Tensor | None = None,
         temperature: float = 1.0,
         chunk_tokens: int = 1024,
-    ) -> tuple[Tensor, Tensor]:
+        entropy_gradient: bool = False,
+        with_hidden: bool = False,
+        reference: tuple[Tensor, Tensor | None] | None = None,
+    ) -> Any:
         """Log-probabilities of `labels` (the caller shifts) and entropies, in nats.
 
         Args:
             input_ids: [B, S] int64.
             position_ids: [B, S] int64, from 0 for each sequence, 0 on padding.
-            labels: [B, S] int64, the token that follows each position.
+            labels: [B, S] int64, the token that follows each position; None asks for the hidden
+                states alone.
             temperature: divides the logits before the softmax.
             chunk_tokens: positions whose logits exist at once.
+            entropy_gradient: whether the entropy carries a gradient.
+            with_hidden: whether the last hidden states are returned too.
+            reference: last hidden states [B, S, H] and output projection [V, H] (None: this one's)
+                of the policy that the KL is to.
 
         Returns:
-            (logprobs [B, S], entropy [B, S] without gradient), float32.
+            (logprobs [B, S], entropy [B, S]), with a reference the KL [B, S], all float32, and with
+            `with_hidden` last of all hidden [B, S, H] in the type of the passes. Without labels
+            hidden alone.
 
         Raises:
             ConfigError: `config.use_cache` was turned on; packed sequences would mix.
@@ -103,18 +120,32 @@ class PolicyLM(nn.Module):
                 "config.use_cache = True: with a cache, sequences packed in one row attend to each "
                 "other. Set it to False"
             )
-        shape = labels.shape
-        if self._one_row:
-            input_ids, position_ids, labels = (
-                t.reshape(1, -1) for t in (input_ids, position_ids, labels)
-            )
-        hidden = self.lm.base_model(
-            input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False
-        ).last_hidden_state
+        hidden = hidden_states(self.lm.base_model, input_ids, position_ids)
+        if labels is None:
+            return hidden.clone()
         head = cast(LogprobHead, self.lm.get_output_embeddings())
-        logprobs, entropy = head(hidden, labels, temperature, chunk_tokens)
+        found = head(hidden, labels, temperature, chunk_tokens, entropy_gradient, reference)
         # FSDP hooks the outputs and warns of views
-        return logprobs.view(shape).clone(), entropy.view(shape).clone()
+        return tuple(v.clone() for v in (*found, *([hidden] if with_hidden else [])))
+
+
+def hidden_states(decoder: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """Last hidden states [B, S, H] of sequences that position ids keep apart. [B, S], [B, S]."""
+    shape = input_ids.shape
+    attention = str(getattr(decoder.config, "_attn_implementation", ""))
+    bounds = {}
+    if "flash" in attention or attention == varlen.NAME:
+        # both tell sequences apart in a batch of one row only
+        input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
+        bounds = varlen.bounds(position_ids) if attention == varlen.NAME else {}
+    hidden = decoder(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        attention_mask=None,
+        use_cache=False,
+        **bounds,
+    ).last_hidden_state
+    return hidden.reshape(*shape, -1)
 
 
 def load_policy(
@@ -138,14 +169,20 @@ def load_policy(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if (Path(model_dir) / "adapter_config.json").exists():
+        raise ConfigError(
+            f"{model_dir} holds an adapter, which would be loaded on top of another model's weights. "
+            "Merge it (peft's merge_and_unload), save the result, and give that folder: training "
+            "starts from it, and it is the reference"
+        )
     compute_dtype = compute_dtype or dtype
-    attention = _attention(torch.device(device), compute_dtype)
     try:
         config = AutoConfig.from_pretrained(model_dir)
         for key in list(vars(config)):
             if key.endswith(("dropout", "pdrop", "dropout_prob")):
                 setattr(config, key, 0.0)
         config.use_cache = False
+        attention = _attention(torch.device(device), compute_dtype, config)
         lm = AutoModelForCausalLM.from_pretrained(
             model_dir, config=config, dtype=dtype, attn_implementation=attention
         )
@@ -162,8 +199,9 @@ def load_policy(
 
 
 def checkpoint_name(name: str) -> str:
-    """Name of a `PolicyLM` parameter in the Hugging Face checkpoint."""
-    return name.removeprefix("lm.")
+    """Name of a `PolicyLM` parameter in the Hugging Face checkpoint, that of the adapted weight
+    for what lies under an adapter."""
+    return name.removeprefix("lm.").replace(".base_layer.", ".")
 
 
 def check_names(policy: PolicyLM, model_dir: str | Path) -> None:
@@ -204,10 +242,13 @@ def _stored_names(folder: Path) -> set[str]:
         return set(file.keys())
 
 
-def _attention(device: torch.device, compute_dtype: torch.dtype) -> str:
+def _attention(device: torch.device, compute_dtype: torch.dtype, config: Any) -> str:
     half = compute_dtype in (torch.bfloat16, torch.float16)
     if device.type == "cuda" and half and importlib.util.find_spec("flash_attn"):
         return "flash_attention_2"
+    if half and varlen.suits(config) and varlen.available(device, compute_dtype):
+        varlen.register()
+        return varlen.NAME
     return "sdpa"
 
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from rlhf_cluster.algorithms.base import Sums
 from rlhf_cluster.data.examples import SftExample
+from rlhf_cluster.learning.backend import ShardedModel
+from rlhf_cluster.learning.metrics import MetricSums
 from rlhf_cluster.learning.packing import TokenSequence
-from rlhf_cluster.learning.passes import Layout, run_passes
-from rlhf_cluster.learning.policy import PolicyLM
+from rlhf_cluster.learning.passes import Layout, TrainedTokens, run_passes
 from rlhf_cluster.learning.update import Updater
 
 
 def sft_step(
-    policy: PolicyLM,
+    policy: ShardedModel,
     updater: Updater,
     examples: Sequence[SftExample],
     step: int,
@@ -29,15 +30,15 @@ def sft_step(
     """
     sequences = [TokenSequence(prompt_ids=e.prompt_ids, target_ids=e.target_ids) for e in examples]
     num_tokens = sum(len(e.target_ids) for e in examples)
-    sums = run_passes(policy, sequences, (), num_tokens, 1.0, layout, _negative_log_likelihood)
+
+    def loss(tokens: TrainedTokens) -> tuple[Tensor, Sums]:
+        total = -tokens.logprobs.sum()
+        count = total.new_tensor(tokens.logprobs.numel())
+        sums = {"sft/loss": (total, count), "sft/entropy": (tokens.entropy.sum(), count)}
+        return total / num_tokens, sums
+
+    sums = MetricSums()
+    run_passes(policy, sequences, (), 1.0, layout, loss, sums)
     metrics = sums.reduce()
     metrics["sft/tokens"] = float(num_tokens)
     return {**metrics, **updater.apply(step, area="sft")}
-
-
-def _negative_log_likelihood(
-    logprobs: Tensor, entropy: Tensor, streams: Mapping[str, Tensor]
-) -> tuple[Tensor, Sums]:
-    loss = -logprobs.sum()
-    count = loss.new_tensor(logprobs.numel())
-    return loss, {"sft/loss": (loss, count), "sft/entropy": (entropy.sum(), count)}

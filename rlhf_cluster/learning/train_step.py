@@ -1,42 +1,88 @@
-"""One optimizer step of reinforcement learning, for any algorithm.
+"""One step of reinforcement learning, for any algorithm: a batch, and its optimizer steps.
 
-    staleness gate -> advantages -> sequences -> passes -> metrics reduced -> clip -> step
+    staleness gate -> [values, KL] -> advantages -> sequences -> [proximal log-probabilities]
+        -> for each epoch and part of the batch: passes -> clip -> optimizer step [critic likewise]
+        -> metrics reduced
 
 Every rank is given ALL groups of the step and computes its own share by the same plan; the only
-communication is that of the sharded policy, one reduction of metric sums, and the gradient norm.
-Promises: a batch that breaks the staleness bound raises before a weight is touched; the loss is
-the sum over trained tokens divided by ALL trained tokens of the batch. Rollouts whose advantages
-are all zero are left out of the passes, but stay in that denominator, when the algorithm's loss is
-a multiple of the advantage (it needs no reference); metrics of tokens are over those computed.
+communication is that of the sharded models, one reduction of metric sums, the gradient norms, and
+one sum of values where there is a critic, or of KLs where they are in the reward.
+Promises: a batch that breaks the staleness bound raises before a weight is touched; the weight of a
+token in the loss follows from all rollouts of its optimizer step (`algorithms.aggregation`), those
+that are left out of the passes because their loss is zero among them; metrics of tokens are over
+those computed. With one optimizer step a batch the current policy is the proximal one, and no pass
+is spent on it; with more, its log-probabilities are computed before the first of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 from torch import Tensor
 
+from rlhf_cluster.algorithms.aggregation import token_weights
 from rlhf_cluster.algorithms.base import Algorithm, LossInputs, Sums
+from rlhf_cluster.config.run import RunConfig
+from rlhf_cluster.learning.backend import ShardedModel
+from rlhf_cluster.learning.critic import Critic, attach, value_metrics
+from rlhf_cluster.learning.effects import derive_effects, effect_sums
 from rlhf_cluster.learning.experience import TrainingBatch, check_staleness, training_batch
-from rlhf_cluster.learning.passes import Layout, run_passes
-from rlhf_cluster.learning.policy import PolicyLM
+from rlhf_cluster.learning.metrics import MetricSums
+from rlhf_cluster.learning.minibatches import minibatches, order_of_parts
+from rlhf_cluster.learning.packing import TokenSequence
+from rlhf_cluster.learning.passes import Layout, TrainedTokens, run_passes, score
+from rlhf_cluster.learning.reference import Reference, with_reference_kl
 from rlhf_cluster.learning.update import Updater
+from rlhf_cluster.learning.value_head import STREAMS, HeadCritic
 from rlhf_cluster.records import ExperienceGroup
 
 Clock = Callable[[], float]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSettings:
+    """What a step needs to know of the run."""
+
+    max_staleness: int
+    max_response_tokens: int
+    epochs: int
+    minibatches: int
+    seed: int
+
+    @classmethod
+    def of(cls, config: RunConfig) -> StepSettings:
+        return cls(
+            max_staleness=config.staleness.bound,
+            max_response_tokens=config.generation.max_response_tokens,
+            epochs=config.learner.epochs,
+            minibatches=config.learner.minibatches,
+            seed=config.run.seed,
+        )
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer steps of one batch."""
+        return self.epochs * self.minibatches
+
+
 def train_step(
-    policy: PolicyLM,
+    policy: ShardedModel,
     updater: Updater,
     algorithm: Algorithm,
     groups: Sequence[ExperienceGroup],
     version: int,
-    max_staleness: int,
+    settings: StepSettings,
     layout: Layout,
     clock: Clock,
+    report_skipped: Callable[[int, list[str]], None] = lambda update, rollout_ids: None,
+    critic: Critic | None = None,
+    reference: Reference | None = None,
 ) -> dict[str, float]:
-    """Train on `groups` once; the learner's version before the step is `version`.
+    """Train on `groups`; the learner's version before the step is `version`.
+
+    `report_skipped` is told the number and the rollouts' ids of each step that was skipped.
 
     Returns:
         Metrics, the same on every rank but for the phases' seconds (`learner/prepare_s`,
@@ -45,54 +91,177 @@ def train_step(
     Raises:
         StalenessError: a trained token breaks the bound. No weight was touched.
         RecordError: experience that cannot be trained on.
-        DivergenceError: gradients were not finite for several steps in a row.
+        DivergenceError: gradients were not finite for several optimizer steps in a row.
     """
     started = clock()
-    metrics = check_staleness(groups, version, max_staleness)
-    batch = training_batch(groups, algorithm.advantages(groups), not algorithm.needs_reference)
+    metrics = check_staleness(groups, version, settings.max_staleness)
+    groups = _rated(policy, algorithm, reference, algorithm.trained_groups(groups), layout)
+    batch, estimated = _batch(algorithm, critic, groups, version, layout)
+    metrics |= estimated
+    parts = _parts(policy, algorithm, batch, version, settings, layout)
     prepared = clock()
-    metrics |= _backward(policy, algorithm, batch, layout)
-    computed = clock()
-    metrics |= updater.apply(version)
-    finished = clock()
-    return metrics | {
-        "learner/tokens": float(batch.num_tokens),
-        "learner/rollouts": float(batch.num_rollouts),
-        "learner/dropped_rollouts": float(batch.num_dropped),
+    sums, optimizer_s, norms = MetricSums(), 0.0, dict[str, list[float]]()
+    order = order_of_parts(len(parts), settings.epochs, settings.seed, version)
+    for update, index in enumerate(order, start=version * settings.num_updates):
+        _backward(policy, algorithm, parts[index], batch, layout, sums, critic, reference)
+        if critic is not None:
+            critic.backward(parts[index].sequences, layout, sums)
+        computed = clock()
+        skipped_before = updater.num_skipped
+        applied = updater.apply(update) | (critic.apply(update) if critic is not None else {})
+        for name in (n for n in applied if "grad_norm" in n):
+            norms.setdefault(name, []).append(applied[name])
+        metrics |= applied
+        optimizer_s += clock() - computed
+        if updater.num_skipped > skipped_before:
+            report_skipped(update, [batch.rollout_ids[i] for i in parts[index].members])
+    metrics |= _reduced(algorithm, sums, batch, settings)
+    metrics |= {name: float(np.mean(values)) for name, values in norms.items()}
+    metrics |= {
+        "learner/tokens": float(sum(batch.num_tokens)),
+        "learner/rollouts": float(len(batch.rollout_ids)),
+        "learner/dropped_rollouts": float(batch.num_left_out),
         "learner/prepare_s": prepared - started,
-        "learner/forward_backward_s": computed - prepared,
-        "learner/optimizer_s": finished - computed,
+        "learner/forward_backward_s": clock() - prepared - optimizer_s,
+        "learner/optimizer_s": optimizer_s,
     }
+    algorithm.finish_step(metrics)
+    return metrics
+
+
+def _rated(
+    policy: ShardedModel,
+    algorithm: Algorithm,
+    reference: Reference | None,
+    groups: Sequence[ExperienceGroup],
+    layout: Layout,
+) -> Sequence[ExperienceGroup]:
+    """The groups with their KL to the reference, where it is in the reward."""
+    if reference is None or algorithm.full_kl_in != "reward":
+        return groups
+    return with_reference_kl(policy, reference, groups, layout)
+
+
+def _batch(
+    algorithm: Algorithm,
+    critic: Critic | None,
+    groups: Sequence[ExperienceGroup],
+    version: int,
+    layout: Layout,
+) -> tuple[TrainingBatch, dict[str, float]]:
+    """What the step computes with, and how well the critic foretold it."""
+    drop = algorithm.zero_advantage_is_zero_loss
+    if critic is None:
+        return training_batch(groups, algorithm.advantages(groups), version, drop), {}
+    advantages, values, returns = critic.estimate(groups, layout)
+    batch = attach(training_batch(groups, advantages, version, drop), values, returns)
+    return batch, value_metrics(groups, values, returns)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """The rollouts of one optimizer step, and the sequences computed for it."""
+
+    members: list[int]
+    sequences: list[TokenSequence]
+
+
+def _parts(
+    policy: ShardedModel,
+    algorithm: Algorithm,
+    batch: TrainingBatch,
+    version: int,
+    settings: StepSettings,
+    layout: Layout,
+) -> list[_Part]:
+    """Cut the batch, weigh its tokens, and score it with the proximal policy if it is to be used."""
+    parts = []
+    for members in minibatches(len(batch.sequences), settings.minibatches, settings.seed, version):
+        weights = token_weights(
+            [batch.num_tokens[i] for i in members],
+            algorithm.aggregation,
+            settings.max_response_tokens,
+        )
+        sequences = [
+            _with_stream(sequence, "weight", np.full(len(sequence.target_ids), weight))
+            for i, weight in zip(members, weights, strict=True)
+            if (sequence := batch.sequences[i]) is not None
+        ]
+        if settings.num_updates > 1 and algorithm.needs_proximal:
+            for i, values in score(policy, sequences, batch.temperature, layout).items():
+                sequences[i] = _with_stream(sequences[i], "proximal_logprobs", values)
+        parts.append(_Part(members=members, sequences=sequences))
+    return parts
+
+
+def _with_stream(sequence: TokenSequence, name: str, values: np.ndarray) -> TokenSequence:
+    return replace(sequence, streams={**sequence.streams, name: values.astype(np.float32)})
 
 
 def _backward(
-    policy: PolicyLM, algorithm: Algorithm, batch: TrainingBatch, layout: Layout
-) -> dict[str, float]:
-    def loss(
-        logprobs: Tensor, entropy: Tensor, streams: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Sums]:
+    policy: ShardedModel,
+    algorithm: Algorithm,
+    part: _Part,
+    batch: TrainingBatch,
+    layout: Layout,
+    sums: MetricSums,
+    critic: Critic | None,
+    reference: Reference | None,
+) -> None:
+    head = critic if isinstance(critic, HeadCritic) else None
+
+    def loss(tokens: TrainedTokens) -> tuple[Tensor, Sums]:
+        streams = tokens.streams
+        proximal = streams.get("proximal_logprobs", tokens.logprobs.detach())
         inputs = LossInputs(
-            learner_logprobs=logprobs,
+            learner_logprobs=tokens.logprobs,
+            proximal_logprobs=proximal,
             sampled_logprobs=streams["sampled_logprobs"],
             ref_logprobs=streams.get("ref_logprobs"),
             advantages=streams["advantages"],
-            entropy=entropy,
+            entropy=tokens.entropy,
+            staleness=streams["staleness"],
+            sequence=tokens.sequence,
+            num_sequences=tokens.num_sequences,
+            exact_logprobs=streams.get("exact_logprobs"),
+            reference_kl=streams.get("reference_kl", tokens.kl),
         )
-        loss_sum, sums = algorithm.loss(inputs)
-        count = loss_sum.new_tensor(logprobs.numel())
-        own = {"learner/loss": (loss_sum, count), "learner/entropy": (entropy.sum(), count)}
-        return loss_sum, {**sums, **own}
+        losses, metrics = algorithm.loss(inputs)
+        total = (losses * streams["weight"]).sum()
+        count = total.new_tensor(losses.numel())
+        own = {"learner/loss": (total, count), "learner/entropy": (tokens.entropy.sum(), count)}
+        if inputs.exact_logprobs is not None:
+            own |= effect_sums(inputs.sampled_logprobs, proximal, inputs.exact_logprobs)
+        if head is not None:
+            value_loss, of_values = head.loss(tokens)
+            total, own = total + value_loss, own | dict(of_values)
+        return total, {**metrics, **own}
 
-    sums = run_passes(
+    scored = any("proximal_logprobs" in s.streams for s in part.sequences)
+    names = (*batch.streams, "weight", *(["proximal_logprobs"] if scored else []))
+    names = names if head is None else (*names, *STREAMS)
+    run_passes(
         policy,
-        batch.sequences,
-        batch.streams,
-        batch.num_tokens,
+        part.sequences,
+        names,
         batch.temperature,
         layout,
         loss,
+        sums,
+        algorithm.trains_entropy,
+        with_hidden=head is not None,
+        reference=reference if algorithm.full_kl_in == "loss" else None,
     )
-    means = dict(algorithm.derive(sums.reduce()))
-    # the mean over computed tokens becomes that over all trained ones: the rest have loss 0
-    share = batch.num_computed_tokens / batch.num_tokens
+
+
+def _reduced(
+    algorithm: Algorithm, sums: MetricSums, batch: TrainingBatch, settings: StepSettings
+) -> dict[str, float]:
+    reduced = sums.reduce()
+    means = dict(algorithm.derive(reduced)) | derive_effects(reduced)
+    # the mean over tokens of their shares of the loss becomes the mean loss of an optimizer step
+    computed = sum(
+        n for n, s in zip(batch.num_tokens, batch.sequences, strict=True) if s is not None
+    )
+    share = computed / settings.minibatches
     return means | {"learner/loss": means.get("learner/loss", 0.0) * share}

@@ -33,7 +33,7 @@ def line(snapshot: Snapshot) -> str:
     if s.reward is None:
         del parts[1:]
     if s.state != "running":
-        parts.insert(0, s.state)
+        parts.insert(0, s.standing)
     if s.error:
         parts.append(f"error: {s.error.splitlines()[0]}")
     return " | ".join(parts)
@@ -53,7 +53,7 @@ def render(snapshot: Snapshot) -> RenderableType:
         blocks += [_event(e.time_s, e.text) for e in s.events[-NUM_EVENTS:]]
     if s.error:
         blocks.append(Text(f"\n{s.error}", style="red"))
-    title = Text.assemble((s.run, "bold"), "  ", (s.state, style))
+    title = Text.assemble((s.run, "bold"), "  ", (s.standing, style))
     return Panel(Group(*blocks), title=title, title_align="left", border_style=style)
 
 

@@ -57,6 +57,23 @@ class RunLog:
         self.close()
 
 
+def cut_metrics(path: str | Path, last_step: int) -> None:
+    """Remove the lines of steps after `last_step`; the others stay as they are."""
+    path = Path(path)
+    if not path.exists():
+        return
+    _cut_torn_line(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [
+        line
+        for line, record in zip(lines, _read_lines(path), strict=True)
+        if record["step"] <= last_step
+    ]
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(b"".join(kept))
+    os.replace(partial, path)
+
+
 def read_metrics(path: str | Path) -> list[Record]:
     """All records by step; lines of one step are joined. A missing file is an empty one.
 

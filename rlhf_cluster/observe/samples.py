@@ -1,7 +1,8 @@
 """Samples of experience for people and tools: one Parquet file a step.
 
-Promises: token ids, log-probabilities and versions are those that were trained on; a file appears
-as a whole. Written by the process that holds the experience, so that none of it travels for this.
+Promises: token ids, log-probabilities, versions and step rewards are those that were trained on; a
+file appears as a whole. Written by the process that holds the experience, so that none of it travels
+for this.
 """
 
 from __future__ import annotations
@@ -73,6 +74,8 @@ def _row(
         "prompt_ids": rollout.prompt_ids.tolist(),
         "response_ids": rollout.response_ids.tolist(),
         "sampled_logprobs": rollout.sampled_logprobs.tolist(),
+        "step_ends": None if scored.step_ends is None else scored.step_ends.tolist(),
+        "step_rewards": None if scored.step_rewards is None else scored.step_rewards.tolist(),
     }
 
 
@@ -89,6 +92,8 @@ def _write_parquet(path: Path, rows: Sequence[Row]) -> None:
         "prompt_ids": pa.list_(pa.int32()),
         "response_ids": pa.list_(pa.int32()),
         "sampled_logprobs": pa.list_(pa.float32()),
+        "step_ends": pa.list_(pa.int32()),
+        "step_rewards": pa.list_(pa.float64()),
     }
     schema = pa.schema([(name, types.get(name, pa.string())) for name in rows[0]])
     partial = path.with_name(f".{path.name}.partial")

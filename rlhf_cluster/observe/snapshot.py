@@ -57,6 +57,7 @@ class Snapshot:
     buffer_discarded: int = 0
     version_published: int | None = None
     version_live: int | None = None
+    checkpoint: int | None = None  # step of the last complete checkpoint
     events: tuple[Event, ...] = ()
     error: str | None = None
 
@@ -64,6 +65,12 @@ class Snapshot:
     def is_active(self) -> bool:
         """Whether a process should be at work on the run."""
         return self.state not in ("finished", "failed", "stopped")
+
+    @property
+    def standing(self) -> str:
+        """The state, and whether the same command goes on from it."""
+        ended = self.state in ("failed", "stopped") and self.checkpoint is not None
+        return f"{self.state}, resumable from step {self.checkpoint}" if ended else self.state
 
     def to_json(self) -> str:
         """One JSON object. Numbers that are not finite become null."""

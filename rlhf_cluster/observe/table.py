@@ -69,6 +69,8 @@ def _controller() -> tuple[Metric, ...]:
         _gauge("reward/min", "reward", role, "Smallest reward of the step"),
         _gauge("reward/max", "reward", role, "Largest reward of the step"),
         _gauge("reward/part", "reward", role, "Mean of one part of the reward", "part"),
+        _gauge("reward/reasoning_step_mean", "reward", role, "Mean reward of a reasoning step"),
+        _gauge("reward/reasoning_steps_mean", "1", role, "Mean number of reasoning steps scored"),
         _gauge("reward/zero_std_groups_fraction", "1", role, "Groups whose rewards are all equal"),
         _gauge("evaluation/reward_mean", "reward", role, "Mean reward of greedy held-out answers"),
         _gauge("evaluation/num_prompts", "1", role, "Held-out prompts that were answered"),
@@ -89,11 +91,21 @@ def _controller() -> tuple[Metric, ...]:
         _gauge(
             "time/generation_wait_s", "s", role, "No group under way: generation waited for a slot"
         ),
+        _gauge(
+            "staleness/pipeline_depth", "steps", role, "How far generation may run ahead (adaptive)"
+        ),
+        _gauge("checkpoint/step", "1", role, "Step of the last complete checkpoint, -1 for none"),
+        _gauge("checkpoint/wait_s", "s", role, "The learner waited for the copy of a checkpoint"),
+        _gauge("checkpoint/write_s", "s", role, "Writing the last checkpoint, behind the steps"),
+        _gauge("checkpoint/bytes", "bytes", role, "Tensors of the last checkpoint"),
+        _counter("checkpoint/skipped_total", "1", role, "Left out: the one before was not written"),
+        _counter("checkpoint/failed_total", "1", role, "Checkpoints that could not be written"),
         _gauge("pool/size", "1", role, "Live workers of a pool", "pool"),
         _gauge("pool/wanted", "1", role, "Workers that a pool should have", "pool"),
         _counter("pool/restarts_total", "1", role, "Workers that were replaced", "pool"),
         _gauge("sft/loss", "nats", role, "Mean loss of a target token in the warm-up"),
         _gauge("sft/grad_norm", "1", role, "Gradient norm of a warm-up step, before clipping"),
+        _gauge("sft/grad_norm_part", "1", role, "The same of one group of parameters", "group"),
         _gauge("sft/learning_rate", "1", role, "Learning rate of a warm-up step"),
         _gauge("sft/entropy", "nats", role, "Mean entropy at a target token in the warm-up"),
         _gauge("sft/skipped_steps", "1", role, "1 when the warm-up step was left out"),
@@ -102,7 +114,7 @@ def _controller() -> tuple[Metric, ...]:
 
 
 def _generation() -> tuple[Metric, ...]:
-    role = Role.GENERATION
+    role, driver = Role.GENERATION, Role.CONTROLLER
     return (
         _gauge("generation/tokens_per_s", "tokens/s", role, "Tokens sampled by wall time"),
         _gauge("generation/requests_running", "1", role, "Requests in the engine's batch"),
@@ -114,6 +126,13 @@ def _generation() -> tuple[Metric, ...]:
         _counter("generation/groups_total", "1", role, "Groups sampled"),
         _counter("generation/retries_total", "1", role, "Groups that went to another worker"),
         _counter("generation/errors_total", "1", role, "Groups that failed", "reason"),
+        _counter("generation/segments_total", "1", driver, "Groups sampled, or segments of them"),
+        _counter(
+            "generation/tokens_kept_total", "tokens", driver, "Tokens before a segment tried again"
+        ),
+        _counter(
+            "generation/tokens_resampled_total", "tokens", driver, "Tokens sampled by tries again"
+        ),
         _counter("generation/pulls_total", "1", role, "Weight versions pulled"),
         _counter(
             "generation/preemptions_total", "1", role, "Requests put back for lack of KV cache"
@@ -133,8 +152,8 @@ def _scoring() -> tuple[Metric, ...]:
         _counter("scoring/errors_total", "1", role, "Groups whose scoring failed", "reason"),
         _counter("scoring/retries_total", "1", role, "Groups whose scoring was tried again"),
         _gauge("scoring/groups_running", "1", role, "Groups being scored"),
-        _times("scoring/latency_s", role, "Time of one group, all rewards and the reference"),
-        _times("scoring/reference_s", role, "Time of the reference model for one group"),
+        _gauge("scoring/reference_version", "1", role, "Policy version behind the reference"),
+        _times("scoring/latency_s", role, "Time of one group, all rewards and models"),
     )
 
 
@@ -145,6 +164,9 @@ def _buffer() -> tuple[Metric, ...]:
         _counter("buffer/finished_total", "1", role, "Groups generated and scored"),
         _counter("buffer/discarded_total", "1", role, "Groups given up", "reason"),
         _counter("buffer/taken_total", "1", role, "Groups handed to the learner"),
+        _counter(
+            "buffer/reweighted_total", "1", role, "Groups over max_staleness that were trained"
+        ),
         _gauge("buffer/in_flight", "1", role, "Groups being generated or scored"),
         _gauge("buffer/ready", "1", role, "Finished groups that wait for the learner"),
     )
@@ -157,10 +179,26 @@ def _learner() -> tuple[Metric, ...]:
         _gauge("staleness/max", "steps", role, "Largest staleness of the step's tokens"),
         _gauge("learner/loss", "1", role, "Loss a trained token"),
         _gauge("learner/grad_norm", "1", role, "Gradient norm before clipping"),
+        _gauge(
+            "learner/grad_norm_part", "1", role, "Gradient norm of one group of parameters", "group"
+        ),
+        _gauge(
+            "learner/params_changed_fraction_bf16",
+            "1",
+            role,
+            "Elements that differ between the last two snapshots, as bfloat16",
+        ),
         _gauge("learner/learning_rate", "1", role, "Learning rate of the step"),
         _gauge("learner/entropy", "nats", role, "Mean entropy of the learner's distribution"),
         _gauge("learner/clip_fraction", "1", role, "Tokens whose ratio was clipped"),
-        _gauge("learner/kl_ref", "nats", role, "Mean KL to the reference policy (k3)"),
+        _gauge("learner/kl_ref", "nats", role, "Mean KL to the reference policy (k3, or full)"),
+        _gauge(
+            "learner/kl_ref_response",
+            "nats",
+            role,
+            "Mean KL to the reference of a whole response (the sum over its tokens)",
+        ),
+        _gauge("learner/kl_coef", "1", role, "Weight of the KL term, as the controller left it"),
         _gauge("learner/tokens", "tokens", role, "Trained tokens of the step"),
         _gauge("learner/rollouts", "1", role, "Rollouts of the step"),
         _gauge("learner/dropped_rollouts", "1", role, "Rollouts whose advantages are all zero"),
@@ -173,6 +211,26 @@ def _learner() -> tuple[Metric, ...]:
         _gauge("learner/prepare_s", "s", role, "Advantages, rows and plan of the step"),
         _gauge("learner/forward_backward_s", "s", role, "Forward and backward passes of the step"),
         _gauge("learner/optimizer_s", "s", role, "Clipping and the optimizer's step"),
+    )
+
+
+def _critic() -> tuple[Metric, ...]:
+    role = Role.LEARNER
+    return (
+        _gauge("critic/loss", "1", role, "Value loss a trained token"),
+        _gauge("critic/explained_variance", "1", role, "Share of the returns' variance foretold"),
+        _gauge("critic/clip_fraction", "1", role, "Tokens whose value moved out of the clip"),
+        _gauge("critic/value_mean", "reward", role, "Mean value at the start of the step"),
+        _gauge("critic/return_mean", "reward", role, "Mean return that the values are to be"),
+        _gauge("critic/grad_norm", "1", role, "The critic's gradient norm before clipping"),
+        _gauge("critic/learning_rate", "1", role, "The critic's learning rate of the step"),
+        _gauge("critic/skipped_steps", "1", role, "Critic steps left out: gradient not finite"),
+    )
+
+
+def _importance() -> tuple[Metric, ...]:
+    role = Role.LEARNER
+    return (
         _gauge("importance/ratio_mean", "1", role, "Mean of learner over sampler probability"),
         _gauge("importance/ratio_max", "1", role, "Largest ratio of the step"),
         _gauge("importance/capped_fraction", "1", role, "Tokens whose weight was capped"),
@@ -184,6 +242,68 @@ def _learner() -> tuple[Metric, ...]:
             "Mean absolute difference of learner and sampled log-probabilities",
         ),
         _gauge("importance/outside_band_fraction", "1", role, "Tokens with a ratio off the band"),
+        _gauge("importance/masked_fraction", "1", role, "Tokens that the correction left out"),
+        _gauge("importance/chi_squared", "1", role, "Mean squared ratio less 1"),
+        _gauge(
+            "importance/log_ratio_p50",
+            "nats",
+            role,
+            "Median size of the log ratio, to within a bin",
+        ),
+        _gauge(
+            "importance/log_ratio_p95", "nats", role, "95th percentile of the size of the log ratio"
+        ),
+        _gauge("importance/log_ratio_max", "nats", role, "Largest size of a log ratio in the step"),
+        _gauge(
+            "importance/engine_mismatch_mean",
+            "nats",
+            role,
+            "Mean distance of sampled and exact log-probabilities: engine against learner numerics",
+        ),
+        _gauge("importance/engine_mismatch_p95", "nats", role, "95th percentile of the same"),
+        _gauge("importance/engine_mismatch_max", "nats", role, "Largest of the same"),
+        _gauge(
+            "importance/staleness_effect_mean",
+            "nats",
+            role,
+            "Mean distance of proximal and exact log-probabilities: what staleness changed",
+        ),
+        _gauge("importance/staleness_effect_p95", "nats", role, "95th percentile of the same"),
+        _gauge("importance/staleness_effect_max", "nats", role, "Largest of the same"),
+    )
+
+
+def _importance_by_label() -> tuple[Metric, ...]:
+    role = Role.LEARNER
+    return (
+        _gauge(
+            "importance/outside_fraction_by_rule",
+            "1",
+            role,
+            "Tokens off the band of one rule, where the correction has several",
+            "rule",
+        ),
+        *(
+            _gauge(
+                f"importance/{name}_by_staleness",
+                unit,
+                role,
+                f"{description}, of tokens of one staleness (0 to 4, 5+)",
+                "staleness",
+            )
+            for name, unit, description in (
+                ("ratio_mean", "1", "Mean ratio"),
+                ("effective_sample_size", "1", "Effective share"),
+                ("chi_squared", "1", "Mean squared ratio less 1"),
+                ("outside_band_fraction", "1", "Share with a ratio off the band"),
+                ("capped_fraction", "1", "Share whose weight was capped"),
+                ("masked_fraction", "1", "Share that the correction left out"),
+                ("logprob_diff_mean", "nats", "Mean size of the log ratio"),
+                ("log_ratio_p50", "nats", "Median size of the log ratio"),
+                ("log_ratio_p95", "nats", "95th percentile of the size of the log ratio"),
+                ("log_ratio_max", "nats", "Largest size of the log ratio"),
+            )
+        ),
     )
 
 
@@ -196,7 +316,9 @@ def _weights() -> tuple[Metric, ...]:
         _gauge("weights/publish_s", "s", role, "Write of the last version"),
         _gauge("weights/pull_s", "s", role, "From written to live on every worker"),
         _gauge("weights/bytes", "bytes", role, "Size of the last version"),
+        _gauge("weights/stored_bytes", "bytes", role, "Size of the files written for it"),
         _counter("weights/publishes_skipped_total", "1", role, "Due versions never written"),
+        _counter("weights/refused_total", "1", role, "Versions that no worker could read whole"),
     )
 
 
@@ -211,5 +333,17 @@ def _index(rows: tuple[Metric, ...]) -> dict[str, Metric]:
 
 
 METRICS = MappingProxyType(
-    _index((*_controller(), *_generation(), *_scoring(), *_buffer(), *_learner(), *_weights()))
+    _index(
+        (
+            *_controller(),
+            *_generation(),
+            *_scoring(),
+            *_buffer(),
+            *_learner(),
+            *_critic(),
+            *_importance(),
+            *_importance_by_label(),
+            *_weights(),
+        )
+    )
 )

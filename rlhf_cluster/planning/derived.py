@@ -11,15 +11,16 @@ from rlhf_cluster.planning.placement import Bundle, demand
 def derived(config: RunConfig) -> dict[str, str]:
     """What the settings amount to, as name and text."""
     run, group_size = config.run, config.algorithm.group_size
+    updates = config.learner.epochs * config.learner.minibatches
     samples = run.groups_per_step * group_size
     longest = config.generation.max_response_tokens
     return {
-        "optimizer steps": f"{run.steps:,}",
+        "steps": f"{run.steps:,}, with {updates:,} optimizer steps each",
         "prompts": f"{run.steps * run.groups_per_step:,} ({run.groups_per_step:,} a step)",
         "samples a step": f"{samples:,} ({run.groups_per_step:,} prompts x {group_size:,})",
         "response tokens a step": f"at most {samples * longest:,}",
         "longest sequence": f"{config.max_sequence_tokens:,} tokens",
-        "max staleness": f"{config.staleness.max_staleness} steps",
+        "max staleness": f"{config.staleness.bound} steps",
         "warm-up": f"{config.sft.steps:,} steps of {config.sft.batch_size:,} examples"
         if config.sft.steps
         else "none",

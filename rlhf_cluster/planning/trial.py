@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
 from rlhf_cluster.errors import ConfigError
 from rlhf_cluster.records import FinishReason, Prompt, Rollout
 from rlhf_cluster.rewards import RewardConfig, build_rewards
+from rlhf_cluster.rewards.base import Reward
 from rlhf_cluster.rewards.failure import RewardFailure
 
 RULES = ("exact_match", "numeric")
@@ -32,7 +34,7 @@ def try_rewards(configs: Sequence[RewardConfig], tokenizer_dir: str, prompt: Pro
         reward, _ = build_rewards([config], tokenizer_dir, "cpu")[name]
         try:
             if config.type in RULES:
-                reward.score(prompt, [_made_up(prompt)], ["0"])
+                cast(Reward, reward).score(prompt, [_made_up(prompt)], ["0"])
         except RewardFailure as failure:
             raise ConfigError(f"reward {name!r} cannot score this data set: {failure}") from failure
         finally:

@@ -7,18 +7,20 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from rlhf_cluster.rewards.base import Reward, RewardContext
+from rlhf_cluster.rewards.base import Reward, RewardContext, StepReward
+from rlhf_cluster.rewards.equations import Equations, EquationsConfig
 from rlhf_cluster.rewards.exact_match import ExactMatch, ExactMatchConfig
 from rlhf_cluster.rewards.numeric import Numeric, NumericConfig
 from rlhf_cluster.rewards.python_function import PythonFunction, PythonFunctionConfig
 from rlhf_cluster.rewards.reward_model import RewardModel, RewardModelConfig
 
 RewardConfig = Annotated[
-    ExactMatchConfig | NumericConfig | PythonFunctionConfig | RewardModelConfig,
+    EquationsConfig | ExactMatchConfig | NumericConfig | PythonFunctionConfig | RewardModelConfig,
     Field(discriminator="type"),
 ]
 
 REWARDS: Mapping[str, Any] = {
+    "equations": Equations,
     "exact_match": ExactMatch,
     "numeric": Numeric,
     "python": PythonFunction,
@@ -34,7 +36,7 @@ def build_rewards(
     tokenizer_dir: str,
     device: str,
     wait_timeout_s: float = 300.0,
-) -> dict[str, tuple[Reward, float]]:
+) -> dict[str, tuple[Reward | StepReward, float]]:
     """Each reward, ready to score, and its weight, by name and in the order of `configs`.
 
     Args:
@@ -48,7 +50,7 @@ def build_rewards(
     context = RewardContext(
         tokenizer_dir=tokenizer_dir, device=device, wait_timeout_s=wait_timeout_s
     )
-    built: dict[str, tuple[Reward, float]] = {}
+    built: dict[str, tuple[Reward | StepReward, float]] = {}
     try:
         for config in configs:
             built[config.name or config.type] = (

@@ -4,6 +4,9 @@ A reward scores all rollouts of one group at once and returns one finite float e
 raises `ScoringError` (with the reason) when it cannot: an error is an outcome of its own, retried
 and then counted as a discard, and never turns into a score.
 
+A reward of reasoning steps scores each step of a response instead (`scoring.steps` cuts them); its
+part of the rollout's reward is the sum of its steps' scores.
+
 A reward is built from its section and a `RewardContext`, and is ready to score once built.
 """
 
@@ -29,6 +32,11 @@ class RewardSection(Section):
     timeout_s: float = Field(default=30.0, gt=0)
     """Deadline of one group."""
 
+    @property
+    def scores_steps(self) -> bool:
+        """The reward is a `StepReward`."""
+        return False
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardContext:
@@ -44,6 +52,25 @@ class Reward(Protocol):
         self, prompt: Prompt, rollouts: Sequence[Rollout], completions: Sequence[str]
     ) -> list[float]:
         """One score a rollout. `completions` are the decoded responses without special tokens.
+
+        Safe to call from several threads at once.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+class StepReward(Protocol):
+    """A reward of reasoning steps; `score` need not be there."""
+
+    def score_steps(
+        self,
+        prompt: Prompt,
+        rollouts: Sequence[Rollout],
+        completions: Sequence[str],
+        steps: Sequence[Sequence[str]],
+    ) -> list[list[float]]:
+        """One score a step of each rollout; `steps` are the segments of each of `completions`.
 
         Safe to call from several threads at once.
         """

@@ -19,6 +19,7 @@ Reason = Literal[
     "tokens",  # a sequence that the reward model cannot take
     "not_a_list",
     "length",
+    "steps",  # another number of step scores than the response has steps
     "none",
     "not_a_number",
     "nan",
@@ -39,7 +40,7 @@ class RewardFailure(ScoringError):
 
 def check_scores(scores: Any, num_rollouts: int) -> list[float]:
     """`scores` as finite floats, one a rollout. Raises `RewardFailure` with the reason."""
-    if not isinstance(scores, Sequence) or isinstance(scores, str | bytes):
+    if not _is_list(scores):
         found = f"{type(scores).__name__} {_short(scores)}"
         raise RewardFailure(
             f"returned {found}, expected a list of {num_rollouts} floats", "not_a_list"
@@ -49,28 +50,67 @@ def check_scores(scores: Any, num_rollouts: int) -> list[float]:
             f"returned {len(scores)} scores for {num_rollouts} rollouts; return exactly one each",
             "length",
         )
-    return [_check_score(score, index) for index, score in enumerate(scores)]
+    return [_check_score(score, f"rollout {index}") for index, score in enumerate(scores)]
 
 
-def _check_score(score: Any, index: int) -> float:
-    if score is None:
+def check_step_scores(scores: Any, num_steps: Sequence[int]) -> list[list[float]]:
+    """`scores` as finite floats, one a step of each rollout; `num_steps` has one entry a rollout.
+
+    Raises `RewardFailure` with the reason; the message names the rollout and both numbers of steps.
+    """
+    if not _is_list(scores):
+        found = f"{type(scores).__name__} {_short(scores)}"
         raise RewardFailure(
-            f"returned None for rollout {index}; return a float for every rollout", "none"
+            f"returned {found}, expected {len(num_steps)} lists of step scores", "not_a_list"
         )
+    if len(scores) != len(num_steps):
+        raise RewardFailure(
+            f"returned {len(scores)} lists of step scores for {len(num_steps)} rollouts; return "
+            "exactly one each",
+            "length",
+        )
+    return [
+        _check_steps(own, index, expected)
+        for index, (own, expected) in enumerate(zip(scores, num_steps, strict=True))
+    ]
+
+
+def _check_steps(scores: Any, index: int, expected: int) -> list[float]:
+    where = f"rollout {index}, which has {expected} steps"
+    if scores is None:
+        raise RewardFailure(f"returned None for {where}; return a list of floats", "none")
+    if not _is_list(scores):
+        found = f"{type(scores).__name__} {_short(scores)}"
+        raise RewardFailure(f"returned {found} for {where}; return a list of floats", "not_a_list")
+    if len(scores) != expected:
+        raise RewardFailure(
+            f"returned {len(scores)} step scores for {where}; return one for each of `steps`",
+            "steps",
+        )
+    return [_check_score(s, f"step {number} of {where}") for number, s in enumerate(scores)]
+
+
+def _check_score(score: Any, where: str) -> float:
+    if score is None:
+        raise RewardFailure(f"returned None for {where}; return a float for each", "none")
     if not isinstance(score, int | float):
         found = f"{type(score).__name__} {_short(score)}"
-        raise RewardFailure(f"returned {found} for rollout {index}; return a float", "not_a_number")
+        raise RewardFailure(f"returned {found} for {where}; return a float", "not_a_number")
     try:
         value = float(score)
     except OverflowError:
         value = math.inf
     if math.isnan(value):
-        raise RewardFailure(f"returned NaN for rollout {index}; return a finite float", "nan")
+        raise RewardFailure(f"returned NaN for {where}; return a finite float", "nan")
     if math.isinf(value):
         raise RewardFailure(
-            f"returned an infinite score for rollout {index}; return a finite float", "infinite"
+            f"returned an infinite score for {where}; return a finite float", "infinite"
         )
     return value
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def _short(value: Any) -> str:

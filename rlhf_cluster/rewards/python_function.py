@@ -7,6 +7,9 @@ texts; when it is chat messages, a prompt is the list of messages and a completi
 `[{"role": "assistant", "content": ...}]`. Every other column of the data set comes as a list with
 one entry a rollout, and the configured `kwargs` as they are.
 
+With `per_step` the function also gets `steps`, the list of each completion's steps as texts, and
+returns a list of floats for each completion, one a step.
+
 The function runs in a child process of its own: it may crash or hang without harm to the worker.
 """
 
@@ -21,10 +24,11 @@ from pydantic import Field, PositiveInt
 from rlhf_cluster.errors import ConfigError
 from rlhf_cluster.records import Prompt, Rollout
 from rlhf_cluster.rewards.base import RewardContext, RewardSection
-from rlhf_cluster.rewards.failure import RewardFailure, check_scores
+from rlhf_cluster.rewards.failure import RewardFailure, check_scores, check_step_scores
 from rlhf_cluster.rewards.process import FunctionPool
 
 _OWN_ARGUMENTS = ("prompts", "completions")
+_STEPS = "steps"
 
 
 class PythonFunctionConfig(RewardSection):
@@ -35,10 +39,21 @@ class PythonFunctionConfig(RewardSection):
     """"module:function", importable from the working directory or PYTHONPATH."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments of every call."""
+    per_step: bool = False
+    """It scores reasoning steps: a list of floats for each completion, one for each of `steps`."""
     processes: PositiveInt = 1
     """Child processes of each scoring worker: groups whose function runs at once."""
     start_timeout_s: float = Field(default=60.0, gt=0)
     """Deadline of starting a child, the import of the module included."""
+
+    @property
+    def scores_steps(self) -> bool:
+        return self.per_step
+
+    @property
+    def own_arguments(self) -> tuple[str, ...]:
+        """Arguments that neither a column nor a key of `kwargs` may be named like."""
+        return (*_OWN_ARGUMENTS, _STEPS) if self.per_step else _OWN_ARGUMENTS
 
 
 class PythonFunction:
@@ -58,6 +73,19 @@ class PythonFunction:
         arguments = self._arguments(prompt, completions)
         return check_scores(self._pool.call(arguments, self._config.timeout_s), len(rollouts))
 
+    def score_steps(
+        self,
+        prompt: Prompt,
+        rollouts: Sequence[Rollout],
+        completions: Sequence[str],
+        steps: Sequence[Sequence[str]],
+    ) -> list[list[float]]:
+        """The function's scores of the steps. Raises `RewardFailure` for whatever else it does."""
+        arguments = self._arguments(prompt, completions)
+        arguments[_STEPS] = [list(own) for own in steps]
+        found = self._pool.call(arguments, self._config.timeout_s)
+        return check_step_scores(found, [len(own) for own in steps])
+
     def close(self) -> None:
         self._pool.close()
 
@@ -74,8 +102,9 @@ class PythonFunction:
         return {**columns, **self._config.kwargs, **own}
 
     def _check_column(self, name: str, value: Any) -> None:
-        if name in _OWN_ARGUMENTS or name in self._config.kwargs:
-            taken = "the function's own" if name in _OWN_ARGUMENTS else "also in kwargs"
+        own = self._config.own_arguments
+        if name in own or name in self._config.kwargs:
+            taken = "the function's own" if name in own else "also in kwargs"
             raise RewardFailure(
                 f"column {name!r} of the data set: this argument is {taken}. Rename one of them",
                 "column",
@@ -92,7 +121,7 @@ class PythonFunction:
 
 def _check_kwargs(config: PythonFunctionConfig) -> None:
     for name, value in config.kwargs.items():
-        if name in _OWN_ARGUMENTS:
+        if name in config.own_arguments:
             raise ConfigError(
                 f"kwargs.{name} of {config.function}: this argument is the function's own. Remove "
                 "it"

@@ -1,1 +1,2 @@
-"""The scoring pool's core: rewards and the frozen reference. Importing this loads no torch."""
+"""The scoring pool's core: rewards, the reference, and log-probabilities under published versions.
+Importing this loads no torch."""

@@ -1,13 +1,18 @@
-"""One scorer: all rewards and the reference model, for one group after another.
+"""One scorer: all rewards, the reference model and exact log-probabilities, group after group.
 
-    RolloutGroup  -->  decode, rewards, reference  -->  ExperienceGroup
+    RolloutGroup  -->  decode, rewards, reference, exact log-probabilities  -->  ExperienceGroup
 
 Promises:
 - responses are decoded for the rewards only; the token ids pass through untouched;
 - a rollout's reward is the weighted sum of its parts, all of them finite, or the whole group fails
   with a `ScoringError` that names the reward, the group and the reason: an error is never a score;
+- the part of a reward that scores reasoning steps is the sum of its steps' scores; the steps are cut
+  in the decoded text, their ends found among the sampled ids (`scoring.steps`);
 - several threads may score at once: a reward that waits for its child process holds up no other
-  group's rewards and not the reference model.
+  group's rewards and not the models;
+- a rollout that the learner could not train whole fails its group, with the reason, and is never cut;
+- where the reference is not the model folder's policy (after a warm-up, or when it moves), no group
+  is scored before it was given by `load_reference`.
 """
 
 from __future__ import annotations
@@ -16,101 +21,136 @@ import math
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.data.tokenizer import load_tokenizer
 from rlhf_cluster.errors import RlhfError, ScoringError, WorkerError
-from rlhf_cluster.records import ExperienceGroup, RolloutGroup, ScoredRollout
+from rlhf_cluster.records import (
+    ExperienceGroup,
+    Rollout,
+    RolloutGroup,
+    ScoredRollout,
+    WeightVersion,
+)
 from rlhf_cluster.rewards import build_rewards
-from rlhf_cluster.rewards.base import Reward
-from rlhf_cluster.rewards.failure import RewardFailure, check_scores
+from rlhf_cluster.rewards.base import Reward, StepReward
+from rlhf_cluster.rewards.failure import RewardFailure, check_scores, check_step_scores
+from rlhf_cluster.scoring.steps import step_ends, step_spans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from rlhf_cluster.scoring.exact import ExactLogprobs
     from rlhf_cluster.scoring.reference import Reference
+    from rlhf_cluster.weights.transport import ShardSource
 
 
 class Scorer:
     """Call `setup` first; `close` when done."""
 
-    def __init__(self, config: RunConfig, model_dir: str, name: str) -> None:
+    def __init__(
+        self, config: RunConfig, model_dir: str, name: str, source: ShardSource | None = None
+    ) -> None:
+        """`source` is where the policy's versions are read from; default: their files."""
         self._config = config
+        self._source = source
         self._model_dir = model_dir
         self._name = name
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._rewards: dict[str, tuple[Reward, float]] = {}
+        self._rewards: dict[str, tuple[Reward | StepReward, float]] = {}
         self._weights = {r.name or r.type: r.weight for r in config.scoring.rewards}
+        self._step_names = {r.name or r.type for r in config.scoring.rewards if r.scores_steps}
         self._device = "cuda" if config.scoring.num_gpus else "cpu"
         self._reference: Reference | None = None
+        self._reference_is_given = not config.stored_reference
+        self._exact: ExactLogprobs | None = None
         self._totals: defaultdict[str, float] = defaultdict(float)
         self._counting = threading.Lock()  # held for an addition only
 
     def setup(self) -> None:
-        """Load the tokenizer and the rewards, and the reference unless a warm-up comes first.
-
-        Raises `ConfigError`, `DataError`.
-        """
+        """Load the tokenizer, the models and the rewards. Raises `ConfigError`, `DataError`."""
         scoring = self._config.scoring
         tokenizer_dir = self._config.model.tokenizer or self._model_dir
         tokenizer = load_tokenizer(tokenizer_dir)
-        if scoring.reference and not self._config.sft.steps:
-            self.load_reference(self._model_dir)
+        if scoring.reference:
+            self._reference = self._new_reference()
+        if scoring.exact_logprobs:
+            self._exact = self._new_exact()
         self._rewards = build_rewards(
             scoring.rewards, tokenizer_dir, self._device, scoring.request_timeout_s
         )
         self._tokenizer = tokenizer
 
-    def load_reference(self, folder: str) -> None:
-        """The frozen reference: the policy as it is when reinforcement learning begins."""
-        from rlhf_cluster.scoring.reference import Reference
+    def load_reference(self, version: WeightVersion) -> None:
+        """Make `version` the reference, between two groups.
 
-        scoring = self._config.scoring
-        self._reference = Reference(
-            folder,
-            scoring.dtype,
-            self._device,
-            scoring.tokens_per_batch,
-            scoring.request_timeout_s,
-        )
+        Raises `WeightError`, `StalledError`; the reference is as before then. `WorkerError`: this
+        run has no reference, or `setup` has not been called.
+        """
+        if self._reference is None:
+            raise WorkerError(
+                f"{self._name}: no reference model is loaded; scoring.reference = "
+                f"{self._config.scoring.reference}"
+            )
+        self._reference.load(version)
+        self._reference_is_given = True
 
-    def score(self, group: RolloutGroup, with_reference: bool = True) -> ExperienceGroup:
+    def score(self, group: RolloutGroup, with_logprobs: bool = True) -> ExperienceGroup:
         """Score one group.
 
         Args:
-            group: its rollouts belong to its prompt.
-            with_reference: False leaves `ref_logprobs` out, as for greedy answers.
+            group: its rollouts belong to its prompt. Its greedy response is scored by the rewards
+                like one rollout more, and by no model.
+            with_logprobs: False leaves out what is for training only, `ref_logprobs` and
+                `exact_logprobs`, as for greedy answers.
 
         Raises:
-            ScoringError: a reward or the reference gave no usable answer.
-            StalledError: other groups held the reference past the deadline.
+            ScoringError: a reward or a model gave no usable answer.
+            StalledError: other groups held a model past the deadline.
+            WeightError: a version that sampled a token cannot be loaded; see `scoring.exact`.
             WorkerError: `setup` has not been called.
         """
-        completions = self._decode(group)
-        parts = {
-            name: self._parts(name, reward, group, completions)
-            for name, (reward, _) in self._rewards.items()
-        }
-        references = self._reference_logprobs(group) if with_reference else None
+        if with_logprobs:
+            self._check_lengths(group)
+        answers = _with_greedy(group)
+        completions = self._decode(answers)
+        spans = [step_spans(text, self._config.scoring.step_separator) for text in completions]
+        parts, step_rewards = self._scores(answers, completions, spans)
+        references = self._reference_logprobs(group) if with_logprobs else None
+        exact = self._exact_logprobs(group) if with_logprobs else None
         scored = []
         for index, rollout in enumerate(group.rollouts):
             own = {name: values[index] for name, values in parts.items()}
+            ends = self._step_ends(rollout, completions[index], spans[index])
             scored.append(
                 ScoredRollout(
                     rollout=rollout,
                     reward=self._weighted_sum(group, own),
                     reward_parts=own,
                     ref_logprobs=references[index] if references is not None else None,
+                    exact_logprobs=exact[index] if exact is not None else None,
                     scorer=self._name,
+                    step_ends=ends,
+                    step_rewards=None if ends is None else step_rewards[index],
                 )
             )
         self._count("num_groups")
         self._count("num_rollouts", len(scored))
-        return ExperienceGroup(ticket=group.ticket, prompt=group.prompt, scored=tuple(scored))
+        greedy_reward = None
+        if group.greedy is not None:
+            own = {name: values[-1] for name, values in parts.items()}
+            greedy_reward = self._weighted_sum(group, own)
+        return ExperienceGroup(
+            ticket=group.ticket,
+            prompt=group.prompt,
+            scored=tuple(scored),
+            greedy_reward=greedy_reward,
+        )
 
     def stats(self) -> dict[str, float]:
         """Totals: groups, rollouts, seconds, and `errors/<reward>/<reason>` for each kind seen."""
@@ -124,28 +164,88 @@ class Scorer:
         for reward, _ in rewards.values():
             reward.close()
 
-    def _decode(self, group: RolloutGroup) -> list[str]:
-        tokenizer = self._tokenizer
-        if tokenizer is None:
-            raise WorkerError(f"{self._name}: nothing is loaded; call setup before score")
-        return [
-            str(
-                tokenizer.decode(
-                    rollout.response_ids.tolist(),
-                    skip_special_tokens=True,
-                    clean_up_tokenization_spaces=False,
+    def _check_lengths(self, group: RolloutGroup) -> None:
+        """Rows of several turns may be longer than one response: refused here they cost a group, in
+        the learner the run."""
+        row, longest = self._config.tokens_per_row, self._config.generation.max_response_tokens
+        fixed = self._config.algorithm.aggregation == "fixed_length"
+        for rollout in group.rollouts:
+            num_positions = len(rollout.prompt_ids) + len(rollout.response_ids) - 1
+            num_trained = int(rollout.response_mask.sum())
+            if num_positions > row:
+                reason, detail = (
+                    "row",
+                    f"takes {num_positions} positions, over learner.tokens_per_row = {row}. Raise it",
                 )
-            )
-            for rollout in group.rollouts
-        ]
+            elif fixed and num_trained > longest:
+                reason, detail = (
+                    "fixed_length",
+                    f"has {num_trained} trained tokens, over generation.max_response_tokens = "
+                    f"{longest}, which algorithm.aggregation = 'fixed_length' divides by. Raise it",
+                )
+            else:
+                continue
+            detail = f"rollout {rollout.rollout_id} {detail}, or shorten the turns"
+            raise self._failed("the length of a rollout", "length", group, reason, detail)
 
-    def _parts(
-        self, name: str, reward: Reward, group: RolloutGroup, completions: Sequence[str]
-    ) -> list[float]:
+    def _decode(self, group: RolloutGroup) -> list[str]:
+        return [self._text(rollout.response_ids.tolist()) for rollout in group.rollouts]
+
+    def _text(self, ids: Sequence[int]) -> str:
+        if self._tokenizer is None:
+            raise WorkerError(f"{self._name}: nothing is loaded; call setup before score")
+        text = self._tokenizer.decode(
+            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return str(text)
+
+    def _step_ends(
+        self, rollout: Rollout, text: str, spans: Sequence[tuple[int, int]]
+    ) -> np.ndarray | None:
+        if not self._step_names or self._tokenizer is None:
+            return None
+        silent = frozenset(self._tokenizer.all_special_ids)
+        return step_ends(self._text, rollout.response_ids.tolist(), silent, text, spans)
+
+    def _scores(
+        self,
+        group: RolloutGroup,
+        completions: Sequence[str],
+        spans: Sequence[Sequence[tuple[int, int]]],
+    ) -> tuple[dict[str, list[float]], list[np.ndarray]]:
+        """Every reward's part of each rollout, and each rollout's weighted step rewards [S]."""
+        steps = [
+            [text[begin:end] for begin, end in own]
+            for text, own in zip(completions, spans, strict=True)
+        ]
+        parts: dict[str, list[float]] = {}
+        totals = [np.zeros(len(own)) for own in steps]
+        for name, (reward, weight) in self._rewards.items():
+            found = self._answers(name, reward, group, completions, steps)
+            if name not in self._step_names:
+                parts[name] = found
+                continue
+            parts[name] = [sum(own) for own in found]
+            for total, own in zip(totals, found, strict=True):
+                total += weight * np.array(own)
+        return parts, totals
+
+    def _answers(
+        self,
+        name: str,
+        reward: Any,
+        group: RolloutGroup,
+        completions: Sequence[str],
+        steps: Sequence[Sequence[str]],
+    ) -> list[Any]:
+        """One float a rollout, or one list of floats where the reward scores steps."""
         started = time.perf_counter()
+        given = (group.prompt, group.rollouts, completions)
         try:
-            scores = reward.score(group.prompt, group.rollouts, completions)
-            return check_scores(scores, len(group.rollouts))
+            if name in self._step_names:
+                found = reward.score_steps(*given, steps)
+                return check_step_scores(found, [len(own) for own in steps])
+            return check_scores(reward.score(*given), len(group.rollouts))
         except RlhfError as error:
             reason = error.reason if isinstance(error, RewardFailure) else type(error).__name__
             raise self._failed(f"reward {name!r}", name, group, reason, str(error)) from error
@@ -164,18 +264,60 @@ class Scorer:
         return total
 
     def _reference_logprobs(self, group: RolloutGroup) -> list[np.ndarray] | None:
-        if not self._config.scoring.reference:
-            return None
         if self._reference is None:
-            raise WorkerError(f"{self._name}: no reference is loaded; call load_reference first")
+            return None
+        if not self._reference_is_given:
+            raise WorkerError(
+                f"{self._name}: no reference was given to this worker; call load_reference first"
+            )
+        return self._logprobs("reference", self._reference.logprobs, group)
+
+    def _exact_logprobs(self, group: RolloutGroup) -> list[np.ndarray] | None:
+        if self._exact is None:
+            return None
+        return self._logprobs("exact_logprobs", self._exact.logprobs, group)
+
+    def _logprobs(
+        self,
+        name: str,
+        compute: Callable[[Sequence[Rollout]], list[np.ndarray]],
+        group: RolloutGroup,
+    ) -> list[np.ndarray]:
         started = time.perf_counter()
         try:
-            return self._reference.logprobs(group.rollouts)
+            return compute(group.rollouts)
         except ScoringError as error:
-            detail = str(error)
-            raise self._failed("reference", "reference", group, "sequence", detail) from error
+            raise self._failed(name, name, group, "sequence", str(error)) from error
         finally:
-            self._count("seconds/reference", time.perf_counter() - started)
+            self._count(f"seconds/{name}", time.perf_counter() - started)
+
+    def _new_reference(self) -> Reference:
+        from rlhf_cluster.scoring.reference import Reference
+
+        scoring = self._config.scoring
+        return Reference(
+            self._model_dir,
+            scoring.dtype,
+            self._device,
+            scoring.tokens_per_batch,
+            scoring.request_timeout_s,
+        )
+
+    def _new_exact(self) -> ExactLogprobs:
+        from rlhf_cluster.scoring.exact import ExactLogprobs
+        from rlhf_cluster.scoring.frozen import FrozenPolicy
+
+        scoring = self._config.scoring
+        model = FrozenPolicy(
+            "exact log-probabilities",
+            self._model_dir,
+            self._config.learner.dtype,
+            self._device,
+            scoring.tokens_per_batch,
+            scoring.request_timeout_s,
+        )
+        folder = self._config.weights_dir
+        return ExactLogprobs(model, folder, scoring.cached_versions, self._source)
 
     def _failed(
         self, what: str, name: str, group: RolloutGroup, reason: str, detail: str
@@ -186,3 +328,10 @@ class Scorer:
     def _count(self, name: str, amount: float = 1.0) -> None:
         with self._counting:
             self._totals[name] += amount
+
+
+def _with_greedy(group: RolloutGroup) -> RolloutGroup:
+    """The group with its greedy response, if it has one, as its last rollout."""
+    if group.greedy is None:
+        return group
+    return replace(group, rollouts=(*group.rollouts, group.greedy), greedy=None)

@@ -1,30 +1,39 @@
 """From the ranks' reports to one checked manifest.
 
-Promises: every report is of this version, every file is there with the length and header that were
-reported, ranks agree on each tensor's shape and type, the parts cover each tensor once, and the
-names are exactly the expected ones. Otherwise `WeightError`, and nothing has been changed.
+Promises: every report is of this version and against the same base, every file is there with the
+length and header that were reported, ranks agree on each tensor's shape and type, the parts cover
+each tensor once, and the names are exactly the expected ones, and those of the base. Otherwise
+`WeightError`, and nothing has been changed.
+
+Where tensors are merged from adapters, what no rank reports is kept from the base.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 
 from pydantic import ValidationError
 from xxhash import xxh3_128_digest
 
 from rlhf_cluster.errors import WeightError
+from rlhf_cluster.weights import adapter
 from rlhf_cluster.weights.hashing import (
     CHUNK_BYTES,
     HASH_BYTES,
+    border_pieces,
     combine_hashes,
+    is_whole_chunk,
     pieces,
     tensor_hash,
 )
 from rlhf_cluster.weights.manifest import (
+    BORDERS,
     ITEM_BYTES,
     FileEntry,
+    Link,
     Manifest,
     Part,
     PartReport,
@@ -33,34 +42,45 @@ from rlhf_cluster.weights.manifest import (
     check_coverage,
     explain_problems,
 )
-from rlhf_cluster.weights.shards import ShardFile
+from rlhf_cluster.weights.shards import ShardFile, open_shards
+from rlhf_cluster.weights.transport import Blob
 
 _Held = tuple[str, PartReport]  # the file, and what it holds of one tensor
 
 
 def assemble(
-    folder: Path,
+    open_blobs: Callable[[Sequence[str]], list[Blob]],
     version: int,
     reports: Sequence[ShardReport],
     expected: Mapping[str, tuple[int, ...]] | None,
+    base: Manifest | None,
     created_s: float,
 ) -> Manifest:
-    """The manifest of the shards that `reports` describe in `folder`. Raises `WeightError`."""
+    """The manifest of the shards that `reports` describe. Raises `WeightError`.
+
+    `open_blobs` opens files by name; of each, the header and `border_ranges` are read.
+    """
     reports = sorted(reports, key=lambda report: report.rank)
     _check_reports(version, reports)
     held: dict[str, list[_Held]] = defaultdict(list)
     for report in reports:
         for name, part in report.parts.items():
             held[name].append((report.file, part))
-    check_names(f"version {version}", {n: parts[0][1].shape for n, parts in held.items()}, expected)
+    is_adapter = any(part.scale is not None for _, part in chain(*held.values()))
+    kept = _kept(base, held) if base is not None and is_adapter else {}
+    shapes = {name: entry.shape for name, entry in kept.items()}
+    shapes |= {name: parts[0][1].shape for name, parts in held.items()}
+    model = {name: shape for name, shape in shapes.items() if not adapter.is_factor(name)}
+    check_names(f"version {version}", model, expected)
     files: dict[str, ShardFile] = {}
     try:
+        names = [report.file for report in reports]
+        opened = open_shards(open_blobs(names), [(r.num_bytes, None) for r in reports])
+        files = dict(zip(names, opened, strict=True))
         for report in reports:
-            files[report.file] = file = ShardFile(folder / report.file, report.num_bytes)
             for name, part in report.parts.items():
-                if part.numel:
-                    file.find(name, part.dtype, part.numel)
-        tensors = {name: _entry(name, parts, files) for name, parts in held.items()}
+                _check_stored(name, part, files[report.file])
+        found = kept | {name: _entry(name, parts, files) for name, parts in held.items()}
         entries = {
             report.file: FileEntry(
                 num_bytes=report.num_bytes, header_hash=files[report.file].header_hash
@@ -70,16 +90,52 @@ def assemble(
     finally:
         for file in files.values():
             file.close()
+    own_format = "adapter" if is_adapter else "full" if base is None else "delta"
+    if base is not None:
+        _check_against_base(version, own_format, found, base)
+    order = base.tensors if base is not None else found
+    tensors = {name: found[name] for name in order if not adapter.is_factor(name)}
     try:
         return Manifest(
+            format=own_format,
             version=version,
+            chain=chain_on(base),
             created_s=created_s,
             digest=combine_hashes({name: entry.hash for name, entry in tensors.items()}),
             files=entries,
             tensors=tensors,
+            factors={name: entry for name, entry in found.items() if adapter.is_factor(name)},
         )
     except ValidationError as error:
         raise WeightError(f"version {version}: {explain_problems(error)}") from error
+
+
+def _kept(base: Manifest, held: Mapping[str, object]) -> dict[str, TensorEntry]:
+    """What a version of adapters leaves as it is in the base."""
+    return {
+        name: entry.model_copy(update={"parts": ()})
+        for name, entry in base.stored.items()
+        if name not in held and not name.endswith(adapter.TRAINED)
+    }
+
+
+def border_ranges(report: ShardReport, file: ShardFile) -> list[tuple[int, int]]:
+    """(position, length) of all that `assemble` reads of a shard beside its header."""
+    ranges = []
+    for name, part in report.parts.items():
+        item_bytes = ITEM_BYTES[part.dtype]
+        size = math.prod(part.shape) * item_bytes
+        start, stop = part.offset * item_bytes, (part.offset + part.numel) * item_bytes
+        ranges += [
+            (_border_position(name, part, file, size, a), b - a)
+            for a, b in border_pieces(start, stop, size)
+        ]
+    return ranges
+
+
+def chain_on(base: Manifest | None) -> tuple[Link, ...]:
+    """The versions that a version builds on whose base is `base`."""
+    return (*base.chain, Link(version=base.version, digest=base.digest)) if base else ()
 
 
 def check_names(
@@ -120,22 +176,56 @@ def _check_reports(version: int, reports: Iterable[ShardReport]) -> None:
         seen[report.rank] = report.file
 
 
+def _check_stored(name: str, part: PartReport, file: ShardFile) -> None:
+    if part.delta_bytes is None:
+        if part.numel:
+            file.find(name, part.dtype, part.numel)
+    elif part.delta_bytes:
+        file.find(name, "uint8", part.delta_bytes)
+
+
+def _check_against_base(
+    version: int, own_format: str, entries: Mapping[str, TensorEntry], base: Manifest
+) -> None:
+    if version <= base.version:
+        raise WeightError(f"version {version} cannot build on version {base.version}, a later one")
+    if (own_format == "adapter") != (base.format == "adapter"):
+        raise WeightError(
+            f"version {version} of format {own_format!r} cannot build on version {base.version} of "
+            f"format {base.format!r}. Publish it in full"
+        )
+    found = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+    listed = {**base.tensors, **base.factors}
+    known = {name: (entry.dtype, entry.shape) for name, entry in listed.items()}
+    if found != known:
+        other = [name for name in {**known, **found} if found.get(name) != known.get(name)]
+        raise WeightError(
+            f"version {version} builds on version {base.version}, which has other tensors: "
+            f"{_some(other)}. Publish it in full"
+        )
+
+
 def _entry(name: str, held: list[_Held], files: Mapping[str, ShardFile]) -> TensorEntry:
-    shape, dtype = held[0][1].shape, held[0][1].dtype
+    shape, dtype, scale = held[0][1].shape, held[0][1].dtype, held[0][1].scale
     for file, part in held:
-        if (part.shape, part.dtype) != (shape, dtype):
+        if (part.shape, part.dtype, part.scale) != (shape, dtype, scale):
             raise WeightError(
-                f"tensor {name!r}: {file} holds a part of {part.dtype}{list(part.shape)}, "
-                f"{held[0][0]} one of {dtype}{list(shape)}; all ranks must agree"
+                f"tensor {name!r}: {file} holds a part of {part.dtype}{list(part.shape)} with scale "
+                f"{part.scale}, {held[0][0]} one of {dtype}{list(shape)} with scale {scale}; all "
+                "ranks must agree"
             )
     held = sorted((item for item in held if item[1].numel), key=lambda item: item[1].offset)
-    parts = tuple(Part(file=file, offset=part.offset, numel=part.numel) for file, part in held)
+    parts = tuple(
+        Part(file=file, offset=part.offset, numel=part.numel, delta_bytes=part.delta_bytes)
+        for file, part in held
+    )
     check_coverage(name, shape, parts)
     return TensorEntry(
         dtype=dtype,
         shape=shape,
         hash=tensor_hash(name, dtype, shape, _chunk_hashes(name, held, files)),
-        parts=parts,
+        parts=parts if scale is None else (),
+        scale=scale,
     )
 
 
@@ -143,28 +233,39 @@ def _chunk_hashes(name: str, held: list[_Held], files: Mapping[str, ShardFile]) 
     """The hashes of a tensor's chunks: as reported, or read again where a chunk spans files."""
     hashes: list[bytes] = []
     open_chunk = b""  # the bytes of the chunk under way, once it turned out to span files
+    size = sum(part.numel * ITEM_BYTES[part.dtype] for _, part in held)
     for file, part in held:
         item_bytes = ITEM_BYTES[part.dtype]
         start, stop = part.offset * item_bytes, (part.offset + part.numel) * item_bytes
-        whole = held[-1][1] is part
         for index, (a, b) in enumerate(pieces(start, stop)):
             reported = part.piece_hashes[index * HASH_BYTES : (index + 1) * HASH_BYTES]
-            if a % CHUNK_BYTES == 0 and (b % CHUNK_BYTES == 0 or (whole and b == stop)):
+            if is_whole_chunk(a, b, size):
                 hashes.append(reported)
                 continue
             data = bytearray(b - a)
-            position = files[file].find(name, part.dtype, part.numel) + a - start
+            position = _border_position(name, part, files[file], size, a)
             files[file].read_into(memoryview(data), position)
             if xxh3_128_digest(data) != reported:
                 raise WeightError(
-                    f"tensor {name!r}: bytes {a} to {b} of it in {files[file].path} are not those "
+                    f"tensor {name!r}: bytes {a} to {b} of it in {files[file].where} are not those "
                     "that were written; damaged. Publish the version again"
                 )
             open_chunk += data
-            if b % CHUNK_BYTES == 0 or (whole and b == stop):
+            if b % CHUNK_BYTES == 0 or b == size:
                 hashes.append(xxh3_128_digest(open_chunk))
                 open_chunk = b""
     return b"".join(hashes)
+
+
+def _border_position(name: str, part: PartReport, file: ShardFile, size: int, piece: int) -> int:
+    """Where in the file the bytes of the border piece stand that begins at byte `piece`."""
+    item_bytes = ITEM_BYTES[part.dtype]
+    start, stop = part.offset * item_bytes, (part.offset + part.numel) * item_bytes
+    if part.delta_bytes is None:
+        return file.find(name, part.dtype, part.numel) + piece - start
+    borders = border_pieces(start, stop, size)
+    found = file.find(name + BORDERS, "uint8", sum(b - a for a, b in borders))
+    return found + sum(b - a for a, b in borders if a < piece)
 
 
 def _some(names: Sequence[str], limit: int = 8) -> str:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_FILE_BYTES = 4 * 10**9
-_INDEX = "model.safetensors.index.json"
+INDEX_NAME = "model.safetensors.index.json"
 _WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx",
 }  # fmt: skip
@@ -56,7 +56,7 @@ def export_hf(
     partial = out_dir.with_name(f"{out_dir.name}.partial-{os.getpid()}")
     partial.mkdir()
     try:
-        _copy_companions(model_dir, partial)
+        copy_companions(model_dir, partial)
         config.pop("torch_dtype", None)
         config["dtype"] = _main_dtype(manifest)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -112,7 +112,8 @@ def _main_dtype(manifest: Manifest) -> str:
     return max(num_bytes, key=lambda dtype: num_bytes[dtype])
 
 
-def _copy_companions(model_dir: Path, target: Path) -> None:
+def copy_companions(model_dir: Path, target: Path) -> None:
+    """Copy what a model folder holds beside the weights and `config.json`."""
     for path in sorted(model_dir.iterdir()):
         is_weights = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json")
         if path.is_file() and not is_weights and path.name != "config.json":
@@ -139,7 +140,7 @@ def _write_weights(
         where |= dict.fromkeys(names, file)
     if len(groups) > 1:
         index = {"metadata": {"total_size": manifest.num_bytes}, "weight_map": where}
-        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _plan_files(manifest: Manifest, max_file_bytes: int) -> list[list[str]]:

@@ -7,7 +7,8 @@ A tensor's bytes are cut into chunks of `CHUNK_BYTES`, counted from the tensor's
     digest      = xxh3_128(tensor hashes in order of the tensors' names)
 
 A rank that holds a range of a tensor hashes the pieces between chunk borders from its own memory;
-only a chunk that spans two ranks has to be read again when the version is put together. xxh3 finds
+only a chunk that spans two ranks (`border_pieces`) has to be read again when the version is put
+together. xxh3 finds
 damage, not forgery: whoever can write the store is trusted.
 """
 
@@ -34,6 +35,15 @@ def pieces(start: int, stop: int) -> Iterator[tuple[int, int]]:
         end = min((start // CHUNK_BYTES + 1) * CHUNK_BYTES, stop)
         yield start, end
         start = end
+
+
+def border_pieces(start: int, stop: int, size: int) -> list[tuple[int, int]]:
+    """The pieces of [start, stop) that are not a whole chunk of a tensor of `size` bytes."""
+    return [(a, b) for a, b in pieces(start, stop) if not is_whole_chunk(a, b, size)]
+
+
+def is_whole_chunk(start: int, stop: int, size: int) -> bool:
+    return start % CHUNK_BYTES == 0 and (stop % CHUNK_BYTES == 0 or stop == size)
 
 
 def hash_pieces(data: memoryview, start: int) -> bytes:

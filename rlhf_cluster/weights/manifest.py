@@ -5,7 +5,12 @@ shard file (length, hash of its header). Promises, checked whenever one is built
 
 - the parts of a tensor cover it once: no hole, no overlap, no part outside it;
 - a file is a plain name beside the manifest, never a path, so nothing outside the folder is read;
-- `digest` is the digest of the tensor hashes that are listed;
+- a `delta` version names every version it builds on, oldest first, by number and digest: the first
+  is stored in full, the others build on those before them, and there are at most `MAX_CHAIN`;
+- an `adapter` version lists, beside the tensors of the model, the `factors` that some of them are
+  merged from on reading (`adapter`). The first such version stores everything; those that build on
+  it keep what never changes as it is there, and store adapters only;
+- `digest` is the digest of the tensor hashes that are listed, whatever the format;
 - an unknown format, hash scheme or key is refused, never guessed at.
 
 Everything is JSON and safetensors; nothing is ever unpickled.
@@ -22,12 +27,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rlhf_cluster.errors import WeightError
+from rlhf_cluster.weights import adapter
 from rlhf_cluster.weights.hashing import HASH_SCHEME, combine_hashes
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-MANIFEST_NAME = "manifest.json"
 
 ITEM_BYTES: Mapping[str, int] = {
     "float64": 8,
@@ -45,7 +49,12 @@ ITEM_BYTES: Mapping[str, int] = {
 }
 """Bytes of one element, by the torch name of the type: the types that a version may hold."""
 
-_KNOWN_FORMATS = ("full",)
+MAX_CHAIN = 64
+"""Versions that a reader may have to go through, and files it holds open, times the ranks."""
+BORDERS = "#borders"
+"""After a tensor's name: the bytes of its part that `hashing.border_pieces` names, for the commit."""
+
+_KNOWN_FORMATS = ("full", "delta", "adapter")
 _FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*\.safetensors$")]
 _Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 _Count = Annotated[int, Field(ge=0)]
@@ -55,31 +64,38 @@ _Count = Annotated[int, Field(ge=0)]
 class LocalPart:
     """One rank's share of one tensor: elements [offset, offset + numel) of it, flattened.
 
-    `shape` is the whole tensor's. `tensor` is flat, contiguous, on the CPU, and may be empty.
+    `shape` is the whole tensor's. `tensor` is flat, contiguous, on the CPU, and may be empty. With a
+    `scale` it is not stored: readers merge it from the parts named after it (`adapter.merge`).
     """
 
     name: str
     shape: tuple[int, ...]
     offset: int
     tensor: Tensor  # [numel]
+    scale: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartReport:
-    """What a rank wrote of one tensor. `piece_hashes` are those of `hashing.hash_pieces`."""
+    """What a rank wrote of one tensor. `piece_hashes` are those of `hashing.hash_pieces`, over the
+    elements themselves however they are stored. `delta_bytes` as in `Part`, `scale` as in `LocalPart`;
+    with a scale `delta_bytes` is 0."""
 
     shape: tuple[int, ...]
     dtype: str
     offset: int
     numel: int
     piece_hashes: bytes
+    delta_bytes: int | None = None
+    scale: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardReport:
-    """What a rank says of the shard file it wrote: about 1/4000 of the file's size."""
+    """What a rank says of the shard file it wrote: about 1/4000 of its tensors' size."""
 
     version: int
+    base: int | None  # the version that its differences are against
     rank: int
     file: str
     num_bytes: int
@@ -96,15 +112,23 @@ class Part(_Entry):
     file: _FileName
     offset: _Count
     numel: Annotated[int, Field(gt=0)]
+    delta_bytes: _Count | None = None
+    """None: the elements themselves. Else the length of a payload (`delta.encode`) that turns the
+    same elements of the base version into these; at 0 they are equal, and nothing is stored."""
 
 
 class TensorEntry(_Entry):
-    """One tensor. `hash` covers name, type, shape and bytes, whatever the sharding."""
+    """One tensor. `hash` covers name, type, shape and bytes, whatever the sharding.
+
+    Nothing is stored of it (no parts) when it has a `scale`, by which it is merged from the factors
+    named after it, or when it is kept as the base version has it.
+    """
 
     dtype: str
     shape: tuple[_Count, ...]
     hash: _Hash
     parts: tuple[Part, ...]
+    scale: float | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -118,11 +142,20 @@ class FileEntry(_Entry):
     header_hash: _Hash
 
 
+class Link(_Entry):
+    """A version that another one builds on."""
+
+    version: _Count
+    digest: _Hash
+
+
 class Manifest(_Entry):
     """One version of the weights."""
 
-    format: Literal["full"] = "full"
+    format: Literal["full", "delta", "adapter"] = "full"
     version: _Count
+    chain: tuple[Link, ...] = ()
+    """The versions that this one builds on, the full one first, its base last. Empty when full."""
     created_s: float
     """Unix time."""
     hash_scheme: str = HASH_SCHEME
@@ -130,12 +163,25 @@ class Manifest(_Entry):
     """Equal for equal tensors, however many ranks wrote them."""
     files: dict[_FileName, FileEntry]
     tensors: dict[str, TensorEntry]
-    """In the order in which the learner reported them."""
+    """Those of the model, in the order in which the learner reported them."""
+    factors: dict[str, TensorEntry] = {}
+    """What the tensors with a `scale` are merged from."""
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors, file headers not counted."""
         return sum(entry.num_bytes for entry in self.tensors.values())
+
+    @property
+    def stored(self) -> Mapping[str, TensorEntry]:
+        """All that the version and those it builds on hold elements of."""
+        own = {name: entry for name, entry in self.tensors.items() if entry.scale is None}
+        return {**own, **self.factors}
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the version's own shard files."""
+        return sum(entry.num_bytes for entry in self.files.values())
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
@@ -143,15 +189,10 @@ class Manifest(_Entry):
             raise ValueError(
                 f"hash_scheme {self.hash_scheme!r}, this program knows {HASH_SCHEME!r}"
             )
-        for name, entry in self.tensors.items():
-            if entry.dtype not in ITEM_BYTES:
-                raise ValueError(
-                    f"tensor {name!r} has dtype {entry.dtype!r}, known: {_known_types()}"
-                )
-            for part in entry.parts:
-                if part.file not in self.files:
-                    raise ValueError(f"tensor {name!r} has a part in {part.file!r}, not in `files`")
-            check_coverage(name, entry.shape, entry.parts)
+        _check_chain(self)
+        for name, entry in (*self.tensors.items(), *self.factors.items()):
+            _check_entry(self, name, entry)
+        _check_factors(self)
         digest = combine_hashes({name: entry.hash for name, entry in self.tensors.items()})
         if digest != self.digest:
             raise ValueError(f"digest is {self.digest}, the listed tensor hashes give {digest}")
@@ -219,6 +260,43 @@ def check_coverage(name: str, shape: Sequence[int], parts: Sequence[Part]) -> No
         raise WeightError(
             f"tensor {name!r}: shards hold {reached} elements, shape {list(shape)} has only {numel}"
         )
+
+
+def _check_entry(manifest: Manifest, name: str, entry: TensorEntry) -> None:
+    if entry.dtype not in ITEM_BYTES:
+        raise ValueError(f"tensor {name!r} has dtype {entry.dtype!r}, known: {_known_types()}")
+    for part in entry.parts:
+        if part.delta_bytes is not None and manifest.format != "delta":
+            raise ValueError(f"tensor {name!r} has a difference, and the version no base")
+        if part.file not in manifest.files:
+            raise ValueError(f"tensor {name!r} has a part in {part.file!r}, not in `files`")
+    is_kept = manifest.format == "adapter" and bool(manifest.chain)
+    if entry.parts or not (is_kept or entry.scale is not None):
+        check_coverage(name, entry.shape, entry.parts)
+
+
+def _check_factors(manifest: Manifest) -> None:
+    merged = {n: e for n, e in manifest.tensors.items() if e.scale is not None}
+    if (manifest.format == "adapter") != bool(merged):
+        raise ValueError(f"format {manifest.format!r} with {len(merged)} merged tensors")
+    shapes = {name: entry.shape for name, entry in manifest.factors.items()}
+    for name, entry in merged.items():
+        if entry.parts:
+            raise ValueError(f"tensor {name!r} is both stored and merged")
+        adapter.check_factors(name, entry.shape, shapes)
+    for name in shapes:
+        if not adapter.is_factor(name) or name.rpartition("#")[0] not in merged:
+            raise ValueError(f"factor {name!r} is of no tensor")
+
+
+def _check_chain(manifest: Manifest) -> None:
+    numbers = [link.version for link in manifest.chain]
+    if manifest.format != "adapter" and (manifest.format == "delta") != bool(numbers):
+        raise ValueError(f"format {manifest.format!r} with a chain of {len(numbers)} versions")
+    if numbers != sorted(set(numbers)) or (numbers and numbers[-1] >= manifest.version):
+        raise ValueError(f"version {manifest.version} builds on {numbers}, expected rising numbers")
+    if len(numbers) > MAX_CHAIN:
+        raise ValueError(f"a chain of {len(numbers)} versions, at most {MAX_CHAIN} are allowed")
 
 
 def _known_types() -> str:

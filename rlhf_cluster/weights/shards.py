@@ -1,19 +1,26 @@
-"""Shard files: one safetensors file a rank and version, written aside and renamed, read by ranges.
+"""Shards: one safetensors file a rank and version, made in memory, read by ranges.
 
-Promises of the writing side: a rank writes only its own file, under a temporary name until it is
-whole. The final name carries a hash of the content, so two publishes of the same version can never
-mix their files. Space is checked before, and nothing is left behind by a write that failed.
+Promises of the writing side: the name carries a hash of the content, so two publishes of the same
+version can never mix their files; the tensors' memory is not copied (`ShardImage`), a transport
+writes it as it is.
 
-Promises of the reading side: the file's length and header are verified when it is opened. Data is
-read with `pread`, never mapped: a file that vanishes under a reader is an error, not a SIGBUS.
+With a base, a part is stored as the difference from the same elements of the base, where that is
+shorter. The base is what this rank wrote for that version, kept in its memory; a part that the base
+does not hold in the same range and type is stored in full.
+
+Of a part with a `scale` only the hashes are kept, and the bytes that the commit asks for where a
+chunk of them spans two ranks: the parts that it was merged from are given beside it, to be stored.
+
+Promises of the reading side: the file's length and header are verified when it is opened, whatever
+the transport it comes by.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -21,42 +28,54 @@ from typing import TYPE_CHECKING
 from xxhash import xxh3_64
 
 from rlhf_cluster.errors import WeightError
-from rlhf_cluster.weights.hashing import dtype_name, hash_bytes, hash_pieces, tensor_bytes
-from rlhf_cluster.weights.manifest import ITEM_BYTES, LocalPart, PartReport, ShardReport
+from rlhf_cluster.weights import delta
+from rlhf_cluster.weights.files import FileSink, free_bytes
+from rlhf_cluster.weights.hashing import (
+    border_pieces,
+    dtype_name,
+    hash_bytes,
+    hash_pieces,
+    tensor_bytes,
+)
+from rlhf_cluster.weights.manifest import (
+    BORDERS,
+    ITEM_BYTES,
+    LocalPart,
+    PartReport,
+    ShardReport,
+)
+from rlhf_cluster.weights.transport import Blob, ShardImage, ShardSink
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _SAFETENSORS_TYPES = {
+    "I64": "int64",
     "F64": "float64",
     "F32": "float32",
-    "F16": "float16",
+    "I32": "int32",
     "BF16": "bfloat16",
+    "F16": "float16",
+    "I16": "int16",
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
     "I8": "int8",
     "U8": "uint8",
     "BOOL": "bool",
 }
+"""In the order in which the library lays tensors out, the widest first."""
+_TYPE_NAMES = {name: key for key, name in _SAFETENSORS_TYPES.items()}
 _LENGTH_BYTES = 8  # a safetensors file starts with the length of its JSON header
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 
 
-def version_dir(root: str | Path, version: int) -> Path:
-    """The folder of a published version."""
-    return Path(root).absolute() / f"v{version:06d}"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardBase:
+    """What this rank published as `version`, by name. Nobody may write to its tensors. Without parts,
+    what is given is stored in full."""
 
-
-def partial_dir(root: str | Path, version: int) -> Path:
-    """The folder in which a version is put together."""
-    return version_dir(root, version).with_suffix(".partial")
-
-
-def free_bytes(folder: Path) -> int:
-    return shutil.disk_usage(folder).free
+    version: int
+    parts: Mapping[str, LocalPart]
 
 
 def write_shard(
@@ -65,41 +84,56 @@ def write_shard(
     rank: int,
     parts: Iterable[LocalPart],
     *,
+    base: ShardBase | None = None,
     fsync: bool = False,
     free_bytes: Callable[[Path], int] = free_bytes,
 ) -> ShardReport:
-    """Write one rank's parts of a version that is not yet visible. `commit` makes it so.
+    """`send_shard` into the files of the store `root`."""
+    sink = FileSink(root, fsync=fsync, free_bytes=free_bytes)
+    return send_shard([sink], version, rank, parts, base)
+
+
+def send_shard(
+    sinks: Iterable[ShardSink],
+    version: int,
+    rank: int,
+    parts: Iterable[LocalPart],
+    base: ShardBase | None = None,
+) -> ShardReport:
+    """Give one rank's parts of a version that is not yet visible to all `sinks`.
 
     A rank that holds nothing of a tensor may pass an empty part or none. The file is replaced when
-    the same rank writes the same parts again. Raises `WeightError`: bad part, no space, I/O error.
+    the same rank writes the same parts again. With a `base`, all ranks must give one of the same
+    version. Raises `WeightError`: bad part, no space, I/O error; `StalledError`.
     """
     tensors: dict[str, Tensor] = {}
     reports: dict[str, PartReport] = {}
     for part in parts:
         _check_part(part, rank, reports)
         item_bytes = ITEM_BYTES[dtype_name(part.tensor)]
+        stored, delta_bytes = _stored(part, base)
+        tensors |= stored
         reports[part.name] = PartReport(
             shape=tuple(part.shape),
             dtype=dtype_name(part.tensor),
             offset=part.offset,
             numel=part.tensor.numel(),
             piece_hashes=hash_pieces(tensor_bytes(part.tensor), part.offset * item_bytes),
+            delta_bytes=delta_bytes,
+            scale=part.scale,
         )
-        if part.tensor.numel():
-            tensors[part.name] = part.tensor.detach()
-    folder = partial_dir(root, version)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _check_space(folder, tensors, free_bytes)
-        path = folder / f"shard-{rank:05d}-{_content_key(reports)}.safetensors"
-        _save(tensors, path, fsync)
-        num_bytes = path.stat().st_size
-    except OSError as error:
-        raise WeightError(
-            f"version {version}, rank {rank}: cannot write a shard in {folder} ({error})"
-        ) from error
+    number = base.version if base is not None else None
+    name = f"shard-{rank:05d}-{_content_key(reports, number)}.safetensors"
+    image = _image(name, tensors)
+    for sink in sinks:
+        sink.write(version, name, image)
     return ShardReport(
-        version=version, rank=rank, file=path.name, num_bytes=num_bytes, parts=reports
+        version=version,
+        base=number,
+        rank=rank,
+        file=name,
+        num_bytes=image.num_bytes,
+        parts=reports,
     )
 
 
@@ -109,20 +143,15 @@ class ShardFile:
     `positions` maps a tensor's name to (dtype, number of elements, position of its first byte).
     """
 
-    def __init__(self, path: Path, num_bytes: int, header_hash: str | None = None) -> None:
-        self.path = path
+    def __init__(self, blob: Blob, num_bytes: int, header_hash: str | None = None) -> None:
+        """`blob` is closed with this, and left open when this raises."""
+        self._blob = blob
         self.positions: dict[str, tuple[str, int, int]] = {}
-        try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError as error:
-            raise WeightError(f"{path}: the shard file is missing") from error
-        except OSError as error:
-            raise WeightError(f"{path}: cannot open the shard file ({error})") from error
-        try:
-            self._read_header(num_bytes, header_hash)
-        except BaseException:
-            self.close()
-            raise
+        self._read_header(num_bytes, header_hash)
+
+    @property
+    def where(self) -> str:
+        return self._blob.where
 
     def __enter__(self) -> ShardFile:
         return self
@@ -136,22 +165,11 @@ class ShardFile:
         self.close()
 
     def close(self) -> None:
-        os.close(self._fd)
+        self._blob.close()
 
     def read_into(self, target: memoryview, position: int) -> None:
         """Fill `target` with the bytes at `position`."""
-        done = 0
-        while done < len(target):
-            try:
-                count = os.preadv(self._fd, [target[done:]], position + done)
-            except OSError as error:
-                raise WeightError(f"{self.path}: cannot read the shard file ({error})") from error
-            if count == 0:
-                raise WeightError(
-                    f"{self.path}: ends at byte {position + done}, expected {len(target)} bytes "
-                    f"from {position} on; the file is truncated"
-                )
-            done += count
+        self._blob.read_into(target, position)
 
     def find(self, name: str, dtype: str, numel: int) -> int:
         """The position of a tensor's part, which must have this type and length."""
@@ -159,23 +177,25 @@ class ShardFile:
         if found is None or found[:2] != (dtype, numel):
             has = f"{found[1]} elements of {found[0]}" if found else "nothing"
             raise WeightError(
-                f"{self.path}: has {has} under {name!r}, expected {numel} elements of {dtype}"
+                f"{self.where}: has {has} under {name!r}, expected {numel} elements of {dtype}"
             )
         return found[2]
 
     def _read_header(self, num_bytes: int, header_hash: str | None) -> None:
-        size = os.fstat(self._fd).st_size
+        size = self._blob.num_bytes
         if size != num_bytes:
-            raise WeightError(f"{self.path}: {size} bytes, expected {num_bytes}; the file is torn")
+            raise WeightError(f"{self.where}: {size} bytes, expected {num_bytes}; the file is torn")
         prefix = self._read(0, _LENGTH_BYTES)
         length = int.from_bytes(prefix, "little")
         if not 0 < length <= min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
-            raise WeightError(f"{self.path}: header of {length} bytes in a file of {size}; damaged")
+            raise WeightError(
+                f"{self.where}: header of {length} bytes in a file of {size}; damaged"
+            )
         header = self._read(_LENGTH_BYTES, length)
         self.header_hash = hash_bytes(prefix + header)
         if header_hash is not None and self.header_hash != header_hash:
             raise WeightError(
-                f"{self.path}: the header has hash {self.header_hash}, expected {header_hash}; "
+                f"{self.where}: the header has hash {self.header_hash}, expected {header_hash}; "
                 "damaged"
             )
         try:
@@ -187,7 +207,7 @@ class ShardFile:
                 numel = (stop - start) // ITEM_BYTES[dtype]
                 self.positions[name] = (dtype, numel, _LENGTH_BYTES + length + start)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise WeightError(f"{self.path}: not a safetensors header ({error!r})") from error
+            raise WeightError(f"{self.where}: not a safetensors header ({error!r})") from error
 
     def _read(self, position: int, count: int) -> bytes:
         buffer = bytearray(count)
@@ -195,13 +215,20 @@ class ShardFile:
         return bytes(buffer)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the folder's entries survive a power cut."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def open_shards(
+    blobs: Sequence[Blob], expected: Sequence[tuple[int, str | None]]
+) -> list[ShardFile]:
+    """One a blob, whose length and header's hash are `expected`. Takes the blobs over: raises
+    `WeightError`, and none stays open."""
+    files: list[ShardFile] = []
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        for blob, (num_bytes, header_hash) in zip(blobs, expected, strict=True):
+            files.append(ShardFile(blob, num_bytes, header_hash))
+    except WeightError:
+        for blob in blobs:
+            blob.close()
+        raise
+    return files
 
 
 def _check_part(part: LocalPart, rank: int, seen: dict[str, PartReport]) -> None:
@@ -209,7 +236,7 @@ def _check_part(part: LocalPart, rank: int, seen: dict[str, PartReport]) -> None
     where = f"rank {rank}, tensor {part.name!r}"
     if part.name in seen:
         raise WeightError(f"{where}: given twice; a rank has at most one range of a tensor")
-    if not part.name or part.name == "__metadata__":
+    if not part.name or part.name == "__metadata__" or part.name.endswith(BORDERS):
         raise WeightError(f"rank {rank}: {part.name!r} cannot be the name of a tensor")
     if tensor.dim() != 1 or not tensor.is_contiguous() or tensor.device.type != "cpu":
         raise WeightError(
@@ -224,47 +251,76 @@ def _check_part(part: LocalPart, rank: int, seen: dict[str, PartReport]) -> None
         raise WeightError(f"{where}: offset {part.offset} is negative")
 
 
-def _check_space(
-    folder: Path, tensors: dict[str, Tensor], free_bytes: Callable[[Path], int]
-) -> None:
-    # The header holds name, type, shape and two offsets of each tensor.
-    header = sum(200 + len(name) for name in tensors)
-    needed = header + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    free = free_bytes(folder)
-    if needed > free:
-        raise WeightError(
-            f"{folder}: a shard needs {needed} bytes and {free} are free. Free space, keep fewer "
-            "versions, or give weights.root another folder"
-        )
+def _stored(part: LocalPart, base: ShardBase | None) -> tuple[dict[str, Tensor], int | None]:
+    """What of a part goes into the file, by name there, and the length of its difference."""
+    full = {part.name: part.tensor.detach()} if part.tensor.numel() else {}
+    if part.scale is not None:
+        return _as_tensors({part.name + BORDERS: _borders(part)}), 0
+    was = base.parts.get(part.name) if base is not None else None
+    if not full or was is None or _place(was) != _place(part):
+        return full, None
+    data, item_bytes = tensor_bytes(part.tensor), ITEM_BYTES[dtype_name(part.tensor)]
+    payload = delta.encode(tensor_bytes(was.tensor), data, item_bytes)
+    borders = _borders(part)
+    if payload is None or len(payload) + len(borders) >= len(data):
+        return full, None
+    return _as_tensors({part.name: payload, part.name + BORDERS: borders}), len(payload)
 
 
-def _content_key(reports: dict[str, PartReport]) -> str:
-    key = xxh3_64()
+def _borders(part: LocalPart) -> bytearray:
+    data, item_bytes = tensor_bytes(part.tensor), ITEM_BYTES[dtype_name(part.tensor)]
+    start, size = part.offset * item_bytes, math.prod(part.shape) * item_bytes
+    spanning = border_pieces(start, start + len(data), size)
+    return bytearray().join(data[a - start : b - start] for a, b in spanning)
+
+
+def _as_tensors(payloads: Mapping[str, bytearray]) -> dict[str, Tensor]:
+    import torch
+
+    return {k: torch.frombuffer(v, dtype=torch.uint8) for k, v in payloads.items() if v}
+
+
+def _place(part: LocalPart) -> tuple[object, ...]:
+    return tuple(part.shape), part.offset, part.tensor.numel(), part.tensor.dtype
+
+
+def _content_key(reports: dict[str, PartReport], base: int | None) -> str:
+    key = xxh3_64(json.dumps(base).encode())
     for name, part in reports.items():
-        header = json.dumps([name, part.dtype, part.shape, part.offset, part.numel])
-        key.update(header.encode())
+        shape = [part.shape, part.offset, part.numel]
+        header = [name, part.dtype, *shape, part.delta_bytes, part.scale]
+        key.update(json.dumps(header).encode())
         key.update(part.piece_hashes)
     return key.hexdigest()
 
 
-def _save(tensors: dict[str, Tensor], path: Path, fsync: bool) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+def _image(name: str, tensors: Mapping[str, Tensor]) -> ShardImage:
+    """The safetensors file of `tensors`, as the library lays it out."""
+    data = {key: tensor_bytes(tensor) for key, tensor in tensors.items()}
+    _refuse_shared_memory(name, tensors)
+    ranks = {dtype: rank for rank, dtype in enumerate(_TYPE_NAMES)}
+    order = sorted(tensors, key=lambda key: (ranks[dtype_name(tensors[key])], key))
+    header: dict[str, object] = {}
+    end = 0
+    for key in order:
+        start, end = end, end + len(data[key])
+        header[key] = {
+            "dtype": _TYPE_NAMES[dtype_name(tensors[key])],
+            "shape": list(tensors[key].shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _LENGTH_BYTES)
+    prefix = memoryview(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+    return ShardImage(chunks=(prefix, *(data[key] for key in order)))
 
-    temporary = path.with_suffix(f".tmp-{os.getpid()}")
-    try:
-        save_file(tensors, temporary)
-        if fsync:
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-        temporary.replace(path)
-        if fsync:
-            sync_folder(path.parent)
-    except SafetensorError as error:
-        raise WeightError(f"{path}: cannot write the shard file ({error})") from error
-    except RuntimeError as error:  # how the library refuses two names for one memory
-        raise WeightError(
-            f"{path}: tensors share memory; store tied weights once, under one name ({error})"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+
+def _refuse_shared_memory(name: str, tensors: Mapping[str, Tensor]) -> None:
+    reached, before = 0, ""
+    for start, size, key in sorted((t.data_ptr(), t.nbytes, k) for k, t in tensors.items()):
+        if start < reached:
+            raise WeightError(
+                f"{name}: tensors share memory; store tied weights once, under one name ({before!r} "
+                f"and {key!r})"
+            )
+        reached, before = start + size, key

@@ -10,9 +10,13 @@ Promises:
 - it only moves forward (`rewind` is the one exception), and never to what was not committed;
 - a version on disk above `latest` was never visible: the next commit removes it, with every older
   half-written one;
-- retention keeps the newest `keep` versions and the pinned ones, and never removes the latest;
+- retention keeps the newest `keep` versions, the pinned ones, and all that these build on, and
+  never removes the latest;
 - a reader gets every tensor verified before it sees it, or a `WeightError` that names tensor and
   file. A version that retention removes while it is read ends in such an error at worst.
+
+A version is stored in full, or as the difference from another one (its base), which its ranks name
+in their reports. Its digest is that of its tensors either way.
 
 Commits exclude each other by a file lock. Readers take no lock.
 """
@@ -20,37 +24,36 @@ Commits exclude each other by a file lock. Readers take no lock.
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rlhf_cluster.errors import StalledError, WeightError
 from rlhf_cluster.records import WeightVersion
 from rlhf_cluster.weights.assemble import assemble
-from rlhf_cluster.weights.hashing import hash_pieces, tensor_bytes, tensor_hash
-from rlhf_cluster.weights.manifest import (
-    ITEM_BYTES,
+from rlhf_cluster.weights.files import (
     MANIFEST_NAME,
-    Manifest,
-    ShardReport,
-    decode,
-    encode,
-)
-from rlhf_cluster.weights.shards import (
-    ShardFile,
+    FileSource,
+    gone,
+    open_files,
     partial_dir,
     sync_folder,
     version_dir,
-    write_shard,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from rlhf_cluster.weights.manifest import (
+    MAX_CHAIN,
+    Manifest,
+    ShardReport,
+    encode,
+)
+from rlhf_cluster.weights.reading import open_version, read
+from rlhf_cluster.weights.shards import write_shard
+from rlhf_cluster.weights.transport import ShardSource
 
 __all__ = [
     "commit",
@@ -86,7 +89,8 @@ def commit(
     `expected_names` maps every tensor's name to its shape; a missing, extra or renamed tensor is
     refused. Committing the latest version again with equal tensors returns it as it is.
 
-    Raises `WeightError`: hole, overlap, wrong names, torn file, a version older than the latest.
+    Raises `WeightError`: hole, overlap, wrong names, torn file, a version older than the latest,
+    ranks with different bases, a base that is gone or stands at the end of a chain of `MAX_CHAIN`.
     `StalledError`: another commit held the lock for `lock_timeout_s`.
     """
     if keep < 1:
@@ -100,7 +104,9 @@ def commit(
                 f"version {version} is older than the latest, {newest}: publishing goes forward. "
                 "After a resume from an earlier step, rewind the store first"
             )
-        manifest = assemble(partial, version, reports, expected_names, clock())
+        base = base_of(FileSource(final.parent), version, reports)
+        opens = functools.partial(open_files, partial)
+        manifest = assemble(opens, version, reports, expected_names, base, clock())
         if version == newest:
             return _same_again(final, partial, manifest)
         _remove_leftovers(final.parent, newest)
@@ -111,7 +117,7 @@ def commit(
             sync_folder(final.parent)
         _point_at(final.parent, version, fsync)
         _retain(final.parent, version, keep)
-    return _describe(final, manifest)
+    return describe(final, manifest)
 
 
 def latest(root: str | Path) -> WeightVersion | None:
@@ -123,47 +129,12 @@ def latest(root: str | Path) -> WeightVersion | None:
             return None
         folder = version_dir(root, version)
         try:
-            return _describe(folder, open_version(folder))
+            return describe(folder, open_version(folder))
         except WeightError:
             # Retention may have removed it since the pointer was read; then the pointer moved on.
             if _pointed(root) == version:
                 raise
     raise WeightError(f"{root / _POINTER}: moved {_POINTER_TRIES} times while it was read")
-
-
-def open_version(path: str | Path) -> Manifest:
-    """The checked manifest of the version in folder `path`. Raises `WeightError`."""
-    file = Path(path) / MANIFEST_NAME
-    try:
-        text = file.read_bytes()
-    except FileNotFoundError as error:
-        raise WeightError(_gone(Path(path))) from error
-    except OSError as error:
-        raise WeightError(f"{file}: cannot read the manifest ({error})") from error
-    manifest = decode(text, str(file))
-    if version_dir(Path(path).parent, manifest.version).name != Path(path).name:
-        raise WeightError(
-            f"{file}: describes version {manifest.version}, found in {Path(path).name}"
-        )
-    return manifest
-
-
-def read(
-    path: str | Path, verify: bool = True, expected_digest: str | None = None
-) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a version, whole, on the CPU, in the learner's order, one at a time.
-
-    The manifest is checked at once, the tensors as they are consumed: each one's hash is verified
-    BEFORE it is yielded (unless `verify` is False), so a consumer that must not see half a version
-    collects them first. Raises `WeightError` naming tensor and file.
-    """
-    manifest = open_version(path)
-    if expected_digest is not None and manifest.digest != expected_digest:
-        raise WeightError(
-            f"{path}: digest {manifest.digest}, expected {expected_digest}: not the version that "
-            "was announced. Pull the latest version again"
-        )
-    return _read_tensors(Path(path), manifest, verify)
 
 
 def versions(root: str | Path) -> list[int]:
@@ -179,7 +150,7 @@ def pin(root: str | Path, version: int) -> None:
     folder.with_suffix(".pin").touch()
     if not folder.is_dir():
         unpin(root, version)
-        raise WeightError(_gone(folder))
+        raise WeightError(gone(str(folder)))
 
 
 def unpin(root: str | Path, version: int) -> None:
@@ -204,39 +175,6 @@ def rewind(root: str | Path, version: int, *, lock_timeout_s: float = 30.0) -> W
                 (root / _POINTER).unlink()
         _remove_leftovers(root, _pointed(root))
     return latest(root)
-
-
-def _read_tensors(folder: Path, manifest: Manifest, verify: bool) -> Iterator[tuple[str, Tensor]]:
-    import torch
-
-    files: dict[str, ShardFile] = {}
-    try:
-        for name, entry in manifest.files.items():
-            try:
-                files[name] = ShardFile(folder / name, entry.num_bytes, entry.header_hash)
-            except WeightError as error:
-                if folder.is_dir():
-                    raise
-                raise WeightError(_gone(folder)) from error
-        for name, entry in manifest.tensors.items():
-            tensor = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
-            data, item_bytes = tensor_bytes(tensor), ITEM_BYTES[entry.dtype]
-            for part in entry.parts:
-                start, stop = part.offset * item_bytes, (part.offset + part.numel) * item_bytes
-                file = files[part.file]
-                file.read_into(data[start:stop], file.find(name, entry.dtype, part.numel))
-            if verify:
-                found = tensor_hash(name, entry.dtype, entry.shape, hash_pieces(data, 0))
-                if found != entry.hash:
-                    held_by = ", ".join(str(folder / part.file) for part in entry.parts)
-                    raise WeightError(
-                        f"tensor {name!r} has hash {found}, expected {entry.hash}: damaged in "
-                        f"{held_by}. Publish the version again"
-                    )
-            yield name, tensor
-    finally:
-        for file in files.values():
-            file.close()
 
 
 @contextmanager
@@ -297,15 +235,54 @@ def _remove_leftovers(root: Path, newest: int | None) -> None:
         shutil.rmtree(trash, ignore_errors=True)
 
 
+def base_of(source: ShardSource, version: int, reports: Iterable[ShardReport]) -> Manifest | None:
+    """The version that all reports build on; None when they hold all of theirs.
+
+    Raises `WeightError`: they disagree, it is not in `source`, or it ends a chain of `MAX_CHAIN`.
+    """
+    bases = {report.base for report in reports}
+    if len(bases) > 1:
+        raise WeightError(f"version {version}: its ranks build on different versions, {bases}")
+    number = next(iter(bases), None)
+    if number is None:
+        return None
+    try:
+        base = open_version(source.where(number), source)
+    except WeightError as error:
+        raise WeightError(
+            f"version {version} builds on version {number}, which cannot be read ({error}). "
+            "Publish it in full"
+        ) from error
+    if len(base.chain) >= MAX_CHAIN:
+        raise WeightError(
+            f"version {version} would end a chain of {len(base.chain) + 1} versions, at most "
+            f"{MAX_CHAIN} are allowed. Publish it in full"
+        )
+    return base
+
+
 def _retain(root: Path, newest: int, keep: int) -> None:
     numbers = _on_disk(root)
-    for number in numbers[:-keep]:
-        if number != newest and not version_dir(root, number).with_suffix(".pin").exists():
-            _remove_version(root, number)
+    kept = {newest, *numbers[-keep:]}
+    kept |= {n for n in numbers if version_dir(root, n).with_suffix(".pin").exists()}
+    for number in sorted(set(numbers) - _with_bases(root, kept)):
+        _remove_version(root, number)
     for partial in root.glob("v*.partial"):
         number = _number(partial.stem)
         if number is not None and number <= newest:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _with_bases(root: Path, kept: set[int]) -> set[int]:
+    """`kept`, and every version that one of them builds on."""
+    needed = set(kept)
+    for number in kept:
+        try:
+            needed |= {link.version for link in open_version(version_dir(root, number)).chain}
+        except WeightError:
+            # Damaged, so it may build on anything: all stays until this one is out of the window.
+            return needed | set(_on_disk(root))
+    return needed
 
 
 def _remove_version(root: Path, version: int) -> None:
@@ -332,8 +309,11 @@ def _same_again(final: Path, partial: Path, manifest: Manifest) -> WeightVersion
             f"version {manifest.version} is already published with digest {found.digest}, this one "
             f"has {manifest.digest}: versions never change. Publish under the next number"
         )
+    if found.files == manifest.files:  # the same bytes, which mends files that were damaged since
+        for name in manifest.files:
+            (partial / name).replace(final / name)
     shutil.rmtree(partial, ignore_errors=True)
-    return _describe(final, found)
+    return describe(final, found)
 
 
 def _write_atomically(path: Path, text: str, fsync: bool) -> None:
@@ -349,18 +329,13 @@ def _write_atomically(path: Path, text: str, fsync: bool) -> None:
         sync_folder(path.parent)
 
 
-def _describe(folder: Path, manifest: Manifest) -> WeightVersion:
+def describe(folder: Path, manifest: Manifest) -> WeightVersion:
+    """What is announced of the version in `folder`."""
     return WeightVersion(
         version=manifest.version,
         path=str(folder),
         digest=manifest.digest,
         num_tensors=len(manifest.tensors),
         num_bytes=manifest.num_bytes,
-    )
-
-
-def _gone(folder: Path) -> str:
-    return (
-        f"{folder}: there is no such version (any more). Retention removes all but the newest "
-        "versions; pull the latest one"
+        stored_bytes=manifest.stored_bytes,
     )

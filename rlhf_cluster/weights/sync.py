@@ -2,23 +2,31 @@
 
     step k done -> snapshot (the learner waits for this copy only)
                      -> write -> every worker pulls -> the version is live      (beside step k+1)
+                                                    -> a moving reference follows
 
 Promises:
 - at most one publish runs at a time; if one still runs when the next is due, the due one is skipped
   and counted, and the newest weights are published as soon as the running one is live;
 - so the newest due version always becomes live in the end, and nobody waits for ever for it;
+- groups that are admitted because a version went live are scored with the reference that follows
+  from it, because the reference moves first;
+- a version that every reader refuses (its shards are damaged or lost) is no worker's fault: all go
+  on with the weights they have, the learner is told why, and the newest weights are published at
+  once in its place; the `MAX_REFUSED`-th refusal in a row is a failure;
 - a failure in the background is raised at the next call, and by `run_until_cancelled` at once.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from rlhf_cluster.errors import StalledError
+from rlhf_cluster.errors import StalledError, WeightError
 from rlhf_cluster.ports import BufferPort, GenerationPort, LearnerPort
 from rlhf_cluster.records import WeightVersion
+
+MAX_REFUSED = 3
 
 
 @dataclass(slots=True, kw_only=True)
@@ -28,14 +36,23 @@ class SyncStats:
     published: int = -1
     live: int = -1
     skipped: int = 0
+    refused: int = 0
     snapshot_s: float = 0.0
     publish_s: float = 0.0
     pull_s: float = 0.0
     num_bytes: int = 0
+    stored_bytes: int = 0
+
+
+async def _nothing_follows(version: WeightVersion) -> None:
+    return None
 
 
 class WeightSync:
-    """Owns the way of a version from the learner to the generation pool."""
+    """Owns the way of a version from the learner to the generation pool.
+
+    `pulled` is called with each version that every generation worker has, before it counts as live.
+    """
 
     def __init__(
         self,
@@ -44,12 +61,14 @@ class WeightSync:
         buffer: BufferPort,
         publish_every: int,
         clock: Callable[[], float],
+        pulled: Callable[[WeightVersion], Awaitable[None]] = _nothing_follows,
     ) -> None:
         self._learner = learner
         self._generation = generation
         self._buffer = buffer
         self._publish_every = publish_every
         self._clock = clock
+        self._pulled = pulled
         self._running: asyncio.Task[None] | None = None
         self._due = -1
         self.stats = SyncStats()
@@ -94,9 +113,13 @@ class WeightSync:
             self._raise_failure()
 
     async def _publish_until_current(self, snapshot: int) -> None:
+        num_refused = 0
         while True:
-            await self._publish(snapshot)
-            if self._due <= snapshot:
+            refusal = await self._publish(snapshot)
+            num_refused = 0 if refusal is None else num_refused + 1
+            if refusal is not None and num_refused >= MAX_REFUSED:
+                raise refusal
+            if refusal is None and self._due <= snapshot:
                 return
             snapshot = await self._snapshot()
 
@@ -106,18 +129,75 @@ class WeightSync:
         self.stats.snapshot_s = self._clock() - start
         return version
 
-    async def _publish(self, snapshot: int) -> None:
+    async def _publish(self, snapshot: int) -> WeightError | None:
+        """None when the version is live; why not, when every reader refused it."""
         start = self._clock()
         version = await self._learner.publish()
         self.last = version
         self.stats.published, self.stats.num_bytes = version.version, version.num_bytes
+        self.stats.stored_bytes = version.stored_bytes
         written = self._clock()
-        await self._generation.pull(version)
+        try:
+            await self._generation.pull(version)
+        except WeightError as refusal:
+            self.stats.refused += 1
+            await self._learner.refused(version.version, str(refusal))
+            return refusal
+        await self._pulled(version)
         await self._buffer.version_live(version.version)
         self.stats.live = version.version
         self.stats.publish_s, self.stats.pull_s = written - start, self._clock() - written
+        return None
 
     def _raise_failure(self) -> None:
         if self._running is not None and self._running.done():
             task, self._running = self._running, None
             task.result()
+
+
+class BasePlan:
+    """Which version the next one builds on. An anchor, stored in full, comes first, after every
+    publish that failed, and at least every `anchor_every` versions, each of which builds on the one
+    before. With None all build on the anchor itself."""
+
+    def __init__(self, anchor_every: int | None) -> None:
+        self._anchor_every = anchor_every
+        self._taken: int | None = None
+        self._newest: int | None = None
+        self._length = 0
+
+    def take_base(self) -> int | None:
+        """The base of the version about to be written; None for an anchor.
+
+        Until `committed` says that it is in the store, the version counts as failed.
+        """
+        base, self._newest = self._newest, None
+        if self._anchor_every is not None and self._length >= self._anchor_every:
+            base = None
+        if base is None:
+            self._length = 0
+        self._taken = base
+        return base
+
+    def committed(self, version: int, in_full: bool = False) -> None:
+        """`in_full`: it was stored in full although it had a base."""
+        stays = self._anchor_every is None and not in_full and self._taken is not None
+        self._newest = self._taken if stays else version
+        self._length = 1 if in_full else self._length + 1
+
+
+class DurablePlan:
+    """Which versions are written to files whatever the transport: the first that this process
+    publishes, the one of step `last`, and one `every` versions."""
+
+    def __init__(self, every: int, last: int) -> None:
+        self._every, self._last = every, last
+        self._newest: int | None = None
+
+    def wants(self, version: int) -> bool:
+        newest = self._newest
+        return newest is None or version == self._last or version >= newest + self._every
+
+    def committed(self, version: int, durable: bool) -> None:
+        if durable:
+            self._newest = version

@@ -7,6 +7,7 @@ watches its run directory and does to it what it has to survive.
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -37,9 +38,16 @@ SCRIPTED = "tests.scripted_engine:make_engine"
 
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
+    with socket.socket() as probe:  # Ray's own port for it may be another cluster's
+        probe.bind(("127.0.0.1", 0))
+        dashboard = probe.getsockname()[1]
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 8, "object_store_memory": 256 << 20},
+        head_node_args={
+            "num_cpus": 8,
+            "object_store_memory": 256 << 20,
+            "dashboard_port": dashboard,
+        },
     )
     ray.init(address=cluster.address, namespace=NAMESPACE, log_to_driver=False)
     yield cluster.address

@@ -61,7 +61,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     (tmp_path / "broken_rewards.py").write_text(REWARDS)
     (tmp_path / "not.toml").write_text("[run\nname = 3")
-    with RunDir.create(tmp_path / "runs" / "tiny", tiny_config()) as finished:
+    config = tiny_config().with_absolute_paths()
+    with RunDir.create(tmp_path / "runs" / "tiny", config) as finished:
         finished.write_summary({"run": "tiny", "reward_after": 0.5})
     return tmp_path
 
@@ -120,7 +121,7 @@ CASES = {
     "an unknown algorithm": (["algorithm.type='pppo'"], ["algorithm", "'pppo'", "'grpo'"]),
     "an unknown reward": (
         ["scoring.rewards=[{type='exakt'}]"],
-        ["unknown type 'exakt'; expected one of 'exact_match'"],
+        ["unknown type 'exakt'; expected one of 'equations', 'exact_match'"],
     ),
     "KL without a reference": (
         ["algorithm.kl_coef=0.1"],
@@ -132,7 +133,7 @@ CASES = {
     ),
     "a quantisation that the engine gets wrong": (
         ["generation.quantization='fp8'"],
-        ["generation.quantization = 'fp8'", "Use one of fp8_per_channel"],
+        ["generation.quantization = 'fp8'", "Use one of int8, fp8_per_channel"],
     ),
     "no prompt source": (["data={max_prompt_tokens=8}"], ["data.task", "data.path"]),
     "a data file that is not there": (
@@ -259,9 +260,11 @@ def test_a_run_directory_in_use_is_refused_without_waiting_for_a_cluster(here, c
 
 def test_a_finished_run_is_not_overwritten_unasked(here, capfd):
     before = contents(here)
-    assert main(["run", "run.toml"]) == 1
-    assert "holds a run that has finished" in (message := capfd.readouterr().err)
-    assert "--overwrite" in message
+    assert main(["run", "run.toml"]) == 0
+    assert "has finished; --overwrite starts it anew" in capfd.readouterr().out
+    assert main(["run", "run.toml", "--set", "run.steps=5"]) == 1
+    assert "run.steps = 5, was 3" in (message := capfd.readouterr().err)
+    assert "--accept-changes" in message
     assert contents(here) == before
 
 

@@ -34,15 +34,25 @@ def exported(name: str) -> list[str]:
 
 
 def test_a_run_trains_every_group_once_and_leaves_its_whole_record(start_run):
-    run = start_run(run={"steps": 4, "groups_per_step": 4}, evaluation={"num_prompts": 8})
+    run = start_run(
+        run={"steps": 4, "groups_per_step": 4},
+        evaluation={"num_prompts": 8},
+        generation={"segment_tokens": 3},
+    )
     code, output = run.finish()
     assert code == 0, output
     records = [r for r in run.metrics() if "reward/mean" in r]
     assert [r["step"] for r in records] == [1, 2, 3, 4]
     assert all(r["staleness/max"] <= 1 for r in records)
+    assert records[-1]["generation/segments_total"] >= 3 * (16 + 8), "7 tokens, 3 a segment"
     for name in ("resolved.json", "environment.json", "status.json", "curve.png", "summary.json"):
         assert (run.path / name).stat().st_size > 0, name
-    assert {p.stem for p in (run.path / "logs").glob("*.log")} >= {"generation-0", "scoring-0"}
+    names = {"controller", "learner-0", "buffer", "generation-0", "scoring-0"}
+    logs = {p.stem: p.read_text() for p in (run.path / "logs").glob("*.log")}
+    assert logs.keys() >= names
+    assert all(logs[name] for name in names), "every process tells what it did"
+    assert "version 4 live" in logs["generation-0"]
+    assert "step 4: " in logs["controller"]
     assert (run.path / "final" / "model.safetensors").exists()
     samples = [row for p in sorted((run.path / "samples").iterdir()) for row in read_samples(p)]
     groups = {row["group_id"] for row in samples}

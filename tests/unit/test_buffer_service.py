@@ -27,20 +27,22 @@ async def finish(buffer: BufferService, ticket: Ticket) -> None:
     await buffer.finish(ticket, group, group.summary())
 
 
-async def admitted(buffer: BufferService) -> Ticket:
-    ticket = await buffer.admit()
-    assert isinstance(ticket, Ticket)
-    return ticket
+async def admitted(buffer: BufferService) -> list[Ticket]:
+    tickets = await buffer.admit()
+    assert isinstance(tickets, list)
+    assert tickets, "no ticket is no answer"
+    return tickets
 
 
 async def test_a_waiting_take_is_woken_by_the_last_missing_group():
     buffer = service(Clock(), patience_s=30.0)
     await buffer.version_live(0)
-    tickets = [await admitted(buffer), await admitted(buffer)]
+    tickets = await admitted(buffer)
     take = asyncio.create_task(buffer.take(2, 0))
     await finish(buffer, tickets[1])
     await finish(buffer, tickets[0])
-    taken = await asyncio.wait_for(take, 5)
+    async with asyncio.timeout(5):
+        taken = await take
     assert [t.ticket for t in taken] == tickets
 
 
@@ -49,7 +51,8 @@ async def test_a_waiting_admit_is_woken_by_a_live_version():
     admit = asyncio.create_task(buffer.admit())
     await asyncio.sleep(0)
     await buffer.version_live(0)
-    assert await asyncio.wait_for(admit, 5) == Ticket(number=0, version=0)
+    async with asyncio.timeout(5):
+        assert await admit == [Ticket(number=0, version=0), Ticket(number=1, version=0)]
 
 
 async def test_waits_end_after_their_patience_and_say_so():
@@ -62,8 +65,8 @@ async def test_a_learner_without_groups_stalls_with_the_pending_groups_named():
     clock = Clock()
     buffer = service(clock)
     await buffer.version_live(0)
-    await finish(buffer, await admitted(buffer))
-    pending = await admitted(buffer)
+    finished, pending = await admitted(buffer)
+    await finish(buffer, finished)
     assert await buffer.take(2, 0) is Answer.WAIT
     clock.now = 31.0
     with pytest.raises(StalledError) as stalled:
@@ -78,7 +81,7 @@ async def test_progress_puts_the_stall_off():
     clock = Clock()
     buffer = service(clock)
     await buffer.version_live(0)
-    first, _ = await admitted(buffer), await admitted(buffer)
+    first, _ = await admitted(buffer)
     assert await buffer.take(2, 0) is Answer.WAIT
     clock.now = 20.0
     await finish(buffer, first)
@@ -90,7 +93,7 @@ async def test_discards_alone_are_no_progress():
     clock = Clock()
     buffer = service(clock)
     await buffer.version_live(0)
-    ticket = await admitted(buffer)
+    ticket, _ = await admitted(buffer)
     assert await buffer.take(2, 0) is Answer.WAIT
     clock.now = 31.0
     await buffer.discard(ticket, "ScoringError")
@@ -102,7 +105,69 @@ async def test_admit_ends_with_the_run():
     buffer = service(Clock())
     for version in range(3):
         await buffer.version_live(version)
-        for _ in range(2):
-            await finish(buffer, await admitted(buffer))
+        for ticket in await admitted(buffer):
+            await finish(buffer, ticket)
         await buffer.take(2, version)
     assert await buffer.admit() is Answer.DONE
+
+
+async def test_groups_that_finish_too_old_are_no_progress():
+    clock = Clock()
+    gate = AdmissionGate(
+        max_staleness=1, pipeline_depth=1, groups_per_step=2, num_steps=9, on_stale="drop"
+    )
+    buffer = BufferService(ExperienceBuffer(gate), 30.0, 0.02, clock)
+    await buffer.version_live(0)
+    tickets = await admitted(buffer)
+    assert await buffer.take(2, 2) is Answer.WAIT
+    clock.now = 31.0
+    await finish(buffer, tickets[0])
+    with pytest.raises(StalledError, match=r"1 discarded \{'stale': 1\}"):
+        await buffer.take(2, 2)
+
+
+async def test_a_deeper_pipeline_wakes_a_waiting_admit():
+    gate = AdmissionGate(max_staleness=2, pipeline_depth=0, groups_per_step=2, num_steps=9)
+    buffer = BufferService(ExperienceBuffer(gate), 30.0, 30.0, Clock())
+    await buffer.version_live(0)
+    await admitted(buffer)
+    admit = asyncio.create_task(buffer.admit())
+    await asyncio.sleep(0)
+    await buffer.set_pipeline_depth(1)
+    async with asyncio.timeout(5):
+        assert [t.number for t in await admit] == [2, 3]
+
+
+async def test_a_stopped_buffer_hands_out_nothing_and_keeps_what_it_has():
+    buffer = service(Clock(), patience_s=30.0)
+    await buffer.version_live(0)
+    tickets = await admitted(buffer)
+    taking = asyncio.create_task(buffer.take(2, 0))
+    admitting = asyncio.create_task(buffer.admit())
+    await asyncio.sleep(0)
+    await buffer.stop()
+    async with asyncio.timeout(5):
+        assert await taking is Answer.DONE
+        assert await admitting is Answer.DONE
+    for ticket in tickets:
+        await finish(buffer, ticket)
+    assert await buffer.take(2, 0) is Answer.DONE
+    assert (await buffer.stats()).ready == len(tickets)
+    state = await buffer.state(0)
+    assert state.open == tuple(tickets)
+    assert (state.taken, state.finished) == (0, 0)
+
+
+async def test_the_state_after_a_step_is_what_a_resumed_buffer_takes():
+    buffer = service(Clock())
+    await buffer.version_live(0)
+    tickets = await admitted(buffer)
+    for ticket in tickets[:2]:
+        await finish(buffer, ticket)
+    assert len(await buffer.take(2, 0)) == 2
+    state = await buffer.state(1)
+    assert state.learner_version == 1
+    gate = buffer._buffer.gate
+    again = ExperienceBuffer.resume(gate, state)
+    assert again.state() == state
+    assert [t.number for t in state.open] == [t.number for t in tickets[2:]]

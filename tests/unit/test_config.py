@@ -53,6 +53,32 @@ def test_all_problems_are_reported_at_once():
     ("sections", "words"),
     [
         ({"model": {"path": "some/model"}}, ["model.path and model.init: both", "not both"]),
+        (
+            {"weights": {"transport": "nccl"}},
+            ["weights.transport = 'nccl'", "one fixed group", "Use 'files'"],
+        ),
+        ({"weights": {"transport": "ipc"}}, ["weights.transport = 'ipc'", "every GPU"]),
+        (
+            {"weights": {"durable_every": 3}},
+            ["weights.durable_every = 3 with weights.transport = 'files'"],
+        ),
+        (
+            {
+                "weights": {"transport": "ray"},
+                "generation": {"tensor_parallel_size": 2, "num_gpus": 2},
+            },
+            ["weights.transport = 'ray'", "generation.tensor_parallel_size = 2"],
+        ),
+        (
+            {
+                "weights": {"transport": "ray"},
+                "scoring": {
+                    "reference": True,
+                    "reference_update": {"type": "periodic", "every": 2},
+                },
+            },
+            ["weights.transport = 'ray'", "scoring.reference_update.type = 'periodic'"],
+        ),
         ({"data": {"path": "x.jsonl"}}, ["data.task and data.path: both"]),
         (
             {"generation": {"max_response_tokens": 60}},
@@ -62,13 +88,52 @@ def test_all_problems_are_reported_at_once():
             {"weights": {"publish_every": 4}},
             ["weights.publish_every = 4", "staleness.max_staleness + 1 = 2"],
         ),
+        (
+            {"generation": {"max_response_tokens": 8, "segment_tokens": 8}},
+            ["generation.segment_tokens = 8", "generation.max_response_tokens = 8"],
+        ),
         ({"algorithm": {"kl_coef": 0.1}}, ["kl_coef = 0.1", "scoring.reference = true"]),
+        (
+            {"scoring": {"reference_update": {"type": "ema"}}},
+            ["scoring.reference_update.type = 'ema'", "scoring.reference = false", "to move"],
+        ),
+        (
+            {"algorithm": {"sampler": "exact"}},
+            ["algorithm.sampler = 'exact'", "scoring.exact_logprobs = false", "nobody"],
+        ),
         (
             {"generation": {"num_gpus": 2}},
             ["generation.num_gpus = 2", "tensor_parallel_size = 1"],
         ),
         ({"generation": {"engine_args": {"top_p": 0.9}}}, ["engine_args.top_p", "replayed"]),
-        ({"learner": {"ranks": 99}}, ["learner.ranks = 99", "nothing to train on"]),
+        (
+            {"generation": {"engine_args": {"max_model_len": 99}}},
+            ["engine_args.max_model_len", "set by the run"],
+        ),
+        (
+            {"learner": {"ranks": 99}},
+            ["learner.ranks * learner.minibatches = 99", "nothing to train on"],
+        ),
+        (
+            {"learner": {"schedule": "wsd"}},
+            ["learner.schedule = 'wsd' with learner.decay_steps = None", "Set both, or neither"],
+        ),
+        (
+            {"learner": {"decay_steps": 2}},
+            ["learner.schedule = 'constant' with learner.decay_steps = 2"],
+        ),
+        (
+            {"learner": {"schedule": "wsd", "decay_steps": 2, "warmup_steps": 2}},
+            ["warmup_steps + learner.decay_steps = 2 + 2", "= 3 optimizer steps"],
+        ),
+        (
+            {"weights": {"format": "adapter"}},
+            ["weights.format = 'adapter' without [learner.lora]", "'delta'"],
+        ),
+        (
+            {"learner": {"lora": {}}, "algorithm": {"type": "ppo"}},
+            ["[learner.lora] with algorithm.type = 'ppo'", "critic"],
+        ),
         ({"learner": {"tokens_per_row": 10}}, ["learner.tokens_per_row = 10", "8 + 8 = 16"]),
         ({"data": {"system_prompt": "hi"}}, ["data.system_prompt", "template = 'chat'"]),
         ({"data": {"template": "chat"}}, ["[model.init]", "no chat template"]),

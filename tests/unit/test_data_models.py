@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rlhf_cluster.config.sections import ModelInit
@@ -87,9 +87,11 @@ def test_a_prompt_is_a_bos_and_one_token_a_character(model_dir: Path) -> None:
 
 
 @given(st.text(alphabet=ALPHABET, max_size=30))
+@example("<eos>")
+@example("1<pad><unk>")
 def test_text_survives_encoding_and_decoding(text: str) -> None:
     tokenizer = make_tokenizer()
-    ids = tokenizer(text)["input_ids"]
+    ids = tokenizer(text, split_special_tokens=True)["input_ids"]
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 

@@ -53,6 +53,21 @@ def test_every_figure_of_the_readme_is_the_measured_one():
         assert float(shown) == round(FIGURES[name], digits), name
 
 
+def test_what_the_documents_say_of_learning_is_what_was_measured():
+    found = json.loads(Path("benchmarks/results/learning_curves.json").read_text())["figures"]
+    mean = {name.split("/")[1]: value for name, value in found.items() if name.endswith("/mean")}
+    section = README.partition("## What it learns")[2].partition("\n## ")[0]
+    rows = re.findall(r"([A-Z]{3,5})\s([\d.]+\d)", section)
+    assert len(rows) == 6
+    for name, shown in rows:
+        assert all(f"reward_after/{name.lower()}/{seed}" in found for seed in range(3))
+        assert float(shown) == pytest.approx(mean[name.lower()], abs=0.0051), name
+    algorithms = Path("docs/algorithms.md").read_text()
+    shown = re.findall(r"([\d.]+) with `bypass` and at ([\d.]+) with `recompute`", algorithms)
+    expected = (mean["staleness-8-coupled"], mean["staleness-8-decoupled"])
+    assert [tuple(map(float, pair)) for pair in shown] == [pytest.approx(expected, abs=0.0051)]
+
+
 def test_the_result_names_machine_versions_and_command():
     result = json.loads(Path("benchmarks/results/loop.json").read_text())
     assert {"machine", "versions", "command", "date", "figures", "runs"} <= set(result)

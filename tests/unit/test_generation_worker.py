@@ -10,21 +10,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models
 
 from actors.engine import Engine, LoadedWeights, Request, Sample
-from actors.generation import GenerationWorker, expand_spans, group_seed
+from actors.generation import GenerationWorker
+from actors.segments import expand_spans, group_seed
 from actors.vllm_arguments import engine_arguments, engine_environment
 from rlhf_cluster.errors import ConfigError, StalledError, WeightError, WorkerError
 from rlhf_cluster.records import FinishReason, Prompt, Sampling, Ticket
 from tests import scripted_engine
 from tests.configs import tiny_config
 from tests.fakes import make_version
+from tests.scripted_engine import VOCABULARY
 
 ENGINE = "tests.scripted_engine:make_engine"
 SAMPLING = Sampling(num_samples=4, temperature=1.0, max_tokens=16)
 TICKET = Ticket(number=7, version=0)
-VOCABULARY = {"<pad>": 0, "<eos>": 1} | {c: i for i, c in enumerate("0123456789=", start=2)}
 PROMPT = Prompt(
     prompt_id="p7",
     token_ids=np.array([VOCABULARY[c] for c in "503917="], dtype=np.int32),
@@ -34,9 +34,7 @@ PROMPT = Prompt(
 
 @pytest.fixture
 def model_dir(tmp_path: Path) -> str:
-    tokenizer = Tokenizer(models.BPE(vocab=VOCABULARY, merges=[]))
-    tokenizer.add_special_tokens(["<pad>", "<eos>"])
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    scripted_engine.write_tokenizer(tmp_path)
     return str(tmp_path)
 
 
@@ -102,7 +100,7 @@ def test_s36_seeds_depend_on_run_and_group_and_fit_63_bits():
     assert len(seeds) == 10_000
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert max(seeds) > 2**62
-    code = "from actors.generation import group_seed; print(group_seed(3, 't00000007'))"
+    code = "from actors.segments import group_seed; print(group_seed(3, 't00000007'))"
     other = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
@@ -221,7 +219,8 @@ async def test_s24_weights_that_are_not_the_published_ones_never_count_as_live(f
     worker = await _fake_worker(loaded=loaded)
     with pytest.raises(WeightError, match=f"loaded {field} {wrong}"):
         await worker.pull(version)
-    assert (await worker.health())["version"] is None
+    with pytest.raises(WorkerError, match=f"weights are lost .*loaded {field} {wrong}"):
+        await worker.health()
 
 
 async def test_s24_a_pulled_version_is_live_and_counted(model_dir):
@@ -343,3 +342,35 @@ def test_a_worker_and_its_scripted_engine_load_neither_torch_nor_vllm_nor_ray():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
     assert found.stdout.strip() == "[]"
+
+
+async def test_a_greedy_baseline_comes_beside_the_samples_and_is_none_of_them(model_dir):
+    worker = await _worker(model_dir)
+    sampling = Sampling(num_samples=2, temperature=0.7, max_tokens=16, greedy_baseline=True)
+    meta, group = await worker.generate(TICKET, PROMPT, sampling)
+    assert [r.rollout_id for r in group.rollouts] == [f"{TICKET.group_id}/{i}" for i in range(2)]
+    assert {r.temperature for r in group.rollouts} == {0.7}
+    assert group.greedy is not None
+    assert (group.greedy.rollout_id, group.greedy.temperature) == (f"{TICKET.group_id}/greedy", 0)
+    # the scripted engine's greedy answer is the right one
+    correct = [VOCABULARY[c] for c in "013579"] + [VOCABULARY["<eos>"]]
+    assert group.greedy.response_ids.tolist() == correct
+    assert meta["num_tokens"] == 3 * 7
+    _, without = await worker.generate(TICKET, PROMPT, SAMPLING)
+    assert without.greedy is None
+
+
+async def test_a_greedy_request_that_hangs_fails_the_group_at_the_deadline(model_dir):
+    worker = await _worker(model_dir, generation={"request_timeout_s": 0.2})
+    engine = worker._engine
+    answer = engine.generate
+
+    async def hang_when_greedy(request: Request) -> list[Sample]:
+        if request.temperature == 0:
+            await asyncio.Event().wait()
+        return await answer(request)
+
+    engine.generate = hang_when_greedy
+    sampling = Sampling(num_samples=2, temperature=1.0, max_tokens=16, greedy_baseline=True)
+    with pytest.raises(StalledError, match="was not sampled"):
+        await worker.generate(TICKET, PROMPT, sampling)

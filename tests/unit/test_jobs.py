@@ -284,3 +284,38 @@ def test_an_address_that_nobody_listens_at_is_named():
 def test_an_address_of_another_kind_is_refused(address):
     with pytest.raises(RunError, match="expected the address of the Ray dashboard"):
         jobs.connect(address)
+
+
+class YoungCluster:
+    """Refuses jobs until `start_s` on its own clock, which only `sleep` moves."""
+
+    def __init__(self, start_s: float, refusal: str) -> None:
+        self.start_s, self.refusal, self.now_s = start_s, refusal, 0.0
+
+    def send(self) -> str:
+        if self.now_s < self.start_s:
+            raise RuntimeError(f"Request failed with status code 500: {self.refusal}")
+        return "job-1"
+
+    def clock(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+@pytest.mark.parametrize("start_s", [0.0, 2.5, 59.0])
+def test_a_job_is_sent_again_until_an_agent_is_up(start_s):
+    cluster = YoungCluster(start_s, "No available agent to submit job, please try again later.")
+    assert jobs.once_agents_are_up(cluster.send, 60.0, cluster.clock, cluster.sleep) == "job-1"
+    assert start_s <= cluster.now_s < start_s + 2
+
+
+@pytest.mark.parametrize(
+    ("refusal", "waited_s"), [("No available agent to submit job", 60.0), ("no such file", 0.0)]
+)
+def test_a_cluster_that_goes_on_refusing_a_job_is_quoted(refusal, waited_s):
+    cluster = YoungCluster(1e9, refusal)
+    with pytest.raises(RuntimeError, match=refusal):
+        jobs.once_agents_are_up(cluster.send, 60.0, cluster.clock, cluster.sleep)
+    assert cluster.now_s == waited_s

@@ -11,7 +11,7 @@ from rlhf_cluster.learning.packing import TokenSequence, collate, plan
 LENGTHS = st.lists(st.integers(1, 32), max_size=60)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     lengths=LENGTHS,
     ranks=st.integers(1, 5),
@@ -36,7 +36,7 @@ def test_every_sequence_is_planned_once_within_the_bounds_and_ranks_match(
                 assert all(len(row) == 1 for row in batch)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(lengths=LENGTHS.filter(bool), ranks=st.integers(1, 4))
 def test_tokens_of_the_ranks_differ_by_no_more_than_one_sequence(
     lengths: list[int], ranks: int

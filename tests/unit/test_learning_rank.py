@@ -1,7 +1,6 @@
 """A single learner rank, the whole of it: the same sharded code path that many ranks take."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_cluster.data.examples import SftExample
 from rlhf_cluster.errors import (
     ConfigError,
     DivergenceError,
@@ -18,11 +16,11 @@ from rlhf_cluster.errors import (
     StalledError,
     WeightError,
 )
-from rlhf_cluster.learning.fsdp import assert_float32, join_group
+from rlhf_cluster.learning.backend import assert_float32
 from rlhf_cluster.learning.learner import LearnerRank
+from rlhf_cluster.learning.process_group import join_group
 from rlhf_cluster.records import ExperienceGroup
 from tests.learning_cases import (
-    VOCABULARY,
     build_llama,
     free_address,
     learner_config,
@@ -31,30 +29,8 @@ from tests.learning_cases import (
     make_scored,
     random_groups,
     save_llama,
+    sft_examples,
 )
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_llama(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def start(model_dir: str) -> Iterator[Any]:
-    """start(**sections) -> a rank that is set up; closed after the test."""
-    started: list[LearnerRank] = []
-
-    def begin(folder: str = model_dir, **sections: dict[str, Any]) -> LearnerRank:
-        for learner in started:
-            learner.close()
-        learner = LearnerRank(learner_config(folder, **sections), folder, 0, 1, free_address())
-        learner.setup()
-        started.append(learner)
-        return learner
-
-    yield begin
-    for learner in started:
-        learner.close()
 
 
 def _weights(learner: LearnerRank) -> dict[str, torch.Tensor]:
@@ -103,9 +79,9 @@ def _sampled_by_the_model(temperature: float, num_tokens: int = 6) -> list[Exper
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("batching", ["packed", "padded"])
 def test_s12_rescoring_own_samples_gives_ratio_one_for_every_token(
-    start: Any, temperature: float, batching: str
+    start_learner: Any, temperature: float, batching: str
 ) -> None:
-    learner = start(learner={"batching": batching}, generation={"temperature": temperature})
+    learner = start_learner(learner={"batching": batching}, generation={"temperature": temperature})
     metrics = learner.train_step(_sampled_by_the_model(temperature)).metrics
     assert metrics["importance/ratio_max"] == pytest.approx(1, abs=1e-4)
     assert metrics["importance/logprob_diff_mean"] < 1e-5
@@ -116,9 +92,9 @@ def test_s12_rescoring_own_samples_gives_ratio_one_for_every_token(
 
 
 def test_s9_a_step_moves_the_weights_and_raises_the_probability_of_good_answers(
-    start: Any,
+    start_learner: Any,
 ) -> None:
-    learner = start(learner={"learning_rate": 1e-3})
+    learner = start_learner(learner={"learning_rate": 1e-3})
     groups, before = _sampled_by_the_model(1.0), _weights(learner)
     first = learner.train_step(groups).metrics
     again = learner.train_step(groups).metrics
@@ -127,8 +103,8 @@ def test_s9_a_step_moves_the_weights_and_raises_the_probability_of_good_answers(
     assert learner.version == 2
 
 
-def test_one_step_matches_a_plain_pytorch_loop(start: Any) -> None:
-    learner = start(learner={"learning_rate": 1e-3, "beta1": 0.8, "weight_decay": 0.1})
+def test_one_step_matches_a_plain_pytorch_loop(start_learner: Any) -> None:
+    learner = start_learner(learner={"learning_rate": 1e-3, "beta1": 0.8, "weight_decay": 0.1})
     groups = random_groups(5)
     report = learner.train_step(groups)
     lm, total, count = build_llama(), torch.zeros(()), 0
@@ -164,16 +140,16 @@ def test_one_step_matches_a_plain_pytorch_loop(start: Any) -> None:
         torch.testing.assert_close(found[f"lm.{name}"], parameter.detach(), atol=1e-5, rtol=0)
 
 
-def test_leaving_out_rollouts_without_advantage_changes_nothing(start: Any) -> None:
+def test_leaving_out_rollouts_without_advantage_changes_nothing(start_learner: Any) -> None:
     rewards = [1.0, 0.0, 1.0, 0.0, *[0.5] * 12]
     groups = random_groups(2, rewards=rewards)
-    learner = start()
+    learner = start_learner()
     metrics = learner.train_step(groups).metrics
     assert metrics["learner/dropped_rollouts"] == 12
     dropped = _weights(learner)
-    learner = start()
+    learner = start_learner()
     learner._algorithm.__class__ = type(
-        "NeedsReference", (type(learner._algorithm),), {"needs_reference": True}
+        "AllCount", (type(learner._algorithm),), {"zero_advantage_is_zero_loss": False}
     )
     kept = learner.train_step(groups).metrics
     assert kept["learner/dropped_rollouts"] == 0
@@ -183,8 +159,8 @@ def test_leaving_out_rollouts_without_advantage_changes_nothing(start: Any) -> N
         torch.testing.assert_close(weight, dropped[name], atol=1e-6, rtol=0)
 
 
-def test_a_batch_without_any_advantage_is_a_step_of_zero_gradient(start: Any) -> None:
-    learner = start()
+def test_a_batch_without_any_advantage_is_a_step_of_zero_gradient(start_learner: Any) -> None:
+    learner = start_learner()
     before = _weights(learner)
     report = learner.train_step(random_groups(0, rewards=[1.0] * 16))
     assert (report.step, report.metrics["learner/loss"]) == (1, 0)
@@ -192,10 +168,12 @@ def test_a_batch_without_any_advantage_is_a_step_of_zero_gradient(start: Any) ->
     assert not _moved(learner, before)
 
 
-def test_s39_metrics_do_not_depend_on_how_tokens_fall_into_micro_batches(start: Any) -> None:
+def test_s39_metrics_do_not_depend_on_how_tokens_fall_into_micro_batches(
+    start_learner: Any,
+) -> None:
     groups = random_groups(0, with_reference=True)
     reports = [
-        start(learner={"tokens_per_micro_batch": budget}).train_step(groups).metrics
+        start_learner(learner={"tokens_per_micro_batch": budget}).train_step(groups).metrics
         for budget in (16384, 32)
     ]
     first, second = ({k: v for k, v in r.items() if not k.endswith("_s")} for r in reports)
@@ -222,10 +200,10 @@ def test_s39_metrics_do_not_depend_on_how_tokens_fall_into_micro_batches(start: 
     assert first["learner/tokens"] == sum(int(r.response_mask.sum()) for r in entries)
 
 
-def test_phases_are_timed_by_the_given_clock(model_dir: str) -> None:
-    ticks = iter([0.0, 1.0, 11.0, 111.0])
-    config = learner_config(model_dir)
-    learner = LearnerRank(config, model_dir, 0, 1, free_address(), clock=lambda: next(ticks))
+def test_phases_are_timed_by_the_given_clock(tiny_model_dir: str) -> None:
+    ticks = iter([0.0, 1.0, 11.0, 111.0, 111.0])
+    config = learner_config(tiny_model_dir)
+    learner = LearnerRank(config, tiny_model_dir, 0, 1, free_address(), clock=lambda: next(ticks))
     learner.setup()
     metrics = learner.train_step(random_groups(0)).metrics
     learner.close()
@@ -234,8 +212,8 @@ def test_phases_are_timed_by_the_given_clock(model_dir: str) -> None:
     assert metrics["learner/optimizer_s"] == 100
 
 
-def test_a_stale_token_raises_before_any_weight_is_touched(start: Any) -> None:
-    learner = start(staleness={"max_staleness": 1})
+def test_a_stale_token_raises_before_any_weight_is_touched(start_learner: Any) -> None:
+    learner = start_learner(staleness={"max_staleness": 1})
     for version in (0, 0):
         learner.train_step(random_groups(1, version=version))
     before = _weights(learner)
@@ -252,9 +230,11 @@ def _poison(learner: LearnerRank, value: float) -> None:
 
 
 def test_gradients_that_are_not_finite_change_nothing_and_raise_after_five_in_a_row(
-    start: Any,
+    start_learner: Any,
 ) -> None:
-    learner = start(staleness={"max_staleness": 20}, run={"steps": 20, "groups_per_step": 4})
+    learner = start_learner(
+        staleness={"max_staleness": 20}, run={"steps": 20, "groups_per_step": 4}
+    )
     learner.train_step(random_groups(0))
     before = _weights(learner)
     _poison(learner, math.nan)
@@ -277,26 +257,28 @@ def test_gradients_that_are_not_finite_change_nothing_and_raise_after_five_in_a_
     assert all(torch.equal(_weights(learner)[n], w) for n, w in finite.items())
 
 
-def test_skipped_steps_advance_the_version(start: Any) -> None:
-    learner = start()
+def test_skipped_steps_advance_the_version(start_learner: Any) -> None:
+    learner = start_learner()
     _poison(learner, math.inf)
     assert learner.train_step(random_groups(0)).step == learner.version == 1
 
 
-def test_the_learning_rate_follows_optimizer_steps(start: Any) -> None:
-    learner = start(learner={"warmup_steps": 2, "schedule": "linear"})
+def test_the_learning_rate_follows_optimizer_steps(start_learner: Any) -> None:
+    learner = start_learner(learner={"warmup_steps": 2, "schedule": "linear"})
     reports = [learner.train_step(random_groups(s, version=s)) for s in range(4)]
     rates = [r.metrics["learner/learning_rate"] for r in reports]
     assert rates == pytest.approx([0.5e-4, 1e-4, 1e-4, 1e-4 * 7 / 8])
 
 
-def test_s33_bfloat16_passes_leave_weights_gradients_and_moments_in_float32(start: Any) -> None:
-    learner = start(learner={"dtype": "bfloat16"})
+def test_s33_bfloat16_passes_leave_weights_gradients_and_moments_in_float32(
+    start_learner: Any,
+) -> None:
+    learner = start_learner(learner={"dtype": "bfloat16"})
     before = _weights(learner)
     learner.train_step(random_groups(0))
     assert {p.dtype for p in learner.policy.parameters()} == {torch.float32}
     assert learner._updater is not None
-    optimizer = learner._updater.optimizer
+    optimizer = learner.model.optimizer
     moments = [v for s in optimizer.state.values() for v in s.values()]
     assert {m.dtype for m in moments} == {torch.float32}
     # an update of 1e-4 on a weight of 1 is lost in bfloat16
@@ -305,23 +287,12 @@ def test_s33_bfloat16_passes_leave_weights_gradients_and_moments_in_float32(star
     state = next(iter(optimizer.state.values()))
     state["exp_avg"] = state["exp_avg"].to(torch.bfloat16)
     with pytest.raises(ConfigError, match=r"exp_avg is torch\.bfloat16"):
-        assert_float32(learner.policy, optimizer)
+        assert_float32(learner.model)
 
 
-def _examples(num: int = 8) -> list[SftExample]:
-    draw = np.random.default_rng(0)
-    return [
-        SftExample(
-            prompt_ids=draw.integers(0, VOCABULARY, 3).astype(np.int32),
-            target_ids=draw.integers(0, VOCABULARY, int(n)).astype(np.int32),
-        )
-        for n in draw.integers(1, 8, num)
-    ]
-
-
-def test_supervised_loss_is_the_mean_over_target_tokens_and_falls(start: Any) -> None:
-    learner = start(sft={"learning_rate": 3e-3, "warmup_steps": 2})
-    examples, lm = _examples(), build_llama()
+def test_supervised_loss_is_the_mean_over_target_tokens_and_falls(start_learner: Any) -> None:
+    learner = start_learner(sft={"learning_rate": 3e-3, "warmup_steps": 2})
+    examples, lm = sft_examples(), build_llama()
     total, count = 0.0, 0
     for example in examples:
         ids = torch.from_numpy(np.concatenate([example.prompt_ids, example.target_ids])).long()
@@ -338,28 +309,28 @@ def test_supervised_loss_is_the_mean_over_target_tokens_and_falls(start: Any) ->
 
 
 def test_reinforcement_learning_starts_with_a_fresh_optimizer_after_supervised_steps(
-    start: Any,
+    start_learner: Any,
 ) -> None:
-    learner = start(sft={"warmup_steps": 0})
-    learner.sft_step(_examples())
+    learner = start_learner(sft={"warmup_steps": 0})
+    learner.sft_step(sft_examples())
     learner.train_step(random_groups(0))
     assert learner._updater is not None
-    steps = {s["step"].item() for s in learner._updater.optimizer.state.values()}
+    steps = {s["step"].item() for s in learner.model.optimizer.state.values()}
     assert steps == {1}
     assert learner._sft_updater is None
     with pytest.raises(RunError, match="supervised step after version 1"):
-        learner.sft_step(_examples())
+        learner.sft_step(sft_examples())
 
 
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_snapshot_is_the_checkpoint_with_its_names_and_outlives_the_next_step(
-    start: Any, tmp_path: Path, tie: bool, dtype: str
+    start_learner: Any, tmp_path: Path, tie: bool, dtype: str
 ) -> None:
     from safetensors.torch import load_file
 
     folder = save_llama(tmp_path / "model", tie=tie)
-    learner = start(folder, weights={"dtype": dtype})
+    learner = start_learner(folder, weights={"dtype": dtype})
     learner.train_step(random_groups(0))
     wanted = _weights(learner)
     assert learner.snapshot() == 1
@@ -378,8 +349,10 @@ def test_a_snapshot_is_the_checkpoint_with_its_names_and_outlives_the_next_step(
         assert torch.equal(tensor.reshape(expected.shape), expected.to(tensor.dtype))
 
 
-def test_writing_needs_a_snapshot_and_each_is_written_once(start: Any, tmp_path: Path) -> None:
-    learner = start()
+def test_writing_needs_a_snapshot_and_each_is_written_once(
+    start_learner: Any, tmp_path: Path
+) -> None:
+    learner = start_learner()
     with pytest.raises(WeightError, match="no snapshot"):
         learner.write_snapshot(str(tmp_path))
     learner.snapshot()
@@ -388,8 +361,8 @@ def test_writing_needs_a_snapshot_and_each_is_written_once(start: Any, tmp_path:
         learner.write_snapshot(str(tmp_path))
 
 
-def test_a_snapshot_that_could_not_be_written_is_kept(start: Any, tmp_path: Path) -> None:
-    learner = start()
+def test_a_snapshot_that_could_not_be_written_is_kept(start_learner: Any, tmp_path: Path) -> None:
+    learner = start_learner()
     learner.snapshot()
     blocked = tmp_path / "file"
     blocked.write_text("")
@@ -403,9 +376,9 @@ def test_a_rank_that_waits_for_missing_ranks_says_so() -> None:
         join_group(free_address(), 0, 2, "cpu", start_timeout_s=0.2, collective_timeout_s=1)
 
 
-def test_calls_before_setup_and_addresses_that_are_none_are_refused(model_dir: str) -> None:
-    config = learner_config(model_dir)
+def test_calls_before_setup_and_addresses_that_are_none_are_refused(tiny_model_dir: str) -> None:
+    config = learner_config(tiny_model_dir)
     with pytest.raises(RunError, match="not set up"):
-        LearnerRank(config, model_dir, 0, 1, free_address()).snapshot()
+        LearnerRank(config, tiny_model_dir, 0, 1, free_address()).snapshot()
     with pytest.raises(ConfigError, match="tcp://host:port"):
         join_group("file:///x", 0, 1, "cpu", 1, 1)

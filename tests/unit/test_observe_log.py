@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as parquet
@@ -105,6 +106,17 @@ def test_samples_hold_what_was_trained_on(run):
     types = {field.name: str(field.type) for field in parquet.read_schema(path)}
     assert types["response_ids"] == "list<element: int32>"
     assert types["sampled_logprobs"] == "list<element: float>"
+
+
+def test_samples_hold_the_steps_where_they_were_scored(run):
+    group = make_group(Ticket(number=0, version=0), make_prompt(0), [1.5, 0.0])
+    ends, rewards = np.array([0, 2], np.int32), np.array([1.0, 0.5])
+    first = replace(group.scored[0], step_ends=ends, step_rewards=rewards)
+    path = write_samples(
+        run.samples, 1, [replace(group, scored=(first, group.scored[1]))], 0, str, limit=4
+    )
+    found = [(r["step_ends"], r["step_rewards"]) for r in read_samples(path)]
+    assert found == [([0, 2], [1.0, 0.5]), (None, None)]
 
 
 def test_no_samples_are_no_file(run):

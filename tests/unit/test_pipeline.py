@@ -1,13 +1,17 @@
 import asyncio
 import time
+from dataclasses import dataclass, field
 
 import pytest
 
+from rlhf_cluster.algorithms import DapoConfig, GrpoConfig
+from rlhf_cluster.config.sections import AdaptiveDepth
 from rlhf_cluster.errors import RlhfError, ScoringError, StalledError, WorkerError
+from rlhf_cluster.experience.adaptive import DepthController
 from rlhf_cluster.experience.buffer import ExperienceBuffer
 from rlhf_cluster.experience.service import Answer, BufferService
 from rlhf_cluster.experience.staleness import AdmissionGate
-from rlhf_cluster.pipeline import Pipeline, evaluate
+from rlhf_cluster.pipeline import NO_SIGNAL, Pipeline, evaluate
 from rlhf_cluster.records import Sampling, Ticket
 from rlhf_cluster.weights.sync import WeightSync
 from tests.fakes import (
@@ -29,11 +33,12 @@ class LocalBuffer:
         self.service = BufferService(self.buffer, stall_timeout_s, 0.05, time.monotonic)
         self.finish, self.discard = self.service.finish, self.service.discard
         self.version_live = self.service.version_live
+        self.set_pipeline_depth = self.service.set_pipeline_depth
 
     async def admit(self):
         while (reply := await self.service.admit()) is Answer.WAIT:
             pass
-        return None if reply is Answer.DONE else reply
+        return [] if reply is Answer.DONE else reply
 
     async def take(self, num_groups, learner_version):
         while (reply := await self.service.take(num_groups, learner_version)) is Answer.WAIT:
@@ -49,6 +54,7 @@ async def build(steps=6, groups=3, max_staleness=1, depth=1, publish_every=1, **
         pipeline_depth=depth,
         groups_per_step=groups,
         num_steps=steps,
+        **parts.get("gate", {}),
     )
     buffer = LocalBuffer(gate, parts.get("stall_timeout_s", 30.0))
     sync = WeightSync(learner, generation, buffer, publish_every, time.monotonic)
@@ -67,6 +73,8 @@ async def build(steps=6, groups=3, max_staleness=1, depth=1, publish_every=1, **
         groups_per_step=groups,
         max_error_rate=0.5,
         live_timeout_s=5,
+        depth=parts.get("controller"),
+        trains_on=parts.get("trains_on", lambda rewards: True),
     )
 
 
@@ -182,3 +190,100 @@ async def test_evaluation_refuses_answers_of_another_version():
     with pytest.raises(ExceptionGroup) as failure:
         await evaluate(generation, FakeScoring(), prompts, 8, version=3)
     assert "sampled with version 2" in str(failure.value.exceptions[0])
+
+
+@dataclass
+class LateLearner(FakeLearner):
+    """Publishing takes until one more step is done."""
+
+    num_steps: int = 12
+    stepped: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    async def reach(self, version):
+        async with asyncio.timeout(30), self.stepped:
+            await self.stepped.wait_for(lambda: self.version >= version)
+
+    async def train_step(self, groups):
+        report = await super().train_step(groups)
+        async with self.stepped:
+            self.stepped.notify_all()
+        return report
+
+    async def publish(self):
+        version = self.snapshot_version
+        if version > 0:
+            await self.reach(min(version + 1, self.num_steps))
+        return make_version(version)
+
+
+async def test_a_window_trains_around_a_slow_group_within_the_bound():
+    """G = 3 and W = 2: group 3 is taken before group 2, and nothing else before both."""
+
+    class Holding(FakeGeneration):
+        async def generate(self, ticket, prompt, sampling):
+            if ticket.number == 2:
+                await learner.reach(1)
+            return await super().generate(ticket, prompt, sampling)
+
+    learner = LateLearner(num_steps=4)
+    rules = {"look_ahead": 2}
+    pipeline = await build(
+        steps=4, max_staleness=2, depth=2, generation=Holding(), learner=learner, gate=rules
+    )
+    await pipeline.run()
+    numbers = [int(group_id[1:]) for _, group_id, _ in learner.trained]
+    assert numbers == [0, 1, 3, 2, *range(4, 12)]
+    assert max(age for _, _, age in learner.trained) <= 2
+
+
+async def test_reweight_trains_what_a_slow_publish_made_too_old():
+    rules = {"on_stale": "reweight", "stale_limit": 3}
+    pipeline = await build(steps=12, learner=LateLearner(), gate=rules)
+    await pipeline.run()
+    ages = [age for _, _, age in pipeline.learner.trained]
+    assert 1 < max(ages) <= 3
+    stats = pipeline.buffer.buffer.stats()
+    assert stats.reweighted == sum(age > 1 for age in ages)
+    assert stats.num_discarded == 0
+
+
+async def test_drop_replaces_what_a_slow_publish_made_too_old():
+    pipeline = await build(steps=12, learner=LateLearner(), gate={"on_stale": "drop"})
+    await pipeline.run()
+    ages = [age for _, _, age in pipeline.learner.trained]
+    assert len(ages) == 36
+    assert max(ages) <= 1
+    assert pipeline.buffer.buffer.stats().discarded["stale"] > 0
+
+
+async def test_an_adaptive_depth_reaches_the_buffer_and_is_told_with_its_reason():
+    thresholds = AdaptiveDepth(ess_low=0.5, ess_high=0.8, wait_share=0.1, steps=2)
+    controller = DepthController(depth=1, max_staleness=2, thresholds=thresholds)
+    learner = FakeLearner(metrics={"importance/effective_sample_size": 0.3})
+    pipeline = await build(steps=8, max_staleness=2, learner=learner, controller=controller)
+    await pipeline.run()
+    assert pipeline.buffer.buffer.gate.pipeline_depth == 0
+    assert pipeline.observer.events == [
+        "pipeline depth 1 -> 0: effective sample size 0.30 is under 0.5"
+    ]
+    depths = [report.metrics["staleness/pipeline_depth"] for report in pipeline.observer.steps]
+    assert depths == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+
+
+async def test_groups_that_the_algorithm_does_not_train_on_are_replaced_and_are_no_failures():
+    scoring = FakeScoring(rewards=lambda group: [1.0, float(group.ticket.number % 2 == 0)])
+    dapo = DapoConfig(dynamic_sampling=True)
+    pipeline = await build(steps=4, scoring=scoring, trains_on=dapo.trains_on)
+    await pipeline.run()
+    numbers = [int(group_id[1:]) for _, group_id, _ in pipeline.learner.trained]
+    assert numbers == list(range(1, 24, 2)), "whole batches of groups with a signal, in order"
+    assert pipeline.buffer.buffer.stats().discarded[NO_SIGNAL] >= 11
+    assert pipeline.observer.discarded == []
+    assert max(age for _, _, age in pipeline.learner.trained) <= 1
+
+
+def test_dynamic_sampling_is_a_switch_and_looks_at_the_spread():
+    assert DapoConfig().trains_on([1.0, 1.0])
+    assert not DapoConfig(dynamic_sampling=True).trains_on([0.3, 0.3 + 1e-9])
+    assert DapoConfig(dynamic_sampling=True).trains_on([0.0, 1.0])
+    assert GrpoConfig().trains_on([1.0, 1.0])

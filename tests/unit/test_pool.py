@@ -171,4 +171,5 @@ async def test_a_full_worker_keeps_work_waiting_and_a_finished_call_lets_it_on()
         done, _ = await asyncio.wait({waiting}, timeout=0.1)
         assert not done, "being busy for long is no stall"
         assert busy.num_in_flight == 1
-    await asyncio.wait_for(waiting, 5)
+    async with asyncio.timeout(5):
+        await waiting

@@ -1,6 +1,7 @@
 """A user's Python function as a reward: the arguments it gets, and what becomes of its answer."""
 
 import datetime
+import math
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from rlhf_cluster.config import validate
 from rlhf_cluster.errors import ConfigError
 from rlhf_cluster.rewards.base import RewardContext
-from rlhf_cluster.rewards.failure import RewardFailure
+from rlhf_cluster.rewards.failure import RewardFailure, check_step_scores
 from rlhf_cluster.rewards.python_function import PythonFunction, PythonFunctionConfig
 from tests.rewarding import make_prompt, make_rollouts
 
@@ -25,6 +26,11 @@ def bad(prompts, completions, mode, **columns):
     if mode[0] == "one short":
         return [1.0] * (len(completions) - 1)
     return [{"none": None, "nan": float("nan"), "inf": float("inf"), "text": "1"}[mode[0]]] * 2
+
+def by_step(prompts, completions, steps, answers, **columns):
+    if answers[0] is None:
+        return [[float(len(step)) for step in own] for own in steps]
+    return answers[0]
 """
 
 
@@ -114,3 +120,41 @@ def test_kwargs_that_cannot_be_handed_over_are_refused_before_anything_starts(re
 def test_a_function_is_written_as_module_and_name(function):
     with pytest.raises(ConfigError, match="function"):
         validate(PythonFunctionConfig, {"function": function}, source="test")
+
+
+def score_steps(reward, answers, *steps):
+    prompt = make_prompt("?", {"answers": answers})
+    rollouts = make_rollouts(prompt, [[5, 1]] * len(steps))
+    return reward.score_steps(prompt, rollouts, ["\n".join(own) for own in steps], steps)
+
+
+def test_a_function_of_steps_gets_them_and_returns_a_list_for_each_completion(reward):
+    found = score_steps(reward("by_step", per_step=True), None, ["a", "bcd"], ["ef"])
+    assert found == [[1.0, 3.0], [2.0]]
+
+
+def test_s23_step_scores_that_do_not_fit_their_steps_are_named_and_never_a_zero(reward):
+    by_step = reward("by_step", per_step=True)
+    for answers, reason, words in (
+        ([[1.0]], "length", "returned 1 lists of step scores for 2 rollouts"),
+        ([[1.0], [1.0]], "steps", "returned 1 step scores for rollout 0, which has 2 steps"),
+        ([[1.0] * 2, []], "steps", "returned 0 step scores for rollout 1, which has 1 steps"),
+        ([[1.0] * 2, None], "none", "returned None for rollout 1, which has 1 steps"),
+        ([[1.0, None], [1.0]], "none", "returned None for step 1 of rollout 0, which has 2 steps"),
+        ([1.0, 2.0], "not_a_list", "returned float 1.0 for rollout 0, which has 2 steps"),
+        (1.0, "not_a_list", "returned float 1.0, expected 2 lists"),
+    ):
+        with pytest.raises(RewardFailure, match=words) as failure:
+            score_steps(by_step, answers, ["a", "b"], ["c"])
+        assert failure.value.reason == reason
+    for number in (math.nan, math.inf):
+        with pytest.raises(RewardFailure, match="for step 0 of rollout 1, which has 1 steps"):
+            check_step_scores([[1.0] * 2, [number]], [2, 1])
+
+
+def test_a_column_named_steps_is_taken_only_by_a_function_of_steps(reward):
+    prompt = make_prompt("?", {"answers": None, "steps": 1})
+    rollouts = make_rollouts(prompt, [[5, 1]])
+    with pytest.raises(RewardFailure, match="column 'steps'.*function's own"):
+        reward("by_step", per_step=True).score_steps(prompt, rollouts, ["a"], [["a"]])
+    assert PythonFunctionConfig(function="a:b").own_arguments == ("prompts", "completions")

@@ -1,11 +1,13 @@
-"""The reference model against a plain transformers forward of one sequence at a time."""
+"""The reference model against a plain transformers forward of one sequence at a time, and the
+replacement of its weights by a version of a store."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from rlhf_cluster.errors import ScoringError, StalledError
+from rlhf_cluster.errors import ScoringError, StalledError, WeightError
 from rlhf_cluster.scoring.reference import Reference
 from tests import tiny_llama
 from tests.rewarding import make_prompt, make_rollouts
@@ -84,10 +86,11 @@ def test_s38_a_policy_equal_to_the_reference_is_at_zero_distance(model_dir, dtyp
 
 def test_the_reference_is_frozen(model_dir):
     reference = Reference(str(model_dir), "float32", "cpu", 4096)
-    parameters = list(reference._policy.parameters())
+    policy = reference._model._policy
+    parameters = list(policy.parameters())
     assert parameters
     assert not any(p.requires_grad for p in parameters)
-    assert not reference._policy.training
+    assert not policy.training
 
 
 def test_a_greedy_rollout_has_no_reference_distribution(model_dir):
@@ -104,6 +107,70 @@ def test_a_sequence_over_the_token_budget_is_named(model_dir):
 
 def test_a_group_that_finds_the_model_busy_fails_by_its_deadline(model_dir):
     reference = Reference(str(model_dir), "float32", "cpu", 4096, wait_timeout_s=0.05)
-    with reference._lock, pytest.raises(StalledError, match=r"busy for 0\.05 s"):
+    with reference._model.held(), pytest.raises(StalledError, match=r"busy for 0\.05 s"):
         reference.logprobs(rollouts())
     assert len(reference.logprobs(rollouts())) == len(RESPONSES)
+
+
+@pytest.fixture(scope="module")
+def other(model_dir, tmp_path_factory):
+    """A second policy: as a folder, and as version 3 of a store."""
+    folder = tmp_path_factory.mktemp("other")
+    model = tiny_llama.build(seed=2, max_position=48)
+    tiny_llama.save(model, folder)
+    root = tmp_path_factory.mktemp("weights")
+    return folder, tiny_llama.publish(root, 3, tiny_llama.checkpoint_tensors(model)), model
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_s38_a_loaded_version_scores_bit_for_bit_as_the_folder_it_came_from(
+    model_dir, other, dtype
+):
+    """The tied head follows its embeddings: it has no tensor of its own in the version."""
+    folder, version, _ = other
+    reference = Reference(str(model_dir), dtype, "cpu", 4096)
+    before = reference.logprobs(rollouts())
+    reference.load(version)
+    expected = Reference(str(folder), dtype, "cpu", 4096).logprobs(rollouts())
+    for old, found, wanted in zip(before, reference.logprobs(rollouts()), expected, strict=True):
+        assert np.array_equal(found, wanted)
+        assert not np.array_equal(found, old)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.norm.weight"), r"missing: model\.norm\.weight"),
+        (lambda t: t.update(extra=t["model.norm.weight"].clone()), "not expected: extra"),
+        (
+            lambda t: t.update({"model.norm.weight": t["model.norm.weight"][:5].clone()}),
+            r"model\.norm\.weight has shape \[5\], expected \[128\]",
+        ),
+    ],
+)
+def test_a_version_of_another_model_is_refused_by_name_and_changes_nothing(
+    model_dir, other, tmp_path, change, message
+):
+    tensors = dict(tiny_llama.checkpoint_tensors(other[2]))
+    change(tensors)
+    version = tiny_llama.publish(tmp_path, 4, tensors)
+    reference = Reference(str(model_dir), "float32", "cpu", 4096)
+    before = reference.logprobs(rollouts())
+    with pytest.raises(WeightError, match=message):
+        reference.load(version)
+    for old, found in zip(before, reference.logprobs(rollouts()), strict=True):
+        assert np.array_equal(found, old)
+
+
+def test_a_version_that_is_not_the_announced_one_is_refused(model_dir, other):
+    reference = Reference(str(model_dir), "float32", "cpu", 4096)
+    with pytest.raises(WeightError, match="not the version that was announced"):
+        reference.load(replace(other[1], digest="0" * 32))
+
+
+def test_a_reference_that_is_moved_while_a_group_holds_it_waits_for_the_group(model_dir, other):
+    reference = Reference(str(model_dir), "float32", "cpu", 4096, wait_timeout_s=0.05)
+    before = reference.logprobs(rollouts())
+    with reference._model.held(), pytest.raises(StalledError, match=r"busy for 0\.05 s"):
+        reference.load(other[1])
+    assert np.array_equal(reference.logprobs(rollouts())[0], before[0])

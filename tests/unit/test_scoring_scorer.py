@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,9 @@ import time
 
 def length(prompts, completions, **columns):
     return [float(len(c.split())) for c in completions]
+
+def by_step(prompts, completions, steps, **columns):
+    return [[float(len(step.split())) for step in own] for own in steps]
 
 def by_column(prompts, completions, behaviour, **columns):
     if behaviour[0] == "raise":
@@ -62,7 +66,11 @@ def make(model_dir):
     made = []
 
     def build(cls, *configured, **scoring):
-        config = tiny_config(scoring={"rewards": list(configured), **scoring})
+        steps = any(reward.get("per_step") for reward in configured)
+        config = tiny_config(
+            scoring={"rewards": list(configured), **scoring},
+            algorithm={"advantage": "process" if steps else "outcome"},
+        )
         one = cls(config, str(model_dir), "scoring-3")
         made.append(one)
         one.setup() if isinstance(one, Scorer) else one.start()
@@ -110,7 +118,35 @@ def test_the_reference_scores_every_response_token_unless_it_is_left_out(make, m
     expected = Reference(str(model_dir), "float32", "cpu", 4096).logprobs(given.rollouts)
     for one, logprobs in zip(scorer.score(given).scored, expected, strict=True):
         assert np.array_equal(one.ref_logprobs, logprobs)
-    assert all(s.ref_logprobs is None for s in scorer.score(given, with_reference=False).scored)
+    assert all(s.ref_logprobs is None for s in scorer.score(given, with_logprobs=False).scored)
+
+
+@pytest.mark.parametrize("update", [{"type": "periodic", "every": 2}, {"type": "ema"}])
+def test_no_group_is_scored_before_the_reference_of_the_run_was_given(
+    make, model_dir, tmp_path, update
+):
+    """The model folder is not the reference where it moves: a worker that joins late has to wait."""
+    worker = make(ScoringWorker, EXACT, reference=True, dtype="float32", reference_update=update)
+    with pytest.raises(WorkerError, match="call load_reference first"):
+        worker.score(group(answer="w5"))
+    other = tiny_llama.build(seed=2, max_position=48)
+    version = tiny_llama.publish(tmp_path / "reference", 4, tiny_llama.checkpoint_tensors(other))
+    worker.load_reference(version)
+    _, scored = worker.score(group(answer="w5"))
+    expected = make(Scorer, EXACT, reference=True, dtype="float32")._reference
+    expected.load(version)
+    for one, logprobs in zip(
+        scored.scored, expected.logprobs(group(answer="w5").rollouts), strict=True
+    ):
+        assert np.array_equal(one.ref_logprobs, logprobs)
+
+
+def test_a_run_without_a_reference_has_none_to_replace(make, model_dir, tmp_path):
+    version = tiny_llama.publish(
+        tmp_path, 0, tiny_llama.checkpoint_tensors(tiny_llama.build(1, max_position=48))
+    )
+    with pytest.raises(WorkerError, match=r"scoring\.reference = False"):
+        make(ScoringWorker, EXACT).load_reference(version)
 
 
 def test_a_reference_that_cannot_score_fails_the_group_by_name(make):
@@ -260,3 +296,60 @@ def test_importing_the_rewards_and_the_scorer_loads_neither_torch_nor_transforme
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=60
     )
     assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_a_greedy_answer_is_scored_by_the_rewards_and_is_no_rollout_of_the_group(make):
+    scorer = make(
+        Scorer,
+        {"type": "exact_match", "weight": 2.0},
+        python("length", name="words", weight=-0.5),
+        reference=True,
+        dtype="float32",
+    )
+    given = group([5, 6, 1], [5, 1], answer="w5 w6")
+    (greedy,) = make_rollouts(given.prompt, [[5, 6, 5, 1]], temperature=0.0)
+    scored = scorer.score(replace(given, greedy=greedy))
+    alone = scorer.score(given)
+    assert scored.greedy_reward == 0 * 2.0 + 3 * -0.5
+    assert [s.reward for s in scored.scored] == [s.reward for s in alone.scored] == [1.0, -0.5]
+    assert all(s.ref_logprobs is not None for s in scored.scored)
+    assert scored.summary() == alone.summary()
+    assert alone.greedy_reward is None
+
+
+def test_rewards_of_steps_are_summed_and_keep_the_tokens_at_which_steps_end(make):
+    scorer = make(
+        Scorer,
+        {"type": "exact_match", "weight": 10.0},
+        python("by_step", name="lines", per_step=True, weight=0.5),
+        step_separator=" w9 ",
+    )
+    given = group([5, 6, 9, 7, 1], [5, 9, 9, 9, 6, 6, 1], [1], answer="w5 w6 w9 w7")
+    (greedy,) = make_rollouts(given.prompt, [[5, 9, 6, 1]], temperature=0.0)
+    scored = scorer.score(replace(given, greedy=greedy))
+    # "w5 w9 w9 w9 w6 w6": the separator takes the spaces around it, so a lone w9 is a step
+    assert [s.step_rewards.tolist() for s in scored.scored] == [[1.0, 0.5], [0.5, 0.5, 1.0], [0.0]]
+    assert [s.step_ends.tolist() for s in scored.scored] == [[1, 4], [0, 2, 6], [0]]
+    assert [s.reward_parts for s in scored.scored] == [
+        {"exact_match": 1.0, "lines": 3.0},
+        {"exact_match": 0.0, "lines": 4.0},
+        {"exact_match": 0.0, "lines": 0.0},
+    ]
+    assert [s.reward for s in scored.scored] == [11.5, 2.0, 0.0]
+    assert [s.outcome_reward for s in scored.scored] == [10.0, 0.0, 0.0]
+    assert [s.rollout for s in scored.scored] == list(given.rollouts)
+    assert scored.greedy_reward == 1.0
+    alone = make(Scorer, EXACT).score(given)
+    assert all(s.step_ends is None and s.step_rewards is None for s in alone.scored)
+
+
+def test_a_wrong_number_of_step_scores_fails_the_group_and_is_counted(make, monkeypatch):
+    monkeypatch.setattr(ScriptedReward, "score_steps", lambda self, *_: [[1.0]] * 2, raising=False)
+    monkeypatch.setitem(rewards.REWARDS, "python", ScriptedReward)
+    scorer = make(Scorer, python("by_step", per_step=True), step_separator=" w9 ")
+    words = (
+        r"reward 'python', group g00000007: \[steps\] .* 1 step scores for rollout 1, .* 2 steps"
+    )
+    with pytest.raises(ScoringError, match=words):
+        scorer.score(group([5, 1], [5, 9, 6, 1]))
+    assert scorer.stats()["errors/python/steps"] == 1

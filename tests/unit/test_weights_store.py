@@ -49,7 +49,7 @@ def test_the_digest_does_not_depend_on_the_number_of_ranks(tmp_path: Path) -> No
     assert digests == {digest_of(tensors.items())}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_split_reassembles_with_one_digest(data: st.DataObject, tmp_path_factory) -> None:
     """Over shapes, types, ranks and borders, empty shares and chunk-spanning borders included."""
@@ -180,7 +180,7 @@ def test_ranks_that_disagree_on_shape_or_type_are_refused(tmp_path: Path) -> Non
     first = store.write_shard(tmp_path, 0, 0, [rank_part(torch.ones(5), shape=(10,))])
     other = torch.ones(5, dtype=torch.bfloat16)
     last = store.write_shard(tmp_path, 0, 1, [rank_part(other, offset=5, shape=(10,))])
-    with pytest.raises(WeightError, match=r"bfloat16\[10\].*float32\[10\]; all ranks must agree"):
+    with pytest.raises(WeightError, match=r"bfloat16\[10\].*float32\[10\].*; all ranks must agree"):
         store.commit(tmp_path, 0, [first, last], keep=1)
 
 
@@ -224,7 +224,7 @@ def test_too_little_space_says_how_much_is_needed_and_free(tmp_path: Path) -> No
 
 def test_an_unwritable_store_is_an_error_with_its_path(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(WeightError, match=r"version 0, rank 0: cannot write a shard in .*file"):
+    with pytest.raises(WeightError, match=r"version 0: cannot write shard-00000.* in .*file"):
         store.write_shard(tmp_path / "file", 0, 0, [rank_part(torch.ones(10))])
 
 

@@ -1,0 +1,124 @@
+"""Checkpoints of a run on Ray: what a cut is taken of, and a run directory that goes on."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from actors.experience import RayBuffer
+from actors.learner import RayLearner
+from actors.observer import RunObserver
+from rlhf_cluster.checkpoint import continuing
+from rlhf_cluster.checkpoint.continuing import Continuation
+from rlhf_cluster.checkpoint.saving import Checkpoints, CheckpointStats
+from rlhf_cluster.checkpoint.state import LearnerState, RunState
+from rlhf_cluster.config import RunConfig
+from rlhf_cluster.experience.adaptive import DepthController
+from rlhf_cluster.rundir import RunDir
+from rlhf_cluster.weights import store
+from rlhf_cluster.weights.sync import SyncStats
+
+
+def claimed(
+    config: RunConfig, argv: list[str], overwrite: bool, accept_changes: bool
+) -> tuple[RunDir, Continuation]:
+    """The run's directory, owned, and with what it goes on. Raises `RunError`.
+
+    A directory whose run has finished is not owned: there is nothing to do.
+    """
+    if overwrite or not RunDir.has_run(config.run_dir):
+        run = RunDir.create(config.run_dir, config, overwrite=overwrite, argv=argv)
+        return run, Continuation(finished=False, checkpoint=None, notes=[])
+    run = RunDir.reclaim(config.run_dir, config)
+    try:
+        found = continuing.look(run, config, accept_changes)
+    except BaseException:
+        run.withdraw()
+        raise
+    if found.finished:
+        run.withdraw()
+    elif found.checkpoint is None:
+        run.restart(config, argv)
+    else:
+        run.go_on(config, argv)
+        continuing.cut_back(run, found.checkpoint)
+    return run, found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cutter:
+    """Takes the cut of a run between two steps; `rlhf_cluster.checkpoint` decides when."""
+
+    config: RunConfig
+    rundir: RunDir
+    buffer: RayBuffer
+    sync: SyncStats
+    depth: DepthController | None
+    first_prompt: int
+    reward_before: float | None
+    observer: RunObserver
+
+    def checkpoints(self, learner: RayLearner, resumed: RunState | None) -> Checkpoints:
+        settings = self.config.checkpoint
+        return Checkpoints(
+            root=self.rundir.checkpoints,
+            every=settings.every,
+            keep=settings.keep,
+            num_steps=self.config.run.steps,
+            learner=learner,
+            cut=self.cut,
+            tell=self.observer.event,
+            clock=time.monotonic,
+            timeout_s=settings.timeout_s,
+            kept=self.kept,
+            stats=CheckpointStats(last=-1 if resumed is None else resumed.step),
+        )
+
+    async def cut(self, step: int, learner: LearnerState) -> RunState:
+        """The reference in use stays on disk until no checkpoint names it."""
+        return RunState(
+            step=step,
+            learner=learner,
+            buffer=await self.buffer.state(step),
+            live_version=self.sync.live,
+            publishes_skipped=self.sync.skipped,
+            depth=None if self.depth is None else self.depth.state(),
+            first_prompt=self.first_prompt,
+            reference=self._pinned_reference(),
+            reward_before=self.reward_before,
+            config_digest=continuing.digest(self.config),
+            packages=json.loads(self.rundir.environment.read_text())["packages"],
+        )
+
+    def kept(self, states: Sequence[RunState]) -> None:
+        """These checkpoints are on disk, and no others."""
+        self.observer.checkpointed(states[-1].step)
+        needed = {state.reference for state in states}
+        for pin in self.rundir.reference.glob("v*.pin"):
+            if (version := int(pin.stem.removeprefix("v"))) not in needed:
+                store.unpin(self.rundir.reference, version)
+
+    def _pinned_reference(self) -> int | None:
+        if not self.config.stored_reference:
+            return None
+        latest = store.latest(self.rundir.reference)
+        if latest is None:
+            return None
+        store.pin(self.rundir.reference, latest.version)
+        return latest.version
+
+
+def checkpoint_metrics(checkpoints: Checkpoints | None) -> Mapping[str, float]:
+    if checkpoints is None:
+        return {}
+    stats = checkpoints.stats
+    return {
+        "checkpoint/step": float(stats.last),
+        "checkpoint/wait_s": stats.wait_s,
+        "checkpoint/write_s": stats.write_s,
+        "checkpoint/bytes": float(stats.num_bytes),
+        "checkpoint/skipped_total": float(stats.skipped),
+        "checkpoint/failed_total": float(stats.failed),
+    }

@@ -1,0 +1,90 @@
+"""The transports of weights by name: what `weights.transport` chooses from.
+
+A transport is a class with the four methods of `Transport` and an entry in `TRANSPORTS`; what its
+sinks and sources promise is in `rlhf_cluster.weights.transport`. A learner rank calls `write`, rank 0
+`commit`, every reader reads from `source()`, and the driver holds the run inside `serving`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Protocol
+
+from actors.ray_weights import RayTransport
+from rlhf_cluster.config import RunConfig
+from rlhf_cluster.records import WeightVersion
+from rlhf_cluster.weights.files import FileSink
+from rlhf_cluster.weights.manifest import ShardReport
+from rlhf_cluster.weights.transport import Deadline, ShardSource
+
+if TYPE_CHECKING:
+    from rlhf_cluster.learning.learner import LearnerRank
+
+
+class Transport(Protocol):
+    """What `write` returns goes to `commit` as it is."""
+
+    def write(self, rank: LearnerRank, base: int | None, durable: bool, deadline: Deadline) -> Any:
+        """Bring the rank's snapshot on its way, into files too when it is to be `durable`."""
+        ...
+
+    def commit(
+        self,
+        version: int,
+        shards: Sequence[Any],
+        expected_names: Mapping[str, tuple[int, ...]],
+        durable: bool,
+        deadline: Deadline,
+    ) -> WeightVersion:
+        """Check what all ranks wrote and make it visible. Raises `WeightError`, `StalledError`."""
+        ...
+
+    def source(self) -> ShardSource | None:
+        """Where a process of the run reads versions. None: at their paths."""
+        ...
+
+    def serving(self) -> AbstractAsyncContextManager[None]:
+        """What the transport needs in the cluster is there inside the block."""
+        ...
+
+
+class FileTransport:
+    """Every version is files of the weight store."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._root = str(config.weights_dir)
+        self._keep = config.staleness.oldest_in_flight + 2
+
+    def write(
+        self, rank: LearnerRank, base: int | None, durable: bool, deadline: Deadline
+    ) -> ShardReport:
+        return rank.write_snapshot([FileSink(self._root, deadline=deadline)], base)
+
+    def commit(
+        self,
+        version: int,
+        shards: Sequence[ShardReport],
+        expected_names: Mapping[str, tuple[int, ...]],
+        durable: bool,
+        deadline: Deadline,
+    ) -> WeightVersion:
+        from rlhf_cluster.weights.store import commit
+
+        left_s = deadline.left_s("the commit")
+        return commit(
+            self._root, version, shards, self._keep, expected_names, lock_timeout_s=left_s
+        )
+
+    def source(self) -> None:
+        return None
+
+    def serving(self) -> AbstractAsyncContextManager[None]:
+        return nullcontext()
+
+
+TRANSPORTS: Mapping[str, type[Transport]] = {"files": FileTransport, "ray": RayTransport}
+
+
+def transport_of(config: RunConfig) -> Transport:
+    return TRANSPORTS[config.weights.transport](config)  # type: ignore[call-arg]

@@ -1,0 +1,48 @@
+"""CISPO: REINFORCE whose weight is the clipped ratio, so that no token loses its gradient.
+
+    J = E_t sg(clip(r_t, 1 - clip_low, 1 + clip_high)) A_i log pi_t
+
+A clipped surrogate drops the tokens that move most, the rare ones at which an answer turns; here
+their weight is bounded and their gradient stays. `clip_low = 1` leaves the ratio without a lower
+bound, as published. Advantages are those of GRPO. MiniMax 2025, arXiv 2506.13585; the upper bound of
+5: Khatri et al. 2025, arXiv 2510.13786.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from rlhf_cluster.algorithms.base import LossInputs, Sums
+from rlhf_cluster.algorithms.group_relative import GroupRelative, GroupRelativeConfig
+from rlhf_cluster.algorithms.losses import cispo_policy_loss
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class CispoConfig(GroupRelativeConfig):
+    """Clipped importance-sampling policy optimisation (MiniMax 2025, arXiv 2506.13585)."""
+
+    type: Literal["cispo"] = "cispo"
+    group_size: int = Field(default=8, ge=2)
+    """Rollouts of one prompt."""
+    clip_low: float = Field(default=1.0, gt=0, le=1)
+    clip_high: float = Field(default=4.0, gt=0)
+    """Bounds of the weight: [1 - clip_low, 1 + clip_high]."""
+
+
+class Cispo(GroupRelative[CispoConfig]):
+    """The formula is in the module's docstring."""
+
+    def surrogate(self, log_ratios: Tensor, inputs: LossInputs) -> tuple[Tensor, Sums]:
+        losses, clipped = cispo_policy_loss(
+            log_ratios,
+            inputs.learner_logprobs,
+            inputs.advantages,
+            self.config.clip_low,
+            self.config.clip_high,
+        )
+        count = losses.new_tensor(losses.numel())
+        return losses, {"learner/clip_fraction": (clipped.sum(), count)}

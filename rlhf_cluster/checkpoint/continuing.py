@@ -1,0 +1,181 @@
+"""The same command on a run directory that is there: what an earlier attempt left, and what follows.
+
+    finished, same configuration       nothing to do
+    a complete checkpoint              go on from the last one
+    none yet                           start from the beginning
+    another configuration              refused with the differences, unless they are accepted
+
+Promises: a run is started from the beginning only when it cannot have had a checkpoint: one whose
+checkpoints are all damaged, or were turned off, is refused, and nothing of it is deleted; what is later
+than the checkpoint is cut from the run's record, so that every step is in it once.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xxhash import xxh3_128_hexdigest
+
+from rlhf_cluster.checkpoint import folder
+from rlhf_cluster.checkpoint.folder import Checkpoint
+from rlhf_cluster.environment import without_secrets
+from rlhf_cluster.errors import RunError
+from rlhf_cluster.observe.run_log import cut_metrics, read_metrics
+from rlhf_cluster.rundir import RunDir
+from rlhf_cluster.weights import store
+
+if TYPE_CHECKING:
+    from rlhf_cluster.config import RunConfig
+
+FIXED = (
+    "run.groups_per_step",
+    "model",
+    "sft",
+    "learner.lora",
+    "scoring.reference",
+    "scoring.reference_update",
+)
+"""Settings, or whole sections, that a checkpoint does not fit any more when they change."""
+MAX_DIFFERENCES = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Continuation:
+    """What follows from what is there. `notes` are for people."""
+
+    finished: bool
+    checkpoint: Checkpoint | None
+    notes: list[str]
+
+
+def look(run: RunDir, config: RunConfig, accept_changes: bool) -> Continuation:
+    """What the same command does with `run`. Changes nothing. Raises `RunError`."""
+    described = run.read_resolved()
+    changes = differences(described, describe(config)) if described else []
+    finished = run.summary.is_file()
+    if finished and not changes:
+        note = f"Run {config.run.name} has finished; --overwrite starts it anew"
+        return Continuation(finished=True, checkpoint=None, notes=[note])
+    found = folder.newest(run.checkpoints)
+    if found.checkpoint is None:
+        done = _last_step(run)
+        if (done or finished) and changes and not accept_changes:
+            what = "has finished" if finished else f"began with {done} steps"
+            raise RunError(_explain(run.path, changes, what))
+        if found.damaged or finished or (done and not _had_checkpoints(described)):
+            why = found.damaged or ["it was run without checkpoints"]
+            raise RunError(
+                f"{run.path}: {done} steps are done and no checkpoint is whole: {'; '.join(why)}. "
+                "Start under another name with --set run.name=NEW, or give --overwrite to delete it "
+                "and start anew"
+            )
+        note = f"{run.path}: {done} steps and no checkpoint yet; starts from the beginning"
+        return Continuation(finished=False, checkpoint=None, notes=[note])
+    step = found.checkpoint.state.step
+    fixed = [c for c in changes if any(c.startswith((f"{f}.", f"{f} =")) for f in FIXED)]
+    if fixed:
+        raise RunError(
+            _explain(run.path, fixed, f"has {step} steps behind it")
+            + ". These cannot change in a run; start another one with --set run.name=NEW"
+        )
+    if changes and not accept_changes:
+        raise RunError(_explain(run.path, changes, f"has {step} steps behind it"))
+    if config.run.steps < step:
+        raise RunError(
+            f"run.steps = {config.run.steps} is under the {step} steps that {run.path} has done. "
+            "Raise it, or start another run with --set run.name=NEW"
+        )
+    notes = [f"passed over: {text}" for text in found.damaged]
+    notes += [f"changed: {change}" for change in changes]
+    notes.append(f"Run {config.run.name} continues from its checkpoint of step {step}")
+    return Continuation(finished=False, checkpoint=found.checkpoint, notes=notes)
+
+
+def standing(config: RunConfig, overwrite: bool, accept_changes: bool) -> Continuation | None:
+    """`look` at the run's directory as it is now; None where nothing is continued.
+
+    Changes nothing. Raises `RunError`, also for a directory that is in use or not a run's.
+    """
+    left = not overwrite and RunDir.has_run(config.run_dir)
+    RunDir.check_free(config.run_dir, config, overwrite=overwrite or left)
+    return look(RunDir.open(config.run_dir), config, accept_changes) if left else None
+
+
+def cut_back(run: RunDir, checkpoint: Checkpoint) -> None:
+    """Take from the record what is later than the checkpoint. Call while holding `run`."""
+    step = checkpoint.state.step
+    folder.remove_after(run.checkpoints, step)
+    cut_metrics(run.metrics, step)
+    for sample in run.samples.glob("step-*.parquet"):
+        if int(sample.stem.removeprefix("step-")) > step:
+            sample.unlink()
+    for report in (run.path / "skipped").glob("*.json"):
+        if json.loads(report.read_text(encoding="utf-8"))["version"] >= step:
+            report.unlink()
+    for result in (run.summary, run.curve):
+        result.unlink(missing_ok=True)
+    shutil.rmtree(run.final, ignore_errors=True)
+
+
+def rewind_weights(run: RunDir, checkpoint: Checkpoint) -> None:
+    """The checkpoint's version, and all later ones, will be published anew; the reference is as it
+    was. Raises `WeightError`, `StalledError`."""
+    store.rewind(run.weights, checkpoint.state.step - 1)
+    if checkpoint.state.reference is not None:
+        store.rewind(run.reference, checkpoint.state.reference)
+
+
+def describe(config: RunConfig) -> dict[str, Any]:
+    """The configuration as a run directory holds it: whole, without secrets."""
+    return without_secrets(config.model_dump(mode="json"))
+
+
+def digest(config: RunConfig) -> str:
+    """Tells whether two configurations are the same, secrets left out."""
+    return xxh3_128_hexdigest(json.dumps(describe(config), sort_keys=True).encode())
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """One "key = value, was value" a setting that differs."""
+    old, new = dict(_flat(before)), dict(_flat(after))
+    return [
+        f"{key} = {_shown(new.get(key))}, was {_shown(old.get(key))}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else json.dumps(value)
+
+
+def _explain(path: Path, changes: list[str], what: str) -> str:
+    more = len(changes) - MAX_DIFFERENCES
+    lines = [f"  - {change}" for change in changes[:MAX_DIFFERENCES]]
+    lines += [f"  - and {more} more"] * (more > 0)
+    return (
+        f"{path}: this run {what}, and its configuration differs:\n" + "\n".join(lines) + "\n"
+        "Give --accept-changes to go on with it, or start another run with --set run.name=NEW"
+    )
+
+
+def _last_step(run: RunDir) -> int:
+    records = read_metrics(run.metrics)
+    return records[-1]["step"] if records else 0
+
+
+def _had_checkpoints(described: Mapping[str, Any] | None) -> bool:
+    return bool(((described or {}).get("checkpoint") or {}).get("every"))

@@ -1,0 +1,220 @@
+"""The critic: a value model beside the policy, with an optimizer of its own.
+
+    values[t] = value_head(decoder(prompt, response[:t]))       before response token t is sampled
+
+The decoder is the policy's architecture, a separate sharded model that starts as the policy is when
+reinforcement learning begins; the head starts at 0, so the first values are exactly 0.
+
+Promises: the values of ALL rollouts of a step are known on every rank before anything is estimated
+from them, so statistics over the step (whitening, explained variance) are those of one rank; a
+token's value depends on the tokens before it only; the gradient of the value loss is that of its
+weighted sum over the tokens of the optimizer step, with the policy's weights, whatever the number
+of ranks, the micro-batches and the packing; the policy gets none of it. The head and its output are
+float32 also when the decoder's passes are bfloat16.
+
+Shapes: B rows, S positions, T response tokens of one rollout, N trained tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+
+from rlhf_cluster.algorithms.base import CriticAlgorithm, PerToken, ValueInputs
+from rlhf_cluster.learning.backend import ShardedModel
+from rlhf_cluster.learning.experience import TrainingBatch
+from rlhf_cluster.learning.fsdp import shard
+from rlhf_cluster.learning.metrics import MetricSums
+from rlhf_cluster.learning.packing import MicroBatch, TokenSequence, collate
+from rlhf_cluster.learning.passes import Layout, own_plan
+from rlhf_cluster.learning.policy import PolicyLM, hidden_states, load_policy
+from rlhf_cluster.learning.update import Updater
+from rlhf_cluster.records import ExperienceGroup
+
+_STREAMS = ("start_values", "returns", "weight")
+
+
+class ValueHead(nn.Linear):
+    """Computes in float32, whatever the types of its input and of its weights in a pass. Starts at
+    0."""
+
+    def __init__(self, hidden_size: int, device: torch.device) -> None:
+        super().__init__(hidden_size, 1, device=device)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input.float(), self.weight.float(), self.bias.float())
+
+
+class ValueLM(nn.Module):
+    """A decoder with a scalar head; the root for sharding. Takes over the policy's decoder."""
+
+    def __init__(self, policy: PolicyLM) -> None:
+        super().__init__()
+        self.lm = policy.lm.base_model
+        self.config = policy.config
+        device = next(self.lm.parameters()).device
+        hidden_size = self.config.get_text_config().hidden_size
+        self.value_head = ValueHead(hidden_size, device)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """The value after each position, [B, S] float32. [B, S], [B, S] int64."""
+        hidden = hidden_states(self.lm, input_ids, position_ids)
+        values = self.value_head(hidden.reshape(-1, hidden.shape[-1]))
+        # FSDP hooks the outputs and warns of views
+        return values.view(input_ids.shape).clone()
+
+
+def load_value_model(
+    model_dir: str | Path, device: torch.device, compute_dtype: torch.dtype
+) -> ValueLM:
+    """A trainable value model from a causal LM's folder, with float32 weights.
+
+    Raises:
+        ConfigError: as `policy.load_policy`, which proves that sequences can be packed.
+    """
+    return ValueLM(load_policy(model_dir, torch.float32, device, True, compute_dtype))
+
+
+def shard_value_model(
+    model: ValueLM, mesh: DeviceMesh, compute_dtype: torch.dtype, gradient_checkpointing: bool
+) -> ValueLM:
+    """Shard in place as the policy is, the head apart from the rest and in float32."""
+    fully_shard(model.value_head, mesh=mesh)
+    return shard(model, mesh, compute_dtype, gradient_checkpointing)
+
+
+def start_as(policy: ShardedModel, model: ShardedModel) -> None:
+    """Copy the policy's decoder into the critic's: this rank's shards, sharded alike."""
+    prefix = f"lm.{cast(PolicyLM, policy.module).lm.base_model_prefix}."
+    model.assign(
+        replace(part, name=f"lm.{part.name.removeprefix(prefix)}")
+        for part in policy.shards()
+        if part.name.startswith(prefix)
+    )
+
+
+class Critic:
+    """One rank's critic. Every rank makes the same calls with the same arguments."""
+
+    def __init__(self, model: ShardedModel, updater: Updater, algorithm: CriticAlgorithm) -> None:
+        self._model = model
+        self.updater = updater
+        self._algorithm = algorithm
+
+    def estimate(
+        self, groups: Sequence[ExperienceGroup], layout: Layout
+    ) -> tuple[PerToken, PerToken, PerToken]:
+        """(advantages, values, returns) of all rollouts, the same on every rank."""
+        values = score_values(self._model, groups, layout)
+        advantages, returns = self._algorithm.estimate(groups, values)
+        return advantages, values, returns
+
+    def backward(
+        self, sequences: Sequence[TokenSequence], layout: Layout, sums: MetricSums
+    ) -> None:
+        """Accumulate this rank's share of the value loss's gradient, and its metrics in `sums`.
+
+        `sequences` are those of all ranks, with the streams that `attach` and the step gave them.
+        """
+        for planned in own_plan(sequences, layout):
+            batch = collate(planned, sequences, _STREAMS)
+            mask = torch.from_numpy(batch.mask).to(layout.device)
+            streams = {
+                name: torch.from_numpy(array).to(layout.device)[mask]
+                for name, array in batch.streams.items()
+            }
+            weight = streams.pop("weight")
+            inputs = ValueInputs(values=_forward(self._model, batch, layout)[mask], **streams)
+            losses, metrics = self._algorithm.value_loss(inputs)
+            # backends average gradients over ranks; times `ranks` makes it their sum
+            self._model.backward((losses * weight).sum() * layout.ranks)
+            count = losses.new_tensor(losses.numel())
+            sums.add({**metrics, "critic/loss": (losses.sum(), count)})
+
+    def apply(self, update: int) -> dict[str, float]:
+        """The optimizer step of number `update`; `Updater.apply` without the norms of its parts."""
+        found = self.updater.apply(update, area="critic")
+        return {name: value for name, value in found.items() if "_part/" not in name}
+
+
+def attach(batch: TrainingBatch, values: PerToken, returns: PerToken) -> TrainingBatch:
+    """The batch with the streams `start_values` and `returns` in its sequences."""
+    flat = zip(
+        batch.sequences,
+        (v for group in values for v in group),
+        (r for group in returns for r in group),
+        strict=True,
+    )
+    sequences = [
+        None
+        if sequence is None
+        else replace(sequence, streams={**sequence.streams, "start_values": v, "returns": r})
+        for sequence, v, r in flat
+    ]
+    return replace(batch, sequences=sequences)
+
+
+def value_metrics(
+    groups: Sequence[ExperienceGroup], values: PerToken, returns: PerToken
+) -> dict[str, float]:
+    """How well the values at the start of the step foretold the returns, over trained tokens.
+
+    `critic/explained_variance` is 1 - var(returns - values) / var(returns): 1 is perfect, 0 no
+    better than a constant; left out where all returns are equal.
+    """
+    masks = [s.rollout.response_mask for g in groups for s in g.scored]
+    value, target = (
+        np.concatenate([a[m].astype(np.float64) for a, m in zip(_flat(arrays), masks, strict=True)])
+        for arrays in (values, returns)
+    )
+    found = {"critic/value_mean": float(value.mean()), "critic/return_mean": float(target.mean())}
+    if np.ptp(target) > 0:
+        found["critic/explained_variance"] = float(1 - (target - value).var() / target.var())
+    return found
+
+
+@torch.no_grad()
+def score_values(
+    model: Callable[..., Tensor], groups: Sequence[ExperienceGroup], layout: Layout
+) -> PerToken:
+    """The value before each response token, [T] float32 of every rollout, on every rank.
+
+    Each rank computes its share; one collective adds the shares up, and each token's value is in
+    exactly one of them.
+    """
+    rollouts = [s.rollout for g in groups for s in g.scored]
+    sequences = [
+        TokenSequence(prompt_ids=r.prompt_ids, target_ids=r.response_ids) for r in rollouts
+    ]
+    ends = np.cumsum([len(r.response_ids) for r in rollouts])
+    flat = np.zeros(ends[-1], dtype=np.float32)
+    for planned in own_plan(sequences, layout):
+        batch = collate(planned, sequences)
+        values = _forward(model, batch, layout).cpu().numpy()
+        for span in batch.spans:
+            end = ends[span.sequence]
+            flat[end - (span.stop - span.start) : end] = values[span.row, span.start : span.stop]
+    shared = torch.from_numpy(flat).to(layout.device)
+    dist.all_reduce(shared)
+    per_rollout = iter(np.split(shared.cpu().numpy(), ends[:-1]))
+    return [[next(per_rollout) for _ in group.scored] for group in groups]
+
+
+def _forward(model: Callable[..., Tensor], batch: MicroBatch, layout: Layout) -> Tensor:
+    arrays = (batch.input_ids, batch.position_ids)
+    return model(*(torch.from_numpy(a).to(layout.device, non_blocking=True) for a in arrays))
+
+
+def _flat(arrays: PerToken) -> list[np.ndarray]:
+    return [a for group in arrays for a in group]

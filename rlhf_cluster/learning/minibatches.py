@@ -1,0 +1,27 @@
+"""The optimizer steps of one batch: which rollouts each of them computes with (numpy).
+
+Promises: the parts depend on the seed, the batch's number and its size alone, so every rank cuts
+alike and the number of ranks changes nothing; in each epoch every rollout is in exactly one part;
+parts differ in size by at most one. Parts keep their members over epochs, only their order changes,
+so that each rank meets the same sequences again and what it computed for them stays with it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def minibatches(num_rollouts: int, count: int, seed: int, number: int) -> list[list[int]]:
+    """Cut rollouts 0 .. num_rollouts - 1 into `count` random parts, each in rising order."""
+    if count == 1:
+        return [list(range(num_rollouts))]
+    shuffled = np.random.default_rng((seed, number)).permutation(num_rollouts)
+    return [sorted(int(i) for i in part) for part in np.array_split(shuffled, count)]
+
+
+def order_of_parts(count: int, epochs: int, seed: int, number: int) -> list[int]:
+    """The parts in the order they are trained in, every one once an epoch: [count * epochs]."""
+    if count == 1:
+        return [0] * epochs
+    random = np.random.default_rng((seed, number, 1))
+    return [int(i) for _ in range(epochs) for i in random.permutation(count)]

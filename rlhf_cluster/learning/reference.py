@@ -1,0 +1,123 @@
+"""The reference policy in a learner rank, for the KL over the whole vocabulary.
+
+    hidden states of the reference, and its output projection -> chunks of logits (`logprobs`)
+
+The reference is the policy as reinforcement learning begins, and never moves. Without adapters it is
+a second model beside the policy, frozen, sharded by FSDP2 like it and in the type of the passes, so
+that each rank holds its share. With adapters it is the policy itself with the adapters as they were
+at the start, put in place for the reference's pass: the weights under them never change, so it costs
+a second set of adapters and no model.
+
+Promises: it is held only where the algorithm asks for it; it gets no gradient and is not published;
+a policy equal to it has a KL of exactly 0; every rank makes the same passes.
+
+Shapes: B rows, S positions, H hidden size, V vocabulary, T response tokens of one rollout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+
+from rlhf_cluster.learning.backend import ShardedModel
+from rlhf_cluster.learning.experience import temperature_of
+from rlhf_cluster.learning.fsdp import shard
+from rlhf_cluster.learning.packing import TokenSequence
+from rlhf_cluster.learning.passes import Layout, on_every_rank, score
+from rlhf_cluster.learning.policy import LogprobHead, load_policy
+from rlhf_cluster.records import ExperienceGroup
+from rlhf_cluster.weights.manifest import LocalPart
+
+
+class Reference(Protocol):
+    """A frozen model of the policy's architecture."""
+
+    def outputs(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Last hidden states [B, S, H] and output projection [V, H], None where it is the policy's.
+
+        Every rank must take part. Both are there until `release`.
+        """
+        ...
+
+    def release(self) -> None:
+        """Free what was gathered; call after the last backward pass that used `outputs`."""
+        ...
+
+
+class FrozenCopy:
+    """The model of a folder, loaded a second time: a `Reference`."""
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        mesh: DeviceMesh,
+        device: torch.device,
+        compute_dtype: torch.dtype,
+    ) -> None:
+        """Raises `ConfigError` as `policy.load_policy`."""
+        policy = load_policy(model_dir, compute_dtype, device, False)
+        self._policy = shard(policy, mesh, compute_dtype, gradient_checkpointing=False)
+
+    @torch.no_grad()
+    def outputs(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        hidden = self._policy(input_ids, position_ids)
+        # the root's parameters stay gathered after a pass
+        head = cast(LogprobHead, self._policy.lm.get_output_embeddings())
+        return hidden, head.weight
+
+    def release(self) -> None:
+        cast(FSDPModule, self._policy).reshard()
+
+
+class StartAdapters:
+    """A policy that trains adapters, with those that it has now: a `Reference`."""
+
+    def __init__(self, model: ShardedModel) -> None:
+        self._model = model
+        self._start = self._copies()
+
+    @torch.no_grad()
+    def outputs(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        self.release()
+        current = self._copies()
+        self._model.assign(self._start)
+        try:
+            return self._model(input_ids, position_ids), None
+        finally:
+            self.release()
+            self._model.assign(current)
+
+    def release(self) -> None:
+        # a pass without a backward pass leaves the root's parameters gathered
+        cast(FSDPModule, self._model.module).reshard()
+
+    def _copies(self) -> list[LocalPart]:
+        trained = {n for n, p in self._model.module.named_parameters() if p.requires_grad}
+        return [
+            replace(part, tensor=part.tensor.clone())
+            for part in self._model.shards()
+            if part.name in trained
+        ]
+
+
+def with_reference_kl(
+    policy: ShardedModel, reference: Reference, groups: Sequence[ExperienceGroup], layout: Layout
+) -> list[ExperienceGroup]:
+    """The groups with `reference_kl`, the KL of the policy as it is now, on every rank alike."""
+    rollouts = [s.rollout for g in groups for s in g.scored]
+    sequences = [
+        TokenSequence(prompt_ids=r.prompt_ids, target_ids=r.response_ids) for r in rollouts
+    ]
+    own = score(policy, sequences, temperature_of(rollouts), layout, reference)
+    values = iter(on_every_rank(own, [len(r.response_ids) for r in rollouts], layout))
+    return [
+        replace(group, scored=tuple(replace(s, reference_kl=next(values)) for s in group.scored))
+        for group in groups
+    ]

@@ -1,0 +1,86 @@
+"""Names and shapes of a model folder's tensors, and whether others are the same.
+
+Promises: only the headers of the files are read; what differs is named.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from rlhf_cluster.errors import ConfigError, WeightError
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+TIED_HEAD = "lm_head.weight"
+_NAMES_SHOWN = 5
+
+
+def checkpoint_shapes(model_dir: str | Path) -> dict[str, tuple[int, ...]]:
+    """Tensor names and shapes of a Hugging Face folder. Raises `WeightError`."""
+    from safetensors import safe_open
+
+    index = Path(model_dir) / "model.safetensors.index.json"
+    if index.is_file():
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        files = [Path(model_dir) / name for name in sorted(set(names))]
+    else:
+        files = sorted(Path(model_dir).glob("*.safetensors"))
+    if not files:
+        raise WeightError(
+            f"{model_dir}: no .safetensors file, so published weights cannot be compared with the "
+            "model. Save the model in safetensors format"
+        )
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                shapes[name] = tuple(tensors.get_slice(name).get_shape())
+    return shapes
+
+
+def without_tied_head(shapes: Shapes, tied: bool) -> dict[str, tuple[int, ...]]:
+    return {name: shape for name, shape in shapes.items() if not (tied and name == TIED_HEAD)}
+
+
+def refuse_other_model(path: str, found: Shapes, expected: Shapes) -> None:
+    """Raise `WeightError` unless names and shapes are those of the model's checkpoint."""
+    problems = []
+    for label, names in (
+        ("missing", expected.keys() - found),
+        ("unknown", found.keys() - expected),
+    ):
+        if names:
+            shown = ", ".join(sorted(names)[:_NAMES_SHOWN])
+            more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+            problems.append(f"{label} {shown}{more}")
+    problems += [
+        f"{name} has shape {list(found[name])}, the model has {list(shape)}"
+        for name, shape in sorted(expected.items())
+        if name in found and found[name] != shape
+    ][:_NAMES_SHOWN]
+    if problems:
+        raise WeightError(
+            f"{path}: not the tensors of the served model: {'; '.join(problems)}. Publish exactly "
+            "the tensors of the model's checkpoint"
+        )
+
+
+def refuse_other_draft(draft_dir: str | Path, draft: Shapes, policy: Shapes) -> None:
+    """Raise `ConfigError` unless each tensor of the draft is one of the policy's.
+
+    Only then does a published version hold the draft's weights too.
+    """
+    others = sorted(name for name, shape in draft.items() if policy.get(name) != shape)
+    if not others:
+        return
+    name = others[0]
+    in_policy = f"shape {list(policy[name])}" if name in policy else "no such tensor"
+    raise ConfigError(
+        f"generation.speculative.model = {str(draft_dir)!r}: {name} has shape {list(draft[name])} "
+        f"there, and the policy has {in_policy} ({len(others)} of {len(draft)} tensors differ). What "
+        "is published are the policy's tensors, so this draft would stay as it is while the policy "
+        "moves away from it. Give a folder with tensors of the policy's (all, or its first layers), "
+        "or use method = 'ngram'"
+    )

@@ -1,0 +1,46 @@
+"""Checkpoint folders with made-up content."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rlhf_cluster.checkpoint import folder
+from rlhf_cluster.checkpoint.state import LearnerState, RunState
+from rlhf_cluster.experience.adaptive import DepthState
+from rlhf_cluster.experience.buffer import BufferState
+from rlhf_cluster.records import Ticket
+
+
+def make_state(step: int) -> RunState:
+    return RunState(
+        step=step,
+        learner=LearnerState(
+            version=step, num_bytes=8, skips={"policy": (1, 0)}, algorithm={"kl_coef": 0.1}
+        ),
+        buffer=BufferState(
+            learner_version=step,
+            admitted=9,
+            finished=7,
+            taken=6,
+            reweighted=0,
+            discarded={"stale": 1},
+            open=(Ticket(number=7, version=2), Ticket(number=8, version=3)),
+        ),
+        live_version=step - 1,
+        publishes_skipped=2,
+        depth=DepthState(depth=1, seen=((0.5, 0.1),), to_skip=0),
+        first_prompt=32,
+        reference=0,
+        reward_before=0.1 + 0.2,
+        config_digest="d",
+        packages={"torch": "2.0", "vllm": None},
+    )
+
+
+def write(root: Path, step: int) -> Path:
+    partial = folder.begin(root, step, 8)
+    version = partial / "learner" / f"v{step:06d}"
+    version.mkdir(parents=True)
+    (version / "manifest.json").write_text(f'{{"step": {step}}}')
+    (version / "shard-00000.safetensors").write_bytes(bytes([step]) * (1 << 21))
+    return folder.complete(partial, make_state(step)).folder

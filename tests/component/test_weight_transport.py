@@ -1,0 +1,260 @@
+"""Weights through Ray's object store: real learner and generation actors, without models."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from actors.clients import RayGeneration, check_health
+from actors.instrumented import GenerationActor
+from actors.learner import ACTOR_OPTIONS, RayLearner
+from actors.pool import PoolLimits, Worker, WorkerPool
+from actors.ray_weights import RayObjects, RayTransport
+from rlhf_cluster.config import RunConfig
+from rlhf_cluster.errors import WeightError
+from rlhf_cluster.records import WeightVersion
+from rlhf_cluster.weights import store
+from rlhf_cluster.weights.objects import Entry
+from rlhf_cluster.weights.sync import WeightSync
+from rlhf_cluster.weights.transport import Deadline
+from tests.configs import tiny_config
+from tests.rank_actors import NUM_RANKS, RankActor, weights_of
+from tests.scripted_engine import write_script, write_tokenizer
+
+ENGINE = "tests.scripted_engine:make_engine"
+ENVIRONMENT = {"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}}
+READS = {"read_weights": True}
+
+
+class _Buffer:
+    async def version_live(self, version: int) -> None: ...
+
+
+@dataclass
+class Cluster:
+    """Two ranks and two workers of a run that publishes through Ray's object store."""
+
+    config: RunConfig
+    model_dir: Path
+    pool: WorkerPool
+    generation: RayGeneration
+    transport: RayTransport
+    ranks: list[Any]
+
+    async def learner(self, first_version: int) -> RayLearner:
+        """New ranks, whose first snapshot is `first_version`."""
+        self.ranks = [
+            ray.remote(num_cpus=0, runtime_env=ENVIRONMENT, **ACTOR_OPTIONS)(RankActor).remote(
+                self.config, str(self.model_dir), rank
+            )
+            for rank in range(NUM_RANKS)
+        ]
+        learner = RayLearner(self.ranks, self.config)
+        await learner._all("setup", 60.0, str(first_version))
+        return learner
+
+    async def publish(self, learner: RayLearner) -> WeightVersion:
+        await learner.snapshot()
+        return await learner.publish()
+
+    async def versions_live(self) -> list[int]:
+        health = [await w.actor.health.remote() for w in self.pool.live]
+        return [h["version"] for h in health]
+
+    def script(self, **script: Any) -> None:
+        write_script(self.model_dir, **READS, **script)
+
+
+@asynccontextmanager
+async def started(tmp_path: Path, name: str, **weights: Any) -> AsyncIterator[Cluster]:
+    model_dir = tmp_path / "model"
+    model_dir.mkdir()
+    write_tokenizer(model_dir)
+    write_script(model_dir, **READS)
+    config = tiny_config(
+        run={"name": name, "root": str(tmp_path), "steps": 1000},
+        weights={"transport": "ray", "durable_every": 100, **weights},
+        generation={"pull_timeout_s": 20.0},
+        staleness={"max_staleness": 0, "pipeline_depth": 0},
+        learner={"ranks": NUM_RANKS},
+    )
+
+    async def launch(name: str) -> Worker:
+        actor = (
+            ray.remote(GenerationActor)
+            .options(num_cpus=0, runtime_env=ENVIRONMENT, max_concurrency=100)
+            .remote(config, str(model_dir), name, ENGINE)
+        )
+        await actor.start.remote()
+        worker = Worker(name=name, actor=actor, placement=None)
+        await cluster.generation.join(worker)
+        return worker
+
+    pool = WorkerPool(
+        kind="generation",
+        launch=launch,
+        retire=lambda worker: ray.kill(worker.actor),
+        check=lambda worker: check_health(worker, 30.0),
+        limits=PoolLimits(backoff_s=0.01),
+    )
+    transport = RayTransport(config)
+    cluster = Cluster(config, model_dir, pool, RayGeneration(pool, config), transport, [])
+    async with transport.serving():
+        try:
+            await pool.start(2)
+            yield cluster
+        finally:
+            pool.close()
+            for rank in cluster.ranks:
+                ray.kill(rank)
+
+
+def object_store_free() -> float:
+    return ray.available_resources()["object_store_memory"]
+
+
+async def until(condition: Any, what: str, timeout_s: float = 30.0) -> None:
+    ends = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < ends, what
+        await asyncio.sleep(0.1)
+
+
+@pytest.mark.parametrize("format", ["full", "delta"])
+async def test_two_ranks_publish_and_two_workers_pull_and_nothing_leaks(
+    ray_address: str, tmp_path: Path, format: str
+) -> None:
+    async with started(tmp_path, f"publish-{format}", format=format) as cluster:
+        learner = await cluster.learner(0)
+        num_bytes = weights_of(0).nbytes
+        for number in range(6):
+            version = await cluster.publish(learner)
+            await cluster.generation.pull(version)
+            assert version.version == number
+            assert await cluster.versions_live() == [number, number]
+            on_disk = await asyncio.to_thread(Path(version.path).exists)
+            assert on_disk == (number == 0), "the first version is durable"
+        sizes = cluster.transport.sizes()
+        assert set(sizes) == ({4, 5} if format == "full" else set(range(6)))
+        expected = weights_of(5)
+        found = dict(store.read(version.path, source=cluster.transport.source()))
+        assert torch.equal(found["w"], expected)
+        assert (version.stored_bytes < num_bytes / 10) == (format == "delta")
+        assert cluster.pool.num_restarts == 0
+        if format == "full":
+            before = object_store_free()
+            for _ in range(10):
+                await cluster.publish(learner)
+            # The objects of two versions lasted before, and do now; those between are given back.
+            await until(
+                lambda: object_store_free() > before - num_bytes, "objects of old versions stay"
+            )
+
+
+async def test_neither_dead_ranks_nor_a_refusal_cost_a_restart_and_the_learner_is_told(
+    ray_address: str, tmp_path: Path
+) -> None:
+    async with started(tmp_path, "lost") as cluster:
+        learner = await cluster.learner(0)
+        durable = await cluster.publish(learner)
+        await cluster.generation.pull(durable)
+        for rank in cluster.ranks:
+            ray.kill(rank)
+        # A worker that joins when no learner lives finds the version all the same.
+        assert await cluster.pool.resize(3) == "generation: 3 workers"
+        assert await cluster.versions_live() == [0, 0, 0]
+        await cluster.pool.resize(2)
+
+        # New ranks, and a receiver that raises: the next publish works without a restart.
+        learner = await cluster.learner(1)
+        buffer: Any = _Buffer()
+        sync = WeightSync(learner, cluster.generation, buffer, 1, time.monotonic)
+        cluster.script(fail_pull=True)
+        await sync.after_step(1)
+
+        async def refusals() -> list[tuple[int, str]]:
+            return await cluster.ranks[1].refusals.remote()
+
+        ends = time.monotonic() + 30
+        while not (told := await refusals()):
+            assert time.monotonic() < ends, "the learner was never told"
+            await asyncio.sleep(0.05)
+        cluster.script()
+        await sync.drain(60)
+        assert told[0][0] == 1
+        assert "scripted failure of pull" in told[0][1]
+        assert sync.stats.refused in (1, 2)
+        assert sync.stats.live == 1 + sync.stats.refused
+        assert await cluster.versions_live() == [sync.stats.live] * 2
+        assert cluster.pool.num_restarts == 0
+
+        # One of two refuses: that one is replaced by a worker that has the version.
+        first = cluster.pool.live[0].name
+        cluster.script(workers={first: {"fail_pull": True}})
+        version = await cluster.publish(learner)
+        await cluster.generation.pull(version)
+        await until(lambda: len(cluster.pool.live) == 2, "the replacement did not join")
+        assert await cluster.versions_live() == [version.version] * 2
+        assert first not in [w.name for w in cluster.pool.live]
+
+
+@ray.remote(num_cpus=0)
+def _never() -> list[Any]:
+    threading.Event().wait()
+    return []
+
+
+async def test_a_fetch_that_hangs_ends_with_its_deadline_and_the_next_pull_works(
+    ray_address: str, tmp_path: Path
+) -> None:
+    async with started(tmp_path, "hangs") as cluster:
+        learner = await cluster.learner(0)
+        version = await cluster.publish(learner)
+        await cluster.generation.pull(version)
+        hanging = [_never.remote()]
+        objects, failures = RayObjects(), []
+        deadline = Deadline("reading version 1", 60.0)
+
+        def fetch() -> None:
+            try:
+                objects.fetch([hanging], deadline)
+            except WeightError as error:
+                failures.append(str(error))
+
+        thread = threading.Thread(target=fetch)
+        thread.start()
+        deadline.cancel()
+        await asyncio.to_thread(thread.join, 30)
+        assert failures == ["reading version 1 was cancelled, waiting for 1 of 1 objects"]
+
+        # The same inside a worker: its call is cancelled, its reading stops, and it serves on.
+        good = await cluster.publish(learner)
+        entry = cluster.transport.source()._find(good.version)
+        assert entry is not None
+        stuck = Entry(
+            manifest=entry.manifest,
+            digest=entry.digest,
+            builds_on=(),
+            num_bytes=0,
+            shards=dict.fromkeys(entry.shards, hanging),
+        )
+        directory = cluster.transport._directory
+        directory.publish(good.version, stuck, 2, Deadline("test", 30.0))
+        worker = cluster.pool.live[0]
+        pull = worker.actor.pull.remote(good)
+        await asyncio.sleep(0)
+        ray.cancel(pull)
+        with pytest.raises(ray.exceptions.RayError):
+            await pull
+        directory.publish(good.version, entry, 2, Deadline("test", 30.0))
+        await cluster.generation.pull(good)
+        assert await cluster.versions_live() == [1, 1]
+        assert cluster.pool.num_restarts == 0

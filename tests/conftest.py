@@ -1,0 +1,43 @@
+"""How examples are drawn, a tiny model in a folder, and a learner rank on it.
+
+`make test` draws the same examples everywhere, so that a run that is green here is green there;
+`make explore` draws new ones, and more of them.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None, print_blob=True)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="module")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from tests.learning_cases import save_llama
+
+    return save_llama(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def start_learner(tiny_model_dir: str) -> Iterator[Any]:
+    """start_learner(**sections) -> a rank that is set up; closed after the test."""
+    from rlhf_cluster.learning.learner import LearnerRank
+    from tests.learning_cases import free_address, learner_config
+
+    started: list[LearnerRank] = []
+
+    def begin(folder: str = tiny_model_dir, **sections: dict[str, Any]) -> LearnerRank:
+        for learner in started:
+            learner.close()
+        learner = LearnerRank(learner_config(folder, **sections), folder, 0, 1, free_address())
+        learner.setup()
+        started.append(learner)
+        return learner
+
+    yield begin
+    for learner in started:
+        learner.close()

@@ -1,0 +1,59 @@
+"""Learner ranks as processes: one set of them runs many jobs in turn, each in a group of its own.
+
+All of a set run all of its jobs: DeepSpeed counts what a process built, and ranks whose counts differ
+do not work together.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import signal
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tests.learning_cases import free_address
+
+DEADLINE_S = 240
+"""For a job on all ranks. A process that is still alive after all of them is killed by its alarm."""
+
+Work = Callable[[int, int, str, Any], Any]
+"""work(rank, world_size, address, job) -> result; a function of a module, run in the rank."""
+
+
+def run_ranks(work: Work, world_size: int, jobs: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """{key: [result of rank 0, of rank 1...]} of every job, or fail with the rank's error."""
+    context = mp.get_context("spawn")
+    results = context.Queue()
+    addressed = [(key, free_address(), job) for key, job in jobs.items()]
+    processes = [
+        context.Process(target=_run, args=(work, r, world_size, addressed, results), daemon=True)
+        for r in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    found: dict[str, list[Any]] = {key: [None] * world_size for key in jobs}
+    running = world_size
+    try:
+        while running:
+            rank, key, result = results.get(timeout=DEADLINE_S)
+            if key is None:
+                assert result is None, f"rank {rank}: {result}"
+                running -= 1
+            else:
+                found[key][rank] = result
+    finally:
+        for process in processes:
+            process.kill() if running else process.join(30)
+    return found
+
+
+def _run(work: Work, rank: int, world_size: int, jobs: list[Any], results: Any) -> None:
+    signal.alarm(DEADLINE_S * (1 + len(jobs)))
+    key = None
+    try:
+        for key, address, job in jobs:
+            results.put((rank, key, work(rank, world_size, address, job)))
+        results.put((rank, None, None))
+    except BaseException as error:
+        results.put((rank, None, f"job {key!r}: {type(error).__name__}: {error}"))
+        raise

@@ -1,0 +1,212 @@
+"""The real loop, buffer and checkpoints with fakes around them, killed wherever a test says.
+
+`attempt` is one process of a run: it goes on from what is on disk and on nothing else. It dies at
+its `kill_at`-th event, an event being the start or the end of any call to a service; after that every
+call fails, as in a process that is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf_cluster.checkpoint.folder import newest
+from rlhf_cluster.checkpoint.saving import Checkpoints
+from rlhf_cluster.checkpoint.state import LearnerState, RunState
+from rlhf_cluster.errors import ScoringError
+from rlhf_cluster.experience.buffer import ExperienceBuffer
+from rlhf_cluster.experience.service import Answer, BufferService
+from rlhf_cluster.experience.staleness import AdmissionGate
+from rlhf_cluster.pipeline import Pipeline
+from rlhf_cluster.ports import StepReport, Taken
+from rlhf_cluster.records import Sampling
+from rlhf_cluster.weights.sync import WeightSync
+from tests.fakes import FakeGeneration, FakeLearner, FakeObserver, FakePrompts, FakeScoring
+
+FIRST_PROMPT = 100
+
+
+class Killed(Exception):
+    """The process is gone."""
+
+
+@dataclass
+class Fuse:
+    """Counts events; burnt from the `kill_at`-th on."""
+
+    kill_at: int | None = None
+    events: int = 0
+
+    def event(self) -> None:
+        self.events += 1
+        if self.kill_at is not None and self.events >= self.kill_at:
+            raise Killed(f"at event {self.events}")
+
+
+class Fused:
+    """A service whose calls are events."""
+
+    def __init__(self, service: Any, fuse: Fuse) -> None:
+        self._service, self._fuse = service, fuse
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._service, name)
+
+        async def call(*arguments: Any, **named: Any) -> Any:
+            self._fuse.event()
+            result = await method(*arguments, **named)
+            self._fuse.event()
+            return result
+
+        return call
+
+
+class LocalBuffer(BufferService):
+    """`BufferPort` over the service in this process."""
+
+    async def admit(self) -> Any:
+        while (reply := await super().admit()) is Answer.WAIT:
+            pass
+        return [] if reply is Answer.DONE else reply
+
+    async def take(self, num_groups: int, learner_version: int) -> Any:
+        while (reply := await super().take(num_groups, learner_version)) is Answer.WAIT:
+            pass
+        return [] if reply is Answer.DONE else reply
+
+
+@dataclass
+class LedgerLearner(FakeLearner):
+    """Its weights are the list of what it was trained on: (step, ticket, prompt, staleness)."""
+
+    ledger: list[list[Any]] = field(default_factory=list)
+    copied: str = ""
+    before_step: Callable[[], Awaitable[None]] | None = None
+
+    async def train_step(self, groups: Sequence[Taken]) -> StepReport:
+        if self.before_step is not None:
+            await self.before_step()
+        self.ledger += [
+            [
+                self.version,
+                g.ticket.number,
+                g.handle.prompt.prompt_id,
+                self.version - g.summary.oldest_version,
+            ]
+            for g in groups
+        ]
+        return await super().train_step(groups)
+
+    async def copy_state(self) -> LearnerState:
+        self.copied = json.dumps(self.ledger)
+        return LearnerState(version=self.version, num_bytes=8, skips={}, algorithm={})
+
+    async def write_state(self, folder: Path) -> None:
+        self._write(folder)
+
+    def _write(self, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "ledger.json").write_text(self.copied)
+
+
+@dataclass(kw_only=True)
+class Attempt:
+    """One process of the run in `root`, with `gate` and a checkpoint every `every` steps."""
+
+    root: Path
+    gate: AdmissionGate
+    every: int
+    discarded: Callable[[int], bool] = lambda number: False
+    kill_at: int | None = None
+    slow_steps: bool = True  # a step takes as long as writing a checkpoint
+
+    def __post_init__(self) -> None:
+        self.fuse = Fuse(self.kill_at)
+        self.learner, self.observer = LedgerLearner(), FakeObserver()
+        self.checkpoints: Checkpoints | None = None
+        self.checkpoint = newest(self.root).checkpoint
+        state = self.checkpoint.state if self.checkpoint else None
+        buffer = ExperienceBuffer(self.gate)
+        if self.checkpoint is not None and state is not None:
+            text = (self.checkpoint.folder / "learner" / "ledger.json").read_text()
+            self.learner.ledger, self.learner.version = json.loads(text), state.step
+            buffer = ExperienceBuffer.resume(self.gate, state.buffer)
+        self.state = state
+        self.buffer = LocalBuffer(buffer, 30.0, 0.05, time.monotonic)
+
+    async def build(self) -> Pipeline:
+        learner, buffer = Fused(self.learner, self.fuse), Fused(self.buffer, self.fuse)
+        generation = Fused(FakeGeneration(), self.fuse)
+        self.sync = WeightSync(learner, generation, buffer, 1, time.monotonic)
+        first_step = self.state.step if self.state else 0
+        await self.sync.publish_last(first_step, 5)
+        self.checkpoints = Checkpoints(
+            root=self.root,
+            every=self.every,
+            keep=2,
+            num_steps=self.gate.num_steps,
+            learner=learner,
+            cut=self.cut,
+            tell=self.observer.event,
+            clock=time.monotonic,
+            timeout_s=30,
+        )
+        self.checkpoints.stats.last = first_step if self.state else -1
+        if self.slow_steps:
+            self.learner.before_step = self.checkpoints.drain
+        return Pipeline(
+            generation=generation,
+            scoring=Fused(FakeScoring(fail=self._fail), self.fuse),
+            buffer=buffer,
+            learner=learner,
+            sync=self.sync,
+            prompts=FakePrompts(),
+            observer=self.observer,
+            sampling=Sampling(num_samples=1, temperature=1.0, max_tokens=8),
+            num_steps=self.gate.num_steps,
+            groups_per_step=self.gate.groups_per_step,
+            max_error_rate=1.0,
+            live_timeout_s=5,
+            checkpoints=self.checkpoints,
+            first_step=first_step,
+            first_prompt=self.state.first_prompt if self.state else FIRST_PROMPT,
+            open=self.state.buffer.open if self.state else (),
+        )
+
+    def run(self) -> bool:
+        """Whether it came to its end, not killed. Its threads are gone when this returns."""
+        return asyncio.run(self._run())
+
+    async def _run(self) -> bool:
+        try:
+            await (await self.build()).run()
+        except Killed:
+            background = [self.sync._running, self.checkpoints and self.checkpoints._running]
+            await asyncio.gather(*filter(None, background), return_exceptions=True)
+            return False
+        return True
+
+    async def cut(self, step: int, learner: LearnerState) -> RunState:
+        self.fuse.event()
+        return RunState(
+            step=step,
+            learner=learner,
+            buffer=await self.buffer.state(step),
+            live_version=self.sync.stats.live,
+            publishes_skipped=self.sync.stats.skipped,
+            depth=None,
+            first_prompt=FIRST_PROMPT,
+            reference=None,
+            reward_before=None,
+            config_digest="",
+            packages={},
+        )
+
+    def _fail(self, group: Any) -> ScoringError | None:
+        number = group.ticket.number
+        return ScoringError(f"group {number} fails") if self.discarded(number) else None

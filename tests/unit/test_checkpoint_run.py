@@ -1,0 +1,137 @@
+"""A whole run killed at any event and continued: nothing is trained twice, nothing is left out."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from rlhf_cluster.checkpoint.folder import newest
+from rlhf_cluster.errors import CheckpointError
+from rlhf_cluster.experience.staleness import AdmissionGate
+from tests.resumable_run import FIRST_PROMPT, Attempt
+
+STEPS, GROUPS = 5, 2
+TRAINED = [n for n in range(13) if n % 5 != 3][: STEPS * GROUPS]
+
+
+def attempt(root: Path, kill_at: int | None = None, every: int = 2, **settings) -> Attempt:
+    gate = AdmissionGate(
+        max_staleness=settings.get("max_staleness", 2),
+        pipeline_depth=settings.get("max_staleness", 2),
+        groups_per_step=GROUPS,
+        num_steps=STEPS,
+    )
+    return Attempt(
+        root=root,
+        gate=gate,
+        every=every,
+        discarded=lambda number: number % 5 == 3,
+        kill_at=kill_at,
+    )
+
+
+def to_the_end(root: Path, **settings) -> Attempt:
+    last = attempt(root, **settings)
+    assert last.run()
+    return last
+
+
+@pytest.mark.parametrize("max_staleness", [0, 2])
+def test_s29_s30_killed_at_any_event_trains_the_prompts_of_an_uninterrupted_run(
+    tmp_path, max_staleness
+):
+    straight = to_the_end(tmp_path / "straight", max_staleness=max_staleness)
+    expected = sorted((number, prompt) for _, number, prompt, _ in straight.learner.ledger)
+    assert expected == [(n, f"p{FIRST_PROMPT + n + 1}") for n in TRAINED]
+    resumed_from = set()
+    for kill_at in range(1, straight.fuse.events + 1, 3 if max_staleness else 7):
+        root = tmp_path / f"{kill_at}"
+        attempt(root, kill_at, max_staleness=max_staleness).run()
+        last = to_the_end(root, max_staleness=max_staleness)
+        ledger = last.learner.ledger
+        assert sorted((number, prompt) for _, number, prompt, _ in ledger) == expected, kill_at
+        assert [step for step, *_ in ledger] == [s for s in range(STEPS) for _ in range(GROUPS)]
+        assert all(0 <= staleness <= max_staleness for *_, staleness in ledger)
+        resumed_from.add(last.state.step if last.state else 0)
+    assert resumed_from >= {0, 2, 4}, "attempts went on from every checkpoint"
+
+
+def test_a_run_killed_again_and_again_ends_as_well(tmp_path):
+    for kill_at in range(60, 200, 7):
+        attempt(tmp_path, kill_at).run()
+    last = to_the_end(tmp_path)
+    assert [n for _, n, *_ in last.learner.ledger] == TRAINED
+
+
+async def test_a_stop_ends_the_run_while_the_learner_waits_for_groups(tmp_path):
+    run = attempt(tmp_path, every=0)
+    pipeline = await run.build()
+    generate, waiting, never = pipeline.generation.generate, asyncio.Event(), asyncio.Event()
+
+    async def hang_late(ticket, *arguments):
+        if ticket.number > 5:
+            waiting.set()
+            await never.wait()
+        return await generate(ticket, *arguments)
+
+    pipeline.generation.generate = hang_late
+    running = asyncio.create_task(pipeline.run())
+    async with asyncio.timeout(20):
+        await waiting.wait()
+        await pipeline.stop()
+        done = await running
+        await run.checkpoints.save_now(done, 10)
+    assert 0 < done < STEPS
+    state = newest(tmp_path).checkpoint.state
+    assert (state.step, state.buffer.taken) == (done, done * GROUPS)
+    assert run.checkpoints.stats.last == done
+    again = attempt(tmp_path, every=0)
+    assert await again._run()
+    assert [n for _, n, *_ in again.learner.ledger] == TRAINED
+    assert newest(tmp_path).checkpoint.state.step == done, "every = 0 writes none by itself"
+
+
+async def test_a_checkpoint_that_cannot_be_written_costs_the_checkpoint_and_is_told(tmp_path):
+    run = attempt(tmp_path)
+    pipeline = await run.build()
+    write, failures = run.learner.write_state, [CheckpointError("disk full")]
+
+    async def write_state(folder):
+        if failures:
+            raise failures.pop()
+        await write(folder)
+
+    run.learner.write_state = write_state
+    assert await pipeline.run() == STEPS
+    stats = run.checkpoints.stats
+    assert (stats.failed, stats.last) == (1, STEPS)
+    assert run.observer.events[0] == "no checkpoint of step 2; the last is none: disk full"
+    assert newest(tmp_path).checkpoint.state.step == STEPS
+
+
+async def test_one_checkpoint_is_written_at_a_time_and_no_step_waits_for_it(tmp_path):
+    run = attempt(tmp_path, every=1)
+    run.slow_steps = False
+    pipeline = await run.build()
+    write, train, started = run.learner.write_state, run.learner.train_step, []
+    trained = asyncio.Event()
+
+    async def write_state(folder):
+        started.append(folder)
+        if len(started) == 1:
+            await trained.wait()
+        await write(folder)
+
+    async def train_step(groups):
+        report = await train(groups)
+        if report.step == STEPS:
+            trained.set()
+        return report
+
+    run.learner.write_state, run.learner.train_step = write_state, train_step
+    async with asyncio.timeout(20):
+        assert await pipeline.run() == STEPS
+    assert run.checkpoints.stats.skipped == STEPS - 2
+    assert newest(tmp_path).checkpoint.state.step == STEPS, "the last one is never left out"
