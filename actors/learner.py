@@ -53,22 +53,26 @@ class LearnerActor:
         self._tokenizer: Any = None
         self._transport = transport_of(config)
         self._writing: Deadline | None = None
+        self._listener: socket.socket | None = None
+        self._store: Any = None
 
     def rendezvous(self) -> str:
-        """Where the ranks meet: this node, a free port. Asked of rank 0 only."""
+        """Where the ranks meet: this node, where rank 0 listens from now on. Asked of rank 0 only."""
         host = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            return f"tcp://{host}:{probe.getsockname()[1]}"
+        self._listener = socket.create_server((host, 0))
+        return f"tcp://{host}:{self._listener.getsockname()[1]}"
 
     def setup(self, init_method: str) -> dict[str, Any]:
         from actors.metrics import RayMetrics
         from rlhf_cluster.learning.learner import LearnerRank
+        from rlhf_cluster.learning.process_group import serve_store
         from rlhf_cluster.observe.logs import configure
 
         name = f"learner-{self._number}"
         configure("learner", name, self._config.run_dir / "logs")
         self._metrics = RayMetrics("learner", {"worker": name})
+        if self._listener is not None:
+            self._store = serve_store(self._listener)
         ranks = self._config.learner.ranks
         self._rank = LearnerRank(self._config, self._model_dir, self._number, ranks, init_method)
         facts = self._rank.setup()

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from benchmarks.learner_sides import free_address
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.inputs import check_inputs
 from rlhf_cluster.learning.learner import LearnerRank
@@ -54,7 +53,7 @@ def train(config: RunConfig, folder: Path, staleness: int) -> dict[str, Any]:
     """
     started = time.perf_counter()
     inputs = check_inputs(config, folder)
-    learner = LearnerRank(config, str(inputs.model_dir), 0, 1, free_address())
+    learner = LearnerRank(config, str(inputs.model_dir), 0, 1, None)
     scorer = Scorer(config, str(inputs.model_dir), "in-process")
     try:
         learner.setup()

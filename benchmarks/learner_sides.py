@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,20 +111,13 @@ def learner_config(folder: str) -> RunConfig:
     return validate(RunConfig, tree, source="benchmark")
 
 
-def free_address() -> str:
-    """Where one rank of a learner can meet itself."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-
-
 class LearnerSide:
     """One learner rank and the batch that it trains on again and again."""
 
     def __init__(self, config: RunConfig, groups: list[ExperienceGroup]) -> None:
         from rlhf_cluster.learning.learner import LearnerRank
 
-        self._rank = LearnerRank(config, str(config.model.path), 0, 1, free_address())
+        self._rank = LearnerRank(config, str(config.model.path), 0, 1, None)
         self._rank.setup()
         self.make_groups = groups
 

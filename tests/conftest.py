@@ -26,14 +26,14 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 def start_learner(tiny_model_dir: str) -> Iterator[Any]:
     """start_learner(**sections) -> a rank that is set up; closed after the test."""
     from rlhf_cluster.learning.learner import LearnerRank
-    from tests.learning_cases import free_address, learner_config
+    from tests.learning_cases import learner_config
 
     started: list[LearnerRank] = []
 
     def begin(folder: str = tiny_model_dir, **sections: dict[str, Any]) -> LearnerRank:
         for learner in started:
             learner.close()
-        learner = LearnerRank(learner_config(folder, **sections), folder, 0, 1, free_address())
+        learner = LearnerRank(learner_config(folder, **sections), folder, 0, 1, None)
         learner.setup()
         started.append(learner)
         return learner

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,12 +56,6 @@ def build_llama(seed: int = 0, tie: bool = True, std: float = 0.25) -> LlamaForC
 def save_llama(folder: Path, tie: bool = True) -> str:
     build_llama(tie=tie).save_pretrained(folder)
     return str(folder)
-
-
-def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
 
 
 def learner_config(model_dir: str, **sections: dict[str, Any]) -> RunConfig:

@@ -20,7 +20,6 @@ from rlhf_cluster.config import RunConfig
 from rlhf_cluster.inputs import Inputs, check_inputs
 from rlhf_cluster.records import ExperienceGroup, Ticket, WeightVersion
 from tests.engine_process import EngineProcess
-from tests.learning_cases import free_address
 
 if TYPE_CHECKING:
     from rlhf_cluster.learning.learner import LearnerRank
@@ -71,7 +70,7 @@ def train(config: RunConfig, folder: Path) -> PlainRun:
 
     inputs = check_inputs(config, folder)
     model_dir = str(inputs.model_dir)
-    learner = LearnerRank(config, model_dir, 0, 1, free_address())
+    learner = LearnerRank(config, model_dir, 0, 1, None)
     scorer = ScoringWorker(config, model_dir, "plain")
     try:
         learner.setup()

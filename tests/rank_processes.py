@@ -7,11 +7,14 @@ do not work together.
 from __future__ import annotations
 
 import multiprocessing as mp
+import queue
 import signal
+import socket
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tests.learning_cases import free_address
+from rlhf_cluster.learning.process_group import serve_store
 
 DEADLINE_S = 240
 """For a job on all ranks. A process that is still alive after all of them is killed by its alarm."""
@@ -24,7 +27,8 @@ def run_ranks(work: Work, world_size: int, jobs: Mapping[str, Any]) -> dict[str,
     """{key: [result of rank 0, of rank 1...]} of every job, or fail with the rank's error."""
     context = mp.get_context("spawn")
     results = context.Queue()
-    addressed = [(key, free_address(), job) for key, job in jobs.items()]
+    stores = {key: serve_store(socket.create_server(("127.0.0.1", 0))) for key in jobs}
+    addressed = [(k, f"tcp://{stores[k].host}:{stores[k].port}", job) for k, job in jobs.items()]
     processes = [
         context.Process(target=_run, args=(work, r, world_size, addressed, results), daemon=True)
         for r in range(world_size)
@@ -35,7 +39,7 @@ def run_ranks(work: Work, world_size: int, jobs: Mapping[str, Any]) -> dict[str,
     running = world_size
     try:
         while running:
-            rank, key, result = results.get(timeout=DEADLINE_S)
+            rank, key, result = _next_result(results, processes)
             if key is None:
                 assert result is None, f"rank {rank}: {result}"
                 running -= 1
@@ -45,6 +49,18 @@ def run_ranks(work: Work, world_size: int, jobs: Mapping[str, Any]) -> dict[str,
         for process in processes:
             process.kill() if running else process.join(30)
     return found
+
+
+def _next_result(results: Any, processes: list[Any]) -> tuple[int, str | None, Any]:
+    """Waits for a result, at most DEADLINE_S, or until a rank dies without one."""
+    ends = time.monotonic() + DEADLINE_S
+    while True:
+        dead = [p.exitcode for p in processes if p.exitcode]
+        try:
+            return results.get(timeout=1)
+        except queue.Empty:
+            assert not dead, f"ranks died with exit codes {dead}"
+            assert time.monotonic() < ends, f"no result within {DEADLINE_S} s"
 
 
 def _run(work: Work, rank: int, world_size: int, jobs: list[Any], results: Any) -> None:

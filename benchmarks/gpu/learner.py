@@ -27,7 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.harness import machine, spread, write_result
-from benchmarks.learner_sides import GROUP_SIZE, PROMPT_TOKENS, free_address, make_groups
+from benchmarks.learner_sides import GROUP_SIZE, PROMPT_TOKENS, make_groups
 
 QWEN3_0_6B = {
     "vocab_size": 151_936,
@@ -73,7 +73,7 @@ def measure(
     runs = []
     with tempfile.TemporaryDirectory() as folder:
         config = _config(folder, max(lengths), learner)
-        rank = LearnerRank(config, _make_model(shape, folder), 0, 1, free_address())
+        rank = LearnerRank(config, _make_model(shape, folder), 0, 1, None)
         try:
             facts = rank.setup()
             print({**facts, "positions": sum(positions), "rollouts": len(lengths)}, flush=True)

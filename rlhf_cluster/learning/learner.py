@@ -76,7 +76,7 @@ from rlhf_cluster.weights.transport import ShardSink
 
 
 class LearnerRank:
-    """Rank `rank` of `world_size`; all meet at `init_method` (tcp://host:port, on rank 0)."""
+    """Rank `rank` of `world_size`; all meet at `init_method` (see `process_group.join_group`)."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class LearnerRank:
         model_dir: str,
         rank: int,
         world_size: int,
-        init_method: str,
+        init_method: str | None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._config = config

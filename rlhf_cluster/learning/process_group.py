@@ -1,8 +1,13 @@
-"""The group of learner ranks: where they meet, and how long anyone waits for the others."""
+"""The group of learner ranks: where they meet, and how long anyone waits for the others.
+
+The ranks meet at a store, which is served on a socket that listens already when its address is given
+out: a port that is looked for first and opened later may be taken in between.
+"""
 
 from __future__ import annotations
 
 import datetime
+import socket
 from urllib.parse import urlparse
 
 import torch.distributed as dist
@@ -10,9 +15,24 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from rlhf_cluster.errors import ConfigError, StalledError
 
+Store = dist.Store  # pyright: ignore[reportPrivateImportUsage]
+HashStore = dist.HashStore  # pyright: ignore[reportPrivateImportUsage]
+TCPStore = dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+
+def serve_store(listener: socket.socket) -> TCPStore:
+    """A store for the ranks of one group, served on `listener` while the object lives.
+
+    Takes the socket over. Ranks may connect before: they wait in the socket's queue.
+    """
+    host, port = listener.getsockname()[:2]
+    return TCPStore(
+        host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
+
 
 def join_group(
-    init_method: str,
+    init_method: str | None,
     rank: int,
     world_size: int,
     device_type: str,
@@ -21,26 +41,17 @@ def join_group(
 ) -> DeviceMesh:
     """Meet the other ranks and build the data-parallel mesh.
 
-    Waits for all ranks to reach `init_method` (tcp://host:port, served by rank 0), at most
-    `start_timeout_s`, so that ranks may take unequal time to load. After that every collective has
-    `collective_timeout_s`.
+    Waits for the store at `init_method` (tcp://host:port of `serve_store`; None: a group of one) and
+    for all ranks to reach it, each at most `start_timeout_s`, so that ranks may take unequal time to
+    load. After that every collective has `collective_timeout_s`.
 
     Raises:
-        ConfigError: an address that is not tcp://host:port.
-        StalledError: not all ranks came.
+        ConfigError: an address that is not tcp://host:port, or none for several ranks.
+        StalledError: no store, or not all ranks came; names those that did not.
     """
-    address = urlparse(init_method)
-    if address.scheme != "tcp" or address.hostname is None or address.port is None:
-        raise ConfigError(f"init_method = {init_method!r}: expected tcp://host:port")
+    store = _store(init_method, world_size, start_timeout_s)
     try:
-        store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-            address.hostname,
-            address.port,
-            world_size,
-            is_master=rank == 0,
-            timeout=datetime.timedelta(seconds=start_timeout_s),
-            wait_for_workers=True,
-        )
+        _wait_for_all(store, rank, world_size, start_timeout_s)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
             store=store,
@@ -54,4 +65,35 @@ def join_group(
             f"learner rank {rank}: the group of {world_size} ranks did not form at {init_method} "
             f"within {start_timeout_s:g} s ({error}). Look for a rank that did not start, or raise "
             "run.start_timeout_s"
+        ) from error
+
+
+def _store(init_method: str | None, world_size: int, timeout_s: float) -> Store:
+    if init_method is None and world_size == 1:
+        return HashStore()
+    address = urlparse(init_method or "")
+    if address.scheme != "tcp" or address.hostname is None or address.port is None:
+        raise ConfigError(f"init_method = {init_method!r}: expected tcp://host:port")
+    timeout = datetime.timedelta(seconds=timeout_s)
+    try:
+        return TCPStore(
+            address.hostname, address.port, None, False, timeout=timeout, wait_for_workers=False
+        )
+    except RuntimeError as error:
+        raise StalledError(
+            f"learner ranks: nothing answers at {init_method} within {timeout_s:g} s ({error}). Rank 0 "
+            "serves it: look for its error"
+        ) from error
+
+
+def _wait_for_all(store: Store, rank: int, world_size: int, timeout_s: float) -> None:
+    """Waits until every rank has said that it came."""
+    store.set(f"rank {rank}", "came")
+    try:
+        store.wait([f"rank {r}" for r in range(world_size)], datetime.timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        missing = [r for r in range(world_size) if not store.check([f"rank {r}"])]
+        raise StalledError(
+            f"learner rank {rank}: the group of {world_size} ranks did not form within {timeout_s:g} "
+            f"s: ranks {missing} did not come. Look for their errors, or raise run.start_timeout_s"
         ) from error

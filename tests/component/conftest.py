@@ -7,7 +7,6 @@ watches its run directory and does to it what it has to survive.
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -30,6 +29,7 @@ from rlhf_cluster.observe.run_log import read_metrics
 from rlhf_cluster.observe.snapshot import Snapshot
 from rlhf_cluster.rundir import RunDir
 from tests.configs import tiny_tree
+from tests.ports import free_ports
 from tests.scripted_engine import write_script
 
 REPOSITORY = Path(__file__).parents[2]
@@ -38,15 +38,12 @@ SCRIPTED = "tests.scripted_engine:make_engine"
 
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
-    with socket.socket() as probe:  # Ray's own port for it may be another cluster's
-        probe.bind(("127.0.0.1", 0))
-        dashboard = probe.getsockname()[1]
     cluster = Cluster(
         initialize_head=True,
         head_node_args={
             "num_cpus": 8,
             "object_store_memory": 256 << 20,
-            "dashboard_port": dashboard,
+            "dashboard_port": free_ports(1)[0],  # Ray's own may be another cluster's
         },
     )
     ray.init(address=cluster.address, namespace=NAMESPACE, log_to_driver=False)

@@ -7,7 +7,6 @@ real engine: nothing of the tests is sent with them.
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,24 +23,13 @@ from rlhf_cluster.cli import main
 from rlhf_cluster.observe.snapshot import Snapshot
 from rlhf_cluster.rundir import RunDir
 from tests.configs import tiny_tree
+from tests.ports import free_ports
 
 REPOSITORY = Path(__file__).parents[2]
 OURS = {"ControlActor", "BufferActor", "LearnerActor", "GenerationActor", "ScoringActor"}
 START_S, RUN_S = 90.0, 240.0
 
 pytestmark = pytest.mark.timeout(600)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, all above those that Ray gives to workers."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
 
 
 def wait_until(found: Callable[[], object], what: str, timeout_s: float) -> None:

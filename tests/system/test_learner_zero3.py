@@ -17,7 +17,6 @@ from rlhf_cluster.weights.store import commit
 from tests.learning_cases import (
     build_llama,
     check_changed_share,
-    free_address,
     full_parameters,
     learner_config,
     random_groups,
@@ -83,7 +82,7 @@ def test_s26_what_is_published_is_the_whole_model_and_outlives_the_next_step(
 
 def test_the_number_of_parameters_is_that_of_the_model(tiny_model_dir: str) -> None:
     config = learner_config(tiny_model_dir, learner=ZERO3)
-    learner = LearnerRank(config, tiny_model_dir, 0, 1, free_address())
+    learner = LearnerRank(config, tiny_model_dir, 0, 1, None)
     facts = learner.setup()
     learner.close()
     learner.close()

@@ -1,6 +1,7 @@
 """A single learner rank, the whole of it: the same sharded code path that many ranks take."""
 
 import math
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,10 @@ from rlhf_cluster.errors import (
 )
 from rlhf_cluster.learning.backend import assert_float32
 from rlhf_cluster.learning.learner import LearnerRank
-from rlhf_cluster.learning.process_group import join_group
+from rlhf_cluster.learning.process_group import join_group, serve_store
 from rlhf_cluster.records import ExperienceGroup
 from tests.learning_cases import (
     build_llama,
-    free_address,
     learner_config,
     make_group,
     make_prompt,
@@ -203,7 +203,7 @@ def test_s39_metrics_do_not_depend_on_how_tokens_fall_into_micro_batches(
 def test_phases_are_timed_by_the_given_clock(tiny_model_dir: str) -> None:
     ticks = iter([0.0, 1.0, 11.0, 111.0, 111.0])
     config = learner_config(tiny_model_dir)
-    learner = LearnerRank(config, tiny_model_dir, 0, 1, free_address(), clock=lambda: next(ticks))
+    learner = LearnerRank(config, tiny_model_dir, 0, 1, None, clock=lambda: next(ticks))
     learner.setup()
     metrics = learner.train_step(random_groups(0)).metrics
     learner.close()
@@ -372,13 +372,17 @@ def test_a_snapshot_that_could_not_be_written_is_kept(start_learner: Any, tmp_pa
 
 
 def test_a_rank_that_waits_for_missing_ranks_says_so() -> None:
-    with pytest.raises(StalledError, match="group of 2 ranks did not form"):
-        join_group(free_address(), 0, 2, "cpu", start_timeout_s=0.2, collective_timeout_s=1)
+    store = serve_store(socket.create_server(("127.0.0.1", 0)))
+    address = f"tcp://{store.host}:{store.port}"
+    with pytest.raises(StalledError, match=r"group of 3 ranks did not form.*ranks \[0, 2\]"):
+        join_group(address, 1, 3, "cpu", start_timeout_s=0.2, collective_timeout_s=1)
 
 
 def test_calls_before_setup_and_addresses_that_are_none_are_refused(tiny_model_dir: str) -> None:
     config = learner_config(tiny_model_dir)
     with pytest.raises(RunError, match="not set up"):
-        LearnerRank(config, tiny_model_dir, 0, 1, free_address()).snapshot()
+        LearnerRank(config, tiny_model_dir, 0, 1, None).snapshot()
     with pytest.raises(ConfigError, match="tcp://host:port"):
         join_group("file:///x", 0, 1, "cpu", 1, 1)
+    with pytest.raises(ConfigError, match="tcp://host:port"):
+        join_group(None, 0, 2, "cpu", 1, 1)

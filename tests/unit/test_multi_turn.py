@@ -21,7 +21,6 @@ from rlhf_cluster.scoring.scorer import Scorer
 from tests import tiny_llama
 from tests.configs import tiny_tree
 from tests.learning_cases import (
-    free_address,
     learner_config,
     loss_inputs,
     make_prompt,
@@ -234,7 +233,7 @@ def test_s40_three_turns_longer_than_the_cap_of_one_are_trained_to_the_last_acti
         assert scored.rollout == rollout
         assert scored.ref_logprobs is not None
         assert len(scored.ref_logprobs) == len(rollout.response_ids)
-    learner = LearnerRank(config, model_dir, 0, 1, free_address())
+    learner = LearnerRank(config, model_dir, 0, 1, None)
     learner.setup()
     metrics = learner.train_step([experience]).metrics
     learner.close()

@@ -6,7 +6,7 @@ import pytest
 
 from rlhf_cluster.errors import StalenessError
 from rlhf_cluster.learning.learner import LearnerRank
-from tests.learning_cases import free_address, learner_config, random_groups, save_llama
+from tests.learning_cases import learner_config, random_groups, save_llama
 
 REWEIGHT = {"max_staleness": 1, "on_stale": "reweight", "stale_limit": 2}
 
@@ -14,7 +14,7 @@ REWEIGHT = {"max_staleness": 1, "on_stale": "reweight", "stale_limit": 2}
 def test_reweight_trains_a_token_up_to_its_limit_and_raises_beyond(tmp_path: Path) -> None:
     model_dir = save_llama(tmp_path)
     config = learner_config(model_dir, staleness=REWEIGHT)
-    learner = LearnerRank(config, model_dir, 0, 1, free_address())
+    learner = LearnerRank(config, model_dir, 0, 1, None)
     learner.setup()
     try:
         for staleness in (0, 1, 2):
