@@ -66,6 +66,7 @@ class WorkerPool:
     retire: Callable[[Worker], None]
     check: Callable[[Worker], Awaitable[None]]
     limits: PoolLimits
+    preflight: Callable[[int], None] = lambda wanted: None
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     wanted: int = 0
     workers: list[Worker] = field(default_factory=list)
@@ -155,12 +156,15 @@ class WorkerPool:
     async def resize(self, wanted: int) -> str:
         """Add workers, or drain the least loaded ones. Returns what was done.
 
-        All new workers join, or none: the first that cannot start is raised, and those that were
-        started beside it are ended again.
+        All new workers join, or none: nothing starts before `preflight` has found room for the
+        wanted size, the first that cannot start is raised, and those that were started beside it
+        are ended again.
 
         Waits for: the new workers to be ready, or the drained ones to be idle.
         """
         change, before = wanted - self.wanted, self.wanted
+        if change > 0:
+            self.preflight(wanted)
         self.wanted = wanted
         if change > 0:
             await self._grow(change, before)

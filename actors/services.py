@@ -19,7 +19,7 @@ from actors.clients import RayGeneration, RayScoring, check_health
 from actors.control import NAMESPACE, ControlActor, actor_name
 from actors.experience import BufferActor, RayBuffer
 from actors.instrumented import HEALTH_GROUP, GenerationActor, ScoringActor
-from actors.launch import place, spawn, take_down
+from actors.launch import place, preflight, spawn, take_down
 from actors.learner import ACTOR_OPTIONS, LearnerActor, RayLearner
 from actors.pool import PoolLimits, Worker, WorkerPool
 from rlhf_cluster.config import RunConfig
@@ -198,4 +198,5 @@ def _pool(
         retire=lambda worker: take_down(worker.actor, worker.placement),
         check=functools.partial(check_health, timeout_s=limits.heartbeat_timeout_s),
         limits=limits,
+        preflight=lambda wanted: preflight([pool_bundle(config, kind, i) for i in range(wanted)]),
     )

@@ -18,7 +18,11 @@ SLOW = {"generate_delay_s": 0.15}
 
 def actor_pids(kind: str) -> dict[str, int]:
     """Process ids of the live actors of a class."""
-    actors = list_actors(filters=[("state", "=", "ALIVE"), ("class_name", "=", kind)], detail=True)
+    actors = list_actors(
+        address=ray.get_runtime_context().gcs_address,
+        filters=[("state", "=", "ALIVE"), ("class_name", "=", kind)],
+        detail=True,
+    )
     return {actor.actor_id: actor.pid for actor in actors}
 
 
@@ -171,7 +175,8 @@ def test_pools_grow_and_shrink_under_a_running_job(start_run, ray_address):
     assert status.buffer_discarded == 0, "nothing in flight was lost"
     refused = scale(run.path, {"generation": 500}, ray_address)
     assert "refused" in refused["generation"]
-    assert "no room" in refused["generation"]
+    assert "no node has room for generation-" in refused["generation"]
+    assert not (run.path / "logs" / "generation-3.log").exists(), "nothing was started for it"
     run.wait_for(lambda s: s.step > status.step, "the run goes on")
 
 

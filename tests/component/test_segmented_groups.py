@@ -230,7 +230,11 @@ async def test_tokens_that_are_lost_again_and_again_end_the_group():
 
 
 def _pid(worker: Worker) -> int:
-    (state,) = list_actors(filters=[("actor_id", "=", worker.actor._actor_id.hex())], detail=True)
+    (state,) = list_actors(
+        address=ray.get_runtime_context().gcs_address,
+        filters=[("actor_id", "=", worker.actor._actor_id.hex())],
+        detail=True,
+    )
     assert state.pid
     return state.pid
 

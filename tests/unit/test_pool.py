@@ -14,6 +14,7 @@ class Plant:
         self.broken: set[str] = set()
         self.unlaunchable = False
         self.slept: list[float] = []
+        self.launched: list[str] = []
         self.pool = WorkerPool(
             kind="generation",
             launch=self.launch,
@@ -25,6 +26,7 @@ class Plant:
 
     async def launch(self, name: str) -> Worker:
         await asyncio.sleep(0)
+        self.launched.append(name)
         if self.unlaunchable:
             raise PlacementError(f"{name}: no room")
         return Worker(name=name, actor=name, placement=None)
@@ -113,6 +115,22 @@ async def test_scaling_up_beyond_the_cluster_fails_and_keeps_the_old_size():
         await plant.pool.resize(2)
     assert plant.pool.wanted == 1
     assert plant.names() == ["generation-0"]
+
+
+async def test_nothing_is_launched_for_a_size_that_the_cluster_cannot_hold():
+    plant = Plant()
+    await plant.pool.start(1)
+
+    def full(wanted: int) -> None:
+        raise PlacementError(f"no node has room for {wanted}")
+
+    plant.pool.preflight = full
+    with pytest.raises(PlacementError, match="no node has room for 500"):
+        await plant.pool.resize(500)
+    assert plant.pool.wanted == 1
+    assert plant.launched == ["generation-0"]
+    await plant.pool.resize(0)
+    assert plant.names() == []
 
 
 async def test_a_growth_that_fails_half_way_ends_what_it_started():
