@@ -69,7 +69,7 @@ def test_a_run_trains_every_group_once_and_leaves_its_whole_record(start_run):
     assert not actor_pids("GenerationActor"), "nothing of the run is left on the cluster"
 
 
-def test_a_killed_worker_is_replaced_and_the_run_goes_on(start_run):
+def test_workers_that_are_killed_or_cannot_pull_are_replaced_and_the_run_goes_on(start_run):
     run = start_run(run=LONG, generation={"workers": 2})
     run.script(**SLOW)
     run.wait_for(lambda s: s.step >= 2, "two steps")
@@ -86,8 +86,14 @@ def test_a_killed_worker_is_replaced_and_the_run_goes_on(start_run):
         lambda s: any(p.name == "scoring" and p.restarts == 1 and p.alive == 1 for p in s.pools),
         "the scoring replacement joined",
     )
-    status = run.wait_for(lambda s: s.step >= status.step + 2, "two more steps")
+    run.script(workers={"generation-2": {"fail_pull": True}}, **SLOW)
+    status = run.wait_for(
+        lambda s: any(p.name == "generation" and p.restarts >= 2 and p.alive == 2 for p in s.pools),
+        "the worker that could not pull was replaced",
+    )
+    status = run.wait_for(lambda s: s.step >= status.step + 3, "three more steps")
     assert status.buffer_discarded == 0, "no group was lost"
+    assert status.staleness_max <= 1
     assert exported("ray_rlhf_generation_tokens_total"), "metrics are exported"
     assert exported("ray_rlhf_reward_mean")
     run.process.send_signal(signal.SIGTERM)
@@ -95,41 +101,6 @@ def test_a_killed_worker_is_replaced_and_the_run_goes_on(start_run):
     assert code == 1
     assert "was stopped by a signal" in output
     assert json.loads((run.path / "status.json").read_text())["state"] == "stopped"
-
-
-def test_a_failed_pull_retires_the_worker_and_loses_nothing(start_run):
-    run = start_run(run=LONG, generation={"workers": 2})
-    run.script(**SLOW)
-    run.wait_for(lambda s: s.step >= 2, "two steps")
-    run.script(workers={"generation-1": {"fail_pull": True}}, **SLOW)
-    status = run.wait_for(
-        lambda s: any(p.name == "generation" and p.restarts >= 1 and p.alive == 2 for p in s.pools),
-        "the worker that could not pull was replaced",
-    )
-    status = run.wait_for(lambda s: s.step >= status.step + 3, "three more steps")
-    assert status.buffer_discarded == 0
-    assert status.staleness_max <= 1
-
-
-def test_a_hung_reward_costs_its_timeout_and_never_scores(start_run, tmp_path):
-    (tmp_path / "hanging_reward.py").write_text(
-        "import time\n"
-        "def reward(prompts, completions, answer, **columns):\n"
-        "    if answer[0].startswith('0'):\n"
-        "        time.sleep(3600)\n"
-        "    return [float(c == a) for c, a in zip(completions, answer)]\n"
-    )
-    reward = {"type": "python", "function": "hanging_reward:reward", "timeout_s": 1.0}
-    run = start_run(
-        run={"steps": 3, "groups_per_step": 4},
-        scoring={"rewards": [reward], "max_retries": 0, "max_error_rate": 1.0},
-    )
-    code, output = run.finish()
-    assert code == 0, output
-    discarded = [r for r in run.metrics() if "buffer/discarded_total/ScoringError" in r]
-    assert discarded, "some group hung and was discarded with its reason"
-    rows = [r for p in (run.path / "samples").iterdir() for r in read_samples(p)]
-    assert all(not row["response"].startswith("0") or row["reward"] == 1.0 for row in rows)
 
 
 def test_dead_generation_fails_the_run_naming_worker_error_and_groups(start_run):
@@ -158,7 +129,7 @@ def test_a_crash_loop_ends_the_run_with_the_first_cause(start_run):
     assert "scripted failure" in output
 
 
-def test_pools_grow_and_shrink_under_a_running_job(start_run, ray_address):
+def test_pools_grow_and_shrink_under_a_running_job_whose_name_is_taken(start_run, ray_address):
     run = start_run(run=LONG, generation={"workers": 1}, staleness={"max_in_flight_groups": 2})
     run.script(**SLOW)
     run.wait_for(lambda s: s.step >= 1, "a step")
@@ -179,24 +150,9 @@ def test_pools_grow_and_shrink_under_a_running_job(start_run, ray_address):
     assert not (run.path / "logs" / "generation-3.log").exists(), "nothing was started for it"
     run.wait_for(lambda s: s.step > status.step, "the run goes on")
 
-
-def test_what_does_not_fit_is_refused_before_anything_starts(start_run):
-    run = start_run(generation={"workers": 3, "num_cpus": 5.0})
-    code, output = run.finish()
-    assert code == 1
-    assert "no node has room for generation-" in output
-    assert "Demand:" in output
-    assert "Supply:" in output
-    assert not run.path.exists(), "nothing was written"
-
-
-def test_a_run_of_the_same_name_is_refused_while_one_is_alive(start_run, tmp_path):
-    first = start_run(run={**LONG, "name": "same"})
-    first.script(**SLOW)
-    first.wait_for(lambda s: s.step >= 1, "a step")
-    second = start_run(run={**LONG, "name": "same"})
+    second = start_run(run={**LONG, "name": run.path.name})
     code, output = second.finish()
     assert code == 1
     assert "in use by process" in output
-    ray.get_actor(actor_name("same"), namespace=NAMESPACE)
-    assert first.process.poll() is None
+    ray.get_actor(actor_name(run.path.name), namespace=NAMESPACE)
+    assert run.process.poll() is None
