@@ -1,7 +1,7 @@
 """Learner ranks as processes: one set of them runs many jobs in turn, each in a group of its own.
 
-All of a set run all of its jobs: DeepSpeed counts what a process built, and ranks whose counts differ
-do not work together.
+A rank that is alone runs its jobs in the test's process. All of a set run all of its jobs: DeepSpeed
+counts what a process built, and ranks whose counts differ do not work together.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from rlhf_cluster.learning.process_group import serve_store
 DEADLINE_S = 240
 """For a job on all ranks. A process that is still alive after all of them is killed by its alarm."""
 
-Work = Callable[[int, int, str, Any], Any]
+Work = Callable[[int, int, str | None, Any], Any]
 """work(rank, world_size, address, job) -> result; a function of a module, run in the rank."""
 
 
 def run_ranks(work: Work, world_size: int, jobs: Mapping[str, Any]) -> dict[str, list[Any]]:
     """{key: [result of rank 0, of rank 1...]} of every job, or fail with the rank's error."""
+    if world_size == 1:
+        return {key: [work(0, 1, None, job)] for key, job in jobs.items()}
     context = mp.get_context("spawn")
     results = context.Queue()
     stores = {key: serve_store(socket.create_server(("127.0.0.1", 0))) for key in jobs}

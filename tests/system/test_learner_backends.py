@@ -35,7 +35,7 @@ RANKS = 3
 ONE_RANK = ("fsdp2", "lora", "dora", "qlora")
 
 
-def train_and_write(rank: int, world_size: int, address: str, job: Any) -> Any:
+def train_and_write(rank: int, world_size: int, address: str | None, job: Any) -> Any:
     """(this rank's gradients of the step, its shard report, the whole parameters) after a step.
 
     Adapters are written as such, on an anchor, and in full beside it.

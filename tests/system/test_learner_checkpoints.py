@@ -33,7 +33,7 @@ FEATURES: dict[str, dict[str, dict[str, Any]]] = {
 SAVED = {**BACKENDS, **FEATURES}
 
 
-def _learner(rank: int, world_size: int, address: str, model_dir: str, case: str) -> Any:
+def _learner(rank: int, world_size: int, address: str | None, model_dir: str, case: str) -> Any:
     from rlhf_cluster.learning.learner import LearnerRank
 
     config = learner_config(model_dir, **SAVED[case])
@@ -42,7 +42,7 @@ def _learner(rank: int, world_size: int, address: str, model_dir: str, case: str
     return learner
 
 
-def straight(rank: int, world_size: int, address: str, job: Any) -> Any:
+def straight(rank: int, world_size: int, address: str | None, job: Any) -> Any:
     """Three steps, a checkpoint, two more: (folder, numbers, all at 3, own at 5, all at 5)."""
     model_dir, case, root = job
     learner = _learner(rank, world_size, address, model_dir, case)
@@ -56,7 +56,7 @@ def straight(rank: int, world_size: int, address: str, job: Any) -> Any:
     return found
 
 
-def resumed(rank: int, world_size: int, address: str, job: Any) -> Any:
+def resumed(rank: int, world_size: int, address: str | None, job: Any) -> Any:
     """Two steps from a checkpoint: (all at 3, own at 5, all at 5)."""
     model_dir, case, folder, state = job
     learner = _learner(rank, world_size, address, model_dir, case)

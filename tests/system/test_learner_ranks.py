@@ -110,7 +110,7 @@ ADVERSARIAL = [24, *[1] * 15]
 """One long response and fifteen single tokens: the ranks need very different numbers of passes."""
 
 
-def train(rank: int, world_size: int, address: str, job: Any) -> Any:
+def train(rank: int, world_size: int, address: str | None, job: Any) -> Any:
     """(metrics of each step, this rank's shards, the whole parameters), trained on all batches."""
     from rlhf_cluster.learning.learner import LearnerRank
 
