@@ -1,8 +1,9 @@
 """The whole loop with nothing faked: vLLM, Ray, FSDP2, the weight store, the shipped quickstart.
 
 One run overlaps generation and training on two learner ranks; its record, its weights and its
-exported model are examined from every side. A second one is synchronous and is compared with a
-plain loop that has no concurrency at all (tests/plain_loop.py): seeds belong to groups and float32
+exported model are examined from every side. A second one is synchronous, its versions travel through
+the object store, and it is compared with a plain loop that has no concurrency and no store at all
+(tests/plain_loop.py): seeds belong to groups and float32
 sampling does not depend on the batch around it, so the two agree to the last bit.
 """
 
@@ -36,6 +37,7 @@ SYNCHRONOUS = [
     "run.steps=4",
     "run.groups_per_step=16",
     "staleness.max_staleness=0",
+    "weights.transport=ray",
     "algorithm.kl_coef=0.05",
     "evaluation.num_prompts=0",
 ]
@@ -59,7 +61,9 @@ def synchronous(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
 def plain(
     synchronous: FinishedRun, tmp_path_factory: pytest.TempPathFactory
 ) -> plain_loop.PlainRun:
-    return plain_loop.train(synchronous.config, tmp_path_factory.mktemp("plain"))
+    weights = synchronous.config.weights.model_copy(update={"transport": "files"})
+    config = synchronous.config.model_copy(update={"weights": weights})
+    return plain_loop.train(config, tmp_path_factory.mktemp("plain"))
 
 
 def test_reward_rises_over_the_run(run: FinishedRun) -> None:
@@ -227,6 +231,7 @@ def test_without_staleness_a_run_learns_bit_for_bit_what_a_plain_loop_learns(
         same = {name for name in step.metrics if not name.endswith("_s")}
         assert same >= {"learner/loss", "learner/grad_norm", "learner/kl_ref", "learner/entropy"}
         assert {n: found[n] for n in same} == {n: step.metrics[n] for n in same}
+    assert store.versions(synchronous.config.weights_dir) == [0, 4], "the others were objects only"
     last = store.latest(synchronous.config.weights_dir)
     assert last is not None
     assert (last.version, last.digest) == (plain.last.version, plain.last.digest)
