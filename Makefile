@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOCK := deploy/requirements-cpu.lock
 RUN := quickstart
+N := 20
 PIP_OPTIONS := --quiet --quiet --no-deps --no-compile
 # Bytecode on all cores, and only of what a run imports: most of what is installed never is.
 COMPILED := torch transformers vllm ray numpy sympy pydantic fastapi
@@ -15,7 +16,7 @@ export TOKENIZERS_PARALLELISM := false
 export RAY_AUTH_MODE := disabled
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: quickstart install test unit explore crosscheck component system gpu lint format clean
+.PHONY: quickstart install test unit explore crosscheck component system gpu chaos lint format clean
 
 quickstart: install
 	$(BIN)/rlhf-cluster run configs/quickstart.toml --set run.name=$(RUN) --overwrite
@@ -59,6 +60,9 @@ system: install
 
 gpu: install
 	$(BIN)/pytest tests/gpu
+
+chaos: install
+	$(BIN)/python -m tests.chaos.run --runs $(N) --out benchmarks/results/chaos.json
 
 format: install
 	$(BIN)/ruff check --fix .

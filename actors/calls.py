@@ -6,23 +6,28 @@
 - a dead or unreachable actor into `WorkerDied`,
 - an argument that was lost with the node that held it into `RecordLost`,
 - a passed deadline into `WorkerSilent`.
+
+`core_answer` is the same for a learner rank or the buffer, whose death or silence is a `CoreLost`.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import ray
 from ray.exceptions import (
     GetTimeoutError,
+    NodeDiedError,
     ObjectLostError,
+    OutOfMemoryError,
     RayActorError,
     RayError,
     RayTaskError,
 )
 
-from rlhf_cluster.errors import RlhfError, WorkerError
+from rlhf_cluster.errors import CoreLost, RlhfError, WorkerError
 
 
 class WorkerDied(WorkerError):
@@ -48,6 +53,14 @@ async def answer(ref: ray.ObjectRef, timeout_s: float, what: str) -> Any:
         raise WorkerSilent(f"{what}: no answer within {timeout_s:g} s") from error
 
 
+async def core_answer(ref: ray.ObjectRef, timeout_s: float, what: str) -> Any:
+    """`answer` of a learner rank or the buffer: nobody can take over from one that is gone."""
+    try:
+        return await answer(ref, timeout_s, what)
+    except (WorkerDied, WorkerSilent) as error:
+        raise CoreLost(str(error)) from error
+
+
 def answer_now(ref: ray.ObjectRef, timeout_s: float, what: str) -> Any:
     """`answer` for code without an event loop."""
     try:
@@ -56,6 +69,23 @@ def answer_now(ref: ray.ObjectRef, timeout_s: float, what: str) -> Any:
         raise WorkerSilent(f"{what}: no answer within {timeout_s:g} s") from error
     except RayError as error:
         raise translate(error, what) from error
+
+
+def fetch_there(refs: Sequence[ray.ObjectRef], timeout_s: float = 60.0) -> list[Any | None]:
+    """What `refs` stand for; None for what was lost with its node, or did not come in time.
+
+    Waits for: all of them, within one deadline.
+    """
+    ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=timeout_s)
+    there = set(ready)
+    return [_get_unless_lost(ref) if ref in there else None for ref in refs]
+
+
+def _get_unless_lost(ref: ray.ObjectRef) -> Any | None:
+    try:
+        return ray.get(ref, timeout=10)
+    except (ObjectLostError, GetTimeoutError):
+        return None
 
 
 def translate(error: Exception, what: str) -> RlhfError:
@@ -68,7 +98,7 @@ def translate(error: Exception, what: str) -> RlhfError:
             return RecordLost(f"{what}: a record that it needs was lost with the node that held it")
         last = str(error).strip().splitlines()[-1]
         return WorkerError(f"{what}: {last}")
-    if isinstance(error, RayActorError):
+    if isinstance(error, RayActorError | NodeDiedError | OutOfMemoryError):
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return WorkerDied(f"{what}: the process died. {' '.join(lines[:3])}")
     return WorkerError(f"{what}: {type(error).__name__}: {error}")

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from actors.experience import RayBuffer
 from actors.learner import RayLearner
 from actors.observer import RunObserver
-from rlhf_cluster.checkpoint import continuing
+from rlhf_cluster.checkpoint import continuing, folder
 from rlhf_cluster.checkpoint.continuing import Continuation
+from rlhf_cluster.checkpoint.copies import Copies, CopyStats, folder_of
 from rlhf_cluster.checkpoint.saving import Checkpoints, CheckpointStats
 from rlhf_cluster.checkpoint.state import LearnerState, RunState
 from rlhf_cluster.config import RunConfig
@@ -28,14 +29,24 @@ def claimed(
 
     A directory whose run has finished is not owned: there is nothing to do.
     """
-    if overwrite or not RunDir.has_run(config.run_dir):
+    fresh = overwrite or not RunDir.has_run(config.run_dir)
+    if fresh:
         run = RunDir.create(config.run_dir, config, overwrite=overwrite, argv=argv)
-        return run, Continuation(finished=False, checkpoint=None, notes=[])
-    run = RunDir.reclaim(config.run_dir, config)
+    else:
+        run = RunDir.reclaim(config.run_dir, config)
     try:
-        found = continuing.look(run, config, accept_changes)
+        if fresh:
+            known = continuing.whole_copy(run, config, overwrite)
+            if known.checkpoint is None:
+                return run, Continuation(finished=False, checkpoint=None, notes=[])
+        else:
+            known = continuing.whole_or_copy(run, config)
+        found = continuing.look(run, config, accept_changes, known)
     except BaseException:
-        run.withdraw()
+        if fresh and not folder.steps(run.checkpoints):
+            run.remove()
+        else:
+            run.withdraw()
         raise
     if found.finished:
         run.withdraw()
@@ -61,11 +72,14 @@ class Cutter:
     observer: RunObserver
 
     def checkpoints(self, learner: RayLearner, resumed: RunState | None) -> Checkpoints:
-        settings = self.config.checkpoint
+        settings, copies = self.config.checkpoint, self._copies()
+        if copies is not None and resumed is not None:
+            copies.follow(folder.steps(self.rundir.checkpoints))
         return Checkpoints(
             root=self.rundir.checkpoints,
             every=settings.every,
             keep=settings.keep,
+            keep_best=settings.keep_best,
             num_steps=self.config.run.steps,
             learner=learner,
             cut=self.cut,
@@ -73,6 +87,7 @@ class Cutter:
             clock=time.monotonic,
             timeout_s=settings.timeout_s,
             kept=self.kept,
+            copies=copies,
             stats=CheckpointStats(last=-1 if resumed is None else resumed.step),
         )
 
@@ -90,6 +105,7 @@ class Cutter:
             reward_before=self.reward_before,
             config_digest=continuing.digest(self.config),
             packages=json.loads(self.rundir.environment.read_text())["packages"],
+            score=self.observer.snapshot.reward_mean10,
         )
 
     def kept(self, states: Sequence[RunState]) -> None:
@@ -99,6 +115,13 @@ class Cutter:
         for pin in self.rundir.reference.glob("v*.pin"):
             if (version := int(pin.stem.removeprefix("v"))) not in needed:
                 store.unpin(self.rundir.reference, version)
+
+    def _copies(self) -> Copies | None:
+        copy = folder_of(self.config)
+        if copy is None:
+            return None
+        timeout_s = self.config.checkpoint.timeout_s
+        return Copies(run=self.rundir, copy=copy, timeout_s=timeout_s, tell=self.observer.event)
 
     def _pinned_reference(self) -> int | None:
         if not self.config.stored_reference:
@@ -121,4 +144,12 @@ def checkpoint_metrics(checkpoints: Checkpoints | None) -> Mapping[str, float]:
         "checkpoint/bytes": float(stats.num_bytes),
         "checkpoint/skipped_total": float(stats.skipped),
         "checkpoint/failed_total": float(stats.failed),
+        **({} if checkpoints.copies is None else _copy_metrics(checkpoints.copies.stats)),
+    }
+
+
+def _copy_metrics(stats: CopyStats) -> dict[str, float]:
+    return {
+        "checkpoint/copied_step": float(stats.last),
+        "checkpoint/copies_failed_total": float(stats.failed),
     }

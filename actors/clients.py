@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ray
+
 from actors.calls import RecordLost, WorkerDied, WorkerSilent, answer
 from actors.pool import State, Worker, WorkerPool
 from rlhf_cluster.config import RunConfig
@@ -41,8 +43,36 @@ class _Answer:
     num_failed: int
 
 
+class _Abandoned:
+    """Calls that nobody waits for any more, and that workers may still be at."""
+
+    def __init__(self, pool: WorkerPool, silence_s: float) -> None:
+        self._pool = pool
+        self._silence_s = silence_s
+        self._calls: list[tuple[Worker, Any]] = []
+
+    def add(self, worker: Worker, reference: Any) -> None:
+        """Cancelled: what waits in the worker does not begin, and an engine aborts its requests."""
+        ray.cancel(reference)
+        self._calls.append((worker, reference))
+
+    async def end(self) -> None:
+        """Waits for: each to end. A worker that is at one after `silence_s` is replaced."""
+        calls, self._calls = self._calls, []
+        await asyncio.gather(*(self._end(worker, reference) for worker, reference in calls))
+
+    async def _end(self, worker: Worker, reference: Any) -> None:
+        try:
+            await answer(reference, self._silence_s, f"{worker.name}: a call that was given up")
+        except WorkerSilent as error:
+            await self._pool.fail(worker, error)
+        except RlhfError:
+            pass  # it has ended
+
+
 async def _try_workers(
     pool: WorkerPool,
+    abandoned: _Abandoned,
     call: Callable[[Worker], tuple[Any, Handle]],
     what: str,
     timeout_s: float,
@@ -57,10 +87,13 @@ async def _try_workers(
     last: RlhfError | None = None
     for num_failed in range(max_retries + 1):
         async with pool.acquire(prefer if num_failed == 0 else None) as worker:
+            reference, handle = call(worker)
             try:
-                reference, handle = call(worker)
                 summary = await answer(reference, timeout_s, f"{worker.name}.{what}")
                 return _Answer(summary=summary, handle=handle, worker=worker, num_failed=num_failed)
+            except asyncio.CancelledError:
+                abandoned.add(worker, reference)
+                raise
             except RecordLost:
                 raise
             except (WorkerDied, WorkerSilent) as error:
@@ -80,6 +113,7 @@ class RayGeneration:
     def __init__(self, pool: WorkerPool, config: RunConfig) -> None:
         self._pool = pool
         self._config = config.generation
+        self._abandoned = _Abandoned(pool, config.cluster.heartbeat_timeout_s)
         self._totals = {"segments": 0, "tokens_kept": 0, "tokens_resampled": 0}
         self.target: WeightVersion | None = None
 
@@ -120,6 +154,7 @@ class RayGeneration:
         arguments = (ticket, prompt, sampling, partial)
         return await _try_workers(
             self._pool,
+            self._abandoned,
             lambda w: w.actor.generate.options(num_returns=2).remote(*arguments),
             f"generate({ticket.group_id})",
             self._config.request_timeout_s,
@@ -149,6 +184,15 @@ class RayGeneration:
             raise next(iter(refusals.values()))
         for worker, refusal in refusals.items():
             await self._pool.fail(worker, refusal)
+
+    async def begin_anew(self) -> None:
+        """The learner goes back, and will publish the version that workers shall run next, whatever
+        they run now. Nothing may be generated until then; a worker joins as before the first version.
+
+        Waits for: groups that were given up to be gone from the engines.
+        """
+        self.target = None
+        await self._abandoned.end()
 
     async def _ask(
         self, workers: Sequence[Worker], version: WeightVersion, ends: float
@@ -203,6 +247,7 @@ class RayScoring:
 
     def __init__(self, pool: WorkerPool, config: RunConfig) -> None:
         self._pool = pool
+        self._abandoned = _Abandoned(pool, config.cluster.heartbeat_timeout_s)
         self._config = config.scoring
         self._load_timeout_s = config.run.start_timeout_s
         self._keeper = (
@@ -232,6 +277,16 @@ class RayScoring:
             self._reference = target
             await asyncio.gather(*(self._load_or_fail(w, target) for w in self._pool.live))
 
+    async def begin_anew(self) -> None:
+        """The learner goes back: other weights will be published under numbers that were used.
+
+        Waits for: groups that were given up, then for every live worker to forget what it keeps by
+        number. One that fails is replaced.
+        """
+        await self._abandoned.end()
+        if self._config.exact_logprobs:
+            await asyncio.gather(*(self._forget_or_fail(w) for w in self._pool.live))
+
     async def join(self, worker: Worker) -> None:
         """Give a new worker the reference before it gets work.
 
@@ -249,6 +304,13 @@ class RayScoring:
         version = 0 if self._reference is None else self._reference.version
         return {"scoring/reference_version": float(version)}
 
+    async def _forget_or_fail(self, worker: Worker) -> None:
+        asked = worker.actor.forget_versions.remote()
+        try:
+            await answer(asked, self._config.request_timeout_s, f"{worker.name}.forget_versions")
+        except (WorkerError, StalledError) as error:
+            await self._pool.fail(worker, error)
+
     async def _load_or_fail(self, worker: Worker, reference: WeightVersion) -> None:
         try:
             await self._load(worker, reference)
@@ -265,6 +327,7 @@ class RayScoring:
     async def score(self, group: Handle) -> tuple[Handle, GroupSummary]:
         given = await _try_workers(
             self._pool,
+            self._abandoned,
             lambda w: w.actor.score.options(num_returns=2).remote(group),
             "score",
             self._config.request_timeout_s,

@@ -1,17 +1,18 @@
 """The experience buffer as an actor, and its client.
 
 The actor holds handles (object references), never arrays. Both waits of the client end with the
-buffer's own stall deadline, or with an error when the actor is gone.
+buffer's own stall deadline, or with `CoreLost` when the actor is gone.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from actors.calls import answer
+from actors.calls import core_answer
 from actors.metrics import RayMetrics
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.experience.buffer import (
@@ -84,6 +85,10 @@ class BufferActor:
         log.info("pipeline depth: %d", depth)
         await self._service.set_pipeline_depth(depth)
 
+    async def present(self, after_s: float) -> None:
+        """Answer after so many seconds: the process lives."""
+        await asyncio.sleep(after_s)
+
     async def stats(self) -> BufferStats:
         stats = await self._service.stats()
         self._metrics.record(buffer_metrics(stats))
@@ -137,4 +142,4 @@ class RayBuffer:
 
     async def _call(self, method: str, *arguments: Any) -> Any:
         ref = getattr(self._actor, method).remote(*arguments)
-        return await answer(ref, PATIENCE_S + REPLY_MARGIN_S, f"buffer.{method}")
+        return await core_answer(ref, PATIENCE_S + REPLY_MARGIN_S, f"buffer.{method}")

@@ -15,6 +15,7 @@ from actors.scoring import ScoringWorker
 from actors.transports import transport_of
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import RlhfError
+from rlhf_cluster.experience.recovery import store_of
 from rlhf_cluster.observe.logs import configure
 from rlhf_cluster.records import (
     ExperienceGroup,
@@ -96,7 +97,8 @@ class GenerationActor(GenerationWorker):
 class ScoringActor(ScoringWorker):
     def __init__(self, config: RunConfig, model_dir: str, name: str) -> None:
         configure("scoring", name, config.run_dir / "logs")
-        super().__init__(config, model_dir, name, transport_of(config).source())
+        source, store = transport_of(config).source(), store_of(config)
+        super().__init__(config, model_dir, name, source, store)
         self._metrics = RayMetrics("scoring", {"worker": name})
 
     def start(self) -> dict[str, float]:

@@ -4,8 +4,8 @@ Each rank runs its steps one after the other in one thread; writing a snapshot t
 a checkpoint, runs in others ("io"), beside the next step. Every rank gets every group of a step and
 takes its own part by the same plan, so no rank has to tell another what to train on.
 
-A rank that dies or hangs fails the whole step: the error names the rank, and the others are
-released by their collective deadline.
+A rank that dies or hangs fails the whole step with a `CoreLost` that names it. The others, which wait
+for it in a collective, are ended with it (`actors.core`).
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from typing import Any
 
 import ray
 
-from actors.calls import answer
+from actors.calls import core_answer, fetch_there
 from actors.transports import transport_of
 from rlhf_cluster.checkpoint.state import LearnerState
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.data.examples import SftExample
 from rlhf_cluster.data.tokenizer import load_tokenizer
 from rlhf_cluster.errors import WorkerError
+from rlhf_cluster.experience.recovery import store_of
+from rlhf_cluster.experience.store import collect
 from rlhf_cluster.observe.samples import write_samples
 from rlhf_cluster.ports import StepReport, Taken
 from rlhf_cluster.records import WeightVersion
@@ -38,7 +40,8 @@ from rlhf_cluster.weights.transport import Deadline
 log = logging.getLogger(__name__)
 
 IO_GROUP = "io"  # three threads: publishing, its cancelling, a checkpoint
-ACTOR_OPTIONS = {"concurrency_groups": {IO_GROUP: 3}}
+LIFE_GROUP = "life"
+ACTOR_OPTIONS = {"concurrency_groups": {IO_GROUP: 3, LIFE_GROUP: 1}}
 
 
 class LearnerActor:
@@ -84,8 +87,11 @@ class LearnerActor:
     def sft_step(self, examples: list[SftExample]) -> dict[str, float]:
         return self._rank.sft_step(examples)
 
-    def train_step(self, handles: list[list[Any]]) -> StepReport:
-        groups = ray.get([handle for [handle] in handles], timeout=60)
+    def train_step(self, handles: list[tuple[int, list[Any]]]) -> StepReport:
+        """`handles` are by ticket number, each in a list, so that Ray passes it on as it is. A group
+        whose object is gone is read from its file. Raises `StoreError` when that is gone too."""
+        wanted = [(number, handle) for number, [handle] in handles]
+        groups = collect(wanted, fetch_there, store_of(self._config))
         report = self._rank.train_step(groups)
         if self._number == 0:
             log.info(
@@ -149,6 +155,11 @@ class LearnerActor:
         self._rank.load_state(folder, state)
         log.info("goes on from %s", folder)
 
+    @ray.method(concurrency_group=LIFE_GROUP)
+    def present(self, after_s: float) -> None:
+        """Answer after so many seconds, whatever the other threads do: the process lives."""
+        time.sleep(after_s)
+
     def close(self) -> None:
         if self._rank is not None:
             self._rank.close()
@@ -168,7 +179,8 @@ class RayLearner:
 
     async def setup(self) -> list[dict[str, Any]]:
         timeout_s = self._config.run.start_timeout_s
-        where = await answer(self._actors[0].rendezvous.remote(), timeout_s, "learner-0.rendezvous")
+        asked = self._actors[0].rendezvous.remote()
+        where = await core_answer(asked, timeout_s, "learner-0.rendezvous")
         return await self._all("setup", timeout_s, where)
 
     async def sft_step(self, examples: list[SftExample]) -> dict[str, float]:
@@ -176,7 +188,7 @@ class RayLearner:
         return (await self._all("sft_step", self._config.learner.step_timeout_s, shared))[0]
 
     async def train_step(self, groups: Sequence[Taken]) -> StepReport:
-        handles = [taken.handle for taken in groups]
+        handles = [(taken.ticket.number, taken.handle) for taken in groups]
         reports = await self._all("train_step", self._config.learner.step_timeout_s, handles)
         return reports[0]
 
@@ -247,7 +259,7 @@ class RayLearner:
     async def _answers(self, refs: Sequence[Any], timeout_s: float, method: str) -> list[Any]:
         """Waits for: every rank. The first rank to fail is what the caller sees."""
         waits = [
-            asyncio.ensure_future(answer(ref, timeout_s, f"learner-{i}.{method}"))
+            asyncio.ensure_future(core_answer(ref, timeout_s, f"learner-{i}.{method}"))
             for i, ref in enumerate(refs)
         ]
         try:

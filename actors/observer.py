@@ -6,20 +6,25 @@ itself (samples) is written by the learner, so that no rollout passes through th
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 
 from actors.metrics import RayMetrics
 from actors.pool import WorkerPool
+from rlhf_cluster.checkpoint import continuing
+from rlhf_cluster.checkpoint.folder import Checkpoint
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import RlhfError
 from rlhf_cluster.experience.buffer import BufferStats, buffer_metrics
+from rlhf_cluster.observe import post_mortem
 from rlhf_cluster.observe.metrics import find
 from rlhf_cluster.observe.run_log import RunLog, read_metrics
 from rlhf_cluster.observe.snapshot import Event, Pool, Snapshot, State
@@ -52,6 +57,7 @@ class RunObserver:
         further: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         self._rundir, self._pools, self._sync, self._show = rundir, pools, sync, show
+        self._config = config
         self._clock, self._further = clock, further
         self._started_s = started_s
         self._num_steps, self._num_warmup_steps = config.run.steps, config.sft.steps
@@ -60,6 +66,7 @@ class RunObserver:
         self._rewards: deque[float] = deque(maxlen=10)
         self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
         self._buffer: BufferStats | None = None
+        self._num_recovered = 0
         self.first_step_s: float | None = None
         self.snapshot = Snapshot(
             run=config.run.name,
@@ -96,23 +103,71 @@ class RunObserver:
     def group_discarded(self, ticket: Ticket, error: RlhfError) -> None:
         self.event(f"group {ticket.group_id} discarded: {error}")
 
+    def group_recovered(self, ticket: Ticket) -> None:
+        self._num_recovered += 1
+        log.info("group %s was on disk", ticket.group_id)
+
     def event(self, text: str) -> None:
         """Something worth telling: a restart, a discard, a scaling."""
+        self._tell(text)
+
+    def _tell(self, text: str, **changes: Any) -> None:
         log.info(text)
         self._events.append(Event(time_s=self._clock(), text=text))
-        self._update()
+        self._update(**changes)
 
     def state(self, state: State, error: str | None = None) -> None:
         log.info("%s%s", state, f": {error}" if error else "")
         steps = {"step": 0, "num_steps": self._num_steps} if self.snapshot.state == "warmup" else {}
         self._update(state=state, error=error, **steps)
 
+    def post_mortem(self, error: BaseException) -> None:
+        """Leave what is known of the run that `error` ends. Raises nothing."""
+
+        def document() -> dict[str, Any]:
+            return post_mortem.describe(
+                time_s=self._clock(),
+                run=self.snapshot.run,
+                error=error,
+                status=json.loads(self.snapshot.to_json()),
+                services={
+                    **{pool.kind: {"last_errors": pool.last_errors} for pool in self._pools},
+                    "buffer": None if self._buffer is None else asdict(self._buffer),
+                },
+                logs=post_mortem.read_tails(self._rundir.logs),
+                stacks=post_mortem.own_stacks(),
+                config=self._config.model_dump(mode="json"),
+                packages=json.loads(self._rundir.environment.read_text())["packages"],
+                variables=os.environ,
+            )
+
+        post_mortem.write(self._rundir.path / post_mortem.NAME, document)
+
     def resumed(self, step: int) -> None:
         """The run goes on after `step` steps, which are in its record already."""
-        records = read_metrics(self._rundir.metrics)
-        self._rewards.extend(r["reward/mean"] for r in records if r.get("reward/mean") is not None)
+        self._read_rewards()
         self._update(step=step, checkpoint=step)
         self.event(f"continues from the checkpoint of step {step}")
+
+    def recovering(self, lost: RlhfError, restart: int, limit: int, step: int | None) -> None:
+        """Learner and buffer are lost: the run goes on from the checkpoint of `step`, or, where there
+        is none, from the beginning."""
+        where = "from the beginning" if step is None else f"from its checkpoint of step {step}"
+        text = f"{lost}: the run goes on {where}, restart {restart} of {limit}"
+        self._tell(text, state="recovering", restarts=restart)
+
+    def cut_back(self, checkpoint: Checkpoint | None) -> None:
+        """Take back what was told of the steps after `checkpoint`, or of all."""
+        continuing.cut_back(self._rundir, checkpoint)
+        self._log.reopen()
+        self._rewards.clear()
+        self._read_rewards()
+        step = None if checkpoint is None else checkpoint.state.step
+        self._update(step=step or 0, num_steps=self._num_steps, checkpoint=step)
+
+    def _read_rewards(self) -> None:
+        records = read_metrics(self._rundir.metrics)
+        self._rewards.extend(r["reward/mean"] for r in records if r.get("reward/mean") is not None)
 
     def checkpointed(self, step: int) -> None:
         """The run can be continued from `step`."""
@@ -151,6 +206,7 @@ class RunObserver:
             "weights/stored_bytes": float(sync.stored_bytes),
             "weights/publishes_skipped_total": float(sync.skipped),
             "weights/refused_total": float(sync.refused),
+            "buffer/recovered_total": float(self._num_recovered),
         }
         for pool in self._pools:
             values[f"pool/size/{pool.kind}"] = float(len(pool.live))

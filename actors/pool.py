@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from rlhf_cluster.errors import RlhfError, StalledError, WorkerError
+from rlhf_cluster.errors import PoolLost, RlhfError, StalledError
 
 log = logging.getLogger(__name__)
 
@@ -227,10 +227,11 @@ class WorkerPool:
                 self.num_restarts += 1
 
     async def _give_up(self) -> None:
-        self._failure = WorkerError(
+        self._failure = PoolLost(
             f"{self.kind}: {self.num_restarts} restarts, more than {self.limits.max_restarts}. "
             f"First cause: {self._first_cause}"
         )
+        self._failure.__cause__ = self._first_cause
         await self._notify()
 
     async def _check_one(self, worker: Worker) -> None:

@@ -86,6 +86,9 @@ class _RemoteDirectory:
     def find(self, version: int) -> Entry | None:
         return self._call(_CALL_TIMEOUT_S, "find", version)
 
+    def clear(self) -> None:
+        self._call(_CALL_TIMEOUT_S, "clear")
+
     def sizes(self) -> dict[int, int]:
         return self._call(_CALL_TIMEOUT_S, "sizes")
 
@@ -171,6 +174,11 @@ class RayTransport:
             yield
         finally:
             ray.kill(actor)
+
+    def begin_anew(self) -> None:
+        """Objects die with the rank that put them: what a lost learner published is in files or
+        nowhere. Raises `WeightError`."""
+        self._directory.clear()
 
     def sizes(self) -> dict[int, int]:
         """Bytes of the objects of each version that is kept."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import WorkerError
+from rlhf_cluster.experience.store import ExperienceStore
 from rlhf_cluster.records import ExperienceGroup, GroupSummary, RolloutGroup, WeightVersion
 from rlhf_cluster.scoring.scorer import Scorer
 from rlhf_cluster.weights.transport import ShardSource
@@ -21,14 +22,22 @@ class ScoringWorker:
     """Call `start` first; `close` when done."""
 
     def __init__(
-        self, config: RunConfig, model_dir: str, name: str, source: ShardSource | None = None
+        self,
+        config: RunConfig,
+        model_dir: str,
+        name: str,
+        source: ShardSource | None = None,
+        store: ExperienceStore | None = None,
     ) -> None:
-        """`source` is where the policy's versions are read from; default: their files."""
+        """`source` is where the policy's versions are read from; default: their files. `store`
+        gets every scored group but held-out ones."""
         self._config = config
         self._source = source
         self._model_dir = model_dir
         self._name = name
         self._scorer: Scorer | None = None
+        self._store = store
+        self._reference_version = -1
         self._num_in_flight = 0
         self._counting = threading.Lock()  # held for an addition only
 
@@ -42,18 +51,26 @@ class ScoringWorker:
 
     def load_reference(self, version: WeightVersion) -> None:
         """Raises `WeightError`, `StalledError`, and `WorkerError` as `Scorer.load_reference`."""
+        self._reference_version = version.version  # groups under way may have it or the one before
         self._running_scorer().load_reference(version)
 
-    def score(self, group: RolloutGroup) -> tuple[GroupSummary, ExperienceGroup]:
-        """Score one group. Held-out groups get rewards only: nothing is trained on them.
+    def forget_versions(self) -> None:
+        """Other weights than before will have the numbers of the policy's versions."""
+        self._running_scorer().forget_versions()
 
-        Raises `ScoringError`, `StalledError`, `WeightError`, and `WorkerError` when the worker is
-        not running.
+    def score(self, group: RolloutGroup) -> tuple[GroupSummary, ExperienceGroup]:
+        """Score one group and store it. Held-out groups get rewards only: nothing is trained on them.
+
+        Raises `ScoringError`, `StalledError`, `WeightError`, `StoreError`, and `WorkerError` when the
+        worker is not running.
         """
         scorer = self._running_scorer()
         self._add_in_flight(1)
         try:
-            experience = scorer.score(group, with_logprobs=group.ticket.purpose == "train")
+            is_trained = group.ticket.purpose == "train"
+            experience = scorer.score(group, with_logprobs=is_trained)
+            if self._store is not None and is_trained:
+                self._store.write(experience, self._reference_version)
         finally:
             self._add_in_flight(-1)
         return experience.summary(), experience

@@ -1,6 +1,6 @@
-"""Starting the services of a run: which class runs where, with which options.
+"""Starting the pools and the control actor of a run: which class runs where, with which options.
 
-Every `start_*` returns when its service can work, or raises within `run.start_timeout_s`.
+Learner and buffer are in `actors.core`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,12 @@ import ray
 from actors.calls import answer
 from actors.clients import RayGeneration, RayScoring, check_health
 from actors.control import NAMESPACE, ControlActor, actor_name
-from actors.experience import BufferActor, RayBuffer
 from actors.instrumented import HEALTH_GROUP, GenerationActor, ScoringActor
 from actors.launch import place, preflight, spawn, take_down
-from actors.learner import ACTOR_OPTIONS, LearnerActor, RayLearner
 from actors.pool import PoolLimits, Worker, WorkerPool
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import RunError
-from rlhf_cluster.experience.buffer import BufferState
-from rlhf_cluster.planning.placement import BUFFER_CPUS, Bundle, pool_bundle
+from rlhf_cluster.planning.placement import Bundle, pool_bundle
 
 GENERATION_CONCURRENCY = 1000
 SCORING_THREADS = 8
@@ -84,45 +81,6 @@ def start_control(config: RunConfig, patience_s: float = 0.0) -> Any:
                 f"run {config.run.name!r} is already alive on this cluster (actor {name}). Stop it, "
                 "or choose another run.name"
             ) from error
-
-
-async def start_buffer(
-    launcher: Launcher, started: list[tuple[Any, Any]], state: BufferState | None
-) -> RayBuffer:
-    """`state` is that of a checkpoint. What was started is added to `started`."""
-    bundle = Bundle(owner="buffer", cpus=BUFFER_CPUS, gpus=0.0)
-    actor, group = await launcher.actor(BufferActor, [launcher.config, state], bundle)
-    started.append((actor, group))
-    await answer(actor.stats.remote(), launcher.config.run.start_timeout_s, "buffer.stats")
-    return RayBuffer(actor)
-
-
-async def start_learner(launcher: Launcher, started: list[tuple[Any, Any]]) -> RayLearner:
-    """All ranks in one placement group, a bundle each. What was started is added to `started`."""
-    config = launcher.config
-    section = config.learner
-    bundles = [
-        Bundle(owner=f"learner-{i}", cpus=section.num_cpus, gpus=section.num_gpus)
-        for i in range(section.ranks)
-    ]
-    name = launcher.placement_name("learner")
-    group = await place(bundles, name, config.cluster.placement_timeout_s)
-    actors = []
-    for rank, bundle in enumerate(bundles):
-        actor = spawn(
-            LearnerActor,
-            [config, launcher.model_dir, rank],
-            bundle=bundle,
-            group=group,
-            index=rank,
-            environment={},
-            options=ACTOR_OPTIONS,
-        )
-        actors.append(actor)
-        started.append((actor, group))
-    learner = RayLearner(actors, config)
-    await learner.setup()
-    return learner
 
 
 def generation_pool(launcher: Launcher) -> tuple[WorkerPool, RayGeneration]:

@@ -1,4 +1,4 @@
-"""Watching over a run: worker health, wishes to scale, and the buffer's numbers.
+"""Watching over a run: worker health, and wishes to scale; and over the buffer's numbers.
 
 Each loop ends by cancellation; a pool that used up its restarts ends the run with its first cause.
 """
@@ -6,7 +6,7 @@ Each loop ends by cancellation; a pool that used up its restarts ends the run wi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any
@@ -26,22 +26,20 @@ class Supervisor:
         self,
         control: Any,
         pools: Sequence[WorkerPool],
-        buffer: RayBuffer,
         observer: RunObserver,
     ) -> None:
         self._control = control
         self._pools = {pool.kind: pool for pool in pools}
-        self._buffer = buffer
         self._observer = observer
 
     @asynccontextmanager
-    async def watching(self) -> AsyncIterator[None]:
-        """Watch while the block runs. A failure of a watch loop cancels the block and is raised."""
+    async def watching(self, started: asyncio.Future[None]) -> AsyncIterator[None]:
+        """Watch while the block runs, from when the pools have `started`. A failure of a watch loop,
+        or of the start, cancels the block and is raised."""
+        loops = [*(pool.supervise() for pool in self._pools.values()), self._serve_control()]
         try:
-            async with asyncio.TaskGroup() as loops:
-                tasks = [loops.create_task(pool.supervise()) for pool in self._pools.values()]
-                tasks.append(loops.create_task(self._serve_control()))
-                tasks.append(loops.create_task(self._look_at_buffer()))
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(_after(started, loop)) for loop in loops]
                 yield
                 for task in tasks:
                     task.cancel()
@@ -72,8 +70,17 @@ class Supervisor:
             self._observer.event(f"scale {kind} to {size}: {results[kind]}")
         await answer(self._control.answer.remote(number, results), CALL_TIMEOUT_S, "control.answer")
 
-    async def _look_at_buffer(self) -> None:
-        """Waits for: the next look. Ends by cancellation, or with the error of a buffer that died."""
-        while True:
-            self._observer.buffer(await self._buffer.stats())
-            await asyncio.sleep(LOOK_EVERY_S)
+
+async def look_at_buffer(buffer: RayBuffer, observer: RunObserver) -> None:
+    """Waits for: the next look. Ends by cancellation, or with the loss of the buffer."""
+    while True:
+        observer.buffer(await buffer.stats())
+        await asyncio.sleep(LOOK_EVERY_S)
+
+
+async def _after(started: asyncio.Future[None], loop: Coroutine[Any, Any, None]) -> None:
+    try:
+        await asyncio.shield(started)
+        await loop
+    finally:
+        loop.close()

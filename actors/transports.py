@@ -1,6 +1,6 @@
 """The transports of weights by name: what `weights.transport` chooses from.
 
-A transport is a class with the four methods of `Transport` and an entry in `TRANSPORTS`; what its
+A transport is a class with the methods of `Transport` and an entry in `TRANSPORTS`; what its
 sinks and sources promise is in `rlhf_cluster.weights.transport`. A learner rank calls `write`, rank 0
 `commit`, every reader reads from `source()`, and the driver holds the run inside `serving`.
 """
@@ -44,6 +44,11 @@ class Transport(Protocol):
         """Where a process of the run reads versions. None: at their paths."""
         ...
 
+    def begin_anew(self) -> None:
+        """The learner that published is gone, and its successor publishes from an earlier version on;
+        the versions in files are rewound already. Raises `WeightError`."""
+        ...
+
     def serving(self) -> AbstractAsyncContextManager[None]:
         """What the transport needs in the cluster is there inside the block."""
         ...
@@ -77,6 +82,9 @@ class FileTransport:
         )
 
     def source(self) -> None:
+        return None
+
+    def begin_anew(self) -> None:
         return None
 
     def serving(self) -> AbstractAsyncContextManager[None]:

@@ -12,7 +12,8 @@ Promises:
 - an update keeps all requests, and their caches as `generation.cache_on_update` says: "recompute"
   computes them again with the new weights, so that every later token depends on one version only;
   with "salt" and "keep" a running request goes on from what the old weights computed, and with
-  "salt" no request starts from it (`actors.vllm_requests`);
+  "salt" no request starts from it (`actors.vllm_requests`); a version that is not newer, as after
+  the loss of a learner, drops all caches: they may stand under its number with other weights;
 - a request that vLLM refuses fails alone; an exception in a step or while weights are replaced
   ends the engine: every waiting call raises `WorkerError`, and so do `check` and later calls.
 
@@ -102,6 +103,7 @@ class VllmEngine(Engine):
         # The stepping thread's own.
         self._closing = False
         self._num_steps = 0
+        self._version = INITIAL_VERSION
 
     async def start(self) -> None:
         """Import vLLM and load the model. Raises `WorkerError`, `ConfigError`, `StalledError`."""
@@ -264,10 +266,11 @@ class VllmEngine(Engine):
             self._rpc("start_draft_weight_update" if draft else "start_weight_update")
             self._rpc("update_weights", {"update_info": {"version": version, "draft": draft}})
             self._rpc("finish_weight_update")
-        if self._recompute:
+        if self._recompute or version <= self._version:
             self._llm.reset_prefix_cache(reset_running_requests=True)
         self._llm.set_weight_version(str(version))
         self._requests.follow(version)
+        self._version = version
         return time.perf_counter() - started
 
     def _rpc(self, method: str, kwargs: dict[str, Any] | None = None) -> list[Any]:

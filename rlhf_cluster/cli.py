@@ -203,6 +203,45 @@ def logs(
 
 
 @app.command()
+def inspect(
+    run_: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run directory, or a name below ./runs.")
+    ],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", metavar="ID", help="Only groups of this prompt.")
+    ] = None,
+    version: Annotated[
+        int | None, typer.Option("--version", metavar="V", help="With tokens of this version.")
+    ] = None,
+    min_reward: Annotated[
+        float | None, typer.Option("--min-reward", metavar="X", help="Mean reward at least this.")
+    ] = None,
+    max_reward: Annotated[
+        float | None, typer.Option("--max-reward", metavar="X", help="Mean reward at most this.")
+    ] = None,
+    step: Annotated[
+        int | None, typer.Option("--step", metavar="N", help="Trained at this step.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", min=1, help="Only the first N groups.")
+    ] = None,
+) -> None:
+    """List a run's groups: those on disk, verified, and its samples. Damaged files end in an error."""
+    from rlhf_cluster.errors import StoreError
+    from rlhf_cluster.observe.inspecting import Wanted, list_groups, table
+    from rlhf_cluster.rundir import find_run
+
+    wanted = Wanted(
+        prompt=prompt, version=version, min_reward=min_reward, max_reward=max_reward, step=step
+    )
+    listing = list_groups(find_run(run_).path, wanted, limit)
+    for line in table(listing.rows):
+        typer.echo(line)
+    if listing.damaged:
+        raise StoreError("\n".join(["damaged files:", *listing.damaged]))
+
+
+@app.command()
 def stop(run_: RunArgument, address: AddressOption = None) -> None:
     """End a run, keeping what it has written."""
     if address is not None:
@@ -266,12 +305,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("RLHF_DEBUG") == "1":
             traceback.print_exc()
-        typer.echo(f"error: {_explain(error)}", err=True)
+        typer.echo(f"error: {explain(error)}", err=True)
         return 1
     return 0
 
 
-def _explain(error: Exception) -> str:
+def explain(error: Exception) -> str:
+    """What the user reads of an error: its message, then its notes, a line each."""
+    return "\n".join([_message(error), *getattr(error, "__notes__", [])])
+
+
+def _message(error: Exception) -> str:
     if isinstance(error, RlhfError):
         return str(error)
     where = "" if os.environ.get("RLHF_DEBUG") == "1" else " (RLHF_DEBUG=1 shows where)"

@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,13 @@ PACKAGES = (
     "deepspeed",
     "flash-attn",
 )
-SECRET = re.compile(r"(^|[._-])(token|secret|password|passwd|credentials?|api[_-]?key)$", re.I)
+SECRET = re.compile(
+    r"(^|[._-])(token|secret|password|passwd|credentials?|((api|access|account|private|secret)[_-]?)?key)$",
+    re.I,
+)
 HIDDEN = "(hidden)"
+_USER = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/@\"']+@", re.I)
+_QUERY = re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s?\"']*)\?[^\s\"']+", re.I)
 GIT_TIMEOUT_S = 10.0
 
 
@@ -52,17 +57,27 @@ def git_commit(folder: Path) -> dict[str, Any] | None:
 
 
 def without_secrets(value: Any, key: str = "") -> Any:
-    """`value` with whatever stands under a secret's key replaced by "(hidden)"."""
-    if isinstance(value, dict):
+    """`value` with whatever stands under a secret's key replaced by "(hidden)", and so are the
+    credentials of URLs."""
+    if isinstance(value, Mapping):
         return {k: without_secrets(v, str(k)) for k, v in value.items()}
     if isinstance(value, list):
         return [without_secrets(v, key) for v in value]
-    return HIDDEN if SECRET.search(key) and value is not None else value
+    if SECRET.search(key) and value is not None:
+        return HIDDEN
+    return without_credentials(value) if isinstance(value, str) else value
+
+
+def without_credentials(text: str) -> str:
+    """`text` with user, password and query of every URL in it replaced by "(hidden)"."""
+    text = _USER.sub(rf"\1{HIDDEN}@", text)
+    return _QUERY.sub(rf"\1?{HIDDEN}", text)
 
 
 def _argument_without_secret(argument: str) -> str:
     key, equals, _ = argument.partition("=")
-    return f"{key}={HIDDEN}" if equals and SECRET.search(key.strip()) else argument
+    hidden = equals and SECRET.search(key.strip())
+    return f"{key}={HIDDEN}" if hidden else without_credentials(argument)
 
 
 def _version(package: str) -> str | None:

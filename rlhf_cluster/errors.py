@@ -42,8 +42,20 @@ class CheckpointError(RlhfError, RuntimeError):
     """A checkpoint that cannot be written, or is not whole, or does not fit the run."""
 
 
+class StoreError(RlhfError, RuntimeError):
+    """A finished group that cannot be written to disk, or is missing or damaged there."""
+
+
 class WorkerError(RlhfError, RuntimeError):
     """A worker died, hung, or answered with an error."""
+
+
+class PoolLost(WorkerError):
+    """A pool has used up its restarts: nobody is left to do its work."""
+
+
+class CoreLost(WorkerError):
+    """A learner rank or the buffer is gone: a run can go on from a checkpoint (`restarts`)."""
 
 
 class ScoringError(RlhfError, RuntimeError):

@@ -25,12 +25,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from rlhf_cluster.errors import RlhfError, ScoringError, WorkerError, first_failure
+from rlhf_cluster.errors import PoolLost, RlhfError, ScoringError, WorkerError, first_failure
 from rlhf_cluster.experience.adaptive import DepthController
 from rlhf_cluster.ports import (
     BufferPort,
     GenerationPort,
+    Handle,
     LearnerPort,
+    RecoveryPort,
     ScoringPort,
     StepReport,
     Taken,
@@ -64,6 +66,8 @@ class ObserverPort(Protocol):
 
     def group_discarded(self, ticket: Ticket, error: RlhfError) -> None: ...
 
+    def group_recovered(self, ticket: Ticket) -> None: ...
+
     def event(self, text: str) -> None: ...
 
 
@@ -80,7 +84,8 @@ class Pipeline:
     """The services of one run and the few numbers that the loops need.
 
     A run that goes on from a checkpoint begins with `first_step` steps done and the groups of `open`
-    under way again. Ticket n gets the prompt at place `first_prompt` + n of the stream, always.
+    under way again; one that `recovery` has is finished at once. Ticket n gets the prompt at place
+    `first_prompt` + n of the stream, always.
     """
 
     generation: GenerationPort
@@ -98,6 +103,7 @@ class Pipeline:
     trains_on: Callable[[Sequence[float]], bool] = lambda rewards: True
     depth: DepthController | None = None  # None: the depth stays as it is
     checkpoints: CheckpointsPort | None = None
+    recovery: RecoveryPort | None = None  # None: no group is on disk
     first_step: int = 0
     first_prompt: int = 0
     open: Sequence[Ticket] = ()
@@ -152,11 +158,13 @@ class Pipeline:
 
     async def produce(self, ticket: Ticket, prompt: Prompt) -> None:
         """One group from ticket to buffer. A failure that outlived its retries is a discard, and so
-        is a group that the algorithm does not train on; another one is admitted in its place."""
+        is a group that the algorithm does not train on; another one is admitted in its place. Without a
+        pool the run ends."""
         try:
-            with self._under_way():
-                rollouts = await self.generation.generate(ticket, prompt, self.sampling)
-            handle, summary = await self.scoring.score(rollouts)
+            found = await self._recovered(ticket, prompt)
+            handle, summary = found or await self._generated(ticket, prompt)
+        except PoolLost:
+            raise
         except (WorkerError, ScoringError) as error:
             self.observer.group_discarded(ticket, error)
             await self.buffer.discard(ticket, type(error).__name__)
@@ -167,6 +175,21 @@ class Pipeline:
             else:
                 await self.buffer.discard(ticket, NO_SIGNAL)
             self._count_outcome(failed=False)
+
+    async def _recovered(
+        self, ticket: Ticket, prompt: Prompt
+    ) -> tuple[Handle, GroupSummary] | None:
+        if self.recovery is None:
+            return None
+        found = await asyncio.to_thread(self.recovery.recover, ticket, prompt)
+        if found is not None:
+            self.observer.group_recovered(ticket)
+        return found
+
+    async def _generated(self, ticket: Ticket, prompt: Prompt) -> tuple[Handle, GroupSummary]:
+        with self._under_way():
+            rollouts = await self.generation.generate(ticket, prompt, self.sampling)
+        return await self.scoring.score(rollouts)
 
     async def learner_loop(self) -> int:
         """Consumes batches, produces weights and checkpoints; returns the steps done.
@@ -193,6 +216,9 @@ class Pipeline:
             )
             self.observer.step(self._with_depth(report), taken, times)
             await self._adapt_depth(report, times)
+            if self.recovery is not None:
+                numbers = [group.ticket.number for group in taken]
+                await asyncio.to_thread(self.recovery.trained, report.step, numbers)
             if self.checkpoints is not None:
                 await self.checkpoints.after_step(report.step)
         return self.num_steps

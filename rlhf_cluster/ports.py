@@ -1,7 +1,8 @@
 """What the pipeline asks of each service. `actors` implements these over Ray, tests with fakes.
 
 A `Handle` stands for a record that the control plane passes on without looking inside: a Ray
-object reference in a cluster, the record itself in one process.
+object reference in a cluster, the record itself in one process; a `StoredGroup`
+(`experience.store`) for a scored group that is on disk.
 
 Every method has a deadline of its own inside the implementation and raises an `RlhfError` that
 names what is missing; none waits for ever.
@@ -97,6 +98,18 @@ class BufferPort(Protocol):
 
     async def version_live(self, version: int) -> None:
         """Every generation worker now samples with `version` or a later one."""
+        ...
+
+
+class RecoveryPort(Protocol):
+    """Finished groups on disk. Both methods block on the file system and are called in a thread."""
+
+    def recover(self, ticket: Ticket, prompt: Prompt) -> tuple[Handle, GroupSummary] | None:
+        """The finished group of `ticket`, where an earlier attempt left one that can be used."""
+        ...
+
+    def trained(self, step: int, numbers: Sequence[int]) -> None:
+        """The groups of these ticket numbers were trained at `step`. Raises `StoreError`."""
         ...
 
 

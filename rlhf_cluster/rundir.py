@@ -6,7 +6,8 @@
                    status.json       where the run stands, replaced as a whole
                    metrics.jsonl     one object a step
                    summary.json      the result, when the run is over
-                   samples/ logs/ model/ weights/ reference/ checkpoints/ final/ curve.png
+                   post_mortem.json  what is known of the end, when the run failed
+                   samples/ logs/ model/ weights/ reference/ checkpoints/ experience/ final/ curve.png
 
 A weights folder outside of it (`weights.root`) carries the same marker and is held as well.
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from rlhf_cluster.checkpoint import folder
 from rlhf_cluster.checkpoint.state import LearnerState, RunState
 from rlhf_cluster.experience.adaptive import DepthState
 from rlhf_cluster.experience.buffer import BufferState
 from rlhf_cluster.records import Ticket
+from rlhf_cluster.weights import store
+from rlhf_cluster.weights.manifest import LocalPart
 
 
-def make_state(step: int) -> RunState:
+def make_state(step: int, score: float | None = None) -> RunState:
     return RunState(
         step=step,
         learner=LearnerState(
@@ -34,13 +38,37 @@ def make_state(step: int) -> RunState:
         reward_before=0.1 + 0.2,
         config_digest="d",
         packages={"torch": "2.0", "vllm": None},
+        score=score,
     )
 
 
-def write(root: Path, step: int) -> Path:
+def write(root: Path, step: int, score: float | None = None) -> Path:
     partial = folder.begin(root, step, 8)
     version = partial / "learner" / f"v{step:06d}"
     version.mkdir(parents=True)
     (version / "manifest.json").write_text(f'{{"step": {step}}}')
     (version / "shard-00000.safetensors").write_bytes(bytes([step]) * (1 << 21))
-    return folder.complete(partial, make_state(step)).folder
+    return folder.complete(partial, make_state(step, score)).folder
+
+
+def write_whole(root: Path, step: int, num_ranks: int = 2, score: float | None = None) -> Path:
+    """A checkpoint whose tensors can be read, in a few kilobytes."""
+    partial = folder.begin(root, step, 8)
+    generator = torch.Generator().manual_seed(step)
+    values = torch.randn(60, generator=generator)
+    tensors = {
+        "policy/weight/a": values[:40].view(8, 5),
+        "policy/exp_avg/a": values[:40].view(8, 5) ** 2,
+        "policy/step/a": values[:1],
+        "policy/weight/b": values[40:],
+    }
+    reports = []
+    for rank in range(num_ranks):
+        parts = []
+        for name, tensor in tensors.items():
+            a, b = (tensor.numel() * r // num_ranks for r in (rank, rank + 1))
+            piece = tensor.reshape(-1)[a:b].clone()
+            parts.append(LocalPart(name=name, shape=tuple(tensor.shape), offset=a, tensor=piece))
+        reports.append(store.write_shard(partial / folder.LEARNER, step, rank, parts))
+    store.commit(partial / folder.LEARNER, step, reports, keep=1)
+    return folder.complete(partial, make_state(step, score)).folder

@@ -5,12 +5,14 @@ call.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 _STEPS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
 _DIED = 77
+_DEADLINE_S = 60
 
 
 def in_a_child(work: Callable[[], object], hook: Callable[[str, tuple[object, ...]], None]) -> int:
@@ -18,6 +20,7 @@ def in_a_child(work: Callable[[], object], hook: Callable[[str, tuple[object, ..
     child = os.fork()
     if child == 0:
         status = 1
+        signal.alarm(_DEADLINE_S)
         try:
             sys.addaudithook(hook)
             work()

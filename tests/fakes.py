@@ -172,6 +172,7 @@ class FakePrompts:
 class FakeObserver:
     steps: list[StepReport] = field(default_factory=list)
     discarded: list[tuple[str, str]] = field(default_factory=list)
+    recovered: list[int] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
 
     def step(self, report: StepReport, taken: Sequence[Taken], times: object) -> None:
@@ -179,6 +180,9 @@ class FakeObserver:
 
     def group_discarded(self, ticket: Ticket, error: RlhfError) -> None:
         self.discarded.append((ticket.group_id, str(error)))
+
+    def group_recovered(self, ticket: Ticket) -> None:
+        self.recovered.append(ticket.number)
 
     def event(self, text: str) -> None:
         self.events.append(text)

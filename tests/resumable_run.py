@@ -2,7 +2,8 @@
 
 `attempt` is one process of a run: it goes on from what is on disk and on nothing else. It dies at
 its `kill_at`-th event, an event being the start or the end of any call to a service; after that every
-call fails, as in a process that is gone.
+call fails, as in a process that is gone. Scored groups are stored; the objects of some are lost
+before the learner gets them.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from rlhf_cluster.checkpoint.saving import Checkpoints
 from rlhf_cluster.checkpoint.state import LearnerState, RunState
 from rlhf_cluster.errors import ScoringError
 from rlhf_cluster.experience.buffer import ExperienceBuffer
+from rlhf_cluster.experience.recovery import Recovery
 from rlhf_cluster.experience.service import Answer, BufferService
 from rlhf_cluster.experience.staleness import AdmissionGate
+from rlhf_cluster.experience.store import ExperienceStore, collect
 from rlhf_cluster.pipeline import Pipeline
 from rlhf_cluster.ports import StepReport, Taken
-from rlhf_cluster.records import Sampling
+from rlhf_cluster.records import ExperienceGroup, GroupSummary, RolloutGroup, Sampling
 from rlhf_cluster.weights.sync import WeightSync
 from tests.fakes import FakeGeneration, FakeLearner, FakeObserver, FakePrompts, FakeScoring
 
@@ -85,21 +88,18 @@ class LedgerLearner(FakeLearner):
     """Its weights are the list of what it was trained on: (step, ticket, prompt, staleness)."""
 
     ledger: list[list[Any]] = field(default_factory=list)
+    store: ExperienceStore | None = None
     copied: str = ""
     before_step: Callable[[], Awaitable[None]] | None = None
 
     async def train_step(self, groups: Sequence[Taken]) -> StepReport:
         if self.before_step is not None:
             await self.before_step()
-        self.ledger += [
-            [
-                self.version,
-                g.ticket.number,
-                g.handle.prompt.prompt_id,
-                self.version - g.summary.oldest_version,
-            ]
-            for g in groups
-        ]
+        wanted = [(g.ticket.number, g.handle) for g in groups]
+        for group in collect(wanted, _fetch, self.store):
+            oldest = group.summary().oldest_version
+            row = [self.version, group.ticket.number, group.prompt.prompt_id, self.version - oldest]
+            self.ledger.append(row)
         return await super().train_step(groups)
 
     async def copy_state(self) -> LearnerState:
@@ -114,9 +114,33 @@ class LedgerLearner(FakeLearner):
         (folder / "ledger.json").write_text(self.copied)
 
 
+def _fetch(handles: Sequence[ExperienceGroup]) -> list[ExperienceGroup | None]:
+    return [None if handle.ticket.number % 3 == 1 else handle for handle in handles]
+
+
+@dataclass
+class StoringScoring(FakeScoring):
+    """`written` has oldest and newest version of every group that is on disk, or was."""
+
+    store: ExperienceStore | None = None
+    written: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    async def score(self, group: RolloutGroup) -> tuple[ExperienceGroup, GroupSummary]:
+        experience, summary = await super().score(group)
+        assert self.store is not None
+        self.store.write(experience)
+        versions = [int(v) for r in group.rollouts for v in r.versions]
+        self.written[group.ticket.number] = (min(versions), max(versions))
+        return experience, summary
+
+
 @dataclass(kw_only=True)
 class Attempt:
-    """One process of the run in `root`, with `gate` and a checkpoint every `every` steps."""
+    """One process of the run in `root`, with `gate` and a checkpoint every `every` steps.
+
+    Of the groups that `discarded` names, those with an odd number fail, and the algorithm has no use
+    for the others. `written` is shared by the attempts of one run.
+    """
 
     root: Path
     gate: AdmissionGate
@@ -124,10 +148,12 @@ class Attempt:
     discarded: Callable[[int], bool] = lambda number: False
     kill_at: int | None = None
     slow_steps: bool = True  # a step takes as long as writing a checkpoint
+    written: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.fuse = Fuse(self.kill_at)
-        self.learner, self.observer = LedgerLearner(), FakeObserver()
+        self.store = ExperienceStore(self.root / "experience")
+        self.learner, self.observer = LedgerLearner(store=self.store), FakeObserver()
         self.checkpoints: Checkpoints | None = None
         self.checkpoint = newest(self.root).checkpoint
         state = self.checkpoint.state if self.checkpoint else None
@@ -137,11 +163,31 @@ class Attempt:
             self.learner.ledger, self.learner.version = json.loads(text), state.step
             buffer = ExperienceBuffer.resume(self.gate, state.buffer)
         self.state = state
+        step = state.step if state else None
+        self.recovery = Recovery(
+            self.store,
+            self.root,
+            every=self.every,
+            span=self.gate.bound + 3,
+            look_ahead=self.gate.look_ahead,
+            keep_steps=0,
+            step=step,
+            tell=self.observer.event,
+        )
+        self.recovery.rewind()
+        rewound = -1 if step is None else step
+        for number in [n for n, (_, last) in self.written.items() if last > rewound]:
+            del self.written[number]
+        self.stored_before = dict(self.written)
         self.buffer = LocalBuffer(buffer, 30.0, 0.05, time.monotonic)
 
     async def build(self) -> Pipeline:
         learner, buffer = Fused(self.learner, self.fuse), Fused(self.buffer, self.fuse)
-        generation = Fused(FakeGeneration(), self.fuse)
+        self.generation = FakeGeneration()
+        generation = Fused(self.generation, self.fuse)
+        self.scoring = StoringScoring(
+            fail=self._fail, rewards=self._rewards, store=self.store, written=self.written
+        )
         self.sync = WeightSync(learner, generation, buffer, 1, time.monotonic)
         first_step = self.state.step if self.state else 0
         await self.sync.publish_last(first_step, 5)
@@ -161,7 +207,7 @@ class Attempt:
             self.learner.before_step = self.checkpoints.drain
         return Pipeline(
             generation=generation,
-            scoring=Fused(FakeScoring(fail=self._fail), self.fuse),
+            scoring=Fused(self.scoring, self.fuse),
             buffer=buffer,
             learner=learner,
             sync=self.sync,
@@ -172,7 +218,9 @@ class Attempt:
             groups_per_step=self.gate.groups_per_step,
             max_error_rate=1.0,
             live_timeout_s=5,
+            trains_on=lambda rewards: rewards[0] > 0,
             checkpoints=self.checkpoints,
+            recovery=self.recovery,
             first_step=first_step,
             first_prompt=self.state.first_prompt if self.state else FIRST_PROMPT,
             open=self.state.buffer.open if self.state else (),
@@ -209,4 +257,9 @@ class Attempt:
 
     def _fail(self, group: Any) -> ScoringError | None:
         number = group.ticket.number
-        return ScoringError(f"group {number} fails") if self.discarded(number) else None
+        fails = self.discarded(number) and number % 2
+        return ScoringError(f"group {number} fails") if fails else None
+
+    def _rewards(self, group: RolloutGroup) -> list[float]:
+        useless = self.discarded(group.ticket.number)
+        return [0.0 if useless else 1.0] * len(group.rollouts)

@@ -3,6 +3,7 @@
 import sys
 
 from actors.cluster import run_config
+from rlhf_cluster.cli import explain
 from rlhf_cluster.config import load_run
 from rlhf_cluster.errors import RlhfError
 
@@ -12,7 +13,7 @@ def main() -> int:
     try:
         summary = run_config(load_run(path), sys.argv[1:], False, engine_factory=engine)
     except RlhfError as error:
-        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"error: {type(error).__name__}: {explain(error)}", file=sys.stderr)
         return 1
     print(summary)
     return 0

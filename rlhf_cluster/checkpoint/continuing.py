@@ -2,12 +2,15 @@
 
     finished, same configuration       nothing to do
     a complete checkpoint              go on from the last one
+    none that is whole, and a copy     fetch the copy, go on from it
     none yet                           start from the beginning
     another configuration              refused with the differences, unless they are accepted
 
 Promises: a run is started from the beginning only when it cannot have had a checkpoint: one whose
 checkpoints are all damaged, or were turned off, is refused, and nothing of it is deleted; what is later
-than the checkpoint is cut from the run's record, so that every step is in it once.
+than the checkpoint is cut from the run's record, so that every step is in it once. A checkpoint is gone
+on from only after every tensor of it was read and verified (`whole`); one that is damaged is named, and
+the one before it is taken.
 """
 
 from __future__ import annotations
@@ -15,19 +18,22 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel
 from xxhash import xxh3_128_hexdigest
 
-from rlhf_cluster.checkpoint import folder
-from rlhf_cluster.checkpoint.folder import Checkpoint
+from rlhf_cluster.checkpoint import copies, folder
+from rlhf_cluster.checkpoint.folder import Checkpoint, Found
 from rlhf_cluster.environment import without_secrets
 from rlhf_cluster.errors import RunError
 from rlhf_cluster.observe.run_log import cut_metrics, read_metrics
 from rlhf_cluster.rundir import RunDir
 from rlhf_cluster.weights import store
+from rlhf_cluster.weights.files import version_dir
+from rlhf_cluster.weights.verifying import verify
 
 if TYPE_CHECKING:
     from rlhf_cluster.config import RunConfig
@@ -53,15 +59,70 @@ class Continuation:
     notes: list[str]
 
 
-def look(run: RunDir, config: RunConfig, accept_changes: bool) -> Continuation:
-    """What the same command does with `run`. Changes nothing. Raises `RunError`."""
+def whole(run: RunDir) -> Found:
+    """The newest checkpoint of which every tensor is as it was written, the stored reference that it
+    needs included, and what is wrong with newer ones. Reads all of it; changes nothing."""
+
+    def verified(checkpoint: Checkpoint) -> None:
+        folder.verify_tensors(checkpoint)
+        if (reference := checkpoint.state.reference) is not None:
+            verify(version_dir(run.reference, reference))
+
+    return folder.newest(run.checkpoints, also=verified)
+
+
+def whole_or_copy(run: RunDir, config: RunConfig) -> Found:
+    """`whole`; where nothing is, the newest whole one of the copies at `checkpoint.copy_to`, which is
+    then in `run`. Call while holding `run`. Raises `CheckpointError`: that storage does not answer."""
+    found = whole(run)
+    copy = copies.folder_of(config)
+    if found.checkpoint is not None or copy is None:
+        return found
+    fetched = copies.fetch_newest(run, copy, config.checkpoint.timeout_s, whole)
+    return replace(fetched, damaged=[*found.damaged, *fetched.damaged])
+
+
+def whole_copy(run: RunDir, config: RunConfig, overwrite: bool) -> Found:
+    """What there is for a directory that was just made: a copy, or nothing.
+
+    With `overwrite` the copies of an earlier run of this name are removed. Raises `CheckpointError`,
+    and `RunError` when there are copies and none is whole.
+    """
+    copy = copies.folder_of(config)
+    if copy is None or overwrite:
+        if copy is not None:
+            copies.forget(copy)
+        return Found(checkpoint=None)
+    found = whole_or_copy(run, config)
+    if found.checkpoint is None and found.damaged:
+        raise RunError(
+            f"{copy.shown}: a run of this name has copies there and none is whole: "
+            f"{'; '.join(found.damaged)}. Start under another name with --set run.name=NEW, or give "
+            "--overwrite to delete them and start anew"
+        )
+    return found
+
+
+def look(
+    run: RunDir, config: RunConfig, accept_changes: bool, found: Found | None = None
+) -> Continuation:
+    """What the same command does with `run`, of whose checkpoints `found` is known.
+
+    Without `found`, tensors are not read, and copies elsewhere not asked for: a later look may take
+    another checkpoint. Changes nothing. Raises `RunError`.
+    """
+    is_last = found is not None or config.checkpoint.copy_to is None
     described = run.read_resolved()
-    changes = differences(described, describe(config)) if described else []
+    changes = differences(described, describe(config), defaults(config)) if described else []
+    if found is not None and found.origin:  # fetched to where the run never was
+        changes = [change for change in changes if not change.startswith("run.root = ")]
     finished = run.summary.is_file()
     if finished and not changes:
         note = f"Run {config.run.name} has finished; --overwrite starts it anew"
         return Continuation(finished=True, checkpoint=None, notes=[note])
-    found = folder.newest(run.checkpoints)
+    found = found or folder.newest(run.checkpoints)
+    if found.checkpoint is None and not is_last:
+        return Continuation(finished=False, checkpoint=None, notes=[])
     if found.checkpoint is None:
         done = _last_step(run)
         if (done or finished) and changes and not accept_changes:
@@ -91,6 +152,7 @@ def look(run: RunDir, config: RunConfig, accept_changes: bool) -> Continuation:
             "Raise it, or start another run with --set run.name=NEW"
         )
     notes = [f"passed over: {text}" for text in found.damaged]
+    notes += [found.origin] * bool(found.origin)
     notes += [f"changed: {change}" for change in changes]
     notes.append(f"Run {config.run.name} continues from its checkpoint of step {step}")
     return Continuation(finished=False, checkpoint=found.checkpoint, notes=notes)
@@ -106,9 +168,10 @@ def standing(config: RunConfig, overwrite: bool, accept_changes: bool) -> Contin
     return look(RunDir.open(config.run_dir), config, accept_changes) if left else None
 
 
-def cut_back(run: RunDir, checkpoint: Checkpoint) -> None:
-    """Take from the record what is later than the checkpoint. Call while holding `run`."""
-    step = checkpoint.state.step
+def cut_back(run: RunDir, checkpoint: Checkpoint | None) -> None:
+    """Take from the record what is later than the checkpoint; all of it, where there is none. Call
+    while holding `run`."""
+    step = -1 if checkpoint is None else checkpoint.state.step
     folder.remove_after(run.checkpoints, step)
     cut_metrics(run.metrics, step)
     for sample in run.samples.glob("step-*.parquet"):
@@ -122,11 +185,13 @@ def cut_back(run: RunDir, checkpoint: Checkpoint) -> None:
     shutil.rmtree(run.final, ignore_errors=True)
 
 
-def rewind_weights(run: RunDir, checkpoint: Checkpoint) -> None:
+def rewind_weights(run: RunDir, checkpoint: Checkpoint | None) -> None:
     """The checkpoint's version, and all later ones, will be published anew; the reference is as it
-    was. Raises `WeightError`, `StalledError`."""
-    store.rewind(run.weights, checkpoint.state.step - 1)
-    if checkpoint.state.reference is not None:
+    was. Without a checkpoint nothing stays. Raises `WeightError`, `StalledError`."""
+    store.rewind(run.weights, -1 if checkpoint is None else checkpoint.state.step - 1)
+    if checkpoint is None:
+        store.rewind(run.reference, -1)
+    elif checkpoint.state.reference is not None:
         store.rewind(run.reference, checkpoint.state.reference)
 
 
@@ -140,9 +205,25 @@ def digest(config: RunConfig) -> str:
     return xxh3_128_hexdigest(json.dumps(describe(config), sort_keys=True).encode())
 
 
-def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """One "key = value, was value" a setting that differs."""
-    old, new = dict(_flat(before)), dict(_flat(after))
+def defaults(section: BaseModel) -> dict[str, Any]:
+    """What the settings of `section`, and of those in it, are where nothing is said."""
+    found: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            found[name] = defaults(value)
+        elif not field.is_required():
+            value = field.get_default(call_default_factory=True)
+            found[name] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def differences(
+    before: Mapping[str, Any], after: Mapping[str, Any], unsaid: Mapping[str, Any] | None = None
+) -> list[str]:
+    """One "key = value, was value" a setting that differs. A setting that `before` does not know,
+    because it is newer, had its value of `unsaid`."""
+    old, new = dict(_flat(unsaid or {})) | dict(_flat(before)), dict(_flat(after))
     return [
         f"{key} = {_shown(new.get(key))}, was {_shown(old.get(key))}"
         for key in sorted(old.keys() | new.keys())

@@ -3,39 +3,45 @@
     checkpoints/step-000050/          complete, never changed again
                   learner/v000050/    weights and moments, a version in the weight store's format
                   run.json            the run's state
-                  complete.json       written last: every file's size, and the small ones' hashes
+                  complete.json       written last: every file's size, and all hashes but the shards'
     checkpoints/step-000100.partial/  being written, or left by a process that died
 
 Promises:
 - a checkpoint counts only with its marker, and with every file that the marker names as it names it;
   `newest` takes the last one that does, and says what is wrong with those it passed over;
+- `verify_tensors` reads all of the learner's tensors and compares their hashes;
 - the marker is on the disk before the folder gets its name, so a name without `.partial` stands for a
   whole checkpoint whenever any process, or the machine, stops;
-- an older checkpoint is removed only after a newer one is complete, and is whole or gone;
+- an older checkpoint is removed only after a newer one is complete, and is whole or gone; the one
+  with the best score can be kept beside the newest;
 - names of files come from the marker as plain names below the folder: nothing outside is read.
 
-A file that changed without changing its size is found when it is read: every tensor is verified.
+Shards are in the marker by their size alone: what changed in one without changing it is found by the
+tensors' hashes.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
 from xxhash import xxh3_128_hexdigest
 
 from rlhf_cluster.checkpoint.state import RunState
-from rlhf_cluster.errors import CheckpointError
+from rlhf_cluster.errors import CheckpointError, WeightError
+from rlhf_cluster.weights.verifying import verify
 
 MARKER = "complete.json"
 STATE = "run.json"
 LEARNER = "learner"
-SMALL_BYTES = 1 << 20
+SHARD = ".safetensors"
 SPARE_BYTES = 1 << 20  # for everything beside the learner's tensors
 
 
@@ -57,6 +63,7 @@ class Found:
 
     checkpoint: Checkpoint | None
     damaged: list[str] = field(default_factory=list)
+    origin: str = ""  # where it came from, when it was not in the folder
 
 
 def begin(
@@ -80,7 +87,7 @@ def begin(
                 f"{root}: a checkpoint needs {needed} bytes and {free} are free. Free space, or keep "
                 "fewer with checkpoint.keep"
             )
-        partial = _folder(root, step).with_suffix(".partial")
+        partial = (root / name_of(step)).with_suffix(".partial")
         partial.mkdir()
         return partial
     except OSError as error:
@@ -97,26 +104,40 @@ def complete(partial: Path, state: RunState) -> Checkpoint:
             for path in partial.rglob("*")
             if path.is_file()
         )
-        files = {name: _describe(partial / name) for name in names}
+        files = {name: _describe(partial / name, not name.endswith(SHARD)) for name in names}
         _write(partial / MARKER, json.dumps({"files": files}, indent=1) + "\n")
-        _sync(partial)
-        if final.exists():
-            _remove(final)
-        partial.rename(final)
-        _sync(final.parent)
+        adopt(partial, final)
     except OSError as error:
         raise CheckpointError(f"{partial}: cannot write the checkpoint ({error})") from error
     return Checkpoint(folder=final, state=state)
 
 
+def adopt(source: Path, final: Path) -> None:
+    """Give `source`, which holds all files of a checkpoint, its name. Raises `OSError`."""
+    _sync(source)
+    if final.exists():
+        _remove(final)
+    source.rename(final)
+    _sync(final.parent)
+
+
 def check(folder: Path) -> Checkpoint:
     """The checkpoint in `folder`. Raises `CheckpointError` unless every file is as the marker says."""
+    checkpoint = read(folder)
+    if folder.name != name_of(checkpoint.state.step):
+        step = checkpoint.state.step
+        raise CheckpointError(f"{folder / MARKER}: does not belong to step {step}; damaged")
+    return checkpoint
+
+
+def read(folder: Path) -> Checkpoint:
+    """`check`, whatever the name of `folder`."""
     try:
         files = json.loads((folder / MARKER).read_bytes())["files"]
         for name, entry in files.items():
-            if not re.fullmatch(r"[A-Za-z0-9_.\-]+(/[A-Za-z0-9_.\-]+)*", name) or ".." in name:
+            if not is_plain(name):
                 raise CheckpointError(f"{folder / MARKER}: names the file {name!r}; damaged")
-            found = _describe(folder / name)
+            found = _describe(folder / name, with_hash="hash" in entry)
             if found != entry:
                 raise CheckpointError(f"{folder / name}: is {found}, expected {entry}; damaged")
         text = (folder / STATE).read_bytes()
@@ -126,64 +147,110 @@ def check(folder: Path) -> Checkpoint:
         ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder}: cannot be read ({error!r}); damaged") from error
-    state = RunState.from_json(text, str(folder / STATE))
-    if STATE not in files or _folder(folder.parent, state.step) != folder:
-        raise CheckpointError(f"{folder / MARKER}: does not belong to step {state.step}; damaged")
-    return Checkpoint(folder=folder, state=state)
+    if STATE not in files:
+        raise CheckpointError(f"{folder / MARKER}: does not name {STATE}; damaged")
+    return Checkpoint(folder=folder, state=RunState.from_json(text, str(folder / STATE)))
 
 
-def newest(root: Path) -> Found:
-    """The last checkpoint that is whole. Changes nothing."""
+def newest(root: Path, also: Callable[[Checkpoint], None] = lambda checkpoint: None) -> Found:
+    """The last checkpoint that is whole. Changes nothing.
+
+    One for which `also` raises a `CheckpointError` or a `WeightError` is passed over as well.
+    """
     damaged = []
     for folder in reversed(_all(root)):
         try:
-            return Found(checkpoint=check(folder), damaged=damaged)
-        except CheckpointError as error:
-            damaged.append(str(error))
+            checkpoint = check(folder)
+            also(checkpoint)
+            return Found(checkpoint=checkpoint, damaged=damaged)
+        except (CheckpointError, WeightError) as error:
+            damaged.append(f"{folder}: {str(error).removeprefix(f'{folder}: ')}")
     return Found(checkpoint=None, damaged=damaged)
 
 
-def retain(root: Path, keep: int) -> list[RunState]:
-    """Delete all but the newest `keep` checkpoints; the states of those that stay, oldest first.
+def verify_tensors(checkpoint: Checkpoint) -> None:
+    """Read all that the learner would load of it. Raises `WeightError`."""
+    verify(checkpoint.learner)
+
+
+def retain(root: Path, keep: int, keep_best: int = 0) -> list[RunState]:
+    """Delete all but the newest `keep` checkpoints and, with `keep_best` 1, the one of all with the
+    best score; the states of those that stay, oldest first.
 
     Raises `CheckpointError` for one that cannot be read or deleted.
     """
     folders = _all(root)
+    kept = set(folders[-keep:])
     try:
-        for folder in folders[:-keep]:
-            _remove(folder)
-        texts = {path: (path / STATE).read_bytes() for path in folders[-keep:]}
+        if keep_best:
+            kept |= {path for path in [_best(folders)] if path is not None}
+        for folder in folders:
+            if folder not in kept:
+                _remove(folder)
+        texts = {path: (path / STATE).read_bytes() for path in folders if path in kept}
     except OSError as error:
         raise CheckpointError(f"{root}: cannot remove older checkpoints ({error})") from error
     return [RunState.from_json(text, str(path / STATE)) for path, text in texts.items()]
 
 
+def _best(folders: list[Path]) -> Path | None:
+    """The one with the highest score, the last of equals. One that is not whole has none."""
+    scores: dict[Path, float] = {}
+    for folder in folders:
+        try:
+            score = check(folder).state.score
+        except CheckpointError:
+            continue
+        if score is not None and math.isfinite(score):
+            scores[folder] = score
+    return max(reversed(list(scores)), key=lambda path: scores[path], default=None)
+
+
 def remove_after(root: Path, step: int) -> None:
     """Delete checkpoints of later steps: a run goes on from `step` and will write its own."""
     for folder in _all(root):
-        if _step(folder) > step:
+        if step_of(folder.name) > step:
             _remove(folder)
 
 
-def _folder(root: Path, step: int) -> Path:
-    return root / f"step-{step:06d}"
+def steps(root: Path) -> list[int]:
+    """The steps that have a checkpoint, whole or not, in order."""
+    return [step_of(path.name) for path in _all(root)]
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def is_name(name: str) -> bool:
+    return re.fullmatch(r"step-\d{6,}", name) is not None
+
+
+def step_of(name: str) -> int:
+    return int(name.removeprefix("step-"))
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name that was read leads to a file below the folder it was read in."""
+    plain = re.fullmatch(r"[A-Za-z0-9_.\-]+(/[A-Za-z0-9_.\-]+)*", name)
+    return plain is not None and ".." not in name
+
+
+def flush(file: IO[Any]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _all(root: Path) -> list[Path]:
     """The folders that have a checkpoint's name, by step."""
     if not root.is_dir():
         return []
-    found = [path for path in root.iterdir() if re.fullmatch(r"step-\d{6,}", path.name)]
-    return sorted(found, key=_step)
+    return sorted((p for p in root.iterdir() if is_name(p.name)), key=lambda p: step_of(p.name))
 
 
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
-
-
-def _describe(path: Path) -> dict[str, int | str]:
+def _describe(path: Path, with_hash: bool) -> dict[str, int | str]:
     num_bytes = path.stat().st_size
-    if num_bytes > SMALL_BYTES:
+    if not with_hash:
         return {"bytes": num_bytes}
     return {"bytes": num_bytes, "hash": xxh3_128_hexdigest(path.read_bytes())}
 
@@ -199,8 +266,7 @@ def _remove(folder: Path) -> None:
 def _write(path: Path, text: str) -> None:
     with path.open("w", encoding="utf-8") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+        flush(file)
 
 
 def _sync(folder: Path) -> None:

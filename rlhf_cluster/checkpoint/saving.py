@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlhf_cluster.checkpoint import folder
+from rlhf_cluster.checkpoint.copies import Copies
 from rlhf_cluster.checkpoint.state import LearnerState, RunState
 from rlhf_cluster.errors import RlhfError, StalledError
 from rlhf_cluster.ports import LearnerPort
@@ -56,7 +57,9 @@ class Checkpoints:
     tell: Callable[[str], None]
     clock: Callable[[], float]
     timeout_s: float
+    keep_best: int = 0
     kept: Callable[[Sequence[RunState]], None] = lambda states: None
+    copies: Copies | None = None
     stats: CheckpointStats = field(default_factory=CheckpointStats)
     _running: asyncio.Task[None] | None = None
 
@@ -98,6 +101,17 @@ class Checkpoints:
         if self._running is not None:
             await self._running
 
+    async def copied(self) -> None:
+        """Waits for: copies under way and due. Unblocked by: their ends, their deadlines. Raises
+        nothing: one that failed is told and counted."""
+        if self.copies is not None:
+            await self.copies.drain()
+
+    def close(self) -> None:
+        """Copies under way end, unfinished, soon after."""
+        if self.copies is not None:
+            self.copies.close()
+
     def describe_last(self) -> str:
         return f"that of step {self.stats.last}" if self.stats.last >= 0 else "none"
 
@@ -121,7 +135,12 @@ class Checkpoints:
                 await self.learner.write_state(partial / folder.LEARNER)
                 await asyncio.to_thread(folder.complete, partial, state)
                 self.stats.last, self.stats.num_bytes = state.step, num_bytes
-                self.kept(await asyncio.to_thread(folder.retain, self.root, self.keep))
+                states = await asyncio.to_thread(
+                    folder.retain, self.root, self.keep, self.keep_best
+                )
+                self.kept(states)
+                if self.copies is not None:
+                    self.copies.follow(state.step for state in states)
         except TimeoutError:
             raise StalledError(
                 f"the checkpoint of step {state.step} was not complete within "

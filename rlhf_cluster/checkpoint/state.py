@@ -48,6 +48,7 @@ class RunState:
     reward_before: float | None
     config_digest: str
     packages: dict[str, str | None]
+    score: float | None = None  # mean reward of the last steps; higher is better
     format: int = FORMAT
 
     def to_json(self) -> str:

@@ -14,6 +14,7 @@ from pydantic import model_validator
 
 from rlhf_cluster.algorithms import ALGORITHMS, AlgorithmConfig, GrpoConfig
 from rlhf_cluster.config.base import Section, load
+from rlhf_cluster.config.check_checkpoint import check_checkpoint
 from rlhf_cluster.config.check_generation import check_generation
 from rlhf_cluster.config.check_kl import check_kl
 from rlhf_cluster.config.check_staleness import check_staleness
@@ -21,6 +22,7 @@ from rlhf_cluster.config.check_steps import check_steps
 from rlhf_cluster.config.check_weights import check_weights
 from rlhf_cluster.config.scoring import Scoring
 from rlhf_cluster.config.sections import (
+    Buffer,
     Checkpoint,
     ClusterSection,
     Critic,
@@ -54,6 +56,7 @@ class RunConfig(Section):
     evaluation: Evaluation = Evaluation()
     staleness: Staleness = Staleness()
     weights: Weights = Weights()
+    buffer: Buffer = Buffer()
     checkpoint: Checkpoint = Checkpoint()
     cluster: ClusterSection = ClusterSection()
     observe: Observe = Observe()
@@ -129,6 +132,7 @@ class RunConfig(Section):
             _check_rewards,
             check_steps,
             check_weights,
+            check_checkpoint,
         ):
             check(self)
         return self

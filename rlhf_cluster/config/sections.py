@@ -196,6 +196,9 @@ class Learner(Section):
     """Log-probabilities are computed for this many tokens at once, never for all."""
     num_cpus: PositiveFloat = 1.0
     num_gpus: float = Field(default=0.0, ge=0)
+    max_restarts: int = Field(default=3, ge=0)
+    """How often a run starts its ranks and the buffer again, from the newest checkpoint, after one of
+    these processes was lost. The loss after that ends the run with the first cause."""
     collective_timeout_s: PositiveFloat = 60.0
     step_timeout_s: PositiveFloat = 1800.0
 
@@ -289,6 +292,20 @@ class Weights(Section):
     publish_timeout_s: PositiveFloat = 300.0
 
 
+class Buffer(Section):
+    """Finished groups on disk, from which a resumed run and a learner that lost one take them."""
+
+    durable: bool = True
+    """Write every finished group to `experience/` in the run directory before it counts as finished.
+    A group that cannot be written ends the run."""
+    fsync: Literal["group", "never"] = "never"
+    """`never`: a finished group survives the death of any process. `group`: a power cut as well; each
+    group then waits for the disk."""
+    keep_steps: int = Field(default=2, ge=0)
+    """Groups of this many last steps stay to be looked at (`rlhf-cluster inspect`), beside those that
+    a checkpoint on disk can still ask for."""
+
+
 class Checkpoint(Section):
     """Checkpoints of the whole run, from which the same command continues it."""
 
@@ -298,8 +315,15 @@ class Checkpoint(Section):
     parameter, shared among the ranks."""
     keep: PositiveInt = 2
     """How many stay on disk. An older one is deleted once a newer one is complete."""
+    keep_best: int = Field(default=0, ge=0, le=1)
+    """1: beside the newest the one stays whose last 10 steps had the highest mean reward. A run goes on
+    from the newest."""
+    copy_to: str | None = None
+    """URL of a folder for a second copy of what is on disk, such as file:///mnt/copies or
+    s3://bucket/runs (any storage of fsspec, below it a folder a run). A run without a whole checkpoint
+    where it is started goes on from there. Credentials belong into the storage's own environment."""
     timeout_s: PositiveFloat = 600.0
-    """Deadline of writing one."""
+    """Deadline of writing one, and of each of copying one and fetching one."""
     notice_s: float = Field(default=45.0, gt=0, le=100)
     """After SIGTERM, Ctrl-C or stop the run ends its step and writes a checkpoint, within this. A
     second signal ends it at once."""

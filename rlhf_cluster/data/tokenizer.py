@@ -11,20 +11,21 @@ from rlhf_cluster.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+PLAIN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
+"""Tokenizers that are all in tokenizer.json."""
+
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer in folder `path`, or of hub id `path`. Runs no code from there.
 
     Raises `DataError`: no such folder, no tokenizer in it, no end token.
     """
-    from transformers import AutoTokenizer
-
     folder = Path(path)
     looks_like_a_folder = folder.is_absolute() or str(path).startswith((".", "~"))
     if looks_like_a_folder and not folder.is_dir():
         raise DataError(f"{path}: no such folder. Give the folder of a model with its tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        tokenizer = _loader(folder).from_pretrained(str(path), trust_remote_code=False)
     # Its tokenizers raise bare Exceptions for a damaged tokenizer.json.
     except Exception as error:
         raise DataError(
@@ -37,6 +38,22 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             "eos_token in its tokenizer_config.json"
         )
     return tokenizer
+
+
+def _loader(folder: Path) -> Any:
+    """The class to load with. The one for all tokenizers imports torch, which takes seconds; where the
+    folder names the plain class that it would choose, that one is taken at once."""
+    try:
+        named = json.loads((folder / "tokenizer_config.json").read_bytes())["tokenizer_class"]
+    except (OSError, ValueError, KeyError, TypeError):
+        named = None
+    if named in PLAIN_CLASSES:
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase, model_dir: str | Path) -> tuple[int, ...]:

@@ -50,7 +50,7 @@ class BufferState:
     """What a resumed run needs of the buffer, taken between two steps.
 
     `open` are the tickets that are admitted, not taken and not discarded, in order. Groups that
-    were finished are among them, and not among `finished`: they are generated again.
+    were finished are among them, and not among `finished`: they finish once more.
     """
 
     learner_version: int
@@ -81,7 +81,7 @@ class ExperienceBuffer:
     def resume(cls, gate: AdmissionGate, state: BufferState) -> ExperienceBuffer:
         """The buffer of a run that goes on from `state`.
 
-        Open tickets are in flight again: the caller generates each once more, or discards it. They
+        Open tickets are in flight again: the caller finishes each once more, or discards it. They
         keep their numbers and versions, so the bound holds for them as for any other.
 
         Raises `StalenessError` when counters and version do not belong together: a counter that

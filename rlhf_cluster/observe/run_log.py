@@ -27,6 +27,10 @@ class RunLog:
 
     def __init__(self, run: RunDir) -> None:
         self._run = run
+        self._open()
+
+    def _open(self) -> None:
+        run = self._run
         _cut_torn_line(run.metrics)
         records = read_metrics(run.metrics)
         self._last_step = records[-1]["step"] if records else 0
@@ -46,6 +50,11 @@ class RunLog:
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
         self._last_step = step
+
+    def reopen(self) -> None:
+        """Go on behind what the file holds now, after `cut_metrics`."""
+        self.close()
+        self._open()
 
     def close(self) -> None:
         self._file.close()

@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 from rlhf_cluster.errors import RunError
 
-State = Literal["starting", "warmup", "evaluating", "running", "finished", "failed", "stopped"]
+State = Literal[
+    "starting", "warmup", "evaluating", "running", "recovering", "finished", "failed", "stopped"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,7 @@ class Snapshot:
     buffer_discarded: int = 0
     version_published: int | None = None
     version_live: int | None = None
+    restarts: int = 0  # of learner and buffer, after a loss
     checkpoint: int | None = None  # step of the last complete checkpoint
     events: tuple[Event, ...] = ()
     error: str | None = None

@@ -100,9 +100,18 @@ def _controller() -> tuple[Metric, ...]:
         _gauge("checkpoint/bytes", "bytes", role, "Tensors of the last checkpoint"),
         _counter("checkpoint/skipped_total", "1", role, "Left out: the one before was not written"),
         _counter("checkpoint/failed_total", "1", role, "Checkpoints that could not be written"),
+        _gauge(
+            "checkpoint/copied_step", "1", role, "Newest step at checkpoint.copy_to, -1 for none"
+        ),
+        _counter(
+            "checkpoint/copies_failed_total", "1", role, "Checkpoints that could not be copied"
+        ),
         _gauge("pool/size", "1", role, "Live workers of a pool", "pool"),
         _gauge("pool/wanted", "1", role, "Workers that a pool should have", "pool"),
         _counter("pool/restarts_total", "1", role, "Workers that were replaced", "pool"),
+        _counter(
+            "learner/restarts_total", "1", role, "Learner and buffer started anew after a loss"
+        ),
         _gauge("sft/loss", "nats", role, "Mean loss of a target token in the warm-up"),
         _gauge("sft/grad_norm", "1", role, "Gradient norm of a warm-up step, before clipping"),
         _gauge("sft/grad_norm_part", "1", role, "The same of one group of parameters", "group"),
@@ -158,12 +167,15 @@ def _scoring() -> tuple[Metric, ...]:
 
 
 def _buffer() -> tuple[Metric, ...]:
-    role = Role.BUFFER
+    role, driver = Role.BUFFER, Role.CONTROLLER
     return (
         _counter("buffer/admitted_total", "1", role, "Groups admitted"),
         _counter("buffer/finished_total", "1", role, "Groups generated and scored"),
         _counter("buffer/discarded_total", "1", role, "Groups given up", "reason"),
         _counter("buffer/taken_total", "1", role, "Groups handed to the learner"),
+        _counter(
+            "buffer/recovered_total", "1", driver, "Groups found on disk, not generated again"
+        ),
         _counter(
             "buffer/reweighted_total", "1", role, "Groups over max_staleness that were trained"
         ),

@@ -89,6 +89,15 @@ class ExactLogprobs:
                 found[i][sampled_by_it] = own[sampled_by_it]
         return found
 
+    def forget(self) -> None:
+        """Versions are published anew: nothing that was read stands for its number any more.
+
+        Waits for: the version that another thread is at. Raises `StalledError` past the deadline.
+        """
+        with self._model.held():
+            self._cache.clear()
+            self._resident = -1
+
     def _use(self, version: int, rollout: Rollout) -> None:
         """Bring `version` into the model, which this thread holds."""
         if version == self._resident:

@@ -86,6 +86,11 @@ class Scorer:
         )
         self._tokenizer = tokenizer
 
+    def forget_versions(self) -> None:
+        """See `ExactLogprobs.forget`."""
+        if self._exact is not None:
+            self._exact.forget()
+
     def load_reference(self, version: WeightVersion) -> None:
         """Make `version` the reference, between two groups.
 

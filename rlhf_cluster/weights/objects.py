@@ -102,6 +102,10 @@ class Directory:
         kept |= {number for v in kept for number in self._entries[v].builds_on}
         self._entries = {v: e for v, e in self._entries.items() if v in kept}
 
+    def clear(self) -> None:
+        """No version is here any more: the learner goes back, and publishes anew."""
+        self._entries.clear()
+
     def find(self, version: int) -> Entry | None:
         return self._entries.get(version)
 

@@ -177,6 +177,15 @@ def rewind(root: str | Path, version: int, *, lock_timeout_s: float = 30.0) -> W
     return latest(root)
 
 
+def adopt(root: str | Path, version: int) -> None:
+    """Make a version whose folder was brought here whole the latest one, and pin it."""
+    root = Path(root).absolute()
+    with _commit_lock(root, 30.0):
+        open_version(version_dir(root, version))
+        _point_at(root, version, fsync=True)
+    pin(root, version)
+
+
 @contextmanager
 def _commit_lock(root: Path, timeout_s: float) -> Iterator[None]:
     """Waits for: other commits. Unblocked by: their end, or the death of their process."""

@@ -106,6 +106,24 @@ class WeightSync:
             )
         self._raise_failure()
 
+    async def abandon(self, timeout_s: float) -> None:
+        """The learner is gone: see the publish under way end, and forget what came of it.
+
+        Waits for: its end. Unblocked by: its calls to the learner, which fail now; a pull's deadline.
+        """
+        running, self._running = self._running, None
+        if running is None:
+            return
+        done, _ = await asyncio.wait({running}, timeout=timeout_s)
+        if not done:
+            running.cancel()
+            raise StalledError(
+                f"the publish of version {self._due}, whose learner is gone, still ran after "
+                f"{timeout_s:g} s"
+            )
+        if not running.cancelled():
+            running.exception()
+
     async def run_until_cancelled(self, check_every_s: float) -> None:
         """Raise a background failure as soon as it happens. Unblocked by: cancellation."""
         while True:

@@ -301,17 +301,3 @@ def test_s23_every_fault_of_a_reward_discards_its_group_with_its_reason(start_ru
     rows = [row for p in (run.path / "samples").iterdir() for row in read_samples(p)]
     assert len(rows) == 4 * 16
     assert {row["reward"] for row in rows} == {0.25}, "a fault is discarded, it scores nothing"
-
-
-def test_s23_a_reward_that_keeps_failing_ends_the_run_with_the_rate_and_its_reason(
-    start_run, tmp_path
-):
-    (tmp_path / "none_rewards.py").write_text("def reward(prompts, **rest):\n    return None\n")
-    reward = {"type": "python", "function": "none_rewards:reward"}
-    run = start_run(scoring={"rewards": [reward], "max_retries": 0})
-    code, output = run.finish()
-    assert code == 1
-    assert "100% of the last 8 groups failed, over scoring.max_error_rate = 0.5" in output
-    assert "reward 'python'" in output
-    assert "returned NoneType None, expected a list of 4 floats" in output
-    assert json.loads((run.path / "status.json").read_text())["state"] == "failed"

@@ -8,6 +8,7 @@ import signal
 from typing import Any
 
 from rlhf_cluster.checkpoint.folder import newest
+from rlhf_cluster.experience.store import ExperienceStore
 from rlhf_cluster.observe.samples import read_samples
 from rlhf_cluster.weights import store
 
@@ -29,6 +30,21 @@ def _trained(run: Any) -> list[tuple[str, str, str]]:
     return sorted((r["group_id"], r["prompt_id"], str(r["response_ids"])) for r in rows)
 
 
+def _stored(run: Any) -> set[int]:
+    """The stored groups that a run going on from the newest checkpoint has no need to generate."""
+    state = newest(run.path / "checkpoints").checkpoint.state
+    store = ExperienceStore(run.path / "experience")
+    admitted_at = {ticket.number: ticket.version for ticket in state.buffer.open}
+    found = set()
+    for number in store.numbers():
+        if number in admitted_at or number >= state.buffer.admitted:
+            oldest = store.read(number).summary().oldest_version
+            newest_version = store.header(number).newest_version
+            if newest_version <= state.step and oldest >= admitted_at.get(number, state.step):
+                found.add(number)
+    return found
+
+
 def _start(start_run: Any, name: str, steps: int = STEPS, **sections: dict[str, Any]) -> Any:
     settings = {"name": name, "steps": steps, "groups_per_step": 4}
     return start_run(run=settings, **{**SECTIONS, **sections})
@@ -44,9 +60,11 @@ def test_s31_a_killed_driver_and_the_same_command_end_where_an_uninterrupted_run
     )
     killed.process.send_signal(signal.SIGKILL)
     killed.process.wait(30)
+    stored = _stored(killed)
     again = _start(start_run, "killed")
     code, output = again.finish(300)
     assert code == 0, output
+    assert again.metrics()[-1]["buffer/recovered_total"] == len(stored)
     assert "Run killed continues from its checkpoint of step " in output
     assert "warmup" not in output
     straight = _start(start_run, "straight")
@@ -97,9 +115,13 @@ def test_a_stopped_run_leaves_a_checkpoint_of_its_last_step_and_goes_on(start_ru
     assert "learner.learning_rate = 0.0005, was 0.001" in output
     assert "--accept-changes" in output
 
+    stored = _stored(run)
     again = _start(start_run, "stopped", 12, **sections)
     code, output = again.finish()
     assert code == 0, output
+    assert again.metrics()[-1]["buffer/recovered_total"] == len(stored)
+    left = ExperienceStore(run.path / "experience").numbers()
+    assert min(left) == 4 * status["step"], "of what was trained before the checkpoint all is gone"
     trained = _trained(again)
     groups = sorted({group for group, *_ in trained})
     assert groups == [f"g{n:08d}" for n in range(12 * 4)], "every group once, and no other"

@@ -125,6 +125,20 @@ async def test_s27_requests_that_wait_during_an_update_start_without_the_old_cac
     assert hits[0] == 0, "the prompt was cached by the requests before the update alone"
 
 
+async def test_a_version_that_is_published_anew_starts_without_the_cache_of_its_number(
+    engine, models, tmp_path
+):
+    """After the loss of a learner its last versions are published again, with other weights."""
+    for turn, model in enumerate((models.first, models.second)):
+        root = tmp_path / str(turn)
+        tensors = tiny_llama.checkpoint_tensors(model)
+        await engine.load_weights(tiny_llama.publish(root, 8, tensors))
+        request = make_request(f"anew-{turn}", prompt_ids=PROMPT, seed=turn)
+        (sample,), num_cached = await engine.generate_counted(request)
+        assert num_cached == 0
+        assert worst(model, request, sample) < TOLERANCE
+
+
 async def test_a_failing_step_reaches_everyone_who_waits(engine):
     long = {"num_samples": 4, "max_tokens": MAX_RESPONSE}
     running = [asyncio.create_task(engine.generate(make_request(f"{i}", **long))) for i in range(4)]

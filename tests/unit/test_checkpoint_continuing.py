@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_cluster.checkpoint import continuing, folder
-from rlhf_cluster.checkpoint.continuing import differences, digest, standing
+from rlhf_cluster.checkpoint.continuing import defaults, describe, differences, digest, standing
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import RunError
 from rlhf_cluster.observe.run_log import read_metrics
@@ -173,4 +173,20 @@ def test_differences_are_told_by_setting():
         'd.e = "x", was not set',
     ]
     assert digest(tiny_config()) == digest(tiny_config())
+
+
+def test_a_setting_that_the_run_was_begun_without_had_its_default():
+    now = tiny_config()
+    before = describe(now)
+    del before["buffer"], before["checkpoint"]["keep_best"]
+    assert differences(before, describe(now), defaults(now)) == []
+    other = tiny_config(checkpoint={"keep_best": 1})
+    found = differences(before, describe(other), defaults(other))
+    assert found == ["checkpoint.keep_best = 1, was 0"]
+    before["checkpoint"]["gone"] = 5
+    found = differences(before, describe(now), defaults(now))
+    assert found == ["checkpoint.gone = not set, was 5"]
+
+
+def test_a_digest_is_of_one_configuration():
     assert digest(tiny_config()) != digest(tiny_config(run={"steps": 4}))

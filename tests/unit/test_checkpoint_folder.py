@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
+from xxhash import xxh3_128_hexdigest
 
 from rlhf_cluster.checkpoint import folder
 from rlhf_cluster.checkpoint.folder import MARKER, STATE, newest
 from rlhf_cluster.checkpoint.state import RunState
 from rlhf_cluster.errors import CheckpointError
-from tests.checkpoint_files import make_state, write
+from tests.checkpoint_files import make_state, write, write_whole
 from tests.dying import survives
 
 
@@ -50,7 +52,7 @@ def test_s32_a_damaged_file_makes_the_checkpoint_before_count(two, name, damage)
     if damage == "missing":
         path.unlink()
     elif damage == "changed" and name.endswith(".safetensors"):
-        return  # the tensors' own hashes find it: test_learning_checkpoint
+        return  # the tensors' own hashes find it: test_checkpoint_damage
     else:
         contents = {
             "empty": b"",
@@ -130,6 +132,73 @@ def test_older_ones_go_and_later_ones_of_another_future(tmp_path):
     assert [state.step for state in folder.retain(tmp_path, 3)] == [4, 6, 8]
     folder.remove_after(tmp_path, 4)
     assert [p.name for p in tmp_path.iterdir()] == ["step-000004"]
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [
+        ({2: 0.1, 4: 0.9, 6: 0.3, 8: 0.2}, [4]),
+        ({2: 0.9, 4: 0.1, 6: 0.3, 8: 0.95}, []),  # it is among the newest
+        ({2: 0.5, 4: 0.5, 6: 0.1, 8: 0.1}, [4]),  # the last of equals
+        ({2: NAN, 4: 0.1, 6: None, 8: -1.0}, [4]),
+        ({2: float("inf"), 4: None, 6: None, 8: NAN}, []),
+        ({2: -3.0, 4: -1.0, 6: -2.0, 8: None}, [4]),
+    ],
+)
+def test_the_best_stays_beside_the_newest(tmp_path, scores, best):
+    for step, score in scores.items():
+        write(tmp_path, step, score)
+    kept = [state.step for state in folder.retain(tmp_path, 2, keep_best=1)]
+    assert kept == [*best, 6, 8]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-{step:06d}" for step in kept]
+    assert found_step(tmp_path) == 8, "a run goes on from the newest, not from the best"
+    assert [state.step for state in folder.retain(tmp_path, 1)] == [8]
+
+
+@pytest.mark.parametrize("text", ["NaN", "Infinity"])
+def test_a_number_that_another_writer_left_is_never_the_best(tmp_path, text):
+    for step, score in {2: 0.5, 4: 0.9, 6: 0.1}.items():
+        path = write(tmp_path, step, score)
+        if step == 4:
+            old, new = (path / STATE).read_bytes(), f'"score": {text}'.encode()
+            (path / STATE).write_bytes(old.replace(b'"score": 0.9', new))
+            marker = json.loads((path / MARKER).read_text())
+            data = (path / STATE).read_bytes()
+            marker["files"][STATE] = {"bytes": len(data), "hash": xxh3_128_hexdigest(data)}
+            (path / MARKER).write_text(json.dumps(marker))
+            assert not math.isfinite(folder.check(path).state.score)
+    assert [state.step for state in folder.retain(tmp_path, 1, keep_best=1)] == [2, 6]
+
+
+def test_a_damaged_checkpoint_is_never_the_best(tmp_path):
+    for step, score in {2: 0.5, 4: 0.9, 6: 0.1}.items():
+        write(tmp_path, step, score)
+    (tmp_path / "step-000004" / MARKER).unlink()
+    assert [state.step for state in folder.retain(tmp_path, 1, keep_best=1)] == [2, 6]
+
+
+def test_the_best_survives_a_process_that_dies_between_any_two_file_operations(tmp_path):
+    template = tmp_path / "template"
+    for step, score in {2: 0.5, 4: 0.9, 6: 0.1, 8: 0.2}.items():
+        write_whole(template, step, 1, score)
+    for die_at in range(1, 200):
+        root = tmp_path / str(die_at)
+        shutil.copytree(template, root)
+        done = survives(root, die_at, lambda root=root: folder.retain(root, 1, keep_best=1))
+        assert newest(root).damaged == []
+        assert {folder.check(root / f"step-{step:06d}").state.score for step in (4, 8)} == {
+            0.9,
+            0.2,
+        }
+        assert [state.step for state in folder.retain(root, 1, keep_best=1)] == [4, 8]
+        if done:
+            break
+    else:
+        raise AssertionError("the removal never got through")
+    assert die_at > 12, "the audit hook saw too few steps to prove anything"
 
 
 def test_no_space_is_said_before_anything_is_written(two):

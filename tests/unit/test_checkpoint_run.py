@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
-from rlhf_cluster.checkpoint.folder import newest
-from rlhf_cluster.errors import CheckpointError
+from rlhf_cluster.checkpoint.folder import check, newest
+from rlhf_cluster.errors import CheckpointError, StoreError
 from rlhf_cluster.experience.staleness import AdmissionGate
+from rlhf_cluster.experience.store import ExperienceStore
 from tests.resumable_run import FIRST_PROMPT, Attempt
 
 STEPS, GROUPS = 5, 2
@@ -29,7 +32,25 @@ def attempt(root: Path, kill_at: int | None = None, every: int = 2, **settings) 
         every=every,
         discarded=lambda number: number % 5 == 3,
         kill_at=kill_at,
+        written=settings.get("written", {}),
     )
+
+
+def assert_no_stored_group_is_missing(run: Attempt) -> None:
+    """For every checkpoint on disk: what was finished and a run going on from there may ask for."""
+    for path in run.root.glob("step-??????"):
+        state = check(path).state
+        open_then = {ticket.number for ticket in state.buffer.open}
+        for number, (_, newest_version) in run.written.items():
+            asked = number in open_then or number >= state.buffer.admitted
+            if asked and newest_version <= state.step:
+                assert run.store.has(number), (state.step, number)
+
+
+def assert_nothing_was_generated_again(run: Attempt) -> None:
+    for ticket in run.generation.requested:
+        oldest, _ = run.stored_before.get(ticket.number, (-1, -1))
+        assert oldest < ticket.version, ticket
 
 
 def to_the_end(root: Path, **settings) -> Attempt:
@@ -45,23 +66,32 @@ def test_s29_s30_killed_at_any_event_trains_the_prompts_of_an_uninterrupted_run(
     straight = to_the_end(tmp_path / "straight", max_staleness=max_staleness)
     expected = sorted((number, prompt) for _, number, prompt, _ in straight.learner.ledger)
     assert expected == [(n, f"p{FIRST_PROMPT + n + 1}") for n in TRAINED]
-    resumed_from = set()
+    resumed_from, num_recovered = set(), 0
     for kill_at in range(1, straight.fuse.events + 1, 3 if max_staleness else 7):
-        root = tmp_path / f"{kill_at}"
-        attempt(root, kill_at, max_staleness=max_staleness).run()
-        last = to_the_end(root, max_staleness=max_staleness)
+        root, written = tmp_path / f"{kill_at}", {}
+        killed = attempt(root, kill_at, max_staleness=max_staleness, written=written)
+        killed.run()
+        assert_no_stored_group_is_missing(killed)
+        last = to_the_end(root, max_staleness=max_staleness, written=written)
+        assert_nothing_was_generated_again(last)
+        num_recovered += len(last.observer.recovered)
         ledger = last.learner.ledger
         assert sorted((number, prompt) for _, number, prompt, _ in ledger) == expected, kill_at
         assert [step for step, *_ in ledger] == [s for s in range(STEPS) for _ in range(GROUPS)]
         assert all(0 <= staleness <= max_staleness for *_, staleness in ledger)
         resumed_from.add(last.state.step if last.state else 0)
     assert resumed_from >= {0, 2, 4}, "attempts went on from every checkpoint"
+    assert num_recovered > 0
 
 
 def test_a_run_killed_again_and_again_ends_as_well(tmp_path):
+    written: dict[int, tuple[int, int]] = {}
     for kill_at in range(60, 200, 7):
-        attempt(tmp_path, kill_at).run()
-    last = to_the_end(tmp_path)
+        run = attempt(tmp_path, kill_at, written=written)
+        run.run()
+        assert_no_stored_group_is_missing(run)
+        assert_nothing_was_generated_again(run)
+    last = to_the_end(tmp_path, written=written)
     assert [n for _, n, *_ in last.learner.ledger] == TRAINED
 
 
@@ -109,6 +139,25 @@ async def test_a_checkpoint_that_cannot_be_written_costs_the_checkpoint_and_is_t
     assert (stats.failed, stats.last) == (1, STEPS)
     assert run.observer.events[0] == "no checkpoint of step 2; the last is none: disk full"
     assert newest(tmp_path).checkpoint.state.step == STEPS
+
+
+async def test_a_group_that_cannot_be_stored_ends_the_run_and_is_no_discard(tmp_path):
+    run, num_calls = attempt(tmp_path), 0
+    pipeline = await run.build()
+
+    def fill_up(fd: int, data: memoryview) -> int:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls > 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return os.write(fd, data)
+
+    run.scoring.store = ExperienceStore(run.store.root, write_file=fill_up)
+    with pytest.raises(StoreError, match=r"experience/g\d+\.arrow: \d+ bytes .* Free space"):
+        await pipeline.run()
+    stats = await run.buffer.stats()
+    assert stats.finished < 5
+    assert "StoreError" not in stats.discarded
 
 
 async def test_one_checkpoint_is_written_at_a_time_and_no_step_waits_for_it(tmp_path):

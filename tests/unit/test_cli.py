@@ -83,7 +83,9 @@ def test_help_loads_nothing_heavy(arguments):
 
 
 def test_every_command_has_help(capsys):
-    for command in ("run", "validate", "plan", "submit", "status", "logs", "stop", "scale"):
+    for command in (
+        *("run", "validate", "plan", "submit", "status", "logs", "inspect", "stop", "scale"),
+    ):
         assert main([command, "--help"]) == 0
         assert f"rlhf-cluster {command}" in capsys.readouterr().out
 

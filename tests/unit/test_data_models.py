@@ -17,7 +17,7 @@ from rlhf_cluster.data.tasks import (
     is_held_out,
     train_rows,
 )
-from rlhf_cluster.data.tokenizer import end_token_ids, load_tokenizer
+from rlhf_cluster.data.tokenizer import PLAIN_CLASSES, end_token_ids, load_tokenizer
 from rlhf_cluster.errors import DataError
 from rlhf_cluster.learning.make_model import ALPHABET, check_fit, make_model, make_tokenizer
 
@@ -199,3 +199,14 @@ def test_end_tokens_are_those_of_the_tokenizer_and_of_the_generation_config(
     (one / "generation_config.json").write_text("[")
     with pytest.raises(DataError, match=r"generation_config\.json: cannot be read"):
         end_token_ids(tokenizer, one)
+
+
+def test_the_plain_class_is_what_the_class_for_all_would_choose(model_dir):
+    from transformers import AutoTokenizer
+
+    found, chosen = load_tokenizer(model_dir), AutoTokenizer.from_pretrained(model_dir)
+    assert type(found) is type(chosen)
+    assert found.get_vocab() == chosen.get_vocab()
+    assert found.init_kwargs == chosen.init_kwargs
+    config = json.loads((model_dir / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] in PLAIN_CLASSES

@@ -96,3 +96,21 @@ def test_files_that_the_documents_name_exist():
             assert Path(name).exists(), f"{document}: {name}"
         for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", document.read_text()):
             assert Path(name).exists(), f"{document}: {name}"
+
+
+def test_every_test_that_the_documents_name_exists():
+    named = [
+        found
+        for document in [Path("README.md"), *Path("docs").glob("*.md")]
+        for found in re.findall(r"(tests/[\w/]+\.py)::(\w+)", document.read_text())
+    ]
+    assert len(named) > 40
+    missing = [
+        f"{file}::{name}"
+        for file, name in named
+        if not Path(file).exists()
+        or not re.search(
+            rf"^ *(async )?(def|class) {name}\b|^{name} =", Path(file).read_text(), re.M
+        )
+    ]
+    assert missing == []

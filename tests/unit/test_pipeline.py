@@ -6,7 +6,7 @@ import pytest
 
 from rlhf_cluster.algorithms import DapoConfig, GrpoConfig
 from rlhf_cluster.config.sections import AdaptiveDepth
-from rlhf_cluster.errors import RlhfError, ScoringError, StalledError, WorkerError
+from rlhf_cluster.errors import PoolLost, RlhfError, ScoringError, StalledError, WorkerError
 from rlhf_cluster.experience.adaptive import DepthController
 from rlhf_cluster.experience.buffer import ExperienceBuffer
 from rlhf_cluster.experience.service import Answer, BufferService
@@ -130,6 +130,14 @@ async def test_a_failed_group_is_discarded_counted_and_replaced():
     assert pipeline.observer.discarded == [("g00000004", "out of luck")]
     assert len(pipeline.learner.trained) == 18
     assert pipeline.buffer.buffer.stats().discarded == {"WorkerError": 1}
+
+
+async def test_without_a_pool_the_run_ends_at_once_with_its_reason():
+    lost = PoolLost("generation: 2 restarts, more than 1. First cause: a broken disk")
+    pipeline = await build(generation=FakeGeneration(fail=lambda t: lost))
+    with pytest.raises(PoolLost, match="a broken disk"):
+        await pipeline.run()
+    assert pipeline.observer.discarded == []
 
 
 async def test_too_many_failures_end_the_run_with_their_reason():

@@ -3,7 +3,7 @@ import asyncio
 import pytest
 
 from actors.pool import PoolLimits, State, Worker, WorkerPool
-from rlhf_cluster.errors import PlacementError, StalledError, WorkerError
+from rlhf_cluster.errors import PlacementError, PoolLost, StalledError, WorkerError
 
 
 class Plant:
@@ -159,7 +159,7 @@ async def test_a_crash_loop_ends_with_the_first_cause_and_backs_off():
     await plant.pool.start(1)
     plant.unlaunchable = True
     await plant.pool.fail(plant.pool.live[0], WorkerError("CUDA error: device lost"))
-    with pytest.raises(WorkerError, match="4 restarts, more than 3. First cause: CUDA error"):
+    with pytest.raises(PoolLost, match="4 restarts, more than 3. First cause: CUDA error"):
         async with plant.pool.acquire():
             pass
     assert plant.slept == sorted(plant.slept)

@@ -109,6 +109,22 @@ def test_each_token_of_mixed_rollouts_is_scored_by_the_version_that_sampled_it(
         np.testing.assert_allclose(values, slowly(models, rollout), atol=TOLERANCE)
 
 
+def test_a_version_that_is_published_anew_is_read_anew(model_dir, store_dir, models, tmp_path):
+    """After the loss of a learner a number may stand for other weights than before."""
+    [given] = rollouts(mixed=[([9, 8, 7, 1], [2, 2, 2, 2])])
+    root = tmp_path / "weights"
+    shutil.copytree(store_dir, root)
+    scorer = exact(model_dir, root)
+    [before] = scorer.logprobs([given])
+    store.rewind(root, 1)
+    tiny_llama.publish(root, 2, dict(store.read(version_dir(store_dir, 3))))
+    scorer.forget()
+    [after] = scorer.logprobs([given])
+    np.testing.assert_allclose(before, slowly(models, given), atol=TOLERANCE)
+    other = replace(given, versions=np.full(4, 3, np.int32))
+    np.testing.assert_allclose(after, slowly(models, other), atol=TOLERANCE)
+
+
 def test_versions_tell_their_tokens_apart(model_dir, store_dir, models):
     """What the tolerance above cannot hide: the same tokens under other versions are far away."""
     [mixed] = rollouts(mixed=[MIXED[3]])

@@ -443,13 +443,26 @@ def test_a_lost_version_without_files_says_so(objects: ObjectStand) -> None:
 def test_a_directory_that_lost_its_memory_still_leads_to_the_files(objects: ObjectStand) -> None:
     durable = objects.publish(0, small_model(), durable=True)
     lost = objects.publish(1, small_model(1))
-    objects.directory._entries.clear()
+    objects.directory.clear()
     assert_same(dict(objects.read(durable)), small_model())
     assert not objects.source.has(1)
     with pytest.raises(WeightError, match="neither the object store nor the file store"):
         objects.read(lost)
     objects.publish(2, small_model(2))
     assert objects.find() == [2]
+
+
+def test_a_cleared_directory_takes_an_earlier_version_with_other_weights(
+    objects: ObjectStand,
+) -> None:
+    for number in (1, 2):
+        objects.publish(number, small_model(number))
+    with pytest.raises(WeightError, match="publishing goes forward"):
+        objects.publish(1, small_model(7))
+    objects.directory.clear()
+    anew = objects.publish(1, small_model(7))
+    assert objects.find() == [1]
+    assert_same(dict(objects.read(anew)), small_model(7))
 
 
 def test_a_cancelled_read_does_not_turn_to_the_files(objects: ObjectStand) -> None:

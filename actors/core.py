@@ -1,0 +1,140 @@
+"""The core of a run: the learner ranks and the buffer, which live and die together.
+
+Between them they hold one cut of the run, and nobody can take over from one that is gone. So when one
+is lost all are ended, and a new core is started from a checkpoint (`rlhf_cluster.restarts`).
+
+Promises:
+- a process that dies is noticed at once, whether or not a call to it is under way; one that does not
+  answer for `cluster.heartbeat_timeout_s` counts as lost, as in the pools;
+- a failure beside a loss is taken for its consequence: the `CoreLost` names who is gone;
+- nothing outlives `take_down`: ranks that wait in a collective for a dead one are killed too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from actors.calls import core_answer
+from actors.experience import BufferActor, RayBuffer
+from actors.launch import place, spawn, take_down
+from actors.learner import ACTOR_OPTIONS, LearnerActor, RayLearner
+from actors.services import Launcher
+from rlhf_cluster.errors import CoreLost, RlhfError, first_failure
+from rlhf_cluster.experience.buffer import BufferState
+from rlhf_cluster.planning.placement import BUFFER_CPUS, Bundle
+
+LOOK_S = 5.0
+"""How long a process takes for an answer that only says that it is there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """One process. `actor` has a method `present`, answered whatever else it does."""
+
+    name: str
+    actor: Any
+    placement: Any
+
+
+class Core:
+    """Start it once; `take_down` ends it, whatever it came to."""
+
+    def __init__(self, launcher: Launcher) -> None:
+        self._launcher = launcher
+        self._silence_s = launcher.config.cluster.heartbeat_timeout_s
+        self.members: list[Member] = []
+
+    async def start(
+        self,
+        state: BufferState | None,
+        prepare: Callable[[RayLearner], Awaitable[None]],
+    ) -> tuple[RayLearner, RayBuffer]:
+        """Buffer and learner, side by side, ready to work: `state` is that of a checkpoint, and
+        `prepare` gives a new learner its weights. Raises the first failure."""
+        try:
+            async with asyncio.TaskGroup() as starts:
+                learner = starts.create_task(self._start_learner(prepare))
+                buffer = starts.create_task(self._start_buffer(state))
+        except BaseExceptionGroup as failures:
+            raise first_failure(failures) from failures
+        return learner.result(), buffer.result()
+
+    @asynccontextmanager
+    async def watched(self, look: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+        """A member that is lost cancels the block, and is raised as `CoreLost`. `look` runs beside
+        the block, until it ends."""
+        try:
+            async with asyncio.TaskGroup() as watches:
+                tasks = [watches.create_task(self._watch(member)) for member in self.members]
+                tasks.append(watches.create_task(look))
+                yield
+                for task in tasks:
+                    task.cancel()
+        except BaseExceptionGroup as failures:
+            raise first_failure(failures) from failures
+
+    async def loss_behind(self, error: RlhfError) -> RlhfError:
+        """`error` itself, or the `CoreLost` that it follows from.
+
+        Waits for: an answer of every member, at most `cluster.heartbeat_timeout_s`.
+        """
+        if isinstance(error, CoreLost):
+            return error
+        looks = (self._look(member, 0.0) for member in self.members)
+        found = await asyncio.gather(*looks, return_exceptions=True)
+        lost = next((each for each in found if isinstance(each, CoreLost)), None)
+        return error if lost is None else CoreLost(f"{lost}. Noticed by: {error}")
+
+    def take_down(self) -> None:
+        for member in self.members:
+            take_down(member.actor, member.placement)
+        self.members.clear()
+
+    async def _watch(self, member: Member) -> None:
+        """Waits for: the end of the process. Ends by cancellation, or with `CoreLost`."""
+        while True:
+            await self._look(member, LOOK_S)
+
+    async def _look(self, member: Member, after_s: float) -> None:
+        asked = member.actor.present.remote(after_s)
+        await core_answer(asked, after_s + self._silence_s, member.name)
+
+    async def _start_buffer(self, state: BufferState | None) -> RayBuffer:
+        config = self._launcher.config
+        bundle = Bundle(owner="buffer", cpus=BUFFER_CPUS, gpus=0.0)
+        actor, group = await self._launcher.actor(BufferActor, [config, state], bundle)
+        self.members.append(Member(name="buffer", actor=actor, placement=group))
+        await core_answer(actor.stats.remote(), config.run.start_timeout_s, "buffer.stats")
+        return RayBuffer(actor)
+
+    async def _start_learner(self, prepare: Callable[[RayLearner], Awaitable[None]]) -> RayLearner:
+        """All ranks in one placement group, a bundle each."""
+        config = self._launcher.config
+        section = config.learner
+        bundles = [
+            Bundle(owner=f"learner-{i}", cpus=section.num_cpus, gpus=section.num_gpus)
+            for i in range(section.ranks)
+        ]
+        name = self._launcher.placement_name("learner")
+        group = await place(bundles, name, config.cluster.placement_timeout_s)
+        actors = []
+        for rank, bundle in enumerate(bundles):
+            actor = spawn(
+                LearnerActor,
+                [config, self._launcher.model_dir, rank],
+                bundle=bundle,
+                group=group,
+                index=rank,
+                environment={},
+                options=ACTOR_OPTIONS,
+            )
+            actors.append(actor)
+            self.members.append(Member(name=bundle.owner, actor=actor, placement=group))
+        learner = RayLearner(actors, config)
+        await learner.setup()
+        await prepare(learner)
+        return learner

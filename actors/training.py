@@ -1,0 +1,190 @@
+"""Training with one learner and one buffer, from where they stand to the end of the run.
+
+    restore -> a version live -> evaluate -> pipeline -> evaluate
+
+An attempt begins with step 0, or with a checkpoint; then the weights of that step are published again.
+In a run that lost an earlier learner, what that one left beyond the checkpoint is taken back first:
+from the record and from the weight store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+from actors.checkpointing import Cutter
+from actors.clients import RayGeneration, RayScoring
+from actors.experience import RayBuffer
+from actors.learner import RayLearner
+from actors.observer import RunObserver
+from actors.transports import Transport
+from rlhf_cluster.checkpoint import continuing
+from rlhf_cluster.checkpoint.folder import Checkpoint
+from rlhf_cluster.checkpoint.saving import Checkpoints
+from rlhf_cluster.checkpoint.state import RunState
+from rlhf_cluster.config import RunConfig
+from rlhf_cluster.errors import RunError
+from rlhf_cluster.experience.adaptive import DepthController, depth_controller
+from rlhf_cluster.experience.recovery import recovery_of
+from rlhf_cluster.inputs import Inputs
+from rlhf_cluster.pipeline import Pipeline, evaluate
+from rlhf_cluster.rundir import RunDir
+from rlhf_cluster.weights.sync import WeightSync
+
+
+class Stopped(RunError):
+    """The run was asked to end, and did so at a boundary between two steps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """What stays for the whole run, whatever happens to learner and buffer."""
+
+    config: RunConfig
+    inputs: Inputs
+    rundir: RunDir
+    observer: RunObserver
+    generation: RayGeneration
+    scoring: RayScoring
+    transport: Transport
+    first_prompt: int  # of a run that begins with step 0
+
+
+@dataclass(slots=True, kw_only=True)
+class Attempt:
+    """`again`: there was an attempt before it in this process."""
+
+    place: Place
+    learner: RayLearner
+    buffer: RayBuffer
+    checkpoint: Checkpoint | None
+    again: bool
+    sync: WeightSync = field(init=False)
+    checkpoints: Checkpoints | None = None
+    pipeline: Pipeline | None = None
+
+    def __post_init__(self) -> None:
+        self.sync = WeightSync(
+            self.learner,
+            self.place.generation,
+            self.buffer,
+            self.place.config.weights.publish_every,
+            time.monotonic,
+            self.place.scoring.follow,
+        )
+
+    @property
+    def state(self) -> RunState | None:
+        return None if self.checkpoint is None else self.checkpoint.state
+
+    @property
+    def publish_timeout_s(self) -> float:
+        """Until a version is live on every worker."""
+        config = self.place.config
+        timeout_s = config.weights.publish_timeout_s + config.generation.pull_timeout_s
+        if config.stored_reference:
+            timeout_s += 2 * config.run.start_timeout_s  # to write and to load a reference
+        return timeout_s
+
+    async def train(self) -> tuple[float | None, float | None]:
+        """Rewards on held-out prompts before and after. Raises `Stopped`, and what ends training."""
+        config, state = self.place.config, self.state
+        depth = depth_controller(config.staleness)
+        await self._restore(depth)
+        first_step = 0 if state is None else state.step
+        await self.sync.publish_last(first_step, self.publish_timeout_s)
+        before = state.reward_before if state else await self._evaluate(0)
+        cutter = Cutter(
+            config=config,
+            rundir=self.place.rundir,
+            buffer=self.buffer,
+            sync=self.sync.stats,
+            depth=depth,
+            first_prompt=state.first_prompt if state else self.place.first_prompt,
+            reward_before=before,
+            observer=self.place.observer,
+        )
+        self.checkpoints = cutter.checkpoints(self.learner, state)
+        self.pipeline = self._pipeline(depth, cutter.first_prompt)
+        done = await self.pipeline.run()
+        if self.pipeline.stopped:
+            if done:
+                await self.checkpoints.save_now(done, config.checkpoint.timeout_s)
+                await self.checkpoints.copied()
+            raise Stopped(stopped_text(config, self.checkpoints.stats.last))
+        await self.sync.publish_last(config.run.steps, self.publish_timeout_s)
+        after = await self._evaluate(config.run.steps)
+        await self.checkpoints.copied()
+        return before, after
+
+    async def abandon(self) -> None:
+        """The learner and the buffer are gone: see that nothing of this attempt goes on.
+
+        Waits for: a publish and a checkpoint under way to end, as they do without a learner; both
+        have deadlines.
+        """
+        await self.sync.abandon(self.publish_timeout_s)
+        if self.checkpoints is not None:
+            await self.checkpoints.drain()
+            self.checkpoints.close()
+
+    async def _restore(self, depth: DepthController | None) -> None:
+        """What the learner and the buffer do not restore themselves."""
+        place, state = self.place, self.state
+        if self.again or state is not None:
+            await asyncio.to_thread(continuing.rewind_weights, place.rundir, self.checkpoint)
+        if self.again:
+            place.observer.cut_back(self.checkpoint)
+            await asyncio.to_thread(place.transport.begin_anew)
+        if state is None:
+            return
+        self.sync.stats.skipped = state.publishes_skipped
+        if depth is not None and state.depth is not None:
+            depth.load_state(state.depth)
+            await self.buffer.set_pipeline_depth(depth.depth)
+
+    def _pipeline(self, depth: DepthController | None, first_prompt: int) -> Pipeline:
+        place, config, state = self.place, self.place.config, self.state
+        return Pipeline(
+            generation=place.generation,
+            scoring=place.scoring,
+            buffer=self.buffer,
+            learner=self.learner,
+            sync=self.sync,
+            prompts=place.inputs.prompts,
+            observer=place.observer,
+            sampling=config.sampling,
+            num_steps=config.run.steps,
+            groups_per_step=config.run.groups_per_step,
+            max_error_rate=config.scoring.max_error_rate,
+            live_timeout_s=self.publish_timeout_s,
+            trains_on=config.algorithm.trains_on,
+            depth=depth,
+            checkpoints=self.checkpoints,
+            first_step=0 if state is None else state.step,
+            first_prompt=first_prompt,
+            open=() if state is None else state.buffer.open,
+            recovery=recovery_of(
+                config, None if state is None else state.step, place.observer.event
+            ),
+        )
+
+    async def _evaluate(self, step: int) -> float | None:
+        place = self.place
+        prompts = place.inputs.evaluation_prompts
+        if not prompts:
+            return None
+        place.observer.state("evaluating")
+        max_tokens = place.config.generation.max_response_tokens
+        answers = await evaluate(place.generation, place.scoring, prompts, max_tokens, step)
+        return place.observer.evaluation(step, [answer.rewards[0] for answer in answers])
+
+
+def stopped_text(config: RunConfig, last: int) -> str:
+    """`last`: step of the last complete checkpoint, -1 where there is none."""
+    resume = f"The same command continues it from step {last}" if last >= 0 else "No checkpoint"
+    return (
+        f"run {config.run.name!r} was stopped by a signal; its metrics and published weights are in "
+        f"{config.run_dir}. {resume}"
+    )

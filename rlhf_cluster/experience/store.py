@@ -1,0 +1,188 @@
+"""Finished groups on disk: one immutable file a group.
+
+    <run directory>/experience/ g00000012.arrow      `experience.arrow` has the format
+                                .g00000012.*.partial  being written, or left by a process that died
+
+Promises:
+- a file has its name only when all of it is written, so a process that dies leaves a whole file or
+  none; with fsync = "group" that holds for the machine too;
+- a file that is not as it was written is never used: `read` says which one and what is wrong with it;
+- `write` raises `StoreError` when the group is not on disk as a whole, and leaves nothing behind; then
+  the run has to end, since it cannot keep what it promises;
+- names come from ticket numbers alone, and nothing is unpickled.
+
+Several processes may write, the same group too: the last one stays. Who decides which files go is
+`experience.recovery`, one process of the run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rlhf_cluster.errors import StoreError
+from rlhf_cluster.experience import arrow
+from rlhf_cluster.experience.arrow import Header
+from rlhf_cluster.ports import Handle
+from rlhf_cluster.records import ExperienceGroup, Ticket
+from rlhf_cluster.weights.files import sync_folder
+
+Fsync = Literal["group", "never"]
+_NAME = re.compile(r"g(\d{8,})\.arrow")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredGroup:
+    """The handle of a group that is read from the store."""
+
+    number: int
+
+
+class ExperienceStore:
+    """The groups of one run, in folder `root`, which is made with the first of them.
+
+    `made_by` tells what makes groups now; `write_file` is replaced by tests.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        made_by: str = "0" * 32,
+        fsync: Fsync = "never",
+        write_file: Callable[[int, memoryview], int] = os.write,
+    ) -> None:
+        self.root = Path(root)
+        self.made_by = made_by
+        self._fsync = fsync == "group"
+        self._write_file = write_file
+
+    def path(self, number: int) -> Path:
+        return self.root / f"{Ticket(number=number, version=0).group_id}.arrow"
+
+    def write(self, group: ExperienceGroup, reference_version: int = -1) -> Path:
+        """`reference_version` is of the newest reference that the group was scored with, if any.
+
+        Raises `StoreError`: path, bytes and cure.
+        """
+        newest = max((int(s.rollout.versions.max()) for s in group.scored), default=-1)
+        header = Header(newest_version=max(newest, reference_version), made_by=self.made_by)
+        image = arrow.encode(group, header)
+        path = self.path(group.ticket.number)
+        try:
+            self._replace(path, image)
+        except OSError as error:
+            raise StoreError(
+                f"{path}: {len(image)} bytes of group {group.group_id} cannot be written ({error}). "
+                "Free space there, or give run.root another folder, and start the same command "
+                "again; buffer.durable = false does without this file"
+            ) from error
+        return path
+
+    def read(self, number: int) -> ExperienceGroup:
+        """Raises `StoreError`: missing, damaged, or of another number."""
+        return self.read_with_header(number)[0]
+
+    def read_with_header(self, number: int) -> tuple[ExperienceGroup, Header]:
+        path = self.path(number)
+        try:
+            image = path.read_bytes()
+        except FileNotFoundError as error:
+            raise StoreError(f"{path}: there is no such file; group {number} is lost") from error
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be read ({error})") from error
+        try:
+            group, header = arrow.decode(image)
+        except StoreError as error:
+            raise StoreError(f"{path}: {error}") from error
+        if group.ticket.number != number:
+            raise StoreError(f"{path}: holds group {group.group_id}; the file was renamed")
+        return group, header
+
+    def header(self, number: int) -> Header:
+        """From the file's beginning alone, unverified. Raises `StoreError`."""
+        path = self.path(number)
+        try:
+            with path.open("rb") as file:
+                return arrow.read_header(file.read(arrow.HEADER_BYTES))
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be read ({error})") from error
+        except StoreError as error:
+            raise StoreError(f"{path}: {error}") from error
+
+    def has(self, number: int) -> bool:
+        return self.path(number).is_file()
+
+    def numbers(self) -> list[int]:
+        """Of the groups that have a file, rising. Raises `StoreError`."""
+        try:
+            names = os.listdir(self.root)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise StoreError(f"{self.root}: cannot be listed ({error})") from error
+        return sorted(int(found[1]) for name in names if (found := _NAME.fullmatch(name)))
+
+    def remove(self, numbers: Iterable[int]) -> None:
+        """Raises `StoreError` for a file that is there and cannot be deleted."""
+        for number in numbers:
+            try:
+                self.path(number).unlink(missing_ok=True)
+            except OSError as error:
+                raise StoreError(f"{self.path(number)}: cannot be deleted ({error})") from error
+
+    def remove_partial(self) -> None:
+        """Delete what writers that died have left. Call while nobody writes."""
+        for leftover in self.root.glob(".g*.partial"):
+            leftover.unlink(missing_ok=True)
+
+    def _replace(self, path: Path, image: bytes) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.partial")
+        try:
+            fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            try:
+                rest = memoryview(image)
+                while rest:
+                    rest = rest[self._write_file(fd, rest) :]
+                if self._fsync:
+                    os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        if self._fsync:
+            sync_folder(self.root)
+
+
+def collect(
+    wanted: Sequence[tuple[int, Handle]],
+    fetch: Callable[[Sequence[Handle]], Sequence[ExperienceGroup | None]],
+    store: ExperienceStore | None,
+) -> list[ExperienceGroup]:
+    """The groups of `wanted`, in order: those of its (ticket number, handle) pairs.
+
+    `fetch` gives what a handle stands for, None for what cannot be had any more; that is read from
+    `store`, as is a `StoredGroup`. Raises `StoreError` for a group that is nowhere.
+    """
+    elsewhere = [handle for _, handle in wanted if not isinstance(handle, StoredGroup)]
+    fetched = iter(fetch(elsewhere) if elsewhere else ())
+    groups = []
+    for number, handle in wanted:
+        group = None if isinstance(handle, StoredGroup) else next(fetched)
+        if group is None:
+            if store is None:
+                raise StoreError(
+                    f"group {number} was lost with the node that held it, and buffer.durable = false "
+                    "keeps no copy. The same command goes on from the last checkpoint"
+                )
+            group = store.read(number)
+        groups.append(group)
+    return groups

@@ -1,0 +1,96 @@
+"""A run goes on after a learner rank or the buffer is lost: how often, after which pause, from what.
+
+    attempt --CoreLost--> recover, pause --> attempt, from the newest checkpoint --> ...
+            --any other failure--> the end of the run
+
+Learner ranks and buffer hold one cut of the run between them, so all of them go back to a cut that
+was written down. Generation and scoring hold nothing of it, and stay.
+
+Promises:
+- only a loss is tried again; what would come again (diverged numbers, refused weights, wrong settings)
+  ends the run at once;
+- losses are counted over the whole run, those of a start too; the one over `limit` ends the run with
+  the first of them;
+- nothing that a user asked to keep is deleted: a run that was told to write no checkpoints, or whose
+  checkpoints are all damaged, is not begun anew once it has done a step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from rlhf_cluster.checkpoint import continuing
+from rlhf_cluster.checkpoint.folder import Checkpoint
+from rlhf_cluster.config import RunConfig
+from rlhf_cluster.errors import CheckpointError, CoreLost, PlacementError, RlhfError
+from rlhf_cluster.observe.run_log import read_metrics
+from rlhf_cluster.rundir import RunDir
+
+T = TypeVar("T")
+
+MAX_PAUSE_S = 60.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Restarts:
+    """The budget: at most `limit` restarts, the first after `pause_s`, each later one after twice
+    as long as the one before, up to `MAX_PAUSE_S`."""
+
+    limit: int
+    pause_s: float = 1.0
+    used: int = 0
+    first: str = ""
+
+    def spend(self, lost: RlhfError) -> float:
+        """One restart more, because of `lost`; the seconds to wait before it. Raises `CoreLost`."""
+        self.first = self.first or str(lost)
+        if self.used >= self.limit:
+            raise CoreLost(
+                f"learner or buffer lost {self.used + 1} times, over learner.max_restarts = "
+                f"{self.limit}. First cause: {self.first}. Last: {lost}"
+            ) from lost
+        self.used += 1
+        return min(MAX_PAUSE_S, self.pause_s * 2 ** (self.used - 1))
+
+
+async def with_recovery(
+    attempt: Callable[[], Awaitable[T]],
+    recover: Callable[[RlhfError], Awaitable[None]],
+    restarts: Restarts,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> T:
+    """What `attempt` returns. After a loss `recover` brings all else to a state to go on from.
+
+    That there is no room counts as a loss once there was one: what died may still hold it.
+    """
+    while True:
+        try:
+            return await attempt()
+        except CoreLost as error:
+            lost: RlhfError = error
+        except PlacementError as error:
+            if not restarts.used:
+                raise
+            lost = error
+        pause_s = restarts.spend(lost)
+        await recover(lost)
+        await sleep(pause_s)
+
+
+def point_of_return(run: RunDir, config: RunConfig, lost: RlhfError) -> Checkpoint | None:
+    """From where the run goes on after `lost`: its newest whole checkpoint, or, with None, from the
+    beginning. Reads all of the checkpoint; changes nothing. Raises `CheckpointError`."""
+    found = continuing.whole(run)
+    if found.checkpoint is not None:
+        return found.checkpoint
+    records = read_metrics(run.metrics)
+    done = records[-1]["step"] if records else 0
+    if found.damaged or (done and not config.checkpoint.every):
+        why = "; ".join(found.damaged) or "checkpoint.every = 0"
+        raise CheckpointError(
+            f"{lost}. {done} steps are done, and there is no checkpoint to go on from: {why}"
+        ) from lost
+    return None

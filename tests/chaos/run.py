@@ -1,0 +1,208 @@
+"""Runs of the tiny configuration under random SIGKILLs, each read by the checker afterwards.
+
+    python -m tests.chaos.run --runs 20 --kills 3 --seed 0 --engine scripted --out chaos.json
+
+One run at a time, on a local Ray cluster of its own. Run i has the seed `seed + i`, from which its
+kills follow; a run with a violation keeps its directory and tells where it lies. The exit status is 0
+when no run has one. The result is that of a benchmark: machine, versions, command, date, figures, runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import ENVIRONMENT, machine, versions
+from tests.chaos.checker import Report, check
+from tests.chaos.monkey import MOMENTS, ROLES, Monkey, find_through_ray, plan
+from tests.chaos.processes import Process
+from tests.chaos.subject import ENGINES, GENERATE_DELAY_S, Stuck, Subject
+
+STEPS_A_KILL = 24
+LAST_STEPS = 4
+FINISH_WITHIN_S = 300.0
+
+
+def chaotic_run(
+    subject: Subject,
+    kills: Sequence[Any],
+    find: Callable[[str], list[Process]],
+    tell: Callable[[str], None],
+) -> tuple[Monkey, Report]:
+    """Start `subject`, kill as planned, let it end, and read what it left."""
+    monkey = Monkey(subject=subject, find=find, tell=tell)
+    stuck = ""
+    try:
+        subject.start()
+        subject.slow(GENERATE_DELAY_S)
+        for planned in kills:
+            if not monkey.attack(planned):
+                break
+        subject.slow(0.0)
+        _finish(monkey)
+    except Stuck as error:
+        stuck = str(error)
+    finally:
+        subject.end()
+    report = check(subject.path, subject.asked, monkey.stragglers | subject.remains())
+    if stuck:
+        report.found("stuck", stuck)
+    return monkey, report
+
+
+def _finish(monkey: Monkey) -> None:
+    """Waits for: the end. A kill whose effect comes late may still cost a repeat."""
+    deadline = time.monotonic() + FINISH_WITHIN_S
+    while not monkey.ended():
+        if time.monotonic() > deadline:
+            raise Stuck(f"the run was not over {FINISH_WITHIN_S:g} s after the last kill")
+        time.sleep(0.05)
+
+
+@contextmanager
+def local_cluster() -> Iterator[str]:
+    """A Ray cluster of this process alone; yields its address."""
+    os.environ |= {**ENVIRONMENT, "RAY_USAGE_STATS_ENABLED": "0"}
+    import ray
+    from ray.cluster_utils import Cluster
+
+    from actors.control import NAMESPACE
+    from tests.ports import free_ports
+
+    arguments = {
+        "num_cpus": 8,
+        "object_store_memory": 256 << 20,
+        "dashboard_port": free_ports(1)[0],
+    }
+    cluster = Cluster(initialize_head=True, head_node_args=arguments)
+    try:
+        ray.init(address=cluster.address, namespace=NAMESPACE, log_to_driver=False)
+        yield str(cluster.address)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def one(seed: int, arguments: argparse.Namespace, address: str) -> dict[str, Any]:
+    """The record of one run."""
+    folder = Path(tempfile.mkdtemp(prefix=f"chaos-{seed}-", dir=arguments.keep))
+    subject = Subject(
+        folder=folder,
+        address=address,
+        steps=STEPS_A_KILL * arguments.kills + LAST_STEPS,
+        engine=arguments.engine,
+        ranks=arguments.ranks,
+        name=f"chaos-{seed}-{os.getpid()}",
+    )
+    start = time.monotonic()
+    kills = plan(seed, arguments.kills, arguments.roles, arguments.moments)
+    print(f"run {seed}: {[f'{p.role} {p.moment}' for p in kills]}", flush=True)
+    monkey, report = chaotic_run(
+        subject, kills, find_through_ray(subject), lambda text: print(f"  {text}", flush=True)
+    )
+    if report.violations:
+        print(f"run {seed}: violations; it lies in {folder}; the same kills:", flush=True)
+        print(f"  python -m tests.chaos.run {again(seed, arguments)}", flush=True)
+        for violation in report.violations:
+            print(f"  {violation}", flush=True)
+    else:
+        shutil.rmtree(folder)
+    found = asdict(report)
+    return {
+        "seed": seed,
+        "seconds": round(time.monotonic() - start, 1),
+        "kills": [asdict(kill) for kill in monkey.kills],
+        "restarts": len(subject.ends),
+        "violations": [str(violation) for violation in report.violations],
+        **{key: value for key, value in found.items() if key != "violations"},
+    }
+
+
+def again(seed: int, arguments: argparse.Namespace) -> str:
+    """The options that plan the same kills."""
+    words = ["--runs", "1", "--seed", str(seed)]
+    for name in ("kills", "engine", "ranks", "roles", "moments"):
+        value = getattr(arguments, name)
+        words += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
+    return shlex.join(words)
+
+
+def figures(runs: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """The numbers that may be quoted."""
+    roles = Counter(kill["role"] for run in runs for kill in run["kills"])
+    by_itself = Counter(
+        kill["role"] for run in runs for kill in run["kills"] if not kill["restarted"]
+    )
+    kinds = ("groups_lost", "groups_trained_twice", "bound_violations", "orphans")
+    return {
+        "runs": len(runs),
+        "runs_completed": sum(not run["violations"] for run in runs),
+        "kills": roles.total(),
+        **{f"kills/{role}": roles[role] for role in ROLES},
+        **{f"went_on_by_itself/{role}": by_itself[role] for role in ROLES},
+        "moments_hit": sum(kill["hit"] for run in runs for kill in run["kills"]),
+        "restarts": sum(run["restarts"] for run in runs),
+        "steps": sum(run["steps"] for run in runs),
+        "groups_trained": sum(run["groups_trained"] for run in runs),
+        **{kind: sum(run[kind] for run in runs) for kind in kinds},
+    }
+
+
+def write(path: Path, command: Sequence[str], runs: Sequence[dict[str, Any]], facts: Any) -> None:
+    result = {
+        "machine": facts,
+        "versions": versions(),
+        "command": "python -m tests.chaos.run " + " ".join(command),
+        "date": datetime.now(UTC).date().isoformat(),
+        "figures": figures(runs),
+        "runs": list(runs),
+    }
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def parse(command: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=3, help="of each run")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--engine", choices=sorted(ENGINES), default="scripted")
+    parser.add_argument("--ranks", type=int, default=1, help="of the learner")
+    parser.add_argument("--roles", nargs="+", choices=ROLES, default=list(ROLES))
+    parser.add_argument("--moments", nargs="+", choices=MOMENTS, default=list(MOMENTS))
+    parser.add_argument("--out", type=Path, help="where the result goes, as JSON")
+    parser.add_argument("--keep", type=Path, help="folder of the runs' directories")
+    parser.add_argument("--minutes", type=float, help="begin no further run after this long")
+    return parser.parse_args(command)
+
+
+def main(command: Sequence[str]) -> int:
+    arguments, facts, runs = parse(command), machine(), []
+    start = time.monotonic()
+    with local_cluster() as address:
+        for seed in range(arguments.seed, arguments.seed + arguments.runs):
+            if arguments.minutes and time.monotonic() - start > arguments.minutes * 60:
+                break
+            runs.append(one(seed, arguments, address))
+            if arguments.out is not None:
+                write(arguments.out, command, runs, facts)
+    print(json.dumps(figures(runs), indent=1))
+    return 0 if all(not run["violations"] for run in runs) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,128 @@
+"""What chooses and tells the kills of the chaos runs, without a run."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.monkey import MOMENTS, ROLES, Kill, Monkey, plan, sight
+from tests.chaos.processes import Process, marked, of_pid
+from tests.chaos.run import again, figures, parse
+from tests.chaos.subject import Stuck, Subject
+
+
+def test_a_run_s_processes_are_found_by_their_mark_until_they_are_gone(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": f"/x:{tmp_path}"}
+    command = [sys.executable, "-S", "-c", "print(flush=True); input()"]
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        [found] = marked(str(tmp_path))
+        assert found.pid == child.pid
+        assert found.alive()
+        assert "input()" in found.command()
+        assert not Process(found.pid, found.started + 1).alive(), "another one of the same id"
+        child.kill()
+    assert not found.alive()
+    assert of_pid(found.pid) is None
+    assert marked(str(tmp_path)) == set()
+
+
+def test_the_seed_alone_chooses_the_kills_and_every_role_has_its_turn() -> None:
+    assert plan(7, 12) == plan(7, 12)
+    assert plan(7, 12) != plan(8, 12)
+    assert plan(7, 12)[:3] == plan(7, 3)
+    for start in (0, 6):
+        assert {kill.role for kill in plan(7, 12)[start : start + 6]} == set(ROLES)
+    assert {kill.moment for seed in range(20) for kill in plan(seed, 6)} == set(MOMENTS)
+    assert [kill.role for kill in plan(7, 2, roles=["driver"])] == ["driver", "driver"]
+    assert {kill.also for seed in range(60) for kill in plan(seed, 6)} == {*ROLES, None}
+
+
+@dataclass(slots=True, kw_only=True)
+class EndingSubject(Subject):
+    """A run whose attempts end with these codes, one after the other."""
+
+    codes: list[int]
+
+    def ended(self) -> int | None:
+        return self.codes[0]
+
+    def start(self) -> None:
+        self.codes.pop(0)
+
+
+def monkey_on(tmp_path: Path, codes: list[int], kills: int) -> Monkey:
+    roles = ["learner", "driver", "scoring"][:kills]
+    made = [Kill(role=r, pid=1, moment="", hit=True, step=0, time_s=0.0) for r in roles]
+    subject = EndingSubject(folder=tmp_path, address="", steps=1, codes=codes)
+    return Monkey(subject=subject, find=lambda role: [], kills=made)
+
+
+def test_the_command_is_repeated_once_a_kill_and_no_more(tmp_path: Path) -> None:
+    monkey = monkey_on(tmp_path, [-9, 1, 0], kills=3)
+    (tmp_path / "output.txt").write_text("error: WorkerDied: learner-0\nlast line\n")
+    assert [monkey.ended() for _ in range(3)] == [False, False, True]
+    assert monkey.subject.ends == ["ended with -9", "ended with 1: error: WorkerDied: learner-0"]
+    blamed = {kill.role: kill.restarted for kill in monkey.kills}
+    assert blamed == {
+        "driver": monkey.subject.ends[0],
+        "learner": monkey.subject.ends[1],
+        "scoring": "",
+    }
+    with pytest.raises(Stuck, match="ended without a kill: error: WorkerDied"):
+        monkey_on(tmp_path, [1], kills=0).ended()
+    again = monkey_on(tmp_path, [1, 1], kills=1)
+    assert not again.ended()
+    with pytest.raises(Stuck, match="without a kill"):
+        again.ended()
+
+
+@pytest.mark.parametrize(
+    ("moment", "name", "other"),
+    [
+        ("step boundary", "metrics.jsonl", "status.json"),
+        ("after a checkpoint", "checkpoints/step-000004", "checkpoints/step-000006.partial"),
+        ("during a checkpoint", "checkpoints/step-000004.partial", "checkpoints/step-000004"),
+        ("during a publish", "weights/v000004.partial", "weights/v000004"),
+    ],
+)
+def test_a_moment_is_seen_when_its_file_is_there(
+    tmp_path: Path, moment: str, name: str, other: str
+) -> None:
+    for path in (other, name):
+        before = sight(tmp_path, moment)
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text("x")
+        assert bool(sight(tmp_path, moment) - before) == (path == name)
+
+
+def test_a_run_that_violates_names_the_options_that_plan_its_kills() -> None:
+    asked = parse(["--seed", "5", "--kills", "2", "--roles", "driver", "buffer"])
+    told = parse(shlex.split(again(9, asked)))
+    assert (told.runs, told.seed) == (1, 9)
+    for name in ("kills", "engine", "ranks", "roles", "moments"):
+        assert getattr(told, name) == getattr(asked, name), name
+
+
+def test_figures_are_the_sums_over_the_runs() -> None:
+    counts = {"groups_lost": 1, "groups_trained_twice": 2, "bound_violations": 3, "orphans": 4}
+    kills = [
+        {"role": "driver", "restarted": "ended with -9", "hit": True},
+        {"role": "scoring", "restarted": "", "hit": False},
+    ]
+    base = {"kills": kills, "restarts": 1, "steps": 5, "groups_trained": 6, **counts}
+    found = figures([{**base, "violations": []}, {**base, "violations": ["orphan: x"]}])
+    assert (found["runs"], found["runs_completed"], found["kills"]) == (2, 1, 4)
+    assert (found["kills/driver"], found["went_on_by_itself/driver"]) == (2, 0)
+    assert (found["kills/scoring"], found["went_on_by_itself/scoring"]) == (2, 2)
+    assert (found["moments_hit"], found["steps"], found["groups_trained"]) == (2, 10, 12)
+    assert {name: found[name] for name in counts} == {name: 2 * n for name, n in counts.items()}

@@ -1,0 +1,383 @@
+"""The second copy of checkpoints: beside the steps, whole or not there, and the way back from it."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from weight_cases import publish, small_model
+
+from actors.checkpointing import claimed
+from rlhf_cluster.checkpoint import continuing, folder
+from rlhf_cluster.checkpoint.copies import Copies
+from rlhf_cluster.checkpoint.copy_folder import MARKER, CopyFolder
+from rlhf_cluster.checkpoint.folder import verify_tensors
+from rlhf_cluster.config import RunConfig
+from rlhf_cluster.environment import without_secrets
+from rlhf_cluster.errors import CheckpointError, ConfigError, RunError, WeightError
+from rlhf_cluster.experience.staleness import AdmissionGate
+from rlhf_cluster.observe.run_log import read_metrics
+from rlhf_cluster.rundir import RunDir, write_json
+from rlhf_cluster.weights import store
+from rlhf_cluster.weights.transport import Deadline
+from tests.checkpoint_files import write_whole
+from tests.configs import tiny_config
+from tests.resumable_run import Attempt
+
+URL = "memory://copies"
+
+
+@pytest.fixture(autouse=True)
+def memory() -> Any:
+    """The memory storage of this process, empty."""
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    fs.pseudo_dirs[:] = [""]
+    yield fs
+    fs.store.clear()
+
+
+def config(root: Path, url: str = URL, **sections: Any) -> RunConfig:
+    run = {"root": str(root), "steps": 8}
+    return tiny_config(run=run, checkpoint={"copy_to": url}, **sections)
+
+
+def directory(settings: RunConfig) -> RunDir:
+    """The directory of a run as it begins."""
+    run = RunDir(settings.run_dir, settings.weights_dir)
+    run.path.mkdir(parents=True)
+    write_json(run.resolved, continuing.describe(settings))
+    return run
+
+
+def make_run(root: Path, *steps: int, url: str = URL) -> RunDir:
+    """What a run of 6 steps left, with checkpoints of `steps`."""
+    run = directory(config(root, url))
+    lines = [{"step": s, "time_s": 0.0, "reward/mean": 0.1} for s in range(7)]
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    publish(run.reference, 0, small_model())
+    for step in steps:
+        write_whole(run.checkpoints, step)
+    return run
+
+
+def copies(run: RunDir, url: str = URL, timeout_s: float = 60.0) -> tuple[Copies, list[str]]:
+    told: list[str] = []
+    copy = CopyFolder(url, "tiny")
+    return Copies(run=run, copy=copy, timeout_s=timeout_s, tell=told.append), told
+
+
+async def copied(run: RunDir, *steps: int, url: str = URL) -> Copies:
+    made, told = copies(run, url)
+    made.follow(steps or folder.steps(run.checkpoints))
+    await made.drain()
+    assert told == []
+    return made
+
+
+def elsewhere(tmp_path: Path, url: str = URL) -> tuple[RunDir, RunConfig]:
+    """The directory of the same run on a machine where it never was."""
+    settings = config(tmp_path / "elsewhere", url)
+    return directory(settings), settings
+
+
+def damage(memory: Any, part: str) -> str:
+    """Flip a bit in the one stored file whose path contains `part`."""
+    [name] = [name for name in memory.store if part in name]
+    data = bytearray(memory.cat_file(name))
+    data[len(data) // 2] ^= 1
+    memory.pipe_file(name, bytes(data))
+    return name
+
+
+@pytest.mark.parametrize("storage", ["memory", "file"])
+async def test_a_run_goes_on_where_it_never_was_from_a_copy(tmp_path, storage):
+    url = URL if storage == "memory" else f"file://{tmp_path}/copies"
+    run = make_run(tmp_path, 2, 4, url=url)
+    made = await copied(run, url=url)
+    assert (made.stats.last, made.stats.failed) == (4, 0)
+    new, settings = elsewhere(tmp_path, url)
+    found = continuing.whole_copy(new, settings, overwrite=False)
+    assert found.checkpoint.state == folder.check(run.checkpoints / "step-000004").state
+    verify_tensors(found.checkpoint)
+    assert store.latest(new.reference).version == 0
+    assert (new.reference / "v000000.pin").exists()
+    outcome = continuing.look(new, settings, False, found)
+    assert any(f"step 4 was fetched from {url}/tiny" in note for note in outcome.notes)
+    continuing.cut_back(new, found.checkpoint)
+    assert [r["step"] for r in read_metrics(new.metrics)] == [0, 1, 2, 3, 4]
+    assert sorted(p.name for p in new.checkpoints.iterdir()) == ["step-000004"]
+
+
+async def test_a_changed_configuration_is_seen_as_if_the_run_had_been_here(tmp_path):
+    await copied(make_run(tmp_path, 2))
+    new, _ = elsewhere(tmp_path)
+    changed = config(tmp_path / "elsewhere", learner={"learning_rate": 2e-3})
+    found = continuing.whole_copy(new, changed, overwrite=False)
+    with pytest.raises(RunError, match=r"learner.learning_rate = 0.002, was 0.001"):
+        continuing.look(new, changed, False, found)
+
+
+@pytest.mark.parametrize(
+    "part", ["checkpoint/learner/v000004/shard-00000", "checkpoint/run.json", MARKER]
+)
+async def test_a_damaged_copy_is_named_and_the_one_before_is_fetched(tmp_path, memory, part):
+    await copied(make_run(tmp_path, 2, 4))
+    damage(memory, f"/step-000004/{part}")
+    new, settings = elsewhere(tmp_path)
+    found = continuing.whole_copy(new, settings, overwrite=False)
+    assert found.checkpoint.state.step == 2
+    assert "memory://copies/tiny" in found.damaged[0]
+    assert sorted(p.name for p in new.checkpoints.iterdir()) == ["step-000002"]
+
+
+async def test_when_no_copy_is_whole_the_run_is_refused_naming_each(tmp_path, memory):
+    await copied(make_run(tmp_path, 2, 4))
+    damage(memory, "/step-000002/reference/v000000/shard-00000")
+    memory.rm_file(f"/copies/tiny/step-000004/{MARKER}")
+    new, settings = elsewhere(tmp_path)
+    with pytest.raises(RunError, match=r"step 4 is not complete; .*v000000/shard-00000") as refused:
+        continuing.whole_copy(new, settings, overwrite=False)
+    assert "--overwrite" in str(refused.value)
+
+
+async def test_a_directory_whose_checkpoints_are_damaged_goes_on_from_the_copy(tmp_path):
+    run = make_run(tmp_path, 2, 4)
+    await copied(run)
+    for shard in run.checkpoints.glob("step-*/learner/*/shard-00000*"):
+        shard.write_bytes(shard.read_bytes()[:-1])
+    settings = config(tmp_path)
+    assert continuing.look(run, settings, False).notes == [], "a quick look does not refuse it"
+    found = continuing.whole_or_copy(run, settings)
+    assert found.checkpoint.state.step == 4
+    assert len(found.damaged) == 2
+    notes = continuing.look(run, settings, False, found).notes
+    assert "step 4 was fetched from memory://copies/tiny" in notes
+    assert [r["step"] for r in read_metrics(run.metrics)] == list(range(7)), "its own record stays"
+
+
+async def test_names_that_lead_out_of_the_folder_are_refused(tmp_path, memory):
+    await copied(make_run(tmp_path, 2))
+    name = f"/copies/tiny/step-000002/{MARKER}"
+    marker = json.loads(memory.cat_file(name))
+    marker["files"]["../../escaped"] = {"bytes": 0, "hash": ""}
+    memory.pipe_file(name, json.dumps(marker).encode())
+    new, settings = elsewhere(tmp_path)
+    with pytest.raises(RunError, match=r"names the file '../../escaped'"):
+        continuing.whole_copy(new, settings, overwrite=False)
+    assert not list(tmp_path.rglob("escaped"))
+
+
+async def test_copies_follow_what_is_on_disk(tmp_path, memory):
+    run = make_run(tmp_path, 2, 4)
+    made = await copied(run)
+    first = memory.modified("/copies/tiny/step-000004/copied.json")
+    write_whole(run.checkpoints, 6)
+    folder.retain(run.checkpoints, 2)
+    made.follow([4, 6])
+    await made.drain()
+    assert made.copy.steps() == [4, 6]
+    assert memory.modified("/copies/tiny/step-000004/copied.json") == first, "copied once"
+    memory.rm_file("/copies/tiny/step-000006/copied.json")
+    again = await copied(run)
+    assert again.copy.has(folder.check(run.checkpoints / "step-000006")), (
+        "completed by a resumed run"
+    )
+
+
+async def test_another_checkpoint_of_the_same_step_replaces_the_copy(tmp_path, memory):
+    run = make_run(tmp_path, 2, 4)
+    await copied(run)
+    write_whole(run.checkpoints, 4, num_ranks=1, score=0.5)
+    made = await copied(run)
+    assert not [n for n in memory.store if "step-000004/checkpoint" in n and "shard-00001" in n]
+    new, settings = elsewhere(tmp_path)
+    assert continuing.whole_copy(new, settings, False).checkpoint.state.score == 0.5
+    assert made.copy.steps() == [2, 4]
+
+
+async def test_overwriting_a_run_removes_its_copies(tmp_path):
+    await copied(make_run(tmp_path, 2))
+    new, settings = elsewhere(tmp_path)
+    assert continuing.whole_copy(new, settings, overwrite=True).checkpoint is None
+    assert CopyFolder(URL, "tiny").steps() == []
+
+
+class Broken:
+    """The storage, whose `method` calls `fail` first."""
+
+    def __init__(self, fs: Any, method: str, fail: Any) -> None:
+        self._fs, self._method, self._fail = fs, method, fail
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._fs, name)
+        if name != self._method:
+            return found
+
+        def call(path: str, *arguments: Any, **named: Any) -> Any:
+            self._fail(str(path))
+            return found(path, *arguments, **named)
+
+        return call
+
+
+@pytest.mark.parametrize("die_at", [1, 5, 10])
+async def test_a_copy_that_breaks_off_anywhere_is_never_taken(tmp_path, memory, die_at):
+    run = make_run(tmp_path, 2, 4)
+    await copied(run, 2)
+    made, told = copies(run)
+    calls = 0
+
+    def fail(path: str) -> None:
+        nonlocal calls
+        if "step-000004" in path:
+            calls += 1
+            if calls == die_at:
+                raise ConnectionError("https://user:pw@storage/x?sig=1 is gone")
+
+    made.copy._fs = Broken(memory, "open", fail)
+    made.follow([4])
+    await made.drain()
+    assert made.stats.failed == 1
+    assert told[0].startswith(
+        "no copy of the checkpoint of step 4: cannot write step 4 to memory://"
+    )
+    assert "pw" not in told[0]
+    assert "sig" not in told[0]
+    new, settings = elsewhere(tmp_path)
+    assert continuing.whole_copy(new, settings, False).checkpoint.state.step == 2
+    made.copy._fs = memory
+    made.follow([4])
+    await made.drain()
+    assert (made.stats.last, made.stats.failed) == (4, 1), "the next time it is copied"
+    assert made.copy.steps() == [4]
+
+
+async def test_a_storage_that_hangs_costs_its_deadline_and_writes_no_marker(tmp_path, memory):
+    run = make_run(tmp_path, 2)
+    made, told = copies(run, timeout_s=0.2)
+    free, ended = threading.Event(), threading.Event()
+    pump = made.copy.put
+
+    def put(*arguments: Any) -> None:
+        try:
+            assert free.wait(60)
+            pump(*arguments)
+        finally:
+            ended.set()
+
+    made.copy.put = put
+    made.follow([2])
+    await made.drain()
+    assert "not copied within checkpoint.timeout_s = 0.2 s" in told[0]
+    free.set()
+    assert ended.wait(60)
+    assert not [name for name in memory.store if MARKER in name]
+
+
+def test_past_its_deadline_nothing_gets_a_marker(tmp_path, memory):
+    (tmp_path / "empty").touch()
+    deadline = Deadline("the copy", 60)
+    deadline.cancel()
+    with pytest.raises(WeightError, match="cancelled, waiting for its marker"):
+        CopyFolder(URL, "tiny").put(2, {"empty": tmp_path / "empty"}, deadline)
+    assert [name for name in memory.store if "step-000002" in name], "the file itself was written"
+    assert not [name for name in memory.store if MARKER in name]
+
+
+async def test_no_step_waits_for_a_copy_and_the_last_one_is_there_in_the_end(tmp_path):
+    gate = AdmissionGate(max_staleness=1, pipeline_depth=1, groups_per_step=2, num_steps=6)
+    attempt = Attempt(root=tmp_path / "tiny" / "checkpoints", gate=gate, every=2)
+    pipeline = await attempt.build()
+    made, told = copies(RunDir(tmp_path / "tiny", tmp_path / "weights"))
+    attempt.checkpoints.copies = made
+    trained, put = threading.Event(), made.copy.put
+
+    def put_late(*arguments: Any) -> None:
+        assert trained.wait(60), "a step waited for the copy"
+        put(*arguments)
+
+    made.copy.put = put_late
+    assert await pipeline.run() == 6
+    trained.set()
+    await attempt.checkpoints.copied()
+    assert made.stats.last == 6
+    assert made.copy.steps() == [4, 6]
+    assert made.stats.failed == len(told) <= 1, "at most that of step 2, removed meanwhile"
+
+
+def test_a_storage_that_does_not_answer_is_not_taken_for_an_empty_one(tmp_path, memory):
+    copy = CopyFolder(URL, "tiny")
+
+    def fail(path: str) -> None:
+        raise ConnectionError("refused")
+
+    copy._fs = Broken(memory, "ls", fail)
+    with pytest.raises(CheckpointError, match=r"cannot list memory://copies/tiny .*refused"):
+        copy.steps()
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("nosuch://x", ["unknown protocol 'nosuch'", "fsspec knows"]),
+        ("copies", ["not the URL of one storage", "file:///mnt/copies"]),
+        ("zip://a::s3://b", ["not the URL of one storage"]),
+        ("nosuch://user:hunter2@x/y?sig=3", ["nosuch://(hidden)@x/y?(hidden)"]),
+    ],
+)
+def test_a_url_that_cannot_be_used_is_refused(tmp_path, url, words):
+    with pytest.raises(ConfigError) as refused:
+        config(tmp_path, url)
+    assert all(word in str(refused.value) for word in ["checkpoint.copy_to", *words])
+    assert "hunter2" not in str(refused.value)
+
+
+def test_copies_inside_the_run_directory_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="is in the run directory"):
+        config(tmp_path, f"file://{tmp_path}/tiny/copies")
+    config(tmp_path, f"file://{tmp_path}/copies")
+
+
+def test_credentials_of_the_url_are_in_no_file_and_no_name(tmp_path):
+    url = "memory://user:hunter2@copies/x?signature=abc"
+    tree = without_secrets(config(tmp_path, url).model_dump(mode="json"))
+    assert tree["checkpoint"]["copy_to"] == "memory://(hidden)@copies/x?(hidden)"
+    assert CopyFolder(url, "tiny").shown == "memory://(hidden)@copies/x?(hidden)/tiny"
+
+
+# The same command, as the driver gives it
+
+
+async def test_the_same_command_elsewhere_owns_a_directory_that_goes_on(tmp_path):
+    await copied(make_run(tmp_path, 2, 4))
+    settings = config(tmp_path / "elsewhere")
+    run, outcome = claimed(settings, [], overwrite=False, accept_changes=False)
+    assert run.is_held()
+    assert outcome.checkpoint.state.step == 4
+    assert [r["step"] for r in read_metrics(run.metrics)] == [0, 1, 2, 3, 4]
+    assert run.read_resolved() == continuing.describe(settings)
+    run.close()
+    run, outcome = claimed(settings, [], overwrite=True, accept_changes=False)
+    assert outcome.checkpoint is None
+    assert CopyFolder(URL, "tiny").steps() == [], "what is overwritten is nowhere any more"
+    run.close()
+
+
+async def test_a_refused_command_elsewhere_leaves_no_directory(tmp_path, memory):
+    await copied(make_run(tmp_path, 2))
+    damage(memory, "/step-000002/checkpoint/run.json")
+    settings = config(tmp_path / "elsewhere")
+    with pytest.raises(RunError, match="has copies there and none is whole"):
+        claimed(settings, [], overwrite=False, accept_changes=False)
+    assert not settings.run_dir.exists()
+
+
+def test_a_run_without_copies_begins_as_ever(tmp_path):
+    run, outcome = claimed(config(tmp_path), [], overwrite=False, accept_changes=False)
+    assert (outcome.checkpoint, outcome.finished, outcome.notes) == (None, False, [])
+    run.close()

@@ -1,0 +1,156 @@
+"""Damage anywhere in a checkpoint: it is named, and the run goes on from the one before."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+from weight_cases import publish, small_model, stepped
+
+from rlhf_cluster.checkpoint import continuing, folder
+from rlhf_cluster.checkpoint.continuing import whole
+from rlhf_cluster.checkpoint.folder import Found, verify_tensors
+from rlhf_cluster.errors import RunError, WeightError
+from rlhf_cluster.rundir import RunDir
+from rlhf_cluster.weights import store, verifying
+from tests.checkpoint_files import write_whole
+from tests.configs import tiny_config
+
+SAMPLES_A_FILE = 16
+
+
+def newest_whole(root: Path) -> Found:
+    return folder.newest(root, also=verify_tensors)
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> tuple[Path, Path]:
+    write_whole(tmp_path, 2)
+    return tmp_path, write_whole(tmp_path, 4)
+
+
+def files_of(checkpoint: Path) -> list[Path]:
+    return sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.stat().st_size)
+
+
+def test_every_file_of_a_checkpoint_is_tried(two):
+    names = {path.name.split("-")[0] for path in files_of(two[1])}
+    assert names >= {"complete.json", "run.json", "manifest.json", "shard", "latest"}
+    assert newest_whole(two[0]).checkpoint.folder == two[1]
+    assert newest_whole(two[0]).damaged == []
+
+
+def test_s32_one_flipped_bit_anywhere_makes_the_checkpoint_before_count(two):
+    root, last = two
+    chance, tried = random.Random(0), 0
+    for path in files_of(last):
+        data = path.read_bytes()
+        step = max(1, len(data) // SAMPLES_A_FILE)
+        for start in range(0, len(data), step):
+            place = min(start + chance.randrange(step), len(data) - 1)
+            flipped = data[place] ^ (1 << chance.randrange(8))
+            path.write_bytes(data[:place] + bytes([flipped]) + data[place + 1 :])
+            found = newest_whole(root)
+            assert found.checkpoint is not None, (path, place)
+            assert found.checkpoint.state.step == 2, (path, place)
+            [damaged] = found.damaged
+            assert damaged.startswith(str(last)), damaged
+            tried += 1
+        path.write_bytes(data)
+    assert tried > 80
+    assert newest_whole(root).checkpoint.folder == last, "mended again"
+
+
+def test_s32_a_changed_shard_is_named_with_its_tensor(two):
+    root, last = two
+    shard = max(last.glob("learner/*/shard-00001*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 128
+    shard.write_bytes(data)
+    assert folder.newest(root).checkpoint.folder == last, "marker and sizes are as they were"
+    found = newest_whole(root)
+    assert found.checkpoint.state.step == 2
+    assert "tensor 'policy/" in found.damaged[0]
+    assert str(shard) in found.damaged[0]
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "longer"])
+def test_s32_a_torn_shard_makes_the_checkpoint_before_count(two, damage):
+    root, last = two
+    shard = max(last.glob("learner/*/shard-*.safetensors"))
+    if damage == "missing":
+        shard.unlink()
+    else:
+        data = shard.read_bytes()
+        shard.write_bytes(data[:-1] if damage == "cut" else data + b"x")
+    found = newest_whole(root)
+    assert found.checkpoint.state.step == 2
+    assert str(shard) in found.damaged[0]
+
+
+def test_a_run_goes_on_from_the_one_before_or_is_refused_naming_each(tmp_path):
+    config = tiny_config(run={"root": str(tmp_path)})
+    with RunDir.create(tmp_path / "tiny", config) as run:
+        run.metrics.write_text('{"step": 5, "time_s": 0.0}\n')
+        publish(run.reference, 0, small_model())
+        for step in (2, 4):
+            write_whole(run.checkpoints, step)
+    for step, left in ((4, 2), (2, None)):
+        shard = max((run.checkpoints / f"step-{step:06d}").glob("learner/*/shard-00000*"))
+        data = bytearray(shard.read_bytes())
+        data[-1] ^= 1
+        shard.write_bytes(data)
+        found = whole(run)
+        if left is not None:
+            outcome = continuing.look(run, config, False, found)
+            assert outcome.checkpoint.state.step == left
+            assert outcome.notes[0].startswith("passed over: ")
+            assert shard.name in outcome.notes[0]
+    with pytest.raises(RunError, match=r"no checkpoint is whole: .*step-000004.*step-000002"):
+        continuing.look(run, config, False, found)
+
+
+def test_a_checkpoint_counts_only_with_the_reference_that_it_needs(tmp_path):
+    with RunDir.create(tmp_path / "tiny", tiny_config(run={"root": str(tmp_path)})) as run:
+        write_whole(run.checkpoints, 2)
+    assert whole(run).checkpoint is None
+    assert "v000000" in whole(run).damaged[0]
+    publish(run.reference, 0, small_model())
+    assert whole(run).checkpoint.state.step == 2
+    shard = max((run.reference / "v000000").glob("shard-*"))
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert whole(run).checkpoint is None
+    assert shard.name in whole(run).damaged[0]
+
+
+# The reading itself
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 5])
+def test_verifying_finds_what_reading_finds_whatever_the_buffer(tmp_path, num_ranks):
+    version = publish(tmp_path, 1, small_model(), num_ranks)
+    for buffer_bytes in (verifying.CHUNK_BYTES, verifying.BUFFER_BYTES):
+        verifying.verify(version.path, buffer_bytes)
+    for shard in Path(version.path).glob("*.safetensors"):
+        data = shard.read_bytes()
+        shard.write_bytes(data[:-2] + bytes([data[-2] ^ 4]) + data[-1:])
+        with pytest.raises(WeightError, match="damaged in") as read:
+            list(store.read(version.path))
+        with pytest.raises(WeightError, match="damaged in") as verified:
+            verifying.verify(version.path, verifying.CHUNK_BYTES)
+        words = str(read.value).removesuffix(". Publish the version again")
+        assert str(verified.value) == words
+        shard.write_bytes(data)
+
+
+def test_a_version_of_differences_is_verified_with_what_it_builds_on(tmp_path):
+    model = small_model()
+    publish(tmp_path, 1, model)
+    version = publish(tmp_path, 2, stepped(model, 1), base=(1, model))
+    verifying.verify(version.path)
+    shutil.rmtree(tmp_path / "v000001")
+    with pytest.raises(WeightError, match="builds on version 1"):
+        verifying.verify(version.path)

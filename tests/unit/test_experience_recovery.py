@@ -1,0 +1,226 @@
+"""Which stored groups are used again, and which files go."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlhf_cluster.errors import StoreError
+from rlhf_cluster.experience.recovery import (
+    TRAINED,
+    Recovery,
+    made_by,
+    read_trained,
+    recovery_of,
+    store_of,
+)
+from rlhf_cluster.experience.store import ExperienceStore, StoredGroup
+from rlhf_cluster.records import Ticket
+from tests.configs import tiny_config
+from tests.fakes import make_group, make_prompt
+
+
+def write(store: ExperienceStore, number: int, version: int = 0, reference: int = -1) -> None:
+    ticket = Ticket(number=number, version=version)
+    store.write(make_group(ticket, make_prompt(number), [1.0, 0.0], version), reference)
+
+
+def recovery(root: Path, **settings: Any) -> Recovery:
+    made = {
+        "every": 0,
+        "span": 2,
+        "look_ahead": 1,
+        "keep_steps": 1,
+        "step": None,
+        "tell": lambda text: None,
+    }
+    store = settings.pop("store", ExperienceStore(root / "experience"))
+    return Recovery(store, root / "checkpoints", **{**made, **settings})
+
+
+def test_a_group_of_the_ticket_and_its_versions_is_finished_at_once(tmp_path):
+    found = recovery(tmp_path, step=4)
+    write(ExperienceStore(tmp_path / "experience"), 7, version=3)
+    handle, summary = found.recover(Ticket(number=7, version=2), make_prompt(7))
+    assert handle == StoredGroup(7)
+    assert (summary.group_id, summary.oldest_version) == ("g00000007", 3)
+    assert summary.rewards == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "case", ["no file", "older", "newer", "reference", "id", "tokens", "settings", "no checkpoint"]
+)
+def test_any_other_group_is_generated_again(tmp_path, case):
+    store = ExperienceStore(tmp_path / "experience")
+    ticket, prompt, step = Ticket(number=7, version=2), make_prompt(7), 4
+    if case != "no file":
+        versions = {"older": 1, "newer": 5}
+        write(store, 7, versions.get(case, 4), reference=5 if case == "reference" else 4)
+    if case == "id":
+        prompt = dataclasses.replace(prompt, prompt_id="p8")
+    if case == "tokens":
+        prompt = dataclasses.replace(prompt, token_ids=np.array([1, 2], dtype=np.int32))
+    if case == "settings":
+        store = ExperienceStore(store.root, made_by="1" * 32)
+    checkpoint = None if case == "no checkpoint" else step
+    assert recovery(tmp_path, step=checkpoint, store=store).recover(ticket, prompt) is None
+
+
+def test_a_damaged_file_is_told_and_its_group_generated_again(tmp_path):
+    told: list[str] = []
+    store = ExperienceStore(tmp_path / "experience")
+    write(store, 7, version=4)
+    store.path(7).write_bytes(store.path(7).read_bytes()[:-1])
+    again = recovery(tmp_path, step=4, tell=told.append)
+    again.rewind()
+    assert again.recover(Ticket(number=7, version=2), make_prompt(7)) is None
+    assert len(told) == 1
+    assert "g00000007 is generated again" in told[0]
+    assert str(store.path(7)) in told[0]
+
+
+def test_a_rewound_timeline_leaves_nothing_that_a_later_one_could_take(tmp_path):
+    """Version 5 of the first attempt is not version 5 of the second."""
+    store = ExperienceStore(tmp_path / "experience")
+    write(store, 7, version=4)
+    write(store, 8, version=5)
+    write(store, 9, version=4, reference=5)
+    (store.root / ".g00000010.x.partial").write_bytes(b"half")
+    recovery(tmp_path, step=4).rewind()
+    assert [p.name for p in sorted(store.root.glob("*g0*"))] == ["g00000007.arrow"]
+    third = recovery(tmp_path, step=6)
+    third.rewind()
+    assert third.recover(Ticket(number=8, version=2), make_prompt(8)) is None
+    recovery(tmp_path, step=None).rewind()
+    assert store.numbers() == []
+
+
+def test_steps_after_the_checkpoint_are_forgotten(tmp_path):
+    store = ExperienceStore(tmp_path / "experience")
+    for number in range(4):
+        write(store, number)
+    run = recovery(tmp_path, keep_steps=9)
+    run.trained(1, [0, 1])
+    run.trained(2, [2, 3])
+    assert read_trained(store.root) == {0: 1, 1: 1, 2: 2, 3: 2}
+    recovery(tmp_path, step=1).rewind()
+    assert read_trained(store.root) == {0: 1, 1: 1}
+    assert store.numbers() == [0, 1, 2, 3]
+
+
+def run_steps(root: Path, run: Recovery, num_steps: int, groups: int = 2) -> list[list[int]]:
+    """The numbers on disk after each step, of a run that is two steps ahead with its groups."""
+    store = ExperienceStore(root / "experience")
+    there = []
+    for step in range(1, num_steps + 1):
+        for number in range((step - 1) * groups, (step + 2) * groups):
+            if number >= (step + 1) * groups or step == 1:
+                write(store, number, step)
+        run.trained(step, list(range((step - 1) * groups, step * groups)))
+        there.append(store.numbers())
+    return there
+
+
+def test_without_checkpoints_the_last_steps_and_all_open_groups_stay(tmp_path):
+    there = run_steps(tmp_path, recovery(tmp_path, keep_steps=2), 5)
+    assert there[-1] == list(range(6, 14))
+    there = run_steps(tmp_path / "x", recovery(tmp_path / "x", keep_steps=0), 5)
+    assert there[-1] == list(range(10, 14))
+
+
+@pytest.mark.parametrize("name", ["step-000002", "step-000002.partial"])
+def test_what_a_checkpoint_on_disk_may_ask_for_stays_until_it_goes(tmp_path, name):
+    run = recovery(tmp_path, span=2)
+    folder = tmp_path / "checkpoints" / name
+    folder.mkdir(parents=True)
+    there = run_steps(tmp_path, run, 7)
+    assert there[-1] == [4, 5, 6, 7, *range(12, 18)], "trained at steps 3 and 4, at 7, and open"
+    folder.rmdir()
+    run.trained(8, [14, 15])
+    assert ExperienceStore(tmp_path / "experience").numbers() == [14, 15, 16, 17]
+
+
+def test_what_a_checkpoint_that_may_be_under_way_may_ask_for_stays(tmp_path):
+    (tmp_path / "checkpoints" / "step-000002").mkdir(parents=True)
+    there = run_steps(tmp_path, recovery(tmp_path, every=2, span=1, keep_steps=0), 6)
+    kept = [4, 5]  # trained at step 3, for checkpoint 2
+    assert there[4] == [*kept, 8, 9, *range(10, 14)], "trained at step 5, for checkpoint 4"
+    assert there[5] == [*kept, *range(12, 16)], "checkpoint 4 was not written"
+
+
+def test_discarded_groups_go_and_those_in_the_look_ahead_window_stay(tmp_path):
+    store = ExperienceStore(tmp_path / "experience")
+    for number in range(8):
+        write(store, number)
+    run = recovery(tmp_path, look_ahead=3, keep_steps=0)
+    run.trained(1, [0, 4])
+    assert store.numbers() == [2, 3, 5, 6, 7], "1 was discarded; 2 and 3 may be open"
+    run.trained(2, [3, 6])
+    assert store.numbers() == [5, 7]
+
+
+def test_the_numbers_of_earlier_attempts_go_as_well(tmp_path):
+    store = ExperienceStore(tmp_path / "experience")
+    for number in range(6):
+        write(store, number)
+    (store.root / TRAINED).write_text("{torn")
+    run = recovery(tmp_path, step=2, keep_steps=1)
+    run.rewind()
+    run.trained(3, [4, 5])
+    run.trained(4, [6, 7])
+    assert store.numbers() == []
+    assert read_trained(store.root) == {}
+
+
+def test_a_folder_that_cannot_be_used_is_an_error_with_its_cure(tmp_path):
+    (tmp_path / "trained.json").mkdir()
+    run = recovery(tmp_path, store=ExperienceStore(tmp_path))
+    with pytest.raises(
+        StoreError, match=r"trained\.json: .* Free space .* buffer\.durable = false"
+    ):
+        run.trained(1, [0])
+    (tmp_path / "experience").write_text("a file")
+    run = recovery(tmp_path, store=ExperienceStore(tmp_path / "experience" / "x"))
+    with pytest.raises(StoreError, match="experience/x: cannot be listed"):
+        run.trained(1, [0])
+
+
+def test_settings_decide_what_groups_are_comparable():
+    config = tiny_config()
+    other_rewards = {"rewards": [{"type": "exact_match", "weight": 2.0}]}
+    for sections in (
+        {"scoring": other_rewards},
+        {"generation": {"temperature": 0.5}},
+        {"run": {"seed": 1}},
+        {"algorithm": {"type": "grpo", "group_size": 2}},
+        {"data": {"limit": 10}},
+    ):
+        assert made_by(tiny_config(**sections)) != made_by(config), sections
+    for sections in (
+        {"generation": {"workers": 3, "request_timeout_s": 5.0}},
+        {"scoring": {"num_cpus": 2.0}},
+        {"learner": {"learning_rate": 1e-5}},
+        {"run": {"steps": 9}},
+    ):
+        assert made_by(tiny_config(**sections)) == made_by(config), sections
+
+
+async def test_a_run_has_a_store_unless_it_is_turned_off(tmp_path):
+    run = {"root": str(tmp_path)}
+    off = tiny_config(run=run, buffer={"durable": False})
+    assert store_of(off) is None
+    assert recovery_of(off, None, print) is None
+    config = tiny_config(run=run)
+    store = store_of(config)
+    assert store is not None
+    assert store.root == tmp_path / "tiny" / "experience"
+    found = recovery_of(config, 3, print)
+    assert found is not None
+    write(store, 5, version=3)
+    assert found.recover(Ticket(number=5, version=3), make_prompt(5)) is not None
+    assert json.loads(json.dumps(read_trained(store.root))) == {}

@@ -1,0 +1,410 @@
+"""Groups on disk: what comes back is what went in, and what is damaged is never used."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import pickle
+import sys
+from collections.abc import Mapping
+from datetime import UTC, date, datetime, time, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from rlhf_cluster.data.rows import read_rows
+from rlhf_cluster.errors import StoreError
+from rlhf_cluster.experience import arrow
+from rlhf_cluster.experience.arrow import Header
+from rlhf_cluster.experience.plain import from_text, to_text
+from rlhf_cluster.experience.store import ExperienceStore, StoredGroup, collect
+from rlhf_cluster.records import (
+    ExperienceGroup,
+    FinishReason,
+    Prompt,
+    Rollout,
+    ScoredRollout,
+    Ticket,
+)
+from tests.dying import survives
+from tests.fakes import make_group, make_prompt
+
+HEADER = Header(newest_version=7, made_by="ab" * 16)
+FAST = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def bits(dtype: Any, num: int, finite: bool = True) -> st.SearchStrategy[np.ndarray]:
+    """Arrays of `num` values with every bit pattern, NaN's payloads and negative zero included."""
+
+    def view(data: bytes) -> np.ndarray:
+        array = np.frombuffer(data, dtype=dtype).copy()
+        if finite and array.dtype.kind == "f":
+            array[~np.isfinite(array)] = -0.0
+        return array
+
+    size = np.dtype(dtype).itemsize * num
+    return st.binary(min_size=size, max_size=size).map(view)
+
+
+def optional(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.none() | strategy
+
+
+FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+NAMES = st.text(st.characters(codec="utf-8"), max_size=6)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | FLOATS | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+
+
+@st.composite
+def scored(draw: Any) -> ScoredRollout:
+    num, num_steps = draw(st.integers(1, 5)), draw(st.integers(0, 3))
+    has_steps = draw(st.booleans())
+    ends = np.sort(
+        np.array(
+            draw(st.lists(st.integers(0, num - 1), min_size=num_steps, max_size=num_steps)),
+            dtype=np.int32,
+        )
+    )
+    rollout = Rollout(
+        rollout_id=draw(NAMES),
+        prompt_id=draw(NAMES),
+        prompt_ids=draw(bits(np.int32, draw(st.integers(0, 3)))),
+        response_ids=draw(bits(np.int32, num)),
+        sampled_logprobs=draw(bits(np.float32, num)),
+        versions=draw(bits(np.int32, num)),
+        response_mask=np.array(draw(st.lists(st.booleans(), min_size=num, max_size=num))),
+        finish_reason=draw(st.sampled_from(FinishReason)),
+        temperature=draw(FLOATS),
+        worker=draw(NAMES),
+        started_s=draw(FLOATS),
+        finished_s=draw(FLOATS),
+    )
+    return ScoredRollout(
+        rollout=rollout,
+        reward=draw(FLOATS),
+        reward_parts=draw(st.dictionaries(NAMES, st.floats(), max_size=2)),
+        ref_logprobs=draw(optional(bits(np.float32, num, finite=False))),
+        scorer=draw(NAMES),
+        exact_logprobs=draw(optional(bits(np.float32, num))),
+        reference_kl=draw(optional(bits(np.float32, num, finite=False))),
+        step_ends=ends if has_steps else None,
+        step_rewards=draw(bits(np.float64, num_steps)) if has_steps else None,
+    )
+
+
+@st.composite
+def groups(draw: Any) -> ExperienceGroup:
+    return ExperienceGroup(
+        ticket=Ticket(number=draw(st.integers(0, 10**10)), version=draw(st.integers(-1, 10**6))),
+        prompt=Prompt(
+            prompt_id=draw(NAMES),
+            token_ids=draw(bits(np.int32, draw(st.integers(1, 4)))),
+            source=draw(st.text(max_size=8) | st.just([{"role": "user", "content": "\ud800 x"}])),
+            columns=draw(st.dictionaries(st.text(max_size=4), JSON, max_size=2)),
+        ),
+        scored=tuple(draw(st.lists(scored(), min_size=1, max_size=3))),
+        greedy_reward=draw(optional(FLOATS)),
+    )
+
+
+def assert_same(left: Any, right: Any, where: str = "group") -> None:
+    """Equal field by field, arrays by type and bits, floats by bits."""
+    assert type(left) is type(right), where
+    if dataclasses.is_dataclass(left):
+        for field in dataclasses.fields(left):
+            name = field.name
+            assert_same(getattr(left, name), getattr(right, name), f"{where}.{name}")
+    elif isinstance(left, np.ndarray):
+        assert left.dtype == right.dtype, where
+        assert left.tobytes() == right.tobytes(), where
+    elif isinstance(left, Mapping):
+        assert list(left) == list(right), where
+        for key in left:
+            assert_same(left[key], right[key], f"{where}[{key!r}]")
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right), where
+        for number, (a, b) in enumerate(zip(left, right, strict=True)):
+            assert_same(a, b, f"{where}[{number}]")
+    elif isinstance(left, float):
+        assert np.float64(left).tobytes() == np.float64(right).tobytes(), where
+    else:
+        assert left == right, where
+
+
+@FAST
+@given(groups())
+def test_every_field_comes_back_to_the_bit(group):
+    found, header = arrow.decode(arrow.encode(group, HEADER))
+    assert_same(group, found)
+    assert header == HEADER
+
+
+def test_every_field_of_every_record_is_a_column_and_any_arrow_reader_opens_it(tmp_path):
+    path = ExperienceStore(tmp_path).write(sample())
+    table = pa.ipc.open_file(str(path)).read_all()
+    records = {
+        "ticket": Ticket,
+        "prompt": Prompt,
+        "rollout": Rollout,
+        "scored": ScoredRollout,
+        "group": ExperienceGroup,
+    }
+    nested = {"scored.rollout", "group.ticket", "group.prompt", "group.scored"}
+    fields = {
+        f"{name}.{f.name}" for name, kind in records.items() for f in dataclasses.fields(kind)
+    }
+    assert set(table.column_names) == fields - nested
+    assert table.num_rows == 3
+    assert table["scored.reward"].to_pylist() == [0.0, 1.0, 0.5]
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask()
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def sample(number: int = 12, version: int = 3) -> ExperienceGroup:
+    ticket = Ticket(number=number, version=version)
+    return make_group(ticket, make_prompt(number), [0.0, 1.0, 0.5], version)
+
+
+def test_a_seal_in_the_data_is_no_seal():
+    group = sample()
+    for text in ("0" * 32, f"{1:032x}"):
+        trap = f"rlhf_cluster group format=0001 newest_version=000000009 made_by={text} xxh3_128={text}"
+        prompt = dataclasses.replace(group.prompt, source=trap, columns={trap: trap})
+        trapped = dataclasses.replace(group, prompt=prompt)
+        found, header = arrow.decode(arrow.encode(trapped, HEADER))
+        assert_same(trapped, found)
+        assert header == HEADER
+
+
+def test_a_file_that_is_cut_or_changed_anywhere_is_named_and_never_used(tmp_path):
+    store = ExperienceStore(tmp_path)
+    path = store.write(sample())
+    whole = path.read_bytes()
+    damages = [whole[:end] for end in range(0, len(whole), 97)]
+    for at in range(0, len(whole), 13):
+        changed = bytearray(whole)
+        changed[at] ^= 1 << at % 8
+        damages.append(bytes(changed))
+    damages += [whole + b"\0", b"", b"\0" * len(whole), whole[:4096] + b"\0" * (len(whole) - 4096)]
+    for damaged in damages:
+        with pytest.raises(StoreError):
+            arrow.decode(damaged)
+    path.write_bytes(damages[50])
+    with pytest.raises(StoreError, match=r"g00000012\.arrow: .* damaged after it was written"):
+        store.read(12)
+    path.write_bytes(whole)
+    assert_same(store.read(12), sample())
+
+
+def test_the_checksum_is_what_finds_a_flipped_value(tmp_path):
+    """A change that Arrow itself would read without a word."""
+    store = ExperienceStore(tmp_path)
+    path = store.write(sample())
+    whole = path.read_bytes()
+    logprob = np.float32(-0.5).tobytes() * 3
+    path.write_bytes(whole.replace(logprob, np.float32(-0.25).tobytes() + logprob[4:], 1))
+    assert pa.ipc.open_file(str(path)).read_all().num_rows == 3
+    with pytest.raises(StoreError, match=r"checksum .*, expected .*: damaged"):
+        store.read(12)
+
+
+def test_a_missing_a_renamed_and_a_future_file_are_told_apart(tmp_path):
+    store = ExperienceStore(tmp_path)
+    with pytest.raises(StoreError, match="there is no such file; group 12 is lost"):
+        store.read(12)
+    path = store.write(sample())
+    path.rename(store.path(13))
+    with pytest.raises(StoreError, match="holds group g00000012; the file was renamed"):
+        store.read(13)
+    assert store.numbers() == [13]
+    store.path(13).write_bytes(store.path(13).read_bytes().replace(b"format=0001", b"format=0002"))
+    with pytest.raises(StoreError, match="has format 2, this version reads 1"):
+        store.read(13)
+
+
+def test_the_header_says_the_newest_version_of_tokens_and_reference(tmp_path):
+    store = ExperienceStore(tmp_path, made_by="cd" * 16)
+    store.write(sample(version=3))
+    assert store.header(12) == Header(newest_version=3, made_by="cd" * 16)
+    store.write(sample(version=3), reference_version=5)
+    assert store.header(12).newest_version == 5
+
+
+def test_a_group_of_a_number_beyond_eight_digits_is_found(tmp_path):
+    store = ExperienceStore(tmp_path)
+    store.write(sample(number=1234567890))
+    assert store.numbers() == [1234567890]
+    assert store.read(1234567890).ticket.number == 1234567890
+
+
+@pytest.mark.parametrize("fails_at", [0, 1])
+def test_a_full_disk_is_an_error_with_path_bytes_and_cure_and_leaves_nothing(tmp_path, fails_at):
+    calls = []
+
+    def write_file(fd: int, data: memoryview) -> int:
+        if len(calls) == fails_at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        calls.append(data)
+        return os.write(fd, data[:100])
+
+    store = ExperienceStore(tmp_path / "x", write_file=write_file)
+    with pytest.raises(StoreError) as caught:
+        store.write(sample())
+    message = str(caught.value)
+    for word in (str(store.path(12)), "bytes", "No space left", "run.root", "buffer.durable"):
+        assert word in message
+    assert isinstance(pickle.loads(pickle.dumps(caught.value)), StoreError)
+    assert list((tmp_path / "x").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot be written"):
+        ExperienceStore(tmp_path / "file" / "x").write(sample())
+
+
+@pytest.mark.parametrize("before", [None, 1])
+def test_a_writer_that_dies_at_any_step_leaves_the_file_before_it_or_a_whole_one(tmp_path, before):
+    versions = set()
+    for die_at in range(1, 30):
+        store = ExperienceStore(tmp_path / str(die_at))
+        if before is not None:
+            store.write(sample(version=before))
+
+        def write_some(fd: int, data: memoryview, root: Path = store.root) -> int:
+            sys.audit("os.truncate", str(root))  # one step more at which to die
+            return os.write(fd, data[:1500])
+
+        slow = ExperienceStore(store.root, write_file=write_some)
+        done = survives(store.root, die_at, lambda slow=slow: slow.write(sample(version=2)))
+        if store.has(12):
+            version = store.read(12).summary().oldest_version
+            assert_same(store.read(12), sample(version=version))
+            versions.add(version)
+        else:
+            versions.add(None)
+        store.remove_partial()
+        left = [path.name for path in store.root.iterdir()] if store.root.is_dir() else []
+        assert left == (["g00000012.arrow"] if store.has(12) else [])
+        if done:
+            assert die_at > 6, "the audit hook saw too few steps to prove anything"
+            break
+    assert versions == {before, 2}
+
+
+def test_short_writes_make_a_whole_file_and_fsync_is_a_setting(tmp_path, monkeypatch):
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    short = ExperienceStore(tmp_path, write_file=lambda fd, data: os.write(fd, data[:999]))
+    short.write(sample())
+    assert synced == []
+    assert_same(short.read(12), sample())
+    ExperienceStore(tmp_path, fsync="group").write(sample())
+    assert len(synced) == 2, "the file and its folder"
+
+
+def test_what_dead_writers_left_is_removed_and_nothing_else(tmp_path):
+    store = ExperienceStore(tmp_path)
+    store.write(sample())
+    (tmp_path / ".g00000013.abc.partial").write_bytes(b"half")
+    (tmp_path / "trained.json").write_text("{}")
+    assert store.numbers() == [12]
+    store.remove_partial()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["g00000012.arrow", "trained.json"]
+    store.remove([12, 99])
+    assert store.numbers() == []
+
+
+def test_a_lost_or_stored_group_is_read_from_its_file_and_the_others_are_fetched(tmp_path):
+    store = ExperienceStore(tmp_path)
+    for number in (1, 2):
+        store.write(sample(number))
+    objects = {"a": sample(0), "lost": None, "b": sample(3)}
+    asked: list[Any] = []
+
+    def fetch(handles: Any) -> Any:
+        asked.extend(handles)
+        return [objects[handle] for handle in handles]
+
+    found = collect([(0, "a"), (1, StoredGroup(1)), (2, "lost"), (3, "b")], fetch, store)
+    assert asked == ["a", "lost", "b"]
+    for number, group in enumerate(found):
+        assert_same(group, sample(number))
+    with pytest.raises(StoreError, match="group 2 was lost .* buffer.durable = false"):
+        collect([(2, "lost")], fetch, None)
+    store.remove([2])
+    with pytest.raises(StoreError, match="group 2 is lost"):
+        collect([(2, "lost")], fetch, store)
+    assert collect([(1, StoredGroup(1))], lambda handles: pytest.fail("asked"), store)
+
+
+def test_a_handle_survives_the_way_between_processes():
+    assert pickle.loads(pickle.dumps(StoredGroup(3))) == StoredGroup(3)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"bytes": b"\x00\xff", "when": datetime(2026, 1, 2, 3, 4, 5, 6)},
+        [datetime(2026, 1, 2, tzinfo=UTC), date(2026, 1, 2), time(1, 2, 3), timedelta(-1, 2, 3)],
+        [Decimal("1.10"), (1, ("a", b"")), {1: "x", (2,): None}, {"$dict": 1}, {"$": [], "a": {}}],
+        [float("inf"), -0.0, 10**30, True, "\ud800"],
+    ],
+)
+def test_values_of_data_files_come_back_as_they_were(value):
+    assert_same(value, from_text(to_text(value)))
+    assert to_text(value).isascii()
+
+
+def test_every_type_that_a_parquet_file_has_comes_back(tmp_path):
+    columns = {
+        "u64": pa.array([2**64 - 1], pa.uint64()),
+        "f16": pa.array([np.float16(0.1)], pa.float16()),
+        "f32": pa.array([0.1], pa.float32()),
+        "bytes": pa.array([b"abcd"], pa.binary(4)),
+        "date": pa.array([date(2020, 1, 1)], pa.date64()),
+        "time": pa.array([time(1, 2)], pa.time64("us")),
+        "zone": pa.array([datetime(2020, 1, 1, 1)], pa.timestamp("us", "Europe/Berlin")),
+        "when": pa.array([datetime(2020, 1, 1)], pa.timestamp("ns")),
+        "for": pa.array([timedelta(1)], pa.duration("us")),
+        "decimal": pa.array([Decimal("1.20")]),
+        "map": pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64())),
+        "struct": pa.array([{"x": 1, "y": [None, {"z": b""}]}]),
+        "name": pa.array(["a"]).dictionary_encode(),
+        "uuid": pa.array([bytes(range(16))], pa.uuid()),
+        "null": pa.nulls(1),
+    }
+    parquet.write_table(pa.table(columns), tmp_path / "x.parquet")
+    [row] = read_rows(tmp_path / "x.parquet")
+    found = from_text(to_text(row.columns))
+    assert found == row.columns
+    assert [type(v) for v in found.values()] == [type(v) for v in row.columns.values()]
+
+
+def test_a_value_that_cannot_be_written_is_refused_with_its_type():
+    with pytest.raises(StoreError, match=r"type pathlib\.\w+, .*buffer.durable"):
+        to_text({"where": [Path("x")]})
+
+
+def test_a_group_without_rollouts_is_refused(tmp_path):
+    with pytest.raises(StoreError, match="g00000012 has no rollouts"):
+        ExperienceStore(tmp_path).write(dataclasses.replace(sample(), scored=()))
