@@ -80,8 +80,8 @@ def test_a_failed_pull_retires_the_worker_and_loses_nothing(start_run):
     status = run.wait_for(lambda s: s.step >= status.step + 3, "three more steps")
     assert status.buffer_discarded == 0
     assert status.staleness_max <= 1
-    assert exported("ray_rlhf_generation_tokens_total"), "metrics are exported"
-    assert exported("ray_rlhf_reward_mean")
+    for name in ("ray_rlhf_generation_tokens_total", "ray_rlhf_reward_mean"):
+        run.wait_for(lambda s, name=name: exported(name), f"{name} is exported")
     run.process.send_signal(signal.SIGTERM)
     code, output = run.finish()
     assert code == 1
