@@ -114,7 +114,8 @@ async def test_a_process_that_says_nothing_at_all_is_lost():
 
 async def test_watching_ends_with_the_block():
     async with core_of(learner_0=alive, buffer=alive).watched(wait_for_ever()):
-        pass
+        assert len(asyncio.all_tasks()) == 1 + 3, "a watch for each, and the look beside"
+    assert len(asyncio.all_tasks()) == 1
 
 
 async def test_a_failure_beside_a_death_is_its_consequence():

@@ -232,7 +232,9 @@ async def test_a_publish_under_way_ends_with_its_learner_and_is_not_raised_later
     await learner.asked.wait()
     learner.end.set()
     await sync.abandon(60)
+    assert len(asyncio.all_tasks()) == 1, "it has ended"
     await sync.drain(60)
+    assert sync.stats.live == -1
 
 
 async def test_a_pull_under_way_is_waited_for():
