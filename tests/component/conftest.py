@@ -26,6 +26,7 @@ from ray.cluster_utils import Cluster
 
 from actors.control import NAMESPACE
 from rlhf_cluster.observe.run_log import read_metrics
+from rlhf_cluster.observe.samples import read_samples
 from rlhf_cluster.observe.snapshot import Snapshot
 from rlhf_cluster.rundir import RunDir
 from tests.configs import tiny_tree
@@ -98,6 +99,11 @@ class RunProcess:
 
     def output(self) -> str:
         return self.output_path.read_text()
+
+    def trained(self) -> list[tuple[str, str, str]]:
+        """(group, prompt, response ids) of every rollout in the samples, with repetitions."""
+        rows = [row for p in (self.path / "samples").glob("*.parquet") for row in read_samples(p)]
+        return sorted((r["group_id"], r["prompt_id"], str(r["response_ids"])) for r in rows)
 
     def metrics(self) -> list[dict[str, Any]]:
         return read_metrics(self.path / "metrics.jsonl")

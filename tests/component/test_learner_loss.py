@@ -9,7 +9,6 @@ from typing import Any
 import ray
 from ray.util.state import list_actors
 
-from rlhf_cluster.observe.samples import read_samples
 from rlhf_cluster.weights import store
 
 STEPS = 8
@@ -32,12 +31,6 @@ def pids(kind: str) -> list[int]:
         detail=True,
     )
     return sorted(actor.pid for actor in actors)
-
-
-def trained(run: Any) -> list[tuple[str, str, str]]:
-    """(group, prompt, response ids) of every rollout in the run's samples, with repetitions."""
-    rows = [row for p in (run.path / "samples").glob("*.parquet") for row in read_samples(p)]
-    return sorted((r["group_id"], r["prompt_id"], str(r["response_ids"])) for r in rows)
 
 
 def test_a_run_goes_on_after_the_loss_of_a_rank_and_of_the_buffer(start_run):
@@ -65,13 +58,13 @@ def test_a_run_goes_on_after_the_loss_of_a_rank_and_of_the_buffer(start_run):
     records = [r for r in run.metrics() if "learner/loss" in r]
     assert [r["step"] for r in records] == list(range(1, STEPS + 1))
     assert records[-1]["learner/restarts_total"] == 2
-    rows = trained(run)
+    rows = run.trained()
     assert len(rows) == STEPS * 4 * 4
     assert {group for group, *_ in rows} == {f"g{n:08d}" for n in range(STEPS * 4)}
     straight = start_run(**SECTIONS)
     code, output = straight.finish(300)
     assert code == 0, output
-    assert rows == trained(straight)
+    assert rows == straight.trained()
     digests = {store.latest(each.path / "weights").digest for each in (run, straight)}
     assert len(digests) == 1, "the same weights, to the bit"
     assert not pids("LearnerActor"), "nothing of the runs is left on the cluster"
@@ -102,6 +95,6 @@ def test_a_loss_before_the_first_checkpoint_begins_the_run_anew_with_the_same_po
     code, output = run.finish(300)
     assert code == 0, output
     assert [r["step"] for r in run.metrics() if "learner/loss" in r] == [1, 2, 3, 4, 5]
-    rows = trained(run)
+    rows = run.trained()
     assert len(rows) == 5 * 4 * 4
     assert {group for group, *_ in rows} == {f"g{n:08d}" for n in range(5 * 4)}

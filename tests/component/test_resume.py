@@ -9,7 +9,6 @@ from typing import Any
 
 from rlhf_cluster.checkpoint.folder import newest
 from rlhf_cluster.experience.store import ExperienceStore
-from rlhf_cluster.observe.samples import read_samples
 from rlhf_cluster.weights import store
 
 STEPS = 8
@@ -22,12 +21,6 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "scoring": {"reference": True},
     "evaluation": {"num_prompts": 4},
 }
-
-
-def _trained(run: Any) -> list[tuple[str, str, str]]:
-    """(group, prompt, response ids) of every rollout in the run's samples, with repetitions."""
-    rows = [row for p in (run.path / "samples").glob("*.parquet") for row in read_samples(p)]
-    return sorted((r["group_id"], r["prompt_id"], str(r["response_ids"])) for r in rows)
 
 
 def _stored(run: Any) -> set[int]:
@@ -75,8 +68,8 @@ def test_s31_a_killed_driver_and_the_same_command_end_where_an_uninterrupted_run
     assert len(digests) == 1, "the same weights, to the bit"
     records = [r for r in again.metrics() if "learner/loss" in r]
     assert [r["step"] for r in records] == list(range(1, STEPS + 1))
-    assert _trained(again) == _trained(straight)
-    assert len(_trained(again)) == STEPS * 4 * 4
+    assert again.trained() == straight.trained()
+    assert len(again.trained()) == STEPS * 4 * 4
     summaries = [json.loads((r.path / "summary.json").read_text()) for r in (straight, again)]
     assert summaries[0]["reward_before"] == summaries[1]["reward_before"]
     assert summaries[0]["reward_after"] == summaries[1]["reward_after"]
@@ -122,7 +115,7 @@ def test_a_stopped_run_leaves_a_checkpoint_of_its_last_step_and_goes_on(start_ru
     assert again.metrics()[-1]["buffer/recovered_total"] == len(stored)
     left = ExperienceStore(run.path / "experience").numbers()
     assert min(left) == 4 * status["step"], "of what was trained before the checkpoint all is gone"
-    trained = _trained(again)
+    trained = again.trained()
     groups = sorted({group for group, *_ in trained})
     assert groups == [f"g{n:08d}" for n in range(12 * 4)], "every group once, and no other"
     assert len(trained) == 12 * 4 * 4
