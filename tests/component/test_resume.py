@@ -44,6 +44,7 @@ def _start(start_run: Any, name: str, steps: int = STEPS, **sections: dict[str, 
 
 
 def test_s31_a_killed_driver_and_the_same_command_end_where_an_uninterrupted_run_ends(start_run):
+    straight = _start(start_run, "straight")
     killed = _start(start_run, "killed")
     killed.script(generate_delay_s=0.2)
     killed.wait_for(
@@ -60,7 +61,6 @@ def test_s31_a_killed_driver_and_the_same_command_end_where_an_uninterrupted_run
     assert again.metrics()[-1]["buffer/recovered_total"] == len(stored)
     assert "Run killed continues from its checkpoint of step " in output
     assert "warmup" not in output
-    straight = _start(start_run, "straight")
     code, output = straight.finish(300)
     assert code == 0, output
 

@@ -1,5 +1,6 @@
 """Unit tests run without Ray and without vLLM."""
 
+import gc
 import sys
 
 import pytest
@@ -14,3 +15,10 @@ def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
             raise AssertionError("a unit test called ray.init")
 
         monkeypatch.setattr(ray, "init", refuse)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: looking through it again for garbage is a tenth of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 50)
