@@ -1,6 +1,7 @@
-"""The real engine on CPU with `cache_on_update = "salt"`: which caches a request may start from.
+"""The real engine on CPU: which caches a request may start from, with `cache_on_update = "salt"`, and
+at the end with `"keep"`.
 
-All tests share it, so each has version numbers of its own; the last one ends it.
+The tests of "salt" share an engine, so each has version numbers of its own; the last one ends it.
 """
 
 from __future__ import annotations
@@ -39,17 +40,28 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return build_models(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(scope="module")
-def engine(models: Models) -> Iterator[engine_process.EngineProcess]:
+def start_engine(models: Models, cache_on_update: str) -> engine_process.EngineProcess:
     config = engine_config(
         data={"max_prompt_tokens": len(PROMPT)},
         generation={
-            "cache_on_update": "salt",
+            "cache_on_update": cache_on_update,
             "block_size": BLOCK_SIZE,
             "max_num_seqs": MAX_RUNNING,
         },
     )
-    process = engine_process.EngineProcess(config, str(models.folder))
+    return engine_process.EngineProcess(config, str(models.folder))
+
+
+@pytest.fixture(scope="module")
+def engine(models: Models) -> Iterator[engine_process.EngineProcess]:
+    process = start_engine(models, "salt")
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def keeping_engine(models: Models) -> Iterator[engine_process.EngineProcess]:
+    process = start_engine(models, "keep")
     yield process
     process.close()
 
@@ -150,3 +162,25 @@ async def test_a_failing_step_reaches_everyone_who_waits(engine):
     for call in (engine.check(), engine.generate(make_request("late"))):
         with pytest.raises(WorkerError, match="a step went wrong"):
             await call
+
+
+async def test_s27_kept_caches_serve_all_requests_and_tokens_are_labelled_with_the_new_version(
+    keeping_engine, models, publish
+):
+    engine = keeping_engine
+    await engine.load_weights(publish(1, models.first))
+    (sample,), num_cached = await engine.generate_counted(make_request("one", prompt_ids=PROMPT))
+    assert num_cached == 0
+    await engine.load_weights(publish(2, models.second))
+    request = make_request("two", prompt_ids=PROMPT)
+    (sample,), num_cached = await engine.generate_counted(request)
+    assert num_cached == 2 * BLOCK_SIZE
+    assert sample.version_spans == [(2, 0, len(sample.token_ids))]
+    found = np.asarray(sample.logprobs)
+    assert (
+        np.abs(found - expected_logprobs(models.second, request, sample)).mean() > 100 * TOLERANCE
+    )
+    other = make_request("three", prompt_ids=[2, *reversed(PROMPT)])
+    (sample,), num_cached = await engine.generate_counted(other)
+    assert num_cached == 0
+    assert worst(models.second, other, sample) < TOLERANCE, "the weights are the new ones"

@@ -15,13 +15,16 @@ import torch
 
 from tests import engine_process, tiny_llama
 from tests.engine_cases import (
+    ERRORS,
     MAX_RESPONSE,
     TOLERANCE,
     Models,
+    Publisher,
     build_models,
     engine_config,
     expected_logprobs,
     make_request,
+    mean_error,
     until,
     worst,
 )
@@ -83,3 +86,25 @@ async def test_s27_an_update_between_proposal_and_check_keeps_labels_and_logprob
         for version, start, end in sample.version_spans:
             expected = expected_logprobs(by_version[version], request, sample)[start:end]
             assert np.abs(np.asarray(sample.logprobs)[start:end] - expected).max() < TOLERANCE
+
+
+async def test_s27_the_draft_of_a_policy_in_int8_moves_with_it(models: Models, tmp_path: Path):
+    """The draft stays in 16 bits, so the policy in 8 takes most of its proposals, not all."""
+    config = engine_config(
+        run={"root": str(tmp_path / "runs")},
+        generation={"quantization": "int8", "dtype": "bfloat16"},
+    )
+    engine = engine_process.EngineProcess(config, str(models.folder), draft=str(models.folder))
+    try:
+        publish = Publisher(tmp_path / "weights", torch.bfloat16)
+        for version, model in enumerate((models.second, models.first), start=1):
+            await engine.load_weights(publish(version, model))
+            steps = (await engine.stats())["num_steps_total"]
+            request = make_request(f"v{version}", temperature=0.0, max_tokens=80)
+            (sample,) = await engine.generate(request)
+            steps = (await engine.stats())["num_steps_total"] - steps
+            assert steps <= 0.6 * len(sample.token_ids), "most proposals were not taken"
+            assert sample.version_spans == [(version, 0, len(sample.token_ids))]
+            assert mean_error(model, request, sample) < ERRORS["int8"][1]
+    finally:
+        engine.close()
