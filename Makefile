@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM := false
 export RAY_AUTH_MODE := disabled
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: quickstart install test unit explore crosscheck component system gpu chaos lint format clean
+.PHONY: quickstart install test unit explore crosscheck component system gpu chaos promtool lint format clean
 
 quickstart: install
 	$(BIN)/rlhf-cluster run configs/quickstart.toml --set run.name=$(RUN) --overwrite
@@ -53,16 +53,21 @@ $(VENV)/.trl: deploy/requirements-trl.lock $(VENV)/.installed
 	@touch $@
 
 component: install
-	$(BIN)/pytest tests/component --durations=5
+	$(BIN)/pytest tests/component -n 2 --dist loadfile --durations=5
 
 system: install
-	$(BIN)/pytest tests/system --durations=5
+	$(BIN)/pytest tests/system -n 2 --dist loadfile --durations=5
 
 gpu: install
 	$(BIN)/pytest tests/gpu
 
 chaos: install
 	$(BIN)/python -m tests.chaos.run --runs $(N) --out benchmarks/results/chaos.json
+
+# Debian's promtool, for tests/system/test_alerts.py; nothing is installed.
+promtool:
+	cd $(VENV) && apt-get download prometheus=2.42.0+ds-5+deb12u1
+	cd $(VENV) && dpkg -x prometheus_*.deb prometheus && rm prometheus_*.deb
 
 format: install
 	$(BIN)/ruff check --fix .
