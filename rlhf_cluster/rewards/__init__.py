@@ -8,20 +8,48 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from rlhf_cluster.rewards.base import Reward, RewardContext, StepReward
+from rlhf_cluster.rewards.code_tests import Code, CodeConfig
 from rlhf_cluster.rewards.equations import Equations, EquationsConfig
 from rlhf_cluster.rewards.exact_match import ExactMatch, ExactMatchConfig
+from rlhf_cluster.rewards.format import Format, FormatConfig
+from rlhf_cluster.rewards.http_reward import Http, HttpConfig
+from rlhf_cluster.rewards.json_schema import JsonSchema, JsonSchemaConfig
+from rlhf_cluster.rewards.judge import Judge, JudgeConfig
+from rlhf_cluster.rewards.length import Length, LengthConfig
+from rlhf_cluster.rewards.maths import Maths, MathsConfig
+from rlhf_cluster.rewards.multiple_choice import MultipleChoice, MultipleChoiceConfig
 from rlhf_cluster.rewards.numeric import Numeric, NumericConfig
 from rlhf_cluster.rewards.python_function import PythonFunction, PythonFunctionConfig
 from rlhf_cluster.rewards.reward_model import RewardModel, RewardModelConfig
 
 RewardConfig = Annotated[
-    EquationsConfig | ExactMatchConfig | NumericConfig | PythonFunctionConfig | RewardModelConfig,
+    CodeConfig
+    | EquationsConfig
+    | ExactMatchConfig
+    | FormatConfig
+    | HttpConfig
+    | JsonSchemaConfig
+    | JudgeConfig
+    | LengthConfig
+    | MathsConfig
+    | MultipleChoiceConfig
+    | NumericConfig
+    | PythonFunctionConfig
+    | RewardModelConfig,
     Field(discriminator="type"),
 ]
 
 REWARDS: Mapping[str, Any] = {
+    "code": Code,
     "equations": Equations,
     "exact_match": ExactMatch,
+    "format": Format,
+    "http": Http,
+    "json_schema": JsonSchema,
+    "judge": Judge,
+    "length": Length,
+    "maths": Maths,
+    "multiple_choice": MultipleChoice,
     "numeric": Numeric,
     "python": PythonFunction,
     "reward_model": RewardModel,

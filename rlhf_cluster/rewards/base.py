@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from pydantic import Field
 
@@ -77,3 +77,12 @@ class StepReward(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class CountsOutcomes(Protocol):
+    """A reward that also counts what it saw: `outcomes/<reward>/<outcome>` of a scorer's totals."""
+
+    def outcomes(self) -> dict[str, float]:
+        """Totals so far, by a short name. Safe to call while `score` runs."""
+        ...

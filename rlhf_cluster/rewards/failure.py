@@ -14,6 +14,9 @@ Reason = Literal[
     "timeout",
     "raised",
     "died",
+    "sandbox",  # the sandbox of a program cannot be built, or was lost
+    "remote",  # a server that cannot be reached, or refuses
+    "ids",  # answers that cannot be joined to what was asked
     "reply",  # not the answer of a child process of ours
     "column",  # a data column is missing or unusable
     "tokens",  # a sequence that the reward model cannot take

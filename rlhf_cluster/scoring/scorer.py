@@ -38,7 +38,7 @@ from rlhf_cluster.records import (
     WeightVersion,
 )
 from rlhf_cluster.rewards import build_rewards
-from rlhf_cluster.rewards.base import Reward, StepReward
+from rlhf_cluster.rewards.base import CountsOutcomes, Reward, StepReward
 from rlhf_cluster.rewards.failure import RewardFailure, check_scores, check_step_scores
 from rlhf_cluster.scoring.steps import step_ends, step_spans
 
@@ -158,9 +158,14 @@ class Scorer:
         )
 
     def stats(self) -> dict[str, float]:
-        """Totals: groups, rollouts, seconds, and `errors/<reward>/<reason>` for each kind seen."""
+        """Totals: groups, rollouts, seconds, and for each kind seen `errors/<reward>/<reason>` and
+        `outcomes/<reward>/<outcome>`."""
         with self._counting:
-            return dict(self._totals)
+            totals = dict(self._totals)
+        for name, (reward, _) in self._rewards.items():
+            if isinstance(reward, CountsOutcomes):
+                totals |= {f"outcomes/{name}/{own}": n for own, n in reward.outcomes().items()}
+        return totals
 
     def close(self) -> None:
         """Release the rewards. Calls that are running may fail."""

@@ -240,6 +240,24 @@ def test_a_reward_that_waits_for_its_child_holds_up_neither_rewards_nor_referenc
     assert finished == ["g00000002", "g00000001"]
 
 
+class CountingReward:
+    def score(self, prompt, rollouts, completions):
+        return [0.0] * len(completions)
+
+    def outcomes(self):
+        return {"timeout": 2.0}
+
+    def close(self):
+        pass
+
+
+def test_outcomes_that_a_reward_counts_are_among_the_totals(make):
+    scorer = make(Scorer, EXACT)
+    assert not any(name.startswith("outcomes/") for name in scorer.stats())
+    scorer._rewards["code"] = (CountingReward(), 1.0)
+    assert scorer.stats()["outcomes/code/timeout"] == 2.0
+
+
 def test_a_scorer_that_is_not_set_up_or_closed_says_so(make, model_dir):
     config = tiny_config(scoring={"rewards": [EXACT]})
     with pytest.raises(WorkerError, match="call setup"):
