@@ -64,7 +64,7 @@ gpu: install
 chaos: install
 	$(BIN)/python -m tests.chaos.run --runs $(N) --out benchmarks/results/chaos.json
 
-# Debian's promtool, for tests/system/test_alerts.py; nothing is installed.
+# Debian's Prometheus with its promtool, for the tests of alerts and dashboards; nothing is installed.
 promtool:
 	cd $(VENV) && apt-get download prometheus=2.42.0+ds-5+deb12u1
 	cd $(VENV) && dpkg -x prometheus_*.deb prometheus && rm prometheus_*.deb

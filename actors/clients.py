@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from rlhf_cluster.errors import (
     WorkerError,
 )
 from rlhf_cluster.ports import Handle
+from rlhf_cluster.quarantine import Watch
 from rlhf_cluster.records import GroupSummary, Prompt, Sampling, Ticket, WeightVersion
 from rlhf_cluster.scoring.moving import ReferenceKeeper
 
@@ -78,15 +79,19 @@ async def _try_workers(
     timeout_s: float,
     max_retries: int,
     prefer: Worker | None = None,
+    faulted: Callable[[Worker], Awaitable[None]] | None = None,
 ) -> _Answer:
     """The answer of the first worker that gives one; the last try's error otherwise.
 
     A worker that died or was silent is replaced. One that answered with an error is checked first:
-    it stays when it can still serve. A lost record is no worker's fault, and raised at once.
+    it stays when it can still serve, and `faulted` is told. A lost record is no worker's fault, and
+    raised at once.
     """
     last: RlhfError | None = None
+    tried: list[Worker] = []
     for num_failed in range(max_retries + 1):
-        async with pool.acquire(prefer if num_failed == 0 else None) as worker:
+        async with pool.acquire(prefer if num_failed == 0 else None, tried) as worker:
+            tried.append(worker)
             reference, handle = call(worker)
             try:
                 summary = await answer(reference, timeout_s, f"{worker.name}.{what}")
@@ -102,19 +107,25 @@ async def _try_workers(
             except (WorkerError, ScoringError, StalledError, WeightError) as error:
                 last = error
                 await pool.suspect(worker, error)
+                if faulted is not None:
+                    await faulted(worker)
     assert last is not None
     ours = isinstance(last, (WorkerError, ScoringError, WeightError))
     raise last if ours else WorkerError(str(last))
 
 
 class RayGeneration:
-    """`GenerationPort` over a pool of `GenerationWorker` actors."""
+    """`GenerationPort` over a pool of `GenerationWorker` actors.
+
+    A worker that fails again and again, or is far slower than the others, is put into quarantine.
+    """
 
     def __init__(self, pool: WorkerPool, config: RunConfig) -> None:
         self._pool = pool
         self._config = config.generation
         self._abandoned = _Abandoned(pool, config.cluster.heartbeat_timeout_s)
         self._totals = {"segments": 0, "tokens_kept": 0, "tokens_resampled": 0}
+        self._watch = Watch(config.generation.quarantine)
         self.target: WeightVersion | None = None
 
     async def generate(self, ticket: Ticket, prompt: Prompt, sampling: Sampling) -> Handle:
@@ -152,7 +163,7 @@ class RayGeneration:
         prefer: Worker | None,
     ) -> _Answer:
         arguments = (ticket, prompt, sampling, partial)
-        return await _try_workers(
+        given = await _try_workers(
             self._pool,
             self._abandoned,
             lambda w: w.actor.generate.options(num_returns=2).remote(*arguments),
@@ -160,7 +171,24 @@ class RayGeneration:
             self._config.request_timeout_s,
             self._config.max_retries,
             prefer,
+            lambda w: self._faulted(w, ticket.group_id),
         )
+        name, took = given.worker.name, given.summary
+        others = self._others(given.worker)
+        reason = self._watch.served(name, took["generate_s"], took["num_tokens"], others)
+        if reason is not None:
+            self._watch.forget(name)
+            await self._pool.quarantine(given.worker, reason)
+        return given
+
+    async def _faulted(self, worker: Worker, group_id: str) -> None:
+        reason = self._watch.fault(worker.name, group_id, time.monotonic(), self._others(worker))
+        if reason is not None:
+            self._watch.forget(worker.name)
+            await self._pool.quarantine(worker, reason, needed=True)
+
+    def _others(self, worker: Worker) -> list[str]:
+        return [each.name for each in self._pool.live if each is not worker]
 
     def metrics(self) -> Mapping[str, float]:
         """Segments, and the tokens that failed calls did not cost, or did."""

@@ -18,36 +18,34 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
-import signal
 import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from actors.ray_cluster import connected, describe_demand
 
 # isort: split
-import ray
 from rich.console import Console
 
 from actors.checkpointing import checkpoint_metrics, claimed
 from actors.core import Core
 from actors.launch import preflight
 from actors.learner import RayLearner
+from actors.models import move_in
 from actors.observer import RunObserver
 from actors.pool import WorkerPool
-from actors.services import Launcher, generation_pool, scoring_pool, start_control
+from actors.services import Launcher, control_channel, generation_pool, scoring_pool
+from actors.signals import ended_by_signals
 from actors.supervisor import Supervisor, look_at_buffer
 from actors.training import Attempt, Place, Stopped, stopped_text
 from actors.transports import transport_of
 from rlhf_cluster.checkpoint import continuing
 from rlhf_cluster.checkpoint.folder import Checkpoint
 from rlhf_cluster.config import RunConfig
-from rlhf_cluster.errors import RlhfError, RunError, StalledError, first_failure
+from rlhf_cluster.errors import RlhfError, StalledError, first_failure
 from rlhf_cluster.inputs import Inputs, check_inputs
 from rlhf_cluster.observe.live import LiveView
 from rlhf_cluster.observe.logs import configure
@@ -88,7 +86,7 @@ def run_config(
             with rundir:
                 if found.finished:
                     return rundir.read_summary()
-                inputs = _move_in(inputs, config, rundir)
+                inputs = move_in(inputs, config, rundir)
                 write_json(rundir.path / "control.json", {"ray_address": address})
                 console = Console()
                 for note in found.notes:
@@ -100,15 +98,6 @@ def run_config(
                     run.checkpoint = found.checkpoint
                     run.patience_s = config.cluster.placement_timeout_s if found.notes else 0.0
                     return asyncio.run(run.supervised())
-
-
-def _move_in(inputs: Inputs, config: RunConfig, rundir: RunDir) -> Inputs:
-    """A made model belongs to the run."""
-    if config.model.init is None:
-        return inputs
-    if not rundir.model.exists():
-        shutil.copytree(inputs.model_dir, rundir.model)
-    return replace(inputs, model_dir=rundir.model)
 
 
 class _Run:
@@ -135,6 +124,7 @@ class _Run:
         self.patience_s = 0.0  # for what an earlier process left on the cluster
         self.attempt: Attempt | None = None  # with the learner that lives
         self.restarts = Restarts(limit=config.learner.max_restarts)
+        self.num_ranks = 0
         self.pools: tuple[WorkerPool, WorkerPool]
         self.place: Place
         self.observer: RunObserver
@@ -145,30 +135,25 @@ class _Run:
         The first signal ends it at the next boundary between two steps, within
         `checkpoint.notice_s`; the end of that time, or a second signal, at once.
         """
-        task = asyncio.ensure_future(self._run())
-        loop = asyncio.get_running_loop()
-        asked: list[Any] = []
+        stops: list[asyncio.Task[None]] = []
 
-        def stop() -> None:
-            pipeline = None if self.attempt is None else self.attempt.pipeline
-            if pipeline is None or asked:
-                task.cancel()
-            else:
-                notice_s = self.config.checkpoint.notice_s
-                asked.append(loop.call_later(notice_s, task.cancel))
-                asked.append(loop.create_task(pipeline.stop()))
+        def stop() -> bool:
+            attempt = self.attempt
+            if attempt is None or attempt.pipeline is None:
+                return False
+            stops.append(asyncio.create_task(attempt.stop()))
+            return True
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop)
         try:
-            return await task
-        except asyncio.CancelledError:
-            raise RunError(stopped_text(self.config, self._last_checkpoint)) from None
+            return await ended_by_signals(
+                self._run(),
+                stop,
+                self.config.checkpoint.notice_s,
+                lambda: stopped_text(self.config, self._last_checkpoint),
+            )
         finally:
-            for request in asked:
+            for request in stops:
                 request.cancel()
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.remove_signal_handler(number)
 
     @property
     def _last_checkpoint(self) -> int:
@@ -178,7 +163,9 @@ class _Run:
         return -1 if self.checkpoint is None else self.checkpoint.state.step
 
     async def _run(self) -> dict[str, Any]:
-        control = await asyncio.to_thread(start_control, self.config, self.patience_s)
+        control = await asyncio.to_thread(
+            control_channel, self.config, self.patience_s, lambda text: self.observer.event(text)
+        )
         generation, scoring = generation_pool(self.launcher), scoring_pool(self.launcher)
         self.pools = (generation[0], scoring[0])
         observer = self.observer = RunObserver(
@@ -193,8 +180,12 @@ class _Run:
                 **scoring[1].metrics(),
                 **checkpoint_metrics(self.attempt.checkpoints if self.attempt else None),
                 "learner/restarts_total": float(self.restarts.used),
+                "learner/ranks": float(self.num_ranks),
+                "control/restarts_total": float(control.num_restarts),
             },
         )
+        for pool in self.pools:
+            pool.tell = observer.event
         self.place = Place(
             config=self.config,
             inputs=self.inputs,
@@ -222,7 +213,7 @@ class _Run:
                 raise StalledError(f"{error}. {causes}") from error
             raise
         finally:
-            ray.kill(control)
+            control.close()
             observer.close()
 
     async def _trained(self, supervisor: Supervisor) -> dict[str, Any]:
@@ -261,12 +252,12 @@ class _Run:
 
     async def _attempt(self, started: asyncio.Future[None]) -> tuple[float | None, float | None]:
         """One learner and one buffer, from their start to the end of training, or of them."""
-        core, state = (
-            Core(self.launcher),
-            None if self.checkpoint is None else self.checkpoint.state,
-        )
+        state, again = self.checkpoint and self.checkpoint.state, self.restarts.used > 0
+        may_shrink = again and self.config.learner.on_loss == "shrink"
+        core = Core(self.launcher, may_shrink, self.observer.event)
         try:
             learner, buffer = await core.start(state and state.buffer, self._prepare)
+            self.num_ranks = core.num_ranks
             async with core.watched(look_at_buffer(buffer, self.observer)):
                 await asyncio.shield(started)
                 self.attempt = Attempt(
@@ -274,9 +265,9 @@ class _Run:
                     learner=learner,
                     buffer=buffer,
                     checkpoint=self.checkpoint,
-                    again=self.restarts.used > 0,
+                    again=again,
                 )
-                return await self.attempt.train()
+                return await self._trained_by(self.attempt, core)
         except RlhfError as error:
             loss = await core.loss_behind(error)
             if loss is error:
@@ -284,6 +275,17 @@ class _Run:
             raise loss from error
         finally:
             core.take_down()
+
+    async def _trained_by(self, attempt: Attempt, core: Core) -> tuple[float | None, float | None]:
+        """With fewer ranks than asked, room for the others is looked for beside it."""
+        if core.num_ranks == self.config.learner.ranks:
+            return await attempt.train()
+        growing = asyncio.create_task(attempt.grow(core.room_to_grow))
+        try:
+            return await attempt.train()
+        finally:
+            growing.cancel()
+            await asyncio.gather(growing, return_exceptions=True)
 
     async def _prepare(self, learner: RayLearner) -> None:
         """The weights of a new learner: the checkpoint's, or those after the warm-up."""
@@ -296,7 +298,8 @@ class _Run:
     async def _recover(self, lost: RlhfError) -> None:
         """See that nothing of the lost attempt goes on, and from where the run does."""
         attempt = self.attempt
-        if attempt is not None and attempt.pipeline is not None and attempt.pipeline.stopped:
+        stopped = attempt is not None and attempt.pipeline is not None and attempt.pipeline.stopped
+        if attempt is not None and stopped and not attempt.growing:
             raise Stopped(f"{stopped_text(self.config, self._last_checkpoint)}. {lost}") from lost
         self.attempt = None
         self.observer.state("recovering")

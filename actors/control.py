@@ -1,7 +1,8 @@
 """A run's control channel: a small named actor that other processes can find.
 
 The run's driver reads wishes from it and leaves its status there. It holds no decision: the sizes
-it is given are checked, then carried out by the driver, which answers with what happened.
+it is given are checked, then carried out by the driver, which answers with what happened. When it dies
+the driver starts another (`actors.control_channel`); who asked meanwhile gets an error that says so.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 import ray
 
 from actors.calls import answer_now
-from rlhf_cluster.errors import RunError
+from rlhf_cluster.errors import RunError, WorkerError
 
 NAMESPACE = "rlhf_cluster"
 POOLS = ("generation", "scoring")
@@ -64,14 +65,26 @@ class ControlActor:
 def scale(run_dir: Path, sizes: Mapping[str, int], address: str | None) -> dict[str, str]:
     """Ask the running job to change its pools. Returns what was done, by pool.
 
-    Waits for: the run to add or drain the workers. `RunError` after `SCALE_TIMEOUT_S`, or when the
-    run cannot be found.
+    Waits for: the run to add or drain the workers. `RunError` after `SCALE_TIMEOUT_S`, when the run
+    cannot be found, or when its control channel is lost meanwhile.
     """
     for pool, size in sizes.items():
         if pool not in POOLS or size < 1:
             raise RunError(f"scale {pool}={size}: expected one of {POOLS} and a size of at least 1")
     where = address or _address_of(run_dir)
     control = find(run_dir.name, where)
+    try:
+        return _scaled(control, run_dir.name, sizes)
+    except WorkerError as error:
+        raise RunError(
+            f"{run_dir.name}: the run's control channel was lost while it was asked to scale "
+            f"{dict(sizes)} ({error}). The run goes on and opens another within a minute: look at its "
+            "status for what was done, and ask again"
+        ) from error
+
+
+def _scaled(control: Any, run: str, sizes: Mapping[str, int]) -> dict[str, str]:
+    """Raises `WorkerError` when `control` is gone, `RunError` after `SCALE_TIMEOUT_S`."""
     number = answer_now(control.ask_scale.remote(dict(sizes)), CALL_TIMEOUT_S, "control.ask_scale")
     deadline = time.monotonic() + SCALE_TIMEOUT_S
     while time.monotonic() < deadline:
@@ -79,7 +92,7 @@ def scale(run_dir: Path, sizes: Mapping[str, int], address: str | None) -> dict[
         if result is not None:
             return result
         time.sleep(0.5)
-    raise RunError(f"{run_dir.name}: no answer to scale {dict(sizes)} within {SCALE_TIMEOUT_S:g} s")
+    raise RunError(f"{run}: no answer to scale {dict(sizes)} within {SCALE_TIMEOUT_S:g} s")
 
 
 def find(run_name: str, address: str) -> Any:
@@ -100,7 +113,8 @@ def find(run_name: str, address: str) -> Any:
         return ray.get_actor(actor_name(run_name), namespace=NAMESPACE)
     except ValueError as error:
         raise RunError(
-            f"{run_name}: no such run on the cluster at {address}; it has ended, or runs elsewhere"
+            f"{run_name}: no such run on the cluster at {address}; it has ended, runs elsewhere, or is "
+            "about to open its control channel again: look at its status"
         ) from error
 
 

@@ -7,25 +7,34 @@ Promises:
 - a process that dies is noticed at once, whether or not a call to it is under way; one that does not
   answer for `cluster.heartbeat_timeout_s` counts as lost, as in the pools;
 - a failure beside a loss is taken for its consequence: the `CoreLost` names who is gone;
+- a rank that lives and failed in a way that may pass (`RankFailed`) counts as lost too;
+- a core that may shrink starts with the ranks that there is room for, when it is not for all of them;
 - nothing outlives `take_down`: ranks that wait in a collective for a dead one are killed too.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import ray
+from ray.util.placement_group import remove_placement_group
+
 from actors.calls import core_answer
 from actors.experience import BufferActor, RayBuffer
 from actors.launch import place, spawn, take_down
-from actors.learner import ACTOR_OPTIONS, LearnerActor, RayLearner
+from actors.learner import LearnerActor, RayLearner
+from actors.ranks import ACTOR_OPTIONS
 from actors.services import Launcher
-from rlhf_cluster.errors import CoreLost, RlhfError, first_failure
+from rlhf_cluster.errors import CoreLost, PlacementError, RankFailed, RlhfError, first_failure
 from rlhf_cluster.experience.buffer import BufferState
-from rlhf_cluster.planning.placement import BUFFER_CPUS, Bundle
+from rlhf_cluster.planning.placement import BUFFER_CPUS, Bundle, fewer_ranks, rank_bundles
+
+log = logging.getLogger(__name__)
 
 LOOK_S = 5.0
 """How long a process takes for an answer that only says that it is there."""
@@ -41,12 +50,23 @@ class Member:
 
 
 class Core:
-    """Start it once; `take_down` ends it, whatever it came to."""
+    """Start it once; `take_down` ends it, whatever it came to.
 
-    def __init__(self, launcher: Launcher) -> None:
+    `num_ranks` is how many ranks it has, 0 before the start. `place_bundles` is replaced by tests.
+    """
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        may_shrink: bool = False,
+        tell: Callable[[str], None] = log.info,
+        place_bundles: Callable[..., Awaitable[Any]] = place,
+    ) -> None:
         self._launcher = launcher
+        self._may_shrink, self._tell, self._place = may_shrink, tell, place_bundles
         self._silence_s = launcher.config.cluster.heartbeat_timeout_s
         self.members: list[Member] = []
+        self.num_ranks = 0
 
     async def start(
         self,
@@ -78,7 +98,7 @@ class Core:
             raise first_failure(failures) from failures
 
     async def loss_behind(self, error: RlhfError) -> RlhfError:
-        """`error` itself, or the `CoreLost` that it follows from.
+        """`error` itself, or the `CoreLost` that it follows from, or that it is.
 
         Waits for: an answer of every member, at most `cluster.heartbeat_timeout_s`.
         """
@@ -87,7 +107,9 @@ class Core:
         looks = (self._look(member, 0.0) for member in self.members)
         found = await asyncio.gather(*looks, return_exceptions=True)
         lost = next((each for each in found if isinstance(each, CoreLost)), None)
-        return error if lost is None else CoreLost(f"{lost}. Noticed by: {error}")
+        if lost is not None:
+            return CoreLost(f"{lost}. Noticed by: {error}")
+        return CoreLost(str(error)) if isinstance(error, RankFailed) else error
 
     def take_down(self) -> None:
         for member in self.members:
@@ -111,21 +133,69 @@ class Core:
         await core_answer(actor.stats.remote(), config.run.start_timeout_s, "buffer.stats")
         return RayBuffer(actor)
 
+    async def room_to_grow(self) -> bool:
+        """Whether the cluster can hold the ranks that are missing, now or once it has grown.
+
+        Waits for: that room, at most `cluster.placement_timeout_s`. What is reserved is given back.
+        """
+        missing = rank_bundles(self._launcher.config)[self.num_ranks :]
+        try:
+            group = await self._reserve(missing)
+        except RlhfError:
+            return False
+        remove_placement_group(group)
+        return True
+
+    async def _reserve(self, bundles: Sequence[Bundle]) -> Any:
+        """Raises `PlacementError`."""
+        config = self._launcher.config
+        name = self._launcher.placement_name("learner")
+        return await self._place(bundles, name, config.cluster.placement_timeout_s)
+
+    async def place_ranks(self, free: Callable[[], Mapping[str, float]]) -> tuple[int, Any]:
+        """How many ranks there are, and where: a placement group of a bundle each.
+
+        `free` gives what is free in the cluster. Raises `PlacementError`.
+        """
+        section = self._launcher.config.learner
+        bundles = rank_bundles(self._launcher.config)
+        try:
+            return len(bundles), await self._reserve(bundles)
+        except PlacementError as error:
+            if not self._may_shrink:
+                raise
+            no_room = error
+        for ranks in fewer_ranks(bundles, section.min_ranks, free()):
+            try:
+                group = await self._reserve(bundles[:ranks])
+            except PlacementError:
+                continue
+            self._tell(f"goes on with {ranks} of {len(bundles)} learner ranks: {no_room}")
+            return ranks, group
+        raise PlacementError(
+            f"{no_room}. Nor is there for fewer, down to learner.min_ranks = {section.min_ranks}"
+        ) from no_room
+
     async def _start_learner(self, prepare: Callable[[RayLearner], Awaitable[None]]) -> RayLearner:
         """All ranks in one placement group, a bundle each."""
-        config = self._launcher.config
-        section = config.learner
-        bundles = [
-            Bundle(owner=f"learner-{i}", cpus=section.num_cpus, gpus=section.num_gpus)
-            for i in range(section.ranks)
-        ]
-        name = self._launcher.placement_name("learner")
-        group = await place(bundles, name, config.cluster.placement_timeout_s)
+        asked = self._launcher.config
+        ranks, group = await self.place_ranks(ray.available_resources)
+        config = asked.model_copy(
+            update={"learner": asked.learner.model_copy(update={"ranks": ranks})}
+        )
+        actors = self.spawn_ranks(LearnerActor, config, group)
+        learner = RayLearner(actors, config)
+        await learner.setup()
+        await prepare(learner)
+        return learner
+
+    def spawn_ranks(self, kind: type, config: Any, group: Any, *further: Any) -> list[Any]:
+        """The actors of all ranks, each built as `kind(config, model folder, rank, *further)`."""
         actors = []
-        for rank, bundle in enumerate(bundles):
+        for rank, bundle in enumerate(rank_bundles(config)):
             actor = spawn(
-                LearnerActor,
-                [config, self._launcher.model_dir, rank],
+                kind,
+                [config, self._launcher.model_dir, rank, *further],
                 bundle=bundle,
                 group=group,
                 index=rank,
@@ -134,7 +204,5 @@ class Core:
             )
             actors.append(actor)
             self.members.append(Member(name=bundle.owner, actor=actor, placement=group))
-        learner = RayLearner(actors, config)
-        await learner.setup()
-        await prepare(learner)
-        return learner
+        self.num_ranks = len(actors)
+        return actors

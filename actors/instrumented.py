@@ -42,7 +42,7 @@ class GenerationActor(GenerationWorker):
     def __init__(self, config: RunConfig, model_dir: str, name: str, engine_factory: str) -> None:
         configure("generation", name, config.run_dir / "logs")
         super().__init__(config, model_dir, name, engine_factory)
-        self._metrics = RayMetrics("generation", {"worker": name})
+        self._metrics = RayMetrics("generation", {"run": config.run.name, "worker": name})
 
     async def start(self) -> dict[str, float]:
         facts = await super().start()
@@ -99,7 +99,7 @@ class ScoringActor(ScoringWorker):
         configure("scoring", name, config.run_dir / "logs")
         source, store = transport_of(config).source(), store_of(config)
         super().__init__(config, model_dir, name, source, store)
-        self._metrics = RayMetrics("scoring", {"worker": name})
+        self._metrics = RayMetrics("scoring", {"run": config.run.name, "worker": name})
 
     def start(self) -> dict[str, float]:
         facts = super().start()

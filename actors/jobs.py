@@ -23,7 +23,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from rlhf_cluster.config import RunConfig, load_run
+from rlhf_cluster.config import StageConfig
+from rlhf_cluster.config.either import AnyConfig
+from rlhf_cluster.config.pipeline import load_all
 from rlhf_cluster.errors import ConfigError, RunError, StalledError
 
 CALL_TIMEOUT_S = 30.0
@@ -69,7 +71,10 @@ def submit(
     is taken or a cluster that cannot be reached.
     """
     overrides = [*overrides, *([f"run.name={run_name}"] if run_name else [])]
-    config = load_run(config_path, overrides)
+    config, *more = load_all(config_path, overrides)
+    if more:
+        text = "a pipeline is not submitted as one job. Run it with RAY_ADDRESS set"
+        raise ConfigError(f"{config_path}: {text}")
     _check_paths(config)
     client = client or connect(address)
     name = config.run.name
@@ -242,7 +247,7 @@ def entrypoint(overrides: Sequence[str]) -> str:
     return shlex.join(words)
 
 
-def pack(folder: Path, config_path: Path, config: RunConfig, here: Path) -> None:
+def pack(folder: Path, config_path: Path, config: AnyConfig, here: Path) -> None:
     """Fill `folder` with what the job needs from this machine; `here` is the current folder.
 
     Raises `ConfigError` for a file that is too large to send.
@@ -250,7 +255,7 @@ def pack(folder: Path, config_path: Path, config: RunConfig, here: Path) -> None
     shutil.copy(config_path, folder / "run.toml")
     for package in PACKAGES:
         _copy(CODE / package, folder / package)
-    for key, text in (("data.path", config.data.path), ("evaluation.path", config.evaluation.path)):
+    for key, text in _data_files(config).items():
         if text is None or Path(text).is_absolute() or not (here / text).is_file():
             continue
         num_bytes = (here / text).stat().st_size
@@ -260,16 +265,24 @@ def pack(folder: Path, config_path: Path, config: RunConfig, here: Path) -> None
                 "job, from below the current folder. Give an absolute path that every node sees"
             )
         _copy(here / text, folder / text)
-    for reward in config.scoring.rewards:
+    for reward in [] if isinstance(config, StageConfig) else config.scoring.rewards:
         module = str(getattr(reward, "function", "")).partition(":")[0].partition(".")[0]
         for name in (f"{module}.py", module):
             if module and (here / name).exists() and not (folder / name).exists():
                 _copy(here / name, folder / name)
 
 
-def _check_paths(config: RunConfig) -> None:
+def _data_files(config: AnyConfig) -> dict[str, str | None]:
+    """By their keys."""
+    if isinstance(config, StageConfig):
+        return {f"data.sources.{i}.path": s.path for i, s in enumerate(config.data.sources)}
+    return {"data.path": config.data.path, "evaluation.path": config.evaluation.path}
+
+
+def _check_paths(config: AnyConfig) -> None:
     """Folders of the run must mean the same on every node."""
-    paths = {"run.root": config.run.root, "weights.root": config.weights.root}
+    weights = None if isinstance(config, StageConfig) else config.weights.root
+    paths = {"run.root": config.run.root, "weights.root": weights}
     model = {"model.path": config.model.path, "model.tokenizer": config.model.tokenizer}
     paths |= {key: path for key, path in model.items() if path and Path(path).exists()}
     for key, path in paths.items():

@@ -1,30 +1,23 @@
-"""The learner ranks as actors, and the group of them as the learner port.
+"""The learner ranks as actors, and the group of them as the learner port; on `actors.ranks`.
 
-Each rank runs its steps one after the other in one thread; writing a snapshot to the weight store, or
-a checkpoint, runs in others ("io"), beside the next step. Every rank gets every group of a step and
-takes its own part by the same plan, so no rank has to tell another what to train on.
-
-A rank that dies or hangs fails the whole step with a `CoreLost` that names it. The others, which wait
-for it in a collective, are ended with it (`actors.core`).
+Writing a snapshot to the weight store runs beside the next step. Every rank gets every group of a step
+and takes its own part by the same plan, so no rank has to tell another what to train on.
 """
 
 from __future__ import annotations
 
-import asyncio
+import functools
 import logging
 import math
-import socket
 import time
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ray
 
-from actors.calls import core_answer, fetch_there
+from actors.calls import fetch_there
+from actors.ranks import IO_GROUP, RankActor, RayRanks, judging
 from actors.transports import transport_of
-from rlhf_cluster.checkpoint.state import LearnerState
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.data.examples import SftExample
 from rlhf_cluster.data.tokenizer import load_tokenizer
@@ -39,43 +32,22 @@ from rlhf_cluster.weights.transport import Deadline
 
 log = logging.getLogger(__name__)
 
-IO_GROUP = "io"  # three threads: publishing, its cancelling, a checkpoint
-LIFE_GROUP = "life"
-ACTOR_OPTIONS = {"concurrency_groups": {IO_GROUP: 3, LIFE_GROUP: 1}}
 
-
-class LearnerActor:
-    """One rank. torch is imported in `setup`, so that the process is up before the model is."""
+class LearnerActor(RankActor):
+    """One rank of reinforcement learning."""
 
     def __init__(self, config: RunConfig, model_dir: str, rank: int) -> None:
-        self._config = config
-        self._model_dir = model_dir
-        self._number = rank
-        self._rank: Any = None
+        super().__init__(config, model_dir, rank)
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._tokenizer: Any = None
         self._transport = transport_of(config)
         self._writing: Deadline | None = None
-        self._listener: socket.socket | None = None
-        self._store: Any = None
 
-    def rendezvous(self) -> str:
-        """Where the ranks meet: this node, where rank 0 listens from now on. Asked of rank 0 only."""
-        host = ray.util.get_node_ip_address()
-        self._listener = socket.create_server((host, 0))
-        return f"tcp://{host}:{self._listener.getsockname()[1]}"
-
+    @functools.partial(judging, starting=True)
     def setup(self, init_method: str) -> dict[str, Any]:
-        from actors.metrics import RayMetrics
         from rlhf_cluster.learning.learner import LearnerRank
-        from rlhf_cluster.learning.process_group import serve_store
-        from rlhf_cluster.observe.logs import configure
 
-        name = f"learner-{self._number}"
-        configure("learner", name, self._config.run_dir / "logs")
-        self._metrics = RayMetrics("learner", {"worker": name})
-        if self._listener is not None:
-            self._store = serve_store(self._listener)
+        self._open()
         ranks = self._config.learner.ranks
         self._rank = LearnerRank(self._config, self._model_dir, self._number, ranks, init_method)
         facts = self._rank.setup()
@@ -84,9 +56,11 @@ class LearnerActor:
         log.info("set up: %s", ", ".join(f"{key} {value}" for key, value in facts.items()))
         return facts
 
+    @judging
     def sft_step(self, examples: list[SftExample]) -> dict[str, float]:
         return self._rank.sft_step(examples)
 
+    @judging
     def train_step(self, handles: list[tuple[int, list[Any]]]) -> StepReport:
         """`handles` are by ticket number, each in a list, so that Ray passes it on as it is. A group
         whose object is gone is read from its file. Raises `StoreError` when that is gone too."""
@@ -111,13 +85,16 @@ class LearnerActor:
             )
         return report
 
+    @judging
     def snapshot(self) -> int:
         return self._rank.snapshot()
 
+    @judging
     def write_snapshot(self, base: int | None, durable: bool, timeout_s: float) -> Any:
         deadline = self._writing = Deadline(f"learner-{self._number}: the write", timeout_s)
         return self._transport.write(self._rank, base, durable, deadline)
 
+    @judging
     def commit(
         self, version: int, shards: list[Any], durable: bool, timeout_s: float
     ) -> WeightVersion:
@@ -139,49 +116,17 @@ class LearnerActor:
     def refused(self, version: int, reason: str) -> None:
         log.warning("version %d was refused by every reader: %s", version, reason)
 
-    def copy_state(self) -> LearnerState:
-        return self._rank.copy_state()
 
-    def write_state(self, root: str, timeout_s: float) -> Any:
-        return self._rank.write_state(root)
-
-    def commit_state(self, root: str, version: int, reports: list[Any], timeout_s: float) -> None:
-        from rlhf_cluster.weights.store import commit
-
-        commit(root, version, reports, keep=1, fsync=True, lock_timeout_s=timeout_s)
-        log.info("state of version %d written to %s", version, root)
-
-    def load_state(self, folder: str, state: LearnerState) -> None:
-        self._rank.load_state(folder, state)
-        log.info("goes on from %s", folder)
-
-    @ray.method(concurrency_group=LIFE_GROUP)
-    def present(self, after_s: float) -> None:
-        """Answer after so many seconds, whatever the other threads do: the process lives."""
-        time.sleep(after_s)
-
-    def close(self) -> None:
-        if self._rank is not None:
-            self._rank.close()
-
-
-class RayLearner:
+class RayLearner(RayRanks):
     """`LearnerPort` over all ranks."""
 
     def __init__(self, actors: Sequence[Any], config: RunConfig) -> None:
-        self._actors = list(actors)
-        self._config = config
+        super().__init__(actors, config)
         self._snapshot = -1
         weights = config.weights
         anchor_every = {"full": 1, "delta": weights.anchor_every, "adapter": None}
         self._bases = BasePlan(anchor_every[weights.format])
         self._durable = DurablePlan(weights.durable_every, config.run.steps)
-
-    async def setup(self) -> list[dict[str, Any]]:
-        timeout_s = self._config.run.start_timeout_s
-        asked = self._actors[0].rendezvous.remote()
-        where = await core_answer(asked, timeout_s, "learner-0.rendezvous")
-        return await self._all("setup", timeout_s, where)
 
     async def sft_step(self, examples: list[SftExample]) -> dict[str, float]:
         shared = ray.put(examples)
@@ -220,50 +165,8 @@ class RayLearner:
         self._durable.committed(number, durable)
         return version
 
-    async def copy_state(self) -> LearnerState:
-        states = await self._all("copy_state", self._config.learner.step_timeout_s)
-        if len({state.version for state in states}) != 1:
-            raise WorkerError(f"learner ranks are at different versions: {states}; expected one")
-        return replace(states[0], num_bytes=sum(state.num_bytes for state in states))
-
-    async def write_state(self, folder: Path) -> None:
-        """Waits for: every rank's write, then the commit, both within one deadline."""
-        ends = time.monotonic() + self._config.checkpoint.timeout_s
-        reports = await self._io("write_state", self._actors, ends, str(folder))
-        version = reports[0].version
-        await self._io("commit_state", self._actors[:1], ends, str(folder), version, reports)
-
-    async def load_state(self, folder: Path, state: LearnerState) -> None:
-        """Waits for: every rank to read all of it."""
-        await self._all("load_state", self._config.run.start_timeout_s, str(folder), state)
-
     async def refused(self, version: int, reason: str) -> None:
         """Every rank logs it; the next version builds on none."""
         self._bases.take_base()
         for actor in self._actors:
             actor.refused.options(concurrency_group=IO_GROUP).remote(version, reason)
-
-    async def _io(self, method: str, actors: Sequence[Any], ends: float, *arguments: Any) -> Any:
-        """The answers of `actors`, from their second threads; they get the seconds left as well."""
-        left_s = max(0.0, ends - time.monotonic())
-        refs = [
-            getattr(a, method).options(concurrency_group=IO_GROUP).remote(*arguments, left_s)
-            for a in actors
-        ]
-        return await self._answers(refs, left_s, method)
-
-    async def _all(self, method: str, timeout_s: float, *arguments: Any) -> list[Any]:
-        refs = [getattr(actor, method).remote(*arguments) for actor in self._actors]
-        return await self._answers(refs, timeout_s, method)
-
-    async def _answers(self, refs: Sequence[Any], timeout_s: float, method: str) -> list[Any]:
-        """Waits for: every rank. The first rank to fail is what the caller sees."""
-        waits = [
-            asyncio.ensure_future(core_answer(ref, timeout_s, f"learner-{i}.{method}"))
-            for i, ref in enumerate(refs)
-        ]
-        try:
-            return await asyncio.gather(*waits)
-        finally:
-            for wait in waits:
-                wait.cancel()

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +27,7 @@ from rlhf_cluster.checkpoint.folder import Checkpoint
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import RlhfError
 from rlhf_cluster.experience.buffer import BufferStats, buffer_metrics
-from rlhf_cluster.observe import post_mortem
+from rlhf_cluster.observe import advisor, post_mortem
 from rlhf_cluster.observe.metrics import find
 from rlhf_cluster.observe.run_log import RunLog, read_metrics
 from rlhf_cluster.observe.snapshot import Event, Pool, Snapshot, State
@@ -64,6 +67,7 @@ class RunObserver:
         self._log = RunLog(rundir)
         self._metrics = RayMetrics("controller", {"run": config.run.name})
         self._rewards: deque[float] = deque(maxlen=10)
+        self._recent: deque[dict[str, float]] = deque(maxlen=advisor.WINDOW)
         self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
         self._buffer: BufferStats | None = None
         self._num_recovered = 0
@@ -80,7 +84,17 @@ class RunObserver:
         now = self._clock()
         if self.first_step_s is None:
             self.first_step_s = now - self._started_s
-        values = {**report.metrics, **group_metrics(taken, times), **self._counters()}
+        values = {
+            "staleness/pipeline_depth": float(self._config.staleness.pipeline_depth),
+            **report.metrics,
+            **group_metrics(taken, times),
+            **self._counters(),
+            "step/number": float(report.step),
+            "staleness/bound": float(self._config.staleness.bound),
+        }
+        self._recent.append(values)
+        advice = advisor.advise(self._recent)
+        values |= {} if advice is None else advice.metrics()
         self._log.append(report.step, now, values)
         self._metrics.record({k: v for k, v in values.items() if find(k).role in OWN_ROLES})
         self._rewards.append(values["reward/mean"])
@@ -98,7 +112,12 @@ class RunObserver:
             step_s=times.step_s,
             learner_wait_s=times.learner_wait_s,
             generation_wait_s=times.generation_wait_s,
+            advice=None if advice is None else advice.text,
         )
+
+    def num_workers(self, kind: str) -> int:
+        """Live workers of a pool."""
+        return sum(len(pool.live) for pool in self._pools if pool.kind == kind)
 
     def group_discarded(self, ticket: Ticket, error: RlhfError) -> None:
         self.event(f"group {ticket.group_id} discarded: {error}")
@@ -161,6 +180,7 @@ class RunObserver:
         continuing.cut_back(self._rundir, checkpoint)
         self._log.reopen()
         self._rewards.clear()
+        self._recent.clear()
         self._read_rewards()
         step = None if checkpoint is None else checkpoint.state.step
         self._update(step=step or 0, num_steps=self._num_steps, checkpoint=step)
@@ -197,6 +217,7 @@ class RunObserver:
     def _counters(self) -> dict[str, float]:
         sync = self._sync()
         values = {
+            "run/disk_free_fraction": disk_free_fraction(self._rundir.path),
             "weights/version_published": float(sync.published),
             "weights/version_live": float(sync.live),
             "weights/snapshot_s": sync.snapshot_s,
@@ -212,6 +233,7 @@ class RunObserver:
             values[f"pool/size/{pool.kind}"] = float(len(pool.live))
             values[f"pool/wanted/{pool.kind}"] = float(pool.wanted)
             values[f"pool/restarts_total/{pool.kind}"] = float(pool.num_restarts)
+            values[f"pool/quarantined_total/{pool.kind}"] = float(pool.num_quarantined)
         if self._buffer is not None:
             values |= buffer_metrics(self._buffer)
         return {**values, **self._further()}
@@ -219,7 +241,13 @@ class RunObserver:
     def _update(self, **changes: Any) -> None:
         now, sync = self._clock(), self._sync()
         pools = tuple(
-            Pool(name=p.kind, alive=len(p.live), wanted=p.wanted, restarts=p.num_restarts)
+            Pool(
+                name=p.kind,
+                alive=len(p.live),
+                wanted=p.wanted,
+                restarts=p.num_restarts,
+                quarantined=p.num_quarantined,
+            )
             for p in self._pools
         )
         if self._buffer is not None:
@@ -269,4 +297,15 @@ def group_metrics(taken: Sequence[Taken], times: StepTimes) -> dict[str, float]:
         "time/generation_wait_s": times.generation_wait_s,
         "time/train_s": times.train_s,
         "time/publish_wait_s": times.publish_wait_s,
+        "time/generation_busy_s": times.generation_busy_s,
+        "time/scoring_busy_s": times.scoring_busy_s,
     }
+
+
+def disk_free_fraction(path: Path) -> float:
+    """Of the file system that holds `path`; NaN where it does not say."""
+    try:
+        usage = shutil.disk_usage(path)
+    except OSError:
+        return math.nan
+    return usage.free / usage.total

@@ -6,7 +6,8 @@ Promises:
 - a worker that dies, hangs or fails its health check is retired (killed, its placement group given
   back) and replaced; its work is the caller's to try again elsewhere;
 - a worker joins only after `launch` has made it ready to serve (model loaded, weights live);
-- scaling down drains: the worker ends when its last work has ended;
+- scaling down drains: the worker ends when its last work has ended; so does one in quarantine
+  (`rlhf_cluster.quarantine`), which is then replaced;
 - more than `max_restarts` replacements fail the pool with the first cause, not the last symptom.
 
 The pool decides nothing about Ray: launching and killing are arguments.
@@ -16,13 +17,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from rlhf_cluster.errors import PoolLost, RlhfError, StalledError
+from rlhf_cluster.errors import PoolLost, RlhfError, StalledError, WorkerError
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,8 @@ class WorkerPool:
     workers: list[Worker] = field(default_factory=list)
     last_errors: dict[str, str] = field(default_factory=dict)
     num_restarts: int = 0
+    num_quarantined: int = 0  # of them
+    tell: Callable[[str], None] = lambda text: None
     _failure: RlhfError | None = None
     _first_cause: RlhfError | None = None
     _num_launched: int = 0
@@ -88,9 +91,11 @@ class WorkerPool:
         await asyncio.gather(*(self._add() for _ in range(wanted)))
 
     @asynccontextmanager
-    async def acquire(self, prefer: Worker | None = None) -> AsyncIterator[Worker]:
+    async def acquire(
+        self, prefer: Worker | None = None, avoid: Collection[Worker] = ()
+    ) -> AsyncIterator[Worker]:
         """A live worker with room, counted as busy inside the block: `prefer` if it is one, else
-        the least loaded.
+        the least loaded, of `avoid` only where there is no other.
 
         Waits for: a live worker with room. Unblocked by: a call that ends (each has a deadline), a
         replacement that joins. `StalledError` when there was no live worker for
@@ -99,7 +104,8 @@ class WorkerPool:
         async with self._changed:
             await self._wait_for_room()
             free = [w for w in self.live if self._has_room(w)]
-            worker = prefer if prefer in free else min(free, key=lambda w: w.num_in_flight)
+            others = [w for w in free if w not in avoid] or free
+            worker = prefer if prefer in free else min(others, key=lambda w: w.num_in_flight)
             worker.num_in_flight += 1
         try:
             yield worker
@@ -145,6 +151,31 @@ class WorkerPool:
         self._note(worker.name, error)
         if worker.state is not State.RETIRED:
             await self._check_one(worker)
+
+    async def quarantine(self, worker: Worker, reason: str, needed: bool = False) -> None:
+        """Give `worker` no more work, and replace it once it has done what it has.
+
+        The last live worker, which nobody can stand in for meanwhile, is replaced at once. Where no
+        restart is left it stays, unless it is `needed`: then the pool fails with the first cause.
+        """
+        spent = self.num_restarts >= self.limits.max_restarts
+        if worker.state is not State.LIVE or (spent and not needed):
+            return
+        error = WorkerError(f"{worker.name}: quarantined: {reason}")
+        self.num_quarantined += 1
+        self.tell(str(error))
+        if len(self.live) == 1:
+            await self.fail(worker, error)
+            return
+        self._note(worker.name, error)
+        worker.state = State.DRAINING
+        self.num_restarts += 1
+        self._background(self._drain_and_replace(worker))
+
+    async def _drain_and_replace(self, worker: Worker) -> None:
+        """Its place is needed for the replacement."""
+        await self._drain(worker)
+        await self._replace()
 
     async def supervise(self) -> None:
         """Check every worker each heartbeat. Ends by cancellation, or raises the pool's failure."""
@@ -250,6 +281,8 @@ class WorkerPool:
         await self._remove(worker)
 
     async def _remove(self, worker: Worker) -> None:
+        if worker.state is State.RETIRED:
+            return
         worker.state = State.RETIRED
         if worker in self.workers:
             self.workers.remove(worker)

@@ -16,7 +16,8 @@ import ray
 
 from actors.calls import answer
 from actors.clients import RayGeneration, RayScoring, check_health
-from actors.control import NAMESPACE, ControlActor, actor_name
+from actors.control import CALL_TIMEOUT_S, NAMESPACE, ControlActor, actor_name
+from actors.control_channel import ControlChannel
 from actors.instrumented import HEALTH_GROUP, GenerationActor, ScoringActor
 from actors.launch import place, preflight, spawn, take_down
 from actors.pool import PoolLimits, Worker, WorkerPool
@@ -81,6 +82,25 @@ def start_control(config: RunConfig, patience_s: float = 0.0) -> Any:
                 f"run {config.run.name!r} is already alive on this cluster (actor {name}). Stop it, "
                 "or choose another run.name"
             ) from error
+
+
+def control_channel(
+    config: RunConfig, patience_s: float, tell: Callable[[str], None]
+) -> ControlChannel:
+    """The run's control channel, open. Raises and waits as `start_control`."""
+
+    async def ask(actor: Any, method: str, *arguments: Any) -> Any:
+        called = getattr(actor, method).remote(*arguments)
+        return await answer(called, CALL_TIMEOUT_S, f"control.{method}")
+
+    return ControlChannel(
+        start_control(config, patience_s),
+        start=functools.partial(start_control, config),
+        end=lambda actor: ray.kill(actor, no_restart=True),
+        ask=ask,
+        max_restarts=config.cluster.max_restarts,
+        tell=tell,
+    )
 
 
 def generation_pool(launcher: Launcher) -> tuple[WorkerPool, RayGeneration]:

@@ -1,6 +1,7 @@
 """Watching over a run: worker health, and wishes to scale; and over the buffer's numbers.
 
-Each loop ends by cancellation; a pool that used up its restarts ends the run with its first cause.
+Each loop ends by cancellation; a pool that used up its restarts ends the run with its first cause. The
+control actor never does (`actors.control_channel`).
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any
 
-from actors.calls import answer
-from actors.control import CALL_TIMEOUT_S
+from actors.control_channel import ControlChannel, Wish
 from actors.experience import RayBuffer
 from actors.observer import RunObserver
 from actors.pool import WorkerPool
@@ -24,7 +24,7 @@ LOOK_EVERY_S = 1.0
 class Supervisor:
     def __init__(
         self,
-        control: Any,
+        control: ControlChannel,
         pools: Sequence[WorkerPool],
         observer: RunObserver,
     ) -> None:
@@ -50,25 +50,22 @@ class Supervisor:
         """Waits for: wishes of other processes. Unblocked by: the next look."""
         running: set[asyncio.Task[None]] = set()
         while True:
-            wishes = await answer(self._control.wishes.remote(), CALL_TIMEOUT_S, "control.wishes")
-            for number, sizes in wishes:
-                task = asyncio.create_task(self._scale(number, sizes))
+            for wish in await self._control.exchange(asdict(self._observer.snapshot)):
+                task = asyncio.create_task(self._scale(wish))
                 running.add(task)
                 task.add_done_callback(running.discard)
-            status = asdict(self._observer.snapshot)
-            await answer(self._control.set_status.remote(status), CALL_TIMEOUT_S, "control.status")
             await asyncio.sleep(LOOK_EVERY_S)
 
-    async def _scale(self, number: int, sizes: dict[str, int]) -> None:
+    async def _scale(self, wish: Wish) -> None:
         results = {}
-        for kind, size in sizes.items():
+        for kind, size in wish.sizes.items():
             self._observer.event(f"scale {kind} to {size}: asked")
             try:
                 results[kind] = await self._pools[kind].resize(size)
             except RlhfError as error:
                 results[kind] = f"refused: {error}"
             self._observer.event(f"scale {kind} to {size}: {results[kind]}")
-        await answer(self._control.answer.remote(number, results), CALL_TIMEOUT_S, "control.answer")
+        await self._control.answer(wish, results)
 
 
 async def look_at_buffer(buffer: RayBuffer, observer: RunObserver) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from actors.checkpointing import Cutter
@@ -29,8 +30,11 @@ from rlhf_cluster.experience.adaptive import DepthController, depth_controller
 from rlhf_cluster.experience.recovery import recovery_of
 from rlhf_cluster.inputs import Inputs
 from rlhf_cluster.pipeline import Pipeline, evaluate
+from rlhf_cluster.restarts import RoomAgain
 from rlhf_cluster.rundir import RunDir
 from rlhf_cluster.weights.sync import WeightSync
+
+LOOK_EVERY_S = 1.0
 
 
 class Stopped(RunError):
@@ -63,6 +67,7 @@ class Attempt:
     sync: WeightSync = field(init=False)
     checkpoints: Checkpoints | None = None
     pipeline: Pipeline | None = None
+    growing: bool = False  # it ends at a boundary between two steps, for one with all ranks
 
     def __post_init__(self) -> None:
         self.sync = WeightSync(
@@ -88,7 +93,8 @@ class Attempt:
         return timeout_s
 
     async def train(self) -> tuple[float | None, float | None]:
-        """Rewards on held-out prompts before and after. Raises `Stopped`, and what ends training."""
+        """Rewards on held-out prompts before and after. Raises `Stopped`, `RoomAgain`, and what ends
+        training."""
         config, state = self.place.config, self.state
         depth = depth_controller(config.staleness)
         await self._restore(depth)
@@ -112,11 +118,40 @@ class Attempt:
             if done:
                 await self.checkpoints.save_now(done, config.checkpoint.timeout_s)
                 await self.checkpoints.copied()
+            if self.growing:
+                raise RoomAgain(f"there is room for all {config.learner.ranks} learner ranks again")
             raise Stopped(stopped_text(config, self.checkpoints.stats.last))
         await self.sync.publish_last(config.run.steps, self.publish_timeout_s)
         after = await self._evaluate(config.run.steps)
         await self.checkpoints.copied()
         return before, after
+
+    async def grow(
+        self,
+        has_room: Callable[[], Awaitable[bool]],
+        pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        """End `train` with `RoomAgain` at a boundary between two steps, once there is room.
+
+        Waits for: a checkpoint of this attempt, then room; asks again after each further checkpoint.
+        """
+        asked = -1 if self.state is None else self.state.step
+        while True:
+            await pause(LOOK_EVERY_S)
+            last = -1 if self.checkpoints is None else self.checkpoints.stats.last
+            if self.pipeline is None or last <= asked:
+                continue
+            asked = last
+            if await has_room() and not self.pipeline.stopped:
+                self.growing = True
+                await self.pipeline.stop()
+                return
+
+    async def stop(self) -> None:
+        """Asked to end for good."""
+        self.growing = False
+        if self.pipeline is not None:
+            await self.pipeline.stop()
 
     async def abandon(self) -> None:
         """The learner and the buffer are gone: see that nothing of this attempt goes on.
@@ -161,6 +196,7 @@ class Attempt:
             live_timeout_s=self.publish_timeout_s,
             trains_on=config.algorithm.trains_on,
             depth=depth,
+            num_workers=place.observer.num_workers,
             checkpoints=self.checkpoints,
             first_step=0 if state is None else state.step,
             first_prompt=first_prompt,

@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rlhf_cluster import cli_looking
 from rlhf_cluster.errors import RlhfError, RunError
 
 if TYPE_CHECKING:
     from rlhf_cluster.config import RunConfig
+    from rlhf_cluster.config.either import AnyConfig
 
 STOP_TIMEOUT_S = 120.0
 
@@ -66,40 +68,66 @@ def run(
 
     A run that was interrupted continues from its last checkpoint.
     """
-    loaded = _load(config, set_).with_absolute_paths()
-    from rlhf_cluster.checkpoint.continuing import standing
-
-    there = standing(loaded, overwrite, accept_changes)  # before anything slow
-    if there is not None and there.finished:
-        for note in there.notes:
-            typer.echo(note)
-        return
-    _check_engine(loaded)
-    from actors.cluster import run_config
-
     options = {"--overwrite": overwrite, "--accept-changes": accept_changes}
     argv = ["rlhf-cluster", "run", str(config)]
     argv += [word for override in set_ or [] for word in ("--set", override)]
     argv += [option for option, given in options.items() if given]
-    summary = run_config(loaded, argv, overwrite, accept_changes=accept_changes)
+    for loaded in _load(config, set_):
+        absolute, again = loaded.with_absolute_paths(), (overwrite, accept_changes)
+        for line in _run(absolute, config, set_ or [], argv, *again):
+            typer.echo(line)
+
+
+def _run(
+    loaded: AnyConfig,
+    config: Path,
+    overrides: Sequence[str],
+    argv: list[str],
+    overwrite: bool,
+    accept_changes: bool,
+) -> list[str]:
+    """Run one of what CONFIG holds; what there is to read then."""
+    from rlhf_cluster.checkpoint.continuing import standing
+    from rlhf_cluster.config import StageConfig
+
+    there = standing(loaded, overwrite, accept_changes)  # before anything slow
+    if there is not None and there.finished:
+        return there.notes
+    if isinstance(loaded, StageConfig):
+        from actors.stages import run_stage
+        from rlhf_cluster.stages.shown import stage_ending
+
+        summary = run_stage(loaded, argv, overwrite, accept_changes)
+        return stage_ending(summary, _own_name(), Path.cwd())
+    _check_engine(loaded)
+    from actors.cluster import run_config
     from rlhf_cluster.observe.ending import ending
 
-    for line in ending(summary, loaded, config, set_ or [], _own_name(), Path.cwd()):
-        typer.echo(line)
+    summary = run_config(loaded, argv, overwrite, accept_changes=accept_changes)
+    return ending(summary, loaded, config, overrides, _own_name(), Path.cwd())
 
 
 @app.command()
 def validate(config: ConfigArgument, set_: SetOption = None) -> None:
     """Check CONFIG, the files it names, tokenizer and data, and show what follows from it."""
     loaded = _load(config, set_)
-    from rlhf_cluster.planning.derived import derived
+    from rlhf_cluster.config import RunConfig
+    from rlhf_cluster.config.pipeline import needs
+    from rlhf_cluster.planning.checking import checked
 
-    _check_engine(loaded)
-    notes = _check_inputs(loaded)
-    typer.echo(f"{config}: valid")
-    _table(derived(loaded))
-    for note in notes:
-        typer.echo(f"note: {note}")
+    for number, each in enumerate(loaded):
+        if isinstance(each, RunConfig):
+            _check_engine(each)
+        missing = needs(each, loaded[:number])
+        where = f"{config}, {each.run.name}" if len(loaded) > 1 else str(config)
+        if missing:
+            typer.echo(f"{where}: valid, but for the model of {missing[0]}, which is yet to come")
+            continue
+        facts, notes = checked(each)
+        typer.echo(f"{where}: valid")
+        _table(facts)
+        for note in notes:
+            typer.echo(f"note: {note}")
 
 
 @app.command()
@@ -109,11 +137,14 @@ def plan(config: ConfigArgument, set_: SetOption = None) -> None:
     from rlhf_cluster.planning.derived import total_resources
     from rlhf_cluster.planning.placement import demand
 
-    bundles = demand(loaded)
-    for bundle in bundles:
-        amounts = ", ".join(f"{amount:g} {kind}" for kind, amount in bundle.resources.items())
-        typer.echo(f"{bundle.owner:<16} {amounts}")
-    typer.echo(f"{'total':<16} {total_resources(bundles)} in {len(bundles)} bundles")
+    for each in loaded:
+        if len(loaded) > 1:
+            typer.echo(f"{each.run.name}:")
+        bundles = demand(each)
+        for bundle in bundles:
+            amounts = ", ".join(f"{amount:g} {kind}" for kind, amount in bundle.resources.items())
+            typer.echo(f"{bundle.owner:<16} {amounts}")
+        typer.echo(f"{'total':<16} {total_resources(bundles)} in {len(bundles)} bundles")
 
 
 @app.command()
@@ -292,6 +323,9 @@ def scale(
         raise RunError("; ".join(f"{run_}: {pool} {text}" for pool, text in refused.items()))
 
 
+cli_looking.add_to(app)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (default: this process's) and return the exit code."""
     try:
@@ -322,10 +356,10 @@ def _message(error: Exception) -> str:
     return f"unexpected {type(error).__name__}: {error}{where}"
 
 
-def _load(config: Path, overrides: Sequence[str] | None) -> RunConfig:
-    from rlhf_cluster.config import load_run
+def _load(config: Path, overrides: Sequence[str] | None) -> list[AnyConfig]:
+    from rlhf_cluster.config.pipeline import load_all
 
-    return load_run(config, overrides or ())
+    return load_all(config, overrides or ())
 
 
 def _check_engine(config: RunConfig) -> None:
@@ -333,22 +367,6 @@ def _check_engine(config: RunConfig) -> None:
     from actors.vllm_arguments import engine_arguments
 
     engine_arguments(config, model_dir="", worker_name="generation-0")
-
-
-def _check_inputs(config: RunConfig) -> list[str]:
-    """Check all inputs as `run` would, in a folder that is deleted again. Returns notes."""
-    import tempfile
-
-    from rlhf_cluster.inputs import check_inputs
-
-    with tempfile.TemporaryDirectory(prefix="rlhf-validate-") as scratch:
-        skipped = check_inputs(config, Path(scratch)).prompts.num_skipped
-    notes = []
-    if skipped:
-        notes.append(f"{skipped} prompts are over data.max_prompt_tokens and are left out")
-    if config.run_dir.exists():
-        notes.append(f"{config.run_dir} exists: run continues what is there, or says why it cannot")
-    return notes
 
 
 def _own_name() -> str:

@@ -54,6 +54,10 @@ class PoolLost(WorkerError):
     """A pool has used up its restarts: nobody is left to do its work."""
 
 
+class RankFailed(WorkerError):
+    """A learner rank raised what another attempt may not meet (`failures`); its process lives."""
+
+
 class CoreLost(WorkerError):
     """A learner rank or the buffer is gone: a run can go on from a checkpoint (`restarts`)."""
 

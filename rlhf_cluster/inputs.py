@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from rlhf_cluster.config import RunConfig
+from rlhf_cluster.config import RunConfig, StageConfig
 from rlhf_cluster.data.examples import SftExample
 from rlhf_cluster.data.prompts import PromptSource, evaluation_prompts
 from rlhf_cluster.data.tokenizer import load_tokenizer
@@ -40,7 +40,7 @@ class Inputs:
 
 def check_inputs(config: RunConfig, scratch: Path) -> Inputs:
     """Raises `DataError`, `WeightError` or `ConfigError` for the first input that cannot be used."""
-    model_dir = _model_dir(config, scratch)
+    model_dir = model_dir_of(config, scratch)
     if (draft := config.generation.draft_folder) is not None:
         refuse_other_draft(draft, checkpoint_shapes(draft), checkpoint_shapes(model_dir))
     tokenizer_dir = config.model.tokenizer or str(model_dir)
@@ -62,7 +62,8 @@ def check_inputs(config: RunConfig, scratch: Path) -> Inputs:
     )
 
 
-def _model_dir(config: RunConfig, scratch: Path) -> Path:
+def model_dir_of(config: RunConfig | StageConfig, scratch: Path) -> Path:
+    """The model's folder; one made from numbers is made in `scratch`. Raises `DataError`."""
     if config.model.init is not None:
         return make_model(config.model.init, scratch / "model", config.run.seed)
     assert config.model.path is not None

@@ -20,13 +20,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from rlhf_cluster.errors import PoolLost, RlhfError, ScoringError, WorkerError, first_failure
 from rlhf_cluster.experience.adaptive import DepthController
+from rlhf_cluster.observe.occupancy import Occupancy
 from rlhf_cluster.ports import (
     BufferPort,
     GenerationPort,
@@ -59,6 +59,8 @@ class StepTimes:
     generation_wait_s: float  # no group was under way: generation waited for a free slot
     train_s: float
     publish_wait_s: float  # the learner waited for the copy of its weights
+    generation_busy_s: float  # mean over the workers of the time they had a group
+    scoring_busy_s: float  # the same of the scoring workers
 
 
 class ObserverPort(Protocol):
@@ -108,18 +110,23 @@ class Pipeline:
     first_prompt: int = 0
     open: Sequence[Ticket] = ()
     stopped: bool = False  # by `stop`
+    num_workers: Callable[[str], int] = lambda pool: 1  # of "generation", "scoring"
     clock: Callable[[], float] = time.monotonic
     _outcomes: deque[bool] = field(default_factory=lambda: deque(maxlen=100))
-    _num_under_way: int = 0
-    _idle_since_s: float = 0.0
-    _idle_s: float = 0.0
+    _generating: Occupancy = field(init=False)
+    _being_scored: Occupancy = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._generating = Occupancy(self.clock, lambda: self.num_workers("generation"))
+        self._being_scored = Occupancy(self.clock, lambda: self.num_workers("scoring"))
 
     async def run(self) -> int:
         """Train up to step `num_steps`; returns the steps done, fewer after `stop`.
 
         Version `first_step` must be live. Raises the first failure of any loop.
         """
-        self._idle_since_s = self.clock()
+        self._generating.start()
+        self._being_scored.start()
         try:
             async with asyncio.TaskGroup() as loops:
                 watch = loops.create_task(self.sync.run_until_cancelled(check_every_s=0.5))
@@ -144,11 +151,13 @@ class Pipeline:
         Ends when the buffer needs no further group.
         """
         async with asyncio.TaskGroup() as groups:
+            attempt = 0 if self.recovery is None else self.recovery.attempt
             tickets = list(self.open)
             while tickets := tickets or await self.buffer.admit():
                 for ticket in tickets:
                     self.prompts.seek(self.first_prompt + ticket.number)
-                    groups.create_task(self.produce(ticket, self.prompts.next()))
+                    ours = replace(ticket, attempt=attempt)
+                    groups.create_task(self.produce(ours, self.prompts.next()))
                 tickets = []
 
     async def stop(self) -> None:
@@ -187,9 +196,10 @@ class Pipeline:
         return found
 
     async def _generated(self, ticket: Ticket, prompt: Prompt) -> tuple[Handle, GroupSummary]:
-        with self._under_way():
+        with self._generating.call():
             rollouts = await self.generation.generate(ticket, prompt, self.sampling)
-        return await self.scoring.score(rollouts)
+        with self._being_scored.call():
+            return await self.scoring.score(rollouts)
 
     async def learner_loop(self) -> int:
         """Consumes batches, produces weights and checkpoints; returns the steps done.
@@ -207,12 +217,15 @@ class Pipeline:
             trained = self.clock()
             await self.sync.after_step(report.step)
             end = self.clock()
+            generation, scoring = self._generating.take(), self._being_scored.take()
             times = StepTimes(
                 step_s=end - start,
                 learner_wait_s=got - start,
-                generation_wait_s=self._take_idle_time(),
+                generation_wait_s=generation.idle_s,
                 train_s=trained - got,
                 publish_wait_s=end - trained,
+                generation_busy_s=generation.busy_s,
+                scoring_busy_s=scoring.busy_s,
             )
             self.observer.step(self._with_depth(report), taken, times)
             await self._adapt_depth(report, times)
@@ -238,26 +251,6 @@ class Pipeline:
         if change is not None:
             await self.buffer.set_pipeline_depth(change.depth)
             self.observer.event(str(change))
-
-    @contextmanager
-    def _under_way(self) -> Iterator[None]:
-        """Counts the groups being generated, and the time when there are none."""
-        if self._num_under_way == 0:
-            self._idle_s += self.clock() - self._idle_since_s
-        self._num_under_way += 1
-        try:
-            yield
-        finally:
-            self._num_under_way -= 1
-            self._idle_since_s = self.clock()
-
-    def _take_idle_time(self) -> float:
-        if self._num_under_way == 0:
-            now = self.clock()
-            self._idle_s += now - self._idle_since_s
-            self._idle_since_s = now
-        idle_s, self._idle_s = self._idle_s, 0.0
-        return idle_s
 
     def _count_outcome(self, *, failed: bool, error: RlhfError | None = None) -> None:
         self._outcomes.append(failed)

@@ -104,6 +104,11 @@ class BufferPort(Protocol):
 class RecoveryPort(Protocol):
     """Finished groups on disk. Both methods block on the file system and are called in a thread."""
 
+    @property
+    def attempt(self) -> int:
+        """The number of this start, or return to a checkpoint, of the run."""
+        ...
+
     def recover(self, ticket: Ticket, prompt: Prompt) -> tuple[Handle, GroupSummary] | None:
         """The finished group of `ticket`, where an earlier attempt left one that can be used."""
         ...

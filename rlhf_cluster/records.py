@@ -57,12 +57,14 @@ class Ticket:
     """Permission to start one group. `number` is its place in admission order.
 
     `version` is the oldest weight version that any generation worker could have sampled with
-    when the ticket was admitted.
+    when the ticket was admitted. `attempt` counts the starts of the run, and its returns to a
+    checkpoint: versions of one attempt are one timeline (`experience.recovery`).
     """
 
     number: int
     version: int
     purpose: Literal["train", "evaluate"] = "train"
+    attempt: int = 0
 
     @property
     def group_id(self) -> str:

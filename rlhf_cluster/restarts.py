@@ -1,14 +1,17 @@
 """A run goes on after a learner rank or the buffer is lost: how often, after which pause, from what.
 
     attempt --CoreLost--> recover, pause --> attempt, from the newest checkpoint --> ...
+            --RoomAgain--> recover --> attempt, with all ranks, from the checkpoint just written
             --any other failure--> the end of the run
 
 Learner ranks and buffer hold one cut of the run between them, so all of them go back to a cut that
-was written down. Generation and scoring hold nothing of it, and stay.
+was written down. Generation and scoring hold nothing of it, and stay. A loss is a process that died, or
+is silent past a deadline, and an error of a rank that lives which may pass (`failures` has the table).
 
 Promises:
 - only a loss is tried again; what would come again (diverged numbers, refused weights, wrong settings)
   ends the run at once;
+- going back to all ranks is no loss: it costs no restart;
 - losses are counted over the whole run, those of a start too; the one over `limit` ends the run with
   the first of them;
 - nothing that a user asked to keep is deleted: a run that was told to write no checkpoints, or whose
@@ -24,7 +27,7 @@ from typing import TypeVar
 
 from rlhf_cluster.checkpoint import continuing
 from rlhf_cluster.checkpoint.folder import Checkpoint
-from rlhf_cluster.config import RunConfig
+from rlhf_cluster.config.either import AnyConfig
 from rlhf_cluster.errors import CheckpointError, CoreLost, PlacementError, RlhfError
 from rlhf_cluster.observe.run_log import read_metrics
 from rlhf_cluster.rundir import RunDir
@@ -32,6 +35,10 @@ from rlhf_cluster.rundir import RunDir
 T = TypeVar("T")
 
 MAX_PAUSE_S = 60.0
+
+
+class RoomAgain(RlhfError):
+    """An attempt with fewer ranks than asked ended at a checkpoint, since there is room for all."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -69,6 +76,9 @@ async def with_recovery(
     while True:
         try:
             return await attempt()
+        except RoomAgain as error:
+            await recover(error)
+            continue
         except CoreLost as error:
             lost: RlhfError = error
         except PlacementError as error:
@@ -80,10 +90,11 @@ async def with_recovery(
         await sleep(pause_s)
 
 
-def point_of_return(run: RunDir, config: RunConfig, lost: RlhfError) -> Checkpoint | None:
+def point_of_return(run: RunDir, config: AnyConfig, lost: RlhfError) -> Checkpoint | None:
     """From where the run goes on after `lost`: its newest whole checkpoint, or, with None, from the
-    beginning. Reads all of the checkpoint; changes nothing. Raises `CheckpointError`."""
-    found = continuing.whole(run)
+    beginning. Reads all of the checkpoint; changes nothing. Raises `CheckpointError`,
+    `StalledError`."""
+    found = continuing.whole(run, config.checkpoint.timeout_s)
     if found.checkpoint is not None:
         return found.checkpoint
     records = read_metrics(run.metrics)

@@ -22,11 +22,13 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import shutil
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,7 +39,9 @@ from rlhf_cluster.errors import RunError
 from rlhf_cluster.observe.snapshot import Snapshot
 
 if TYPE_CHECKING:
-    from rlhf_cluster.config import RunConfig
+    from rlhf_cluster.config.either import AnyConfig
+
+log = logging.getLogger(__name__)
 
 MARKER = "run.lock"
 LOCK_PATIENCE_S = 0.5
@@ -76,12 +80,13 @@ class RunDir:
         self.reference = path / "reference"
         self.checkpoints = path / "checkpoints"
         self._claims = claims
+        self._status_failed = False
 
     @classmethod
     def create(
         cls,
         path: str | Path,
-        config: RunConfig,
+        config: AnyConfig,
         *,
         overwrite: bool = False,
         argv: Iterable[str] = (),
@@ -95,12 +100,13 @@ class RunDir:
         weights = Path(config.weights_dir).absolute()
         claims: list[_Claim] = []
         try:
-            for folder, key in _folders(path, weights):
-                claims.append(_claim(folder, key, overwrite))
-            for claim in claims:
-                claim.take_over()
-            run = cls(path, weights, tuple(claims))
-            run._describe(config, argv)
+            with _writing(path):
+                for folder, key in _folders(path, weights):
+                    claims.append(_claim(folder, key, overwrite))
+                for claim in claims:
+                    claim.take_over()
+                run = cls(path, weights, tuple(claims))
+                run._describe(config, argv)
         except BaseException:
             for claim in claims:
                 claim.withdraw()
@@ -113,7 +119,7 @@ class RunDir:
         return _owner(Path(path) / MARKER) is not None
 
     @classmethod
-    def reclaim(cls, path: str | Path, config: RunConfig) -> RunDir:
+    def reclaim(cls, path: str | Path, config: AnyConfig) -> RunDir:
         """Claim the directory of an earlier run, and leave everything in it as it is.
 
         `go_on` or `restart` follows, or `withdraw`. Raises `RunError`.
@@ -130,17 +136,19 @@ class RunDir:
             raise
         return cls(path, weights, tuple(claims))
 
-    def go_on(self, config: RunConfig, argv: Iterable[str] = ()) -> None:
+    def go_on(self, config: AnyConfig, argv: Iterable[str] = ()) -> None:
         """Own the directory and describe the run anew, keeping what is in it."""
-        for claim in self._claims:
-            claim.sign()
-        self._describe(config, argv)
+        with _writing(self.path):
+            for claim in self._claims:
+                claim.sign()
+            self._describe(config, argv)
 
-    def restart(self, config: RunConfig, argv: Iterable[str] = ()) -> None:
+    def restart(self, config: AnyConfig, argv: Iterable[str] = ()) -> None:
         """Own the directory, emptied."""
-        for claim in self._claims:
-            claim.take_over()
-        self._describe(config, argv)
+        with _writing(self.path):
+            for claim in self._claims:
+                claim.take_over()
+            self._describe(config, argv)
 
     def withdraw(self) -> None:
         """Give the directory back as it was found."""
@@ -149,7 +157,7 @@ class RunDir:
         self._claims = ()
 
     @staticmethod
-    def check_free(path: str | Path, config: RunConfig, *, overwrite: bool = False) -> None:
+    def check_free(path: str | Path, config: AnyConfig, *, overwrite: bool = False) -> None:
         """Raise the `RunError` that `create` would raise now, and change nothing."""
         weights = Path(config.weights_dir).absolute()
         for folder, key in _folders(Path(path).absolute(), weights):
@@ -189,7 +197,18 @@ class RunDir:
         return False
 
     def write_status(self, snapshot: Snapshot) -> None:
-        _replace(self.status, snapshot.to_json())
+        """One that cannot be written is logged, once in a row: it is a view, and no reason to end a run
+        or to hide what does."""
+        try:
+            _replace(self.status, snapshot.to_json())
+        except OSError as error:
+            if not self._status_failed:
+                log.warning(
+                    "%s: cannot be written (%s); it shows an earlier time", self.status, error
+                )
+            self._status_failed = True
+        else:
+            self._status_failed = False
 
     def read_status(self) -> Snapshot | None:
         """The last status, or None when the run has not written one yet."""
@@ -233,7 +252,7 @@ class RunDir:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _describe(self, config: RunConfig, argv: Iterable[str]) -> None:
+    def _describe(self, config: AnyConfig, argv: Iterable[str]) -> None:
         for folder in FOLDERS:
             (self.path / folder).mkdir(exist_ok=True)
         self.weights.mkdir(parents=True, exist_ok=True)
@@ -270,6 +289,18 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return None
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """An error of the file system is a `RunError` with a cure."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{path}: cannot be made the directory of a run ({error}). Free space there, make it "
+            "writable, or give another folder with --set run.root=FOLDER"
+        ) from error
 
 
 @dataclass(slots=True, kw_only=True)

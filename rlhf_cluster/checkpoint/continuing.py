@@ -33,10 +33,11 @@ from rlhf_cluster.observe.run_log import cut_metrics, read_metrics
 from rlhf_cluster.rundir import RunDir
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.files import version_dir
+from rlhf_cluster.weights.transport import Deadline
 from rlhf_cluster.weights.verifying import verify
 
 if TYPE_CHECKING:
-    from rlhf_cluster.config import RunConfig
+    from rlhf_cluster.config.either import AnyConfig
 
 FIXED = (
     "run.groups_per_step",
@@ -47,6 +48,8 @@ FIXED = (
     "scoring.reference_update",
 )
 """Settings, or whole sections, that a checkpoint does not fit any more when they change."""
+FIXED_OF_STAGES = ("run.units_per_step", "run.seed", "model", "data", "stage", "learner.lora")
+"""The same of an offline stage, whose place in the data follows from its steps."""
 MAX_DIFFERENCES = 20
 
 
@@ -59,30 +62,39 @@ class Continuation:
     notes: list[str]
 
 
-def whole(run: RunDir) -> Found:
+def whole(run: RunDir, timeout_s: float | None = None) -> Found:
     """The newest checkpoint of which every tensor is as it was written, the stored reference that it
-    needs included, and what is wrong with newer ones. Reads all of it; changes nothing."""
+    needs included, and what is wrong with newer ones. Reads all of it; changes nothing.
+
+    Raises `StalledError` for one that is not read within `timeout_s`: it may be whole, so that none
+    before it is taken.
+    """
 
     def verified(checkpoint: Checkpoint) -> None:
-        folder.verify_tensors(checkpoint)
+        deadline = None
+        if timeout_s is not None:
+            deadline = Deadline(f"verifying {checkpoint.folder}", timeout_s)
+        folder.verify_tensors(checkpoint, deadline)
         if (reference := checkpoint.state.reference) is not None:
-            verify(version_dir(run.reference, reference))
+            verify(version_dir(run.reference, reference), deadline=deadline)
 
     return folder.newest(run.checkpoints, also=verified)
 
 
-def whole_or_copy(run: RunDir, config: RunConfig) -> Found:
+def whole_or_copy(run: RunDir, config: AnyConfig) -> Found:
     """`whole`; where nothing is, the newest whole one of the copies at `checkpoint.copy_to`, which is
-    then in `run`. Call while holding `run`. Raises `CheckpointError`: that storage does not answer."""
-    found = whole(run)
+    then in `run`. Call while holding `run`. Raises `CheckpointError`: that storage does not answer;
+    `StalledError`."""
+    timeout_s = config.checkpoint.timeout_s
+    found = whole(run, timeout_s)
     copy = copies.folder_of(config)
     if found.checkpoint is not None or copy is None:
         return found
-    fetched = copies.fetch_newest(run, copy, config.checkpoint.timeout_s, whole)
+    fetched = copies.fetch_newest(run, copy, timeout_s, lambda run: whole(run, timeout_s))
     return replace(fetched, damaged=[*found.damaged, *fetched.damaged])
 
 
-def whole_copy(run: RunDir, config: RunConfig, overwrite: bool) -> Found:
+def whole_copy(run: RunDir, config: AnyConfig, overwrite: bool) -> Found:
     """What there is for a directory that was just made: a copy, or nothing.
 
     With `overwrite` the copies of an earlier run of this name are removed. Raises `CheckpointError`,
@@ -104,7 +116,7 @@ def whole_copy(run: RunDir, config: RunConfig, overwrite: bool) -> Found:
 
 
 def look(
-    run: RunDir, config: RunConfig, accept_changes: bool, found: Found | None = None
+    run: RunDir, config: AnyConfig, accept_changes: bool, found: Found | None = None
 ) -> Continuation:
     """What the same command does with `run`, of whose checkpoints `found` is known.
 
@@ -138,7 +150,8 @@ def look(
         note = f"{run.path}: {done} steps and no checkpoint yet; starts from the beginning"
         return Continuation(finished=False, checkpoint=None, notes=[note])
     step = found.checkpoint.state.step
-    fixed = [c for c in changes if any(c.startswith((f"{f}.", f"{f} =")) for f in FIXED)]
+    settings = FIXED_OF_STAGES if "stage" in type(config).model_fields else FIXED
+    fixed = [c for c in changes if any(c.startswith((f"{f}.", f"{f} =")) for f in settings)]
     if fixed:
         raise RunError(
             _explain(run.path, fixed, f"has {step} steps behind it")
@@ -146,7 +159,7 @@ def look(
         )
     if changes and not accept_changes:
         raise RunError(_explain(run.path, changes, f"has {step} steps behind it"))
-    if config.run.steps < step:
+    if config.run.steps is not None and config.run.steps < step:
         raise RunError(
             f"run.steps = {config.run.steps} is under the {step} steps that {run.path} has done. "
             "Raise it, or start another run with --set run.name=NEW"
@@ -158,7 +171,7 @@ def look(
     return Continuation(finished=False, checkpoint=found.checkpoint, notes=notes)
 
 
-def standing(config: RunConfig, overwrite: bool, accept_changes: bool) -> Continuation | None:
+def standing(config: AnyConfig, overwrite: bool, accept_changes: bool) -> Continuation | None:
     """`look` at the run's directory as it is now; None where nothing is continued.
 
     Changes nothing. Raises `RunError`, also for a directory that is in use or not a run's.
@@ -195,12 +208,12 @@ def rewind_weights(run: RunDir, checkpoint: Checkpoint | None) -> None:
         store.rewind(run.reference, checkpoint.state.reference)
 
 
-def describe(config: RunConfig) -> dict[str, Any]:
+def describe(config: AnyConfig) -> dict[str, Any]:
     """The configuration as a run directory holds it: whole, without secrets."""
     return without_secrets(config.model_dump(mode="json"))
 
 
-def digest(config: RunConfig) -> str:
+def digest(config: AnyConfig) -> str:
     """Tells whether two configurations are the same, secrets left out."""
     return xxh3_128_hexdigest(json.dumps(describe(config), sort_keys=True).encode())
 

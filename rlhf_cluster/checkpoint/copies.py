@@ -33,7 +33,7 @@ from rlhf_cluster.weights.files import version_dir
 from rlhf_cluster.weights.transport import Deadline
 
 if TYPE_CHECKING:
-    from rlhf_cluster.config import RunConfig
+    from rlhf_cluster.config.either import AnyConfig
 
 
 def contents(run: RunDir, checkpoint: Checkpoint) -> dict[str, Path]:
@@ -214,7 +214,7 @@ class Copies:
             deadline.cancel()
 
 
-def folder_of(config: RunConfig) -> CopyFolder | None:
+def folder_of(config: AnyConfig) -> CopyFolder | None:
     """Where the run's copies go, where they are asked for. Raises `CheckpointError`."""
     url = config.checkpoint.copy_to
     return None if url is None else CopyFolder(url, config.run.name)

@@ -36,6 +36,7 @@ from xxhash import xxh3_128_hexdigest
 
 from rlhf_cluster.checkpoint.state import RunState
 from rlhf_cluster.errors import CheckpointError, WeightError
+from rlhf_cluster.weights.transport import Deadline
 from rlhf_cluster.weights.verifying import verify
 
 MARKER = "complete.json"
@@ -168,9 +169,9 @@ def newest(root: Path, also: Callable[[Checkpoint], None] = lambda checkpoint: N
     return Found(checkpoint=None, damaged=damaged)
 
 
-def verify_tensors(checkpoint: Checkpoint) -> None:
-    """Read all that the learner would load of it. Raises `WeightError`."""
-    verify(checkpoint.learner)
+def verify_tensors(checkpoint: Checkpoint, deadline: Deadline | None = None) -> None:
+    """Read all that the learner would load of it. Raises `WeightError`, `StalledError`."""
+    verify(checkpoint.learner, deadline=deadline)
 
 
 def retain(root: Path, keep: int, keep_best: int = 0) -> list[RunState]:

@@ -31,7 +31,8 @@ class LearnerState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunState:
-    """The run after `step` steps.
+    """The run after `step` steps. That of an offline stage has an empty buffer and no live version;
+    `reward_before` and `score` are of the number that it is watched by (`stages.base.Stage.headline`).
 
     `live_version` is what generation sampled with, for people: a resumed run publishes its own
     weights first. `reference` is the version of the stored reference, where there is one.
@@ -50,6 +51,41 @@ class RunState:
     packages: dict[str, str | None]
     score: float | None = None  # mean reward of the last steps; higher is better
     format: int = FORMAT
+
+    @classmethod
+    def of_stage(
+        cls,
+        learner: LearnerState,
+        before: float | None,
+        score: float | None,
+        config_digest: str,
+        packages: dict[str, str | None],
+    ) -> RunState:
+        """An offline stage after `learner.version` steps, from which its place in the data follows."""
+        step = learner.version
+        empty = BufferState(
+            learner_version=step,
+            admitted=0,
+            finished=0,
+            taken=0,
+            reweighted=0,
+            discarded={},
+            open=(),
+        )
+        return cls(
+            step=step,
+            learner=learner,
+            buffer=empty,
+            live_version=-1,
+            publishes_skipped=0,
+            depth=None,
+            first_prompt=0,
+            reference=None,
+            reward_before=before,
+            config_digest=config_digest,
+            packages=packages,
+            score=score,
+        )
 
     def to_json(self) -> str:
         return _adapter().dump_json(self, indent=1).decode() + "\n"

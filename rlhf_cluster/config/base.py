@@ -37,6 +37,11 @@ S = TypeVar("S", bound=Section)
 
 def load(cls: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
     """Read `path`, apply `overrides` in order, validate. Raises `ConfigError`."""
+    return validate(cls, read_tree(path, overrides), source=str(path))
+
+
+def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What `path` holds, with `overrides` applied in order. Raises `ConfigError`."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -54,7 +59,7 @@ def load(cls: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
     for override in overrides:
         _apply_override(tree, override)
-    return validate(cls, tree, source=str(path))
+    return tree
 
 
 def validate(cls: type[S], tree: dict[str, Any], source: str) -> S:

@@ -1,4 +1,5 @@
-"""What `[checkpoint]` must agree on with the other sections; called by `config.run`."""
+"""What `[checkpoint]` must agree on with the other sections; called by `config.run` and
+`config.stage`."""
 
 from __future__ import annotations
 
@@ -9,9 +10,10 @@ from rlhf_cluster.environment import without_credentials
 
 if TYPE_CHECKING:
     from rlhf_cluster.config.run import RunConfig
+    from rlhf_cluster.config.stage import StageConfig
 
 
-def check_checkpoint(c: RunConfig) -> None:
+def check_checkpoint(c: RunConfig | StageConfig) -> None:
     """Raises `ValueError` for a second copy that cannot be written or would go with the first."""
     url = c.checkpoint.copy_to
     if url is None:

@@ -17,6 +17,8 @@ from rlhf_cluster.config.base import Section, load
 from rlhf_cluster.config.check_checkpoint import check_checkpoint
 from rlhf_cluster.config.check_generation import check_generation
 from rlhf_cluster.config.check_kl import check_kl
+from rlhf_cluster.config.check_learner import check_learner
+from rlhf_cluster.config.check_model import check_model
 from rlhf_cluster.config.check_staleness import check_staleness
 from rlhf_cluster.config.check_steps import check_steps
 from rlhf_cluster.config.check_weights import check_weights
@@ -114,7 +116,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> RunConfig:
         for check in (
-            _check_model,
+            check_model,
             _check_data,
             _check_lengths,
             check_staleness,
@@ -133,6 +135,7 @@ class RunConfig(Section):
             check_steps,
             check_weights,
             check_checkpoint,
+            check_learner,
         ):
             check(self)
         return self
@@ -141,32 +144,6 @@ class RunConfig(Section):
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read and validate a run file. Raises `ConfigError`."""
     return load(RunConfig, path, overrides)
-
-
-def _check_model(c: RunConfig) -> None:
-    if (c.model.path is None) == (c.model.init is None):
-        found = "both" if c.model.path else "neither"
-        raise ValueError(
-            f"model.path and model.init: {found} given. Give model.path (a Hugging Face folder) or "
-            "a [model.init] section (a small model made from numbers), not both"
-        )
-    if c.model.init is not None:
-        init = c.model.init
-        if c.model.tokenizer is not None:
-            raise ValueError(
-                "model.tokenizer with [model.init]: a made model has a character tokenizer of its own. "
-                "Remove model.tokenizer, or give model.path"
-            )
-        if init.hidden_size % init.num_heads:
-            raise ValueError(
-                f"model.init.hidden_size = {init.hidden_size} is not a multiple of "
-                f"model.init.num_heads = {init.num_heads}. Change one of them"
-            )
-        if init.num_heads % (init.num_kv_heads or init.num_heads):
-            raise ValueError(
-                f"model.init.num_heads = {init.num_heads} is not a multiple of "
-                f"model.init.num_kv_heads = {init.num_kv_heads}. Change one of them"
-            )
 
 
 def _check_data(c: RunConfig) -> None:

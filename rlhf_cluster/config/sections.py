@@ -8,6 +8,8 @@ from typing import Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from rlhf_cluster.config.base import Section
+from rlhf_cluster.config.quarantine import Quarantine
+from rlhf_cluster.config.tokenizers import CharacterTokenizer, TokenizerInit
 from rlhf_cluster.experience.staleness import OnStale
 
 Dtype = Literal["float32", "bfloat16"]
@@ -32,7 +34,7 @@ class Run(Section):
 
 
 class ModelInit(Section):
-    """A small causal LM built from numbers: no download, random weights, character tokenizer."""
+    """A small causal LM built from numbers: no download, random weights, a tokenizer of its own."""
 
     architecture: Literal["llama", "qwen3"] = "llama"
     hidden_size: PositiveInt = 128
@@ -44,6 +46,8 @@ class ModelInit(Section):
     init_scale: PositiveFloat = 0.5
     """Standard deviation of the weights times sqrt(hidden_size)."""
     tie_embeddings: bool = True
+    tokenizer: TokenizerInit = CharacterTokenizer()
+    """One token a character, or byte pairs learned from a data file."""
 
 
 class Model(Section):
@@ -134,6 +138,8 @@ class Generation(Section):
     """How often a group, or one segment of it, is tried again on another worker before the group is
     discarded."""
     pull_timeout_s: PositiveFloat = 120.0
+    quarantine: Quarantine = Quarantine()
+    """[generation.quarantine]: which workers are replaced although they answer."""
     cache_on_update: Literal["recompute", "salt", "keep"] = "recompute"
     """What happens to KV caches when new weights arrive in flight. `recompute`: all are computed
     again. `salt`: running requests go on from theirs, and others start from none of another version.
@@ -199,6 +205,13 @@ class Learner(Section):
     max_restarts: int = Field(default=3, ge=0)
     """How often a run starts its ranks and the buffer again, from the newest checkpoint, after one of
     these processes was lost. The loss after that ends the run with the first cause."""
+    on_loss: Literal["restart", "shrink"] = "restart"
+    """When a rank is lost and there is no room for all of them within `cluster.placement_timeout_s`.
+    `restart`: a loss more. `shrink`: the run goes on with the ranks that fit, and with all of them
+    again from the first checkpoint after which there is room. Results do not depend on their number."""
+    min_ranks: PositiveInt = 1
+    """With on_loss = "shrink" only: the fewest ranks to go on with. The fewer, the more of the model
+    each of them holds."""
     collective_timeout_s: PositiveFloat = 60.0
     step_timeout_s: PositiveFloat = 1800.0
 
@@ -323,7 +336,8 @@ class Checkpoint(Section):
     s3://bucket/runs (any storage of fsspec, below it a folder a run). A run without a whole checkpoint
     where it is started goes on from there. Credentials belong into the storage's own environment."""
     timeout_s: PositiveFloat = 600.0
-    """Deadline of writing one, and of each of copying one and fetching one."""
+    """Deadline of writing one, of reading all of one before a run goes on from it, and of each of
+    copying one and fetching one."""
     notice_s: float = Field(default=45.0, gt=0, le=100)
     """After SIGTERM, Ctrl-C or stop the run ends its step and writes a checkpoint, within this. A
     second signal ends it at once."""

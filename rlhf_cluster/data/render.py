@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rlhf_cluster.config.sections import Data
+    from rlhf_cluster.config.stage_sections import StageData
 
 Messages = list[dict[str, str]]
 
 
-def check_template(data: Data, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_template(data: Data | StageData, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise `DataError` when the chat template is asked for and the tokenizer has none."""
     if data.template == "chat" and not tokenizer.chat_template:
         raise DataError(

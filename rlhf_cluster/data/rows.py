@@ -1,4 +1,4 @@
-"""Rows from a JSONL or Parquet file.
+"""Rows from a JSONL or Parquet file, packed JSONL, or a folder of Hugging Face `datasets`.
 
 Promises: every row keeps all its columns with their types and the place it came from; whatever is
 wrong ends in one `DataError` that names file, line, what was found, what was expected and the cure.
@@ -6,10 +6,12 @@ wrong ends in one `DataError` that names file, line, what was found, what was ex
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -44,21 +46,35 @@ def expand(path: str, environment: Mapping[str, str] = os.environ) -> Path:
 
 def read_rows(path: Path, limit: int | None = None) -> list[Row]:
     """The first `limit` rows of the file, all when None. Raises `DataError`; never empty."""
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if path.suffix not in readers:
-        raise DataError(
-            f"{path}: ends in {path.suffix!r}, expected .jsonl or .parquet. Convert or rename it"
-        )
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "no such file"
-        raise DataError(f"{path}: {found}. Set data.path to a .jsonl or .parquet file")
     try:
-        rows = list(islice(readers[path.suffix](path), limit))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
+        rows = list(islice(_reader(path)(path), limit))
+    except (OSError, EOFError, zlib.error) as error:  # the last two of a damaged .gz
+        raise DataError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
     if not rows:
         raise DataError(f"{path}: has no rows. Give a file with at least one")
     return rows
+
+
+def _reader(path: Path) -> Callable[[Path], Iterator[Row]]:
+    """How the file is read, by its name; a folder of `datasets` by its state.json."""
+    if (path / "state.json").is_file():
+        return _read_dataset_folder
+    name = path.name.removesuffix(".gz") if path.name.endswith(".jsonl.gz") else path.name
+    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    if path.is_dir():
+        splits = sorted(p.parent.name for p in path.glob("*/state.json"))
+        cure = "Set data.path to a .jsonl, .jsonl.gz or .parquet file"
+        if splits:
+            cure = f"It holds the splits {', '.join(splits)}: set data.path to one of these folders"
+        raise DataError(f"{path}: a folder. {cure}")
+    if (suffix := Path(name).suffix) not in readers:
+        raise DataError(
+            f"{path}: ends in {suffix!r}, expected .jsonl or .parquet (or .jsonl.gz, or a folder that "
+            "datasets' save_to_disk wrote). Convert or rename it"
+        )
+    if not path.is_file():
+        raise DataError(f"{path}: no such file. Set data.path to a .jsonl or .parquet file")
+    return readers[suffix]
 
 
 def column(row: Row, path: Path | str, name: str, setting: str) -> Any:
@@ -73,7 +89,7 @@ def column(row: Row, path: Path | str, name: str, setting: str) -> Any:
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
     number = 0
-    with path.open("rb") as file:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         for line_number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -106,3 +122,26 @@ def _read_parquet(path: Path) -> Iterator[Row]:
                     number += 1
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not a readable Parquet file ({error}). Write it again") from error
+
+
+def _read_dataset_folder(path: Path) -> Iterator[Row]:
+    """What `Dataset.save_to_disk` writes: state.json names Arrow streams, in order."""
+    import pyarrow
+
+    number = 0
+    try:
+        state = json.loads((path / "state.json").read_bytes())
+        for name in [file["filename"] for file in state["_data_files"]]:
+            with (
+                pyarrow.memory_map(str(path / name)) as file,
+                pyarrow.ipc.open_stream(file) as stream,
+            ):
+                for batch in stream:
+                    for values in batch.to_pylist():
+                        yield Row(number, f"row {number}", values)
+                        number += 1
+    except (pyarrow.ArrowException, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path}: not a readable folder of datasets ({type(error).__name__}: {error}). Write it "
+            "again with save_to_disk"
+        ) from error

@@ -34,7 +34,7 @@ from rlhf_cluster.records import (
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORMAT = 1
+FORMAT = 2
 HEADER_BYTES = 1 << 15
 _SEAL = re.compile(
     rb"rlhf_cluster group format=(\d{4}) newest_version=(-?\d{9,}) made_by=([0-9a-f]{32}) "
@@ -157,6 +157,7 @@ def _group_columns(group: ExperienceGroup) -> dict[str, Any]:
         "ticket.number": pa.array([ticket.number] * num_rows, pa.int64()),
         "ticket.version": pa.array([ticket.version] * num_rows, pa.int64()),
         "ticket.purpose": shared(ticket.purpose),
+        "ticket.attempt": pa.array([ticket.attempt] * num_rows, pa.int64()),
         "prompt.prompt_id": shared(prompt.prompt_id),
         "prompt.source": shared(to_text(prompt.source)),
         "prompt.columns": shared(to_text(prompt.columns)),
@@ -221,6 +222,7 @@ def _group(batch: pa.RecordBatch) -> ExperienceGroup:
             number=plain["ticket.number"][0],
             version=plain["ticket.version"][0],
             purpose=plain["ticket.purpose"][0],
+            attempt=plain["ticket.attempt"][0],
         ),
         prompt=Prompt(
             prompt_id=plain["prompt.prompt_id"][0],

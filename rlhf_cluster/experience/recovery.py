@@ -6,7 +6,10 @@ give now:
 - it is of this ticket's number and prompt, token by token, and was made under the same settings;
 - no token is of a version before the ticket's;
 - nothing in it depends on a version after c: those are of a timeline that was rewound. `rewind`
-  deletes such files when the run goes on, so that they can never pass for what the new timeline makes.
+  deletes such files when the run goes on, so that they can never pass for what the new timeline makes;
+- it was there when the run went on. An attempt writes under a number of its own, and `rewind` makes
+  what stays of the attempt before it its own. So a call of that one which ends later leaves a file that
+  is never used, and goes with the next `rewind`.
 A damaged file is told, and its group generated again.
 
 `trained` notes the step of each group and deletes what nobody needs. A group trained (or seen
@@ -24,7 +27,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +36,7 @@ import numpy as np
 from xxhash import xxh3_128_hexdigest
 
 from rlhf_cluster.errors import StoreError
-from rlhf_cluster.experience.store import ExperienceStore, StoredGroup
+from rlhf_cluster.experience.store import ATTEMPT, ExperienceStore, StoredGroup, read_attempt
 from rlhf_cluster.records import GroupSummary, Prompt, Ticket
 from rlhf_cluster.rundir import write_json
 
@@ -44,7 +47,7 @@ TRAINED = "trained.json"
 """The step of every group that has a file and is trained, or was seen discarded."""
 HARMLESS = (
     *("workers", "num_cpus", "num_gpus", "kv_cache_bytes", "max_num_seqs", "max_retries"),
-    *("request_timeout_s", "pull_timeout_s", "max_error_rate"),
+    *("request_timeout_s", "pull_timeout_s", "max_error_rate", "quarantine"),
 )
 """Settings of the pools that a group does not depend on."""
 
@@ -53,6 +56,7 @@ class Recovery:
     """One process of a run has one. Methods block on the file system: call them in a thread.
 
     `checkpoints` is the folder of checkpoints, `step` that of the one from which the run goes on.
+    `store` reads files of this attempt from now on.
     """
 
     def __init__(
@@ -68,19 +72,26 @@ class Recovery:
         tell: Callable[[str], None],
     ) -> None:
         self._store, self._checkpoints = store, checkpoints
+        self.attempt = store.attempt = read_attempt(store.root) + 1
         self._every, self._span, self._look_ahead = every, span, look_ahead
         self._keep_steps, self._step, self._tell = keep_steps, step, tell
         self._steps = read_trained(store.root)
         self._last = -1  # the largest number that was trained
 
     def rewind(self) -> None:
-        """Bring the store to the checkpoint's step. Call before anything is generated."""
-        step = -1 if self._step is None else self._step
-        self._store.remove_partial()
-        self._store.remove(n for n in self._store.numbers() if self._newest(n) > step)
+        """Bring the store to the checkpoint's step, and to this attempt. Call before anything is
+        generated. Dying anywhere in it, it is the same when it is done again. Raises `StoreError`."""
+        step, store = -1 if self._step is None else self._step, self._store
+        store.remove_partial()
+        for number, attempt in store.files():
+            ours = attempt in (self.attempt, self.attempt - 1)
+            if not ours or self._newest(number, attempt) > step:
+                store.remove([number], attempt)
+            elif attempt != self.attempt:
+                store.adopt(number, attempt)
         self._steps = {number: s for number, s in self._steps.items() if s <= step}
-        if self._store.root.is_dir():
-            self._write_trained()
+        self._write_trained()
+        self._write(ATTEMPT, {"attempt": self.attempt})
 
     def recover(self, ticket: Ticket, prompt: Prompt) -> tuple[StoredGroup, GroupSummary] | None:
         """The finished group of `ticket`, if there is one that can be used."""
@@ -125,9 +136,9 @@ class Recovery:
         self._write_trained()
         self._store.remove(n for n in there if n not in kept)
 
-    def _newest(self, number: int) -> int:
+    def _newest(self, number: int, attempt: int) -> int:
         try:
-            return self._store.header(number).newest_version
+            return self._store.header(number, attempt).newest_version
         except StoreError:  # `recover` will tell, should anyone ask for it
             return -1
 
@@ -139,14 +150,17 @@ class Recovery:
         return {*complete, *partial, *due} - {0}
 
     def _write_trained(self) -> None:
-        path = self._store.root / TRAINED
+        self._write(TRAINED, {str(number): step for number, step in self._steps.items()})
+
+    def _write(self, name: str, values: Mapping[str, int]) -> None:
+        path = self._store.root / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, {str(number): step for number, step in self._steps.items()})
+            write_json(path, values)
         except OSError as error:
             raise StoreError(
-                f"{path}: the steps of {len(self._steps)} groups cannot be written ({error}). Free "
-                "space there, or set buffer.durable = false"
+                f"{path}: {len(values)} entries cannot be written ({error}). Free space there, or set "
+                "buffer.durable = false"
             ) from error
 
 

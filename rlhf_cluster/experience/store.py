@@ -1,6 +1,8 @@
 """Finished groups on disk: one immutable file a group.
 
-    <run directory>/experience/ g00000012.arrow      `experience.arrow` has the format
+    <run directory>/experience/ g00000012.arrow      of attempt 0; `experience.arrow` has the format
+                                g00000012.a2.arrow    the same group of attempt 2
+                                attempt.json          the attempt that writes now
                                 .g00000012.*.partial  being written, or left by a process that died
 
 Promises:
@@ -9,7 +11,9 @@ Promises:
 - a file that is not as it was written is never used: `read` says which one and what is wrong with it;
 - `write` raises `StoreError` when the group is not on disk as a whole, and leaves nothing behind; then
   the run has to end, since it cannot keep what it promises;
-- names come from ticket numbers alone, and nothing is unpickled.
+- a file is of the attempt that its ticket was of: a call of an attempt that was given up, which ends
+  later, replaces nothing of the next one, and is read by nobody (`experience.recovery`);
+- names come from ticket numbers and attempts alone, and nothing is unpickled.
 
 Several processes may write, the same group too: the last one stays. Who decides which files go is
 `experience.recovery`, one process of the run.
@@ -17,6 +21,7 @@ Several processes may write, the same group too: the last one stays. Who decides
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import uuid
@@ -33,7 +38,8 @@ from rlhf_cluster.records import ExperienceGroup, Ticket
 from rlhf_cluster.weights.files import sync_folder
 
 Fsync = Literal["group", "never"]
-_NAME = re.compile(r"g(\d{8,})\.arrow")
+ATTEMPT = "attempt.json"
+_NAME = re.compile(r"g(\d{8,})(?:\.a(\d+))?\.arrow")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,7 @@ class StoredGroup:
 class ExperienceStore:
     """The groups of one run, in folder `root`, which is made with the first of them.
 
+    It reads files of `attempt`, by default the one that `attempt.json` names, and writes those of any.
     `made_by` tells what makes groups now; `write_file` is replaced by tests.
     """
 
@@ -56,14 +63,19 @@ class ExperienceStore:
         made_by: str = "0" * 32,
         fsync: Fsync = "never",
         write_file: Callable[[int, memoryview], int] = os.write,
+        attempt: int | None = None,
     ) -> None:
         self.root = Path(root)
+        self.attempt = max(0, read_attempt(self.root)) if attempt is None else attempt
         self.made_by = made_by
         self._fsync = fsync == "group"
         self._write_file = write_file
 
-    def path(self, number: int) -> Path:
-        return self.root / f"{Ticket(number=number, version=0).group_id}.arrow"
+    def path(self, number: int, attempt: int | None = None) -> Path:
+        """Of `attempt`, by default the one that is read."""
+        attempt = self.attempt if attempt is None else attempt
+        mark = f".a{attempt}" if attempt else ""
+        return self.root / f"{Ticket(number=number, version=0).group_id}{mark}.arrow"
 
     def write(self, group: ExperienceGroup, reference_version: int = -1) -> Path:
         """`reference_version` is of the newest reference that the group was scored with, if any.
@@ -73,7 +85,7 @@ class ExperienceStore:
         newest = max((int(s.rollout.versions.max()) for s in group.scored), default=-1)
         header = Header(newest_version=max(newest, reference_version), made_by=self.made_by)
         image = arrow.encode(group, header)
-        path = self.path(group.ticket.number)
+        path = self.path(group.ticket.number, group.ticket.attempt)
         try:
             self._replace(path, image)
         except OSError as error:
@@ -104,9 +116,9 @@ class ExperienceStore:
             raise StoreError(f"{path}: holds group {group.group_id}; the file was renamed")
         return group, header
 
-    def header(self, number: int) -> Header:
+    def header(self, number: int, attempt: int | None = None) -> Header:
         """From the file's beginning alone, unverified. Raises `StoreError`."""
-        path = self.path(number)
+        path = self.path(number, attempt)
         try:
             with path.open("rb") as file:
                 return arrow.read_header(file.read(arrow.HEADER_BYTES))
@@ -120,21 +132,35 @@ class ExperienceStore:
 
     def numbers(self) -> list[int]:
         """Of the groups that have a file, rising. Raises `StoreError`."""
+        return sorted(number for number, attempt in self.files() if attempt == self.attempt)
+
+    def files(self) -> list[tuple[int, int]]:
+        """Number and attempt of every file. Raises `StoreError`."""
         try:
             names = os.listdir(self.root)
         except FileNotFoundError:
             return []
         except OSError as error:
             raise StoreError(f"{self.root}: cannot be listed ({error})") from error
-        return sorted(int(found[1]) for name in names if (found := _NAME.fullmatch(name)))
+        found = [match for name in names if (match := _NAME.fullmatch(name))]
+        return sorted((int(match[1]), int(match[2] or 0)) for match in found)
 
-    def remove(self, numbers: Iterable[int]) -> None:
+    def remove(self, numbers: Iterable[int], attempt: int | None = None) -> None:
         """Raises `StoreError` for a file that is there and cannot be deleted."""
         for number in numbers:
+            path = self.path(number, attempt)
             try:
-                self.path(number).unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
             except OSError as error:
-                raise StoreError(f"{self.path(number)}: cannot be deleted ({error})") from error
+                raise StoreError(f"{path}: cannot be deleted ({error})") from error
+
+    def adopt(self, number: int, attempt: int) -> None:
+        """Make the file of `attempt` one of the attempt that is read. Raises `StoreError`."""
+        path = self.path(number, attempt)
+        try:
+            path.replace(self.path(number))
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be renamed ({error})") from error
 
     def remove_partial(self) -> None:
         """Delete what writers that died have left. Call while nobody writes."""
@@ -160,6 +186,14 @@ class ExperienceStore:
             raise
         if self._fsync:
             sync_folder(self.root)
+
+
+def read_attempt(root: Path) -> int:
+    """The attempt that writes, or wrote last, into `root`; -1 where that is not known."""
+    try:
+        return int(json.loads((root / ATTEMPT).read_bytes())["attempt"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
 
 
 def collect(

@@ -17,10 +17,10 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
-from rlhf_cluster.algorithms.base import Algorithm
 from rlhf_cluster.checkpoint.state import LearnerState
 from rlhf_cluster.errors import CheckpointError
 from rlhf_cluster.learning.backend import STEP
@@ -32,6 +32,14 @@ from rlhf_cluster.weights.store import read, write_shard
 WEIGHT = "weight"
 
 
+class Stateful(Protocol):
+    """Something with a few numbers of its own: an algorithm, a stage."""
+
+    def state(self) -> dict[str, float]: ...
+
+    def load_state(self, state: dict[str, float]) -> None: ...
+
+
 class StateCopies:
     """One rank's state in host memory, between the copy and the end of its writing."""
 
@@ -41,7 +49,7 @@ class StateCopies:
         self._taken: tuple[int, list[LocalPart]] | None = None
 
     def copy(
-        self, updaters: Mapping[str, Updater], algorithm: Algorithm, version: int
+        self, updaters: Mapping[str, Updater], algorithm: Stateful, version: int
     ) -> LearnerState:
         """Copy all that training goes on from; call between two steps.
 
@@ -84,7 +92,7 @@ def load(
     folder: str | Path,
     state: LearnerState,
     updaters: Mapping[str, Updater],
-    algorithm: Algorithm,
+    algorithm: Stateful,
 ) -> None:
     """Overwrite weights, moments and counters by those of the version in `folder` and `state`.
 

@@ -24,18 +24,23 @@ from typing import cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from rlhf_cluster.algorithms.base import CriticAlgorithm, PerToken, ValueInputs
+from rlhf_cluster.algorithms.base import CriticAlgorithm, PerToken, Sums, ValueInputs
+from rlhf_cluster.learning import passes
 from rlhf_cluster.learning.backend import ShardedModel
 from rlhf_cluster.learning.experience import TrainingBatch
 from rlhf_cluster.learning.fsdp import shard
 from rlhf_cluster.learning.metrics import MetricSums
-from rlhf_cluster.learning.packing import MicroBatch, TokenSequence, collate
-from rlhf_cluster.learning.passes import Layout, own_plan
+from rlhf_cluster.learning.packing import TokenSequence
+from rlhf_cluster.learning.passes import (
+    Layout,
+    TrainedValues,
+    on_every_rank,
+    run_value_passes,
+)
 from rlhf_cluster.learning.policy import PolicyLM, hidden_states, load_policy
 from rlhf_cluster.learning.update import Updater
 from rlhf_cluster.records import ExperienceGroup
@@ -47,32 +52,39 @@ class ValueHead(nn.Linear):
     """Computes in float32, whatever the types of its input and of its weights in a pass. Starts at
     0."""
 
-    def __init__(self, hidden_size: int, device: torch.device) -> None:
-        super().__init__(hidden_size, 1, device=device)
+    def __init__(
+        self, hidden_size: int, device: torch.device, num_values: int = 1, bias: bool = True
+    ) -> None:
+        super().__init__(hidden_size, num_values, bias=bias, device=device)
         nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
+        if bias:
+            nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        return nn.functional.linear(input.float(), self.weight.float(), self.bias.float())
+        bias = None if self.bias is None else self.bias.float()
+        return nn.functional.linear(input.float(), self.weight.float(), bias)
 
 
 class ValueLM(nn.Module):
-    """A decoder with a scalar head; the root for sharding. Takes over the policy's decoder."""
+    """A decoder with a head of values; the root for sharding. Takes over the policy's decoder."""
 
-    def __init__(self, policy: PolicyLM) -> None:
+    def __init__(self, policy: PolicyLM, num_values: int = 1, bias: bool = True) -> None:
         super().__init__()
         self.lm = policy.lm.base_model
         self.config = policy.config
+        self.num_values = num_values
         device = next(self.lm.parameters()).device
         hidden_size = self.config.get_text_config().hidden_size
-        self.value_head = ValueHead(hidden_size, device)
+        self.value_head = ValueHead(hidden_size, device, num_values, bias)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """The value after each position, [B, S] float32. [B, S], [B, S] int64."""
+        """The value after each position, [B, S] float32, or [B, S, num_values] of several.
+        [B, S], [B, S] int64."""
         hidden = hidden_states(self.lm, input_ids, position_ids)
         values = self.value_head(hidden.reshape(-1, hidden.shape[-1]))
+        several = () if self.num_values == 1 else (self.num_values,)
         # FSDP hooks the outputs and warns of views
-        return values.view(input_ids.shape).clone()
+        return values.view(*input_ids.shape, *several).clone()
 
 
 def load_value_model(
@@ -127,20 +139,17 @@ class Critic:
 
         `sequences` are those of all ranks, with the streams that `attach` and the step gave them.
         """
-        for planned in own_plan(sequences, layout):
-            batch = collate(planned, sequences, _STREAMS)
-            mask = torch.from_numpy(batch.mask).to(layout.device)
-            streams = {
-                name: torch.from_numpy(array).to(layout.device)[mask]
-                for name, array in batch.streams.items()
-            }
+
+        def loss(found: TrainedValues) -> tuple[Tensor, Sums]:
+            streams = dict(found.streams)
             weight = streams.pop("weight")
-            inputs = ValueInputs(values=_forward(self._model, batch, layout)[mask], **streams)
-            losses, metrics = self._algorithm.value_loss(inputs)
-            # backends average gradients over ranks; times `ranks` makes it their sum
-            self._model.backward((losses * weight).sum() * layout.ranks)
+            losses, metrics = self._algorithm.value_loss(
+                ValueInputs(values=found.values, **streams)
+            )
             count = losses.new_tensor(losses.numel())
-            sums.add({**metrics, "critic/loss": (losses.sum(), count)})
+            return (losses * weight).sum(), {**metrics, "critic/loss": (losses.sum(), count)}
+
+        run_value_passes(self._model, sequences, _STREAMS, layout, loss, sums)
 
     def apply(self, update: int) -> dict[str, float]:
         """The optimizer step of number `update`; `Updater.apply` without the norms of its parts."""
@@ -184,7 +193,6 @@ def value_metrics(
     return found
 
 
-@torch.no_grad()
 def score_values(
     model: Callable[..., Tensor], groups: Sequence[ExperienceGroup], layout: Layout
 ) -> PerToken:
@@ -197,23 +205,9 @@ def score_values(
     sequences = [
         TokenSequence(prompt_ids=r.prompt_ids, target_ids=r.response_ids) for r in rollouts
     ]
-    ends = np.cumsum([len(r.response_ids) for r in rollouts])
-    flat = np.zeros(ends[-1], dtype=np.float32)
-    for planned in own_plan(sequences, layout):
-        batch = collate(planned, sequences)
-        values = _forward(model, batch, layout).cpu().numpy()
-        for span in batch.spans:
-            end = ends[span.sequence]
-            flat[end - (span.stop - span.start) : end] = values[span.row, span.start : span.stop]
-    shared = torch.from_numpy(flat).to(layout.device)
-    dist.all_reduce(shared)
-    per_rollout = iter(np.split(shared.cpu().numpy(), ends[:-1]))
+    own = passes.score_values(model, sequences, layout)
+    per_rollout = iter(on_every_rank(own, [len(r.response_ids) for r in rollouts], layout))
     return [[next(per_rollout) for _ in group.scored] for group in groups]
-
-
-def _forward(model: Callable[..., Tensor], batch: MicroBatch, layout: Layout) -> Tensor:
-    arrays = (batch.input_ids, batch.position_ids)
-    return model(*(torch.from_numpy(a).to(layout.device, non_blocking=True) for a in arrays))
 
 
 def _flat(arrays: PerToken) -> list[np.ndarray]:

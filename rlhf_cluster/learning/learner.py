@@ -1,4 +1,4 @@
-"""One rank of the learner: a plain object that an actor, or a test, drives.
+"""One rank of the learner: a plain object that an actor, or a test, drives. On `training_rank`.
 
     setup -> sft_step* -> train_step*, with snapshot and write_snapshot between them -> close
 
@@ -7,11 +7,9 @@ Every rank is given the same calls with the same arguments in the same order. Pr
   `learner.minibatches` optimizer steps; those that were skipped for gradients that are not finite
   count, so that versions stay in step with the run. Their rollouts' ids are left in the run
   directory under `skipped/`.
-- Master weights, gradients and moments are float32. Supervised steps have an optimizer of their
-  own, gone before the first step of reinforcement learning, which starts with a fresh one.
+- Supervised steps have an optimizer of their own, gone before the first step of reinforcement
+  learning, which starts with a fresh one; a checkpoint is of what comes after them.
 - An algorithm with a critic has a value model or a value head beside the policy, never published.
-- `copy_state` is all that a checkpoint needs between two steps, and `load_state` goes on from what
-  `write_state` wrote as if there had been no interruption (`learning.checkpoint`).
 - `snapshot` is all that publishing needs between two steps: a copy of this rank's own shards.
   `write_snapshot` reads that copy only, so it may run in another thread beside the next step.
 """
@@ -19,35 +17,22 @@ Every rank is given the same calls with the same arguments in the same order. Pr
 from __future__ import annotations
 
 import json
-import math
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
 from rlhf_cluster.algorithms import build_algorithm
 from rlhf_cluster.algorithms.base import CriticAlgorithm
-from rlhf_cluster.checkpoint.state import LearnerState
 from rlhf_cluster.config.run import RunConfig
 from rlhf_cluster.data.examples import SftExample
 from rlhf_cluster.errors import RunError, WeightError
-from rlhf_cluster.learning.backend import AdamWSettings, ShardedModel, assert_float32
-from rlhf_cluster.learning.checkpoint import StateCopies, load
-from rlhf_cluster.learning.critic import Critic, ValueLM, load_value_model, shard_value_model
-from rlhf_cluster.learning.fsdp import Fsdp2Model, shard
-from rlhf_cluster.learning.lora import add_adapters
-from rlhf_cluster.learning.passes import Layout
-from rlhf_cluster.learning.policy import (
-    PolicyLM,
-    check_distribution,
-    check_names,
-    load_policy,
-)
-from rlhf_cluster.learning.process_group import join_group
+from rlhf_cluster.learning.backend import ShardedModel, assert_float32
+from rlhf_cluster.learning.checkpoint import Stateful
+from rlhf_cluster.learning.critic import Critic, load_value_model
+from rlhf_cluster.learning.fsdp import Fsdp2Model
 from rlhf_cluster.learning.publishing import (
     Bases,
     Frozen,
@@ -59,14 +44,13 @@ from rlhf_cluster.learning.publishing import (
     local_parts,
     tensor_shapes,
 )
-from rlhf_cluster.learning.quantized import stands_for
 from rlhf_cluster.learning.reference import FrozenCopy, Reference, StartAdapters
 from rlhf_cluster.learning.schedule import Schedule
 from rlhf_cluster.learning.sft import sft_step
 from rlhf_cluster.learning.train_step import StepSettings, train_step
+from rlhf_cluster.learning.training_rank import TrainingRank
 from rlhf_cluster.learning.update import Updater
 from rlhf_cluster.learning.value_head import new_critic, sharded_head
-from rlhf_cluster.learning.zero3 import leave_group, partition
 from rlhf_cluster.ports import StepReport
 from rlhf_cluster.records import ExperienceGroup
 from rlhf_cluster.weights.files import FileSink
@@ -75,7 +59,7 @@ from rlhf_cluster.weights.shards import send_shard
 from rlhf_cluster.weights.transport import ShardSink
 
 
-class LearnerRank:
+class LearnerRank(TrainingRank[RunConfig]):
     """Rank `rank` of `world_size`; all meet at `init_method` (see `process_group.join_group`)."""
 
     def __init__(
@@ -87,44 +71,21 @@ class LearnerRank:
         init_method: str | None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._config = config
-        self._model_dir = model_dir
-        self._rank, self._world_size = rank, world_size
-        self._init_method = init_method
+        super().__init__(config, model_dir, rank, world_size, init_method)
         self._clock = clock
         self._algorithm = build_algorithm(config.algorithm, config.generation.max_response_tokens)
-        self._device = torch.device("cpu")
-        self._joined = False
-        self._model: ShardedModel | None = None
         self._updater: Updater | None = None
         self._sft_updater: Updater | None = None
         self._value_model: ShardedModel | None = None
         self._critic: Critic | None = None
         self._reference: Reference | None = None
         self._num_sft_steps = 0
-        self._version = 0
         self._snapshot: tuple[int, list[LocalPart]] | None = None
         self._snapshot_lock = threading.Lock()
         self._copied: list[LocalPart] | None = None
         self._changed: tuple[int, int] | None = None
         self._bases = Bases(rank, config.weights.format)
         self._frozen: Frozen | None = None  # where versions are adapters
-        self._copies = StateCopies(rank)
-
-    @property
-    def version(self) -> int:
-        """Steps of reinforcement learning that were taken."""
-        return self._version
-
-    @property
-    def model(self) -> ShardedModel:
-        if self._model is None:
-            raise RunError(f"learner rank {self._rank} is not set up; call setup first")
-        return self._model
-
-    @property
-    def policy(self) -> PolicyLM:
-        return cast(PolicyLM, self.model.module)
 
     def setup(self) -> dict[str, Any]:
         """Load and shard the model, and meet the other ranks; returns facts about the rank.
@@ -135,31 +96,18 @@ class LearnerRank:
             ConfigError: a model that cannot be trained, sharded or published.
             StalledError: not all ranks came.
         """
-        settings = self._config.learner
+        settings, compute = self._config.learner, self._compute
         self._use_device()
-        compute = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
-        policy = load_policy(self._model_dir, torch.float32, self._device, True, compute)
-        check_names(policy, self._model_dir)
-        if settings.lora is not None:
-            add_adapters(policy, settings.lora, self._config.run.seed)
-            check_distribution(policy, compute)
-        mesh = join_group(
-            self._init_method,
-            self._rank,
-            self._world_size,
-            self._device.type,
-            self._config.run.start_timeout_s,
-            settings.collective_timeout_s,
-        )
-        self._joined = True
-        self._model = self._sharded(policy, mesh, compute)
+        policy = self._load_policy()
+        mesh = self._join()
+        self._model = self._sharded(policy, mesh)
         assert_float32(self._model)
         if self._algorithm.needs_critic:
             if self._config.critic.kind == "head":
                 self._value_model = Fsdp2Model(sharded_head(policy, mesh), self._adamw)
             else:
                 value_model = load_value_model(self._model_dir, self._device, compute)
-                self._value_model = self._sharded(value_model, mesh, compute)
+                self._value_model = self._sharded(value_model, mesh)
         if self._config.weights.format == "adapter":
             self._frozen = frozen(self._model, self._publish_dtype)
         if self._algorithm.full_kl_in is not None:
@@ -167,18 +115,7 @@ class LearnerRank:
                 self._reference = StartAdapters(self._model)
             else:
                 self._reference = FrozenCopy(self._model_dir, mesh, self._device, compute)
-        weights = (stands_for(policy, part) for part in self._model.shards())
-        sizes = {name: math.prod(shape) for name, shape in weights}
-        return {
-            "rank": self._rank,
-            "world_size": self._world_size,
-            "device": str(self._device),
-            "attention": policy.config._attn_implementation,
-            "num_parameters": sum(sizes.values()),
-            "num_trained_parameters": sum(
-                sizes[name] for name, p in policy.named_parameters() if p.requires_grad
-            ),
-        }
+        return self._facts()
 
     def sft_step(self, examples: list[SftExample]) -> dict[str, float]:
         """One supervised optimizer step; see `sft.sft_step`.
@@ -272,70 +209,24 @@ class LearnerRank:
         self._bases.wrote(version, parts, written)
         return report
 
-    def copy_state(self) -> LearnerState:
-        """Copy all that training goes on from to host memory; see `checkpoint.StateCopies`."""
-        return self._copies.copy(self._updaters, self._algorithm, self._version)
-
-    def write_state(self, root: str) -> ShardReport:
-        """Write the last copy of the state as this rank's shard. May run beside a step."""
-        return self._copies.write(root)
-
-    def load_state(self, folder: str, state: LearnerState) -> None:
-        """Go on from what all ranks' `write_state` made; see `checkpoint.load`.
-
-        Raises:
-            RunError: a step was taken.
-        """
-        if self._updater is not None:
-            raise RunError(f"load_state after version {self._version}: it comes before any step")
-        self._begin()
-        load(folder, state, self._updaters, self._algorithm)
-        self._version = state.version
-
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of a complete version, as `store.commit` takes them."""
         return tensor_shapes(self.model)
 
-    def close(self) -> None:
-        """Leave the group and drop the model. Safe to call twice."""
-        models = [m for m in (self._value_model, self._model) if m is not None]
-        for model in models:
-            model.close()
-        if models and self._config.learner.backend == "zero3":
-            leave_group()
+    def _drop(self) -> None:
+        self._close_models([m for m in (self._value_model, self._model) if m is not None])
         self._model = self._updater = self._sft_updater = self._frozen = None
         self._value_model = self._critic = self._reference = None
-        if self._joined and dist.is_initialized():
-            dist.destroy_process_group()
-        self._joined = False
-
-    def _use_device(self) -> None:
-        if self._config.learner.num_gpus:
-            self._device = torch.device("cuda", self._rank % torch.cuda.device_count())
-            torch.cuda.set_device(self._device)
-        else:
-            torch.set_num_threads(1)
-
-    def _sharded(
-        self, model: PolicyLM | ValueLM, mesh: DeviceMesh, compute: torch.dtype
-    ) -> ShardedModel:
-        settings = self._config.learner
-        if settings.backend == "zero3":
-            if settings.gradient_checkpointing:
-                cast(Any, model.lm).gradient_checkpointing_enable({"use_reentrant": False})
-            timeout_s = settings.collective_timeout_s
-            return partition(model, self._adamw, self._device, compute, timeout_s)
-        if isinstance(model, ValueLM):
-            shard_value_model(model, mesh, compute, settings.gradient_checkpointing)
-        else:
-            shard(model, mesh, compute, settings.gradient_checkpointing)
-        return Fsdp2Model(model, self._adamw)
 
     @property
     def _updaters(self) -> dict[str, Updater]:
         """Those of reinforcement learning, by model; none before it began."""
         critic = {} if self._critic is None else {"critic": self._critic.updater}
         return {} if self._updater is None else {"policy": self._updater, **critic}
+
+    @property
+    def _stateful(self) -> Stateful:
+        return self._algorithm
 
     def _begin(self) -> Updater:
         """Reinforcement learning's updater, made with the critic before the first step."""
@@ -345,21 +236,11 @@ class LearnerRank:
             self._critic = self._new_critic()
         return self._updater
 
-    def _new_updater(self, schedule: Schedule) -> Updater:
-        return Updater(self.model, schedule, self._config.learner.max_grad_norm)
-
     def _new_critic(self) -> Critic | None:
         if self._value_model is None:
             return None
         algorithm = cast(CriticAlgorithm, self._algorithm)
         return new_critic(self._config.critic, self.model, self._value_model, algorithm)
-
-    @property
-    def _adamw(self) -> AdamWSettings:
-        settings = self._config.learner
-        return AdamWSettings(
-            beta1=settings.beta1, beta2=settings.beta2, weight_decay=settings.weight_decay
-        )
 
     @property
     def _publish_dtype(self) -> torch.dtype:
@@ -375,25 +256,6 @@ class LearnerRank:
 
     @property
     def _schedule(self) -> Schedule:
-        settings = self._config.learner
-        return Schedule(
-            peak=settings.learning_rate,
-            kind=settings.schedule,
-            warmup_steps=settings.warmup_steps,
-            total_steps=self._config.run.steps * StepSettings.of(self._config).num_updates,
-            minimum=settings.min_learning_rate,
-            decay_steps=settings.decay_steps or 0,
-        )
-
-    @property
-    def _layout(self) -> Layout:
-        settings = self._config.learner
-        return Layout(
-            rank=self._rank,
-            ranks=self._world_size,
-            device=self._device,
-            batching=settings.batching,
-            tokens_per_micro_batch=settings.tokens_per_micro_batch,
-            tokens_per_row=self._config.tokens_per_row,
-            logprob_chunk_tokens=settings.logprob_chunk_tokens,
+        return self._schedule_over(
+            self._config.run.steps * StepSettings.of(self._config).num_updates
         )

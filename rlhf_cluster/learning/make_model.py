@@ -1,12 +1,12 @@
-"""A small causal LM made from numbers: random weights and a character tokenizer, no download.
+"""A small causal LM made from numbers: random weights and a tokenizer of its own, no download.
 
 Promises: the folder holds what transformers and vLLM load (config, generation config, float32
 safetensors, tokenizer); the same `ModelInit` and seed give the same bytes; the folder appears
 whole, by a rename, or not at all.
 
-The tokenizer has one token a character: every printable ASCII character and the newline. Text is
-encoded as `<bos>` and one token a character, and decoded without separators. A character outside
-the alphabet becomes `<unk>`, never nothing.
+By default the tokenizer has one token a character: every printable ASCII character and the newline.
+Text is encoded as `<bos>` and one token a character, and decoded without separators. A character
+outside the alphabet becomes `<unk>`, never nothing. Byte pairs are in `learning.make_bpe`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from typing import TYPE_CHECKING
 
 from rlhf_cluster.config.sections import ModelInit
 from rlhf_cluster.errors import DataError
+from rlhf_cluster.learning.make_bpe import BOS, EOS, PAD, SPECIAL_TOKENS, UNK, make_bpe
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-PAD, EOS, BOS, UNK = "<pad>", "<eos>", "<bos>", "<unk>"
-SPECIAL_TOKENS = (PAD, EOS, BOS, UNK)
 ALPHABET = string.digits + string.ascii_letters + string.punctuation + " \n"
 
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
@@ -35,7 +34,8 @@ HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 def make_model(init: ModelInit, out_dir: str | Path, seed: int) -> Path:
     """Write the model into the new folder `out_dir` and return it.
 
-    Raises `DataError`: a head size that the engine cannot run, or `out_dir` exists.
+    Raises `DataError`: a head size that the engine cannot run, `out_dir` exists, or the data file of
+    the tokenizer cannot be used.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -45,7 +45,7 @@ def make_model(init: ModelInit, out_dir: str | Path, seed: int) -> Path:
         raise DataError(
             f"{out_dir}: already exists; a made model never overwrites. Remove it first"
         )
-    tokenizer = make_tokenizer()
+    tokenizer = make_bpe(init.tokenizer) if init.tokenizer.type == "bpe" else make_tokenizer()
     config = _model_config(init, len(tokenizer))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -101,11 +101,15 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def check_fit(
-    model_dir: str | Path, max_sequence_tokens: int, tokenizer_dir: str | Path | None = None
+    model_dir: str | Path,
+    max_sequence_tokens: int,
+    tokenizer_dir: str | Path | None = None,
+    settings: str = "data.max_prompt_tokens or generation.max_response_tokens",
 ) -> None:
     """Raise `DataError` unless model and tokenizer fit each other and the lengths of the run.
 
-    `tokenizer_dir` defaults to the model's own folder. Reads configurations, never the weights.
+    `tokenizer_dir` defaults to the model's own folder, `settings` name the lengths. Reads
+    configurations, never the weights.
     """
     from transformers import AutoConfig
 
@@ -126,8 +130,7 @@ def check_fit(
     if max_positions is not None and max_positions < max_sequence_tokens:
         raise DataError(
             f"{model_dir}: max_position_embeddings = {max_positions}, the run allows sequences of "
-            f"{max_sequence_tokens} tokens. Lower data.max_prompt_tokens or "
-            "generation.max_response_tokens, or take a model with more positions"
+            f"{max_sequence_tokens} tokens. Lower {settings}, or take a model with more positions"
         )
 
 

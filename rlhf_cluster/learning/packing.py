@@ -6,6 +6,8 @@ Promises:
 - Every rank has the same number of micro-batches, at least one. Short ranks get dummies (no rows),
   because FSDP's collectives are matched by count: a rank with one pass fewer would hang the others.
 - No micro-batch costs more than `tokens_per_micro_batch` positions, padding included.
+- Sequences of one unit (a pair, the answers of one ranking) lie end to end and in order in one row, so
+  they share a micro-batch: a loss can compare them.
 - Lengths alone say what is padding. Token ids are never compared with a padding id, so a model
   whose padding token is also its end token trains its end token.
 
@@ -65,6 +67,27 @@ class TokenSequence:
         return len(self.prompt_ids) + len(self.target_ids) - 1
 
 
+def value_sequence(
+    token_ids: Array, at: Array | None = None, streams: Mapping[str, Array] | None = None
+) -> TokenSequence:
+    """A sequence for a model of values: ALL tokens [L] are fed, and values are read at the positions
+    `at` [n], or, with None, at the last token alone.
+
+    `streams` have one value for each of the L tokens with `at`, one value in all without.
+    """
+    after_end = np.zeros(1, dtype=token_ids.dtype)  # a label, never fed and never read
+    if at is None:
+        return TokenSequence(prompt_ids=token_ids, target_ids=after_end, streams=streams or {})
+    mask = np.zeros(len(token_ids), dtype=np.bool_)
+    mask[at] = True
+    return TokenSequence(
+        prompt_ids=token_ids[:1],
+        target_ids=np.concatenate([token_ids[1:], after_end]),
+        target_mask=mask,
+        streams=streams or {},
+    )
+
+
 Row = tuple[int, ...]
 """Indices of the sequences that lie end to end in one row."""
 
@@ -101,6 +124,7 @@ def plan(
     tokens_per_micro_batch: int,
     tokens_per_row: int,
     batching: Batching,
+    unit_sizes: Sequence[int] | None = None,
 ) -> list[list[MicroBatchPlan]]:
     """Lay sequences into rows and micro-batches for every rank.
 
@@ -114,6 +138,8 @@ def plan(
         tokens_per_micro_batch: bound of rows times the longest row.
         tokens_per_row: capacity of a packed row, and bound of a single sequence.
         batching: "packed" or "padded".
+        unit_sizes: how many sequences each unit has, in order. A unit is laid out like one sequence
+            as long as all of its own together. Default: each sequence is a unit.
 
     Returns:
         One list of micro-batches a rank, all of the same length.
@@ -121,7 +147,14 @@ def plan(
     Raises:
         DataError: a length outside [1, tokens_per_row].
         ConfigError: bounds that cannot hold one row.
+        RecordError: units that do not add up to the sequences.
     """
+    if unit_sizes is not None:
+        units = _units(len(lengths), unit_sizes)
+        sums = [sum(lengths[i] for i in unit) for unit in units]
+        _check_bounds(sums, ranks, tokens_per_micro_batch, tokens_per_row, "unit")
+        laid = plan(sums, ranks, tokens_per_micro_batch, tokens_per_row, batching)
+        return [[tuple(_members(row, units) for row in batch) for batch in own] for own in laid]
     _check_bounds(lengths, ranks, tokens_per_micro_batch, tokens_per_row)
     longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     loads, shares = [0] * ranks, [[] for _ in range(ranks)]
@@ -138,8 +171,27 @@ def plan(
     return [p + [()] * (count - len(p)) for p in plans]
 
 
+def _units(num_sequences: int, sizes: Sequence[int]) -> list[range]:
+    """The indices of each unit's sequences."""
+    if any(size < 1 for size in sizes) or sum(sizes) != num_sequences:
+        raise RecordError(
+            f"units of {list(sizes)[:8]} sequences do not add up to {num_sequences} sequences; each "
+            "unit has at least one"
+        )
+    ends = np.cumsum(sizes)
+    return [range(int(end) - size, int(end)) for end, size in zip(ends, sizes, strict=True)]
+
+
+def _members(row: Row, units: Sequence[range]) -> Row:
+    return tuple(index for unit in row for index in units[unit])
+
+
 def _check_bounds(
-    lengths: Sequence[int], ranks: int, tokens_per_micro_batch: int, tokens_per_row: int
+    lengths: Sequence[int],
+    ranks: int,
+    tokens_per_micro_batch: int,
+    tokens_per_row: int,
+    what: str = "sequence",
 ) -> None:
     if ranks < 1:
         raise ConfigError(f"ranks = {ranks} must be at least 1")
@@ -151,8 +203,8 @@ def _check_bounds(
     for index, length in enumerate(lengths):
         if not 1 <= length <= tokens_per_row:
             raise DataError(
-                f"sequence {index} has {length} positions, outside [1, tokens_per_row = "
-                f"{tokens_per_row}]; raise tokens_per_row or shorten the sequence"
+                f"{what} {index} has {length} positions, outside [1, tokens_per_row = "
+                f"{tokens_per_row}]; raise tokens_per_row or shorten the {what}"
             )
 
 

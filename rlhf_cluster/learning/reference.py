@@ -16,10 +16,11 @@ Shapes: B rows, S positions, H hidden size, V vocabulary, T response tokens of o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -50,6 +51,11 @@ class Reference(Protocol):
         """Free what was gathered; call after the last backward pass that used `outputs`."""
         ...
 
+    def as_policy(self) -> AbstractContextManager[Any]:
+        """A model that answers as a `PolicyLM`, for passes without gradient. Every rank must take
+        part."""
+        ...
+
 
 class FrozenCopy:
     """The model of a folder, loaded a second time: a `Reference`."""
@@ -75,6 +81,11 @@ class FrozenCopy:
     def release(self) -> None:
         cast(FSDPModule, self._policy).reshard()
 
+    @contextmanager
+    def as_policy(self) -> Iterator[Any]:
+        yield self._policy
+        self.release()
+
 
 class StartAdapters:
     """A policy that trains adapters, with those that it has now: a `Reference`."""
@@ -85,11 +96,16 @@ class StartAdapters:
 
     @torch.no_grad()
     def outputs(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        with self.as_policy() as model:
+            return model(input_ids, position_ids), None
+
+    @contextmanager
+    def as_policy(self) -> Iterator[Any]:
         self.release()
         current = self._copies()
         self._model.assign(self._start)
         try:
-            return self._model(input_ids, position_ids), None
+            yield self._model
         finally:
             self.release()
             self._model.assign(current)

@@ -32,6 +32,12 @@ def line(snapshot: Snapshot) -> str:
     ]
     if s.reward is None:
         del parts[1:]
+    if s.metric_value is not None:
+        parts += [
+            _watched(s),
+            f"{_number(s.tokens_per_s, 0)} tokens/s",
+            f"{_number(s.step_s, 2)} s",
+        ]
     if s.state != "running":
         parts.insert(0, s.standing)
     if s.error:
@@ -117,6 +123,11 @@ def _facts(s: Snapshot) -> RenderableType:
     table = Table.grid(padding=(0, 3))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
+    if s.stage is not None:
+        table.add_row(s.stage, _watched(s))
+        speed = f"{_number(s.tokens_per_s, 0)} tokens/s, {_number(s.step_s, 2)} s a step"
+        table.add_row("speed", speed)
+        return table
     table.add_row("reward", f"{_number(s.reward)} now, {_number(s.reward_mean10)} mean of 10 steps")
     table.add_row(
         "staleness", f"{_number(s.staleness_mean, 2)} mean, {_number(s.staleness_max, 0)} largest"
@@ -127,6 +138,8 @@ def _facts(s: Snapshot) -> RenderableType:
         f"{_number(s.response_length_tokens, 1)} tokens a response",
     )
     table.add_row("waiting", who_waits(s.learner_wait_s, s.generation_wait_s, s.step_s))
+    if s.advice is not None:
+        table.add_row("bottleneck", s.advice)
     table.add_row("workers", _pools(s))
     table.add_row(
         "buffer",
@@ -136,6 +149,11 @@ def _facts(s: Snapshot) -> RenderableType:
         "weights", f"{_version(s.version_published)} published, {_version(s.version_live)} live"
     )
     return table
+
+
+def _watched(s: Snapshot) -> str:
+    held_out = "" if s.metric_held_out is None else f" (held out {_number(s.metric_held_out, 4)})"
+    return f"{s.metric or 'metric'} {_number(s.metric_value, 4)}{held_out}"
 
 
 def _pools(s: Snapshot) -> RenderableType:

@@ -34,10 +34,11 @@ class RunLog:
         _cut_torn_line(run.metrics)
         records = read_metrics(run.metrics)
         self._last_step = records[-1]["step"] if records else 0
-        self._file = run.metrics.open("a", encoding="utf-8")
+        self._file = run.metrics.open("ab", buffering=0)
 
     def append(self, step: int, time_s: float, values: Mapping[str, float]) -> None:
-        """One line. `time_s` is unix time. `MetricError` for a name that is not in the table."""
+        """One line. `time_s` is unix time. `MetricError` for a name that is not in the table,
+        `RunError` when the line is not in the file as a whole: the run has no record then."""
         if step < self._last_step:
             raise RunError(
                 f"{self._run.metrics}: step {step} after step {self._last_step}; steps never go "
@@ -47,9 +48,19 @@ class RunLog:
             find(name)
         line = {"step": step, "time_s": time_s}
         line |= {k: float(v) if math.isfinite(v) else None for k, v in values.items()}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        self._write(json.dumps(line, allow_nan=False).encode() + b"\n")
         self._last_step = step
+
+    def _write(self, line: bytes) -> None:
+        rest = memoryview(line)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise RunError(
+                f"{self._run.metrics}: a line of {len(line)} bytes cannot be written ({error}). Free "
+                "space there, and give the same command again: it goes on from the last checkpoint"
+            ) from error
 
     def reopen(self) -> None:
         """Go on behind what the file holds now, after `cut_metrics`."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_cluster.errors import StoreError
 from rlhf_cluster.records import ExperienceGroup, ScoredRollout
 
 Row = dict[str, Any]
@@ -31,7 +32,7 @@ def write_samples(
     """Write the first `limit` rollouts of a step, whole groups first. None when there are none.
 
     `learner_version` is the version before the step. `decode` turns token ids into text for people;
-    the ids themselves are written as sampled.
+    the ids themselves are written as sampled. Raises `StoreError`, and leaves nothing half written.
     """
     pairs = [(group, scored) for group in groups for scored in group.scored][:limit]
     if not pairs:
@@ -97,5 +98,15 @@ def _write_parquet(path: Path, rows: Sequence[Row]) -> None:
     }
     schema = pa.schema([(name, types.get(name, pa.string())) for name in rows[0]])
     partial = path.with_name(f".{path.name}.partial")
-    parquet.write_table(pa.Table.from_pylist(list(rows), schema=schema), partial)
-    os.replace(partial, path)
+    image = pa.BufferOutputStream()  # pyarrow leaves a file open that it cannot write
+    parquet.write_table(pa.Table.from_pylist(list(rows), schema=schema), image)
+    data = image.getvalue()
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise StoreError(
+            f"{path}: {len(rows)} samples of {data.size} bytes cannot be written ({error}). Free "
+            "space there, or do without them: observe.samples_per_step = 0"
+        ) from error

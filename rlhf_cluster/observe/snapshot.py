@@ -18,12 +18,14 @@ State = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class Pool:
-    """Workers of one pool: how many answer, how many there should be, how many were replaced."""
+    """Workers of one pool: how many answer, how many there should be, how many were replaced, and how
+    many of these by a rule of quarantine."""
 
     name: str
     alive: int
     wanted: int
     restarts: int = 0
+    quarantined: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,11 @@ class Snapshot:
     version_live: int | None = None
     restarts: int = 0  # of learner and buffer, after a loss
     checkpoint: int | None = None  # step of the last complete checkpoint
+    stage: str | None = None  # type of an offline stage; what follows is its own
+    metric: str | None = None  # name of the number that it is watched by
+    metric_value: float | None = None
+    metric_held_out: float | None = None  # of the last evaluation
+    advice: str | None = None  # what bounds the run, and what one more worker would give
     events: tuple[Event, ...] = ()
     error: str | None = None
 

@@ -11,6 +11,8 @@ from enum import StrEnum
 from types import MappingProxyType
 
 from rlhf_cluster.errors import MetricError
+from rlhf_cluster.observe.preference_rows import PREFERENCE_ROWS
+from rlhf_cluster.observe.stage_rows import STAGE_ROWS
 
 SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
@@ -91,9 +93,25 @@ def _controller() -> tuple[Metric, ...]:
         _gauge(
             "time/generation_wait_s", "s", role, "No group under way: generation waited for a slot"
         ),
+        _gauge("time/generation_busy_s", "s", role, "Generation workers had a group, mean of them"),
+        _gauge("time/scoring_busy_s", "s", role, "Scoring workers had a group, mean of them"),
         _gauge(
-            "staleness/pipeline_depth", "steps", role, "How far generation may run ahead (adaptive)"
+            "advisor/gain",
+            "1",
+            role,
+            "Speed with one worker more (a learner twice as fast) over now, as predicted",
+            "station",
         ),
+        _gauge("staleness/pipeline_depth", "steps", role, "How far generation may run ahead"),
+        _gauge("staleness/bound", "steps", role, "Largest staleness that is trained"),
+        _gauge("run/disk_free_fraction", "1", role, "Free share of the disk of the run directory"),
+    )
+
+
+def _keeping() -> tuple[Metric, ...]:
+    """Of the run as a whole: checkpoints, pools, restarts, the warm-up."""
+    role = Role.CONTROLLER
+    return (
         _gauge("checkpoint/step", "1", role, "Step of the last complete checkpoint, -1 for none"),
         _gauge("checkpoint/wait_s", "s", role, "The learner waited for the copy of a checkpoint"),
         _gauge("checkpoint/write_s", "s", role, "Writing the last checkpoint, behind the steps"),
@@ -109,9 +127,12 @@ def _controller() -> tuple[Metric, ...]:
         _gauge("pool/size", "1", role, "Live workers of a pool", "pool"),
         _gauge("pool/wanted", "1", role, "Workers that a pool should have", "pool"),
         _counter("pool/restarts_total", "1", role, "Workers that were replaced", "pool"),
+        _counter("pool/quarantined_total", "1", role, "Of them, by a rule of quarantine", "pool"),
         _counter(
             "learner/restarts_total", "1", role, "Learner and buffer started anew after a loss"
         ),
+        _gauge("learner/ranks", "1", role, "Ranks that train; fewer than asked after a shrink"),
+        _counter("control/restarts_total", "1", role, "Control channels opened anew after a loss"),
         _gauge("sft/loss", "nats", role, "Mean loss of a target token in the warm-up"),
         _gauge("sft/grad_norm", "1", role, "Gradient norm of a warm-up step, before clipping"),
         _gauge("sft/grad_norm_part", "1", role, "The same of one group of parameters", "group"),
@@ -334,6 +355,11 @@ def _weights() -> tuple[Metric, ...]:
     )
 
 
+def _stages() -> tuple[Metric, ...]:
+    rows = (*STAGE_ROWS, *PREFERENCE_ROWS)
+    return tuple(_gauge(n, unit, Role.LEARNER, text, label) for n, unit, text, label in rows)
+
+
 def _index(rows: tuple[Metric, ...]) -> dict[str, Metric]:
     """Rows by name. Raises `MetricError` when two rows share a name."""
     by_name = {row.name: row for row in rows}
@@ -348,6 +374,7 @@ METRICS = MappingProxyType(
     _index(
         (
             *_controller(),
+            *_keeping(),
             *_generation(),
             *_scoring(),
             *_buffer(),
@@ -356,6 +383,7 @@ METRICS = MappingProxyType(
             *_importance(),
             *_importance_by_label(),
             *_weights(),
+            *_stages(),
         )
     )
 )

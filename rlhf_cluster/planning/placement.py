@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rlhf_cluster.config import RunConfig
+from rlhf_cluster.config import RunConfig, StageConfig
+from rlhf_cluster.config.either import AnyConfig
 from rlhf_cluster.errors import PlacementError
 
 BUFFER_CPUS = 0.1
@@ -31,16 +32,15 @@ class Bundle:
         return f"{self.owner} ({_amounts(self.resources)})"
 
 
-def demand(config: RunConfig) -> list[Bundle]:
-    """All bundles of a run at its starting size."""
-    generation, scoring, learner = config.generation, config.scoring, config.learner
+def demand(config: AnyConfig) -> list[Bundle]:
+    """All bundles of a run at its starting size; of an offline stage its ranks."""
+    if isinstance(config, StageConfig):
+        return rank_bundles(config)
+    generation, scoring = config.generation, config.scoring
     return [
         *(pool_bundle(config, "generation", i) for i in range(generation.workers)),
         *(pool_bundle(config, "scoring", i) for i in range(scoring.workers)),
-        *(
-            Bundle(owner=f"learner-{i}", cpus=learner.num_cpus, gpus=learner.num_gpus)
-            for i in range(learner.ranks)
-        ),
+        *rank_bundles(config),
         Bundle(owner="buffer", cpus=BUFFER_CPUS, gpus=0.0),
     ]
 
@@ -48,6 +48,23 @@ def demand(config: RunConfig) -> list[Bundle]:
 def pool_bundle(config: RunConfig, pool: str, index: int) -> Bundle:
     section = {"generation": config.generation, "scoring": config.scoring}[pool]
     return Bundle(owner=f"{pool}-{index}", cpus=section.num_cpus, gpus=section.num_gpus)
+
+
+def rank_bundles(config: AnyConfig) -> list[Bundle]:
+    """Of all learner ranks."""
+    section = config.learner
+    return [
+        Bundle(owner=f"learner-{i}", cpus=section.num_cpus, gpus=section.num_gpus)
+        for i in range(section.ranks)
+    ]
+
+
+def fewer_ranks(bundles: Sequence[Bundle], least: int, free: Mapping[str, float]) -> range:
+    """The numbers of ranks to try when there is no room for all `bundles`, which are alike: as many as
+    `free`, the free resources of the whole cluster, would hold on one node, down to `least`."""
+    needs = {kind: amount for kind, amount in bundles[0].resources.items() if amount}
+    most = min((int(free.get(k, 0.0) / v + 1e-9) for k, v in needs.items()), default=len(bundles))
+    return range(min(most, len(bundles) - 1), least - 1, -1)
 
 
 def check_fits(bundles: Sequence[Bundle], nodes: Mapping[str, Mapping[str, float]]) -> None:

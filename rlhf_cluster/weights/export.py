@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_cluster.data.tokenizer import load_tokenizer
 from rlhf_cluster.errors import WeightError
 from rlhf_cluster.records import WeightVersion
 from rlhf_cluster.weights.assemble import check_names
@@ -29,6 +30,7 @@ _WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx",
 }  # fmt: skip
 _TIED = "lm_head.weight"
+_CLASSIFIER = "score.weight"
 
 
 def export_hf(
@@ -37,11 +39,14 @@ def export_hf(
     out_dir: str | Path,
     *,
     max_file_bytes: int = MAX_FILE_BYTES,
+    num_values: int | None = None,
+    tokenizer_dir: str | Path | None = None,
 ) -> Path:
     """Write `version` as a folder that transformers and vLLM load. Returns `out_dir`.
 
-    Configuration, tokenizer and everything else but weights comes from `model_dir`. One
-    `model.safetensors`, or numbered files with an index over `max_file_bytes`.
+    Configuration, tokenizer and everything else but weights comes from `model_dir`, the tokenizer
+    from `tokenizer_dir` where that is given. One `model.safetensors`, or numbered files with an index
+    over `max_file_bytes`. With `num_values` it is a sequence-classification model of so many labels.
     Raises `WeightError`: `out_dir` is in use, `model_dir` is not a model, names do not match.
     """
     model_dir, out_dir = Path(model_dir), Path(out_dir)
@@ -51,12 +56,16 @@ def export_hf(
         )
     config = _read_config(model_dir)
     manifest = open_version(version.path)
-    _check_names(manifest, model_dir, config)
+    _check_names(manifest, model_dir, config, num_values)
+    if num_values is not None:
+        config |= _as_classifier(config, num_values)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     partial = out_dir.with_name(f"{out_dir.name}.partial-{os.getpid()}")
     partial.mkdir()
     try:
         copy_companions(model_dir, partial)
+        if tokenizer_dir is not None:
+            load_tokenizer(tokenizer_dir).save_pretrained(partial)
         config.pop("torch_dtype", None)
         config["dtype"] = _main_dtype(manifest)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -83,10 +92,33 @@ def _read_config(model_dir: Path) -> dict[str, Any]:
     return config
 
 
-def _check_names(manifest: Manifest, model_dir: Path, config: dict[str, Any]) -> None:
+def _as_classifier(config: dict[str, Any], num_values: int) -> dict[str, Any]:
+    """What changes in the configuration. Padding, where none is named, is the end token: such a model
+    finds the last token of a padded sequence by it."""
+    end = config.get("eos_token_id")
+    padding = config.get("pad_token_id")
+    labels = [f"LABEL_{i}" for i in range(num_values)]
+    return {
+        "architectures": [
+            name.replace("ForCausalLM", "ForSequenceClassification")
+            for name in config.get("architectures") or ()
+        ],
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
+        "pad_token_id": (end[0] if isinstance(end, list) else end) if padding is None else padding,
+        "problem_type": "regression",
+    }
+
+
+def _check_names(
+    manifest: Manifest, model_dir: Path, config: dict[str, Any], num_values: int | None
+) -> None:
     original = _original_shapes(model_dir)
     if not original:
         return
+    if num_values is not None:
+        original.pop(_TIED, None)
+        original[_CLASSIFIER] = (num_values, int(config["hidden_size"]))
     found = {name: entry.shape for name, entry in manifest.tensors.items()}
     if config.get("tie_word_embeddings"):
         original.pop(_TIED, None)

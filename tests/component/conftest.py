@@ -32,13 +32,15 @@ from rlhf_cluster.rundir import RunDir
 from tests.configs import tiny_tree
 from tests.ports import free_ports
 from tests.scripted_engine import write_script
+from tests.stage_cases import stage_tree
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPTED = "tests.scripted_engine:make_engine"
 
 
 @pytest.fixture(scope="session")
-def ray_address() -> Iterator[str]:
+def ray_cluster() -> Iterator[Cluster]:
+    """A test that adds nodes removes them."""
     cluster = Cluster(
         initialize_head=True,
         head_node_args={
@@ -48,9 +50,14 @@ def ray_address() -> Iterator[str]:
         },
     )
     ray.init(address=cluster.address, namespace=NAMESPACE, log_to_driver=False)
-    yield cluster.address
+    yield cluster
     ray.shutdown()
     cluster.shutdown()
+
+
+@pytest.fixture(scope="session")
+def ray_address(ray_cluster: Cluster) -> str:
+    return ray_cluster.address
 
 
 @dataclass
@@ -112,6 +119,25 @@ class RunProcess:
 @pytest.fixture
 def start_run(ray_address: str, tmp_path: Path) -> Iterator[Callable[..., RunProcess]]:
     """Start a run of the tiny configuration on the session's cluster."""
+    yield from starting(ray_address, tmp_path, tiny_tree, "tests.run_with_engine", SCRIPTED)
+
+
+@pytest.fixture
+def start_stage(ray_address: str, tmp_path: Path) -> Iterator[Callable[..., RunProcess]]:
+    """Start an offline stage on the session's cluster, by the command line."""
+    yield from starting(ray_address, tmp_path, stage_tree, "rlhf_cluster.cli", before=("run",))
+
+
+def starting(
+    ray_address: str,
+    tmp_path: Path,
+    tree: Callable[..., dict[str, Any]],
+    module: str,
+    *after: str,
+    before: tuple[str, ...] = (),
+) -> Iterator[Callable[..., RunProcess]]:
+    """What starts `module` with a run file of `tree`, given sections; all that it started ends with
+    it."""
     started: list[RunProcess] = []
 
     def start(**sections: dict[str, Any]) -> RunProcess:
@@ -120,7 +146,7 @@ def start_run(ray_address: str, tmp_path: Path) -> Iterator[Callable[..., RunPro
         sections["run"] = {"root": str(tmp_path), **sections.get("run", {}), "name": name}
         sections.setdefault("observe", {"live": False})
         config = tmp_path / f"{name}-{len(started)}.toml"
-        config.write_text(tomli_w.dumps(tiny_tree(**sections)))
+        config.write_text(tomli_w.dumps(tree(**sections)))
         environment = {
             **os.environ,
             "RAY_ADDRESS": ray_address,
@@ -130,7 +156,7 @@ def start_run(ray_address: str, tmp_path: Path) -> Iterator[Callable[..., RunPro
         output = tmp_path / f"{name}-{len(started)}.out"
         with output.open("w") as out:
             process = subprocess.Popen(
-                [sys.executable, "-m", "tests.run_with_engine", str(config), SCRIPTED],
+                [sys.executable, "-m", module, *before, str(config), *after],
                 cwd=REPOSITORY,
                 env=environment,
                 stdout=out,

@@ -7,72 +7,29 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Any
 
 import pytest
 import ray
-from ray.exceptions import ActorDiedError
+from ray.exceptions import RayTaskError
 
 from actors.calls import WorkerDied, answer, core_answer
 from actors.clients import RayGeneration, RayScoring
 from actors.core import Core, Member
 from actors.engine import LoadedWeights
-from actors.learner import RayLearner
+from actors.learner import LearnerActor, RayLearner
 from actors.pool import PoolLimits, Worker, WorkerPool
 from actors.services import Launcher
-from rlhf_cluster.errors import CoreLost, DivergenceError, WorkerError
+from rlhf_cluster.errors import (
+    CoreLost,
+    DivergenceError,
+    RankFailed,
+    WorkerError,
+)
 from rlhf_cluster.records import Sampling, Ticket
 from tests.configs import tiny_config
 from tests.fakes import make_prompt, make_version
-
-
-class Reference:
-    """What a call returns; it is answered, fails, or is never heard of."""
-
-    def __init__(self) -> None:
-        self.result: Future[Any] = Future()
-
-    def future(self) -> Future[Any]:
-        """One of its own for each that waits, as with Ray."""
-        waiter: Future[Any] = Future()
-
-        def tell(result: Future[Any]) -> None:
-            if waiter.set_running_or_notify_cancel():
-                error = result.exception()
-                waiter.set_exception(error) if error else waiter.set_result(result.result())
-
-        self.result.add_done_callback(tell)
-        return waiter
-
-    def answered(self, value: Any = None) -> Reference:
-        self.result.set_result(value)
-        return self
-
-    def died(self) -> Reference:
-        self.result.set_exception(ActorDiedError())
-        return self
-
-
-class Actor:
-    """Each method is called with `.remote`, or with `.options(...).remote`."""
-
-    def __init__(self, **methods: Callable[..., Reference]) -> None:
-        self.calls: list[str] = []
-        for name, method in methods.items():
-            setattr(self, name, _Method(name, method, self.calls))
-
-
-class _Method:
-    def __init__(self, name: str, call: Callable[..., Reference], calls: list[str]) -> None:
-        self._name, self._call, self._calls = name, call, calls
-
-    def options(self, **_: Any) -> _Method:
-        return self
-
-    def remote(self, *arguments: Any) -> Reference:
-        self._calls.append(self._name)
-        return self._call(*arguments)
+from tests.references import Actor, Reference
 
 
 def core_of(silence_s: float = 60.0, **presence: Callable[[float], Reference]) -> Core:
@@ -131,6 +88,65 @@ async def test_a_failure_with_all_processes_there_stays_what_it_is():
     error = DivergenceError("learner-0.train_step: nan")
     core = core_of(learner_0=alive, learner_1=alive, buffer=alive)
     assert await core.loss_behind(error) is error
+
+
+async def test_an_error_of_a_living_rank_that_may_pass_is_a_loss_with_its_words():
+    core = core_of(learner_0=alive, learner_1=alive, buffer=alive)
+    error = RankFailed("learner-0.train_step: RuntimeError: Timed out waiting 60000ms for recv")
+    loss = await core.loss_behind(error)
+    assert type(loss) is CoreLost
+    assert str(loss) == str(error)
+
+
+async def test_what_a_rank_said_of_its_error_is_what_the_driver_hears():
+    said = RankFailed("RuntimeError: Timed out waiting 60000ms for recv")
+    reference = Reference()
+    reference.result.set_exception(RayTaskError("train_step", "its traceback", said))
+    with pytest.raises(RankFailed, match=r"^learner-0.train_step: RuntimeError: Timed out"):
+        await core_answer(reference, 60, "learner-0.train_step")  # type: ignore[arg-type]
+
+
+async def test_an_error_of_a_living_rank_beside_a_death_is_its_consequence():
+    core = core_of(learner_0=alive, learner_1=dead, buffer=alive)
+    loss = await core.loss_behind(RankFailed("learner-0.train_step: RuntimeError: closed by peer"))
+    assert str(loss).startswith("learner-1: the process died")
+    assert "closed by peer" in str(loss)
+
+
+def test_every_call_of_a_rank_tells_what_may_pass_from_what_comes_again(tmp_path):
+    """The actor's own methods, without a process."""
+    rank = LearnerActor(tiny_config(run={"root": str(tmp_path)}), "", 0)
+    failing = FailingRank()
+    rank._rank = rank._transport = failing  # type: ignore[assignment]
+    calls: list[Callable[[], Any]] = [
+        lambda: rank.sft_step([]),
+        lambda: rank.train_step([]),
+        rank.snapshot,
+        lambda: rank.write_snapshot(None, False, 60.0),
+        lambda: rank.commit(3, [], False, 60.0),
+        rank.copy_state,
+        lambda: rank.write_state("", 60.0),
+        lambda: rank.load_state("", None),  # type: ignore[arg-type]
+    ]
+    for call in calls:
+        failing.error = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+        with pytest.raises(RankFailed, match=r"^RuntimeError: \[gloo.*closed by peer$"):
+            call()
+        failing.error = DivergenceError("nan")
+        with pytest.raises(DivergenceError, match="^nan$"):
+            call()
+
+
+class FailingRank:
+    """Everything that is asked of it fails."""
+
+    error: Exception = RuntimeError()
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def fail(*_: Any, **__: Any) -> Any:
+            raise self.error
+
+        return fail
 
 
 async def test_the_death_of_a_rank_is_told_while_the_other_is_still_at_work():

@@ -1,4 +1,5 @@
-"""A learner rank and the buffer are killed under a run that goes on: real Ray, a scripted engine."""
+"""The control actor, a learner rank and the buffer are killed under a run that goes on: real Ray, a
+scripted engine."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 import ray
 from ray.util.state import list_actors
 
+from actors.control import scale
 from rlhf_cluster.weights import store
 
 STEPS = 8
@@ -39,6 +41,14 @@ def test_a_run_goes_on_after_the_loss_of_a_rank_and_of_the_buffer(start_run):
     run.wait_for(lambda s: s.checkpoint is not None and s.step > s.checkpoint, "a checkpoint", 300)
     run.script(hang_generate=True)
     workers = [pids(kind) for kind in ("GenerationActor", "ScoringActor")]
+    [control] = pids("ControlActor")
+    os.kill(control, signal.SIGKILL)
+    run.wait_for(
+        lambda s: any("another control channel is open, restart 1" in e.text for e in s.events),
+        "the run has a control channel again",
+        300,
+    )
+    assert scale(run.path, {"scoring": 1}, None) == {"scoring": "scoring: 1 workers"}
     ranks = pids("LearnerActor")
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
@@ -58,6 +68,8 @@ def test_a_run_goes_on_after_the_loss_of_a_rank_and_of_the_buffer(start_run):
     records = [r for r in run.metrics() if "learner/loss" in r]
     assert [r["step"] for r in records] == list(range(1, STEPS + 1))
     assert records[-1]["learner/restarts_total"] == 2
+    assert records[-1]["control/restarts_total"] == 1
+    assert records[-1]["learner/ranks"] == 2
     rows = run.trained()
     assert len(rows) == STEPS * 4 * 4
     assert {group for group, *_ in rows} == {f"g{n:08d}" for n in range(STEPS * 4)}

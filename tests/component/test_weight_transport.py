@@ -15,8 +15,9 @@ import torch
 
 from actors.clients import RayGeneration, check_health
 from actors.instrumented import GenerationActor
-from actors.learner import ACTOR_OPTIONS, RayLearner
+from actors.learner import RayLearner
 from actors.pool import PoolLimits, Worker, WorkerPool
+from actors.ranks import ACTOR_OPTIONS
 from actors.ray_weights import RayObjects, RayTransport
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import WeightError

@@ -9,7 +9,6 @@ from typing import Any
 
 import fsspec
 import pytest
-from weight_cases import publish, small_model
 
 from actors.checkpointing import claimed
 from rlhf_cluster.checkpoint import continuing, folder
@@ -27,6 +26,7 @@ from rlhf_cluster.weights.transport import Deadline
 from tests.checkpoint_files import write_whole
 from tests.configs import tiny_config
 from tests.resumable_run import Attempt
+from tests.weight_cases import publish, small_model
 
 URL = "memory://copies"
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
+import threading
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
-from weight_cases import publish, small_model, stepped
 
 from rlhf_cluster.checkpoint import continuing, folder
 from rlhf_cluster.checkpoint.continuing import whole
 from rlhf_cluster.checkpoint.folder import Found, verify_tensors
-from rlhf_cluster.errors import RunError, WeightError
+from rlhf_cluster.errors import RunError, StalledError, WeightError
 from rlhf_cluster.rundir import RunDir
 from rlhf_cluster.weights import store, verifying
+from rlhf_cluster.weights.files import FileSource
+from rlhf_cluster.weights.transport import Blob, Deadline
 from tests.checkpoint_files import write_whole
 from tests.configs import tiny_config
+from tests.weight_cases import publish, small_model, stepped
 
 SAMPLES_A_FILE = 16
 
@@ -133,14 +139,15 @@ def test_a_checkpoint_counts_only_with_the_reference_that_it_needs(tmp_path):
 def test_verifying_finds_what_reading_finds_whatever_the_buffer(tmp_path, num_ranks):
     version = publish(tmp_path, 1, small_model(), num_ranks)
     for buffer_bytes in (verifying.CHUNK_BYTES, verifying.BUFFER_BYTES):
-        verifying.verify(version.path, buffer_bytes)
+        for num_threads in (1, 3, 50):
+            verifying.verify(version.path, buffer_bytes, num_threads=num_threads)
     for shard in Path(version.path).glob("*.safetensors"):
         data = shard.read_bytes()
         shard.write_bytes(data[:-2] + bytes([data[-2] ^ 4]) + data[-1:])
         with pytest.raises(WeightError, match="damaged in") as read:
             list(store.read(version.path))
         with pytest.raises(WeightError, match="damaged in") as verified:
-            verifying.verify(version.path, verifying.CHUNK_BYTES)
+            verifying.verify(version.path, verifying.CHUNK_BYTES, num_threads=3)
         words = str(read.value).removesuffix(". Publish the version again")
         assert str(verified.value) == words
         shard.write_bytes(data)
@@ -154,3 +161,69 @@ def test_a_version_of_differences_is_verified_with_what_it_builds_on(tmp_path):
     shutil.rmtree(tmp_path / "v000001")
     with pytest.raises(WeightError, match="builds on version 1"):
         verifying.verify(version.path)
+
+
+def test_of_several_damaged_tensors_the_first_is_named_however_many_threads_read(tmp_path):
+    version = publish(tmp_path, 1, small_model(), 2)
+    for shard in Path(version.path).glob("*.safetensors"):
+        data = bytearray(shard.read_bytes())
+        size = 8 + int.from_bytes(data[:8], "little")
+        data[size:] = bytes(len(data) - size)
+        shard.write_bytes(data)
+    names = list(json.loads((Path(version.path) / "manifest.json").read_text())["tensors"])
+    for num_threads in (1, 2, 7):
+        with pytest.raises(WeightError, match=f"tensor '{names[0]}' has hash"):
+            verifying.verify(version.path, num_threads=num_threads)
+
+
+class HangingSource(FileSource):
+    """Reads of the tensors hang until `let_go`, in all threads; `waiting` counts those."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.let_go, self.waiting = threading.Event(), threading.Semaphore(0)
+
+    def open(
+        self, version: int, names: Sequence[str], deadline: Deadline | None = None
+    ) -> list[Blob]:
+        blobs = super().open(version, names, deadline)
+        for blob in blobs:
+            read = blob.read_into
+
+            def hang(target: memoryview, position: int, read: Any = read) -> None:
+                if position > 8:  # the header is read when it is opened
+                    self.waiting.release()
+                    self.let_go.wait(60)
+                read(target, position)
+
+            blob.read_into = hang  # type: ignore[method-assign]
+        return blobs
+
+
+def test_a_storage_that_hangs_costs_the_deadline_and_names_what_is_missing(tmp_path):
+    version = publish(tmp_path, 1, small_model(), 1)
+    source, now = HangingSource(tmp_path), [0.0]
+
+    def clock() -> float:
+        if source.waiting.acquire(blocking=False):
+            now[0] = 100.0
+        return now[0]
+
+    names = list(json.loads((Path(version.path) / "manifest.json").read_text())["tensors"])
+    deadline = Deadline("verifying step 1", 0.05, clock)
+    try:
+        with pytest.raises(StalledError) as caught:
+            verifying.verify(version.path, deadline=deadline, num_threads=2, source=source)
+    finally:
+        source.let_go.set()
+    missing = f"waiting for {len(names)} of {len(names)} tensors, {names[0]!r} first"
+    assert missing in str(caught.value)
+
+
+def test_a_checkpoint_that_is_not_read_in_time_is_not_taken_for_a_damaged_one(tmp_path):
+    """Or the run would go back further than it has to."""
+    with RunDir.create(tmp_path / "tiny", tiny_config(run={"root": str(tmp_path)})) as run:
+        for step in (2, 4):
+            write_whole(run.checkpoints, step)
+        with pytest.raises(StalledError, match=r"verifying .*step-000004 was not over after"):
+            continuing.whole(run, timeout_s=0.0)

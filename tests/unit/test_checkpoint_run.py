@@ -95,6 +95,16 @@ def test_a_run_killed_again_and_again_ends_as_well(tmp_path):
     assert [n for _, n, *_ in last.learner.ledger] == TRAINED
 
 
+def test_every_attempt_writes_under_a_number_of_its_own(tmp_path):
+    """So that what a call of an earlier one leaves late can be told from it."""
+    for number in range(3):
+        run = attempt(tmp_path, 60)
+        run.run()
+        assert run.recovery.attempt == number
+        assert {attempt for _, attempt in run.store.files()} <= {number}
+        assert run.store.numbers()
+
+
 async def test_a_stop_ends_the_run_while_the_learner_waits_for_groups(tmp_path):
     run = attempt(tmp_path, every=0)
     pipeline = await run.build()

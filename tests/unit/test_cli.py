@@ -85,6 +85,7 @@ def test_help_loads_nothing_heavy(arguments):
 def test_every_command_has_help(capsys):
     for command in (
         *("run", "validate", "plan", "submit", "status", "logs", "inspect", "stop", "scale"),
+        *("report", "trace", "doctor"),
     ):
         assert main([command, "--help"]) == 0
         assert f"rlhf-cluster {command}" in capsys.readouterr().out

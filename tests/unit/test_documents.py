@@ -34,7 +34,7 @@ def test_every_make_target_of_the_readme_exists(command):
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "rlhf-cluster" in c])
 def test_every_command_of_the_readme_parses_and_names_real_files(command):
-    words = [w for w in shlex.split(command) if not re.fullmatch(r"[A-Z0-9]+=\S*", w)]
+    words = [w for w in shlex.split(command) if not re.fullmatch(r"[A-Z0-9_]+=\S*", w)]
     assert words[0] == "rlhf-cluster"
     group = typer.main.get_command(app)
     name, parsed, rest = group.resolve_command(group.make_context("x", words[1:]), words[1:])

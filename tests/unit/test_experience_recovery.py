@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,10 @@ from tests.configs import tiny_config
 from tests.fakes import make_group, make_prompt
 
 
-def write(store: ExperienceStore, number: int, version: int = 0, reference: int = -1) -> None:
-    ticket = Ticket(number=number, version=version)
+def write(
+    store: ExperienceStore, number: int, version: int = 0, reference: int = -1, attempt: int = 0
+) -> None:
+    ticket = Ticket(number=number, version=version, attempt=attempt)
     store.write(make_group(ticket, make_prompt(number), [1.0, 0.0], version), reference)
 
 
@@ -98,6 +102,70 @@ def test_a_rewound_timeline_leaves_nothing_that_a_later_one_could_take(tmp_path)
     assert third.recover(Ticket(number=8, version=2), make_prompt(8)) is None
     recovery(tmp_path, step=None).rewind()
     assert store.numbers() == []
+
+
+def test_what_a_call_of_an_abandoned_attempt_leaves_late_is_never_used_and_goes(tmp_path):
+    """Versions 3 and 4 of attempt 0 are not those of attempt 1; its file is not overwritten either."""
+    late = ExperienceStore(tmp_path / "experience")
+    recovery(tmp_path, step=2).rewind()
+    write(late, 7, version=2)
+    second = recovery(tmp_path, step=2)
+    second.rewind()
+    assert second.attempt == 1
+    store = ExperienceStore(late.root)
+    write(late, 8, version=3, attempt=0)
+    write(late, 7, version=4, attempt=0)
+    write(store, 9, version=4, attempt=1)
+    for number in (8, 9):
+        ticket = Ticket(number=number, version=0, attempt=1)
+        assert second.recover(ticket, make_prompt(number)) is None, "late, and newer than step 2"
+    found = second.recover(Ticket(number=7, version=0, attempt=1), make_prompt(7))
+    assert found is not None
+    assert found[1].oldest_version == 2
+    assert store.read(7).summary().oldest_version == 2, "what a learner reads that lost the object"
+    assert store.numbers() == [7, 9]
+    third = recovery(tmp_path, step=4)
+    third.rewind()
+    assert ExperienceStore(late.root).files() == [(7, 2), (9, 2)]
+    assert third.recover(Ticket(number=8, version=0), make_prompt(8)) is None
+    assert third.recover(Ticket(number=9, version=0), make_prompt(9)) is not None
+
+
+class DyingStore(ExperienceStore):
+    """Every change of a file may be the last."""
+
+    left = 0
+
+    def _change(self) -> None:
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left -= 1
+
+    def remove(self, numbers: Iterable[int], attempt: int | None = None) -> None:
+        self._change()
+        super().remove(numbers, attempt)
+
+    def adopt(self, number: int, attempt: int) -> None:
+        self._change()
+        super().adopt(number, attempt)
+
+
+@pytest.mark.parametrize("changes", range(5))
+def test_a_rewind_that_dies_anywhere_loses_nothing_that_the_next_one_keeps(tmp_path, changes):
+    store = ExperienceStore(tmp_path / "experience")
+    recovery(tmp_path, step=2).rewind()
+    recovery(tmp_path, step=2).rewind()
+    for number in range(4):
+        write(store, number, version=number, attempt=1)
+    write(store, 9, version=1, attempt=0)
+    dying = DyingStore(store.root)
+    dying.left = changes
+    with contextlib.suppress(KeyboardInterrupt):
+        recovery(tmp_path, step=2, store=dying).rewind()
+    recovery(tmp_path, step=2).rewind()
+    found = ExperienceStore(store.root)
+    assert found.numbers() == [0, 1, 2]
+    assert [number for number, _ in found.files()] == [0, 1, 2]
 
 
 def test_steps_after_the_checkpoint_are_forgotten(tmp_path):

@@ -109,7 +109,11 @@ def scored(draw: Any) -> ScoredRollout:
 @st.composite
 def groups(draw: Any) -> ExperienceGroup:
     return ExperienceGroup(
-        ticket=Ticket(number=draw(st.integers(0, 10**10)), version=draw(st.integers(-1, 10**6))),
+        ticket=Ticket(
+            number=draw(st.integers(0, 10**10)),
+            version=draw(st.integers(-1, 10**6)),
+            attempt=draw(st.integers(0, 10**6)),
+        ),
         prompt=Prompt(
             prompt_id=draw(NAMES),
             token_ids=draw(bits(np.int32, draw(st.integers(1, 4)))),
@@ -187,7 +191,7 @@ def sample(number: int = 12, version: int = 3) -> ExperienceGroup:
 def test_a_seal_in_the_data_is_no_seal():
     group = sample()
     for text in ("0" * 32, f"{1:032x}"):
-        trap = f"rlhf_cluster group format=0001 newest_version=000000009 made_by={text} xxh3_128={text}"
+        trap = f"rlhf_cluster group format=0002 newest_version=000000009 made_by={text} xxh3_128={text}"
         prompt = dataclasses.replace(group.prompt, source=trap, columns={trap: trap})
         trapped = dataclasses.replace(group, prompt=prompt)
         found, header = arrow.decode(arrow.encode(trapped, HEADER))
@@ -236,8 +240,8 @@ def test_a_missing_a_renamed_and_a_future_file_are_told_apart(tmp_path):
     with pytest.raises(StoreError, match="holds group g00000012; the file was renamed"):
         store.read(13)
     assert store.numbers() == [13]
-    store.path(13).write_bytes(store.path(13).read_bytes().replace(b"format=0001", b"format=0002"))
-    with pytest.raises(StoreError, match="has format 2, this version reads 1"):
+    store.path(13).write_bytes(store.path(13).read_bytes().replace(b"format=0002", b"format=0003"))
+    with pytest.raises(StoreError, match="has format 3, this version reads 2"):
         store.read(13)
 
 

@@ -10,10 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tomli_w
 
 from actors import jobs
 from rlhf_cluster.config import load_run
 from rlhf_cluster.errors import ConfigError, RunError, StalledError
+from tests.stage_cases import stage_tree
 
 ADDRESS = "http://127.0.0.1:8265"
 TOML = """
@@ -158,6 +160,23 @@ def test_the_module_of_a_reward_function_travels_with_the_job(here, tmp_path):
     target.mkdir()
     jobs.pack(target, here / "run.toml", config.model_copy(update={"scoring": scoring}), Path.cwd())
     assert (target / "my_rewards.py").exists()
+
+
+def test_the_files_of_a_stage_travel_with_its_job_and_a_pipeline_is_refused(here):
+    tree = stage_tree(run={"root": "/shared/runs"}, data={"sources": [{"path": "data/sft.jsonl"}]})
+    (here / "data" / "sft.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+    (here / "run.toml").write_text(tomli_w.dumps(tree))
+    client = FakeClient()
+    submit(client)
+    _, files, metadata, config = client.submitted[0]
+    assert "data/sft.jsonl" in files
+    assert metadata == {"rlhf_run": "tiny"}
+    assert config["stage"] == {"type": "sft"}
+    del tree["run"]["name"], tree["run"]["root"]
+    whole = {"pipeline": {"name": "p"}, "stages": {"a": tree, "b": tree}}
+    (here / "run.toml").write_text(tomli_w.dumps(whole))
+    with pytest.raises(ConfigError, match="a pipeline is not submitted as one job"):
+        submit(client)
 
 
 def test_a_job_is_found_by_id_or_by_run_the_live_one_first():

@@ -42,6 +42,7 @@ SNAPSHOT = Snapshot(
     buffer_discarded=2,
     version_published=38,
     version_live=37,
+    advice="generation-bound: one more gives 1.6x",
     events=(Event(time_s=1e9, text="generation-1 died [restarting]"),),
 )
 
@@ -119,6 +120,7 @@ def test_before_the_first_step_the_line_says_only_what_is_known():
         "0.81 mean, 1 largest",
         "5,123 tokens/s",
         "learner waits for generation 38 % of the time",
+        "generation-bound: one more gives 1.6x",
         "generation 1/2 (1 restarts)",
         "16 in flight, 3 ready, 2 discarded",
         "v38 published, v37 live",

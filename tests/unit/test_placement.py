@@ -1,7 +1,7 @@
 import pytest
 
 from rlhf_cluster.errors import PlacementError
-from rlhf_cluster.planning.placement import Bundle, check_fits, demand
+from rlhf_cluster.planning.placement import Bundle, check_fits, demand, fewer_ranks
 from tests.configs import tiny_config
 
 
@@ -48,3 +48,24 @@ def test_a_bundle_never_spans_two_nodes():
 def test_an_empty_cluster_is_named():
     with pytest.raises(PlacementError, match="Supply: no live node"):
         check_fits([bundle("buffer", 0.1)], {})
+
+
+@pytest.mark.parametrize(
+    ("free", "least", "expected"),
+    [
+        ({"CPU": 100.0}, 1, [3, 2, 1]),
+        ({"CPU": 100.0}, 3, [3]),
+        ({"CPU": 5.0}, 1, [2, 1]),
+        ({"CPU": 3.0}, 2, []),
+        ({}, 1, []),
+    ],
+)
+def test_fewer_ranks_are_tried_from_the_most_that_could_fit(free, least, expected):
+    ranks = [bundle(f"learner-{i}", 2.0) for i in range(4)]
+    assert list(fewer_ranks(ranks, least, free)) == expected
+
+
+def test_the_scarcest_resource_says_how_many_ranks_could_fit():
+    ranks = [bundle(f"learner-{i}", 0.1, 1.0) for i in range(8)]
+    assert list(fewer_ranks(ranks, 1, {"CPU": 0.3, "GPU": 5.0})) == [3, 2, 1]
+    assert list(fewer_ranks(ranks, 4, {"CPU": 64.0, "GPU": 5.0})) == [5, 4]

@@ -191,3 +191,58 @@ async def test_a_full_worker_keeps_work_waiting_and_a_finished_call_lets_it_on()
         assert busy.num_in_flight == 1
     async with asyncio.timeout(5):
         await waiting
+
+
+async def test_a_worker_in_quarantine_ends_its_work_and_is_replaced_within_the_budget():
+    plant = Plant(max_restarts=1)
+    told: list[str] = []
+    plant.pool.tell = told.append
+    await plant.pool.start(2)
+    async with plant.pool.acquire() as slow:
+        await plant.pool.quarantine(slow, "slow")
+        await plant.settle()
+        assert plant.retired == [], "its work is under way"
+        assert slow.name not in plant.names()
+        assert len(plant.launched) == 2, "its place is needed for the next one"
+    await plant.settle()
+    assert plant.retired == [slow.name]
+    assert len(plant.names()) == 2
+    assert (plant.pool.num_quarantined, plant.pool.num_restarts) == (1, 1)
+    assert told == [f"{slow.name}: quarantined: slow"]
+    assert "quarantined: slow" in plant.pool.describe_errors()
+    await plant.pool.quarantine(slow, "again")
+    await plant.pool.quarantine(plant.pool.live[0], "slow too")
+    await plant.settle()
+    assert plant.pool.num_quarantined == 1, "nothing is left to replace it with"
+    assert len(plant.names()) == 2
+
+
+async def test_faults_without_a_restart_left_fail_the_pool_with_the_first_cause():
+    plant = Plant(max_restarts=0, acquire_timeout_s=5.0)
+    await plant.pool.start(2)
+    await plant.pool.quarantine(plant.pool.live[0], "5 groups failed on it", needed=True)
+    await plant.settle()
+    with pytest.raises(PoolLost, match="First cause: generation-0: quarantined: 5 groups failed"):
+        await plant.pool.supervise()
+
+
+async def test_the_only_worker_is_replaced_at_once():
+    plant = Plant()
+    await plant.pool.start(1)
+    async with plant.pool.acquire() as only:
+        await plant.pool.quarantine(only, "faults", needed=True)
+        await plant.settle()
+        assert plant.names() == ["generation-1"]
+    assert plant.retired == ["generation-0"]
+
+
+async def test_a_worker_that_dies_in_quarantine_is_replaced_once():
+    plant = Plant()
+    await plant.pool.start(2)
+    async with plant.pool.acquire() as slow:
+        await plant.pool.quarantine(slow, "slow")
+        await plant.pool.fail(slow, WorkerError("the process died"))
+    await plant.settle()
+    assert plant.retired == [slow.name]
+    assert len(plant.names()) == 2
+    assert plant.pool.num_restarts == 1

@@ -26,7 +26,13 @@ from rlhf_cluster.errors import (
     WorkerError,
 )
 from rlhf_cluster.observe.run_log import RunLog, read_metrics
-from rlhf_cluster.restarts import MAX_PAUSE_S, Restarts, point_of_return, with_recovery
+from rlhf_cluster.restarts import (
+    MAX_PAUSE_S,
+    Restarts,
+    RoomAgain,
+    point_of_return,
+    with_recovery,
+)
 from rlhf_cluster.rundir import RunDir
 from rlhf_cluster.weights.sync import WeightSync
 from tests.checkpoint_files import write_whole
@@ -118,6 +124,15 @@ async def test_no_room_is_waited_for_only_where_a_loss_may_still_hold_it():
     crowded = Run([LOST, *[no_room] * 3, "never"])
     with pytest.raises(CoreLost, match="First cause: learner-1"):
         await crowded.run()
+
+
+async def test_going_back_to_all_ranks_costs_neither_a_restart_nor_a_pause():
+    room = RoomAgain("there is room for all 2 learner ranks again")
+    run = Run([LOST, room, room, "done"], limit=1)
+    assert await run.run() == "done"
+    assert run.restarts.used == 1
+    assert run.told.count(f"recover from {room}") == 2
+    assert [told for told in run.told if isinstance(told, float)] == [1.0]
 
 
 async def test_a_recovery_that_fails_ends_the_run():

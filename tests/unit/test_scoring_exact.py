@@ -16,11 +16,10 @@ from rlhf_cluster.scoring.frozen import FrozenPolicy
 from rlhf_cluster.scoring.scorer import Scorer
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.files import version_dir
-from tests import tiny_llama
+from tests import tiny_llama, weight_cases
 from tests.configs import tiny_config
 from tests.rewarding import make_group, make_prompt, make_rollouts
 from tests.simulated_run import SimulatedRun
-from tests.unit import weight_cases
 
 NUM_VERSIONS = 4
 PROMPT = [2, 3, 0, 4]

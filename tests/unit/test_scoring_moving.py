@@ -16,7 +16,7 @@ from rlhf_cluster.scoring.moving import ReferenceKeeper
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.sync import WeightSync
 from tests.fakes import FakeGeneration, FakeLearner
-from tests.unit.weight_cases import assert_same, publish, small_model
+from tests.weight_cases import assert_same, publish, small_model
 
 FIXED = {"type": "fixed"}
 PERIODIC = {"type": "periodic", "every": 3}

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from weight_cases import Tensors, assert_same, small_model, split, stepped, write
 
 from rlhf_cluster.errors import WeightError
 from rlhf_cluster.records import WeightVersion
@@ -17,6 +16,7 @@ from rlhf_cluster.weights.hashing import digest_of
 from rlhf_cluster.weights.manifest import LocalPart, ShardReport
 from rlhf_cluster.weights.reading import Held
 from rlhf_cluster.weights.shards import ShardBase
+from tests.weight_cases import Tensors, assert_same, small_model, split, stepped, write
 
 RANK, SCALE = 3, 0.75
 ADAPTED = {"q_proj.weight": (24, 18), "up_proj.weight": (300, 257)}

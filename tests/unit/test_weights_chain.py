@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from weight_cases import assert_same, publish, small_model, split, stepped, write
 
 from rlhf_cluster.errors import WeightError
 from rlhf_cluster.records import WeightVersion
@@ -17,6 +16,7 @@ from rlhf_cluster.weights.hashing import CHUNK_BYTES, digest_of
 from rlhf_cluster.weights.manifest import MAX_CHAIN
 from rlhf_cluster.weights.reading import Held
 from rlhf_cluster.weights.shards import ShardBase
+from tests.weight_cases import assert_same, publish, small_model, split, stepped, write
 
 NAME = "model.embed_tokens.weight"
 Tensors = dict[str, torch.Tensor]

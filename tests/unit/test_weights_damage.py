@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from weight_cases import assert_same, publish, small_model, write
 
 from rlhf_cluster.errors import WeightError
 from rlhf_cluster.records import WeightVersion
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.manifest import decode, encode
+from tests.weight_cases import assert_same, publish, small_model, write
 
 
 @pytest.fixture

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from weight_cases import publish
 
 from rlhf_cluster.config.sections import ModelInit
 from rlhf_cluster.errors import WeightError
 from rlhf_cluster.learning.make_model import make_model
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.export import export_hf
+from tests.weight_cases import publish
 
 
 def trained(model_dir: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:

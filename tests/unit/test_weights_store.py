@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from weight_cases import assert_same, publish, small_model, split, write
 
 from rlhf_cluster.errors import StalledError, WeightError
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.hashing import CHUNK_BYTES, digest_of
 from rlhf_cluster.weights.manifest import LocalPart
+from tests.weight_cases import assert_same, publish, small_model, split, write
 
 
 def rank_part(tensor: torch.Tensor, name: str = "w", offset: int = 0, shape=None) -> LocalPart:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from weight_cases import assert_same
 
 from rlhf_cluster.errors import RlhfError, WeightError
 from rlhf_cluster.records import WeightVersion
@@ -14,6 +13,7 @@ from rlhf_cluster.weights import store
 from rlhf_cluster.weights.sync import MAX_REFUSED, BasePlan, DurablePlan, WeightSync
 from tests.fakes import FakeGeneration, FakeLearner, make_version
 from tests.learning_cases import random_groups
+from tests.weight_cases import assert_same
 
 DELTA = {
     "learner": {"learning_rate": 1e-6},

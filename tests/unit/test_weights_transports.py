@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from transport_cases import STANDS, FileStand, ObjectStand, Stand, flip, name_of
-from weight_cases import assert_same, small_model, stepped
 
 from rlhf_cluster.errors import StalledError, WeightError
 from rlhf_cluster.records import WeightVersion
@@ -20,6 +18,8 @@ from rlhf_cluster.weights.hashing import digest_of
 from rlhf_cluster.weights.objects import EdgeBlob, MemoryBlob
 from rlhf_cluster.weights.reading import Held
 from rlhf_cluster.weights.transport import Deadline, ShardImage
+from tests.transport_cases import STANDS, FileStand, ObjectStand, Stand, flip, name_of
+from tests.weight_cases import assert_same, small_model, stepped
 
 NAME = "model.embed_tokens.weight"
 Tensors = dict[str, torch.Tensor]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from weight_cases import Base, Tensors, publish, shard_bases, split_evenly, write
 
 from rlhf_cluster.errors import WeightError
 from rlhf_cluster.records import WeightVersion
@@ -23,6 +22,7 @@ from rlhf_cluster.weights.objects import (
 from rlhf_cluster.weights.reading import Held
 from rlhf_cluster.weights.shards import send_shard
 from rlhf_cluster.weights.transport import Deadline, ShardSink
+from tests.weight_cases import Base, Tensors, publish, shard_bases, split_evenly, write
 
 
 class FileStand:

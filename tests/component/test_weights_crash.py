@@ -8,10 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from weight_cases import assert_same, publish, small_model
 
 from rlhf_cluster.weights import store
 from tests.dying import in_a_child, survives
+from tests.weight_cases import assert_same, publish, small_model
 
 
 @pytest.mark.parametrize("latest_before", [None, 3])

@@ -1,0 +1,37 @@
+r"""Dialogues written as one text, as in hh-rlhf: "\n\nHuman: ...\n\nAssistant: ...", to messages.
+
+Promises: no character of a turn is lost but white space at its ends; what stands before the first
+mark, or is no dialogue at all, is refused, never swallowed.
+"""
+
+from __future__ import annotations
+
+import re
+
+from rlhf_cluster.errors import DataError
+
+Messages = list[dict[str, str]]
+
+ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
+_MARK = re.compile(r"(?:^|\n\n)(Human|Assistant|System):")
+
+
+def is_dialogue(text: str) -> bool:
+    """The text begins with a turn's mark."""
+    return _MARK.match(text.lstrip("\n")) is not None
+
+
+def parse_dialogue(text: str, where: str) -> Messages:
+    """The turns in order. Raises `DataError` with `where` for a text that is none."""
+    parts = _MARK.split("\n\n" + text.lstrip("\n"))
+    before, turns = parts[0], parts[1:]
+    if before.strip() or not turns:
+        shown = (before or text).strip()[:40]
+        raise DataError(
+            f"{where}: found {shown!r}, expected a dialogue that begins with 'Human:' or 'Assistant:'. "
+            "Correct the row, or give prompt, chosen and rejected as columns"
+        )
+    return [
+        {"role": ROLES[role], "content": content.strip()}
+        for role, content in zip(turns[::2], turns[1::2], strict=True)
+    ]

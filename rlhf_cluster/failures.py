@@ -1,0 +1,51 @@
+"""Which errors of a learner rank, whose process lives on, may be over with the next attempt.
+
+    raised in a rank                                         a run that goes on     at its first setup
+    StalledError: a deadline passed                          may pass               may pass
+    DistError and below (NCCL, store, network of ranks)      may pass               may pass
+    OutOfMemoryError, AcceleratorError (CUDA), MemoryError   may pass               may pass
+    OSError: network, host, file system                      may pass               comes again
+    RuntimeError itself: gloo, CUDA and torch raise it       may pass               comes again
+    NotImplementedError, RecursionError                      comes again            comes again
+    every other RlhfError (configuration, records, bound,
+    divergence, damaged or other weights, full disk)         comes again            comes again
+    anything else (TypeError, ValueError, KeyError, ...)     comes again            comes again
+
+What may pass becomes a `RankFailed`: the learner and the buffer go back to the newest checkpoint
+(`restarts`), whose budget ends a run that meets the same error over and over, with the first cause. A
+step that hangs is not here: who waits for it has a deadline, and counts the rank as gone. What comes
+again is raised as it is, and ends the run.
+
+Classes of torch are told by their names, so that nothing here imports it.
+"""
+
+from __future__ import annotations
+
+from rlhf_cluster.errors import RankFailed, RlhfError, StalledError
+
+_OF_TORCH = frozenset({"DistError", "OutOfMemoryError", "AcceleratorError"})
+_COMES_AGAIN = (NotImplementedError, RecursionError)
+MAX_TEXT = 1000
+
+
+def may_pass(error: Exception, starting: bool = False) -> bool:
+    """Whether another attempt may not meet `error`. `starting`: it is of a rank's setup, where most
+    errors are of what it was given."""
+    if isinstance(error, RlhfError):
+        return isinstance(error, StalledError | RankFailed)
+    if isinstance(error, MemoryError):
+        return True
+    if any(kind.__name__ in _OF_TORCH for kind in type(error).__mro__):
+        return True
+    if starting or isinstance(error, _COMES_AGAIN):
+        return False
+    return isinstance(error, RuntimeError | OSError)
+
+
+def judged(error: Exception, starting: bool = False) -> Exception:
+    """`error` itself, or the `RankFailed` that stands for one which may pass."""
+    if isinstance(error, RankFailed) or not may_pass(error, starting):
+        return error
+    text = " ".join(str(error).split())
+    shown = text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} ..."
+    return RankFailed(f"{type(error).__name__}: {shown}" if shown else type(error).__name__)

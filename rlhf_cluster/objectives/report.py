@@ -1,0 +1,148 @@
+"""What a trained scorer is worth on pairs that it has not seen: pure, numpy, no torch.
+
+    accuracy      share of pairs whose chosen response scores higher; a tie counts half; with the
+                  Wilson interval of 95 % (Wilson 1927)
+    brier         mean of (1 - p)^2, p = sigmoid(chosen - rejected) (Brier 1950); 0.25 is a coin
+    ece           expected calibration error: |confidence - accuracy| over equal bins of the confidence
+                  max(p, 1 - p), weighted by pairs (Guo et al. 2017, arXiv 1706.04599)
+    length_correlation    Spearman's rank correlation of score and length over all responses; over
+                  `LENGTH_WARNING` the scorer may reward length itself
+
+Promises: the same pairs in any order give the same report; nothing is left out: scores that are not
+finite are refused. What is not defined, such as the correlation with a constant, is None.
+
+Shapes: P pairs, N numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from rlhf_cluster.errors import RecordError
+
+LENGTH_WARNING = 0.3
+Z_95 = 1.959963984540054
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Numbers of one scorer on held-out pairs; see the module."""
+
+    num_pairs: int
+    num_ties: int
+    accuracy: float
+    accuracy_low: float
+    accuracy_high: float
+    brier: float
+    ece: float
+    margin_mean: float
+    length_correlation: float | None
+    warnings: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return {**asdict(self), "warnings": list(self.warnings)}
+
+
+def validation_report(
+    chosen: np.ndarray,
+    rejected: np.ndarray,
+    chosen_lengths: np.ndarray,
+    rejected_lengths: np.ndarray,
+    num_bins: int = 10,
+) -> Report:
+    """The report on scored pairs.
+
+    Args:
+        chosen, rejected: [P] scores, finite.
+        chosen_lengths, rejected_lengths: [P] tokens of the responses.
+        num_bins: of the calibration error, over confidences from 0.5 to 1.
+
+    Raises:
+        RecordError: no pairs, lengths that differ, or a score that is not finite.
+    """
+    arrays = [np.asarray(a, dtype=np.float64) for a in (chosen, rejected)]
+    lengths = [np.asarray(a) for a in (chosen_lengths, rejected_lengths)]
+    if (
+        len({a.shape for a in (*arrays, *lengths)}) != 1
+        or arrays[0].ndim != 1
+        or not arrays[0].size
+    ):
+        shapes = ", ".join(str(list(a.shape)) for a in (*arrays, *lengths))
+        raise RecordError(f"a report needs scores and lengths of the same pairs, found {shapes}")
+    if bad := int(sum((~np.isfinite(a)).sum() for a in arrays)):
+        raise RecordError(
+            f"{bad} of {2 * arrays[0].size} scores are not finite; a report on the rest would lie"
+        )
+    margins = arrays[0] - arrays[1]
+    right = np.where(margins > 0, 1.0, np.where(margins < 0, 0.0, 0.5))
+    low, high = wilson_interval(float(right.sum()), right.size)
+    correlation = spearman(np.concatenate(arrays), np.concatenate(lengths))
+    return Report(
+        num_pairs=int(margins.size),
+        num_ties=int((margins == 0).sum()),
+        accuracy=float(right.mean()),
+        accuracy_low=low,
+        accuracy_high=high,
+        brier=float(np.mean(np.square(_sigmoid(-margins)))),
+        ece=calibration_error(_sigmoid(np.abs(margins)), right, num_bins),
+        margin_mean=float(margins.mean()),
+        length_correlation=correlation,
+        warnings=_warnings(low, high, correlation),
+    )
+
+
+def wilson_interval(successes: float, num: int, z: float = Z_95) -> tuple[float, float]:
+    """(low, high) of a share, never outside [0, 1]. Wilson 1927. `num` at least 1."""
+    share, squared = successes / num, z * z
+    centre = (share + squared / (2 * num)) / (1 + squared / num)
+    half = (
+        z / (1 + squared / num) * math.sqrt(share * (1 - share) / num + squared / (4 * num * num))
+    )
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def calibration_error(confidences: np.ndarray, right: np.ndarray, num_bins: int = 10) -> float:
+    """ECE of confidences [P] in [0.5, 1] and outcomes [P] in [0, 1], over equal bins."""
+    bins = np.minimum(((confidences - 0.5) * 2 * num_bins).astype(int), num_bins - 1)
+    gaps = np.zeros(num_bins)
+    np.add.at(gaps, bins, confidences - right)
+    return float(np.abs(gaps).sum() / confidences.size)
+
+
+def spearman(first: np.ndarray, second: np.ndarray) -> float | None:
+    """Rank correlation of [N] and [N], ties at their mean rank; None where one is constant."""
+    ranks = [_ranks(np.asarray(a, dtype=np.float64)) for a in (first, second)]
+    centred = [r - r.mean() for r in ranks]
+    norm = math.sqrt(float(np.square(centred[0]).sum()) * float(np.square(centred[1]).sum()))
+    return float((centred[0] * centred[1]).sum() / norm) if norm > 0 else None
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[inverse]
+
+
+def _sigmoid(values: np.ndarray) -> np.ndarray:
+    ends = np.exp(-np.abs(values))
+    return np.where(values >= 0, 1 / (1 + ends), ends / (1 + ends))
+
+
+def _warnings(low: float, high: float, correlation: float | None) -> tuple[str, ...]:
+    found = []
+    if low <= 0.5 <= high:
+        found.append(
+            f"the accuracy's interval [{low:.3f}, {high:.3f}] holds 0.5: these pairs do not tell the "
+            "scorer from a coin"
+        )
+    if correlation is not None and abs(correlation) > LENGTH_WARNING:
+        kind = "longer" if correlation > 0 else "shorter"
+        found.append(
+            f"score and length have a rank correlation of {correlation:.2f}, over {LENGTH_WARNING}: "
+            f"the scorer may prefer {kind} responses as such. Balance lengths in the pairs"
+        )
+    return tuple(found)

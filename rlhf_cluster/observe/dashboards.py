@@ -1,0 +1,356 @@
+"""What the Grafana dashboards show: THE table of panels. `deploy/generate.py` makes the files.
+
+The overview answers on one screen whether the run learns, whether it is healthy, and what bounds it;
+a dashboard a service has the rest. Every query is about metrics of `rlhf_cluster.observe.table`, used
+as their kind asks, and about ones that the code sends (`tests/unit/test_monitoring.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rlhf_cluster.observe.panels import (
+    RUN,
+    Dashboard,
+    Panel,
+    Query,
+    gauge,
+    number,
+    quantile,
+    rate,
+    row,
+    series,
+    share,
+)
+
+REWARD = Panel(
+    title="Reward",
+    queries=(
+        gauge("reward_mean", "{{run}} step"),
+        Query(
+            expr=f"max by (run) (avg_over_time({series('reward_mean')}[10m]))",
+            legend="{{run}} 10 min",
+        ),
+        gauge("evaluation_reward_mean", "{{run}} held-out"),
+    ),
+    help="Is it learning? The mean over 10 minutes should rise; held-out answers are greedy.",
+)
+WAITS = Panel(
+    title="Who waits for whom",
+    queries=(
+        share("time_learner_wait_s", "{{run}} learner waits"),
+        share("time_generation_wait_s", "{{run}} generation waits"),
+        share("time_train_s", "{{run}} training"),
+    ),
+    unit="percentunit",
+    help="Shares of the step's wall time. The one that never waits is the bottleneck.",
+)
+GAINS = Panel(
+    title="What one more worker would give",
+    queries=(gauge("advisor_gain", "{{run}} {{station}}", by="run, station"),),
+    help="Predicted speed over now. 1 is nothing; for the learner: one that is twice as fast.",
+)
+
+OVERVIEW = Dashboard(
+    uid="rlhf-overview",
+    title="RLHF overview",
+    help="Is it learning, is it healthy, what is the bottleneck",
+    rows=(
+        row(
+            "Now",
+            number("Step", gauge("step_number", "{{run}}")),
+            number("Reward now", gauge("reward_mean", "{{run}}")),
+            number("Step time", gauge("time_step_s", "{{run}}"), "s"),
+            number("Tokens/s", gauge("step_tokens_per_s", "{{run}}")),
+            number("Staleness, largest", gauge("staleness_max", "{{run}}")),
+            number(
+                "Alerts",
+                Query(expr='count(ALERTS{alertstate="firing"}) or vector(0)', legend="firing"),
+                help="Each has a section in docs/runbook.md.",
+            ),
+        ),
+        row(
+            "Is it learning",
+            REWARD,
+            Panel(
+                title="Distance from the reference",
+                queries=(
+                    gauge("learner_kl_ref_response", "{{run}} KL of a response"),
+                    gauge("learner_entropy", "{{run}} entropy"),
+                ),
+                unit="short",
+                help="Nats. KL jumps and entropy towards 0 are bad signs.",
+            ),
+            Panel(
+                title="Response length",
+                queries=(gauge("response_length_mean_tokens", "{{run}}"),),
+                help="Tokens. A reward that rises with length alone may be a hole in it.",
+            ),
+        ),
+        row(
+            "What is the bottleneck",
+            WAITS,
+            GAINS,
+            Panel(
+                title="Groups",
+                queries=(
+                    gauge("buffer_in_flight", "{{run}} in flight"),
+                    gauge("buffer_ready", "{{run}} ready"),
+                ),
+                help="Ready piles up: learner-bound. None ready: generation- or scoring-bound.",
+            ),
+        ),
+        row(
+            "Is it healthy",
+            Panel(
+                title="Live workers",
+                queries=(gauge("pool_size", "{{run}} {{pool}}", by="run, pool"),),
+            ),
+            Panel(
+                title="Groups that fail",
+                queries=(
+                    Query(
+                        expr=f"rlhf:generation_failing:fraction10m{{{RUN}}}",
+                        legend="{{run}} generation",
+                    ),
+                    Query(
+                        expr=f"rlhf:scoring_failing:fraction10m{{{RUN}}}", legend="{{run}} scoring"
+                    ),
+                ),
+                unit="percentunit",
+            ),
+            Panel(
+                title="Free disk",
+                queries=(gauge("run_disk_free_fraction", "{{run}}", how="min"),),
+                unit="percentunit",
+            ),
+        ),
+    ),
+)
+
+GENERATION = Dashboard(
+    uid="rlhf-generation",
+    title="RLHF generation",
+    help="The vLLM workers",
+    rows=(
+        row(
+            "Throughput",
+            Panel(
+                title="Tokens sampled a second",
+                queries=(rate("generation_tokens_total", "{{run}} {{worker}}", "run, worker"),),
+            ),
+            Panel(
+                title="Time of a group",
+                queries=(
+                    quantile("generation_group_s", 0.5),
+                    quantile("generation_group_s", 0.95),
+                ),
+                unit="s",
+            ),
+            Panel(
+                title="Groups sampled a second",
+                queries=(rate("generation_groups_total", "{{run}} {{worker}}", "run, worker"),),
+            ),
+        ),
+        row(
+            "Engines",
+            Panel(
+                title="Requests",
+                queries=(
+                    gauge("generation_requests_running", "{{worker}} running", by="run, worker"),
+                    gauge("generation_requests_waiting", "{{worker}} waiting", by="run, worker"),
+                ),
+            ),
+            Panel(
+                title="KV cache in use",
+                queries=(
+                    gauge("generation_kv_cache_use_fraction", "{{worker}}", by="run, worker"),
+                ),
+                unit="percentunit",
+            ),
+            Panel(
+                title="Errors a second",
+                queries=(rate("generation_errors_total", "{{run}} {{reason}}", "run, reason"),),
+            ),
+        ),
+        row(
+            "Weights",
+            Panel(
+                title="Live version by worker",
+                queries=(gauge("generation_version_live", "{{worker}}", by="run, worker"),),
+            ),
+            Panel(
+                title="Pull, and pause of sampling for it",
+                queries=(
+                    quantile("generation_pull_s", 0.95),
+                    quantile("generation_pull_pause_s", 0.95),
+                ),
+                unit="s",
+            ),
+            Panel(
+                title="Tokens lost to failed segments a second",
+                queries=(rate("generation_tokens_resampled_total", "{{run}}"),),
+            ),
+        ),
+    ),
+)
+
+SCORING = Dashboard(
+    uid="rlhf-scoring",
+    title="RLHF scoring and buffer",
+    help="Rewards, the reference, and the experience buffer",
+    rows=(
+        row(
+            "Scoring",
+            Panel(
+                title="Groups scored a second",
+                queries=(rate("scoring_groups_total", "{{run}} {{worker}}", "run, worker"),),
+            ),
+            Panel(
+                title="Time of a group",
+                queries=(quantile("scoring_latency_s", 0.5), quantile("scoring_latency_s", 0.95)),
+                unit="s",
+            ),
+            Panel(
+                title="Errors a second",
+                queries=(rate("scoring_errors_total", "{{run}} {{reason}}", "run, reason"),),
+            ),
+        ),
+        row(
+            "Rewards",
+            Panel(
+                title="Reward of a step",
+                queries=(
+                    gauge("reward_mean", "{{run}} mean"),
+                    gauge("reward_min", "{{run}} min", how="min"),
+                    gauge("reward_max", "{{run}} max"),
+                ),
+            ),
+            Panel(
+                title="Groups with equal rewards",
+                queries=(gauge("reward_zero_std_groups_fraction", "{{run}}"),),
+                unit="percentunit",
+            ),
+            Panel(title="Standard deviation", queries=(gauge("reward_std", "{{run}}"),)),
+        ),
+        row(
+            "Buffer",
+            Panel(
+                title="Groups a second",
+                queries=(
+                    rate("buffer_admitted_total", "{{run}} admitted"),
+                    rate("buffer_finished_total", "{{run}} finished"),
+                    rate("buffer_taken_total", "{{run}} taken"),
+                ),
+            ),
+            Panel(
+                title="Discards a second",
+                queries=(rate("buffer_discarded_total", "{{run}} {{reason}}", "run, reason"),),
+            ),
+            Panel(
+                title="Staleness",
+                queries=(
+                    gauge("staleness_mean", "{{run}} mean"),
+                    gauge("staleness_max", "{{run}} largest"),
+                    gauge("staleness_bound", "{{run}} bound"),
+                ),
+            ),
+        ),
+    ),
+)
+
+LEARNER = Dashboard(
+    uid="rlhf-learner",
+    title="RLHF learner and weights",
+    help="Optimisation, importance weights, publishing, checkpoints",
+    rows=(
+        row(
+            "Optimisation",
+            Panel(
+                title="Loss and gradient norm",
+                queries=(
+                    gauge("learner_loss", "{{run}} loss"),
+                    gauge("learner_grad_norm", "{{run}} gradient norm"),
+                ),
+            ),
+            Panel(
+                title="Clipped, masked, capped",
+                queries=(
+                    gauge("learner_clip_fraction", "{{run}} clipped"),
+                    gauge("importance_masked_fraction", "{{run}} masked"),
+                    gauge("importance_capped_fraction", "{{run}} capped"),
+                ),
+                unit="percentunit",
+            ),
+            Panel(
+                title="Effective sample size",
+                queries=(
+                    gauge("importance_effective_sample_size", "{{run}}", how="min"),
+                    gauge(
+                        "importance_effective_sample_size_by_staleness",
+                        "{{run}} staleness {{staleness}}",
+                        by="run, staleness",
+                    ),
+                ),
+                unit="percentunit",
+            ),
+        ),
+        row(
+            "Step",
+            Panel(
+                title="Where a step's time goes",
+                queries=(
+                    gauge("learner_prepare_s", "{{run}} prepare"),
+                    gauge("learner_forward_backward_s", "{{run}} forward and backward"),
+                    gauge("learner_optimizer_s", "{{run}} optimizer"),
+                    gauge("time_publish_wait_s", "{{run}} copy of the weights"),
+                    gauge("time_learner_wait_s", "{{run}} waiting for groups"),
+                ),
+                unit="s",
+            ),
+            Panel(
+                title="Sampler against learner",
+                queries=(
+                    gauge("importance_logprob_diff_mean", "{{run}} all tokens"),
+                    gauge("importance_engine_mismatch_mean", "{{run}} engine alone"),
+                ),
+                help="Nats a token. The second needs scoring.exact_logprobs.",
+            ),
+            Panel(
+                title="Skipped steps and restarts",
+                queries=(
+                    gauge("learner_skipped_steps", "{{run}} skipped"),
+                    rate("learner_restarts_total", "{{run}} restarts a second"),
+                ),
+            ),
+        ),
+        row(
+            "Weights and checkpoints",
+            Panel(
+                title="Versions",
+                queries=(
+                    gauge("weights_version_published", "{{run}} published"),
+                    gauge("weights_version_live", "{{run}} live"),
+                ),
+            ),
+            Panel(
+                title="Publish and pull",
+                queries=(
+                    gauge("weights_snapshot_s", "{{run}} copy"),
+                    gauge("weights_publish_s", "{{run}} write"),
+                    gauge("weights_pull_s", "{{run}} until live"),
+                ),
+                unit="s",
+            ),
+            Panel(
+                title="Last checkpoint",
+                queries=(
+                    gauge("checkpoint_step", "{{run}} step"),
+                    gauge("step_number", "{{run}} now"),
+                ),
+            ),
+        ),
+    ),
+)
+
+DASHBOARDS: Sequence[Dashboard] = (OVERVIEW, GENERATION, SCORING, LEARNER)

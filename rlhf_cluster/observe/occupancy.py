@@ -1,0 +1,70 @@
+"""How much of the time a pool of workers had something to do.
+
+A worker counts as busy while there are at least as many calls under way as workers, or it is among
+the first of them: with n calls at w workers, min(n, w) of w are busy. Calls that wait for a worker
+count as calls, so a pool that is always asked for more than it can do is busy all the time.
+
+`busy_s` is the mean over the workers; `idle_s` is the time in which none had a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """Seconds since the last `take`. idle_s + busy_s <= the time between the two."""
+
+    idle_s: float
+    busy_s: float
+
+
+@dataclass(slots=True)
+class Occupancy:
+    """One pool. `num_workers` tells how many workers it has now."""
+
+    clock: Callable[[], float]
+    num_workers: Callable[[], int]
+    _num_calls: int = 0
+    _since_s: float = 0.0
+    _idle_s: float = 0.0
+    _busy_s: float = 0.0
+
+    def start(self) -> None:
+        """Count from now on."""
+        self._since_s, self._idle_s, self._busy_s = self.clock(), 0.0, 0.0
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """A call is under way inside the block."""
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
+
+    def enter(self) -> None:
+        self._pass()
+        self._num_calls += 1
+
+    def leave(self) -> None:
+        self._pass()
+        self._num_calls -= 1
+
+    def take(self) -> Spent:
+        """What was spent since the last time, or since `start`."""
+        self._pass()
+        spent = Spent(self._idle_s, self._busy_s)
+        self._idle_s = self._busy_s = 0.0
+        return spent
+
+    def _pass(self) -> None:
+        now = self.clock()
+        elapsed, self._since_s = now - self._since_s, now
+        if self._num_calls == 0:
+            self._idle_s += elapsed
+        else:
+            self._busy_s += elapsed * min(1.0, self._num_calls / max(1, self.num_workers()))

@@ -1,0 +1,140 @@
+"""Curves as inline SVG. Colours are the page's classes c0 to c7, so that they follow light and dark.
+
+Values that are missing or not finite leave gaps. Long curves are drawn as means over bins, so that a
+page stays small however long the run was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 420.0, 220.0
+LEFT, RIGHT, TOP, BOTTOM = 46.0, 8.0, 8.0, 24.0
+MAX_POINTS = 300
+NUM_COLOURS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """`colour` is a number; `style`: 0 a line, 1 dashed, 2 dotted, 3 points."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    colour: int = 0
+    style: int = 0
+
+
+def chart(title: str, curves: Sequence[Curve], x_label: str = "step", note: str = "") -> str:
+    """A figure with heading and legend. One that says so where there is nothing to draw."""
+    drawn = [
+        Curve(label=c.label, points=_binned(_finite(c.points)), colour=c.colour, style=c.style)
+        for c in curves
+    ]
+    drawn = [curve for curve in drawn if curve.points]
+    head = f"<figcaption>{escape(title)}</figcaption>"
+    if not drawn:
+        return f'<figure>{head}<p class="none">nothing recorded</p></figure>'
+    points = [point for curve in drawn for point in curve.points]
+    x0, x1 = _padded(min(x for x, _ in points), max(x for x, _ in points), 0.0)
+    y0, y1 = _padded(min(y for _, y in points), max(y for _, y in points), 0.06)
+    scale = _Scale(x0, x1, y0, y1)
+    body = "".join([_grid(scale, x_label), *(_drawn(curve, scale) for curve in drawn)])
+    legend = "".join(
+        f'<li class="c{curve.colour % NUM_COLOURS} s{curve.style}">{escape(curve.label)}</li>'
+        for curve in drawn
+    )
+    small = f'<p class="note">{escape(note)}</p>' if note else ""
+    return (
+        f'<figure>{head}<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" '
+        f'aria-label="{escape(title, quote=True)}">{body}</svg>'
+        f'<ul class="legend">{legend}</ul>{small}</figure>'
+    )
+
+
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round numbers from `low` to `high`, which must differ."""
+    rough = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    count = math.floor(high / step + 1e-9) - first
+    return [(first + i) * step for i in range(count + 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Scale:
+    x0: float
+    x1: float
+    y0: float
+    y1: float
+
+    def x(self, value: float) -> float:
+        return LEFT + (value - self.x0) / (self.x1 - self.x0) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        return HEIGHT - BOTTOM - (value - self.y0) / (self.y1 - self.y0) * (HEIGHT - TOP - BOTTOM)
+
+
+def _finite(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+
+
+def _binned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    if len(points) <= MAX_POINTS:
+        return points
+    size = len(points) / MAX_POINTS
+    bins = (points[round(i * size) : round((i + 1) * size)] for i in range(MAX_POINTS))
+    return [(sum(x for x, _ in b) / len(b), sum(y for _, y in b) / len(b)) for b in bins if b]
+
+
+def _padded(low: float, high: float, share: float) -> tuple[float, float]:
+    """A range with room at both ends, also where all values are the same."""
+    if high - low <= 1e-12 * max(abs(low), abs(high), 1e-12):
+        room = 0.5 * abs(low) or 0.5
+        return low - room, high + room
+    room = share * (high - low)
+    return low - room, high + room
+
+
+def _grid(scale: _Scale, x_label: str) -> str:
+    parts = []
+    for value in ticks(scale.y0, scale.y1):
+        y = scale.y(value)
+        parts.append(
+            f'<path class="grid" d="M{LEFT:g} {y:.1f}H{WIDTH - RIGHT:g}"/>'
+            f'<text x="{LEFT - 5:g}" y="{y + 4:.1f}" text-anchor="end">{_short(value)}</text>'
+        )
+    for value in ticks(scale.x0, scale.x1, about=4):
+        x = scale.x(value)
+        parts.append(
+            f'<text x="{x:.1f}" y="{HEIGHT - 8:g}" text-anchor="middle">{_short(value)}</text>'
+        )
+    parts.append(
+        f'<text x="{LEFT - 14:g}" y="{HEIGHT - 8:g}" text-anchor="end">{escape(x_label)}</text>'
+    )
+    return "".join(parts)
+
+
+def _drawn(curve: Curve, scale: _Scale) -> str:
+    places = [f"{scale.x(x):.1f} {scale.y(y):.1f}" for x, y in curve.points]
+    if curve.style == 3 or len(places) == 1:
+        dots = "".join(
+            f'<circle cx="{x}" cy="{y}" r="3.5"/>' for x, y in (place.split() for place in places)
+        )
+        return f'<g class="dots c{curve.colour % NUM_COLOURS}">{dots}</g>'
+    return (
+        f'<path class="line c{curve.colour % NUM_COLOURS} s{curve.style}" d="M{"L".join(places)}"/>'
+    )
+
+
+def _short(value: float) -> str:
+    if value == 0 or abs(value) < 1e-12:
+        return "0"
+    for limit, mark in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= limit:
+            base = {"G": 1e9, "M": 1e6, "k": 1e3}[mark]
+            return f"{value / base:g}{mark}"
+    return f"{value:.6g}" if abs(value) >= 1e-3 else f"{value:.0e}"

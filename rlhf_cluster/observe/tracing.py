@@ -1,0 +1,306 @@
+"""What was recorded of one rollout, and of all of one step: for `rlhf-cluster trace`.
+
+    stored groups    every field, token by token; of the last steps (`buffer.keep_steps`)
+    samples          text, rewards, sampled log-probabilities, first and last version; whole run
+
+Promises: a stored file is verified before it is used, and one that is damaged is named; what was not
+recorded says so and is not guessed. The advantage is not recorded: it is computed again, by the
+algorithm, from all groups of the step, where all are still stored and nothing but them decides it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf_cluster.errors import RlhfError, RunError, StoreError
+from rlhf_cluster.experience.recovery import read_trained
+from rlhf_cluster.experience.store import ExperienceStore
+from rlhf_cluster.observe.run_log import read_metrics
+from rlhf_cluster.observe.samples import Row, read_samples
+from rlhf_cluster.records import ExperienceGroup, ScoredRollout
+from rlhf_cluster.rundir import RunDir
+
+OPEN = "none did: it is open, or was discarded"
+_ID = re.compile(r"g(\d{8,})/\d+")
+_OF_STEP = (
+    *("reward/mean", "learner/loss", "learner/grad_norm", "learner/entropy", "learner/kl_ref"),
+    *("importance/effective_sample_size", "staleness/max", "time/step_s", "time/learner_wait_s"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traced:
+    """`facts` in order, and the columns of the token table, each [T]. `step` None: none trained it."""
+
+    rollout_id: str
+    step: int | None
+    facts: dict[str, str]
+    prompt: str
+    response: str | None
+    tokens: dict[str, Sequence[float | int | bool]] = field(default_factory=dict)
+
+    def lines(self) -> Iterator[str]:
+        width = max(len(name) for name in self.facts)
+        for name, value in self.facts.items():
+            yield f"{name:<{width}}  {value}"
+        for name, text in (("prompt", self.prompt), ("response", self.response)):
+            if text is not None:
+                yield f"{name}:"
+                yield from (f"    {line}" for line in shown(text).splitlines() or [""])
+        yield from _table(self.tokens)
+
+
+def trace_sample(run: RunDir, rollout_id: str) -> Traced:
+    """Raises `RunError` for a rollout of which nothing is kept, `StoreError` for a damaged file."""
+    found = _ID.fullmatch(rollout_id)
+    if found is None:
+        raise RunError(
+            f"{rollout_id!r} is no id of a rollout, such as g00000012/3: group and number in it. "
+            "rlhf-cluster inspect lists the groups"
+        )
+    sampled = _sampled(run, rollout_id)
+    store = ExperienceStore(run.path / "experience")
+    number = int(found[1])
+    if store.has(number):
+        group = store.read(number)
+        steps = read_trained(store.root)
+        for index, scored in enumerate(group.scored):
+            if scored.rollout.rollout_id == rollout_id:
+                return _stored(run, store, group, index, steps, sampled)
+        raise RunError(f"group {group.group_id} has {len(group.scored)} rollouts, no {rollout_id}")
+    if sampled is None:
+        raise RunError(
+            f"{rollout_id}: neither among the stored groups of {store.root} (buffer.keep_steps) nor "
+            f"among the samples (observe.samples_per_step). rlhf-cluster inspect lists what is kept"
+        )
+    return _of_samples(*sampled)
+
+
+def trace_step(run: RunDir, step: int) -> list[str]:
+    """The metrics of a step and a line for each rollout of it that is kept. Raises `RunError`."""
+    records = [record for record in read_metrics(run.metrics) if record["step"] == step]
+    store = ExperienceStore(run.path / "experience")
+    rows = {row["rollout_id"]: row for row in _rows(run, step)}
+    for number, trained_at in read_trained(store.root).items():
+        if trained_at == step and store.has(number):
+            rows |= {row["rollout_id"]: row for row in _stored_rows(store.read(number), step)}
+    if not records and not rows:
+        last = max((record["step"] for record in read_metrics(run.metrics)), default=0)
+        raise RunError(f"{run.path}: nothing is recorded of step {step}; the last one is {last}")
+    lines = [f"step {step}"]
+    for record in records:
+        lines.append(f"  ended at {_time(record['time_s'])}")
+        lines += [f"  {name:<34} {record[name]:.6g}" for name in _OF_STEP if _has(record, name)]
+    cells = [("rollout", "reward", "versions", "staleness", "tokens", "ended by", "worker")]
+    for name in sorted(rows):
+        row = rows[name]
+        cells.append(
+            (
+                name,
+                f"{row['reward']:.4g}",
+                f"{row['version_min']}..{row['version_max']}",
+                str(row["staleness"]),
+                str(len(row["response_ids"])),
+                row["finish_reason"],
+                row["worker"],
+            )
+        )
+    lines.append(f"  {len(rows)} rollouts are kept; rlhf-cluster trace RUN --sample ID shows one")
+    return [*lines, *_aligned(cells)]
+
+
+def shown(text: str) -> str:
+    """`text` as a terminal may have it: control characters are written out."""
+    return re.sub(
+        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]",
+        lambda match: f"\\x{ord(match[0]):02x}",
+        text,
+    )
+
+
+def _stored(
+    run: RunDir,
+    store: ExperienceStore,
+    group: ExperienceGroup,
+    index: int,
+    steps: dict[int, int],
+    sampled: tuple[Row, int] | None,
+) -> Traced:
+    scored = group.scored[index]
+    rollout, step = scored.rollout, steps.get(group.ticket.number)
+    advantages, why = _advantages(run, store, group, step, steps)
+    facts = {
+        "rollout": rollout.rollout_id,
+        "group": f"{group.group_id}, admitted with version {group.ticket.version}",
+        "prompt id": rollout.prompt_id,
+        "trained at step": OPEN if step is None else str(step),
+        "worker": rollout.worker,
+        "sampled": f"{_time(rollout.started_s)}, {rollout.finished_s - rollout.started_s:.3g} s",
+        "versions": f"{rollout.oldest_version}..{int(rollout.versions.max())}",
+        "staleness": "-" if step is None else str(step - 1 - rollout.oldest_version),
+        "temperature": f"{rollout.temperature:g}",
+        "ended by": str(rollout.finish_reason),
+        "reward": f"{scored.reward:.6g}, {_parts(scored)}",
+        "scorer": scored.scorer,
+        "advantage": why or f"{_of_all(advantages[index])} (computed again)",
+        "kept in": str(store.path(group.ticket.number)),
+    }
+    tokens: dict[str, Any] = {
+        "token": rollout.response_ids,
+        "trained": rollout.response_mask,
+        "version": rollout.versions,
+        "sampled_logprob": rollout.sampled_logprobs,
+        "exact_logprob": scored.exact_logprobs,
+        "ref_logprob": scored.ref_logprobs,
+        "advantage": advantages[index] if advantages else None,
+    }
+    source = group.prompt.source
+    return Traced(
+        rollout_id=rollout.rollout_id,
+        step=step,
+        facts=facts,
+        prompt=source if isinstance(source, str) else json.dumps(source, ensure_ascii=False),
+        response=None if sampled is None else sampled[0]["response"],
+        tokens={name: column.tolist() for name, column in tokens.items() if column is not None},
+    )
+
+
+def _of_samples(row: Row, step: int) -> Traced:
+    """Less is known: versions only as a range, no reference, no exact log-probabilities."""
+    facts = {
+        "rollout": row["rollout_id"],
+        "group": row["group_id"],
+        "prompt id": row["prompt_id"],
+        "trained at step": str(step),
+        "worker": row["worker"],
+        "sampled": f"in {row['generate_s']:.3g} s",
+        "versions": f"{row['version_min']}..{row['version_max']}",
+        "staleness": str(row["staleness"]),
+        "ended by": row["finish_reason"],
+        "reward": f"{row['reward']:.6g}, {row['reward_parts']}",
+        "scorer": row["scorer"],
+        "kept in": f"the samples of step {step}; its group is no longer stored",
+    }
+    tokens = {"token": row["response_ids"], "sampled_logprob": row["sampled_logprobs"]}
+    return Traced(
+        rollout_id=row["rollout_id"],
+        step=step,
+        facts=facts,
+        prompt=row["prompt"],
+        response=row["response"],
+        tokens=tokens,
+    )
+
+
+def _advantages(
+    run: RunDir,
+    store: ExperienceStore,
+    group: ExperienceGroup,
+    step: int | None,
+    steps: dict[int, int],
+) -> tuple[list[np.ndarray], str]:
+    """Of the rollouts of `group`, each [T], or none and the reason."""
+    if step is None:
+        return [], "not trained"
+    from rlhf_cluster.algorithms import build_algorithm
+    from rlhf_cluster.config import RunConfig, validate
+
+    numbers = sorted(number for number, at in steps.items() if at == step)
+    try:
+        config = validate(RunConfig, run.read_resolved() or {}, str(run.resolved))
+        algorithm = build_algorithm(config.algorithm, config.generation.max_response_tokens)
+        if algorithm.needs_critic or algorithm.full_kl_in == "reward":
+            return [], "not recorded: the learner's own values decide it"
+        if len(numbers) != config.run.groups_per_step or not all(map(store.has, numbers)):
+            return [], "not known: groups of the same step are no longer stored"
+        groups = [group if n == group.ticket.number else store.read(n) for n in numbers]
+        found = algorithm.advantages(algorithm.trained_groups(groups))
+    except RlhfError as error:
+        return [], f"not known: {error}"
+    return found[numbers.index(group.ticket.number)], ""
+
+
+def _of_all(values: np.ndarray) -> str:
+    if len(values) == 0:
+        return "no token"
+    low, high = float(values.min()), float(values.max())
+    return f"{low:.6g}" if low == high else f"{low:.6g} to {high:.6g}"
+
+
+def _parts(scored: ScoredRollout) -> str:
+    return ", ".join(f"{name} {value:.6g}" for name, value in scored.reward_parts.items()) or "-"
+
+
+def _rows(run: RunDir, step: int) -> list[Row]:
+    path = run.samples / f"step-{step:06d}.parquet"
+    return _read(path) if path.exists() else []
+
+
+def _sampled(run: RunDir, rollout_id: str) -> tuple[Row, int] | None:
+    """The row of a rollout and its step: the last one, where a resumed run has it twice."""
+    for path in sorted(run.samples.glob("step-*.parquet"), reverse=True):
+        for row in _read(path):
+            if row["rollout_id"] == rollout_id:
+                return row, int(path.stem.removeprefix("step-"))
+    return None
+
+
+def _read(path: Path) -> list[Row]:
+    try:
+        return read_samples(path)
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path}: cannot be read as samples ({error})") from error
+
+
+def _stored_rows(group: ExperienceGroup, step: int) -> Iterator[dict[str, Any]]:
+    for scored in group.scored:
+        rollout = scored.rollout
+        yield {
+            "rollout_id": rollout.rollout_id,
+            "reward": scored.reward,
+            "version_min": rollout.oldest_version,
+            "version_max": int(rollout.versions.max()),
+            "staleness": step - 1 - rollout.oldest_version,
+            "response_ids": rollout.response_ids,
+            "finish_reason": str(rollout.finish_reason),
+            "worker": rollout.worker,
+        }
+
+
+def _table(columns: dict[str, Sequence[float | int | bool]]) -> list[str]:
+    if not columns:
+        return []
+    cells = [("", *columns)]
+    for place, values in enumerate(zip(*columns.values(), strict=True)):
+        cells.append((str(place), *(_cell(value) for value in values)))
+    return ["tokens:", *_aligned(cells)]
+
+
+def _cell(value: float | int | bool) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value) if isinstance(value, int) else f"{value:.5f}"
+
+
+def _aligned(cells: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    return [
+        "  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    ]
+
+
+def _has(record: dict[str, Any], name: str) -> bool:
+    return record.get(name) is not None
+
+
+def _time(time_s: float) -> str:
+    return datetime.fromtimestamp(time_s, UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3] + " UTC"

@@ -1,0 +1,32 @@
+"""Offline stages: one file each, one entry in `STAGES`, one in the union. No torch is loaded here.
+
+A stage trains a model on data that lies there: supervised fine-tuning, and what others add. It shares
+packing, learner, checkpoints and records with reinforcement learning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from rlhf_cluster.stages.base import Stage, StageContext
+from rlhf_cluster.stages.preference import PreferenceConfig, PreferenceStage
+from rlhf_cluster.stages.reward_model import RewardModelStage, RewardModelStageConfig
+from rlhf_cluster.stages.sft import SftConfig, SftStage
+
+StageSection = Annotated[
+    PreferenceConfig | RewardModelStageConfig | SftConfig, Field(discriminator="type")
+]
+
+STAGES: Mapping[str, type[Stage[Any]]] = {
+    "preference": PreferenceStage,
+    "reward_model": RewardModelStage,
+    "sft": SftStage,
+}
+"""Classes by the `type` of their section."""
+
+
+def build_stage(section: Any, context: StageContext) -> Stage[Any]:
+    return STAGES[section.type](section, context)

@@ -1,0 +1,242 @@
+"""Preference optimisation: a policy from pairs of responses, or from single ones with a verdict (KTO).
+
+Rows are in any layout of `data.pairs`; with `loss = { type = "kto" }` labelled responses too, and a
+pair is then two of them. Losses and their keys are in `objectives.preference_table`.
+
+The reference is the policy as the stage began. Its log-probabilities of a unit are computed once, when
+the unit is first met, and kept. KTO's baseline is computed once a step on unmatched responses: each
+prompt of the batch with the responses of the next one, cut where they do not fit; a batch of one
+prompt has the baseline 0.
+
+Promises: the loss is the mean over the pairs (labelled responses) of the batch, whatever the ranks,
+micro-batches and packing; while the policy is the reference every log-ratio is exactly 0. Truncation
+drops the oldest tokens of the prompt, the same ones for both, and never touches a response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from xxhash import xxh3_128
+
+from rlhf_cluster.algorithms.base import Sums
+from rlhf_cluster.config.stage_sections import StageSectionBase
+from rlhf_cluster.data.pairs import opening, parse_labelled, parse_pair
+from rlhf_cluster.data.rows import Row
+from rlhf_cluster.data.units import Unit, cut_end
+from rlhf_cluster.learning.packing import TokenSequence
+from rlhf_cluster.objectives.preference import Labelled, Pairs, kto_baseline
+from rlhf_cluster.objectives.preference_table import (
+    DpoConfig,
+    KtoConfig,
+    PairLoss,
+    PreferenceLoss,
+)
+from rlhf_cluster.objectives.report import validation_report
+from rlhf_cluster.stages.answers import cut_prompt, encode_answers
+from rlhf_cluster.stages.base import Passes, Stage, StageContext
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_cluster.learning.passes import TokenLoss, TrainedTokens
+
+
+class PreferenceConfig(StageSectionBase):
+    """Preference optimisation against the policy that the stage starts from."""
+
+    type: Literal["preference"] = "preference"
+    loss: PreferenceLoss = DpoConfig()
+    """Which loss, and its keys."""
+
+    @property
+    def max_unit_size(self) -> int:
+        return 2
+
+
+class PreferenceStage(Stage[PreferenceConfig]):
+    headline = "preference/accuracy"
+    lower_is_better = False
+    needs_reference = True
+
+    def __init__(self, section: PreferenceConfig, context: StageContext) -> None:
+        super().__init__(section, context)
+        self.needs_reference = section.loss.needs_reference
+        self._kept: dict[bytes, tuple[np.ndarray, ...]] = {}  # of the reference, by token ids
+
+    def read(self, row: Row, name: str) -> Sequence[Unit]:
+        where = f"{name}, {row.place}"
+        if self.section.loss.paired:
+            pair = parse_pair(row.columns, where)
+            prompt, answers, verdicts = pair.prompt, [pair.chosen, pair.rejected], [True, False]
+        else:
+            found = parse_labelled(row.columns, where)
+            prompt, answers = found[0].prompt, [r.completion for r in found]
+            verdicts = [r.desirable for r in found]
+        prompt_ids, ids = encode_answers(prompt, answers, where, self.context, self.tokenizer)
+        return [
+            Unit(
+                sequences=tuple(TokenSequence(prompt_ids=prompt_ids, target_ids=a) for a in ids),
+                key=opening(prompt),
+                content=repr((prompt, answers, verdicts)),
+                place=where,
+                values={"desirable": float(verdicts[0])},
+            )
+        ]
+
+    def shorten(self, unit: Unit, max_tokens: int) -> Unit | None:
+        longest = max(len(s.target_ids) for s in unit.sequences)
+        # the last target is predicted and never read
+        cut = cut_prompt(unit.sequences[0].prompt_ids, longest, max_tokens + 1)
+        if cut is None:
+            return None
+        return replace(unit, sequences=tuple(replace(s, prompt_ids=cut) for s in unit.sequences))
+
+    def loss(self, units: Sequence[Unit], passes: Passes) -> TokenLoss:
+        loss = self.section.loss
+        reference = self._of_reference(units, passes) if loss.needs_reference else None
+        if isinstance(loss, PairLoss):
+            return _pair_loss(loss, len(units), reference)
+        assert reference is not None
+        return _labelled_loss(loss, _verdicts(units), reference, self._baseline(units, passes))
+
+    def report(self, units: Sequence[Unit], passes: Passes) -> dict[str, Any]:
+        """How held-out responses are told apart, and whether the chosen ones have become less likely
+        (likelihood displacement: Razin et al. 2024, arXiv 2410.08847)."""
+        policy = _sums(passes.logprobs(units))
+        if not self.needs_reference:
+            return _comparison(self.section.loss, units, policy, None)
+        return _comparison(self.section.loss, units, policy, _sums(passes.reference(units)))
+
+    def _of_reference(self, units: Sequence[Unit], passes: Passes) -> list[np.ndarray]:
+        """Log-probabilities [T] of every sequence in order; kept, as they never change."""
+        names = [_token_digest(unit) for unit in units]
+        missing = [u for u, name in zip(units, names, strict=True) if name not in self._kept]
+        if missing:
+            found = passes.reference(missing)
+            self._kept.update(
+                (_token_digest(u), own) for u, own in zip(missing, found, strict=True)
+            )
+        return [own for name in names for own in self._kept[name]]
+
+    def _baseline(self, units: Sequence[Unit], passes: Passes) -> float:
+        """KTO's, in nats."""
+        import torch
+
+        unmatched = _unmatched(units, self.context.data.max_tokens)
+        if not unmatched:
+            return 0.0
+        policy, ref = _sums(passes.logprobs(unmatched)), _sums(passes.reference(unmatched))
+        return float(kto_baseline(torch.from_numpy(policy), torch.from_numpy(ref)))
+
+
+def _token_digest(unit: Unit) -> bytes:
+    digest = xxh3_128()
+    for ids in (ids for s in unit.sequences for ids in (s.prompt_ids, s.target_ids)):
+        digest.update(len(ids).to_bytes(4, "little") + ids.astype(np.int32).tobytes())
+    return digest.digest()
+
+
+def _pair_loss(loss: PairLoss, num_pairs: int, reference: Sequence[np.ndarray] | None) -> TokenLoss:
+    def share(tokens: TrainedTokens) -> tuple[Tensor, Sums]:
+        sums = tokens.sums(tokens.logprobs)
+        counts = tokens.sums(tokens.logprobs.detach().new_ones(tokens.logprobs.shape))
+        ref = None if reference is None else _reference_sums(tokens, reference)
+        pairs = Pairs(
+            chosen=sums[0::2],
+            rejected=sums[1::2],
+            chosen_tokens=counts[0::2],
+            rejected_tokens=counts[1::2],
+            ref_chosen=None if ref is None else ref[0::2],
+            ref_rejected=None if ref is None else ref[1::2],
+        )
+        losses, metrics = loss.losses(pairs)
+        return losses.sum() / num_pairs, metrics
+
+    return share
+
+
+def _labelled_loss(
+    loss: KtoConfig, verdicts: Sequence[bool], reference: Sequence[np.ndarray], baseline: float
+) -> TokenLoss:
+    def share(tokens: TrainedTokens) -> tuple[Tensor, Sums]:
+        sums = tokens.sums(tokens.logprobs)
+        desirable = sums.detach().new_tensor([float(verdicts[i]) for i in tokens.members])
+        labelled = Labelled(
+            policy=sums, ref=_reference_sums(tokens, reference), desirable=desirable.bool()
+        )
+        losses, metrics = loss.losses(labelled, sums.detach().new_tensor(baseline))
+        return losses.sum() / len(verdicts), metrics
+
+    return share
+
+
+def _reference_sums(tokens: TrainedTokens, reference: Sequence[np.ndarray]) -> Tensor:
+    """Of each sequence of the micro-batch, added up as the policy's are: equal tokens, equal sums."""
+    own = [reference[index] for index in tokens.members]
+    values = np.concatenate([np.zeros(0, dtype=np.float32), *own])
+    return tokens.sums(tokens.logprobs.detach().new_tensor(values))
+
+
+def _unmatched(units: Sequence[Unit], max_tokens: int) -> list[Unit]:
+    """Each prompt with the responses of the next unit, where that has another prompt."""
+    found = []
+    for index, unit in enumerate(units):
+        other = units[(index + 1) % len(units)]
+        prompt_ids = unit.sequences[0].prompt_ids
+        if np.array_equal(prompt_ids, other.sequences[0].prompt_ids):
+            continue
+        moved = [cut_end(replace(s, prompt_ids=prompt_ids), max_tokens) for s in other.sequences]
+        if sequences := tuple(sequence for sequence in moved if sequence is not None):
+            found.append(replace(unit, sequences=sequences))
+    return found
+
+
+def _verdicts(units: Sequence[Unit]) -> list[bool]:
+    """Of every sequence in order: of two the first is the better one."""
+    return [
+        verdict
+        for unit in units
+        for verdict in (
+            (True, False) if len(unit.sequences) == 2 else (bool(unit.values["desirable"]),)
+        )
+    ]
+
+
+def _sums(found: Sequence[tuple[np.ndarray, ...]]) -> np.ndarray:
+    """The log-probability of every sequence in order, float64."""
+    return np.array([values.sum(dtype=np.float64) for unit in found for values in unit])
+
+
+def _comparison(
+    loss: PairLoss | KtoConfig, units: Sequence[Unit], policy: np.ndarray, ref: np.ndarray | None
+) -> dict[str, Any]:
+    import torch
+
+    found: dict[str, Any] = {"num_responses": len(policy)}
+    if isinstance(loss, PairLoss):
+        lengths = np.array([len(s.target_ids) for unit in units for s in unit.sequences])
+        columns = (policy, lengths) if ref is None else (policy, lengths, ref)
+        sides = [[torch.from_numpy(c[start::2].copy()) for c in columns] for start in (0, 1)]
+        (chosen, chosen_tokens, *ref_chosen), (rejected, rejected_tokens, *ref_rejected) = sides
+        pairs = Pairs(
+            chosen=chosen,
+            rejected=rejected,
+            chosen_tokens=chosen_tokens,
+            rejected_tokens=rejected_tokens,
+            ref_chosen=ref_chosen[0] if ref_chosen else None,
+            ref_rejected=ref_rejected[0] if ref_rejected else None,
+        )
+        rewards = [side.numpy() for side in loss.rewards(pairs)]
+        found |= validation_report(rewards[0], rewards[1], lengths[0::2], lengths[1::2]).as_dict()
+    if ref is None:
+        return found
+    verdicts = np.array(_verdicts(units))
+    for side, chosen_ones in (("chosen", verdicts), ("rejected", ~verdicts)):
+        if chosen_ones.any():
+            found[f"{side}_log_ratio"] = float((policy - ref)[chosen_ones].mean())
+    found["displaced"] = found.get("chosen_log_ratio", 0.0) < 0
+    return found

@@ -1,0 +1,60 @@
+"""What a person reads of a stage before it starts and when it has finished."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf_cluster.config.stage import StageConfig
+from rlhf_cluster.planning.derived import total_resources
+from rlhf_cluster.planning.placement import demand
+from rlhf_cluster.stages.inputs import StageInputs
+
+
+def derived_stage(config: StageConfig, inputs: StageInputs) -> dict[str, str]:
+    """What the settings amount to, as name and text."""
+    counts = inputs.stream.counts
+    epoch = inputs.stream.end_of(1)
+    drawn = inputs.end or inputs.num_steps * inputs.units_per_step
+    return {
+        "stage": config.stage.type,
+        "steps": f"{inputs.num_steps:,}, of {inputs.units_per_step:,} units each",
+        "data": f"{counts.rows:,} rows, {counts.units:,} units",
+        "epochs": f"{drawn / epoch:.3g} of {epoch:,} units",
+        "held out": f"{counts.held_out:,} units"
+        + (f", {counts.unread:,} more are not used" if counts.unread else ""),
+        "longest sequence": f"at most {config.data.max_tokens:,} tokens",
+        "row": f"{config.tokens_per_row:,} tokens",
+        "total demand": total_resources(demand(config)),
+        "run directory": str(config.run_dir),
+    }
+
+
+def stage_ending(summary: Mapping[str, Any], command: str, here: Path) -> list[str]:
+    """The last lines of a finished stage. `command` calls this program, `here` is the folder."""
+    folder, final = (_shown(Path(summary[k]), here) for k in ("run_dir", "final_model"))
+    before, after = summary["before"], summary["after"]
+    result = "not measured (data.held_out = 0)"
+    if before is not None and after is not None:
+        result = f"{before:.4g} -> {after:.4g} on held-out units"
+    rows = {
+        summary["metric"]: result,
+        **{f"note {i}": note for i, note in enumerate(summary["data_notes"], start=1)},
+        "run directory": folder,
+        "learning curve": f"{folder}/curve.png",
+        "trained model": final,
+    }
+    return [
+        f"Stage {summary['run']} ({summary['stage']}) finished: {summary['steps']:,} steps in "
+        f"{summary['total_s']:.0f} s",
+        *(f"  {name:<14}  {text}" for name, text in rows.items()),
+        "",
+        "Try next",
+        f"  {'Where it ended':<14}  {shlex.join([command, 'status', folder])}",
+    ]
+
+
+def _shown(path: Path, here: Path) -> str:
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)

@@ -1,0 +1,112 @@
+"""A real Prometheus scrapes a real run: every query of the dashboards has an answer.
+
+Prometheus comes with promtool (`make promtool`); without it this test is skipped.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+
+from rlhf_cluster.observe.dashboards import DASHBOARDS
+from tests.ports import free_ports
+from tests.promql import NOT_IN_A_PLAIN_RUN, series_behind
+
+REPOSITORY = Path(__file__).parents[2]
+FETCHED = REPOSITORY / ".venv" / "prometheus" / "usr" / "bin" / "prometheus"
+PROMETHEUS = (
+    os.environ.get("PROMETHEUS")
+    or shutil.which("prometheus")
+    or (str(FETCHED) if FETCHED.exists() else None)
+)
+pytestmark = pytest.mark.skipif(
+    PROMETHEUS is None, reason="Prometheus is not installed: make promtool fetches it"
+)
+Ask = Callable[[str], list[dict[str, Any]]]
+
+
+@pytest.fixture
+def ask(ray_address: str, tmp_path: Path) -> Iterator[Ask]:
+    """Ask a Prometheus that scrapes the cluster every second, with our rules."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    targets = [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in nodes]
+    config = {
+        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+        "rule_files": [str(REPOSITORY / "deploy" / "prometheus" / "*.rules.yml")],
+        "scrape_configs": [{"job_name": "ray", "static_configs": [{"targets": targets}]}],
+    }
+    (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(config))
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    with (tmp_path / "prometheus.log").open("w") as log:
+        server = subprocess.Popen(
+            [
+                str(PROMETHEUS),
+                f"--config.file={tmp_path / 'prometheus.yml'}",
+                f"--storage.tsdb.path={tmp_path / 'tsdb'}",
+                f"--web.listen-address={address}",
+            ],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+    def answer(expr: str) -> list[dict[str, Any]]:
+        url = f"http://{address}/api/v1/query?{urllib.parse.urlencode({'query': expr})}"
+        with urllib.request.urlopen(url, timeout=30) as reply:
+            return json.load(reply)["data"]["result"]
+
+    try:
+        wait_until(lambda: answers(answer), (tmp_path / "prometheus.log").read_text)
+        yield answer
+    finally:
+        server.kill()
+        server.wait(10)
+
+
+def answers(ask: Ask) -> bool:
+    try:
+        return bool(ask("up"))
+    except OSError:
+        return False
+
+
+def wait_until(
+    condition: Callable[[], bool], why: Callable[[], object], timeout_s: float = 120
+) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, why()
+        time.sleep(0.5)
+
+
+def test_every_query_of_the_dashboards_has_an_answer_and_no_alert_fires(start_run, ask):
+    run = start_run(run={"steps": 400, "groups_per_step": 4}, generation={"workers": 2})
+    run.script(generate_delay_s=0.15)
+    name = run.wait_for(lambda s: s.step >= 5, "five steps").run
+    queries = {
+        query.expr.replace("$run", name).replace("$__rate_interval", "1m")
+        for board in DASHBOARDS
+        for panel in board.panels
+        for query in panel.queries
+    }
+    expected = {expr for expr in queries if not series_behind(expr) & NOT_IN_A_PLAIN_RUN.keys()}
+    assert len(expected) > 50
+
+    def empty() -> list[str]:
+        return sorted(expr for expr in expected if not ask(expr))
+
+    wait_until(lambda: not empty(), empty)
+    assert ask('ALERTS{alertstate="firing"}') == []
+    run.process.kill()
+    wait_until(
+        lambda: not ask(f'ray_rlhf_step_number{{run="{name}"}}'), lambda: "a dead run's series stay"
+    )

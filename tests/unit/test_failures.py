@@ -1,0 +1,114 @@
+"""Which errors of a living learner rank are a loss, and which end the run."""
+
+from __future__ import annotations
+
+import datetime
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from rlhf_cluster import errors
+from rlhf_cluster.errors import (
+    CoreLost,
+    RankFailed,
+    RlhfError,
+    StalledError,
+)
+from rlhf_cluster.failures import MAX_TEXT, judged, may_pass
+
+HashStore = dist.HashStore  # pyright: ignore[reportPrivateImportUsage]
+ProcessGroupGloo = dist.ProcessGroupGloo  # pyright: ignore[reportPrivateImportUsage]
+OF_TORCH = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    dist.DistBackendError("NCCL error: unhandled cuda error"),
+    dist.DistNetworkError("The client socket has timed out"),
+    dist.DistStoreError("wait timeout after 60000ms"),
+]
+OURS = [
+    kind
+    for kind in vars(errors).values()
+    if isinstance(kind, type) and issubclass(kind, RlhfError) and kind is not RlhfError
+]
+
+
+@pytest.mark.parametrize("error", OF_TORCH, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("starting", [True, False])
+def test_what_torch_says_of_devices_and_the_network_may_pass(error: Exception, starting: bool):
+    found = judged(error, starting)
+    assert type(found) is RankFailed
+    assert str(found) == f"{type(error).__name__}: {error}"
+
+
+def two_ranks(timeout_s: float) -> list[Any]:
+    """Two process groups of gloo that know each other, in this process."""
+    store, timeout = HashStore(), datetime.timedelta(seconds=timeout_s)
+    with ThreadPoolExecutor(2) as threads:
+        made = [threads.submit(ProcessGroupGloo, store, rank, 2, timeout) for rank in range(2)]
+        return [each.result() for each in made]
+
+
+def test_a_collective_that_hangs_and_one_whose_peer_is_gone_may_pass():
+    """What gloo raises is a plain RuntimeError; NCCL's watchdog ends the process, which is a death."""
+    ranks = two_ranks(0.2)
+    with pytest.raises(RuntimeError) as hung:
+        ranks[0].allreduce([torch.ones(4)]).wait()
+    ranks = two_ranks(60.0)
+    ranks.pop()
+    with pytest.raises(RuntimeError) as alone:
+        ranks[0].allreduce([torch.ones(4)]).wait()
+    assert "imed out" in str(hung.value)
+    for error in (hung.value, alone.value):
+        assert type(judged(error)) is RankFailed
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("Timed out waiting 60000ms for recv"), ConnectionResetError(104, "reset")],
+)
+def test_what_gloo_and_the_host_say_may_pass_but_at_the_first_setup(error: Exception):
+    assert type(judged(error)) is RankFailed
+    assert judged(error, starting=True) is error, "most likely of what the rank was given"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TypeError("no"),
+        ValueError("no"),
+        KeyError("no"),
+        AssertionError("no"),
+        NotImplementedError("no"),
+        RecursionError("no"),
+    ],
+    ids=lambda e: type(e).__name__,
+)
+def test_an_error_of_the_program_comes_again(error: Exception):
+    assert judged(error) is error
+    assert judged(error, starting=True) is error
+
+
+@pytest.mark.parametrize("kind", OURS, ids=lambda kind: kind.__name__)
+def test_of_our_own_errors_only_a_passed_deadline_may_pass(kind: type[RlhfError]):
+    error = kind("learner rank 1: what, bound, cure")
+    assert may_pass(error) == (kind in (StalledError, RankFailed))
+    found = judged(error)
+    assert (type(found) is RankFailed) == (kind in (StalledError, RankFailed))
+
+
+def test_memory_of_the_host_may_pass():
+    assert str(judged(MemoryError())) == "MemoryError"
+
+
+def test_a_judged_error_stays_what_it_is_and_crosses_processes_in_bounds():
+    found = judged(RuntimeError("first line\n   second " + "x" * 10 * MAX_TEXT))
+    assert judged(found) is found
+    copy = pickle.loads(pickle.dumps(found))
+    assert type(copy) is RankFailed
+    assert str(copy) == str(found)
+    assert str(copy).startswith("RuntimeError: first line second xxx")
+    assert len(str(copy)) < MAX_TEXT + 50
+    assert not isinstance(copy, CoreLost), "whether another process is gone is asked first"

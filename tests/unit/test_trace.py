@@ -1,0 +1,187 @@
+"""What a trace tells of a sample and of a step, and the timeline of a run."""
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+
+from rlhf_cluster.cli import main
+from rlhf_cluster.errors import RunError, StoreError
+from rlhf_cluster.experience.store import ExperienceStore
+from rlhf_cluster.observe.samples import write_samples
+from rlhf_cluster.observe.timeline import COUNTERS, EVENTS, GENERATION, LEARNER, write_timeline
+from rlhf_cluster.observe.tracing import OPEN, shown, trace_sample, trace_step
+from rlhf_cluster.rundir import RunDir
+from tests.recorded_run import group, record_run
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Six steps of two groups; the groups of the last two are stored, g00000012 is open."""
+    path = record_run(tmp_path_factory.mktemp("runs"), steps=STEPS, hostile="1 + 1\x1b[2J =")
+    return RunDir.open(path)
+
+
+def test_a_stored_sample_has_every_token_with_its_version_and_log_probabilities(run):
+    found = trace_sample(run, "g00000010/1")
+    assert found.step == 6
+    assert found.facts["trained at step"] == "6"
+    assert found.facts["staleness"] == "1"
+    assert found.facts["worker"] == "generation-0"
+    assert found.facts["reward"] == "1, exact_match 1"
+    assert found.facts["sampled"] == "2023-11-14 22:13:30.000 UTC, 1.5 s"
+    assert found.tokens["token"] == [5, 6, 7, 8]
+    assert found.tokens["version"] == [4] * 4
+    assert found.tokens["sampled_logprob"] == [-0.5] * 4
+    assert found.tokens["ref_logprob"] == [-0.75] * 4
+    assert "exact_logprob" not in found.tokens, "it was not recorded"
+
+
+def test_the_advantage_is_the_algorithms_own(run):
+    best, worst = (trace_sample(run, f"g00000010/{i}") for i in (1, 0))
+    std = 0.5  # of the rewards 0 and 1
+    expected = 0.5 / (std * 2**0.5 + 1e-4)
+    assert best.tokens["advantage"] == pytest.approx([expected] * 4, rel=1e-5)
+    assert worst.tokens["advantage"] == pytest.approx([-expected] * 3, rel=1e-5)
+    assert best.facts["advantage"].endswith("(computed again)")
+
+
+def test_without_all_groups_of_the_step_the_advantage_is_not_known(run, tmp_path):
+    path = record_run(tmp_path, steps=STEPS)
+    ExperienceStore(path / "experience").path(11).unlink()
+    found = trace_sample(RunDir.open(path), "g00000010/1")
+    assert found.facts["advantage"] == "not known: groups of the same step are no longer stored"
+    assert "advantage" not in found.tokens
+
+
+def test_a_critics_advantage_is_not_guessed(tmp_path):
+    path = record_run(tmp_path, steps=2, algorithm={"type": "ppo", "group_size": 2})
+    found = trace_sample(RunDir.open(path), "g00000002/0")
+    assert found.facts["advantage"] == "not recorded: the learner's own values decide it"
+
+
+def test_a_sample_whose_group_is_gone_is_told_from_the_samples(run):
+    found = trace_sample(run, "g00000001/0")
+    assert found.step == 1
+    assert found.facts["kept in"].startswith("the samples of step 1")
+    assert set(found.tokens) == {"token", "sampled_logprob"}
+    assert len(found.tokens["token"]) == 3
+
+
+def test_a_group_that_no_step_trained_says_so(run):
+    found = trace_sample(run, "g00000012/0")
+    assert found.step is None
+    assert found.facts["trained at step"] == OPEN
+    assert found.response is None
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        ("nonsense", "is no id of a rollout, such as g00000012/3"),
+        ("g00000010/7", "group g00000010 has 2 rollouts, no g00000010/7"),
+        ("g00000001/1", "neither among the stored groups"),
+        ("../../etc/passwd", "is no id of a rollout"),
+    ],
+)
+def test_what_is_not_kept_is_refused(run, sample, message):
+    with pytest.raises(RunError, match=message):
+        trace_sample(run, sample)
+
+
+def test_a_damaged_group_is_named_and_not_shown(tmp_path):
+    path = record_run(tmp_path, steps=STEPS)
+    stored = ExperienceStore(path / "experience").path(10)
+    stored.write_bytes(stored.read_bytes()[:-5])
+    with pytest.raises(StoreError, match=r"g00000010\.arrow"):
+        trace_sample(RunDir.open(path), "g00000010/1")
+
+
+def test_a_step_lists_its_metrics_and_its_rollouts(run):
+    text = "\n".join(trace_step(run, 6))
+    assert "reward/mean                        0.6" in text
+    assert "4 rollouts are kept" in text
+    rows = [line.split() for line in trace_step(run, 6) if line.startswith("  g0")]
+    assert [row[0] for row in rows] == [f"g000000{n}/{i}" for n in (10, 11) for i in (0, 1)]
+    assert rows[1][1:5] == ["1", "4..4", "1", "4"]
+    assert "3 rollouts are kept" in "\n".join(trace_step(run, 2)), "of the samples"
+    with pytest.raises(RunError, match="nothing is recorded of step 77; the last one is 6"):
+        trace_step(run, 77)
+
+
+def test_the_last_row_of_a_rollout_that_was_trained_again_counts(tmp_path):
+    path = record_run(tmp_path, steps=STEPS)
+    write_samples(path / "samples", 9, [group(0, "again")], 8, lambda ids: "again", limit=4)
+    assert trace_sample(RunDir.open(path), "g00000000/0").step == 9
+
+
+def test_a_terminal_is_not_told_what_a_sample_wants(run, capsys):
+    assert main(["trace", str(run.path), "--sample", "g00000010/1"]) == 0
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed
+    assert "1 + 1\\x1b[2J =" in printed
+    assert "sampled_logprob" in printed
+    assert shown("a\u202eb\tc\n") == "a\\x202eb\tc\n"
+
+
+def test_something_to_trace_must_be_named(run, capsys):
+    assert main(["trace", str(run.path)]) == 1
+    assert "give --sample ID, --step N or --timeline FILE" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def events(run, tmp_path_factory):
+    path = tmp_path_factory.mktemp("trace") / "run.json"
+    assert write_timeline(run, path) > 0
+    return json.loads(path.read_text())["traceEvents"]
+
+
+def test_a_timeline_has_whole_numbers_in_order_from_the_first_moment(events):
+    timed = [event for event in events if event["ph"] != "M"]
+    assert [e["ts"] for e in timed] == sorted(e["ts"] for e in timed)
+    assert timed[0]["ts"] == 0
+    for event in timed:
+        assert type(event["ts"]) is int
+        assert event.get("dur", 0) >= 0
+    assert {event["pid"] for event in timed} == {LEARNER, GENERATION, COUNTERS, EVENTS}
+
+
+def test_the_learners_spans_follow_one_another_and_fill_the_step(events):
+    spans = [event for event in events if event["ph"] == "X"]
+    assert len(spans) == 3 * STEPS
+    assert [s["name"] for s in spans[:3]] == ["wait for groups 1", "train 1", "copy weights 1"]
+    for earlier, later in pairwise(spans):
+        assert earlier["ts"] + earlier["dur"] <= later["ts"]
+    assert sum(span["dur"] for span in spans) == 2_000_000 * STEPS
+
+
+def test_every_group_begins_and_ends_once(events):
+    ends = [(e["id"], e["ph"]) for e in events if e["pid"] == GENERATION and e["ph"] != "M"]
+    assert sorted(ends) == sorted((n, ph) for n in range(8, 13) for ph in "be")
+    begin, end = (
+        next(e for e in events if e.get("id") == 10 and e["ph"] == ph) for ph in ("b", "e")
+    )
+    assert end["ts"] - begin["ts"] == 1_500_000
+    assert begin["cat"] == end["cat"] == "generation-0"
+
+
+def test_events_and_counters_are_there(events):
+    told = [event["args"]["text"] for event in events if event["ph"] == "i"]
+    assert told[0] == "starting"
+    assert told[1].startswith("generation-1 died")
+    rewards = [e["args"]["value"] for e in events if e["name"] == "reward/mean"]
+    assert rewards == pytest.approx([k / 10 for k in range(1, STEPS + 1)])
+
+
+def test_steps_recorded_too_close_together_do_not_overlap(run, tmp_path):
+    from rlhf_cluster.observe.report.reading import read_run
+    from rlhf_cluster.observe.timeline import timeline
+
+    record = read_run(run)
+    crowded = [{**r, "time_s": 100.0 + r["step"] / 2} for r in record.records]
+    spans = [e for e in timeline(replace(record, records=crowded), []) if e["ph"] == "X"]
+    for earlier, later in pairwise(spans):
+        assert earlier["ts"] + earlier["dur"] <= later["ts"] + 1, "a microsecond of rounding"
