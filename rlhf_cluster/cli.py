@@ -72,9 +72,10 @@ def run(
     argv = ["rlhf-cluster", "run", str(config)]
     argv += [word for override in set_ or [] for word in ("--set", override)]
     argv += [option for option, given in options.items() if given]
-    for loaded in _load(config, set_):
+    found = _load(config, set_)
+    for loaded in found:
         absolute, again = loaded.with_absolute_paths(), (overwrite, accept_changes)
-        for line in _run(absolute, config, set_ or [], argv, *again):
+        for line in _run(absolute, config, set_ or [], argv, len(found) == 1, *again):
             typer.echo(line)
 
 
@@ -83,10 +84,11 @@ def _run(
     config: Path,
     overrides: Sequence[str],
     argv: list[str],
+    alone: bool,
     overwrite: bool,
     accept_changes: bool,
 ) -> list[str]:
-    """Run one of what CONFIG holds; what there is to read then."""
+    """Run one of what CONFIG holds, or the one; what there is to read then."""
     from rlhf_cluster.checkpoint.continuing import standing
     from rlhf_cluster.config import StageConfig
 
@@ -104,7 +106,7 @@ def _run(
     from rlhf_cluster.observe.ending import ending
 
     summary = run_config(loaded, argv, overwrite, accept_changes=accept_changes)
-    return ending(summary, loaded, config, overrides, _own_name(), Path.cwd())
+    return ending(summary, loaded, config, overrides, _own_name(), Path.cwd(), alone)
 
 
 @app.command()

@@ -158,6 +158,11 @@ def _check_data(c: RunConfig) -> None:
             f"data.system_prompt needs data.template = 'chat', found {c.data.template!r}. Set the "
             "template, or remove the system prompt"
         )
+    if c.data.drop_answer and c.data.template != "chat":
+        raise ValueError(
+            f"data.drop_answer = true with data.template = {c.data.template!r}: what is left is "
+            "messages. Set data.template = 'chat'"
+        )
     if c.data.template == "chat" and c.model.init is not None:
         raise ValueError(
             "data.template = 'chat' with [model.init]: the made character tokenizer has no chat "

@@ -69,6 +69,10 @@ class Data(Section):
     """A .jsonl or .parquet file; `${NAME}` is replaced by the environment variable."""
     prompt_column: str = "prompt"
     """Column with the prompt: text, or a list of {role, content} messages."""
+    drop_answer: bool = False
+    """The column has whole dialogues, messages or text as in hh-rlhf ("\\n\\nHuman: ..."): the
+    assistant's answer at the end is left out, and the turns before it are the prompt. Needs
+    template = "chat"."""
     template: Literal["none", "chat"] = "none"
     """`chat` renders prompts with the tokenizer's chat template (text becomes a user turn)."""
     system_prompt: str | None = None

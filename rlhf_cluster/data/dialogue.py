@@ -7,6 +7,7 @@ mark, or is no dialogue at all, is refused, never swallowed.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from rlhf_cluster.errors import DataError
 
@@ -35,3 +36,18 @@ def parse_dialogue(text: str, where: str) -> Messages:
         {"role": ROLES[role], "content": content.strip()}
         for role, content in zip(turns[::2], turns[1::2], strict=True)
     ]
+
+
+def without_answer(value: Any, where: str) -> Messages:
+    """The turns of a dialogue, text or messages, before the assistant's answer that ends it.
+
+    Raises `DataError` with `where` for a dialogue that ends otherwise, or that is nothing but it.
+    """
+    turns = parse_dialogue(value, where) if isinstance(value, str) else value
+    are_turns = isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)
+    if not are_turns or len(turns) < 2 or turns[-1].get("role") != "assistant":
+        raise DataError(
+            f"{where}: data.drop_answer takes a dialogue of at least two turns whose last is the "
+            f"assistant's, found {repr(value)[:60]}. Correct the row, or set drop_answer = false"
+        )
+    return turns[:-1]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
+from rlhf_cluster.data.dialogue import without_answer
 from rlhf_cluster.data.examples import SftExample
 from rlhf_cluster.data.render import check_template, render
 from rlhf_cluster.data.rows import Row, column, expand, read_rows
@@ -241,6 +242,7 @@ def _usable(
     for row in rows:
         source = column(row, name, data.prompt_column, "data.prompt_column")
         where = f"{name}, {row.place}, column {data.prompt_column!r}"
+        source = without_answer(source, where) if data.drop_answer else source
         token_ids = render(source, where, data, tokenizer)
         if len(token_ids) > data.max_prompt_tokens:
             long.append((row.place, len(token_ids)))

@@ -26,8 +26,10 @@ def ending(
     overrides: Sequence[str],
     command: str,
     here: Path,
+    alone: bool = True,
 ) -> list[str]:
-    """The last lines of a finished run. `command` calls this program, `here` is the folder."""
+    """The last lines of a finished run. `command` calls this program, `here` is the folder; `alone`
+    is False where the file holds other runs too."""
     folder = _shown(Path(summary["run_dir"]), here)
     run = summary["run"] if Path(folder) == Path("runs") / summary["run"] else folder
     result = {
@@ -36,11 +38,12 @@ def ending(
         "learning curve": f"{folder}/curve.png",
         "trained model": _shown(Path(summary["final_model"]), here),
     }
-    tries = {
-        "Where it ended": [command, "status", run],
-        "Check a change": [command, "validate", str(config_path), *_set([*overrides, COOLER])],
-        "A longer run": [command, "run", str(config_path), *_longer(config, overrides)],
-    }
+    tries = {"Where it ended": [command, "status", run], "One page": [command, "report", run]}
+    if alone:
+        tries |= {
+            "Check a change": [command, "validate", str(config_path), *_set([*overrides, COOLER])],
+            "A longer run": [command, "run", str(config_path), *_longer(config, overrides)],
+        }
     return [
         f"Run {summary['run']} finished: {summary['steps']:,} steps in {_time(summary['total_s'])}",
         *(f"  {name:<14}  {text}" for name, text in result.items()),

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_cluster.config import RunConfig, load_any, load_run, validate
+from rlhf_cluster.config import RunConfig, load_run, validate
+from rlhf_cluster.config.pipeline import load_all
 from rlhf_cluster.errors import ConfigError
 from tests.configs import tiny_config, tiny_tree
 
@@ -19,8 +20,8 @@ def refused(**sections) -> str:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
 def test_every_shipped_configuration_is_valid(path):
-    config = load_any(path)
-    assert config.run_dir.name == config.run.name
+    for config in load_all(path):
+        assert config.run_dir.name == config.run.name
 
 
 def test_the_promised_configurations_are_there():

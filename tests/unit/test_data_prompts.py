@@ -201,6 +201,27 @@ def test_messages_are_rendered_and_kept_as_source(tmp_path: Path) -> None:
     assert PromptSource(data, chat_tokenizer(), seed=0).next().source == messages
 
 
+def test_of_a_dialogue_the_turns_before_the_last_answer_are_the_prompt(tmp_path: Path) -> None:
+    text = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d"
+    turns = [
+        {"role": r, "content": t} for r, t in zip(["user", "assistant"] * 2, "abcd", strict=True)
+    ]
+    for value in (text, turns):
+        path = jsonl(tmp_path, [{"chosen": value}])
+        data = Data(path=path, prompt_column="chosen", template="chat", drop_answer=True)
+        prompt = PromptSource(data, chat_tokenizer(), seed=0).next()
+        assert prompt.source == turns[:3]
+        shown = TOKENIZER.decode(prompt.token_ids.tolist(), skip_special_tokens=True)
+        assert shown == "[user]a[assistant]b[user]c[assistant]"
+
+
+@pytest.mark.parametrize("value", ["no dialogue", "\n\nHuman: a", "\n\nAssistant: b", [], 3])
+def test_what_is_no_dialogue_with_an_answer_is_refused(tmp_path: Path, value: object) -> None:
+    data = Data(path=jsonl(tmp_path, [{"prompt": value}]), template="chat", drop_answer=True)
+    with pytest.raises(DataError, match=r"line 1, column 'prompt': .*Correct the row"):
+        PromptSource(data, chat_tokenizer(), seed=0)
+
+
 def test_s16_a_prompt_starts_with_exactly_one_bos(tmp_path: Path) -> None:
     bos = TOKENIZER.bos_token_id
     path = jsonl(tmp_path, [{"prompt": "<bos>12="}, {"prompt": "12="}])

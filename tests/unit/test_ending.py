@@ -35,10 +35,20 @@ def test_the_ending_tells_the_result_and_where_it_lies(tmp_path: Path) -> None:
         "  learning curve  runs/quickstart/curve.png",
         "  trained model   runs/quickstart/final",
     ]
-    assert lines[-3].endswith("rlhf-cluster status quickstart")
+    assert lines[-4].endswith("rlhf-cluster status quickstart")
     elsewhere = lines_of(tmp_path / "runs" / "quickstart", tmp_path / "other", [])
     assert f"{tmp_path}/runs/quickstart" in elsewhere[2]
-    assert elsewhere[-3].endswith(f"status {tmp_path}/runs/quickstart")
+    assert elsewhere[-4].endswith(f"status {tmp_path}/runs/quickstart")
+
+
+def test_of_one_run_among_several_nothing_is_suggested_that_names_the_others(
+    tmp_path: Path,
+) -> None:
+    config = load_run(QUICKSTART, [])
+    summary = {"run": "rl", "run_dir": str(tmp_path), "steps": 1, "total_s": 1.0}
+    summary |= {"reward_before": None, "reward_after": None, "final_model": str(tmp_path)}
+    lines = ending(summary, config, Path("a.toml"), [], "rlhf-cluster", tmp_path, alone=False)
+    assert not [line for line in lines if "a.toml" in line]
 
 
 def test_a_run_without_held_out_prompts_says_so(tmp_path: Path) -> None:
