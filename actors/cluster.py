@@ -18,42 +18,35 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
-from actors.ray_cluster import connected, describe_demand
+from actors.ray_cluster import describe_demand
 
 # isort: split
-from rich.console import Console
-
-from actors.checkpointing import checkpoint_metrics, claimed
+from actors.checkpointing import checkpoint_metrics
 from actors.core import Core
-from actors.launch import preflight
 from actors.learner import RayLearner
-from actors.models import move_in
 from actors.observer import RunObserver
+from actors.opening import in_run_directory
 from actors.pool import WorkerPool
 from actors.services import Launcher, control_channel, generation_pool, scoring_pool
 from actors.signals import ended_by_signals
 from actors.supervisor import Supervisor, look_at_buffer
 from actors.training import Attempt, Place, Stopped, stopped_text
 from actors.transports import transport_of
-from rlhf_cluster.checkpoint import continuing
+from rlhf_cluster.checkpoint.continuing import Continuation
 from rlhf_cluster.checkpoint.folder import Checkpoint
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import RlhfError, StalledError, first_failure
 from rlhf_cluster.inputs import Inputs, check_inputs
 from rlhf_cluster.observe.live import LiveView
 from rlhf_cluster.observe.logs import configure
-from rlhf_cluster.observe.post_mortem import NAME, pointing_to
 from rlhf_cluster.observe.run_log import read_metrics
-from rlhf_cluster.planning.placement import demand
 from rlhf_cluster.restarts import Restarts, point_of_return, with_recovery
-from rlhf_cluster.rundir import RunDir, write_json
+from rlhf_cluster.rundir import RunDir
 from rlhf_cluster.weights.export import export_hf
 from rlhf_cluster.weights.sync import SyncStats
 
@@ -75,29 +68,22 @@ def run_config(
     """
     config = config.with_absolute_paths()
     started = time.time()
-    there = continuing.standing(config, overwrite, accept_changes)
-    if there is not None and there.finished:
-        return RunDir.open(config.run_dir).read_summary()
-    with tempfile.TemporaryDirectory(prefix="rlhf-cluster-") as scratch:
-        inputs = check_inputs(config, Path(scratch))
-        with connected(config) as address:
-            preflight(demand(config))
-            rundir, found = claimed(config, overrides_argv, overwrite, accept_changes)
-            with rundir:
-                if found.finished:
-                    return rundir.read_summary()
-                inputs = move_in(inputs, config, rundir)
-                write_json(rundir.path / "control.json", {"ray_address": address})
-                console = Console()
-                for note in found.notes:
-                    console.print(note, markup=False, highlight=False, soft_wrap=True)
-                live = config.observe.live and console.is_terminal
-                end = pointing_to(rundir.path / NAME)
-                with end, LiveView(console, live=live) as view:
-                    run = _Run(config, inputs, rundir, view, engine_factory, started)
-                    run.checkpoint = found.checkpoint
-                    run.patience_s = config.cluster.placement_timeout_s if found.notes else 0.0
-                    return asyncio.run(run.supervised())
+
+    def run(inputs: Inputs, rundir: RunDir, view: LiveView, found: Continuation) -> dict[str, Any]:
+        own = _Run(config, inputs, rundir, view, engine_factory, started)
+        own.checkpoint = found.checkpoint
+        own.patience_s = config.cluster.placement_timeout_s if found.notes else 0.0
+        return asyncio.run(own.supervised())
+
+    return in_run_directory(
+        config,
+        overrides_argv,
+        overwrite,
+        accept_changes,
+        lambda scratch: check_inputs(config, scratch),
+        lambda inputs: (),
+        run,
+    )
 
 
 class _Run:

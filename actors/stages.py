@@ -16,25 +16,20 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
-from actors.ray_cluster import connected
+from actors.opening import in_run_directory
 
 # isort: split
-from rich.console import Console
-
-from actors.checkpointing import checkpoint_metrics, claimed
-from actors.launch import preflight
-from actors.models import move_in
+from actors.checkpointing import checkpoint_metrics
 from actors.services import Launcher
 from actors.signals import ended_by_signals
 from actors.stage_observer import StageObserver, packages_of
 from actors.stage_ranks import RayStage, StageCore
 from actors.training import Stopped, stopped_text
 from rlhf_cluster.checkpoint import continuing
+from rlhf_cluster.checkpoint.continuing import Continuation
 from rlhf_cluster.checkpoint.copies import Copies, folder_of
 from rlhf_cluster.checkpoint.folder import Checkpoint, steps
 from rlhf_cluster.checkpoint.saving import Checkpoints, CheckpointStats
@@ -43,7 +38,6 @@ from rlhf_cluster.config import StageConfig
 from rlhf_cluster.errors import RlhfError
 from rlhf_cluster.observe.live import LiveView
 from rlhf_cluster.observe.logs import configure
-from rlhf_cluster.observe.post_mortem import NAME, pointing_to
 from rlhf_cluster.observe.run_log import read_metrics
 from rlhf_cluster.observe.stage_curve import draw_stage_curve
 from rlhf_cluster.planning.derived import total_resources
@@ -68,27 +62,22 @@ def run_stage(
     """
     config = config.with_absolute_paths()
     started = time.time()
-    there = continuing.standing(config, overwrite, accept_changes)
-    if there is not None and there.finished:
-        return RunDir.open(config.run_dir).read_summary()
-    with tempfile.TemporaryDirectory(prefix="rlhf-cluster-") as scratch:
-        inputs = check_stage_inputs(config, Path(scratch))
-        with connected(config) as address:
-            preflight(demand(config))
-            rundir, found = claimed(config, argv, overwrite, accept_changes)
-            with rundir:
-                if found.finished:
-                    return rundir.read_summary()
-                inputs = move_in(inputs, config, rundir)
-                write_json(rundir.path / "control.json", {"ray_address": address})
-                console = Console()
-                for note in [*found.notes, *inputs.notes]:
-                    console.print(note, markup=False, highlight=False, soft_wrap=True)
-                live = config.observe.live and console.is_terminal
-                end = pointing_to(rundir.path / NAME)
-                with end, LiveView(console, live=live) as view:
-                    run = _StageRun(config, inputs, rundir, view, started, found.checkpoint)
-                    return asyncio.run(run.supervised())
+
+    def run(
+        inputs: StageInputs, rundir: RunDir, view: LiveView, found: Continuation
+    ) -> dict[str, Any]:
+        stage = _StageRun(config, inputs, rundir, view, started, found.checkpoint)
+        return asyncio.run(stage.supervised())
+
+    return in_run_directory(
+        config,
+        argv,
+        overwrite,
+        accept_changes,
+        lambda scratch: check_stage_inputs(config, scratch),
+        lambda inputs: inputs.notes,
+        run,
+    )
 
 
 class _StageRun:

@@ -38,14 +38,29 @@ def parse_dialogue(text: str, where: str) -> Messages:
     ]
 
 
+def checked_messages(value: Any, where: str) -> Messages:
+    """Role and content of each message. Raises `DataError` with `where` for anything else."""
+    whole = isinstance(value, list) and all(
+        isinstance(m, dict) and all(isinstance(m.get(key), str) for key in ("role", "content"))
+        for m in value
+    )
+    if not whole or not value:
+        shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+        raise DataError(
+            f"{where}: found {type(value).__name__} {shown}, expected text or a list of {{role, "
+            "content}} messages. Correct the row"
+        )
+    return [{"role": m["role"], "content": m["content"]} for m in value]
+
+
 def without_answer(value: Any, where: str) -> Messages:
     """The turns of a dialogue, text or messages, before the assistant's answer that ends it.
 
     Raises `DataError` with `where` for a dialogue that ends otherwise, or that is nothing but it.
     """
-    turns = parse_dialogue(value, where) if isinstance(value, str) else value
-    are_turns = isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)
-    if not are_turns or len(turns) < 2 or turns[-1].get("role") != "assistant":
+    parse = parse_dialogue if isinstance(value, str) else checked_messages
+    turns = parse(value, where)
+    if len(turns) < 2 or turns[-1]["role"] != "assistant":
         raise DataError(
             f"{where}: data.drop_answer takes a dialogue of at least two turns whose last is the "
             f"assistant's, found {repr(value)[:60]}. Correct the row, or set drop_answer = false"

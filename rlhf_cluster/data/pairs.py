@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlhf_cluster.data.dialogue import Messages, is_dialogue, parse_dialogue
+from rlhf_cluster.data.dialogue import Messages, checked_messages, is_dialogue, parse_dialogue
 from rlhf_cluster.errors import DataError
 
 Layout = Literal["pair", "dialogue", "ranking", "labelled"]
@@ -176,7 +176,9 @@ def _from_dialogues(columns: Mapping[str, Any], where: str) -> tuple[Messages, s
         place = f"{where}, column {name!r}"
         value = columns[name]
         messages = (
-            parse_dialogue(value, place) if isinstance(value, str) else _messages(value, place)
+            parse_dialogue(value, place)
+            if isinstance(value, str)
+            else checked_messages(value, place)
         )
         if messages[-1]["role"] != "assistant" or len(messages) < 2:
             raise DataError(
@@ -204,7 +206,7 @@ def _margin(columns: Mapping[str, Any], where: str) -> float | None:
 def _prompt(value: Any, where: str) -> str | Messages:
     where = f"{where}, column 'prompt'"
     if not isinstance(value, str):
-        return _messages(value, where)
+        return checked_messages(value, where)
     if not value:
         raise DataError(f"{where}: empty text. Remove the row, or correct the prompt")
     if is_dialogue(value):
@@ -218,7 +220,7 @@ def _response(value: Any, prompt: str | Messages, where: str) -> str:
     """The text of a response: itself, or the last of messages that go on from the prompt."""
     if isinstance(value, str):
         return value
-    messages = _messages(value, where)
+    messages = checked_messages(value, where)
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     *before, last = messages
     if last["role"] != "assistant" or before not in ([], asked):
@@ -227,19 +229,6 @@ def _response(value: Any, prompt: str | Messages, where: str) -> str:
             "assistant's answer, alone or after exactly the prompt's messages. Correct the row"
         )
     return last["content"]
-
-
-def _messages(value: Any, where: str) -> Messages:
-    whole = isinstance(value, list) and all(
-        isinstance(m, dict) and all(isinstance(m.get(key), str) for key in ("role", "content"))
-        for m in value
-    )
-    if not whole or not value:
-        raise DataError(
-            f"{where}: found {_describe(value)}, expected text or a list of {{role, content}} "
-            "messages. Correct the row"
-        )
-    return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
 def _describe(value: Any) -> str:

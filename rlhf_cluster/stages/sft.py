@@ -20,7 +20,12 @@ import numpy as np
 from rlhf_cluster.algorithms.base import Sums
 from rlhf_cluster.config.stage_sections import StageSectionBase
 from rlhf_cluster.data.assistant_turns import encode_dialogue
-from rlhf_cluster.data.dialogue import Messages, is_dialogue, parse_dialogue
+from rlhf_cluster.data.dialogue import (
+    Messages,
+    checked_messages,
+    is_dialogue,
+    parse_dialogue,
+)
 from rlhf_cluster.data.pairs import UnusableRow
 from rlhf_cluster.data.rows import Row
 from rlhf_cluster.data.units import Unit, sequence_of
@@ -141,17 +146,7 @@ def _messages(value: Any, where: str, column: str) -> Messages:
     where = f"{where}, column {column!r}"
     if isinstance(value, str) and is_dialogue(value):
         return parse_dialogue(value, where)
-    turns: list[Any] = value if isinstance(value, list) else []
-    whole = all(
-        isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content"))
-        for m in turns
-    )
-    if not whole or not turns:
-        raise DataError(
-            f"{where}: found {type(value).__name__}, expected a list of {{role, content}} messages, or "
-            "a dialogue in one text. Correct the row"
-        )
-    return [{"role": m["role"], "content": m["content"]} for m in turns]
+    return checked_messages(value, where)
 
 
 def _unit(sequence: TokenSequence, key: str, content: str, where: str) -> Unit:

@@ -1,0 +1,79 @@
+"""The way from a configuration to a claimed run directory, the same for a run and a stage.
+
+    check inputs -> Ray -> preflight -> run directory -> live view -> the run itself
+
+Promises: what is wrong with the input is said before anything starts; a run that has finished is not
+touched; whatever comes, the directory and the cluster are given back.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from actors.ray_cluster import connected
+
+# isort: split
+from rich.console import Console
+
+from actors.checkpointing import claimed
+from actors.launch import preflight
+from rlhf_cluster.checkpoint import continuing
+from rlhf_cluster.checkpoint.continuing import Continuation
+from rlhf_cluster.config.either import AnyConfig
+from rlhf_cluster.inputs import Inputs
+from rlhf_cluster.observe.live import LiveView
+from rlhf_cluster.observe.post_mortem import NAME, pointing_to
+from rlhf_cluster.planning.placement import demand
+from rlhf_cluster.rundir import RunDir, write_json
+from rlhf_cluster.stages.inputs import StageInputs
+
+InputsT = TypeVar("InputsT", Inputs, StageInputs)
+
+
+def in_run_directory(
+    config: AnyConfig,
+    argv: list[str],
+    overwrite: bool,
+    accept_changes: bool,
+    check: Callable[[Path], InputsT],
+    notes: Callable[[InputsT], Sequence[str]],
+    run: Callable[[InputsT, RunDir, LiveView, Continuation], dict[str, Any]],
+) -> dict[str, Any]:
+    """What `run` returns, or the summary of a run that has finished.
+
+    `config` has absolute paths. `check` gets a scratch folder and returns the inputs, of which `notes`
+    tells what a person should know; `run` gets them with a made model moved into the run directory.
+    """
+    there = continuing.standing(config, overwrite, accept_changes)
+    if there is not None and there.finished:
+        return RunDir.open(config.run_dir).read_summary()
+    with tempfile.TemporaryDirectory(prefix="rlhf-cluster-") as scratch:
+        inputs = check(Path(scratch))
+        with connected(config) as address:
+            preflight(demand(config))
+            rundir, found = claimed(config, argv, overwrite, accept_changes)
+            with rundir:
+                if found.finished:
+                    return rundir.read_summary()
+                inputs = _move_in(inputs, config, rundir)
+                write_json(rundir.path / "control.json", {"ray_address": address})
+                console = Console()
+                for note in [*found.notes, *notes(inputs)]:
+                    console.print(note, markup=False, highlight=False, soft_wrap=True)
+                live = config.observe.live and console.is_terminal
+                with pointing_to(rundir.path / NAME), LiveView(console, live=live) as view:
+                    return run(inputs, rundir, view, found)
+
+
+def _move_in(inputs: InputsT, config: AnyConfig, rundir: RunDir) -> InputsT:
+    """A made model belongs to its run. One that is there from before is kept."""
+    if config.model.init is None:
+        return inputs
+    if not rundir.model.exists():
+        shutil.copytree(inputs.model_dir, rundir.model)
+    return replace(inputs, model_dir=rundir.model)
