@@ -47,8 +47,8 @@ def checked_messages(value: Any, where: str) -> Messages:
     if not whole or not value:
         shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
         raise DataError(
-            f"{where}: found {type(value).__name__} {shown}, expected text or a list of {{role, "
-            "content}} messages. Correct the row"
+            f"{where}: found {type(value).__name__} {shown}, expected text or a list of "
+            "{role, content} messages. Correct the row"
         )
     return [{"role": m["role"], "content": m["content"]} for m in value]
 

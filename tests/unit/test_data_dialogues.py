@@ -193,7 +193,11 @@ def test_a_plain_completion_is_trained_with_the_end_token_although_it_is_the_pad
         ("chat", {"text": "x"}, "expected the column messages, or prompt and completion"),
         ("none", {"messages": [{"role": "user", "content": "x"}]}, "data.template = 'none'"),
         ("none", {"prompt": ["x"], "completion": "y"}, "column 'prompt': found list"),
-        ("chat", {"messages": [{"role": "user"}]}, "expected text or a list of {role, content} messages"),
+        (
+            "chat",
+            {"messages": [{"role": "user"}]},
+            "expected text or a list of {role, content} messages",
+        ),
     ],
 )
 def test_a_row_of_another_layout_is_refused_with_its_line(
