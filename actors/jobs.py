@@ -73,8 +73,9 @@ def submit(
     overrides = [*overrides, *([f"run.name={run_name}"] if run_name else [])]
     config, *more = load_all(config_path, overrides)
     if more:
-        text = "a pipeline is not submitted as one job. Run it with RAY_ADDRESS set"
-        raise ConfigError(f"{config_path}: {text}")
+        raise ConfigError(
+            f"{config_path}: a pipeline is no single job. Run it with RAY_ADDRESS set"
+        )
     _check_paths(config)
     client = client or connect(address)
     name = config.run.name

@@ -337,6 +337,7 @@ def test_everything_ends_when_the_process_that_asked_is_killed():
         asking.send_signal(signal.SIGKILL)
         asking.wait()
     until(lambda: not processes_named(mark))
+    assert not processes_named(mark)
 
 
 def until(holds) -> None:
