@@ -73,9 +73,7 @@ def submit(
     overrides = [*overrides, *([f"run.name={run_name}"] if run_name else [])]
     config, *more = load_all(config_path, overrides)
     if more:
-        raise ConfigError(
-            f"{config_path}: a pipeline is no single job. Run it with RAY_ADDRESS set"
-        )
+        raise ConfigError(f"{config_path}: a pipeline is not submitted as one job; run its stages")
     _check_paths(config)
     client = client or connect(address)
     name = config.run.name
