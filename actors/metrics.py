@@ -12,8 +12,8 @@ from typing import Any
 
 from ray.util import metrics as ray_metrics
 
+from rlhf_cluster.observe.metric import Kind, Metric
 from rlhf_cluster.observe.metrics import Metrics
-from rlhf_cluster.observe.table import Kind, Metric
 
 
 class RayMetrics(Metrics):

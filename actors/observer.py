@@ -28,10 +28,10 @@ from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import RlhfError
 from rlhf_cluster.experience.buffer import BufferStats, buffer_metrics
 from rlhf_cluster.observe import advisor, post_mortem
+from rlhf_cluster.observe.metric import Role
 from rlhf_cluster.observe.metrics import find
 from rlhf_cluster.observe.run_log import RunLog, read_metrics
 from rlhf_cluster.observe.snapshot import Event, Pool, Snapshot, State
-from rlhf_cluster.observe.table import Role
 from rlhf_cluster.pipeline import StepTimes
 from rlhf_cluster.ports import StepReport, Taken
 from rlhf_cluster.records import Ticket

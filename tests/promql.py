@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 from rlhf_cluster.observe.alerts import ALERTS, RECORDED
 from rlhf_cluster.observe.dashboards import DASHBOARDS
-from rlhf_cluster.observe.table import METRICS, Kind, Metric, Role
+from rlhf_cluster.observe.metric import Kind, Metric, Role
+from rlhf_cluster.observe.table import METRICS
 
 NAME = re.compile(r"ray_rlhf_\w+|rlhf:[\w:]+")
 AGGREGATION = re.compile(r"\b(?:sum|min|max|avg|count|quantile)\s+by\s+\(([^)]*)\)\s*\(")

@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from rlhf_cluster.errors import MetricError
-from rlhf_cluster.observe.table import METRICS, Kind, Metric
+from rlhf_cluster.observe.metric import Kind, Metric
+from rlhf_cluster.observe.table import METRICS
 
 
 def find(name: str) -> Metric:

@@ -1,46 +1,56 @@
-"""Metrics of the stages on human preferences: rows like those of `observe.stage_rows`."""
+"""Metrics of the stages on human preferences."""
 
 from __future__ import annotations
 
-from rlhf_cluster.observe.stage_rows import Row
+from rlhf_cluster.observe.metric import Role, gauge
 
-PREFERENCE_ROWS: tuple[Row, ...] = (
-    ("preference/loss", "1", "Loss of a pair, of a labelled response with KTO", None),
-    (
+_ROLE = Role.LEARNER
+
+PREFERENCE_ROWS = (
+    gauge("preference/loss", "1", _ROLE, "Loss of a pair, of a labelled response with KTO"),
+    gauge(
         "preference/accuracy",
         "1",
+        _ROLE,
         "Pairs whose chosen response has the higher implicit reward",
-        None,
     ),
-    (
+    gauge(
         "preference/margin",
         "1",
+        _ROLE,
         "Implicit reward of the chosen response less the rejected one's",
-        None,
     ),
-    ("preference/chosen_logprob", "nats", "Log-probability of a chosen (desirable) response", None),
-    ("preference/rejected_logprob", "nats", "Log-probability of a rejected response", None),
-    (
+    gauge(
+        "preference/chosen_logprob",
+        "nats",
+        _ROLE,
+        "Log-probability of a chosen (desirable) response",
+    ),
+    gauge("preference/rejected_logprob", "nats", _ROLE, "Log-probability of a rejected response"),
+    gauge(
         "preference/chosen_log_ratio",
         "nats",
+        _ROLE,
         "The chosen one's log-probability over the reference's",
-        None,
     ),
-    ("preference/rejected_log_ratio", "nats", "The rejected one's over the reference's", None),
-    (
+    gauge(
+        "preference/rejected_log_ratio", "nats", _ROLE, "The rejected one's over the reference's"
+    ),
+    gauge(
         "preference/chosen_fell_fraction",
         "1",
+        _ROLE,
         "Chosen responses less likely than under the reference",
-        None,
     ),
-    ("preference/kl_baseline", "nats", "KTO's KL to the reference, on unmatched responses", None),
-    ("ranking/loss", "1", "Loss of a pair of responses", None),
-    (
-        "ranking/accuracy",
-        "1",
-        "Pairs whose chosen response scores higher, a tie as half",
-        None,
+    gauge(
+        "preference/kl_baseline", "nats", _ROLE, "KTO's KL to the reference, on unmatched responses"
     ),
-    ("ranking/margin", "reward", "Score of the chosen response less the rejected one's", None),
-    ("ranking/score_mean", "reward", "Mean score of all responses", None),
+    gauge("ranking/loss", "1", _ROLE, "Loss of a pair of responses"),
+    gauge(
+        "ranking/accuracy", "1", _ROLE, "Pairs whose chosen response scores higher, a tie as half"
+    ),
+    gauge(
+        "ranking/margin", "reward", _ROLE, "Score of the chosen response less the rejected one's"
+    ),
+    gauge("ranking/score_mean", "reward", _ROLE, "Mean score of all responses"),
 )

@@ -1,20 +1,24 @@
-"""Metrics of offline stages: rows of `rlhf_cluster.observe.table`, as (name, unit, meaning, label)."""
+"""Metrics of offline stages."""
 
 from __future__ import annotations
 
-Row = tuple[str, str, str, str | None]
+from rlhf_cluster.observe.metric import Role, gauge
 
-STAGE_ROWS: tuple[Row, ...] = (
-    ("stage/loss", "1", "The loss that a step of an offline stage descended", None),
-    ("stage/units", "1", "Dialogues, pairs or rankings that the step trained on", None),
-    ("stage/tokens", "tokens", "Tokens that the step's model read", None),
-    ("stage/tokens_per_s", "tokens/s", "Tokens read by wall time", None),
-    ("stage/step_s", "s", "Wall time of the step", None),
-    ("stage/held_out", "1", "A metric of held-out units, area.name in the label", "metric"),
-    ("stage/data_rows", "1", "Rows that were read", None),
-    ("stage/data_units", "1", "Units made of them", None),
-    ("stage/data_held_out", "1", "Units that are evaluated on and never trained", None),
-    ("stage/data_truncated", "1", "Units cut to data.max_tokens", None),
-    ("stage/data_duplicates", "1", "Units left out because they were there before", None),
-    ("stage/data_skipped", "1", "Rows and units left out: too long, or of no use", None),
+_ROLE = Role.LEARNER
+
+STAGE_ROWS = (
+    gauge("stage/loss", "1", _ROLE, "The loss that a step of an offline stage descended"),
+    gauge("stage/units", "1", _ROLE, "Dialogues, pairs or rankings that the step trained on"),
+    gauge("stage/tokens", "tokens", _ROLE, "Tokens that the step's model read"),
+    gauge("stage/tokens_per_s", "tokens/s", _ROLE, "Tokens read by wall time"),
+    gauge("stage/step_s", "s", _ROLE, "Wall time of the step"),
+    gauge(
+        "stage/held_out", "1", _ROLE, "A metric of held-out units, area.name in the label", "metric"
+    ),
+    gauge("stage/data_rows", "1", _ROLE, "Rows that were read"),
+    gauge("stage/data_units", "1", _ROLE, "Units made of them"),
+    gauge("stage/data_held_out", "1", _ROLE, "Units that are evaluated on and never trained"),
+    gauge("stage/data_truncated", "1", _ROLE, "Units cut to data.max_tokens"),
+    gauge("stage/data_duplicates", "1", _ROLE, "Units left out because they were there before"),
+    gauge("stage/data_skipped", "1", _ROLE, "Rows and units left out: too long, or of no use"),
 )

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from rlhf_cluster.errors import MetricError
+from rlhf_cluster.observe.metric import Kind, Role, gauge
 from rlhf_cluster.observe.metrics import Metrics, NullMetrics, docs_table, find, label_value
-from rlhf_cluster.observe.table import METRICS, Kind, Role, _gauge, _index
+from rlhf_cluster.observe.table import METRICS, _index
 
 
 class Collected:
@@ -41,7 +42,7 @@ def test_every_role_has_metrics():
 
 
 def test_two_rows_with_one_name_are_refused():
-    row = _gauge("reward/mean", "1", Role.CONTROLLER, "x")
+    row = gauge("reward/mean", "1", Role.CONTROLLER, "x")
     with pytest.raises(MetricError, match="same name: reward/mean"):
         _index((row, row))
 
