@@ -1,9 +1,5 @@
 """Runs as jobs of a Ray cluster, through its dashboard address.
 
-A job gets a small folder: the configuration, this code, the prompt files and reward modules that
-the configuration names by a path relative to the current folder. Models and the run directory are
-never sent: they must be folders that every node of the cluster sees.
-
 Promises: every call to the cluster has a deadline; a run name that a live job already has is
 refused; a job is found by its id or by the name of its run. Only the dashboard has to be reachable
 from here: what needs the cluster itself, such as `scale`, is sent there as a small job of its own.
@@ -13,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import shlex
-import shutil
 import tempfile
 import threading
 import time
@@ -23,10 +18,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from rlhf_cluster.config import StageConfig
-from rlhf_cluster.config.either import AnyConfig
-from rlhf_cluster.config.pipeline import load_all
-from rlhf_cluster.errors import ConfigError, RunError, StalledError
+from actors.job_folder import add_code, entrypoint, pack, read
+from rlhf_cluster.errors import RunError, StalledError
 
 CALL_TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 10.0
@@ -37,11 +30,8 @@ AGENT_RETRY_S = 1.0
 STOP_GRACE_S = 60
 FOLLOW_EVERY_S = 1.0
 SCALE_TIMEOUT_S = 960.0  # more than the run itself may take to answer
-MAX_FILE_BYTES = 50 * 2**20
 RUN_KEY = "rlhf_run"
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
-CODE = Path(__file__).resolve().parent.parent
-PACKAGES = ("rlhf_cluster", "actors")
 
 
 class JobClient(Protocol):
@@ -65,29 +55,22 @@ def submit(
     run_name: str | None,
     client: JobClient | None = None,
 ) -> str:
-    """Start `config_path` as a job and return its id.
+    """Start `config_path`, a run, a stage or a pipeline, as a job and return its id.
 
     Raises `ConfigError` for a configuration that cannot run there, `RunError` for a run name that
     is taken or a cluster that cannot be reached.
     """
-    overrides = [*overrides, *([f"run.name={run_name}"] if run_name else [])]
-    config, *more = load_all(config_path, overrides)
-    if more:
-        raise ConfigError(f"{config_path}: a pipeline is not submitted as one job; run its stages")
-    _check_paths(config)
+    work = read(config_path, overrides, run_name)
     client = client or connect(address)
-    name = config.run.name
-    for job in _jobs(client, name):
+    for job in _jobs(client, work.name):
         if not _ended(job):
             raise RunError(
-                f"run {name!r} is already {_state(job).lower()} as job {job.submission_id} at "
+                f"run {work.name!r} is already {_state(job).lower()} as job {job.submission_id} at "
                 f"{address}. Stop it, or give this run another name with --run-id"
             )
-    if config.cluster.address is not None:
-        overrides = [*overrides, "cluster.address=auto"]
     with tempfile.TemporaryDirectory(prefix="rlhf-submit-") as folder:
-        pack(Path(folder), config_path, config, Path.cwd())
-        return _send(client, entrypoint(overrides), folder, {RUN_KEY: name})
+        pack(Path(folder), config_path, work, Path.cwd())
+        return _send(client, entrypoint(work.overrides), folder, {RUN_KEY: work.name})
 
 
 def status(run_or_job: str, address: str, client: JobClient | None = None) -> dict[str, Any]:
@@ -200,8 +183,7 @@ def scale(
     words = ["python", "-m", "rlhf_cluster.cli", "scale", name]
     words += [f"{pool}={size}" for pool, size in sizes.items()]
     with tempfile.TemporaryDirectory(prefix="rlhf-scale-") as folder:
-        for package in PACKAGES:
-            _copy(CODE / package, Path(folder) / package)
+        add_code(Path(folder))
         asked = _send(client, shlex.join([*words, "--address", "auto"]), folder, {})
     deadline = time.monotonic() + SCALE_TIMEOUT_S
     while not _ended(ended := _find(client, asked, address)):
@@ -236,68 +218,6 @@ def connect(address: str) -> JobClient:
     return _within(
         CALL_TIMEOUT_S, "connecting to the cluster", lambda: JobSubmissionClient(address)
     )
-
-
-def entrypoint(overrides: Sequence[str]) -> str:
-    """The job's command line; it runs in the folder that `pack` filled."""
-    words = ["python", "-m", "rlhf_cluster.cli", "run", "run.toml"]
-    for override in overrides:
-        words += ["--set", override]
-    return shlex.join(words)
-
-
-def pack(folder: Path, config_path: Path, config: AnyConfig, here: Path) -> None:
-    """Fill `folder` with what the job needs from this machine; `here` is the current folder.
-
-    Raises `ConfigError` for a file that is too large to send.
-    """
-    shutil.copy(config_path, folder / "run.toml")
-    for package in PACKAGES:
-        _copy(CODE / package, folder / package)
-    for key, text in _data_files(config).items():
-        if text is None or Path(text).is_absolute() or not (here / text).is_file():
-            continue
-        num_bytes = (here / text).stat().st_size
-        if num_bytes > MAX_FILE_BYTES or ".." in Path(text).parts:
-            raise ConfigError(
-                f"{key} = {text!r}: {num_bytes} bytes, {MAX_FILE_BYTES} at most are sent with a "
-                "job, from below the current folder. Give an absolute path that every node sees"
-            )
-        _copy(here / text, folder / text)
-    for reward in [] if isinstance(config, StageConfig) else config.scoring.rewards:
-        module = str(getattr(reward, "function", "")).partition(":")[0].partition(".")[0]
-        for name in (f"{module}.py", module):
-            if module and (here / name).exists() and not (folder / name).exists():
-                _copy(here / name, folder / name)
-
-
-def _data_files(config: AnyConfig) -> dict[str, str | None]:
-    """By their keys."""
-    if isinstance(config, StageConfig):
-        return {f"data.sources.{i}.path": s.path for i, s in enumerate(config.data.sources)}
-    return {"data.path": config.data.path, "evaluation.path": config.evaluation.path}
-
-
-def _check_paths(config: AnyConfig) -> None:
-    """Folders of the run must mean the same on every node."""
-    weights = None if isinstance(config, StageConfig) else config.weights.root
-    paths = {"run.root": config.run.root, "weights.root": weights}
-    model = {"model.path": config.model.path, "model.tokenizer": config.model.tokenizer}
-    paths |= {key: path for key, path in model.items() if path and Path(path).exists()}
-    for key, path in paths.items():
-        if path is not None and not Path(path).is_absolute():
-            raise ConfigError(
-                f"{key} = {path!r} is relative to this folder, and the job runs in another one. "
-                f"Give a folder that every node sees, such as --set {key}=/shared/{path}"
-            )
-
-
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if source.is_dir():
-        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
-    else:
-        shutil.copy(source, target)
 
 
 def _jobs(client: JobClient, run_or_job: str) -> list[Any]:

@@ -2,7 +2,8 @@
 
     [pipeline]               name and root
     [stages.sft]             each table a whole run file, without run.name and run.root
-    [stages.dpo]             "{stages.sft.final}" in any text is the model that sft leaves
+    [stages.dpo]             "{stages.sft.final}" in any text is the model that sft leaves, and
+                             "{stages.NAME-0.final}" that of the first member of an ensemble
 
 Promises: the tables are run in their order; each is a run directory of its own, named as its table,
 below the pipeline's; a table may name what earlier ones leave, and nothing else of them. All tables
@@ -20,6 +21,7 @@ from pydantic import Field
 
 from rlhf_cluster.config.base import Section, read_tree, validate
 from rlhf_cluster.config.either import AnyConfig, of_tree
+from rlhf_cluster.config.members import members_of
 from rlhf_cluster.errors import ConfigError
 
 _PLACE = re.compile(r"\{stages\.([^.{}]*)\.([^.{}]*)\}")
@@ -44,8 +46,8 @@ class PipelineFile(Section):
 def load_all(path: str | Path, overrides: Sequence[str] = ()) -> list[AnyConfig]:
     """All that a file runs, in order: one, or the stages of a pipeline. Raises `ConfigError`."""
     tree = read_tree(path, overrides)
-    if "pipeline" not in tree and "stages" not in tree:
-        return [of_tree(tree, str(path))]
+    if not _is_pipeline(tree):
+        return members_of(of_tree(tree, str(path)))
     file = validate(PipelineFile, tree, str(path))
     folder = Path(file.pipeline.root).absolute() / file.pipeline.name
     found: list[AnyConfig] = []
@@ -53,9 +55,21 @@ def load_all(path: str | Path, overrides: Sequence[str] = ()) -> list[AnyConfig]
     for name, table in file.stages.items():
         source = f"{path}, [stages.{name}]"
         own = dict(_filled(table, finals, source, "") if isinstance(table, Mapping) else {})
-        found.append(of_tree(_placed(own, name, folder, source), source))
-        finals[name] = str(folder / name / "final")
+        for config in members_of(of_tree(_placed(own, name, folder, source), source)):
+            if config.run.name in finals:
+                raise ConfigError(
+                    f"{source}: {config.run.name} is a member of an ensemble before it. Give the table "
+                    "another name"
+                )
+            found.append(config)
+            finals[config.run.name] = str(config.run_dir / "final")
     return found
+
+
+def pipeline_of(path: str | Path, overrides: Sequence[str] = ()) -> PipelineSection | None:
+    """The [pipeline] of a file as it is written; None for a file of one run. Raises `ConfigError`."""
+    tree = read_tree(path, overrides)
+    return validate(PipelineFile, tree, str(path)).pipeline if _is_pipeline(tree) else None
 
 
 def needs(config: AnyConfig, earlier: Sequence[AnyConfig]) -> list[str]:
@@ -63,6 +77,10 @@ def needs(config: AnyConfig, earlier: Sequence[AnyConfig]) -> list[str]:
     texts = _texts(config.model_dump(mode="json"))
     finals = {c.run.name: (c.run_dir / "final").absolute() for c in earlier}
     return [n for n, final in finals.items() if str(final) in texts and not final.exists()]
+
+
+def _is_pipeline(tree: Mapping[str, Any]) -> bool:
+    return "pipeline" in tree or "stages" in tree
 
 
 def _placed(tree: dict[str, Any], name: str, folder: Path, source: str) -> dict[str, Any]:

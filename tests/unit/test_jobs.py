@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import tomli_w
 
-from actors import jobs
+from actors import job_folder, jobs
 from rlhf_cluster.config import load_run
 from rlhf_cluster.errors import ConfigError, RunError, StalledError
 from tests.stage_cases import stage_tree
@@ -146,7 +146,7 @@ def test_a_run_directory_that_no_other_node_finds_is_refused(here, override, key
 
 
 def test_a_prompt_file_too_large_to_send_is_refused(here):
-    os.truncate(here / "data" / "prompts.jsonl", jobs.MAX_FILE_BYTES + 1)
+    os.truncate(here / "data" / "prompts.jsonl", job_folder.MAX_FILE_BYTES + 1)
     with pytest.raises(ConfigError, match=r"data\.path = .* 52428801 bytes, 52428800 at most"):
         submit(FakeClient())
 
@@ -158,25 +158,61 @@ def test_the_module_of_a_reward_function_travels_with_the_job(here, tmp_path):
     scoring = config.scoring.model_copy(update={"rewards": [reward]})
     target = tmp_path / "packed"
     target.mkdir()
-    jobs.pack(target, here / "run.toml", config.model_copy(update={"scoring": scoring}), Path.cwd())
+    changed = config.model_copy(update={"scoring": scoring})
+    work = job_folder.Work(name="tiny", configs=(changed,), overrides=())
+    job_folder.pack(target, here / "run.toml", work, Path.cwd())
     assert (target / "my_rewards.py").exists()
 
 
-def test_the_files_of_a_stage_travel_with_its_job_and_a_pipeline_is_refused(here):
-    tree = stage_tree(run={"root": "/shared/runs"}, data={"sources": [{"path": "data/sft.jsonl"}]})
-    (here / "data" / "sft.jsonl").write_text('{"prompt": "a", "completion": "b"}')
-    (here / "run.toml").write_text(tomli_w.dumps(tree))
+def test_the_files_of_a_stage_travel_with_its_job(here):
+    write_stages(here)
     client = FakeClient()
     submit(client)
     _, files, metadata, config = client.submitted[0]
     assert "data/sft.jsonl" in files
     assert metadata == {"rlhf_run": "tiny"}
     assert config["stage"] == {"type": "sft"}
-    del tree["run"]["name"], tree["run"]["root"]
-    whole = {"pipeline": {"name": "p"}, "stages": {"a": tree, "b": tree}}
-    (here / "run.toml").write_text(tomli_w.dumps(whole))
-    with pytest.raises(ConfigError, match="a pipeline is not submitted as one job"):
-        submit(client)
+
+
+def test_a_pipeline_is_one_job_with_the_files_of_all_its_stages(here):
+    write_stages(here, "first", "second")
+    client = FakeClient()
+    submit(client, "stages.second.cluster.address=ray://elsewhere:10001", run_name="other")
+    entrypoint, files, metadata, config = client.submitted[0]
+    assert {"data/first.jsonl", "data/second.jsonl"} <= files
+    assert metadata == {"rlhf_run": "other"}
+    assert list(config["stages"]) == ["first", "second"]
+    words = shlex.split(entrypoint)
+    assert words[-4:] == ["--set", "pipeline.name=other", "--set", words[-1]]
+    assert words[-1] == "stages.second.cluster.address=auto"
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("pipeline.root=runs", "pipeline.root"),
+        ('stages.a.model={path="here"}', "stages.a.model.path"),
+    ],
+)
+def test_a_folder_of_a_pipeline_that_no_other_node_finds_is_refused(here, override, key):
+    write_stages(here, "a")
+    (here / "here").mkdir()
+    with pytest.raises(ConfigError, match=rf"{key} = .* relative.*--set {key}=/shared"):
+        submit(FakeClient(), override)
+
+
+def write_stages(here, *names):
+    """A stage as the run file, or a pipeline of stages with these names, each with its own data."""
+    trees = {}
+    for name in names or ("sft",):
+        trees[name] = stage_tree(data={"sources": [{"path": f"data/{name}.jsonl"}]})
+        (here / "data" / f"{name}.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+        if names:
+            del trees[name]["run"]["name"]
+        else:
+            trees[name]["run"]["root"] = "/shared/runs"
+    pipeline = {"pipeline": {"name": "p", "root": "/shared/runs"}, "stages": trees}
+    (here / "run.toml").write_text(tomli_w.dumps(pipeline if names else trees["sft"]))
 
 
 def test_a_job_is_found_by_id_or_by_run_the_live_one_first():
