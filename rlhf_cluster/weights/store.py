@@ -87,7 +87,8 @@ def commit(
     """Check what all ranks wrote, make it visible as `version`, and apply retention.
 
     `expected_names` maps every tensor's name to its shape; a missing, extra or renamed tensor is
-    refused. Committing the latest version again with equal tensors returns it as it is.
+    refused. Committing the latest version again, with equal tensors, puts the new files in the
+    place of the old ones, which may be damaged.
 
     Raises `WeightError`: hole, overlap, wrong names, torn file, a version older than the latest,
     ranks with different bases, a base that is gone or stands at the end of a chain of `MAX_CHAIN`.
@@ -108,7 +109,9 @@ def commit(
         opens = functools.partial(open_files, partial)
         manifest = assemble(opens, version, reports, expected_names, base, clock())
         if version == newest:
-            return _same_again(final, partial, manifest)
+            _check_same_tensors(final, manifest)
+            newest = _step_back(final.parent, version)
+            _to_trash(final)
         _remove_leftovers(final.parent, newest)
         _write_atomically(partial / MANIFEST_NAME, encode(manifest), fsync)
         _remove_strangers(partial, manifest)
@@ -168,11 +171,7 @@ def rewind(root: str | Path, version: int, *, lock_timeout_s: float = 30.0) -> W
     with _commit_lock(root, lock_timeout_s):
         newest = _pointed(root)
         if newest is not None and newest > version:
-            kept = [v for v in _on_disk(root) if v <= version]
-            if kept:
-                _point_at(root, kept[-1], fsync=False)
-            else:
-                (root / _POINTER).unlink()
+            _step_back(root, version + 1)
         _remove_leftovers(root, _pointed(root))
     return latest(root)
 
@@ -295,13 +294,17 @@ def _with_bases(root: Path, kept: set[int]) -> set[int]:
 
 
 def _remove_version(root: Path, version: int) -> None:
-    # Renamed first: a version is whole or gone, also while its files are being deleted.
     folder = version_dir(root, version)
+    _to_trash(folder)
+    folder.with_suffix(".pin").unlink(missing_ok=True)
+
+
+def _to_trash(folder: Path) -> None:
+    # Renamed first: a version is whole or gone, also while its files are being deleted.
     trash = folder.with_suffix(".trash")
     shutil.rmtree(trash, ignore_errors=True)
     folder.rename(trash)
     shutil.rmtree(trash, ignore_errors=True)
-    folder.with_suffix(".pin").unlink(missing_ok=True)
 
 
 def _remove_strangers(partial: Path, manifest: Manifest) -> None:
@@ -311,18 +314,28 @@ def _remove_strangers(partial: Path, manifest: Manifest) -> None:
             entry.unlink(missing_ok=True)
 
 
-def _same_again(final: Path, partial: Path, manifest: Manifest) -> WeightVersion:
-    found = open_version(final)
+def _check_same_tensors(final: Path, manifest: Manifest) -> None:
+    """Raises `WeightError` when the version in `final` has other tensors than `manifest` lists."""
+    try:
+        found = open_version(final)
+    except WeightError:
+        return  # damaged, so nobody can have read it
     if found.digest != manifest.digest:
         raise WeightError(
             f"version {manifest.version} is already published with digest {found.digest}, this one "
             f"has {manifest.digest}: versions never change. Publish under the next number"
         )
-    if found.files == manifest.files:  # the same bytes, which mends files that were damaged since
-        for name in manifest.files:
-            (partial / name).replace(final / name)
-    shutil.rmtree(partial, ignore_errors=True)
-    return describe(final, found)
+
+
+def _step_back(root: Path, version: int) -> int | None:
+    """Make the version before `version` the latest one, and return it. A process that is killed from
+    here on leaves a store that ends there."""
+    earlier = [number for number in _on_disk(root) if number < version]
+    if not earlier:
+        (root / _POINTER).unlink()
+        return None
+    _point_at(root, earlier[-1], fsync=False)
+    return earlier[-1]
 
 
 def _write_atomically(path: Path, text: str, fsync: bool) -> None:

@@ -49,6 +49,36 @@ def test_latest_is_always_complete_and_publishing_goes_on(
     assert seen == {latest_before, 4}
 
 
+def test_a_version_published_again_is_the_old_one_the_new_one_or_not_there(tmp_path: Path) -> None:
+    """Never half of either, and what is published next finds a clean store."""
+    seen: set[int] = set()
+    before = tmp_path / "before"
+    for number in (1, 2):
+        publish(before, number, small_model(number))
+    for die_at in range(1, 200):
+        root = tmp_path / f"die-at-{die_at}"
+        shutil.copytree(before, root, symlinks=True)
+        again = lambda root=root: publish(root, 2, small_model(2), num_ranks=3)  # noqa: E731
+        done = survives(root, die_at, again)
+        latest = store.latest(root)
+        assert latest is not None
+        assert_same(dict(store.read(latest.path)), small_model(latest.version))
+        seen.add(latest.version)
+        again()
+        assert_same(dict(store.read(root / "v000002")), small_model(2))
+        assert sorted(p.name for p in root.iterdir()) == [
+            ".commit.lock",
+            "latest",
+            "v000001",
+            "v000002",
+        ]
+        if done:
+            break
+    else:
+        raise AssertionError("no publish got through")
+    assert seen == {1, 2}
+
+
 def test_a_rewind_that_dies_can_be_repeated(tmp_path: Path) -> None:
     before = tmp_path / "before"
     for number in range(1, 5):

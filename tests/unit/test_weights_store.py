@@ -237,10 +237,22 @@ def test_an_older_version_never_becomes_the_latest(tmp_path: Path) -> None:
 
 def test_publishing_a_version_again_needs_equal_weights(tmp_path: Path) -> None:
     first = publish(tmp_path, 5, small_model(), num_ranks=2)
-    assert publish(tmp_path, 5, small_model(), num_ranks=3) == first
+    again = publish(tmp_path, 5, small_model(), num_ranks=3)
+    assert again.digest == first.digest
     with pytest.raises(WeightError, match="version 5 is already published with digest"):
         publish(tmp_path, 5, small_model(1))
     assert_same(dict(store.read(first.path)), small_model())
+
+
+def test_a_manifest_that_was_damaged_is_replaced_and_the_pin_stays(tmp_path: Path) -> None:
+    publish(tmp_path, 4, small_model(4))
+    first = publish(tmp_path, 5, small_model())
+    store.pin(tmp_path, 5)
+    (tmp_path / "v000005" / "manifest.json").write_text("{")
+    assert publish(tmp_path, 5, small_model()) == first
+    assert store.latest(tmp_path) == first
+    publish(tmp_path, 6, small_model(6), keep=1)
+    assert store.versions(tmp_path) == [5, 6]
 
 
 def test_retention_keeps_the_newest_and_the_pinned(tmp_path: Path) -> None:

@@ -102,6 +102,19 @@ def test_a_damaged_version_that_is_published_again_is_whole(stand: Stand) -> Non
     assert_same(dict(stand.read(version)), small_model())
 
 
+def test_a_difference_that_lost_a_shard_is_mended_by_the_same_version_in_full(stand: Stand) -> None:
+    """What a synchronous run does: the learner has no newer version to publish."""
+    versions, tensors = publish_chain(stand, 3)
+    stand.lose(stand.shards(versions[2])[0])
+    with pytest.raises(WeightError):
+        dict(stand.read(versions[2]))
+    again = stand.publish(2, tensors[2])
+    assert again.digest == versions[2].digest
+    assert_same(dict(stand.read(again)), tensors[2])
+    assert stand.find() == [0, 1, 2]
+    assert_same(dict(stand.read(versions[1])), tensors[1])
+
+
 def test_a_base_that_is_gone_is_refused_before_anything_changes(stand: Stand) -> None:
     tensors = small_model()
     stand.publish(5, tensors)
