@@ -4,11 +4,15 @@
 `make explore` draws new ones, and more of them.
 """
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from hypothesis import settings
+
+# A process forked by a test hangs in torch where its parent had computed with several threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=25)
 settings.register_profile("explore", deadline=None, print_blob=True, max_examples=400)
