@@ -81,7 +81,11 @@ def store(millions: list[int], rates: list[float], repeats: int, root: Path) -> 
         "delta_bytes_ratio": figures[f"delta_bytes_ratio_{largest}M_lr{min(rates):g}"],
     }
     print(figures)
-    write_result("weight_sync", figures, {"store": runs}, machine=before)
+    found = {
+        f"store_{size}M": {"machine": before, "runs": [r for r in runs if r["millions"] == size]}
+        for size in millions
+    }
+    write_result("weight_sync", figures, found, machine=before)
 
 
 def _train_and_publish(
