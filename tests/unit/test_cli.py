@@ -1,15 +1,11 @@
 """The command line, run in this process and in children."""
 
 import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from rlhf_cluster.cli import main
-from rlhf_cluster.errors import ConfigError, RunError, StalledError
+from rlhf_cluster.errors import ConfigError, RunError
 from rlhf_cluster.observe.snapshot import Snapshot
 from rlhf_cluster.planning.derived import derived, total_resources
 from rlhf_cluster.planning.placement import demand
@@ -62,24 +58,6 @@ def finished(here):
         (run.logs / "learner-0.log").write_text("1 first\n3 third\n")
         (run.logs / "scoring-0.log").write_text("2 second\n")
     return run
-
-
-def loaded_modules(*arguments: str) -> set[str]:
-    code = (
-        "import sys\nfrom rlhf_cluster.cli import main\n"
-        f"code = main({list(arguments)!r})\n"
-        "assert code == 0, code\nprint('MODULES', *sys.modules)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
-    )
-    return set(done.stdout.rsplit("MODULES", 1)[1].split())
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["validate", "--help"]])
-def test_help_loads_nothing_heavy(arguments):
-    heavy = {"torch", "ray", "transformers", "vllm", "numpy", "pyarrow", "matplotlib"}
-    assert loaded_modules(*arguments) & heavy == set()
 
 
 def test_every_command_has_help(capsys):
@@ -202,49 +180,6 @@ def test_sizes_are_numbers_by_pool():
     assert parse_sizes(["generation=3", "scoring=2"]) == {"generation": 3, "scoring": 2}
     with pytest.raises(ConfigError, match="given twice"):
         parse_sizes(["scoring=3", "scoring=2"])
-
-
-def hold(path: Path, on_sigterm: str) -> subprocess.Popen:
-    code = f"""
-import signal, sys
-from rlhf_cluster.rundir import RunDir
-from tests.configs import tiny_config
-signal.signal(signal.SIGTERM, {on_sigterm})
-run = RunDir.create({str(path)!r}, tiny_config())
-print("held", flush=True)
-sys.stdin.read()
-"""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == "held\n"
-    return holder
-
-
-def test_stop_ends_a_run_and_sees_it_gone(here, capsys):
-    holder = hold(here / "runs" / "tiny", "lambda *_: sys.exit(7)")
-    assert main(["stop", "tiny"]) == 0
-    assert capsys.readouterr().out == "tiny: stopped\n"
-    holder.communicate(timeout=30)
-    assert holder.returncode == 7
-    assert main(["stop", "tiny"]) == 1
-    assert "not running" in capsys.readouterr().err
-
-
-def test_a_run_that_does_not_stop_is_named(here):
-    holder = hold(here / "runs" / "tiny", "signal.SIG_IGN")
-    try:
-        with pytest.raises(StalledError, match=f"kill -9 {holder.pid}"):
-            stop_run(RunDir.open(here / "runs" / "tiny"), timeout_s=0.2)
-    finally:
-        holder.send_signal(signal.SIGKILL)
-        holder.communicate(timeout=30)
 
 
 def test_a_run_on_another_machine_is_not_signalled(here):

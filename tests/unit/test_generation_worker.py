@@ -333,17 +333,6 @@ def test_the_environment_of_a_cpu_engine_holds_back_compilation_and_threads():
         assert engine_environment(on_gpu)["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
 
 
-def test_a_worker_and_its_scripted_engine_load_neither_torch_nor_vllm_nor_ray():
-    code = (
-        "import sys, actors.generation, actors.vllm_engine, tests.scripted_engine; "
-        "print([m for m in ('torch', 'vllm', 'ray', 'transformers') if m in sys.modules])"
-    )
-    found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-    )
-    assert found.stdout.strip() == "[]"
-
-
 async def test_a_greedy_baseline_comes_beside_the_samples_and_is_none_of_them(model_dir):
     worker = await _worker(model_dir)
     sampling = Sampling(num_samples=2, temperature=0.7, max_tokens=16, greedy_baseline=True)

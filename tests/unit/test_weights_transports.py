@@ -18,7 +18,7 @@ from rlhf_cluster.weights.hashing import digest_of
 from rlhf_cluster.weights.objects import EdgeBlob, MemoryBlob
 from rlhf_cluster.weights.reading import Held
 from rlhf_cluster.weights.transport import Deadline, ShardImage
-from tests.transport_cases import STANDS, FileStand, ObjectStand, Stand, flip, name_of
+from tests.transport_cases import STANDS, ObjectStand, Stand, flip, name_of
 from tests.weight_cases import assert_same, small_model, stepped
 
 NAME = "model.embed_tokens.weight"
@@ -240,29 +240,6 @@ def test_a_shard_torn_or_lost_before_the_commit_is_refused(stand: Stand) -> None
     with pytest.raises(WeightError, match="is missing|is lost"):
         stand.commit(1, written)
     assert stand.find() == []
-
-
-def test_every_flipped_byte_of_a_chain_is_found(stand: Stand) -> None:
-    was = {"a": torch.arange(60, dtype=torch.float32), "b": torch.ones(30)}
-    now = {name: tensor.clone() for name, tensor in was.items()}
-    now["a"][7] = 0.5
-    now["b"][2] = -1
-    base = stand.publish(0, was, num_ranks=1)
-    version = stand.publish(1, now, num_ranks=1, base=(0, was))
-    step = 1 if isinstance(stand, FileStand) else 7  # what is read is the same from both
-    for shard in (*stand.shards(base), *stand.shards(version)):
-        for position in range(0, len(stand.load(shard)), step):
-            flip(stand, shard, position)
-            try:
-                found = dict(stand.read(version))
-            except WeightError:
-                continue
-            finally:
-                flip(stand, shard, position)
-            # zstd leaves one bit of its frames unused; what comes out is what was published.
-            assert_same(found, now)
-            assert shard in stand.shards(version)
-    assert_same(dict(stand.read(version)), now)
 
 
 @pytest.mark.parametrize("damaged_version", [0, 1])
