@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 LOCK := deploy/requirements-cpu.lock
 RUN := quickstart
 N := 20
+STEPS := 2000
 PIP_OPTIONS := --quiet --quiet --no-deps --no-compile
 # Bytecode on all cores, and only of what a run imports: most of what is installed never is.
 COMPILED := torch transformers vllm ray numpy sympy pydantic fastapi
@@ -16,7 +17,7 @@ export TOKENIZERS_PARALLELISM := false
 export RAY_AUTH_MODE := disabled
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: quickstart install test unit explore crosscheck component system gpu chaos promtool lint format clean
+.PHONY: quickstart install test unit explore crosscheck component system gpu chaos soak audit promtool lint format clean
 
 quickstart: install
 	$(BIN)/rlhf-cluster run configs/quickstart.toml --set run.name=$(RUN) --overwrite
@@ -63,6 +64,17 @@ gpu: install
 
 chaos: install
 	$(BIN)/python -m tests.chaos.run --runs $(N) --out benchmarks/results/chaos.json
+
+soak: install
+	$(BIN)/python -m tests.soak.run --steps $(STEPS) --out benchmarks/results/soak.json
+
+# Known vulnerabilities of what the lock pins; asks PyPI.
+audit: $(VENV)/audit/bin/pip-audit
+	$(BIN)/python deploy/audit.py $(VENV)/audit/bin/pip-audit $(LOCK)
+
+$(VENV)/audit/bin/pip-audit: | install
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip install --quiet --quiet pip-audit==2.10.1
 
 # Debian's Prometheus with its promtool, for the tests of alerts and dashboards; nothing is installed.
 promtool:

@@ -27,7 +27,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from rlhf_cluster.errors import CoreLost, RlhfError, WorkerError
+from rlhf_cluster.errors import CoreLost, RecordLost, RlhfError, WorkerError
 
 
 class WorkerDied(WorkerError):
@@ -36,10 +36,6 @@ class WorkerDied(WorkerError):
 
 class WorkerSilent(WorkerError):
     """The actor did not answer within the deadline."""
-
-
-class RecordLost(WorkerError):
-    """A record that the call needs is gone: the only copy was on a node that died."""
 
 
 async def answer(ref: ray.ObjectRef, timeout_s: float, what: str) -> Any:

@@ -16,6 +16,7 @@ from rlhf_cluster.checkpoint.copies import Copies, CopyStats, folder_of
 from rlhf_cluster.checkpoint.saving import Checkpoints, CheckpointStats
 from rlhf_cluster.checkpoint.state import LearnerState, RunState
 from rlhf_cluster.config import RunConfig
+from rlhf_cluster.config.either import AnyConfig
 from rlhf_cluster.experience.adaptive import DepthController
 from rlhf_cluster.rundir import RunDir
 from rlhf_cluster.weights import store
@@ -23,7 +24,7 @@ from rlhf_cluster.weights.sync import SyncStats
 
 
 def claimed(
-    config: RunConfig, argv: list[str], overwrite: bool, accept_changes: bool
+    config: AnyConfig, argv: list[str], overwrite: bool, accept_changes: bool
 ) -> tuple[RunDir, Continuation]:
     """The run's directory, owned, and with what it goes on. Raises `RunError`.
 
@@ -50,11 +51,13 @@ def claimed(
         raise
     if found.finished:
         run.withdraw()
-    elif found.checkpoint is None:
+    elif found.checkpoint is None and not found.kept:
         run.restart(config, argv)
     else:
+        run.summary.unlink(missing_ok=True)
         run.go_on(config, argv)
-        continuing.cut_back(run, found.checkpoint)
+        if found.checkpoint is not None:
+            continuing.cut_back(run, found.checkpoint)
     return run, found
 
 

@@ -30,7 +30,14 @@ from rlhf_cluster.errors import (
 )
 from rlhf_cluster.ports import Handle
 from rlhf_cluster.quarantine import Watch
-from rlhf_cluster.records import GroupSummary, Prompt, Sampling, Ticket, WeightVersion
+from rlhf_cluster.records import (
+    GroupSummary,
+    PartialGroup,
+    Prompt,
+    Sampling,
+    Ticket,
+    WeightVersion,
+)
 from rlhf_cluster.scoring.moving import ReferenceKeeper
 
 
@@ -78,10 +85,12 @@ async def _try_workers(
     what: str,
     timeout_s: float,
     max_retries: int,
+    retried: Callable[[], None],
     prefer: Worker | None = None,
     faulted: Callable[[Worker], Awaitable[None]] | None = None,
 ) -> _Answer:
-    """The answer of the first worker that gives one; the last try's error otherwise.
+    """The answer of the first worker that gives one; the last try's error otherwise. `retried` is
+    called before each further try.
 
     A worker that died or was silent is replaced. One that answered with an error is checked first:
     it stays when it can still serve, and `faulted` is told. A lost record is no worker's fault, and
@@ -90,6 +99,8 @@ async def _try_workers(
     last: RlhfError | None = None
     tried: list[Worker] = []
     for num_failed in range(max_retries + 1):
+        if num_failed:
+            retried()
         async with pool.acquire(prefer if num_failed == 0 else None, tried) as worker:
             tried.append(worker)
             reference, handle = call(worker)
@@ -124,16 +135,23 @@ class RayGeneration:
         self._pool = pool
         self._config = config.generation
         self._abandoned = _Abandoned(pool, config.cluster.heartbeat_timeout_s)
-        self._totals = {"segments": 0, "tokens_kept": 0, "tokens_resampled": 0}
+        self._totals = {"segments": 0, "tokens_kept": 0, "tokens_resampled": 0, "retries": 0}
         self._watch = Watch(config.generation.quarantine)
         self.target: WeightVersion | None = None
 
-    async def generate(self, ticket: Ticket, prompt: Prompt, sampling: Sampling) -> Handle:
-        """Segment after segment until no response goes on; each has `max_retries` of its own.
+    async def generate(
+        self,
+        ticket: Ticket,
+        prompt: Prompt,
+        sampling: Sampling,
+        start: PartialGroup | None = None,
+    ) -> Handle:
+        """Segment after segment until no response goes on; each has `max_retries` of its own. Responses
+        go on from those of `start`, where it is given.
 
         Tokens so far that were lost with a node are sampled again, at most `max_retries` times.
         """
-        partial: Handle | None = None  # a PartialGroup
+        partial: Handle | PartialGroup | None = start
         worker: Worker | None = None
         num_tokens, num_losses = 0, 0
         while True:
@@ -144,7 +162,7 @@ class RayGeneration:
                 if num_losses > self._config.max_retries:
                     raise
                 self._totals["tokens_resampled"] += num_tokens
-                partial, num_tokens = None, 0
+                partial, num_tokens = start, 0
                 continue
             added = given.summary["num_tokens"]
             self._totals["segments"] += 1
@@ -159,7 +177,7 @@ class RayGeneration:
         ticket: Ticket,
         prompt: Prompt,
         sampling: Sampling,
-        partial: Handle | None,
+        partial: Handle | PartialGroup | None,
         prefer: Worker | None,
     ) -> _Answer:
         arguments = (ticket, prompt, sampling, partial)
@@ -170,6 +188,7 @@ class RayGeneration:
             f"generate({ticket.group_id})",
             self._config.request_timeout_s,
             self._config.max_retries,
+            self._retried,
             prefer,
             lambda w: self._faulted(w, ticket.group_id),
         )
@@ -181,6 +200,9 @@ class RayGeneration:
             await self._pool.quarantine(given.worker, reason)
         return given
 
+    def _retried(self) -> None:
+        self._totals["retries"] += 1
+
     async def _faulted(self, worker: Worker, group_id: str) -> None:
         reason = self._watch.fault(worker.name, group_id, time.monotonic(), self._others(worker))
         if reason is not None:
@@ -191,7 +213,7 @@ class RayGeneration:
         return [each.name for each in self._pool.live if each is not worker]
 
     def metrics(self) -> Mapping[str, float]:
-        """Segments, and the tokens that failed calls did not cost, or did."""
+        """Segments, tries after the first, and the tokens that failed calls did not cost, or did."""
         return {f"generation/{name}_total": float(n) for name, n in self._totals.items()}
 
     async def pull(self, version: WeightVersion) -> None:
@@ -284,6 +306,7 @@ class RayScoring:
             else None
         )
         self._reference: WeightVersion | None = None
+        self._num_retries = 0
 
     async def follow(self, version: WeightVersion) -> None:
         """The policy's `version` is on every generation worker: move the reference if it is due.
@@ -326,11 +349,15 @@ class RayScoring:
                 return
 
     def metrics(self) -> Mapping[str, float]:
-        """The version of the reference that workers hold, where one is configured."""
-        if not self._config.reference:
-            return {}
-        version = 0 if self._reference is None else self._reference.version
-        return {"scoring/reference_version": float(version)}
+        """Tries after the first, and the version of the reference where one is configured."""
+        found = {"scoring/retries_total": float(self._num_retries)}
+        if self._config.reference:
+            version = 0 if self._reference is None else self._reference.version
+            found["scoring/reference_version"] = float(version)
+        return found
+
+    def _retried(self) -> None:
+        self._num_retries += 1
 
     async def _forget_or_fail(self, worker: Worker) -> None:
         asked = worker.actor.forget_versions.remote()
@@ -360,6 +387,7 @@ class RayScoring:
             "score",
             self._config.request_timeout_s,
             self._config.max_retries,
+            self._retried,
         )
         return given.handle, given.summary
 

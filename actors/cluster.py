@@ -19,28 +19,36 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 from actors.ray_cluster import describe_demand
 
 # isort: split
 from actors.checkpointing import checkpoint_metrics
+from actors.control_channel import ControlChannel
 from actors.core import Core
+from actors.generation import DEFAULT_ENGINE
 from actors.learner import RayLearner
 from actors.observer import RunObserver
 from actors.opening import in_run_directory
 from actors.pool import WorkerPool
-from actors.services import Launcher, control_channel, generation_pool, scoring_pool
+from actors.services import (
+    Launcher,
+    control_channel,
+    environment_of_engine,
+    generation_pool,
+    scoring_pool,
+    started_pools,
+)
 from actors.signals import ended_by_signals
 from actors.supervisor import Supervisor, look_at_buffer
 from actors.training import Attempt, Place, Stopped, stopped_text
 from actors.transports import transport_of
+from rlhf_cluster.autoscale import Autoscaler
 from rlhf_cluster.checkpoint.continuing import Continuation
 from rlhf_cluster.checkpoint.folder import Checkpoint
 from rlhf_cluster.config import RunConfig
-from rlhf_cluster.errors import RlhfError, StalledError, first_failure
+from rlhf_cluster.errors import RlhfError, StalledError
 from rlhf_cluster.inputs import Inputs, check_inputs
 from rlhf_cluster.observe.live import LiveView
 from rlhf_cluster.observe.logs import configure
@@ -51,8 +59,6 @@ from rlhf_cluster.weights.export import export_hf
 from rlhf_cluster.weights.sync import SyncStats
 
 log = logging.getLogger(__name__)
-
-DEFAULT_ENGINE = "actors.vllm_engine:make_engine"
 
 
 def run_config(
@@ -104,7 +110,7 @@ class _Run:
             config=config,
             model_dir=str(inputs.model_dir),
             engine_factory=engine_factory,
-            engine_environment=_engine_environment(config, engine_factory),
+            engine_environment=environment_of_engine(config, engine_factory),
         )
         self.checkpoint: Checkpoint | None = None  # from which the run goes on
         self.patience_s = 0.0  # for what an earlier process left on the cluster
@@ -186,7 +192,7 @@ class _Run:
             observer.state("starting")
             if self.checkpoint is not None:
                 observer.resumed(self.checkpoint.state.step)
-            summary = await self._trained(Supervisor(control, self.pools, observer))
+            summary = await self._trained(self._supervisor(control))
             observer.state("finished")
             return summary
         except BaseException as error:
@@ -202,39 +208,23 @@ class _Run:
             control.close()
             observer.close()
 
+    def _supervisor(self, control: ControlChannel) -> Supervisor:
+        config = self.config
+        gpus = {"generation": config.generation.num_gpus, "scoring": config.scoring.num_gpus}
+        scaler = None if config.autoscale is None else Autoscaler(config.autoscale, gpus)
+        return Supervisor(control, self.pools, self.observer, scaler)
+
     async def _trained(self, supervisor: Supervisor) -> dict[str, Any]:
         """The pools stay to the end; learner and buffer are started as often as it takes."""
         async with (
             self.place.transport.serving(),
-            self._pools() as started,
+            started_pools(self.config, *self.pools) as started,
             supervisor.watching(started),
         ):
             before, after = await with_recovery(
                 lambda: self._attempt(started), self._recover, self.restarts
             )
             return self._finish(before, after)
-
-    @asynccontextmanager
-    async def _pools(self) -> AsyncIterator[asyncio.Future[None]]:
-        """Both pools, being started; what is yielded is done when all their workers can work."""
-        generation, scoring = self.pools
-
-        async def start() -> None:
-            try:
-                async with asyncio.TaskGroup() as starts:
-                    starts.create_task(generation.start(self.config.generation.workers))
-                    starts.create_task(scoring.start(self.config.scoring.workers))
-            except BaseExceptionGroup as failures:
-                raise first_failure(failures) from failures
-
-        started = asyncio.ensure_future(start())
-        try:
-            yield started
-        finally:
-            started.cancel()
-            await asyncio.gather(started, return_exceptions=True)
-            generation.close()
-            scoring.close()
 
     async def _attempt(self, started: asyncio.Future[None]) -> tuple[float | None, float | None]:
         """One learner and one buffer, from their start to the end of training, or of them."""
@@ -317,11 +307,3 @@ class _Run:
         }
         self.rundir.write_summary(summary)
         return summary
-
-
-def _engine_environment(config: RunConfig, engine_factory: str) -> dict[str, str]:
-    if engine_factory != DEFAULT_ENGINE:
-        return {}
-    from actors.vllm_arguments import engine_environment
-
-    return engine_environment(config.generation.num_gpus > 0)

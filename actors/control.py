@@ -18,8 +18,10 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 import ray
 
+from actors import loopback
 from actors.calls import answer_now
 from rlhf_cluster.errors import RunError, WorkerError
+from rlhf_cluster.exposure import refuse_open
 
 NAMESPACE = "rlhf_cluster"
 POOLS = ("generation", "scoring")
@@ -96,8 +98,13 @@ def _scaled(control: Any, run: str, sizes: Mapping[str, int]) -> dict[str, str]:
 
 
 def find(run_name: str, address: str) -> Any:
-    """The control actor of a running job, after joining its cluster."""
+    """The control actor of a running job, after joining its cluster.
+
+    Raises `RunError`; `ConfigError` for another machine's cluster that asks for no token.
+    """
     if not ray.is_initialized():
+        refuse_open("address", address)
+        loopback.follow(address)
         try:
             ray.init(
                 address=address,

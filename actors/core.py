@@ -32,7 +32,7 @@ from actors.ranks import ACTOR_OPTIONS
 from actors.services import Launcher
 from rlhf_cluster.errors import CoreLost, PlacementError, RankFailed, RlhfError, first_failure
 from rlhf_cluster.experience.buffer import BufferState
-from rlhf_cluster.planning.placement import BUFFER_CPUS, Bundle, fewer_ranks, rank_bundles
+from rlhf_cluster.planning.placement import Bundle, buffer_bundle, fewer_ranks, rank_bundles
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ class Core:
 
     async def _start_buffer(self, state: BufferState | None) -> RayBuffer:
         config = self._launcher.config
-        bundle = Bundle(owner="buffer", cpus=BUFFER_CPUS, gpus=0.0)
+        bundle = buffer_bundle(config)
         actor, group = await self._launcher.actor(BufferActor, [config, state], bundle)
         self.members.append(Member(name="buffer", actor=actor, placement=group))
         await core_answer(actor.stats.remote(), config.run.start_timeout_s, "buffer.stats")
@@ -136,7 +136,7 @@ class Core:
     async def room_to_grow(self) -> bool:
         """Whether the cluster can hold the ranks that are missing, now or once it has grown.
 
-        Waits for: that room, at most `cluster.placement_timeout_s`. What is reserved is given back.
+        Waits for: that room, at most `cluster.place_timeout_s`. What is reserved is given back.
         """
         missing = rank_bundles(self._launcher.config)[self.num_ranks :]
         try:
@@ -150,7 +150,7 @@ class Core:
         """Raises `PlacementError`."""
         config = self._launcher.config
         name = self._launcher.placement_name("learner")
-        return await self._place(bundles, name, config.cluster.placement_timeout_s)
+        return await self._place(bundles, name, config.cluster.place_timeout_s)
 
     async def place_ranks(self, free: Callable[[], Mapping[str, float]]) -> tuple[int, Any]:
         """How many ranks there are, and where: a placement group of a bundle each.

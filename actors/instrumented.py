@@ -17,6 +17,7 @@ from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import RlhfError
 from rlhf_cluster.experience.recovery import store_of
 from rlhf_cluster.observe.logs import configure
+from rlhf_cluster.observe.parts import scoring_totals
 from rlhf_cluster.records import (
     ExperienceGroup,
     GroupSummary,
@@ -63,6 +64,8 @@ class GenerationActor(GenerationWorker):
             log.info("group %s: %s: %s", ticket.group_id, type(error).__name__, error)
             raise
         self._metrics.count("generation/tokens_total", meta["num_tokens"])
+        if partial is None:
+            self._metrics.count("generation/prompt_tokens_total", len(prompt.token_ids))
         if isinstance(group, RolloutGroup):
             rollout = group.rollouts[0]
             self._metrics.count("generation/groups_total")
@@ -103,7 +106,8 @@ class ScoringActor(ScoringWorker):
 
     def start(self) -> dict[str, float]:
         facts = super().start()
-        log.info("rewards and models up after %.1f s", facts["start_s"])
+        version = self._running_scorer().version
+        log.info("rewards and models up after %.1f s, version %s", facts["start_s"], version)
         return facts
 
     def load_reference(self, version: WeightVersion) -> None:
@@ -114,7 +118,11 @@ class ScoringActor(ScoringWorker):
     @ray.method(concurrency_group=HEALTH_GROUP)
     def health(self) -> dict[str, Any]:
         """Answered in a thread of its own: hanging rewards must not look like a dead worker."""
-        return super().health()
+        answer = super().health()
+        self._metrics.gauge("scoring/groups_running", answer["num_in_flight"])
+        for name, total in scoring_totals(self.stats()).items():
+            self._metrics.count_up_to(name, total)
+        return answer
 
     def score(self, group: RolloutGroup) -> tuple[GroupSummary, ExperienceGroup]:
         start = time.perf_counter()

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf_cluster.config import StageConfig
+from rlhf_cluster.config import GenerateConfig, RunConfig, StageConfig
 from rlhf_cluster.config.either import AnyConfig
 from rlhf_cluster.config.members import name_in_file
 from rlhf_cluster.config.pipeline import load_all, pipeline_of
@@ -104,7 +104,8 @@ def _data_files(config: AnyConfig) -> dict[str, str | None]:
     """By their keys."""
     if isinstance(config, StageConfig):
         return {f"data.sources.{i}.path": s.path for i, s in enumerate(config.data.sources)}
-    return {"data.path": config.data.path, "evaluation.path": config.evaluation.path}
+    held_out = None if isinstance(config, GenerateConfig) else config.evaluation.path
+    return {"data.path": config.data.path, "evaluation.path": held_out}
 
 
 def _reward_modules(config: AnyConfig) -> list[str]:
@@ -116,7 +117,7 @@ def _reward_modules(config: AnyConfig) -> list[str]:
 
 def _check_paths(config: AnyConfig, prefix: str) -> None:
     """Folders of the run must mean the same on every node. `prefix` of its keys in the file."""
-    weights = None if isinstance(config, StageConfig) else config.weights.root
+    weights = config.weights.root if isinstance(config, RunConfig) else None
     paths = {"run.root": config.run.root, "weights.root": weights}
     model = {"model.path": config.model.path, "model.tokenizer": config.model.tokenizer}
     paths |= {key: path for key, path in model.items() if path and Path(path).exists()}

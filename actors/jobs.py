@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from actors.job_folder import add_code, entrypoint, pack, read
 from rlhf_cluster.errors import RunError, StalledError
+from rlhf_cluster.exposure import refuse_open
 
 CALL_TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 10.0
@@ -197,11 +198,13 @@ def scale(
 
 
 def connect(address: str) -> JobClient:
-    """A client of the cluster whose dashboard is at `address`. Raises `RunError` if unreachable."""
+    """A client of the cluster whose dashboard is at `address`. Raises `RunError` if unreachable,
+    `ConfigError` for another machine's that asks for no token."""
     if not address.startswith(("http://", "https://")):
         raise RunError(
             f"{address}: expected the address of the Ray dashboard, such as http://HOST:8265"
         )
+    refuse_open("--address", address)
     try:
         urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=CONNECT_TIMEOUT_S)
     except urllib.error.HTTPError:

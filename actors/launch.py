@@ -1,8 +1,8 @@
 """Starting actors: preflight, one placement group a replica, environment, and taking them down.
 
-Nothing starts before `preflight` has found room for every bundle. Every actor runs with the same
-small environment; each kind adds its own. Names carry a token of this attempt, so that a second
-attempt never meets the leftovers of a first.
+Nothing starts before `preflight` has found room for every bundle, or may wait for new nodes. Every
+actor runs with the same small environment; each kind adds its own. Names carry a token of this attempt,
+so that a second attempt never meets the leftovers of a first.
 """
 
 from __future__ import annotations
@@ -36,9 +36,11 @@ def free_by_node() -> dict[str, dict[str, float]]:
     }
 
 
-def preflight(bundles: Sequence[Bundle]) -> None:
-    """Raise `PlacementError` before anything starts when the run cannot fit the cluster."""
-    check_fits(bundles, free_by_node())
+def preflight(bundles: Sequence[Bundle], node_timeout_s: float = 0.0) -> None:
+    """Raise `PlacementError` before anything starts when the run cannot fit the cluster, unless it
+    may wait for nodes that are not there yet: its placement groups ask the autoscaler for them."""
+    if node_timeout_s == 0:
+        check_fits(bundles, free_by_node())
 
 
 async def place(bundles: Sequence[Bundle], name: str, timeout_s: float) -> PlacementGroup:

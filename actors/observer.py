@@ -30,11 +30,13 @@ from rlhf_cluster.experience.buffer import BufferStats, buffer_metrics
 from rlhf_cluster.observe import advisor, post_mortem
 from rlhf_cluster.observe.metric import Role
 from rlhf_cluster.observe.metrics import find
+from rlhf_cluster.observe.parts import part_means
 from rlhf_cluster.observe.run_log import RunLog, read_metrics
+from rlhf_cluster.observe.sinks import open_sinks
 from rlhf_cluster.observe.snapshot import Event, Pool, Snapshot, State
 from rlhf_cluster.pipeline import StepTimes
 from rlhf_cluster.ports import StepReport, Taken
-from rlhf_cluster.records import Ticket
+from rlhf_cluster.records import GroupSummary, Ticket
 from rlhf_cluster.rundir import RunDir
 from rlhf_cluster.weights.sync import SyncStats
 
@@ -64,13 +66,14 @@ class RunObserver:
         self._clock, self._further = clock, further
         self._started_s = started_s
         self._num_steps, self._num_warmup_steps = config.run.steps, config.sft.steps
-        self._log = RunLog(rundir)
+        self._log = RunLog(rundir, open_sinks(config, rundir.path, self.event))
         self._metrics = RayMetrics("controller", {"run": config.run.name})
         self._rewards: deque[float] = deque(maxlen=10)
         self._recent: deque[dict[str, float]] = deque(maxlen=advisor.WINDOW)
         self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
         self._buffer: BufferStats | None = None
         self._num_recovered = 0
+        self.advice: advisor.Advice | None = None  # of the last steps
         self.first_step_s: float | None = None
         self.snapshot = Snapshot(
             run=config.run.name,
@@ -93,7 +96,7 @@ class RunObserver:
             "staleness/bound": float(self._config.staleness.bound),
         }
         self._recent.append(values)
-        advice = advisor.advise(self._recent)
+        advice = self.advice = advisor.advise(self._recent)
         values |= {} if advice is None else advice.metrics()
         self._log.append(report.step, now, values)
         self._metrics.record({k: v for k, v in values.items() if find(k).role in OWN_ROLES})
@@ -181,6 +184,7 @@ class RunObserver:
         self._log.reopen()
         self._rewards.clear()
         self._recent.clear()
+        self.advice = None
         self._read_rewards()
         step = None if checkpoint is None else checkpoint.state.step
         self._update(step=step or 0, num_steps=self._num_steps, checkpoint=step)
@@ -199,10 +203,14 @@ class RunObserver:
         self._metrics.record({k: v for k, v in values.items() if find(k).role in OWN_ROLES})
         self._update(state="warmup", step=step, num_steps=self._num_warmup_steps)
 
-    def evaluation(self, step: int, rewards: Sequence[float]) -> float:
-        """Log one evaluation; returns its mean reward."""
-        mean = float(np.mean(rewards))
-        values = {"evaluation/reward_mean": mean, "evaluation/num_prompts": float(len(rewards))}
+    def evaluation(self, step: int, answers: Sequence[GroupSummary]) -> float:
+        """Log one evaluation, of one answer a prompt; returns its mean reward."""
+        mean = float(np.mean([answer.rewards[0] for answer in answers]))
+        values = {
+            "evaluation/reward_mean": mean,
+            "evaluation/num_prompts": float(len(answers)),
+            **part_means(answers, "evaluation/part"),
+        }
         self._log.append(step, self._clock(), values)
         self._metrics.record(values)
         return mean
@@ -228,6 +236,7 @@ class RunObserver:
             "weights/publishes_skipped_total": float(sync.skipped),
             "weights/refused_total": float(sync.refused),
             "buffer/recovered_total": float(self._num_recovered),
+            "run/sinks_dropped_total": float(self._log.num_dropped_sinks),
         }
         for pool in self._pools:
             values[f"pool/size/{pool.kind}"] = float(len(pool.live))
@@ -282,12 +291,15 @@ def group_metrics(taken: Sequence[Taken], times: StepTimes) -> dict[str, float]:
         of_steps["reward/reasoning_steps_mean"] = len(steps) / len(rewards)
     return {
         **of_steps,
+        **part_means([t.summary for t in taken], "reward/part"),
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
         "reward/min": float(rewards.min()),
         "reward/max": float(rewards.max()),
         "reward/zero_std_groups_fraction": float(np.mean(flat)),
         "response/length_mean_tokens": float(tokens.sum() / len(rewards)),
+        "response/length_max_tokens": float(max(t.summary.longest_tokens for t in taken)),
+        "response/stopped_fraction": sum(t.summary.num_stopped for t in taken) / len(rewards),
         "step/groups": float(len(taken)),
         "step/rollouts": float(len(rewards)),
         "step/response_tokens": float(tokens.sum()),

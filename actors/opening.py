@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from actors.ray_cluster import connected
+from actors.ray_cluster import connected, metrics_targets
 
 # isort: split
 from rich.console import Console
@@ -55,13 +55,14 @@ def in_run_directory(
     with tempfile.TemporaryDirectory(prefix="rlhf-cluster-") as scratch:
         inputs = check(Path(scratch))
         with connected(config) as address:
-            preflight(demand(config))
+            preflight(demand(config), config.cluster.node_timeout_s)
             rundir, found = claimed(config, argv, overwrite, accept_changes)
             with rundir:
                 if found.finished:
                     return rundir.read_summary()
                 inputs = _move_in(inputs, config, rundir)
-                write_json(rundir.path / "control.json", {"ray_address": address})
+                facts = {"ray_address": address, "metrics": metrics_targets()}
+                write_json(rundir.path / "control.json", facts)
                 console = Console()
                 for note in [*found.notes, *notes(inputs)]:
                     console.print(note, markup=False, highlight=False, soft_wrap=True)

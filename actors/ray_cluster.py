@@ -10,14 +10,16 @@ from contextlib import contextmanager
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import ConfigError, PlacementError
 
-# A local cluster listens on loopback alone. Ray turns token authentication on by itself depending
-# on the home directory, so the choice is made here, before ray is imported.
+# A local cluster listens on loopback alone (`actors.loopback`). Ray turns token authentication on by
+# itself depending on the home directory, so the choice is made here, before ray is imported.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
 
+from actors import loopback
 from actors.control import NAMESPACE
+from rlhf_cluster.exposure import refuse_open
 from rlhf_cluster.planning.placement import demand
 
 OBJECT_STORE_BYTES = 512 << 20
@@ -33,9 +35,12 @@ def connected(config: RunConfig) -> Iterator[str]:
     """A Ray connection for the duration of a run; yields the cluster's address.
 
     Raises `PlacementError` when the cluster cannot be reached or started, `ConfigError` when the
-    dashboard's port is taken.
+    dashboard's port is taken, or when the cluster is another machine's and asks for no token.
     """
     address = address_of(config)
+    if address is not None:
+        refuse_open("cluster.address or RAY_ADDRESS", address)
+        loopback.follow(address)
     try:
         if address is not None:
             ray.init(
@@ -62,6 +67,7 @@ def _start_local(config: RunConfig) -> None:
     section = config.cluster
     if section.dashboard:
         _check_port_free(section.dashboard_port)
+    loopback.stay_on_loopback()
     ray.init(
         address="local",
         namespace=NAMESPACE,
@@ -73,6 +79,12 @@ def _start_local(config: RunConfig) -> None:
         log_to_driver=False,
         logging_level="ERROR",
     )
+
+
+def metrics_targets() -> list[str]:
+    """HOST:PORT at which each live node answers Prometheus."""
+    nodes = (node for node in ray.nodes() if node["Alive"])
+    return [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in nodes]
 
 
 def local_cpus(config: RunConfig) -> int:

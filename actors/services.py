@@ -5,10 +5,12 @@ Learner and buffer are in `actors.core`.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +20,12 @@ from actors.calls import answer
 from actors.clients import RayGeneration, RayScoring, check_health
 from actors.control import CALL_TIMEOUT_S, NAMESPACE, ControlActor, actor_name
 from actors.control_channel import ControlChannel
+from actors.generation import DEFAULT_ENGINE
 from actors.instrumented import HEALTH_GROUP, GenerationActor, ScoringActor
 from actors.launch import place, preflight, spawn, take_down
 from actors.pool import PoolLimits, Worker, WorkerPool
 from rlhf_cluster.config import RunConfig
-from rlhf_cluster.errors import RunError
+from rlhf_cluster.errors import RunError, first_failure
 from rlhf_cluster.planning.placement import Bundle, pool_bundle
 
 GENERATION_CONCURRENCY = 1000
@@ -47,7 +50,7 @@ class Launcher:
     ) -> tuple[Any, Any]:
         """An actor alone in a placement group of its own."""
         environment = options.pop("environment", {})
-        timeout_s = self.config.cluster.placement_timeout_s
+        timeout_s = self.config.cluster.place_timeout_s
         group = await place([bundle], self.placement_name(bundle.owner), timeout_s)
         actor = spawn(
             cls,
@@ -142,6 +145,39 @@ def scoring_pool(launcher: Launcher) -> tuple[WorkerPool, RayScoring]:
     return pool, client
 
 
+@asynccontextmanager
+async def started_pools(
+    config: RunConfig, generation: WorkerPool, scoring: WorkerPool
+) -> AsyncIterator[asyncio.Future[None]]:
+    """Both pools, being started; what is yielded is done when all their workers can work."""
+
+    async def start() -> None:
+        try:
+            async with asyncio.TaskGroup() as starts:
+                starts.create_task(generation.start(config.generation.workers))
+                starts.create_task(scoring.start(config.scoring.workers))
+        except BaseExceptionGroup as failures:
+            raise first_failure(failures) from failures
+
+    started = asyncio.ensure_future(start())
+    try:
+        yield started
+    finally:
+        started.cancel()
+        await asyncio.gather(started, return_exceptions=True)
+        generation.close()
+        scoring.close()
+
+
+def environment_of_engine(config: RunConfig, engine_factory: str) -> dict[str, str]:
+    """Environment variables of every process with an engine."""
+    if engine_factory != DEFAULT_ENGINE:
+        return {}
+    from actors.vllm_arguments import engine_environment
+
+    return engine_environment(config.generation.num_gpus > 0)
+
+
 async def _ready(worker: Worker, config: RunConfig, join: Callable[..., Any]) -> Worker:
     """Start the worker, and let it join. It is taken down when either fails."""
     try:
@@ -176,5 +212,7 @@ def _pool(
         retire=lambda worker: take_down(worker.actor, worker.placement),
         check=functools.partial(check_health, timeout_s=limits.heartbeat_timeout_s),
         limits=limits,
-        preflight=lambda wanted: preflight([pool_bundle(config, kind, i) for i in range(wanted)]),
+        preflight=lambda wanted: preflight(
+            [pool_bundle(config, kind, i) for i in range(wanted)], section.node_timeout_s
+        ),
     )

@@ -18,11 +18,12 @@ from typing import Any
 from actors.metrics import RayMetrics
 from rlhf_cluster.checkpoint import continuing
 from rlhf_cluster.checkpoint.folder import Checkpoint
-from rlhf_cluster.config import StageConfig
+from rlhf_cluster.config import GenerateConfig, StageConfig
 from rlhf_cluster.data.units import Unit
 from rlhf_cluster.errors import RlhfError
 from rlhf_cluster.observe import post_mortem
 from rlhf_cluster.observe.run_log import RunLog
+from rlhf_cluster.observe.sinks import open_sinks
 from rlhf_cluster.observe.snapshot import Event, Snapshot, State
 from rlhf_cluster.observe.stage_curve import held_out_name
 from rlhf_cluster.ports import StepReport
@@ -38,7 +39,7 @@ class StageObserver:
 
     def __init__(
         self,
-        config: StageConfig,
+        config: StageConfig | GenerateConfig,
         rundir: RunDir,
         num_steps: int,
         headline: str,
@@ -49,7 +50,7 @@ class StageObserver:
     ) -> None:
         self._config, self._rundir, self._show, self._clock = config, rundir, show, clock
         self._headline, self._constants, self._started_s = headline, constants, started_s
-        self._log = RunLog(rundir)
+        self._log = RunLog(rundir, open_sinks(config, rundir.path, self.event))
         self._metrics = RayMetrics("controller", {"run": config.run.name})
         self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
         self.first_step_s: float | None = None
@@ -70,9 +71,6 @@ class StageObserver:
         step_s: float,
         further: Mapping[str, float],
     ) -> None:
-        now = self._clock()
-        if self.first_step_s is None:
-            self.first_step_s = now - self._started_s
         num_tokens = float(sum(s.num_inputs for unit in units for s in unit.sequences))
         own = {
             "stage/units": float(len(units)),
@@ -83,15 +81,24 @@ class StageObserver:
             **further,
         }
         values = {**report.metrics, **own}
-        self._log.append(report.step, now, values)
+        self.progress(report.step, values, own["stage/tokens_per_s"], step_s)
+
+    def progress(
+        self, step: int, values: Mapping[str, float], tokens_per_s: float, step_s: float
+    ) -> None:
+        """`step` is done: metrics by name, tokens by wall time, and wall time of one step."""
+        now = self._clock()
+        if self.first_step_s is None:
+            self.first_step_s = now - self._started_s
+        self._log.append(step, now, values)
         self._metrics.record(values)
         value = values.get(self._headline)
-        log.info("step %d: %s %.4g, %.3g s", report.step, self._headline, value or 0.0, step_s)
+        log.info("step %d: %s %.4g, %.3g s", step, self._headline, value or 0.0, step_s)
         self._update(
             state="running",
-            step=report.step,
+            step=step,
             metric_value=value,
-            tokens_per_s=own["stage/tokens_per_s"],
+            tokens_per_s=tokens_per_s,
             step_s=step_s,
         )
 

@@ -44,7 +44,8 @@ from rlhf_cluster.planning.derived import total_resources
 from rlhf_cluster.planning.placement import demand
 from rlhf_cluster.restarts import Restarts, point_of_return, with_recovery
 from rlhf_cluster.rundir import RunDir, write_json
-from rlhf_cluster.stages import STAGES
+from rlhf_cluster.stages import STAGES, build_stage
+from rlhf_cluster.stages.base import StageContext
 from rlhf_cluster.stages.inputs import StageInputs, check_stage_inputs
 from rlhf_cluster.weights import store
 
@@ -220,6 +221,9 @@ class _StageRun:
         await self._evaluate(stage, self.inputs.num_steps)
         held_out = self.inputs.stream.held_out
         report = await stage.report(held_out) if held_out else {}
+        if held_out:
+            kind = build_stage(config.stage, StageContext(data=config.data))
+            report = await asyncio.to_thread(kind.conclude, report, held_out, rundir.path)
         write_json(rundir.path / REPORT, report)
         await self.checkpoints.drain()
         await self.checkpoints.copied()

@@ -1,4 +1,4 @@
-"""Watching over a run: worker health, and wishes to scale; and over the buffer's numbers.
+"""Watching over a run: worker health, wishes to scale, scaling by itself; and the buffer's numbers.
 
 Each loop ends by cancellation; a pool that used up its restarts ends the run with its first cause. The
 control actor never does (`actors.control_channel`).
@@ -7,7 +7,9 @@ control actor never does (`actors.control_channel`).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Sequence
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any
@@ -16,7 +18,9 @@ from actors.control_channel import ControlChannel, Wish
 from actors.experience import RayBuffer
 from actors.observer import RunObserver
 from actors.pool import WorkerPool
+from rlhf_cluster.autoscale import Action, Autoscaler
 from rlhf_cluster.errors import RlhfError, first_failure
+from rlhf_cluster.observe.advisor import Advice
 
 LOOK_EVERY_S = 1.0
 
@@ -27,16 +31,24 @@ class Supervisor:
         control: ControlChannel,
         pools: Sequence[WorkerPool],
         observer: RunObserver,
+        scaler: Autoscaler | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        look_every_s: float = LOOK_EVERY_S,
     ) -> None:
+        """`scaler` None: pools change when somebody asks, and not by themselves."""
         self._control = control
         self._pools = {pool.kind: pool for pool in pools}
         self._observer = observer
+        self._scaler, self._clock, self._look_every_s = scaler, clock, look_every_s
+        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     @asynccontextmanager
     async def watching(self, started: asyncio.Future[None]) -> AsyncIterator[None]:
         """Watch while the block runs, from when the pools have `started`. A failure of a watch loop,
         or of the start, cancels the block and is raised."""
         loops = [*(pool.supervise() for pool in self._pools.values()), self._serve_control()]
+        if self._scaler is not None:
+            loops.append(self._scale_by_itself(self._scaler))
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(_after(started, loop)) for loop in loops]
@@ -54,18 +66,57 @@ class Supervisor:
                 task = asyncio.create_task(self._scale(wish))
                 running.add(task)
                 task.add_done_callback(running.discard)
-            await asyncio.sleep(LOOK_EVERY_S)
+            await asyncio.sleep(self._look_every_s)
 
     async def _scale(self, wish: Wish) -> None:
         results = {}
         for kind, size in wish.sizes.items():
-            self._observer.event(f"scale {kind} to {size}: asked")
-            try:
-                results[kind] = await self._pools[kind].resize(size)
-            except RlhfError as error:
-                results[kind] = f"refused: {error}"
-            self._observer.event(f"scale {kind} to {size}: {results[kind]}")
+            results[kind] = await self._resize(kind, size, "asked")
+            if self._scaler is not None:
+                self._scaler.resized_by_hand(self._clock(), kind)
         await self._control.answer(wish, results)
+
+    async def _resize(self, kind: str, size: int, why: str) -> str:
+        """What was done, or "refused: " and the reason. Raises nothing that concerns the pool alone.
+
+        Waits for: its turn, one change of a pool at a time; then as `WorkerPool.resize`.
+        """
+        async with self._turns[kind]:
+            self._observer.event(f"scale {kind} to {size}: {why}")
+            try:
+                result = await self._pools[kind].resize(size)
+            except RlhfError as error:
+                result = f"refused: {error}"
+            self._observer.event(f"scale {kind} to {size}: {result}")
+        return result
+
+    async def _scale_by_itself(self, scaler: Autoscaler) -> None:
+        """Waits for: the next look. Ends by cancellation."""
+        while True:
+            await asyncio.sleep(self._look_every_s)
+            advice = self._observer.advice
+            if advice is None or not self.settled:
+                continue
+            sizes = {kind: pool.wanted for kind, pool in self._pools.items()}
+            decision = scaler.decide(self._clock(), advice, sizes)
+            if decision.note is not None:
+                self._observer.event(f"autoscale: {decision.note}")
+            if decision.action is not None:
+                await self._act(scaler, decision.action, advice)
+
+    async def _act(self, scaler: Autoscaler, action: Action, advice: Advice) -> None:
+        why = f"autoscale: {action.reason}"
+        result = await self._resize(action.pool, action.size, why)
+        if result.startswith("refused"):
+            scaler.refused(self._clock(), action)
+        else:
+            scaler.changed(self._clock(), action, advice)
+
+    @property
+    def settled(self) -> bool:
+        """Every pool has the workers that it should have, and none is being changed."""
+        changing = any(turn.locked() for turn in self._turns.values())
+        return not changing and all(len(p.live) == p.wanted for p in self._pools.values())
 
 
 async def look_at_buffer(buffer: RayBuffer, observer: RunObserver) -> None:

@@ -214,7 +214,7 @@ class Attempt:
         place.observer.state("evaluating")
         max_tokens = place.config.generation.max_response_tokens
         answers = await evaluate(place.generation, place.scoring, prompts, max_tokens, step)
-        return place.observer.evaluation(step, [answer.rewards[0] for answer in answers])
+        return place.observer.evaluation(step, answers)
 
 
 def stopped_text(config: RunConfig, last: int) -> str:

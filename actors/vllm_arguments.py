@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import hashlib
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 from rlhf_cluster.config import RunConfig
@@ -29,6 +30,8 @@ INT8 = "int8"
 """The one value of generation.quantization that this project makes itself; others are vLLM's."""
 _CPU_QUANTIZATION = (INT8, "fp8_per_channel")
 _OWNED = ("weight_transfer_config", "worker_extension_cls", "async_scheduling")
+_UNPICKLED = ("auto", "hf", "pt", "npcache", "mistral")
+"""Values of load_format with which vLLM reads, or falls back to, files that are unpickled."""
 _NEEDED_API = {
     "vllm.v1.engine.llm_engine.LLMEngine": (
         "from_engine_args", "add_request", "abort_request", "step", "collective_rpc",
@@ -89,6 +92,8 @@ def engine_arguments(config: RunConfig, model_dir: str, worker_name: str) -> dic
         "enable_prefix_caching": generation.prefix_caching,
         "speculative_config": generation.speculative,
         "enforce_eager": generation.enforce_eager or not on_gpu,
+        "load_format": "safetensors",
+        "trust_remote_code": False,
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": True,
         # One step at a time: a step launched ahead would sample with the old weights and be
@@ -110,6 +115,7 @@ def engine_arguments(config: RunConfig, model_dir: str, worker_name: str) -> dic
             f"generation.engine_args.{owned[0]}: set by the run, because weight versions depend on "
             "it. Remove it"
         )
+    _refuse_untrusted(generation.engine_args)
     given = {key: value for key, value in arguments.items() if value is not None}
     return given | generation.engine_args
 
@@ -151,6 +157,20 @@ def probe_vllm() -> None:
 def stable_hash(text: str, bits: int) -> int:
     """A non-negative integer below `2 ** bits` (at most 64) that is equal in every process."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> (64 - bits)
+
+
+def _refuse_untrusted(engine_args: Mapping[str, Any]) -> None:
+    """What would run code from a model folder, or unpickle its files."""
+    if engine_args.get("trust_remote_code", False):
+        raise ConfigError(
+            "generation.engine_args.trust_remote_code = true: code from a model folder is never run. "
+            "Remove it, and use a model whose class is part of vLLM"
+        )
+    if engine_args.get("load_format", "safetensors") in _UNPICKLED:
+        raise ConfigError(
+            f"generation.engine_args.load_format = {engine_args['load_format']!r}: files that have to "
+            "be unpickled are never read. Remove it, and save the model in safetensors format"
+        )
 
 
 def _refuse_on_cpu(config: RunConfig) -> None:

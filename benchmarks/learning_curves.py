@@ -68,12 +68,16 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 """What an algorithm needs to learn this task, besides its own defaults."""
 
 
+OTHERS = {"online_dpo", "on_policy_distillation"}
+"""Algorithms without a row: what they learn from is not the reward alone."""
+
+
 def cases() -> dict[str, Case]:
-    """All rows by name. The algorithms are those of the table `ALGORITHMS`."""
+    """All rows by name. The algorithms are those of the table `ALGORITHMS` but for `OTHERS`."""
     from rlhf_cluster.algorithms import ALGORITHMS
 
     found = {}
-    for name in sorted(ALGORITHMS):
+    for name in sorted(set(ALGORITHMS) - OTHERS):
         own = SETTINGS.get(name, {})
         algorithm = {"type": name, "group_size": GROUP_SIZE, **BYPASS, **own.get("algorithm", {})}
         sections = {key: value for key, value in own.items() if key != "algorithm"}

@@ -1,6 +1,6 @@
-"""Write what Prometheus and Grafana read, from the tables in `rlhf_cluster.observe`.
+"""Write what Prometheus, Grafana and KubeRay read, from the tables of the code.
 
-python deploy/generate.py            write deploy/prometheus and deploy/grafana/dashboards
+python deploy/generate.py            write deploy/prometheus, deploy/grafana/dashboards, deploy/kuberay
 python deploy/generate.py --check    exit code 1, naming the files, where one is not as it would be
 """
 
@@ -10,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 
+import yaml
 from grafana_foundation_sdk.builders import common, dashboard, prometheus, stat, timeseries
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.common import (
@@ -27,8 +28,10 @@ from grafana_foundation_sdk.models.dashboard import (
 from rlhf_cluster.observe.alerts import prometheus_files
 from rlhf_cluster.observe.dashboards import DASHBOARDS
 from rlhf_cluster.observe.panels import WIDTH, Dashboard, Panel
+from rlhf_cluster.planning.kuberay import kuberay_files
 
 DEPLOY = Path(__file__).resolve().parent
+HEAD = "# Made by deploy/generate.py from rlhf_cluster/planning/kuberay.py.\n"
 SOURCE = DataSourceRef(type_val="prometheus", uid="prometheus")
 
 
@@ -38,7 +41,18 @@ def files() -> dict[Path, str]:
     for board in DASHBOARDS:
         text = json.dumps(_dashboard(board).build(), cls=JSONEncoder, indent=1, sort_keys=True)
         found[Path("grafana") / "dashboards" / f"{board.uid}.json"] = text + "\n"
+    for name, documents in kuberay_files().items():
+        found[Path("kuberay") / name] = HEAD + yaml.dump_all(
+            documents, Dumper=_Whole, sort_keys=False
+        )
     return found
+
+
+class _Whole(yaml.SafeDumper):
+    """Writes a value that is used twice twice."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
 
 
 def _dashboard(board: Dashboard) -> dashboard.Dashboard:

@@ -11,14 +11,14 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rlhf_cluster import cli_looking
+from rlhf_cluster.cli_looking import Deep, table, utc
 from rlhf_cluster.errors import RlhfError, RunError
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _run(
 ) -> list[str]:
     """Run one of what CONFIG holds, or the one; what there is to read then."""
     from rlhf_cluster.checkpoint.continuing import standing
-    from rlhf_cluster.config import StageConfig
+    from rlhf_cluster.config import GenerateConfig, StageConfig
 
     there = standing(loaded, overwrite, accept_changes)  # before anything slow
     if there is not None and there.finished:
@@ -101,6 +101,13 @@ def _run(
 
         summary = run_stage(loaded, argv, overwrite, accept_changes)
         return stage_ending(summary, _own_name(), Path.cwd())
+    if isinstance(loaded, GenerateConfig):
+        from actors.generate import run_generate
+        from rlhf_cluster.generating.shown import generation_ending
+
+        _check_engine(loaded.as_run)
+        summary = run_generate(loaded, argv, overwrite, accept_changes=accept_changes)
+        return generation_ending(summary, _own_name(), Path.cwd())
     _check_engine(loaded)
     from actors.cluster import run_config
     from rlhf_cluster.observe.ending import ending
@@ -110,26 +117,28 @@ def _run(
 
 
 @app.command()
-def validate(config: ConfigArgument, set_: SetOption = None) -> None:
+def validate(config: ConfigArgument, set_: SetOption = None, deep: Deep = False) -> None:
     """Check CONFIG, the files it names, tokenizer and data, and show what follows from it."""
     loaded = _load(config, set_)
-    from rlhf_cluster.config import RunConfig
+    from rlhf_cluster.config import GenerateConfig, StageConfig
     from rlhf_cluster.config.pipeline import needs
     from rlhf_cluster.planning.checking import checked
 
     for number, each in enumerate(loaded):
-        if isinstance(each, RunConfig):
-            _check_engine(each)
+        if not isinstance(each, StageConfig):
+            _check_engine(each.as_run if isinstance(each, GenerateConfig) else each)
         missing = needs(each, loaded[:number])
         where = f"{config}, {each.run.name}" if len(loaded) > 1 else str(config)
         if missing:
-            typer.echo(f"{where}: valid, but for the model of {missing[0]}, which is yet to come")
+            typer.echo(f"{where}: valid, but for what {missing[0]} leaves, which is yet to come")
             continue
         facts, notes = checked(each)
         typer.echo(f"{where}: valid")
-        _table(facts)
+        table(facts)
         for note in notes:
             typer.echo(f"note: {note}")
+        if deep:
+            cli_looking.look_deep(each)
 
 
 @app.command()
@@ -187,8 +196,8 @@ def status(
         from actors import jobs
 
         rows = jobs.status(run_, address)
-        times = {key: _utc(rows.pop(f"{key}_s")) for key in ("started", "ended")}
-        _table({**rows, **times})
+        times = {key: utc(rows.pop(f"{key}_s")) for key in ("started", "ended")}
+        table({**rows, **times})
         return
     from rlhf_cluster.rundir import find_run
 
@@ -320,7 +329,7 @@ def scale(
         results = scale_run(path, wanted, address)
     results = {pool: text.removeprefix(f"{pool}: ") for pool, text in results.items()}
     refused = {pool: text for pool, text in results.items() if text.startswith("refused")}
-    _table({pool: text for pool, text in results.items() if pool not in refused})
+    table({pool: text for pool, text in results.items() if pool not in refused})
     if refused:
         raise RunError("; ".join(f"{run_}: {pool} {text}" for pool, text in refused.items()))
 
@@ -347,8 +356,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def explain(error: Exception) -> str:
-    """What the user reads of an error: its message, then its notes, a line each."""
-    return "\n".join([_message(error), *getattr(error, "__notes__", [])])
+    """What the user reads of an error: its message, then its notes, a line each. No secret is in it."""
+    from rlhf_cluster.redaction import of_process
+
+    return of_process("\n".join([_message(error), *getattr(error, "__notes__", [])]))
 
 
 def _message(error: Exception) -> str:
@@ -376,18 +387,6 @@ def _own_name() -> str:
     called = Path(sys.argv[0])
     found = called.name == "rlhf-cluster" and shutil.which("rlhf-cluster") != str(called.absolute())
     return sys.argv[0] if found else "rlhf-cluster"
-
-
-def _utc(time_s: float | None) -> str | None:
-    if time_s is None:
-        return None
-    return datetime.fromtimestamp(time_s, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-
-
-def _table(rows: Mapping[str, object]) -> None:
-    width = max((len(key) for key in rows), default=0)
-    for key, value in rows.items():
-        typer.echo(f"  {key:<{width}}  {'-' if value is None else value}")
 
 
 if __name__ == "__main__":

@@ -106,12 +106,12 @@ def look(
         packages={name: _version(name) for name in (*TESTED, *ENGINES)},
         cpu_flags=frozenset(_words("/proc/cpuinfo", r"^flags\s*:(.*)$")),
         shm_bytes=_size("/dev/shm"),
-        memory_bytes=_memory_bytes(),
+        memory_bytes=memory_bytes(),
         root=root,
         root_free_bytes=shutil.disk_usage(root).free,
         weights_root=weights,
         speed=measure(weights, probe_bytes, clock),
-        gpus=_gpus(),
+        gpus=gpus(),
         gpus_wanted=gpus_wanted,
         ports={port: is_free(port) for port in ports},
         max_open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
@@ -312,12 +312,14 @@ def _size(folder: str) -> int | None:
         return None
 
 
-def _memory_bytes() -> int | None:
+def memory_bytes() -> int | None:
+    """Free on this machine; None where it does not say."""
     found = _words("/proc/meminfo", r"^MemAvailable:\s*(\d+) kB$")
     return 1024 * int(found[0]) if found else None
 
 
-def _gpus() -> list[tuple[str, int]]:
+def gpus() -> list[tuple[str, int]]:
+    """Name and bytes of each GPU here. Waits for: `nvidia-smi`, at most 20 s."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)

@@ -26,11 +26,12 @@ PACKAGES = (
     "flash-attn",
 )
 SECRET = re.compile(
-    r"(^|[._-])(token|secret|password|passwd|credentials?|((api|access|account|private|secret)[_-]?)?key)$",
+    r"(^|[._-])(token|secret|password|passwd|passphrase|credentials?|authorization|cookie"
+    r"|((api|access|account|private|secret)[_-]?)?key)$",
     re.I,
 )
 HIDDEN = "(hidden)"
-_USER = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/@\"']+@", re.I)
+_USER = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/\"']+@", re.I)
 _QUERY = re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s?\"']*)\?[^\s\"']+", re.I)
 GIT_TIMEOUT_S = 10.0
 

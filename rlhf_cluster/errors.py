@@ -50,6 +50,10 @@ class WorkerError(RlhfError, RuntimeError):
     """A worker died, hung, or answered with an error."""
 
 
+class RecordLost(WorkerError):
+    """A record that a call needs is gone: the only copy was on a node that died."""
+
+
 class PoolLost(WorkerError):
     """A pool has used up its restarts: nobody is left to do its work."""
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from rlhf_cluster.config import RunConfig, StageConfig
 from rlhf_cluster.data.examples import SftExample
 from rlhf_cluster.data.prompts import PromptSource, evaluation_prompts
-from rlhf_cluster.data.tokenizer import load_tokenizer
+from rlhf_cluster.data.tokenizer import load_tokenizer, refuse_other_tokens
 from rlhf_cluster.learning.make_model import check_fit, make_model
+from rlhf_cluster.observe.sinks import check_sinks
 from rlhf_cluster.planning.trial import try_rewards
 from rlhf_cluster.records import Prompt
 from rlhf_cluster.weights.checkpoint import checkpoint_shapes, refuse_other_draft
@@ -40,12 +41,16 @@ class Inputs:
 
 def check_inputs(config: RunConfig, scratch: Path) -> Inputs:
     """Raises `DataError`, `WeightError` or `ConfigError` for the first input that cannot be used."""
+    check_sinks(config.observe.sinks)
     model_dir = model_dir_of(config, scratch)
     if (draft := config.generation.draft_folder) is not None:
         refuse_other_draft(draft, checkpoint_shapes(draft), checkpoint_shapes(model_dir))
     tokenizer_dir = config.model.tokenizer or str(model_dir)
     tokenizer = load_tokenizer(tokenizer_dir)
     check_fit(model_dir, config.max_sequence_tokens, config.model.tokenizer)
+    if (teacher := config.scoring.teacher) is not None:
+        refuse_other_tokens("scoring.teacher", teacher, tokenizer)
+        check_fit(teacher, config.max_sequence_tokens)
     prompts = PromptSource(config.data, tokenizer, config.run.seed)
     num_warmup = config.sft.steps * config.sft.batch_size
     max_target_tokens = config.generation.max_response_tokens

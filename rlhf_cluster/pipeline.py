@@ -19,14 +19,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from rlhf_cluster.errors import PoolLost, RlhfError, ScoringError, WorkerError, first_failure
+from rlhf_cluster.errors import (
+    PoolLost,
+    RecordLost,
+    RlhfError,
+    ScoringError,
+    WorkerError,
+    first_failure,
+)
 from rlhf_cluster.experience.adaptive import DepthController
 from rlhf_cluster.observe.occupancy import Occupancy
+from rlhf_cluster.outcomes import Outcomes
 from rlhf_cluster.ports import (
     BufferPort,
     GenerationPort,
@@ -42,6 +49,8 @@ from rlhf_cluster.weights.sync import WeightSync
 
 NO_SIGNAL = "no_signal"
 """The reason of a discard whose rewards the algorithm has no use for."""
+MAX_LOSSES = 3
+"""How often a group is generated again that a node took with it before it was scored."""
 
 
 class PromptsPort(Protocol):
@@ -112,11 +121,12 @@ class Pipeline:
     stopped: bool = False  # by `stop`
     num_workers: Callable[[str], int] = lambda pool: 1  # of "generation", "scoring"
     clock: Callable[[], float] = time.monotonic
-    _outcomes: deque[bool] = field(default_factory=lambda: deque(maxlen=100))
+    _outcomes: Outcomes = field(init=False)
     _generating: Occupancy = field(init=False)
     _being_scored: Occupancy = field(init=False)
 
     def __post_init__(self) -> None:
+        self._outcomes = Outcomes(self.max_error_rate)
         self._generating = Occupancy(self.clock, lambda: self.num_workers("generation"))
         self._being_scored = Occupancy(self.clock, lambda: self.num_workers("scoring"))
 
@@ -177,13 +187,13 @@ class Pipeline:
         except (WorkerError, ScoringError) as error:
             self.observer.group_discarded(ticket, error)
             await self.buffer.discard(ticket, type(error).__name__)
-            self._count_outcome(failed=True, error=error)
+            self._outcomes.add(error)
         else:
             if self.trains_on(summary.rewards):
                 await self.buffer.finish(ticket, handle, summary)
             else:
                 await self.buffer.discard(ticket, NO_SIGNAL)
-            self._count_outcome(failed=False)
+            self._outcomes.add(None)
 
     async def _recovered(
         self, ticket: Ticket, prompt: Prompt
@@ -196,10 +206,15 @@ class Pipeline:
         return found
 
     async def _generated(self, ticket: Ticket, prompt: Prompt) -> tuple[Handle, GroupSummary]:
-        with self._generating.call():
-            rollouts = await self.generation.generate(ticket, prompt, self.sampling)
-        with self._being_scored.call():
-            return await self.scoring.score(rollouts)
+        async def generate() -> Handle:
+            with self._generating.call():
+                return await self.generation.generate(ticket, prompt, self.sampling)
+
+        async def score(rollouts: Handle) -> tuple[Handle, GroupSummary]:
+            with self._being_scored.call():
+                return await self.scoring.score(rollouts)
+
+        return await scored(generate, score)
 
     async def learner_loop(self) -> int:
         """Consumes batches, produces weights and checkpoints; returns the steps done.
@@ -252,15 +267,6 @@ class Pipeline:
             await self.buffer.set_pipeline_depth(change.depth)
             self.observer.event(str(change))
 
-    def _count_outcome(self, *, failed: bool, error: RlhfError | None = None) -> None:
-        self._outcomes.append(failed)
-        rate = sum(self._outcomes) / len(self._outcomes)
-        if failed and len(self._outcomes) >= 8 and rate > self.max_error_rate:
-            raise type(error or WorkerError())(
-                f"{rate:.0%} of the last {len(self._outcomes)} groups failed, over "
-                f"scoring.max_error_rate = {self.max_error_rate:g}. The last reason: {error}"
-            )
-
 
 async def evaluate(
     generation: GenerationPort,
@@ -277,8 +283,9 @@ async def evaluate(
 
     async def one(number: int, prompt: Prompt) -> GroupSummary:
         ticket = Ticket(number=number, version=version, purpose="evaluate")
-        group = await generation.generate(ticket, prompt, sampling)
-        _, summary = await scoring.score(group)
+        _, summary = await scored(
+            lambda: generation.generate(ticket, prompt, sampling), scoring.score
+        )
         if summary.oldest_version != version:
             raise WorkerError(
                 f"evaluation of version {version}: group {summary.group_id} was sampled with "
@@ -289,3 +296,16 @@ async def evaluate(
     async with asyncio.TaskGroup() as tasks:
         answers = [tasks.create_task(one(i, prompt)) for i, prompt in enumerate(prompts)]
     return [answer.result() for answer in answers]
+
+
+async def scored(
+    generate: Callable[[], Awaitable[Handle]],
+    score: Callable[[Handle], Awaitable[tuple[Handle, GroupSummary]]],
+) -> tuple[Handle, GroupSummary]:
+    """What both give, one after the other; again while the record is lost between them."""
+    for _ in range(MAX_LOSSES):
+        try:
+            return await score(await generate())
+        except RecordLost:
+            continue
+    return await score(await generate())

@@ -14,7 +14,7 @@ Shapes: P prompt tokens, T response tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
@@ -174,12 +174,15 @@ class PartialGroup:
 class ScoredRollout:
     """A rollout with what the scoring pool says of it.
 
-    `reward` is the weighted sum of `reward_parts`; a part that scores reasoning steps is the sum of
-    its steps' scores. `step_rewards` are the weighted sums of such parts step by step, so `reward`
-    is `outcome_reward` and all of them together. Log-probabilities are at the rollout's temperature:
-    `ref_logprobs` the reference policy's, `exact_logprobs` those of the version that sampled each
-    token, as the learner computes. `reference_kl` is the learner's own: the KL of its policy to the
-    reference, over the whole vocabulary, at the start of the step. Absent when not configured.
+    `reward` is what `scoring.objective` makes of `reward_parts`, by default their weighted sum; a
+    part that scores reasoning steps is the sum of its steps' scores. `step_rewards` are the weighted
+    sums of such parts step by step, so `reward` is `outcome_reward` and all of them together. No
+    algorithm reads `watched`: scores that are shown only, and what is told of the parts (see
+    `scoring.rewarding`). Log-probabilities are at the rollout's temperature:
+    `ref_logprobs` the reference policy's, `teacher_logprobs` the teacher's, `exact_logprobs` those of
+    the version that sampled each token, as the learner computes. `reference_kl` is the learner's own:
+    the KL of its policy to the reference, over the whole vocabulary, at the start of the step. Absent
+    when not configured.
     """
 
     rollout: Rollout
@@ -188,16 +191,19 @@ class ScoredRollout:
     ref_logprobs: Array | None  # [T] float32
     scorer: str
     exact_logprobs: Array | None = None  # [T] float32
+    teacher_logprobs: Array | None = None  # [T] float32
     reference_kl: Array | None = None  # [T] float32
     step_ends: Array | None = None  # [S] int32, last token of each reasoning step, never falling
     step_rewards: Array | None = None  # [S] float64
+    watched: Mapping[str, float] = field(default_factory=dict)
+    scorer_version: str = ""  # equal where rewards, their models and the objective are
 
     def __post_init__(self) -> None:
         if not np.isfinite(self.reward):
             raise RecordError(
                 f"rollout {self.rollout.rollout_id}: reward {self.reward} is not finite"
             )
-        for name in ("ref_logprobs", "exact_logprobs", "reference_kl"):
+        for name in ("ref_logprobs", "exact_logprobs", "teacher_logprobs", "reference_kl"):
             if getattr(self, name) is not None:
                 self._check_logprobs(name)
         if self.exact_logprobs is not None and not np.isfinite(self.exact_logprobs).all():
@@ -268,6 +274,9 @@ class ExperienceGroup:
                 if s.step_rewards is not None
                 for r in s.step_rewards.tolist()
             ),
+            parts=_means([{**s.reward_parts, **s.watched} for s in self.scored]),
+            longest_tokens=max(len(r.response_ids) for r in rollouts),
+            num_stopped=sum(r.finish_reason == FinishReason.STOP for r in rollouts),
         )
 
 
@@ -281,6 +290,10 @@ class GroupSummary:
     num_tokens: int
     rewards: tuple[float, ...]
     step_rewards: tuple[float, ...] = ()  # of all reasoning steps of all rollouts
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """Means over the rollouts, of parts of the reward and of what is watched."""
+    longest_tokens: int = 0  # of one response
+    num_stopped: int = 0  # responses that the model ended itself
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,6 +306,15 @@ class WeightVersion:
     num_tensors: int
     num_bytes: int  # of the tensors
     stored_bytes: int = 0  # of the files written for it: fewer when only changes are stored
+
+
+def _means(values: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """By name, over those that have it."""
+    found: dict[str, list[float]] = {}
+    for own in values:
+        for name, value in own.items():
+            found.setdefault(name, []).append(value)
+    return {name: float(np.mean(all_of_it)) for name, all_of_it in found.items()}
 
 
 def _check_tokens(record: Rollout | PartialResponse, names: tuple[str, ...]) -> None:

@@ -15,7 +15,7 @@ Promises:
 - the lock is the operating system's: a process that dies gives it back, however it dies;
 - a directory is claimed entirely or not at all: whoever is refused has written nothing;
 - only a directory that carries our marker is ever emptied, and only on request, under the lock;
-- values of keys that hold secrets (token, password, api_key, ...) are never written.
+- values of keys and variables that hold secrets (token, password, api_key, ...) are never written.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_cluster import redaction
 from rlhf_cluster.environment import describe_environment, without_secrets
 from rlhf_cluster.errors import RunError
 from rlhf_cluster.observe.snapshot import Snapshot
@@ -200,7 +201,7 @@ class RunDir:
         """One that cannot be written is logged, once in a row: it is a view, and no reason to end a run
         or to hide what does."""
         try:
-            _replace(self.status, snapshot.to_json())
+            write_json(self.status, json.loads(snapshot.to_json()))
         except OSError as error:
             if not self._status_failed:
                 log.warning(
@@ -256,7 +257,9 @@ class RunDir:
         for folder in FOLDERS:
             (self.path / folder).mkdir(exist_ok=True)
         self.weights.mkdir(parents=True, exist_ok=True)
-        write_json(self.resolved, without_secrets(config.model_dump(mode="json")))
+        settings = config.model_dump(mode="json")
+        redaction.hide(redaction.secrets_of(settings))
+        write_json(self.resolved, without_secrets(settings))
         write_json(self.environment, describe_environment(argv, config.run.seed))
 
 
@@ -274,11 +277,8 @@ def find_run(run: str, root: str | Path = "runs") -> RunDir:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file as a whole: a reader sees the old one or the new one."""
-    _replace(path, json.dumps(value, indent=2, default=str) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
+    """Write a JSON file as a whole, secrets left out: a reader sees the old one or the new one."""
+    text = json.dumps(redaction.of_process(value), indent=2, default=str) + "\n"
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

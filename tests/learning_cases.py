@@ -136,7 +136,11 @@ def make_scored(
     )
     ref = None if ref_logprobs is None else np.asarray(ref_logprobs, dtype=np.float32)
     return ScoredRollout(
-        rollout=rollout, reward=reward, reward_parts={}, ref_logprobs=ref, scorer="test"
+        rollout=rollout,
+        reward=reward,
+        reward_parts={"exact_match": reward},
+        ref_logprobs=ref,
+        scorer="test",
     )
 
 
@@ -200,6 +204,7 @@ def loss_inputs(
     entropy: torch.Tensor | None = None,
     staleness: torch.Tensor | None = None,
     lengths: Sequence[int] | None = None,
+    unit_size: int = 1,
 ) -> LossInputs:
     """Inputs of a loss over N tokens; `lengths` cuts them into sequences (default: one)."""
     import torch
@@ -213,8 +218,9 @@ def loss_inputs(
         advantages=advantages,
         entropy=torch.zeros_like(advantages) if entropy is None else entropy,
         staleness=torch.zeros_like(advantages) if staleness is None else staleness,
-        sequence=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
+        sequence=torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths).long()),
         num_sequences=len(lengths),
+        unit_sizes=(unit_size,) * (len(lengths) // unit_size),
     )
 
 

@@ -14,8 +14,12 @@ from typing import Any
 
 import torch
 
+from rlhf_cluster.algorithms import ALGORITHMS
 from rlhf_cluster.algorithms.base import LossInputs
 from tests.learning_cases import loss_inputs
+
+POLICY_GRADIENTS = sorted(set(ALGORITHMS) - {"online_dpo", "on_policy_distillation"})
+"""Those with nothing but the shared keys and rewards; the others have tests of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)

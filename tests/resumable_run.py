@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_cluster.checkpoint.folder import newest
+from rlhf_cluster.checkpoint.folder import Checkpoint, newest
 from rlhf_cluster.checkpoint.saving import Checkpoints
 from rlhf_cluster.checkpoint.state import LearnerState, RunState
 from rlhf_cluster.errors import ScoringError
@@ -96,11 +96,20 @@ class LedgerLearner(FakeLearner):
         if self.before_step is not None:
             await self.before_step()
         wanted = [(g.ticket.number, g.handle) for g in groups]
-        for group in collect(wanted, _fetch, self.store):
+        found = collect(wanted, _fetch, self.store)
+        for group in found:
             oldest = group.summary().oldest_version
             row = [self.version, group.ticket.number, group.prompt.prompt_id, self.version - oldest]
             self.ledger.append(row)
+        self.train(found)
         return await super().train_step(groups)
+
+    def train(self, groups: Sequence[ExperienceGroup]) -> None:
+        """What a step does beside the ledger."""
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        text = (checkpoint.folder / "learner" / "ledger.json").read_text()
+        self.ledger, self.version = json.loads(text), checkpoint.state.step
 
     async def copy_state(self) -> LearnerState:
         self.copied = json.dumps(self.ledger)
@@ -110,7 +119,7 @@ class LedgerLearner(FakeLearner):
         self._write(folder)
 
     def _write(self, folder: Path) -> None:
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         (folder / "ledger.json").write_text(self.copied)
 
 
@@ -148,19 +157,19 @@ class Attempt:
     discarded: Callable[[int], bool] = lambda number: False
     kill_at: int | None = None
     slow_steps: bool = True  # a step takes as long as writing a checkpoint
+    group_size: int = 1
     written: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.fuse = Fuse(self.kill_at)
         self.store = ExperienceStore(self.root / "experience")
-        self.learner, self.observer = LedgerLearner(store=self.store), FakeObserver()
+        self.learner, self.observer = self.new_learner(), FakeObserver()
         self.checkpoints: Checkpoints | None = None
         self.checkpoint = newest(self.root).checkpoint
         state = self.checkpoint.state if self.checkpoint else None
         buffer = ExperienceBuffer(self.gate)
         if self.checkpoint is not None and state is not None:
-            text = (self.checkpoint.folder / "learner" / "ledger.json").read_text()
-            self.learner.ledger, self.learner.version = json.loads(text), state.step
+            self.learner.load(self.checkpoint)
             buffer = ExperienceBuffer.resume(self.gate, state.buffer)
         self.state = state
         step = state.step if state else None
@@ -183,10 +192,10 @@ class Attempt:
 
     async def build(self) -> Pipeline:
         learner, buffer = Fused(self.learner, self.fuse), Fused(self.buffer, self.fuse)
-        self.generation = FakeGeneration()
+        self.generation = self.new_generation()
         generation = Fused(self.generation, self.fuse)
         self.scoring = StoringScoring(
-            fail=self._fail, rewards=self._rewards, store=self.store, written=self.written
+            fail=self._fail, rewards=self.rewards, store=self.store, written=self.written
         )
         self.sync = WeightSync(learner, generation, buffer, 1, time.monotonic)
         first_step = self.state.step if self.state else 0
@@ -213,7 +222,7 @@ class Attempt:
             sync=self.sync,
             prompts=FakePrompts(),
             observer=self.observer,
-            sampling=Sampling(num_samples=1, temperature=1.0, max_tokens=8),
+            sampling=Sampling(num_samples=self.group_size, temperature=1.0, max_tokens=8),
             num_steps=self.gate.num_steps,
             groups_per_step=self.gate.groups_per_step,
             max_error_rate=1.0,
@@ -260,6 +269,12 @@ class Attempt:
         fails = self.discarded(number) and number % 2
         return ScoringError(f"group {number} fails") if fails else None
 
-    def _rewards(self, group: RolloutGroup) -> list[float]:
+    def new_learner(self) -> LedgerLearner:
+        return LedgerLearner(store=self.store)
+
+    def new_generation(self) -> FakeGeneration:
+        return FakeGeneration()
+
+    def rewards(self, group: RolloutGroup) -> list[float]:
         useless = self.discarded(group.ticket.number)
         return [0.0 if useless else 1.0] * len(group.rollouts)

@@ -1,22 +1,35 @@
-"""`python -m tests.run_with_engine CONFIG ENGINE`: one run with another engine than vLLM."""
+"""`python -m tests.run_with_engine CONFIG ENGINE`: what a file runs, with another engine than vLLM."""
 
 import sys
+from typing import Any
 
 from actors.cluster import run_config
+from actors.generate import run_generate
+from actors.stages import run_stage
 from rlhf_cluster.cli import explain
-from rlhf_cluster.config import load_run
+from rlhf_cluster.config import GenerateConfig, StageConfig
+from rlhf_cluster.config.either import AnyConfig
+from rlhf_cluster.config.pipeline import load_all
 from rlhf_cluster.errors import RlhfError
 
 
 def main() -> int:
     path, engine = sys.argv[1:3]
     try:
-        summary = run_config(load_run(path), sys.argv[1:], False, engine_factory=engine)
+        for config in load_all(path):
+            print(run(config, engine))
     except RlhfError as error:
         print(f"error: {type(error).__name__}: {explain(error)}", file=sys.stderr)
         return 1
-    print(summary)
     return 0
+
+
+def run(config: AnyConfig, engine: str) -> dict[str, Any]:
+    if isinstance(config, StageConfig):
+        return run_stage(config, sys.argv[1:], False)
+    if isinstance(config, GenerateConfig):
+        return run_generate(config, sys.argv[1:], False, engine)
+    return run_config(config, sys.argv[1:], False, engine_factory=engine)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,11 @@ from rlhf_cluster.algorithms.dr_grpo import DrGrpo, DrGrpoConfig
 from rlhf_cluster.algorithms.gdpo import Gdpo, GdpoConfig
 from rlhf_cluster.algorithms.grpo import Grpo, GrpoConfig
 from rlhf_cluster.algorithms.gspo import Gspo, GspoConfig
+from rlhf_cluster.algorithms.on_policy_distillation import (
+    OnPolicyDistillation,
+    OnPolicyDistillationConfig,
+)
+from rlhf_cluster.algorithms.online_dpo import OnlineDpo, OnlineDpoConfig
 from rlhf_cluster.algorithms.policy_gradient import PolicyGradient
 from rlhf_cluster.algorithms.ppo import Ppo, PpoConfig
 from rlhf_cluster.algorithms.reinforce import Reinforce, ReinforceConfig
@@ -23,13 +28,15 @@ from rlhf_cluster.algorithms.remax import Remax, RemaxConfig
 from rlhf_cluster.algorithms.rloo import Rloo, RlooConfig
 from rlhf_cluster.algorithms.sapo import Sapo, SapoConfig
 
-ALGORITHMS: dict[str, type[PolicyGradient[Any]]] = {
+ALGORITHMS: dict[str, type[PolicyGradient[Any]] | type[OnlineDpo]] = {
     "cispo": Cispo,
     "dapo": Dapo,
     "dr_grpo": DrGrpo,
     "gdpo": Gdpo,
     "grpo": Grpo,
     "gspo": Gspo,
+    "on_policy_distillation": OnPolicyDistillation,
+    "online_dpo": OnlineDpo,
     "ppo": Ppo,
     "reinforce": Reinforce,
     "reinforce_pp": ReinforcePp,
@@ -50,6 +57,8 @@ AlgorithmConfig = Annotated[
     | GdpoConfig
     | GrpoConfig
     | GspoConfig
+    | OnPolicyDistillationConfig
+    | OnlineDpoConfig
     | PpoConfig
     | ReinforceConfig
     | ReinforcePpConfig
@@ -61,7 +70,9 @@ AlgorithmConfig = Annotated[
 ]
 
 
-def build_algorithm(config: AlgorithmConfig, max_response_tokens: int) -> PolicyGradient[Any]:
+def build_algorithm(
+    config: AlgorithmConfig, max_response_tokens: int
+) -> PolicyGradient[Any] | OnlineDpo:
     """The algorithm of a run; `max_response_tokens` is `generation.max_response_tokens`."""
     return ALGORITHMS[config.type](config, max_response_tokens)
 

@@ -40,6 +40,8 @@ class LossInputs:
     staleness: Tensor  # [N] learner version at the start of the step minus the sampler's
     sequence: Tensor  # [N] int64 in [0, num_sequences): which sequence a token belongs to
     num_sequences: int
+    unit_sizes: tuple[int, ...] = ()  # sequences of each unit in order, 1 without `keeps_groups`
+    teacher_logprobs: Tensor | None = None  # [N] frozen teacher
     exact_logprobs: Tensor | None = None  # [N] of the version that sampled, as the learner computes
     reference_kl: Tensor | None = None  # [N] KL to the reference over the whole vocabulary, with
     # the gradient of `full_kl_in = "loss"`
@@ -93,6 +95,12 @@ class Algorithm(Protocol):
     @property
     def zero_advantage_is_zero_loss(self) -> bool:
         """A rollout whose advantages are all 0 has loss 0, and need not be computed."""
+        ...
+
+    @property
+    def keeps_groups(self) -> bool:
+        """The loss compares rollouts: those of a group that are computed are one unit, which shares
+        an optimizer step and a micro-batch, in the order of the group."""
         ...
 
     def trained_groups(self, groups: Sequence[ExperienceGroup]) -> Sequence[ExperienceGroup]:

@@ -1,4 +1,4 @@
-"""Configuration that the policy-gradient algorithms share, and the combinations that are refused.
+"""Configuration that algorithms share, and the combinations that are refused.
 
 What the keys do is in `policy_gradient`, `importance`, `correction` and `kl`.
 """
@@ -18,11 +18,45 @@ from rlhf_cluster.config.base import Section
 Proximal = Literal["recompute", "interpolate", "bypass"]
 
 
-class PolicyGradientConfig(Section):
-    """Keys of every policy-gradient algorithm."""
+class AlgorithmSection(Section):
+    """What the rest of a run reads of any algorithm's section."""
 
     group_size: int = Field(default=8, ge=1)
     """Rollouts of one prompt."""
+
+    def trains_on(self, rewards: Sequence[float]) -> bool:
+        """Whether a group with these rewards is trained on, or discarded for another one."""
+        return True
+
+    @property
+    def unit_size(self) -> int:
+        """Rollouts of a group that are laid out together, because the loss compares them."""
+        return 1
+
+    @property
+    def no_steps(self) -> str | None:
+        """Why rewards of reasoning steps would lose their places; None where they keep them."""
+        return "it gives every token of a response the same advantage"
+
+    @property
+    def full_kl_in(self) -> Literal["loss", "reward"] | None:
+        """Where the KL over the whole vocabulary acts, if it does."""
+        return None
+
+    @property
+    def needs_reference(self) -> bool:
+        """The scoring pool has to serve the reference."""
+        return False
+
+    @property
+    def needs_teacher(self) -> bool:
+        """The scoring pool has to serve a teacher."""
+        return False
+
+
+class PolicyGradientConfig(AlgorithmSection):
+    """Keys of every policy-gradient algorithm."""
+
     aggregation: Aggregation = "token_mean"
     """How token losses become one number; see `algorithms.aggregation`."""
     proximal: Proximal = "recompute"
@@ -52,15 +86,6 @@ class PolicyGradientConfig(Section):
     kl_control: KlControl = FixedKl()
     """How the coefficient changes over the run."""
 
-    def trains_on(self, rewards: Sequence[float]) -> bool:
-        """Whether a group with these rewards is trained on, or discarded for another one."""
-        return True
-
-    @property
-    def no_steps(self) -> str | None:
-        """Why rewards of reasoning steps would lose their places; None where they keep them."""
-        return "it gives every token of a response the same advantage"
-
     @property
     def kl_active(self) -> bool:
         """The coefficient is, or may become, larger than 0."""
@@ -69,12 +94,10 @@ class PolicyGradientConfig(Section):
 
     @property
     def full_kl_in(self) -> Literal["loss", "reward"] | None:
-        """Where the KL over the whole vocabulary acts, if it does."""
         return self.kl_in if self.kl_active and self.estimator == "full" else None
 
     @property
     def needs_reference(self) -> bool:
-        """The scoring pool has to serve the reference."""
         return self.kl_active and self.kl_to == "reference" and self.full_kl_in is None
 
     @property

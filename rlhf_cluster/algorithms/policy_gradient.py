@@ -106,6 +106,10 @@ class PolicyGradient(ABC, Generic[C]):
         return not (self.trains_entropy or (self.config.kl_active and self.config.kl_in == "loss"))
 
     @property
+    def keeps_groups(self) -> bool:
+        return self.config.unit_size > 1
+
+    @property
     def kl_coef(self) -> float:
         """The coefficient of the KL term in the step that is next or under way."""
         return self._kl.coef
@@ -190,19 +194,12 @@ class PolicyGradient(ABC, Generic[C]):
         log_ratios, weighed = self._correct(log_ratios, proximal, sampler, inputs)
         losses, sums = self.surrogate(log_ratios, inputs)
         losses = losses * weighed.weights
-        count = losses.new_tensor(losses.numel())
         sums = {
             **sums,
             **distance_sums(learner, inputs.sampled_logprobs.detach(), inputs.staleness),
             **correction_sums(weighed, inputs.staleness),
+            **reference_sums(inputs),
         }
-        kl = inputs.reference_kl
-        if kl is None and inputs.ref_logprobs is not None:
-            kl = k3(learner, inputs.ref_logprobs)
-        if kl is not None:
-            reported = kl.detach().sum()
-            sums["learner/kl_ref"] = (reported, count)
-            sums["learner/kl_ref_response"] = (reported, count.new_tensor(inputs.num_sequences))
         if self.config.kl_active and self.config.kl_in == "loss":
             losses = losses + self.kl_coef * self._kl_term(inputs, sampler)
         if self.trains_entropy:
@@ -290,6 +287,20 @@ def _no_full_kl(where: str) -> str:
         f"algorithm.kl_estimator = 'full' but {where} has no reference_kl. The learner computes it "
         "where it holds the reference"
     )
+
+
+def reference_sums(inputs: LossInputs) -> Sums:
+    """The KL to the reference, of a token and of a response, where there is a reference."""
+    kl = inputs.reference_kl
+    if kl is None and inputs.ref_logprobs is not None:
+        kl = k3(inputs.learner_logprobs, inputs.ref_logprobs)
+    if kl is None:
+        return {}
+    reported = kl.detach().sum()
+    return {
+        "learner/kl_ref": (reported, reported.new_tensor(kl.numel())),
+        "learner/kl_ref_response": (reported, reported.new_tensor(inputs.num_sequences)),
+    }
 
 
 def correction_sums(weighed: Weighed, staleness: Tensor) -> Sums:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from xxhash import xxh3_128_hexdigest
 
 from rlhf_cluster.checkpoint import copies, folder
 from rlhf_cluster.checkpoint.folder import Checkpoint, Found
+from rlhf_cluster.config import GenerateConfig
 from rlhf_cluster.environment import without_secrets
 from rlhf_cluster.errors import RunError
 from rlhf_cluster.observe.run_log import cut_metrics, read_metrics
@@ -50,6 +51,21 @@ FIXED = (
 """Settings, or whole sections, that a checkpoint does not fit any more when they change."""
 FIXED_OF_STAGES = ("run.units_per_step", "run.seed", "model", "data", "stage", "learner.lora")
 """The same of an offline stage, whose place in the data follows from its steps."""
+FIXED_OF_GENERATION = (
+    "run.seed",
+    "model",
+    "data",
+    "stage.samples",
+    "stage.completions",
+    "generation.temperature",
+    "generation.max_response_tokens",
+    "generation.segment_tokens",
+    "scoring.rewards",
+    "scoring.objective",
+    "scoring.step_separator",
+)
+"""The same of a stage that makes a data set, whose answers are of these. What is selected of them is
+not here."""
 MAX_DIFFERENCES = 20
 
 
@@ -60,6 +76,7 @@ class Continuation:
     finished: bool
     checkpoint: Checkpoint | None
     notes: list[str]
+    kept: bool = False  # what is there stays, without a checkpoint
 
 
 def whole(run: RunDir, timeout_s: float | None = None) -> Found:
@@ -132,6 +149,8 @@ def look(
     if finished and not changes:
         note = f"Run {config.run.name} has finished; --overwrite starts it anew"
         return Continuation(finished=True, checkpoint=None, notes=[note])
+    if isinstance(config, GenerateConfig):
+        return _keep(run, changes, accept_changes)
     found = found or folder.newest(run.checkpoints)
     if found.checkpoint is None and not is_last:
         return Continuation(finished=False, checkpoint=None, notes=[])
@@ -151,7 +170,7 @@ def look(
         return Continuation(finished=False, checkpoint=None, notes=[note])
     step = found.checkpoint.state.step
     settings = FIXED_OF_STAGES if "stage" in type(config).model_fields else FIXED
-    fixed = [c for c in changes if any(c.startswith((f"{f}.", f"{f} =")) for f in settings)]
+    fixed = _of(changes, settings)
     if fixed:
         raise RunError(
             _explain(run.path, fixed, f"has {step} steps behind it")
@@ -169,6 +188,21 @@ def look(
     notes += [f"changed: {change}" for change in changes]
     notes.append(f"Run {config.run.name} continues from its checkpoint of step {step}")
     return Continuation(finished=False, checkpoint=found.checkpoint, notes=notes)
+
+
+def _keep(run: RunDir, changes: list[str], accept_changes: bool) -> Continuation:
+    """Of a stage that makes a data set: every finished prompt is there."""
+    fixed = _of(changes, FIXED_OF_GENERATION)
+    if fixed:
+        raise RunError(
+            _explain(run.path, fixed, "has answers of other settings")
+            + ". These cannot change in a run; start another one with --set run.name=NEW"
+        )
+    if changes and not accept_changes:
+        raise RunError(_explain(run.path, changes, "began with other settings"))
+    notes = [f"changed: {change}" for change in changes]
+    notes.append(f"{run.path} goes on: prompts that were finished are not sampled again")
+    return Continuation(finished=False, checkpoint=None, notes=notes, kept=True)
 
 
 def standing(config: AnyConfig, overwrite: bool, accept_changes: bool) -> Continuation | None:
@@ -254,6 +288,11 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 def _shown(value: Any) -> str:
     return "not set" if value is None else json.dumps(value)
+
+
+def _of(changes: list[str], settings: Iterable[str]) -> list[str]:
+    """Those of `settings`, or in one of them that is a section."""
+    return [c for c in changes if any(c.startswith((f"{f}.", f"{f} =")) for f in settings)]
 
 
 def _explain(path: Path, changes: list[str], what: str) -> str:

@@ -14,12 +14,28 @@ from rlhf_cluster.config.base import Section, load, validate
 
 if TYPE_CHECKING:
     from rlhf_cluster.config.either import load_any
+    from rlhf_cluster.config.generate import GenerateConfig
     from rlhf_cluster.config.run import RunConfig, load_run
     from rlhf_cluster.config.stage import StageConfig
 
-__all__ = ["RunConfig", "Section", "StageConfig", "load", "load_any", "load_run", "validate"]
+__all__ = [
+    "GenerateConfig",
+    "RunConfig",
+    "Section",
+    "StageConfig",
+    "load",
+    "load_any",
+    "load_run",
+    "validate",
+]
 
-_WHERE = {"RunConfig": "run", "load_run": "run", "StageConfig": "stage", "load_any": "either"}
+_WHERE = {
+    "GenerateConfig": "generate",
+    "RunConfig": "run",
+    "load_run": "run",
+    "StageConfig": "stage",
+    "load_any": "either",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -40,7 +40,7 @@ def _check_caches(c: RunConfig) -> None:
             "prefix cache to keep apart by version. Use 'keep', which is the same there, or turn "
             "prefix_caching on"
         )
-    if how != "recompute" and c.algorithm.sampler == "exact":
+    if how != "recompute" and getattr(c.algorithm, "sampler", None) == "exact":
         raise ValueError(
             f"generation.cache_on_update = {how!r} with algorithm.sampler = 'exact': a response under "
             "way at an update goes on from keys and values of the old weights, so no version alone "

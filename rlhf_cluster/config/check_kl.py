@@ -15,6 +15,11 @@ def check_kl(c: RunConfig) -> None:
     if c.algorithm.full_kl_in is not None:
         _check_full_kl(c)
     elif c.algorithm.needs_reference and not c.scoring.reference:
+        if c.algorithm.type == "online_dpo":
+            raise ValueError(
+                f"algorithm.loss.type = {c.algorithm.loss.type!r} with scoring.reference = false: it "
+                "compares with a reference. Set scoring.reference = true, or loss.type = 'simpo'"
+            )
         key, value, control = "kl_coef", c.algorithm.kl_coef, c.algorithm.kl_control
         if value == 0 and isinstance(control, LinearKl):
             key, value = "kl_control.final", control.final

@@ -67,7 +67,8 @@ def _check_on_stale(c: RunConfig) -> None:
             f"staleness.max_staleness = {bound}, found {limit}. Set it to the largest staleness that "
             "may be trained, or use on_stale = 'wait'"
         )
-    if getattr(c.algorithm, "correction", None) is None or c.algorithm.correction.type == "none":
+    correction = getattr(c.algorithm, "correction", None)
+    if correction is None or correction.type == "none":
         raise ValueError(
             "staleness.on_stale = 'reweight' needs an algorithm.correction other than 'none': groups "
             "over max_staleness are trained with its importance weights. Set one, or use 'drop'"

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 def check_steps(c: RunConfig) -> None:
     """Raises `ValueError` where step rewards would lose their places, or are not there."""
-    names = [r.name or r.type for r in c.scoring.rewards if r.scores_steps]
+    names = [r.name or r.type for r in c.scoring.rewards if r.scores_steps and not r.watch]
     reason = c.algorithm.no_steps
     if names and reason is not None:
         raise ValueError(

@@ -1,4 +1,5 @@
-"""Loading a run file of either kind: a run of reinforcement learning, or an offline stage."""
+"""Loading a run file of any kind: a run of reinforcement learning, an offline stage, or a stage that
+makes a data set."""
 
 from __future__ import annotations
 
@@ -7,17 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cluster.config.base import read_tree, validate
+from rlhf_cluster.config.generate import GenerateConfig
 from rlhf_cluster.config.run import RunConfig
 from rlhf_cluster.config.stage import StageConfig
 
-AnyConfig = RunConfig | StageConfig
+AnyConfig = RunConfig | StageConfig | GenerateConfig
 
 
 def load_any(path: str | Path, overrides: Sequence[str] = ()) -> AnyConfig:
-    """Read and validate a run file: a stage where it has [stage], else a run. Raises `ConfigError`."""
+    """Read and validate a run file: a stage where it has [stage], by its type, else a run. Raises
+    `ConfigError`."""
     return of_tree(read_tree(path, overrides), str(path))
 
 
 def of_tree(tree: dict[str, Any], source: str) -> AnyConfig:
     """The same of what a file holds."""
-    return validate(StageConfig if "stage" in tree else RunConfig, tree, source)
+    stage = tree.get("stage")
+    if isinstance(stage, dict) and stage.get("type") == "generate":
+        return validate(GenerateConfig, tree, source)
+    return validate(RunConfig if stage is None else StageConfig, tree, source)

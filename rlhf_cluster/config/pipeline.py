@@ -2,8 +2,9 @@
 
     [pipeline]               name and root
     [stages.sft]             each table a whole run file, without run.name and run.root
-    [stages.dpo]             "{stages.sft.final}" in any text is the model that sft leaves, and
-                             "{stages.NAME-0.final}" that of the first member of an ensemble
+    [stages.dpo]             "{stages.sft.final}" in any text is the model that sft leaves,
+                             "{stages.NAME-0.final}" that of the first member of an ensemble, and
+                             "{stages.NAME.data}" the file of a stage that makes a data set
 
 Promises: the tables are run in their order; each is a run directory of its own, named as its table,
 below the pipeline's; a table may name what earlier ones leave, and nothing else of them. All tables
@@ -21,6 +22,7 @@ from pydantic import Field
 
 from rlhf_cluster.config.base import Section, read_tree, validate
 from rlhf_cluster.config.either import AnyConfig, of_tree
+from rlhf_cluster.config.generate import GenerateConfig
 from rlhf_cluster.config.members import members_of
 from rlhf_cluster.errors import ConfigError
 
@@ -51,18 +53,18 @@ def load_all(path: str | Path, overrides: Sequence[str] = ()) -> list[AnyConfig]
     file = validate(PipelineFile, tree, str(path))
     folder = Path(file.pipeline.root).absolute() / file.pipeline.name
     found: list[AnyConfig] = []
-    finals: dict[str, str] = {}
+    left: dict[str, str] = {}
     for name, table in file.stages.items():
         source = f"{path}, [stages.{name}]"
-        own = dict(_filled(table, finals, source, "") if isinstance(table, Mapping) else {})
+        own = dict(_filled(table, left, source, "") if isinstance(table, Mapping) else {})
         for config in members_of(of_tree(_placed(own, name, folder, source), source)):
-            if config.run.name in finals:
+            if any(config.run.name == each.run.name for each in found):
                 raise ConfigError(
                     f"{source}: {config.run.name} is a member of an ensemble before it. Give the table "
                     "another name"
                 )
             found.append(config)
-            finals[config.run.name] = str(config.run_dir / "final")
+            left |= {f"{config.run.name}.{what}": str(path) for what, path in _left(config)}
     return found
 
 
@@ -73,10 +75,17 @@ def pipeline_of(path: str | Path, overrides: Sequence[str] = ()) -> PipelineSect
 
 
 def needs(config: AnyConfig, earlier: Sequence[AnyConfig]) -> list[str]:
-    """The names of those of `earlier` that `config` takes a model from that is not there yet."""
+    """The names of those of `earlier` that leave something that `config` takes and is not there yet."""
     texts = _texts(config.model_dump(mode="json"))
-    finals = {c.run.name: (c.run_dir / "final").absolute() for c in earlier}
-    return [n for n, final in finals.items() if str(final) in texts and not final.exists()]
+    left = {c.run.name: path.absolute() for c in earlier for _, path in _left(c)}
+    return [name for name, path in left.items() if str(path) in texts and not path.exists()]
+
+
+def _left(config: AnyConfig) -> list[tuple[str, Path]]:
+    """What others may take of `config`, by its name in a file."""
+    if isinstance(config, GenerateConfig):
+        return [("data", config.data_file)]
+    return [("final", config.run_dir / "final")]
 
 
 def _is_pipeline(tree: Mapping[str, Any]) -> bool:
@@ -94,26 +103,25 @@ def _placed(tree: dict[str, Any], name: str, folder: Path, source: str) -> dict[
     return {**tree, "run": {**run, "name": name, "root": str(folder)}}
 
 
-def _filled(value: Any, finals: Mapping[str, str], source: str, key: str) -> Any:
+def _filled(value: Any, left: Mapping[str, str], source: str, key: str) -> Any:
     """`value` with what the stages before leave in place of their names."""
     if isinstance(value, Mapping):
-        return {k: _filled(v, finals, source, f"{key}.{k}".lstrip(".")) for k, v in value.items()}
+        return {k: _filled(v, left, source, f"{key}.{k}".lstrip(".")) for k, v in value.items()}
     if isinstance(value, list):
-        return [_filled(v, finals, source, key) for v in value]
+        return [_filled(v, left, source, key) for v in value]
     if not isinstance(value, str):
         return value
 
-    def final(match: re.Match[str]) -> str:
-        stage, what = match.groups()
-        if what != "final" or stage not in finals:
-            known = ", ".join(f"{{stages.{name}.final}}" for name in finals) or "none"
+    def path(match: re.Match[str]) -> str:
+        if (name := ".".join(match.groups())) not in left:
+            known = ", ".join(f"{{stages.{name}}}" for name in left) or "none"
             raise ConfigError(
                 f"{source}: {key} = {value!r}: {match[0]} is nothing that an earlier stage leaves; "
                 f"known here: {known}"
             )
-        return finals[stage]
+        return left[name]
 
-    return _PLACE.sub(final, value)
+    return _PLACE.sub(path, value)
 
 
 def _texts(value: Any) -> list[str]:

@@ -13,20 +13,23 @@ from pathlib import Path
 from pydantic import model_validator
 
 from rlhf_cluster.algorithms import ALGORITHMS, AlgorithmConfig, GrpoConfig
+from rlhf_cluster.config.autoscale import Autoscale, check_autoscale
 from rlhf_cluster.config.base import Section, load
 from rlhf_cluster.config.check_checkpoint import check_checkpoint
 from rlhf_cluster.config.check_generation import check_generation
 from rlhf_cluster.config.check_kl import check_kl
 from rlhf_cluster.config.check_learner import check_learner
 from rlhf_cluster.config.check_model import check_model
+from rlhf_cluster.config.check_rewards import check_rewards
 from rlhf_cluster.config.check_staleness import check_staleness
 from rlhf_cluster.config.check_steps import check_steps
+from rlhf_cluster.config.check_teacher import check_teacher
 from rlhf_cluster.config.check_weights import check_weights
+from rlhf_cluster.config.operating import ClusterSection, Observe
 from rlhf_cluster.config.scoring import Scoring
 from rlhf_cluster.config.sections import (
     Buffer,
     Checkpoint,
-    ClusterSection,
     Critic,
     Data,
     Dtype,
@@ -34,7 +37,6 @@ from rlhf_cluster.config.sections import (
     Generation,
     Learner,
     Model,
-    Observe,
     Run,
     Sft,
     Staleness,
@@ -62,6 +64,7 @@ class RunConfig(Section):
     checkpoint: Checkpoint = Checkpoint()
     cluster: ClusterSection = ClusterSection()
     observe: Observe = Observe()
+    autoscale: Autoscale | None = None
 
     @property
     def run_dir(self) -> Path:
@@ -101,7 +104,12 @@ class RunConfig(Section):
 
     @property
     def tokens_per_row(self) -> int:
-        return self.learner.tokens_per_row or self.max_sequence_tokens
+        """Capacity of a row of the learner, which holds what must share a micro-batch."""
+        return self.learner.tokens_per_row or self.max_unit_tokens
+
+    @property
+    def max_unit_tokens(self) -> int:
+        return self.max_sequence_tokens * self.algorithm.unit_size
 
     @property
     def sampling(self) -> Sampling:
@@ -131,11 +139,13 @@ class RunConfig(Section):
             _check_devices,
             _check_sampling,
             check_generation,
-            _check_rewards,
+            check_rewards,
             check_steps,
+            check_teacher,
             check_weights,
             check_checkpoint,
             check_learner,
+            check_autoscale,
         ):
             check(self)
         return self
@@ -192,10 +202,11 @@ def _check_lengths(c: RunConfig) -> None:
             f"generation.segment_tokens = {segment} is not under generation.max_response_tokens = "
             f"{response}: no response would be cut. Lower it, or remove it"
         )
-    if longest > c.tokens_per_row:
+    if c.max_unit_tokens > c.tokens_per_row:
+        several = f", {c.algorithm.unit_size} times (a pair)" if c.algorithm.unit_size > 1 else ""
         raise ValueError(
-            f"{terms} is over learner.tokens_per_row = {c.learner.tokens_per_row}: the longest "
-            "sequence would fit no row. Raise tokens_per_row or lower the lengths"
+            f"{terms}{several} is over learner.tokens_per_row = {c.learner.tokens_per_row}: the "
+            "longest sequence would fit no row. Raise tokens_per_row or lower the lengths"
         )
     if c.tokens_per_row > c.learner.tokens_per_micro_batch:
         raise ValueError(
@@ -211,6 +222,13 @@ def _check_lengths(c: RunConfig) -> None:
 
 def _check_batch(c: RunConfig) -> None:
     learner = c.learner
+    if c.algorithm.unit_size > 1 and c.run.groups_per_step < learner.ranks * learner.minibatches:
+        raise ValueError(
+            f"run.groups_per_step = {c.run.groups_per_step} is under learner.ranks * "
+            f"learner.minibatches = {learner.ranks} * {learner.minibatches}, and with algorithm.type = "
+            f"{c.algorithm.type!r} a group is one pair: some ranks would have nothing to train on. "
+            "Raise the batch, or lower the ranks or the minibatches"
+        )
     if c.run.groups_per_step * c.algorithm.group_size < learner.ranks * learner.minibatches:
         raise ValueError(
             f"run.groups_per_step * algorithm.group_size = {c.run.groups_per_step} * "
@@ -228,7 +246,8 @@ def _check_algorithm(c: RunConfig) -> None:
             f"generation.max_response_tokens = {longest}: the buffer is its last part. Lower the "
             "buffer, or allow longer responses"
         )
-    if algorithm.proximal == "interpolate" and c.staleness.bound == 0:
+    proximal = getattr(algorithm, "proximal", None)
+    if proximal == "interpolate" and c.staleness.bound == 0:
         raise ValueError(
             "algorithm.proximal = 'interpolate' with staleness.max_staleness = 0: between equal "
             "policies there is nothing to interpolate, and no ratio would ever be clipped. Use "
@@ -243,7 +262,12 @@ def _check_scoring(c: RunConfig) -> None:
             f"scoring.reference_update.type = {update.type!r} with scoring.reference = false: there "
             "is no reference to move. Set scoring.reference = true, or remove reference_update"
         )
-    if c.algorithm.sampler == "exact" and not c.scoring.exact_logprobs:
+    if c.scoring.quantization and not (c.scoring.reference or c.scoring.teacher):
+        raise ValueError(
+            f"scoring.quantization = {c.scoring.quantization!r} with scoring.reference = false and no "
+            "scoring.teacher: it is of these two. Remove it, or set quantization on the reward models"
+        )
+    if getattr(c.algorithm, "sampler", None) == "exact" and not c.scoring.exact_logprobs:
         raise ValueError(
             "algorithm.sampler = 'exact' with scoring.exact_logprobs = false: nobody computes the "
             "exact log-probabilities. Set scoring.exact_logprobs = true, or sampler = 'sampled'"
@@ -329,20 +353,4 @@ def _check_sampling(c: RunConfig) -> None:
             f"generation.engine_args.{found[0]}: not allowed here. Truncated or penalised sampling "
             "cannot be replayed by the learner, and model, max_model_len, seed and logprobs_mode are "
             "set by the run. Remove it"
-        )
-
-
-def _check_rewards(c: RunConfig) -> None:
-    names = [r.name or r.type for r in c.scoring.rewards]
-    unknown = sorted({*getattr(c.algorithm, "reward_weights", {})} - {*names})
-    if unknown:
-        raise ValueError(
-            f"algorithm.reward_weights names {unknown[0]!r}, and scoring.rewards has "
-            f"{', '.join(map(repr, names))}. Use one of these names"
-        )
-    twice = sorted({n for n in names if names.count(n) > 1})
-    if twice:
-        raise ValueError(
-            f"scoring.rewards: the name {twice[0]!r} appears {names.count(twice[0])} times. Give each "
-            "reward a name of its own"
         )

@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from rlhf_cluster.config.base import Section
-from rlhf_cluster.config.sections import Dtype
+from rlhf_cluster.config.sections import Dtype, FrozenQuantization
 from rlhf_cluster.rewards import RewardConfig
+from rlhf_cluster.scoring.objective import Objective, WeightedSum
 
 
 class FixedReference(Section):
@@ -45,6 +46,8 @@ class Scoring(Section):
 
     workers: PositiveInt = 1
     rewards: list[RewardConfig] = Field(min_length=1)
+    objective: Objective = WeightedSum()
+    """How the rewards become one; see `scoring.objective`."""
     step_separator: str = Field(default="\n", min_length=1)
     """What separates the reasoning steps of a response, for rewards that score steps; segments that
     are blank are no steps."""
@@ -52,9 +55,15 @@ class Scoring(Section):
     """Compute the reference policy's log-probabilities of every response token."""
     reference_update: ReferenceUpdate = FixedReference()
     """Which policy the reference is: the starting one, or one that follows; see `scoring.moving`."""
+    teacher: str | None = None
+    """Folder of a frozen model with the policy's tokenizer, which gives the log-probabilities of every
+    response token that `on_policy_distillation` learns from."""
     dtype: Dtype = "bfloat16"
-    """Compute type of the reference model. With `learner.dtype` a policy equal to the reference has
-    a KL of exactly 0."""
+    """Compute type of the reference and of the teacher. With `learner.dtype` a policy equal to the
+    reference has a KL of exactly 0."""
+    quantization: FrozenQuantization | None = None
+    """`int8`: of the reference and of the teacher; see `learning.int8`. A policy equal to the reference
+    then has a KL a little over 0; exact log-probabilities are never rounded."""
     exact_logprobs: bool = False
     """Compute every response token's log-probability under the version that sampled it, as the
     learner computes: tells engine mismatch and staleness apart; see `scoring.exact`."""
@@ -63,6 +72,10 @@ class Scoring(Section):
     one; any other is read from the weight store again."""
     tokens_per_batch: PositiveInt = 16384
     """Token budget of one forward pass of the frozen models."""
+    cache_entries: int = Field(default=0, ge=0)
+    """Scores that a worker keeps, to give them again for the same prompt and response: of reward
+    models, ensembles, and judges that rate at temperature 0. 0: none, so that no score depends on what
+    was scored before, not in its last bits either; see `scoring.cache`."""
     num_cpus: PositiveFloat = 1.0
     num_gpus: float = Field(default=0.0, ge=0)
     request_timeout_s: PositiveFloat = 300.0

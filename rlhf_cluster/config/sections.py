@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from rlhf_cluster.config.base import Section
 from rlhf_cluster.config.quarantine import Quarantine
@@ -13,6 +13,8 @@ from rlhf_cluster.config.tokenizers import CharacterTokenizer, TokenizerInit
 from rlhf_cluster.experience.staleness import OnStale
 
 Dtype = Literal["float32", "bfloat16"]
+FrozenQuantization = Literal["int8"]
+"""How the linear layers of a model that is not trained are held, computed in its `dtype`."""
 
 
 class Run(Section):
@@ -345,39 +347,3 @@ class Checkpoint(Section):
     notice_s: float = Field(default=45.0, gt=0, le=100)
     """After SIGTERM, Ctrl-C or stop the run ends its step and writes a checkpoint, within this. A
     second signal ends it at once."""
-
-
-class ClusterSection(Section):
-    """The Ray cluster: the one at `address`, or one started on this machine."""
-
-    address: str | None = None
-    """Address to join; default: RAY_ADDRESS, else a local cluster of this run alone."""
-    num_cpus: PositiveFloat | None = None
-    """Logical CPUs of a local cluster; default: this machine's cores."""
-    object_store_bytes: PositiveInt | None = None
-    """Shared memory of a local cluster for objects; default: Ray's share of the machine."""
-    dashboard: bool = False
-    dashboard_port: int = Field(default=8265, ge=1, le=65535)
-    placement_timeout_s: PositiveFloat = 60.0
-    heartbeat_s: PositiveFloat = 5.0
-    """How often every worker is asked whether it can serve."""
-    heartbeat_timeout_s: PositiveFloat = 60.0
-    """A worker that does not answer for this long is replaced."""
-    max_restarts: int = Field(default=10, ge=0)
-    """Replacements that one pool may use up before the run fails with the first cause."""
-
-
-class Observe(Section):
-    """What a run leaves behind."""
-
-    samples_per_step: int = Field(default=16, ge=0)
-    """Rollouts of each step written to samples/*.parquet; 0 for none."""
-    live: bool = True
-    """A live view on a terminal; plain lines otherwise."""
-
-    @field_validator("samples_per_step")
-    @classmethod
-    def _bounded(cls, value: int) -> int:
-        if value > 100_000:
-            raise ValueError(f"samples_per_step = {value} is over 100000; it is a sample, lower it")
-        return value

@@ -14,12 +14,11 @@ from pydantic import model_validator
 from rlhf_cluster.config.base import Section
 from rlhf_cluster.config.check_checkpoint import check_checkpoint
 from rlhf_cluster.config.check_model import check_model
+from rlhf_cluster.config.operating import ClusterSection, Observe
 from rlhf_cluster.config.sections import (
     Checkpoint,
-    ClusterSection,
     Learner,
     Model,
-    Observe,
 )
 from rlhf_cluster.config.stage_sections import StageData, StageRun
 from rlhf_cluster.stages import STAGES, StageSection
@@ -66,6 +65,7 @@ class StageConfig(Section):
             _check_lengths,
             _check_learner,
             _check_reference,
+            _check_teacher,
             _check_evaluation,
             check_checkpoint,
         ):
@@ -164,6 +164,9 @@ def _check_learner(c: StageConfig) -> None:
 
 def _check_reference(c: StageConfig) -> None:
     learner = c.learner
+    update = getattr(c.stage, "reference_update", None)
+    if update is not None and update.type != "fixed":
+        _check_moving_reference(c, update.type)
     if not STAGES[c.stage.type].needs_reference or learner.lora is None:
         return
     if learner.backend != "fsdp2":
@@ -171,6 +174,26 @@ def _check_reference(c: StageConfig) -> None:
             f"stage.type = {c.stage.type!r} with [learner.lora] and learner.backend = "
             f"{learner.backend!r}: adapters are exchanged for those of the reference under FSDP2 only. "
             "Set learner.backend = 'fsdp2', or remove [learner.lora]"
+        )
+
+
+def _check_moving_reference(c: StageConfig, update: str) -> None:
+    if c.learner.lora is None and c.learner.backend == "fsdp2":
+        return
+    found = "[learner.lora]" if c.learner.lora else f"learner.backend = {c.learner.backend!r}"
+    raise ValueError(
+        f"stage.reference_update.type = {update!r} with {found}: only whole models under FSDP2 are "
+        "mixed into the reference. Set learner.backend = 'fsdp2' without [learner.lora], or keep the "
+        "reference fixed"
+    )
+
+
+def _check_teacher(c: StageConfig) -> None:
+    if c.stage.type == "distillation" and c.learner.backend != "fsdp2":
+        raise ValueError(
+            f"stage.type = {c.stage.type!r} with learner.backend = {c.learner.backend!r}: a teacher's "
+            "hidden states and output projection go into the passes under FSDP2 only. Set "
+            "learner.backend = 'fsdp2'"
         )
 
 

@@ -9,8 +9,10 @@ A row's layout is recognised by its columns:
                                              line and "Human:" or "Assistant:"
     ranking    prompt, ranking               a list of at least two responses, the best first
     labelled   prompt, completion, label     label: true or false (KTO)
+    graded     prompt, completion, ...       a number in each of the columns asked for, null for none
 
-A pair may have a `margin`, by how much the chosen response is better. Other columns are ignored.
+A pair may have a `margin`, by how much the chosen response is better, and its responses in other words
+in `chosen_paraphrase` and `rejected_paraphrase`. Other columns are ignored.
 
 Promises: a row of no layout, or that does not fit its own, is refused with file and line. A row that
 fits and teaches nothing (`REASONS`) raises `UnusableRow`, so that whoever reads the file can refuse it
@@ -20,7 +22,8 @@ dialogue's turns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,6 +42,7 @@ REASONS = {
     "equal": "two of the responses are the same",
     "empty": "a response has no text",
     "history": "chosen and rejected differ before the last answer",
+    "unlabelled": "nothing of the response has a label",
 }
 
 
@@ -77,6 +81,15 @@ class LabelledResponse:
     desirable: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradedResponse:
+    """One response and its grades, None where one was not given."""
+
+    prompt: str | Messages
+    completion: str
+    grades: tuple[float | None, ...]
+
+
 def recognise(columns: Mapping[str, Any], where: str) -> Layout:
     """The layout of a row. Raises `DataError` that starts with `where` for none."""
     for layout, names in LAYOUTS.items():
@@ -106,7 +119,25 @@ def parse_pair(columns: Mapping[str, Any], where: str) -> Pair:
         raise _unusable("equal", where)
     if not chosen.strip() or not rejected.strip():
         raise _unusable("empty", where)
-    return Pair(prompt=prompt, chosen=chosen, rejected=rejected, margin=_margin(columns, where))
+    return Pair(
+        prompt=prompt, chosen=chosen, rejected=rejected, margin=_number(columns, "margin", where)
+    )
+
+
+def parse_paraphrases(columns: Mapping[str, Any], pair: Pair, where: str) -> tuple[str, str] | None:
+    """Both responses of a row's `pair`, said in other words where the row has a paraphrase; None where
+    it has neither. Raises `DataError`."""
+    found = []
+    for name, own in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        column = f"{name}_paraphrase"
+        value = columns.get(column)
+        if value is not None and (not isinstance(value, str) or not value.strip()):
+            raise DataError(
+                f"{where}, column {column!r}: found {_describe(value)}, expected the response's text "
+                "in other words. Correct it"
+            )
+        found.append(own if value is None else value)
+    return (found[0], found[1]) if tuple(found) != (pair.chosen, pair.rejected) else None
 
 
 def parse_ranking(columns: Mapping[str, Any], where: str) -> Ranking:
@@ -147,6 +178,26 @@ def parse_labelled(columns: Mapping[str, Any], where: str) -> list[LabelledRespo
     if not completion.strip():
         raise _unusable("empty", where)
     return [LabelledResponse(prompt=prompt, completion=completion, desirable=bool(label))]
+
+
+def parse_graded(columns: Mapping[str, Any], where: str, names: Sequence[str]) -> GradedResponse:
+    """A row of prompt, completion, and a grade in each of the columns `names`. Raises `DataError`,
+    `UnusableRow`."""
+    missing = [name for name in ("prompt", "completion") if columns.get(name) is None]
+    missing += [name for name in names if name not in columns]
+    if missing:
+        raise DataError(
+            f"{where}: no column {missing[0]!r}; expected prompt, completion, {', '.join(names)}. Name "
+            "them with the source's columns"
+        )
+    prompt = _prompt(columns["prompt"], where)
+    completion = _response(columns["completion"], prompt, f"{where}, column 'completion'")
+    grades = tuple(_number(columns, name, where) for name in names)
+    if not completion.strip():
+        raise _unusable("empty", where)
+    if all(grade is None for grade in grades):
+        raise _unusable("unlabelled", where)
+    return GradedResponse(prompt=prompt, completion=completion, grades=grades)
 
 
 def opening(prompt: str | Messages) -> str:
@@ -192,15 +243,16 @@ def _from_dialogues(columns: Mapping[str, Any], where: str) -> tuple[Messages, s
     return history, chosen, rejected
 
 
-def _margin(columns: Mapping[str, Any], where: str) -> float | None:
-    margin = columns.get("margin")
-    if margin is None:
+def _number(columns: Mapping[str, Any], name: str, where: str) -> float | None:
+    value = columns.get(name)
+    if value is None:
         return None
-    if isinstance(margin, bool) or not isinstance(margin, int | float):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value):
         raise DataError(
-            f"{where}, column 'margin': found {_describe(margin)}, expected a number. Correct it"
+            f"{where}, column {name!r}: found {_describe(value)}, expected a number. Correct it"
         )
-    return float(margin)
+    return float(value)
 
 
 def _prompt(value: Any, where: str) -> str | Messages:

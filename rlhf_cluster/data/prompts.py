@@ -56,6 +56,7 @@ class _Item:
 class _Stream(Protocol):
     name: str
     num_skipped: int
+    size: int | None  # items of one epoch; None: it has no end
 
     def at(self, cursor: int) -> tuple[_Item, int]:
         """The item at a place of the stream, and its epoch."""
@@ -82,6 +83,11 @@ class PromptSource:
     def num_skipped(self) -> int:
         """Rows left out because their prompt is too long."""
         return self._stream.num_skipped
+
+    @property
+    def epoch_size(self) -> int | None:
+        """Prompts of one epoch, those left out not counted; None for a task without `data.limit`."""
+        return self._stream.size
 
     def next(self) -> Prompt:
         """The next prompt. The stream never ends."""
@@ -167,6 +173,7 @@ class _Epochs:
     ) -> None:
         self.name = name
         self.num_skipped = num_skipped
+        self.size: int | None = len(items)
         self._items = items
         self._seed = seed
         self._shuffle = shuffle
@@ -193,6 +200,7 @@ class _TaskBlocks:
     def __init__(self, data: Data, tokenizer: PreTrainedTokenizerBase, seed: str) -> None:
         self.name = f"task {data.task}"
         self.num_skipped = 0
+        self.size: int | None = None
         self._data = data
         self._tokenizer = tokenizer
         self._seed = seed

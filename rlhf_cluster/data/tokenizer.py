@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_cluster.errors import DataError
+from rlhf_cluster.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,3 +69,19 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase, model_dir: str | Path) -> 
     if found is not None:
         ids += found if isinstance(found, list) else [found]
     return tuple(sorted({int(token) for token in ids}))
+
+
+def refuse_other_tokens(key: str, path: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ConfigError` unless the folder `path`, the setting `key`, has a tokenizer with the tokens
+    of `tokenizer`: else the probabilities of its model could not be compared token by token."""
+    try:
+        own = load_tokenizer(path).get_vocab()
+    except DataError as error:
+        raise ConfigError(f"{key}: {error}") from error
+    differing = sorted({token for token, _ in own.items() ^ tokenizer.get_vocab().items()})
+    if differing:
+        raise ConfigError(
+            f"{key} = {str(path)!r}: its tokenizer and the policy's differ in {len(differing)} tokens, "
+            f"such as {differing[0]!r}: the two cannot be compared token by token. Give a model with "
+            "the policy's tokenizer"
+        )

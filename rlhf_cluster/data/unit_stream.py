@@ -40,6 +40,8 @@ class Reader(Protocol):
 
     def shorten(self, unit: Unit, max_tokens: int) -> Unit | None: ...
 
+    def times(self, unit: Unit) -> int: ...
+
 
 @dataclass(slots=True, kw_only=True)
 class Counts:
@@ -157,7 +159,10 @@ def load_units(data: StageData, reader: Reader, seed: int) -> UnitStream:
         if data.deduplicate:
             units = _new(units, seen, counts)
         held_out += [u for u in units if is_held_out(u.key, data.held_out)]
-        sources.append([u for u in units if not is_held_out(u.key, data.held_out)])
+        trained = [u for u in units if not is_held_out(u.key, data.held_out)]
+        sources.append([u for u in trained for _ in range(reader.times(u))])
+        if left := sum(not reader.times(u) for u in trained):
+            counts.skipped["not in the part that this member trains on"] += left
         counts.units += len(units)
         if not sources[-1]:
             raise DataError(

@@ -34,7 +34,7 @@ from rlhf_cluster.records import (
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORMAT = 2
+FORMAT = 3
 HEADER_BYTES = 1 << 15
 _SEAL = re.compile(
     rb"rlhf_cluster group format=(\d{4}) newest_version=(-?\d{9,}) made_by=([0-9a-f]{32}) "
@@ -51,10 +51,13 @@ _ROLLOUT_ARRAYS = {
 _SCORED_ARRAYS = {
     "ref_logprobs": np.float32,
     "exact_logprobs": np.float32,
+    "teacher_logprobs": np.float32,
     "reference_kl": np.float32,
     "step_ends": np.int32,
     "step_rewards": np.float64,
 }
+_SCORED_MAPS = ("reward_parts", "watched")
+_SCORED_TEXTS = ("scorer", "scorer_version")
 _ROLLOUT_TEXTS = ("rollout_id", "prompt_id", "finish_reason", "worker")
 _ROLLOUT_NUMBERS = ("temperature", "started_s", "finished_s")
 
@@ -177,10 +180,13 @@ def _rollout_columns(scored: Sequence[ScoredRollout]) -> dict[str, Any]:
         columns[f"rollout.{name}"] = pa.array([getattr(r, name) for r in rollouts], pa.float64())
     for name, dtype in _ROLLOUT_ARRAYS.items():
         columns[f"rollout.{name}"] = _lists([getattr(r, name) for r in rollouts], dtype)
-    columns["scored.scorer"] = pa.array([s.scorer for s in scored])
+    for name in _SCORED_TEXTS:
+        columns[f"scored.{name}"] = pa.array([getattr(s, name) for s in scored])
     columns["scored.reward"] = pa.array([s.reward for s in scored], pa.float64())
     parts = pa.map_(pa.string(), pa.float64())
-    columns["scored.reward_parts"] = pa.array([[*s.reward_parts.items()] for s in scored], parts)
+    for name in _SCORED_MAPS:
+        pairs = [[*getattr(s, name).items()] for s in scored]
+        columns[f"scored.{name}"] = pa.array(pairs, parts)
     for name, dtype in _SCORED_ARRAYS.items():
         columns[f"scored.{name}"] = _lists([getattr(s, name) for s in scored], dtype)
     return columns
@@ -210,7 +216,8 @@ def _group(batch: pa.RecordBatch) -> ExperienceGroup:
     arrays = {
         name: _arrays(batch.column(name))
         for name in batch.schema.names
-        if hasattr(batch.column(name), "offsets") and name != "scored.reward_parts"
+        if hasattr(batch.column(name), "offsets")
+        and name.removeprefix("scored.") not in _SCORED_MAPS
     }
     plain = {
         name: batch.column(name).to_pylist() for name in batch.schema.names if name not in arrays
@@ -246,7 +253,7 @@ def _scored(row: int, plain: dict[str, Any], arrays: dict[str, Any]) -> ScoredRo
     rollout["finish_reason"] = FinishReason(rollout["finish_reason"])
     return ScoredRollout(
         rollout=Rollout(**rollout, **tokens("rollout", _ROLLOUT_ARRAYS)),
-        reward_parts=dict(plain["scored.reward_parts"][row]),
-        **texts("scored", ("reward", "scorer")),
+        **{name: dict(plain[f"scored.{name}"][row]) for name in _SCORED_MAPS},
+        **texts("scored", ("reward", *_SCORED_TEXTS)),
         **tokens("scored", _SCORED_ARRAYS),
     )

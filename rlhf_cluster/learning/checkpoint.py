@@ -3,8 +3,9 @@
     MODEL/weight/NAME   MODEL/exp_avg/NAME   MODEL/exp_avg_sq/NAME   MODEL/step/NAME
 
 MODEL is `policy` or `critic`, NAME a trained parameter's in its module. Frozen parameters are not
-saved: they are those of the model folder. A checkpoint is a version in the format of the weight store,
-in float32: each rank writes what it holds, as runs of flattened tensors, and nothing is gathered.
+saved: they are those of the model folder. What else moves has names of its own (`further`). A
+checkpoint is a version in the format of the weight store, in float32: each rank writes what it holds,
+as runs of flattened tensors, and nothing is gathered.
 
 Promises: what is loaded is what was saved, to the bit, whatever the number of ranks and the backend
 on either side; every tensor is verified before it is used; nothing is unpickled. A rank that loads
@@ -13,8 +14,9 @@ reads all tensors, one at a time, and keeps its own part.
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -49,9 +51,14 @@ class StateCopies:
         self._taken: tuple[int, list[LocalPart]] | None = None
 
     def copy(
-        self, updaters: Mapping[str, Updater], algorithm: Stateful, version: int
+        self,
+        updaters: Mapping[str, Updater],
+        algorithm: Stateful,
+        version: int,
+        further: Iterable[LocalPart] = (),
     ) -> LearnerState:
-        """Copy all that training goes on from; call between two steps.
+        """Copy all that training goes on from; call between two steps. `further` tensors are named
+        like a model's, with a kind of their own.
 
         Raises:
             CheckpointError: no step of reinforcement learning was taken yet.
@@ -62,7 +69,7 @@ class StateCopies:
             )
         # what every rank holds whole is saved by rank 0 alone
         own = (p for p in _tensors(updaters) if self._rank == 0 or p.name.split("/")[1] != STEP)
-        parts = host_copy(own, torch.float32)
+        parts = host_copy(itertools.chain(own, further), torch.float32)
         with self._lock:
             self._taken = (version, parts)
         return LearnerState(
@@ -93,14 +100,16 @@ def load(
     state: LearnerState,
     updaters: Mapping[str, Updater],
     algorithm: Stateful,
+    further: Iterable[LocalPart] = (),
 ) -> None:
-    """Overwrite weights, moments and counters by those of the version in `folder` and `state`.
+    """Overwrite weights, moments, counters and `further` tensors by those of the version in `folder`
+    and `state`.
 
     Raises:
         WeightError: a tensor that is damaged or missing.
         CheckpointError: the checkpoint is of other parameters, or of another algorithm.
     """
-    targets = {part.name: part for part in _tensors(updaters)}
+    targets = {part.name: part for part in itertools.chain(_tensors(updaters), further)}
     weights: dict[str, list[LocalPart]] = {model: [] for model in updaters}
     for name, tensor in read(folder):
         target = targets.pop(name, None)

@@ -17,7 +17,7 @@ from rlhf_cluster.errors import RecordError, StalenessError
 from rlhf_cluster.learning.packing import TokenSequence
 from rlhf_cluster.records import ExperienceGroup, Rollout, ScoredRollout
 
-SCORES = ("ref_logprobs", "exact_logprobs", "reference_kl")
+SCORES = ("ref_logprobs", "exact_logprobs", "teacher_logprobs", "reference_kl")
 """What the scoring pool, or the learner at the start of the step, may have added."""
 
 
@@ -28,6 +28,7 @@ class TrainingBatch:
     sequences: list[TokenSequence | None]  # [R], None where a rollout is left out
     num_tokens: list[int]  # [R], trained tokens
     rollout_ids: list[str]  # [R]
+    group_sizes: list[int]  # rollouts of each group; they add up to R
     streams: tuple[str, ...]
     temperature: float
 
@@ -108,6 +109,7 @@ def training_batch(
         sequences=sequences,
         num_tokens=num_tokens,
         rollout_ids=[r.rollout_id for r in rollouts],
+        group_sizes=[len(group.scored) for group in groups],
         streams=(*names, *scores),
         temperature=temperature_of(rollouts),
     )

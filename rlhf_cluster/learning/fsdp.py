@@ -66,8 +66,7 @@ class Fsdp2Model:
         self._optimizer.state.clear()
 
     def shards(self) -> Iterator[LocalPart]:
-        for name, parameter in self._module.named_parameters():
-            yield _local_part(name, parameter.detach())
+        return shards_of(self._module)
 
     def whole(self, name: str) -> Tensor:
         return cast(DTensor, self._module.get_parameter(name).detach()).full_tensor()
@@ -87,6 +86,12 @@ class Fsdp2Model:
 
     def close(self) -> None:
         pass
+
+
+def shards_of(module: nn.Module) -> Iterator[LocalPart]:
+    """This rank's part of every parameter of a sharded module, by its name; flat views."""
+    for name, parameter in module.named_parameters():
+        yield _local_part(name, parameter.detach())
 
 
 def shard(

@@ -33,6 +33,7 @@ from rlhf_cluster.learning.backend import ShardedModel, assert_float32
 from rlhf_cluster.learning.checkpoint import Stateful
 from rlhf_cluster.learning.critic import Critic, load_value_model
 from rlhf_cluster.learning.fsdp import Fsdp2Model
+from rlhf_cluster.learning.normalizing import Joined, RunningNormalizer
 from rlhf_cluster.learning.publishing import (
     Bases,
     Frozen,
@@ -74,6 +75,7 @@ class LearnerRank(TrainingRank[RunConfig]):
         super().__init__(config, model_dir, rank, world_size, init_method)
         self._clock = clock
         self._algorithm = build_algorithm(config.algorithm, config.generation.max_response_tokens)
+        self._normalizer = RunningNormalizer.of(config)
         self._updater: Updater | None = None
         self._sft_updater: Updater | None = None
         self._value_model: ShardedModel | None = None
@@ -146,7 +148,7 @@ class LearnerRank(TrainingRank[RunConfig]):
             self.model,
             updater,
             self._algorithm,
-            groups,
+            self._normalizer.apply(groups),
             self._version,
             StepSettings.of(self._config),
             self._layout,
@@ -155,6 +157,7 @@ class LearnerRank(TrainingRank[RunConfig]):
             self._critic,
             self._reference,
         )
+        metrics |= self._normalizer.metrics()
         if self._version == 0:
             assert_float32(self.model)
             if self._value_model is not None:
@@ -226,7 +229,7 @@ class LearnerRank(TrainingRank[RunConfig]):
 
     @property
     def _stateful(self) -> Stateful:
-        return self._algorithm
+        return Joined(self._algorithm, self._normalizer)
 
     def _begin(self) -> Updater:
         """Reinforcement learning's updater, made with the critic before the first step."""

@@ -2,7 +2,8 @@
 
     logprobs[n] = log softmax(hidden[n] @ weight.T / temperature)[labels[n]]
     entropy[n]  = entropy of that same distribution
-    kl[n]       = sum over the vocabulary of p (log p - log q), q the distribution of a reference
+    kl[n]       = sum over the vocabulary of p (log p - log q), q the distribution of a reference,
+                  or another divergence of the two (`divergence`)
 
 Promises: at most `chunk_tokens` rows of logits (of each model) exist at once, forward and backward,
 in memory that all chunks share; logits are divided by the temperature BEFORE the softmax, so
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from rlhf_cluster.errors import ConfigError, RecordError
+from rlhf_cluster.learning.divergence import REVERSE_KL, Divergence
 
 
 def linear_logprobs(
@@ -33,6 +35,7 @@ def linear_logprobs(
     chunk_tokens: int = 1024,
     entropy_gradient: bool = False,
     reference: tuple[Tensor, Tensor] | None = None,
+    divergence: Divergence = REVERSE_KL,
 ) -> tuple[Tensor, ...]:
     """Log-probability of each label, the entropy of its distribution, and its KL, in nats.
 
@@ -44,6 +47,7 @@ def linear_logprobs(
         chunk_tokens: rows of logits that exist at once.
         entropy_gradient: whether the entropy carries a gradient.
         reference: hidden states [N, G] and output projection [V, G] of another model, for the KL.
+        divergence: what stands for the KL.
 
     Returns:
         (logprobs [N], entropy [N]), with a reference (logprobs [N], entropy [N], kl [N]); float32
@@ -72,7 +76,7 @@ def linear_logprobs(
         dtype = torch.get_autocast_dtype(hidden.device.type)
         tensors = [tensor.to(dtype) for tensor in tensors]
     found = _LinearLogprobs.apply(
-        labels, float(temperature), int(chunk_tokens), entropy_gradient, *tensors
+        labels, float(temperature), int(chunk_tokens), entropy_gradient, divergence, *tensors
     )
     return found if reference is not None else found[:2]
 
@@ -140,6 +144,7 @@ class _LinearLogprobs(torch.autograd.Function):
         temperature: float,
         chunk: int,
         entropy_gradient: bool,
+        divergence: Divergence,
         hidden: Tensor,
         weight: Tensor,
         *reference: Tensor,
@@ -169,7 +174,12 @@ class _LinearLogprobs(torch.autograd.Function):
             chosen = logits.gather(-1, labels[rows, None]).squeeze(-1)
             logprobs[rows] = chosen - log_total
             normaliser[rows] = largest + log_total
-            if ref_logits is not None and ref_log_total is not None:
+            if ref_logits is None or ref_log_total is None:
+                pass
+            elif divergence != REVERSE_KL:
+                other = ref_logits.sub_(ref_log_total[:, None])
+                kl[rows] = divergence.values(logits - log_total[:, None], other)
+            else:
                 difference = ref_logits.neg_().add_(logits)
                 difference.sub_((log_total - ref_log_total)[:, None])
                 kl[rows] = difference.mul_(powers).sum(-1) / total
@@ -177,7 +187,7 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx.save_for_backward(
             labels, normaliser, entropy, kl, ref_normaliser, hidden, weight, *reference
         )
-        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.temperature, ctx.chunk, ctx.divergence = temperature, chunk, divergence
         if not entropy_gradient:
             ctx.mark_non_differentiable(entropy)
         return logprobs, entropy, kl
@@ -190,7 +200,7 @@ class _LinearLogprobs(torch.autograd.Function):
         #   d K / d logits       =  p (log p - log q - K) / T
         labels, normaliser, entropy, kl, ref_normaliser, *tensors = ctx.saved_tensors
         hidden, weight, *reference = tensors
-        needs_hidden, needs_weight = ctx.needs_input_grad[4:6]
+        needs_hidden, needs_weight = ctx.needs_input_grad[5:7]
         grad_logprobs, grad_entropy, grad_kl = (g / ctx.temperature for g in grad_outputs)
         needs_entropy, needs_kl = bool(grad_entropy.any()), bool(grad_kl.any())
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -201,15 +211,21 @@ class _LinearLogprobs(torch.autograd.Function):
             rows = slice(start, start + ctx.chunk)
             logs = chunks.of(rows).sub_(normaliser[rows, None])
             force = grad_logprobs[rows, None]
-            factor = -force
+            factor, apart = -force, None
             if needs_entropy:
                 own = (logs + entropy[rows, None]).mul_(-grad_entropy[rows, None])
                 factor = own.add_(factor)
             if ref_chunks is not None:
-                difference = ref_chunks.of(rows).sub_(ref_normaliser[rows, None]).neg_().add_(logs)
-                difference.sub_(kl[rows, None]).mul_(grad_kl[rows, None])
-                factor = difference.add_(factor)
+                other = ref_chunks.of(rows).sub_(ref_normaliser[rows, None])
+                if ctx.divergence != REVERSE_KL:
+                    apart = ctx.divergence.gradient(logs, other).mul_(grad_kl[rows, None])
+                else:
+                    difference = other.neg_().add_(logs)
+                    difference.sub_(kl[rows, None]).mul_(grad_kl[rows, None])
+                    factor = difference.add_(factor)
             grad_logits = logs.exp_().mul_(factor)
+            if apart is not None:
+                grad_logits += apart
             grad_logits.scatter_add_(1, labels[rows, None], force)
             grad_logits = chunks.narrowed(grad_logits)
             if grad_hidden is not None:
@@ -217,7 +233,7 @@ class _LinearLogprobs(torch.autograd.Function):
             if grad_weight is not None:
                 grad_weight.add(grad_logits, hidden[rows])
         total = None if grad_weight is None else grad_weight.total.to(weight.dtype)
-        return None, None, None, None, grad_hidden, total, *(None for _ in reference)
+        return None, None, None, None, None, grad_hidden, total, *(None for _ in reference)
 
 
 class _Accumulated:

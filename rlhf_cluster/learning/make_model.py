@@ -117,7 +117,8 @@ def check_fit(
 
     tokenizer = load_tokenizer(tokenizer_dir or model_dir)
     try:
-        config = AutoConfig.from_pretrained(str(model_dir)).get_text_config()
+        found = AutoConfig.from_pretrained(str(model_dir), trust_remote_code=False)
+        config = found.get_text_config()
     except (OSError, ValueError) as error:
         raise DataError(f"{model_dir}: no model configuration can be read ({error})") from error
     if len(tokenizer) > config.vocab_size:

@@ -1,9 +1,10 @@
-"""The optimizer steps of one batch: which rollouts each of them computes with (numpy).
+"""The optimizer steps of one batch: which units each of them computes with (numpy).
 
-Promises: the parts depend on the seed, the batch's number and its size alone, so every rank cuts
-alike and the number of ranks changes nothing; in each epoch every rollout is in exactly one part;
-parts differ in size by at most one. Parts keep their members over epochs, only their order changes,
-so that each rank meets the same sequences again and what it computed for them stays with it.
+A unit is what must be trained together: a rollout, or those of a group. Promises: the parts depend on
+the seed, the batch's number and its size alone, so every rank cuts alike and the number of ranks
+changes nothing; in each epoch every unit is in exactly one part; parts differ in size by at most one.
+Parts keep their members over epochs, only their order changes, so that each rank meets the same
+sequences again and what it computed for them stays with it.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from __future__ import annotations
 import numpy as np
 
 
-def minibatches(num_rollouts: int, count: int, seed: int, number: int) -> list[list[int]]:
-    """Cut rollouts 0 .. num_rollouts - 1 into `count` random parts, each in rising order."""
+def minibatches(num_units: int, count: int, seed: int, number: int) -> list[list[int]]:
+    """Cut units 0 .. num_units - 1 into `count` random parts, each in rising order."""
     if count == 1:
-        return [list(range(num_rollouts))]
-    shuffled = np.random.default_rng((seed, number)).permutation(num_rollouts)
+        return [list(range(num_units))]
+    shuffled = np.random.default_rng((seed, number)).permutation(num_units)
     return [sorted(int(i) for i in part) for part in np.array_split(shuffled, count)]
 
 

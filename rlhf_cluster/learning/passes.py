@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rlhf_cluster.algorithms.base import Sums
 from rlhf_cluster.learning.backend import ShardedModel
+from rlhf_cluster.learning.divergence import REVERSE_KL, Divergence
 from rlhf_cluster.learning.metrics import MetricSums
 from rlhf_cluster.learning.packing import (
     Batching,
@@ -70,7 +71,7 @@ class TrainedTokens(Trained):
 
     logprobs: Tensor  # [N] float32, carries the gradient
     entropy: Tensor  # [N] float32
-    kl: Tensor | None = None  # [N] float32, to the reference where there is one, with gradient
+    kl: Tensor | None = None  # [N] float32, the divergence to the reference if any, with gradient
     hidden: Tensor | None = None  # [N, H] before each token, with gradient, where it was asked for
 
 
@@ -105,6 +106,7 @@ def run_passes(
     with_hidden: bool = False,
     reference: Reference | None = None,
     unit_sizes: Sequence[int] | None = None,
+    divergence: Divergence = REVERSE_KL,
 ) -> None:
     """Accumulate this rank's share of the gradient, and its metrics in `sums`. Where gradients are
     off, the metrics alone.
@@ -118,10 +120,18 @@ def run_passes(
         with_hidden: whether the loss needs the policy's last hidden states.
         reference: the policy whose KL the loss needs; its passes come on top.
         unit_sizes: how many of the sequences make up each unit, see `packing.plan`.
+        divergence: what stands for the KL to the reference.
     """
     for batch, trained, common in _micro_batches(sequences, streams, layout, unit_sizes):
         logprobs, entropy, *more = _forward(
-            policy, batch, temperature, layout, entropy_gradient, with_hidden, reference
+            policy,
+            batch,
+            temperature,
+            layout,
+            entropy_gradient,
+            with_hidden,
+            reference,
+            divergence,
         )
         tokens = TrainedTokens(
             logprobs=trained(logprobs),
@@ -282,10 +292,13 @@ def _forward(
     entropy_gradient: bool,
     with_hidden: bool = False,
     reference: Reference | None = None,
+    divergence: Divergence = REVERSE_KL,
 ) -> tuple[Tensor, ...]:
     arrays = (batch.input_ids, batch.position_ids, batch.labels)
     inputs = [torch.from_numpy(a).to(layout.device, non_blocking=True) for a in arrays]
-    outputs = {} if reference is None else {"reference": reference.outputs(*inputs[:2])}
+    outputs: dict[str, Any] = {}
+    if reference is not None:
+        outputs = {"reference": reference.outputs(*inputs[:2]), "divergence": divergence}
     return policy(
         *inputs,
         temperature=temperature,

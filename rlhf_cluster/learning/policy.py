@@ -18,19 +18,22 @@ Shapes: B rows, S positions.
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_cluster.errors import ConfigError
+from rlhf_cluster.errors import ConfigError, WeightError
 from rlhf_cluster.learning import varlen
+from rlhf_cluster.learning.divergence import REVERSE_KL, Divergence
 from rlhf_cluster.learning.logprobs import linear_logprobs
+from rlhf_cluster.weights.checkpoint import indexed_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_INDEX = "model.safetensors.index.json"
 
 
 class LogprobHead(nn.Linear):
@@ -44,6 +47,7 @@ class LogprobHead(nn.Linear):
         chunk_tokens: int = 1024,
         entropy_gradient: bool = False,
         reference: tuple[Tensor, Tensor | None] | None = None,
+        divergence: Divergence = REVERSE_KL,
     ) -> Any:
         """Logits [..., V] without labels, else what `linear_logprobs` returns, shaped like them."""
         if labels is None:
@@ -60,6 +64,7 @@ class LogprobHead(nn.Linear):
             chunk_tokens,
             entropy_gradient,
             reference,
+            divergence,
         )
         return tuple(values.view(labels.shape) for values in found)
 
@@ -92,6 +97,7 @@ class PolicyLM(nn.Module):
         entropy_gradient: bool = False,
         with_hidden: bool = False,
         reference: tuple[Tensor, Tensor | None] | None = None,
+        divergence: Divergence = REVERSE_KL,
     ) -> Any:
         """Log-probabilities of `labels` (the caller shifts) and entropies, in nats.
 
@@ -106,6 +112,7 @@ class PolicyLM(nn.Module):
             with_hidden: whether the last hidden states are returned too.
             reference: last hidden states [B, S, H] and output projection [V, H] (None: this one's)
                 of the policy that the KL is to.
+            divergence: what stands for the KL.
 
         Returns:
             (logprobs [B, S], entropy [B, S]), with a reference the KL [B, S], all float32, and with
@@ -124,7 +131,9 @@ class PolicyLM(nn.Module):
         if labels is None:
             return hidden.clone()
         head = cast(LogprobHead, self.lm.get_output_embeddings())
-        found = head(hidden, labels, temperature, chunk_tokens, entropy_gradient, reference)
+        found = head(
+            hidden, labels, temperature, chunk_tokens, entropy_gradient, reference, divergence
+        )
         # FSDP hooks the outputs and warns of views
         return tuple(v.clone() for v in (*found, *([hidden] if with_hidden else [])))
 
@@ -176,15 +185,22 @@ def load_policy(
             "starts from it, and it is the reference"
         )
     compute_dtype = compute_dtype or dtype
+    if (index := Path(model_dir) / _INDEX).is_file():
+        _files_of(index)
     try:
-        config = AutoConfig.from_pretrained(model_dir)
+        config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
         for key in list(vars(config)):
             if key.endswith(("dropout", "pdrop", "dropout_prob")):
                 setattr(config, key, 0.0)
         config.use_cache = False
         attention = _attention(torch.device(device), compute_dtype, config)
         lm = AutoModelForCausalLM.from_pretrained(
-            model_dir, config=config, dtype=dtype, attn_implementation=attention
+            model_dir,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=False,
+            use_safetensors=True,
         )
     except (OSError, ValueError) as error:
         raise ConfigError(
@@ -229,9 +245,9 @@ def check_names(policy: PolicyLM, model_dir: str | Path) -> None:
 def _stored_names(folder: Path) -> set[str]:
     from safetensors import safe_open
 
-    index = folder / "model.safetensors.index.json"
+    index = folder / _INDEX
     if index.is_file():
-        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        return set(_files_of(index))
     single = folder / "model.safetensors"
     if not single.is_file():
         raise ConfigError(
@@ -240,6 +256,13 @@ def _stored_names(folder: Path) -> set[str]:
         )
     with safe_open(single, framework="pt") as file:
         return set(file.keys())
+
+
+def _files_of(index: Path) -> dict[str, str]:
+    try:
+        return indexed_files(index)
+    except WeightError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _attention(device: torch.device, compute_dtype: torch.dtype, config: Any) -> str:

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
+from rlhf_cluster.errors import ConfigError
 from rlhf_cluster.learning.backend import ShardedModel
 from rlhf_cluster.learning.experience import temperature_of
 from rlhf_cluster.learning.fsdp import shard
@@ -66,9 +67,23 @@ class FrozenCopy:
         mesh: DeviceMesh,
         device: torch.device,
         compute_dtype: torch.dtype,
+        vocabulary: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        """Raises `ConfigError` as `policy.load_policy`."""
-        policy = load_policy(model_dir, compute_dtype, device, False)
+        """`dtype` is the weights' where it is not that of the passes. `vocabulary` is the policy's
+        where it may differ: of a larger one, whose last entries are padding, the first are used.
+
+        Raises `ConfigError` as `policy.load_policy`, and for a smaller vocabulary.
+        """
+        policy = load_policy(model_dir, dtype or compute_dtype, device, False, compute_dtype)
+        found = policy.config.get_text_config().vocab_size
+        self._vocabulary = found if vocabulary is None else vocabulary
+        if found < self._vocabulary:
+            raise ConfigError(
+                f"{model_dir}: has {found} logits, the model that is compared with it "
+                f"{self._vocabulary}: the last ones would have no probability. Use a model with as "
+                "many, or resize its embedding"
+            )
         self._policy = shard(policy, mesh, compute_dtype, gradient_checkpointing=False)
 
     @torch.no_grad()
@@ -76,7 +91,7 @@ class FrozenCopy:
         hidden = self._policy(input_ids, position_ids)
         # the root's parameters stay gathered after a pass
         head = cast(LogprobHead, self._policy.lm.get_output_embeddings())
-        return hidden, head.weight
+        return hidden, head.weight[: self._vocabulary]
 
     def release(self) -> None:
         cast(FSDPModule, self._policy).reshard()

@@ -164,6 +164,7 @@ class _Part:
 
     members: list[int]
     sequences: list[TokenSequence]
+    unit_sizes: list[int]  # of the sequences
 
 
 def _parts(
@@ -175,8 +176,11 @@ def _parts(
     layout: Layout,
 ) -> list[_Part]:
     """Cut the batch, weigh its tokens, and score it with the proximal policy if it is to be used."""
-    parts = []
-    for members in minibatches(len(batch.sequences), settings.minibatches, settings.seed, version):
+    parts, units = [], _units(batch, algorithm.keeps_groups)
+    for picked in minibatches(len(units), settings.minibatches, settings.seed, version):
+        members = [i for number in picked for i in units[number]]
+        computed = [sum(batch.sequences[i] is not None for i in units[n]) for n in picked]
+        unit_sizes = [size for size in computed if size]
         weights = token_weights(
             [batch.num_tokens[i] for i in members],
             algorithm.aggregation,
@@ -188,10 +192,18 @@ def _parts(
             if (sequence := batch.sequences[i]) is not None
         ]
         if settings.num_updates > 1 and algorithm.needs_proximal:
-            for i, values in score(policy, sequences, batch.temperature, layout).items():
+            found = score(policy, sequences, batch.temperature, layout, unit_sizes=unit_sizes)
+            for i, values in found.items():
                 sequences[i] = _with_stream(sequences[i], "proximal_logprobs", values)
-        parts.append(_Part(members=members, sequences=sequences))
+        parts.append(_Part(members=members, sequences=sequences, unit_sizes=unit_sizes))
     return parts
+
+
+def _units(batch: TrainingBatch, whole_groups: bool) -> list[range]:
+    """The rollouts that are trained together: those of each group, or each alone."""
+    sizes = batch.group_sizes if whole_groups else [1] * len(batch.sequences)
+    ends = np.cumsum(sizes).tolist()
+    return [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
 def _with_stream(sequence: TokenSequence, name: str, values: np.ndarray) -> TokenSequence:
@@ -223,6 +235,8 @@ def _backward(
             staleness=streams["staleness"],
             sequence=tokens.sequence,
             num_sequences=tokens.num_sequences,
+            unit_sizes=tokens.unit_sizes,
+            teacher_logprobs=streams.get("teacher_logprobs"),
             exact_logprobs=streams.get("exact_logprobs"),
             reference_kl=streams.get("reference_kl", tokens.kl),
         )
@@ -251,6 +265,7 @@ def _backward(
         algorithm.trains_entropy,
         with_hidden=head is not None,
         reference=reference if algorithm.full_kl_in == "loss" else None,
+        unit_sizes=part.unit_sizes,
     )
 
 

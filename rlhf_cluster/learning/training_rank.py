@@ -12,6 +12,7 @@ model on data that lies there. Promises:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
 import torch
@@ -32,7 +33,7 @@ from rlhf_cluster.learning.quantized import stands_for
 from rlhf_cluster.learning.schedule import Schedule
 from rlhf_cluster.learning.update import Updater
 from rlhf_cluster.learning.zero3 import leave_group, partition
-from rlhf_cluster.weights.manifest import ShardReport
+from rlhf_cluster.weights.manifest import LocalPart, ShardReport
 
 if TYPE_CHECKING:
     from rlhf_cluster.config.sections import Learner
@@ -97,7 +98,7 @@ class TrainingRank(Generic[C]):
 
     def copy_state(self) -> LearnerState:
         """Copy all that training goes on from to host memory; see `checkpoint.StateCopies`."""
-        return self._copies.copy(self._updaters, self._stateful, self._version)
+        return self._copies.copy(self._updaters, self._stateful, self._version, self._further)
 
     def write_state(self, root: str) -> ShardReport:
         """Write the last copy of the state as this rank's shard. May run beside a step."""
@@ -112,7 +113,7 @@ class TrainingRank(Generic[C]):
         if self._updaters:
             raise RunError(f"load_state after version {self._version}: it comes before any step")
         self._begin()
-        load(folder, state, self._updaters, self._stateful)
+        load(folder, state, self._updaters, self._stateful, self._further)
         self._version = state.version
 
     def close(self) -> None:
@@ -131,6 +132,11 @@ class TrainingRank(Generic[C]):
     def _stateful(self) -> Stateful:
         """What else has a state to save."""
         raise NotImplementedError
+
+    @property
+    def _further(self) -> Iterable[LocalPart]:
+        """Other tensors to save, as `learning.checkpoint` names them: views into live memory."""
+        return ()
 
     def _begin(self) -> Updater:
         """The updater of the steps that are saved, made before the first of them."""

@@ -4,7 +4,8 @@
                   Wilson interval of 95 % (Wilson 1927)
     brier         mean of (1 - p)^2, p = sigmoid(chosen - rejected) (Brier 1950); 0.25 is a coin
     ece           expected calibration error: |confidence - accuracy| over equal bins of the confidence
-                  max(p, 1 - p), weighted by pairs (Guo et al. 2017, arXiv 1706.04599)
+                  max(p, 1 - p), weighted by pairs (Guo et al. 2017, arXiv 1706.04599); `reliability`
+                  has the bins themselves
     length_correlation    Spearman's rank correlation of score and length over all responses; over
                   `LENGTH_WARNING` the scorer may reward length itself
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +27,15 @@ from rlhf_cluster.errors import RecordError
 
 LENGTH_WARNING = 0.3
 Z_95 = 1.959963984540054
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bin:
+    """Pairs of similar confidence, of a reliability diagram; bins without pairs are left out."""
+
+    num_pairs: int
+    confidence: float  # their mean
+    accuracy: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,13 +49,18 @@ class Report:
     accuracy_high: float
     brier: float
     ece: float
+    reliability: tuple[Bin, ...]
     margin_mean: float
     length_correlation: float | None
     warnings: tuple[str, ...]
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
-        return {**asdict(self), "warnings": list(self.warnings)}
+        listed = {
+            "warnings": list(self.warnings),
+            "reliability": [asdict(b) for b in self.reliability],
+        }
+        return {**asdict(self), **listed}
 
 
 def validation_report(
@@ -81,6 +97,7 @@ def validation_report(
     right = np.where(margins > 0, 1.0, np.where(margins < 0, 0.0, 0.5))
     low, high = wilson_interval(float(right.sum()), right.size)
     correlation = spearman(np.concatenate(arrays), np.concatenate(lengths))
+    confidences = _sigmoid(np.abs(margins))
     return Report(
         num_pairs=int(margins.size),
         num_ties=int((margins == 0).sum()),
@@ -88,11 +105,43 @@ def validation_report(
         accuracy_low=low,
         accuracy_high=high,
         brier=float(np.mean(np.square(_sigmoid(-margins)))),
-        ece=calibration_error(_sigmoid(np.abs(margins)), right, num_bins),
+        ece=calibration_error(confidences, right, num_bins),
+        reliability=reliability_bins(confidences, right, num_bins),
         margin_mean=float(margins.mean()),
         length_correlation=correlation,
         warnings=_warnings(low, high, correlation),
     )
+
+
+def graded_report(scores: np.ndarray, grades: np.ndarray, lengths: np.ndarray) -> dict[str, Any]:
+    """What scores of single responses are worth against their grades.
+
+    Args:
+        scores: [N] what the scorer says the grade is, finite.
+        grades: [N] NaN where a response has none.
+        lengths: [N] tokens of the responses.
+
+    Returns:
+        Of the graded ones: `mean_squared_error`, and `variance` of the grades, which is the error of
+        always saying their mean; `spearman` of score and grade; and `length_correlation` of score and
+        length over all responses, with a warning over `LENGTH_WARNING`.
+
+    Raises:
+        RecordError: lengths that differ, or a score that is not finite.
+    """
+    if not scores.shape == grades.shape == lengths.shape or not np.isfinite(scores).all():
+        raise RecordError("a report on grades needs one finite score, grade and length a response")
+    there = ~np.isnan(grades)
+    said, given = scores[there], grades[there]
+    correlation = spearman(scores, lengths)
+    return {
+        "num_graded": int(there.sum()),
+        "mean_squared_error": float(np.square(said - given).mean()) if there.any() else None,
+        "variance": float(given.var()) if there.any() else None,
+        "spearman": spearman(said, given),
+        "length_correlation": correlation,
+        "warnings": _length_warnings(correlation),
+    }
 
 
 def wilson_interval(successes: float, num: int, z: float = Z_95) -> tuple[float, float]:
@@ -107,10 +156,24 @@ def wilson_interval(successes: float, num: int, z: float = Z_95) -> tuple[float,
 
 def calibration_error(confidences: np.ndarray, right: np.ndarray, num_bins: int = 10) -> float:
     """ECE of confidences [P] in [0.5, 1] and outcomes [P] in [0, 1], over equal bins."""
-    bins = np.minimum(((confidences - 0.5) * 2 * num_bins).astype(int), num_bins - 1)
-    gaps = np.zeros(num_bins)
-    np.add.at(gaps, bins, confidences - right)
-    return float(np.abs(gaps).sum() / confidences.size)
+    bins = reliability_bins(confidences, right, num_bins)
+    return sum(b.num_pairs * abs(b.confidence - b.accuracy) for b in bins) / confidences.size
+
+
+def reliability_bins(
+    confidences: np.ndarray, right: np.ndarray, num_bins: int = 10
+) -> tuple[Bin, ...]:
+    """Confidences [P] in [0.5, 1] and outcomes [P] in [0, 1] in equal bins, the least sure first."""
+    places = np.minimum(((confidences - 0.5) * 2 * num_bins).astype(int), num_bins - 1)
+    return tuple(
+        Bin(
+            num_pairs=int(own.sum()),
+            confidence=float(confidences[own].mean()),
+            accuracy=float(right[own].mean()),
+        )
+        for own in (places == place for place in range(num_bins))
+        if own.any()
+    )
 
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float | None:
@@ -139,10 +202,14 @@ def _warnings(low: float, high: float, correlation: float | None) -> tuple[str, 
             f"the accuracy's interval [{low:.3f}, {high:.3f}] holds 0.5: these pairs do not tell the "
             "scorer from a coin"
         )
-    if correlation is not None and abs(correlation) > LENGTH_WARNING:
-        kind = "longer" if correlation > 0 else "shorter"
-        found.append(
-            f"score and length have a rank correlation of {correlation:.2f}, over {LENGTH_WARNING}: "
-            f"the scorer may prefer {kind} responses as such. Balance lengths in the pairs"
-        )
-    return tuple(found)
+    return (*found, *_length_warnings(correlation))
+
+
+def _length_warnings(correlation: float | None) -> list[str]:
+    if correlation is None or abs(correlation) <= LENGTH_WARNING:
+        return []
+    kind = "longer" if correlation > 0 else "shorter"
+    return [
+        f"score and length have a rank correlation of {correlation:.2f}, over {LENGTH_WARNING}: the "
+        f"scorer may prefer {kind} responses as such. Balance lengths in the data"
+    ]

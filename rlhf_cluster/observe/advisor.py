@@ -65,25 +65,34 @@ class Load:
         """e of the model."""
         return max(0.0, self.step_s - sum(self.demand.values()))
 
-    def gain(self, station: Station) -> float:
-        """Steps a second with one more worker (a learner twice as fast) over those of now, >= 1."""
-        w = self.workers.get(station, 1)
-        demand = {**self.demand, station: self.demand[station] * w / (w + 1)}
+    def speed(self, changes: Mapping[Station, int]) -> float:
+        """Steps a second with so many more workers (below 0: fewer; one is to be left) over those of
+        now. A learner counts as one."""
+        demand = dict(self.demand)
+        for station, change in changes.items():
+            w = self.workers.get(station, 1)
+            demand[station] *= w / (w + change)
         largest, total = max(demand.values()), sum(demand.values())
         after = largest + self.turns * (total - largest) + self.unaccounted_s
-        return max(1.0, self.step_s / after) if after > 0 else 1.0
+        return self.step_s / after if after > 0 else 1.0
+
+    def gain(self, station: Station) -> float:
+        """Steps a second with one more worker (a learner twice as fast) over those of now, >= 1."""
+        return max(1.0, self.speed({station: 1}))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advice:
     """`bound` None: nothing that was looked at is worth enlarging. `gains` are those of `Load.gain`,
-    `ranges` their smallest and largest over the parts of the window."""
+    `ranges` their smallest and largest over the `parts` of the window, which has `num_steps`."""
 
     bound: Station | None
     load: Load
     gains: Mapping[Station, float]
     ranges: Mapping[Station, tuple[float, float]]
     text: str
+    parts: Sequence[Load]
+    num_steps: int
 
     def metrics(self) -> dict[str, float]:
         return {f"advisor/gain/{station}": gain for station, gain in self.gains.items()}
@@ -108,7 +117,15 @@ def advise(records: Sequence[Record]) -> Advice | None:
     best = max(gains, key=lambda station: gains[station])
     bound = best if gains[best] >= WORTH_NAMING else None
     text = _text(load, bound, gains, ranges)
-    return Advice(bound=bound, load=load, gains=gains, ranges=ranges, text=text)
+    return Advice(
+        bound=bound,
+        load=load,
+        gains=gains,
+        ranges=ranges,
+        text=text,
+        parts=parts,
+        num_steps=len(steps),
+    )
 
 
 def _comparable(steps: Sequence[Record]) -> list[Record]:

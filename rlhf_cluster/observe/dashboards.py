@@ -224,6 +224,7 @@ SCORING = Dashboard(
                     gauge("reward_mean", "{{run}} mean"),
                     gauge("reward_min", "{{run}} min", how="min"),
                     gauge("reward_max", "{{run}} max"),
+                    gauge("reward_std", "{{run}} standard deviation"),
                 ),
             ),
             Panel(
@@ -231,7 +232,10 @@ SCORING = Dashboard(
                 queries=(gauge("reward_zero_std_groups_fraction", "{{run}}"),),
                 unit="percentunit",
             ),
-            Panel(title="Standard deviation", queries=(gauge("reward_std", "{{run}}"),)),
+            Panel(
+                title="Parts and what is watched",
+                queries=(gauge("reward_part", "{{run}} {{part}}", by="run, part"),),
+            ),
         ),
         row(
             "Buffer",

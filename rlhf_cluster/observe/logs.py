@@ -1,7 +1,8 @@
 """Logging of one process: everything to `<log_dir>/<name>.log`, warnings to stderr as well.
 
 Promises: every line of a log, those of tracebacks included, starts with its UTC time, level, role
-and name, so that the logs of a run merge by sorting; configuring twice does not write twice.
+and name, so that the logs of a run merge by sorting; configuring twice does not write twice; no line
+holds a value of the environment that its name calls secret, nor the credentials of a URL.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+from rlhf_cluster import redaction
 from rlhf_cluster.errors import RunError
 
 OURS = ("rlhf_cluster", "actors")
@@ -30,7 +32,7 @@ class _LineFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         head = f"{time.removesuffix('+00:00')}Z {record.levelname} {self._who}"
-        lines = super().format(record).splitlines() or [""]
+        lines = redaction.of_process(super().format(record)).splitlines() or [""]
         return "\n".join(f"{head} {record.name}: {line}" for line in lines)
 
 
@@ -42,6 +44,7 @@ def configure(role: str, name: str, log_dir: str | Path) -> logging.Logger:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise RunError(f"log name {name!r}: use letters, digits, '.', '_' and '-' only")
     Path(log_dir).mkdir(parents=True, exist_ok=True)
+    redaction.hide(redaction.secrets_of({}))
     root = logging.getLogger()
     for handler in list(root.handlers):
         if getattr(handler, _MARK, False):

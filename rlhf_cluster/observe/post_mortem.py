@@ -26,7 +26,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlhf_cluster.environment import HIDDEN, SECRET, without_credentials, without_secrets
+from rlhf_cluster.environment import without_secrets
+from rlhf_cluster.redaction import redacted, secrets_of
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +38,6 @@ MAX_TEXT = 8_000  # characters of one message, traceback or line
 MAX_CAUSES = 20
 MAX_TASKS = 200
 _TAIL_BYTES = 1 << 17
-_MIN_SECRET = 6  # a shorter value would blank out ordinary words
-_SECRET_VARIABLE = re.compile(r"(token|secret|passw|credential|key)", re.I)
 _ROLE = re.compile(r"^(?P<role>(?:generation|scoring|learner|buffer)(?:-\d+)?)\b")
 
 
@@ -75,7 +74,7 @@ def describe(
         "packages": packages,
         "config": without_secrets(config),
     }
-    return _scrubbed(document, _secrets(config, variables))
+    return redacted(document, secrets_of(config, variables))
 
 
 def causes(error: BaseException) -> list[dict[str, Any]]:
@@ -198,33 +197,3 @@ def _tail(path: Path) -> list[str]:
 def _cut(text: str) -> str:
     half = MAX_TEXT // 2
     return text if len(text) <= MAX_TEXT else f"{text[:half]} ... {text[-half:]}"
-
-
-def _secrets(config: Mapping[str, Any], variables: Mapping[str, str]) -> list[str]:
-    """The values that must not be read anywhere, the longest first."""
-    found = {value for name, value in variables.items() if _SECRET_VARIABLE.search(name)}
-    found |= set(_hidden_values(config, ""))
-    return sorted((v for v in found if len(v) >= _MIN_SECRET), key=len, reverse=True)
-
-
-def _hidden_values(value: Any, key: str) -> Iterator[str]:
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _hidden_values(inner, str(name))
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _hidden_values(inner, key)
-    elif SECRET.search(key) and value is not None:
-        yield str(value)
-
-
-def _scrubbed(value: Any, secrets: Sequence[str]) -> Any:
-    if isinstance(value, Mapping):
-        return {str(_scrubbed(str(k), secrets)): _scrubbed(v, secrets) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_scrubbed(inner, secrets) for inner in value]
-    if not isinstance(value, str):
-        return value
-    for secret in secrets:
-        value = value.replace(secret, HIDDEN)
-    return without_credentials(value)

@@ -45,6 +45,13 @@ PREFERENCE_ROWS = (
     gauge(
         "preference/kl_baseline", "nats", _ROLE, "KTO's KL to the reference, on unmatched responses"
     ),
+    gauge("preference/pairs", "1", _ROLE, "Pairs of a step of online DPO"),
+    gauge(
+        "preference/tied_groups",
+        "1",
+        _ROLE,
+        "Groups of the step that gave no pair: all rewards equal",
+    ),
     gauge("ranking/loss", "1", _ROLE, "Loss of a pair of responses"),
     gauge(
         "ranking/accuracy", "1", _ROLE, "Pairs whose chosen response scores higher, a tie as half"
@@ -52,5 +59,7 @@ PREFERENCE_ROWS = (
     gauge(
         "ranking/margin", "reward", _ROLE, "Score of the chosen response less the rejected one's"
     ),
+    gauge("grading/loss", "1", _ROLE, "Loss of a graded response, a mean over its heads"),
+    gauge("grading/error", "1", _ROLE, "Mean distance of what is said of a grade and the grade"),
     gauge("ranking/score_mean", "reward", _ROLE, "Mean score of all responses"),
 )

@@ -17,16 +17,17 @@ from typing import Any
 
 from rlhf_cluster.errors import RunError
 from rlhf_cluster.observe.metrics import find
+from rlhf_cluster.observe.sinks import Sinks
 from rlhf_cluster.rundir import RunDir
 
 Record = dict[str, Any]
 
 
 class RunLog:
-    """Writer of one run's record. One process, one at a time."""
+    """Writer of one run's record. One process, one at a time. `sinks` get what it gets."""
 
-    def __init__(self, run: RunDir) -> None:
-        self._run = run
+    def __init__(self, run: RunDir, sinks: Sinks | None = None) -> None:
+        self._run, self._sinks = run, sinks
         self._open()
 
     def _open(self) -> None:
@@ -50,6 +51,12 @@ class RunLog:
         line |= {k: float(v) if math.isfinite(v) else None for k, v in values.items()}
         self._write(json.dumps(line, allow_nan=False).encode() + b"\n")
         self._last_step = step
+        if self._sinks is not None:
+            self._sinks.log(step, values)
+
+    @property
+    def num_dropped_sinks(self) -> int:
+        return 0 if self._sinks is None else self._sinks.num_dropped
 
     def _write(self, line: bytes) -> None:
         rest = memoryview(line)
@@ -64,11 +71,14 @@ class RunLog:
 
     def reopen(self) -> None:
         """Go on behind what the file holds now, after `cut_metrics`."""
-        self.close()
+        self._file.close()
         self._open()
 
     def close(self) -> None:
+        """Waits for: the sinks, at most `sinks.CLOSE_TIMEOUT_S`."""
         self._file.close()
+        if self._sinks is not None:
+            self._sinks.close()
 
     def __enter__(self) -> RunLog:
         return self

@@ -9,9 +9,12 @@ from __future__ import annotations
 from types import MappingProxyType
 
 from rlhf_cluster.errors import MetricError
+from rlhf_cluster.observe.distillation_rows import DISTILLATION_ROWS
+from rlhf_cluster.observe.generate_rows import GENERATE_ROWS
 from rlhf_cluster.observe.learner_rows import LEARNER_ROWS
 from rlhf_cluster.observe.metric import Metric, Role, counter, gauge, times
 from rlhf_cluster.observe.preference_rows import PREFERENCE_ROWS
+from rlhf_cluster.observe.process_rows import PROCESS_ROWS
 from rlhf_cluster.observe.stage_rows import STAGE_ROWS
 
 
@@ -22,11 +25,22 @@ def _controller() -> tuple[Metric, ...]:
         gauge("reward/std", "reward", role, "Standard deviation of the step's rewards"),
         gauge("reward/min", "reward", role, "Smallest reward of the step"),
         gauge("reward/max", "reward", role, "Largest reward of the step"),
-        gauge("reward/part", "reward", role, "Mean of one part of the reward", "part"),
+        gauge(
+            "reward/part",
+            "reward",
+            role,
+            "Mean of one part of the reward, or of what is watched beside it",
+            "part",
+        ),
+        gauge(
+            "reward/running_mean", "reward", Role.LEARNER, "By which a part is normalised", "part"
+        ),
+        gauge("reward/running_std", "reward", Role.LEARNER, "The same, the deviation", "part"),
         gauge("reward/reasoning_step_mean", "reward", role, "Mean reward of a reasoning step"),
         gauge("reward/reasoning_steps_mean", "1", role, "Mean number of reasoning steps scored"),
         gauge("reward/zero_std_groups_fraction", "1", role, "Groups whose rewards are all equal"),
         gauge("evaluation/reward_mean", "reward", role, "Mean reward of greedy held-out answers"),
+        gauge("evaluation/part", "reward", role, "The same of one part, or watched score", "part"),
         gauge("evaluation/num_prompts", "1", role, "Held-out prompts that were answered"),
         gauge("response/length_mean_tokens", "tokens", role, "Mean length of the step's responses"),
         gauge("response/length_max_tokens", "tokens", role, "Longest response of the step"),
@@ -55,6 +69,7 @@ def _controller() -> tuple[Metric, ...]:
         gauge("staleness/pipeline_depth", "steps", role, "How far generation may run ahead"),
         gauge("staleness/bound", "steps", role, "Largest staleness that is trained"),
         gauge("run/disk_free_fraction", "1", role, "Free share of the disk of the run directory"),
+        counter("run/sinks_dropped_total", "1", role, "Sinks of metrics that failed"),
     )
 
 
@@ -96,15 +111,14 @@ def _keeping() -> tuple[Metric, ...]:
 def _generation() -> tuple[Metric, ...]:
     role, driver = Role.GENERATION, Role.CONTROLLER
     return (
-        gauge("generation/tokens_per_s", "tokens/s", role, "Tokens sampled by wall time"),
         gauge("generation/requests_running", "1", role, "Requests in the engine's batch"),
         gauge("generation/requests_waiting", "1", role, "Requests that wait for the batch"),
         gauge("generation/kv_cache_use_fraction", "1", role, "Share of the KV cache in use"),
         gauge("generation/version_live", "1", role, "Weight version that samples"),
         counter("generation/tokens_total", "tokens", role, "Tokens sampled"),
-        counter("generation/prompt_tokens_total", "tokens", role, "Prompt tokens processed"),
+        counter("generation/prompt_tokens_total", "tokens", role, "Prompt tokens, once a group"),
         counter("generation/groups_total", "1", role, "Groups sampled"),
-        counter("generation/retries_total", "1", role, "Groups that went to another worker"),
+        counter("generation/retries_total", "1", driver, "Groups, or segments, tried again"),
         counter("generation/errors_total", "1", role, "Groups that failed", "reason"),
         counter("generation/segments_total", "1", driver, "Groups sampled, or segments of them"),
         counter(
@@ -114,11 +128,6 @@ def _generation() -> tuple[Metric, ...]:
             "generation/tokens_resampled_total", "tokens", driver, "Tokens sampled by tries again"
         ),
         counter("generation/pulls_total", "1", role, "Weight versions pulled"),
-        counter(
-            "generation/preemptions_total", "1", role, "Requests put back for lack of KV cache"
-        ),
-        counter("generation/prefix_cache_queries_total", "tokens", role, "Tokens looked up"),
-        counter("generation/prefix_cache_hits_total", "tokens", role, "Tokens found in the cache"),
         times("generation/group_s", role, "Time of one group, queueing included"),
         times("generation/pull_s", role, "Time of one pull, reading included"),
         times("generation/pull_pause_s", role, "Sampling stood still for a pull"),
@@ -126,11 +135,20 @@ def _generation() -> tuple[Metric, ...]:
 
 
 def _scoring() -> tuple[Metric, ...]:
-    role = Role.SCORING
+    role, driver = Role.SCORING, Role.CONTROLLER
     return (
         counter("scoring/groups_total", "1", role, "Groups scored"),
         counter("scoring/errors_total", "1", role, "Groups whose scoring failed", "reason"),
-        counter("scoring/retries_total", "1", role, "Groups whose scoring was tried again"),
+        counter("scoring/retries_total", "1", driver, "Groups whose scoring was tried again"),
+        counter("scoring/cache_hits_total", "1", role, "Scores of rollouts that were kept"),
+        counter("scoring/cache_misses_total", "1", role, "Scores that could be kept, and were not"),
+        counter(
+            "scoring/watched_errors_total",
+            "1",
+            role,
+            "Groups without the score of a watched reward",
+            "reward",
+        ),
         gauge("scoring/groups_running", "1", role, "Groups being scored"),
         gauge("scoring/reference_version", "1", role, "Policy version behind the reference"),
         times("scoring/latency_s", role, "Time of one group, all rewards and models"),
@@ -190,6 +208,9 @@ METRICS = MappingProxyType(
             *_weights(),
             *STAGE_ROWS,
             *PREFERENCE_ROWS,
+            *PROCESS_ROWS,
+            *GENERATE_ROWS,
+            *DISTILLATION_ROWS,
         )
     )
 )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +25,7 @@ from rlhf_cluster.experience.recovery import read_trained
 from rlhf_cluster.experience.store import ExperienceStore
 from rlhf_cluster.observe.run_log import read_metrics
 from rlhf_cluster.observe.samples import Row, read_samples
-from rlhf_cluster.records import ExperienceGroup, ScoredRollout
+from rlhf_cluster.records import ExperienceGroup
 from rlhf_cluster.rundir import RunDir
 
 OPEN = "none did: it is open, or was discarded"
@@ -47,15 +47,29 @@ class Traced:
     response: str | None
     tokens: dict[str, Sequence[float | int | bool]] = field(default_factory=dict)
 
-    def lines(self) -> Iterator[str]:
+    def lines(self, places: range | None = None) -> Iterator[str]:
+        """For people. `places`: only these tokens of the table, and no texts. Raises `RunError` where
+        it has none of them."""
         width = max(len(name) for name in self.facts)
         for name, value in self.facts.items():
             yield f"{name:<{width}}  {value}"
         for name, text in (("prompt", self.prompt), ("response", self.response)):
-            if text is not None:
+            if text is not None and places is None:
                 yield f"{name}:"
                 yield from (f"    {line}" for line in shown(text).splitlines() or [""])
-        yield from _table(self.tokens)
+        yield from _table(self.tokens, self._chosen(places))
+
+    def _chosen(self, places: range | None) -> range:
+        num_tokens = min((len(column) for column in self.tokens.values()), default=0)
+        if places is None:
+            return range(num_tokens)
+        found = range(num_tokens)[places.start : places.stop]
+        if not found:
+            raise RunError(
+                f"{self.rollout_id} has no token {places.start}: its {num_tokens} response tokens are "
+                "counted from 0"
+            )
+        return found
 
 
 def trace_sample(run: RunDir, rollout_id: str) -> Traced:
@@ -148,8 +162,9 @@ def _stored(
         "staleness": "-" if step is None else str(step - 1 - rollout.oldest_version),
         "temperature": f"{rollout.temperature:g}",
         "ended by": str(rollout.finish_reason),
-        "reward": f"{scored.reward:.6g}, {_parts(scored)}",
-        "scorer": scored.scorer,
+        "reward": f"{scored.reward:.6g}, {_parts(scored.reward_parts)}",
+        "watched": _parts(scored.watched),
+        "scorer": f"{scored.scorer}, version {scored.scorer_version or '-'}",
         "advantage": why or f"{_of_all(advantages[index])} (computed again)",
         "kept in": str(store.path(group.ticket.number)),
     }
@@ -160,6 +175,7 @@ def _stored(
         "sampled_logprob": rollout.sampled_logprobs,
         "exact_logprob": scored.exact_logprobs,
         "ref_logprob": scored.ref_logprobs,
+        "teacher_logprob": scored.teacher_logprobs,
         "advantage": advantages[index] if advantages else None,
     }
     source = group.prompt.source
@@ -186,7 +202,8 @@ def _of_samples(row: Row, step: int) -> Traced:
         "staleness": str(row["staleness"]),
         "ended by": row["finish_reason"],
         "reward": f"{row['reward']:.6g}, {row['reward_parts']}",
-        "scorer": row["scorer"],
+        "watched": row.get("watched", "-"),
+        "scorer": f"{row['scorer']}, version {row.get('scorer_version') or '-'}",
         "kept in": f"the samples of step {step}; its group is no longer stored",
     }
     tokens = {"token": row["response_ids"], "sampled_logprob": row["sampled_logprobs"]}
@@ -219,6 +236,8 @@ def _advantages(
         algorithm = build_algorithm(config.algorithm, config.generation.max_response_tokens)
         if algorithm.needs_critic or algorithm.full_kl_in == "reward":
             return [], "not recorded: the learner's own values decide it"
+        if any(reward.normalize == "running" for reward in config.scoring.rewards):
+            return [], "not recorded: what the learner saw before the step decides it"
         if len(numbers) != config.run.groups_per_step or not all(map(store.has, numbers)):
             return [], "not known: groups of the same step are no longer stored"
         groups = [group if n == group.ticket.number else store.read(n) for n in numbers]
@@ -235,8 +254,8 @@ def _of_all(values: np.ndarray) -> str:
     return f"{low:.6g}" if low == high else f"{low:.6g} to {high:.6g}"
 
 
-def _parts(scored: ScoredRollout) -> str:
-    return ", ".join(f"{name} {value:.6g}" for name, value in scored.reward_parts.items()) or "-"
+def _parts(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.6g}" for name, value in values.items()) or "-"
 
 
 def _rows(run: RunDir, step: int) -> list[Row]:
@@ -275,12 +294,20 @@ def _stored_rows(group: ExperienceGroup, step: int) -> Iterator[dict[str, Any]]:
         }
 
 
-def _table(columns: dict[str, Sequence[float | int | bool]]) -> list[str]:
+def parse_places(text: str) -> range:
+    """ "17" is one token, "10:20" those from 10 on before 20. Raises `RunError`."""
+    found = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+    if found is None or (found[2] is not None and int(found[2]) <= int(found[1])):
+        raise RunError(f"--token {text}: expected a place such as 17, or a range such as 10:20")
+    return range(int(found[1]), int(found[2]) if found[2] else int(found[1]) + 1)
+
+
+def _table(columns: dict[str, Sequence[float | int | bool]], places: range) -> list[str]:
     if not columns:
         return []
     cells = [("", *columns)]
-    for place, values in enumerate(zip(*columns.values(), strict=True)):
-        cells.append((str(place), *(_cell(value) for value in values)))
+    for place in places:
+        cells.append((str(place), *(_cell(column[place]) for column in columns.values())))
     return ["tokens:", *_aligned(cells)]
 
 

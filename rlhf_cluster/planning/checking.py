@@ -5,8 +5,9 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from rlhf_cluster.config import RunConfig, StageConfig
+from rlhf_cluster.config import GenerateConfig, StageConfig
 from rlhf_cluster.config.either import AnyConfig
+from rlhf_cluster.generating.shown import derived_generation
 from rlhf_cluster.inputs import check_inputs
 from rlhf_cluster.planning.derived import derived
 from rlhf_cluster.stages.inputs import check_stage_inputs
@@ -29,10 +30,12 @@ def _checked(config: AnyConfig, scratch: Path) -> tuple[dict[str, str], list[str
     if isinstance(config, StageConfig):
         inputs = check_stage_inputs(config, scratch)
         return derived_stage(config, inputs), inputs.notes
-    return derived(config), _notes(config, scratch)
+    if isinstance(config, GenerateConfig):
+        prompts = check_inputs(config.as_run, scratch).prompts
+        return derived_generation(config, prompts.epoch_size or 0), _skipped(prompts.num_skipped)
+    return derived(config), _skipped(check_inputs(config, scratch).prompts.num_skipped)
 
 
-def _notes(config: RunConfig, scratch: Path) -> list[str]:
-    skipped = check_inputs(config, scratch).prompts.num_skipped
+def _skipped(skipped: int) -> list[str]:
     text = f"{skipped} prompts are over data.max_prompt_tokens and are left out"
     return [text] if skipped else []

@@ -2,6 +2,10 @@
 
 A bundle is what one replica (or one learner rank) needs on a single node. Fitting is first-fit
 decreasing over whole nodes: a bundle never spans two. Pure; node sizes are arguments.
+
+With `cluster.worker_groups` each bundle also asks for a little of its group's resource, which only the
+nodes of that group offer: a service lands on nodes of its own kind, and an autoscaler that sees the
+bundle pending knows which kind to start.
 """
 
 from __future__ import annotations
@@ -9,11 +13,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rlhf_cluster.config import RunConfig, StageConfig
+from rlhf_cluster.config import GenerateConfig, RunConfig, StageConfig
 from rlhf_cluster.config.either import AnyConfig
 from rlhf_cluster.errors import PlacementError
 
 BUFFER_CPUS = 0.1
+WORKER_GROUPS = ("generation", "scoring", "training")
+GROUP_SHARE = 0.001
+"""Of the resource of a worker group, of which a node has 1: any number of bundles fits a node."""
+
+
+def group_resource(group: str) -> str:
+    """Name of the resource that the nodes of a worker group offer."""
+    return f"rlhf_{group}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,40 +35,62 @@ class Bundle:
     owner: str  # such as "generation-0"
     cpus: float
     gpus: float
+    group: str | None = None  # one of `WORKER_GROUPS`; None: any node
 
     @property
     def resources(self) -> dict[str, float]:
-        return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
+        own = {} if self.group is None else {group_resource(self.group): GROUP_SHARE}
+        return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {}) | own
 
     def __str__(self) -> str:
         return f"{self.owner} ({_amounts(self.resources)})"
 
 
 def demand(config: AnyConfig) -> list[Bundle]:
-    """All bundles of a run at its starting size; of an offline stage its ranks."""
+    """All bundles of a run at its starting size; of an offline stage its ranks, of one that makes a
+    data set its pools."""
     if isinstance(config, StageConfig):
         return rank_bundles(config)
     generation, scoring = config.generation, config.scoring
-    return [
+    pools = [
         *(pool_bundle(config, "generation", i) for i in range(generation.workers)),
         *(pool_bundle(config, "scoring", i) for i in range(scoring.workers)),
-        *rank_bundles(config),
-        Bundle(owner="buffer", cpus=BUFFER_CPUS, gpus=0.0),
     ]
+    if isinstance(config, GenerateConfig):
+        return pools
+    return [*pools, *rank_bundles(config), buffer_bundle(config)]
 
 
-def pool_bundle(config: RunConfig, pool: str, index: int) -> Bundle:
+def pool_bundle(config: RunConfig | GenerateConfig, pool: str, index: int) -> Bundle:
     section = {"generation": config.generation, "scoring": config.scoring}[pool]
-    return Bundle(owner=f"{pool}-{index}", cpus=section.num_cpus, gpus=section.num_gpus)
+    return Bundle(
+        owner=f"{pool}-{index}",
+        cpus=section.num_cpus,
+        gpus=section.num_gpus,
+        group=pool if config.cluster.worker_groups else None,
+    )
 
 
-def rank_bundles(config: AnyConfig) -> list[Bundle]:
+def buffer_bundle(config: RunConfig) -> Bundle:
+    return Bundle(owner="buffer", cpus=BUFFER_CPUS, gpus=0.0, group=_training(config))
+
+
+def rank_bundles(config: RunConfig | StageConfig) -> list[Bundle]:
     """Of all learner ranks."""
     section = config.learner
     return [
-        Bundle(owner=f"learner-{i}", cpus=section.num_cpus, gpus=section.num_gpus)
+        Bundle(
+            owner=f"learner-{i}",
+            cpus=section.num_cpus,
+            gpus=section.num_gpus,
+            group=_training(config),
+        )
         for i in range(section.ranks)
     ]
+
+
+def _training(config: RunConfig | StageConfig) -> str | None:
+    return "training" if config.cluster.worker_groups else None
 
 
 def fewer_ranks(bundles: Sequence[Bundle], least: int, free: Mapping[str, float]) -> range:
@@ -107,7 +141,12 @@ def _supply(nodes: Mapping[str, Mapping[str, float]]) -> str:
     if not nodes:
         return "no live node"
     parts = [
-        f"{name}: {_amounts({k: r.get(k, 0.0) for k in ('CPU', 'GPU') if r.get(k)}) or 'nothing'}"
+        f"{name}: {_amounts({k: v for k, v in r.items() if v and _counts(k)}) or 'nothing'}"
         for name, r in nodes.items()
     ]
     return "; ".join(parts)
+
+
+def _counts(kind: str) -> bool:
+    """What a bundle can ask for, of all that Ray lists of a node."""
+    return kind in ("CPU", "GPU", *map(group_resource, WORKER_GROUPS))

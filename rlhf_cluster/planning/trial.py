@@ -26,10 +26,10 @@ def try_rewards(configs: Sequence[RewardConfig], tokenizer_dir: str, prompt: Pro
     """Raises `ConfigError` naming the reward that cannot score answers to `prompt`."""
     for config in configs:
         name = config.name or config.type
-        if config.type == "reward_model":
-            path = Path(config.path)
-            if path.is_absolute() and not path.is_dir():
-                raise ConfigError(f"reward {name!r}: {path}: no such folder. Correct its path")
+        if config.model_paths:
+            for path in map(Path, config.model_paths):
+                if path.is_absolute() and not path.is_dir():
+                    raise ConfigError(f"reward {name!r}: {path}: no such folder. Correct its path")
             continue
         reward, _ = build_rewards([config], tokenizer_dir, "cpu")[name]
         try:

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from rlhf_cluster.rewards.base import Reward, RewardContext, StepReward
 from rlhf_cluster.rewards.code_tests import Code, CodeConfig
+from rlhf_cluster.rewards.ensemble import Ensemble, EnsembleConfig
 from rlhf_cluster.rewards.equations import Equations, EquationsConfig
 from rlhf_cluster.rewards.exact_match import ExactMatch, ExactMatchConfig
 from rlhf_cluster.rewards.format import Format, FormatConfig
@@ -19,11 +20,13 @@ from rlhf_cluster.rewards.length import Length, LengthConfig
 from rlhf_cluster.rewards.maths import Maths, MathsConfig
 from rlhf_cluster.rewards.multiple_choice import MultipleChoice, MultipleChoiceConfig
 from rlhf_cluster.rewards.numeric import Numeric, NumericConfig
+from rlhf_cluster.rewards.process_reward_model import ProcessReward, ProcessRewardConfig
 from rlhf_cluster.rewards.python_function import PythonFunction, PythonFunctionConfig
 from rlhf_cluster.rewards.reward_model import RewardModel, RewardModelConfig
 
 RewardConfig = Annotated[
     CodeConfig
+    | EnsembleConfig
     | EquationsConfig
     | ExactMatchConfig
     | FormatConfig
@@ -34,6 +37,7 @@ RewardConfig = Annotated[
     | MathsConfig
     | MultipleChoiceConfig
     | NumericConfig
+    | ProcessRewardConfig
     | PythonFunctionConfig
     | RewardModelConfig,
     Field(discriminator="type"),
@@ -41,6 +45,7 @@ RewardConfig = Annotated[
 
 REWARDS: Mapping[str, Any] = {
     "code": Code,
+    "ensemble": Ensemble,
     "equations": Equations,
     "exact_match": ExactMatch,
     "format": Format,
@@ -51,6 +56,7 @@ REWARDS: Mapping[str, Any] = {
     "maths": Maths,
     "multiple_choice": MultipleChoice,
     "numeric": Numeric,
+    "process_reward_model": ProcessReward,
     "python": PythonFunction,
     "reward_model": RewardModel,
 }
@@ -64,6 +70,7 @@ def build_rewards(
     tokenizer_dir: str,
     device: str,
     wait_timeout_s: float = 300.0,
+    step_separator: str = "\n",
 ) -> dict[str, tuple[Reward | StepReward, float]]:
     """Each reward, ready to score, and its weight, by name and in the order of `configs`.
 
@@ -71,12 +78,16 @@ def build_rewards(
         tokenizer_dir: folder of the policy's tokenizer.
         device: torch device of reward models.
         wait_timeout_s: how long a group may wait for a reward that other groups hold.
+        step_separator: of the reasoning steps of a response.
 
     Raises:
         ConfigError, DataError: one cannot serve; those already built are closed.
     """
     context = RewardContext(
-        tokenizer_dir=tokenizer_dir, device=device, wait_timeout_s=wait_timeout_s
+        tokenizer_dir=tokenizer_dir,
+        device=device,
+        wait_timeout_s=wait_timeout_s,
+        step_separator=step_separator,
     )
     built: dict[str, tuple[Reward | StepReward, float]] = {}
     try:

@@ -6,6 +6,9 @@
   (Zheng et al. 2023, arXiv:2306.05685). The score is the share of judgements that it won; a tie is
   half of one. A judge that always answers "A" therefore gives everybody 0.5.
 
+With `principles`, each judgement is by one of them, as in RLAIF (Bai et al. 2022, arXiv:2212.08073):
+which one follows from the texts that are judged, so that a pair meets the same one in both positions.
+
 A verdict is the last `[[...]]` of the answer: a number, or A, B or C (tie). An answer without one,
 or a rating off the scale, is asked again `verdict_attempts` times in all and then a `RewardFailure`:
 no completion gets a score that was not given. `remote.py` says how often and how long is asked.
@@ -13,6 +16,7 @@ no completion gets a score that was not given. `remote.py` says how often and ho
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +25,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from xxhash import xxh3_64_intdigest
 
 from rlhf_cluster.records import Prompt, Rollout
 from rlhf_cluster.rewards.base import RewardContext
@@ -69,6 +74,8 @@ class JudgeConfig(RemoteSection):
     """Completions that each one meets at its right in `pairwise`; each meeting costs two requests."""
     criteria: str = ""
     """What to judge by, in words; goes to the judge as it is."""
+    principles: tuple[str, ...] = ()
+    """Principles of which each judgement is given one, after `criteria`."""
     reference_column: str | None = None
     """Column with a reference answer that the judge is shown."""
     max_tokens: PositiveInt = 1024
@@ -82,10 +89,18 @@ class JudgeConfig(RemoteSection):
     timeout_s: PositiveFloat = 280.0
     """Deadline of one group, all its judgements."""
 
+    @property
+    def scores_alone(self) -> bool:
+        return self.mode == "pointwise" and self.temperature == 0
+
     @model_validator(mode="after")
     def _check(self) -> JudgeConfig:
-        if "[[" in self.criteria:
-            raise ValueError("criteria holds '[[', which marks a verdict. Write it otherwise")
+        for text in (self.criteria, *self.principles):
+            if "[[" in text:
+                key = "criteria" if text is self.criteria else "a principle"
+                raise ValueError(f"{key} holds '[[', which marks a verdict. Write it otherwise")
+        if any(not principle.strip() for principle in self.principles):
+            raise ValueError("principles holds a blank text. Remove it")
         return self
 
 
@@ -119,14 +134,16 @@ class Judge:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _question(self, prompt: Prompt, completion: str, other: str | None = None) -> str:
-        reference = ""
+        asked, reference = _prompt_text(prompt.source), ""
+        texts = [completion] if other is None else [completion, other]
+        criteria = [self._config.criteria, *principle_of(self._config.principles, asked, texts)]
         if self._config.reference_column is not None:
             shown = column(prompt, self._config.reference_column)
             reference = f"<reference answer>\n{shown}\n</reference answer>\n"
         return (_POINTWISE if other is None else _PAIRWISE).format(
             scale=self._config.scale,
-            criteria=f"{self._config.criteria.strip()}\n" if self._config.criteria.strip() else "",
-            prompt=_prompt_text(prompt.source),
+            criteria="".join(f"{text.strip()}\n" for text in criteria if text.strip()),
+            prompt=asked,
             reference=reference,
             completion=completion,
             other=other,
@@ -174,6 +191,16 @@ class Judge:
         except ValueError:
             return None
         return rating / self._config.scale if 0 <= rating <= self._config.scale else None
+
+
+def principle_of(
+    principles: Sequence[str], prompt: str, completions: Sequence[str]
+) -> Sequence[str]:
+    """The one by which these completions are judged, whatever their order; none of none."""
+    if not principles:
+        return ()
+    seed = xxh3_64_intdigest(json.dumps([prompt, *sorted(completions)]).encode())
+    return (principles[seed % len(principles)],)
 
 
 def meetings(count: int, opponents: int) -> list[tuple[int, int]]:

@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from rlhf_cluster import redaction
 from rlhf_cluster.errors import ConfigError
 from rlhf_cluster.rewards.base import RewardSection
 from rlhf_cluster.rewards.failure import RewardFailure
@@ -84,6 +85,7 @@ class Server:
                 )
             self._headers["Authorization"] = f"Bearer {key}"
             self._key = key
+            redaction.hide([key])
 
     def ask(self, question: Any, deadline: float) -> Any:
         """The server's answer to `question`, both JSON.

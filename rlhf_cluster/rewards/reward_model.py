@@ -1,4 +1,4 @@
-"""A frozen sequence-classification model with one output as a reward.
+"""A frozen sequence-classification model as a reward: its output, or a weighted sum of several.
 
 The score of a sequence is the model's output at its LAST REAL TOKEN, found by length alone. Token
 ids are never compared with a padding id, so a model whose padding token is also its end token is
@@ -18,15 +18,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
-from rlhf_cluster.config.sections import Dtype
+from rlhf_cluster.config.sections import Dtype, FrozenQuantization
 from rlhf_cluster.data.tokenizer import load_tokenizer
 from rlhf_cluster.errors import ConfigError, DataError
 from rlhf_cluster.learning.packing import plan
 from rlhf_cluster.records import Prompt, Rollout
 from rlhf_cluster.rewards.base import RewardContext, RewardSection
 from rlhf_cluster.rewards.failure import RewardFailure
+from rlhf_cluster.weights.hashing import digest_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,14 +40,26 @@ class RewardModelConfig(RewardSection):
 
     type: Literal["reward_model"] = "reward_model"
     path: str
-    """Folder (or hub id, where the hub can be reached) of a sequence-classification model with
-    num_labels = 1."""
+    """Folder (or hub id, where the hub can be reached) of a sequence-classification model with as
+    many outputs as `output_weights` has, one by default."""
     tokenizer: Literal["shared", "own"] = "shared"
     """`shared`: it reads the policy's token ids. `own`: the text, tokenized its own way."""
+    output_weights: list[float] = Field(default_factory=lambda: [1.0], min_length=1)
+    """Of a model of several outputs: the weight of each in the score."""
     dtype: Dtype = "bfloat16"
     """Type of the model; its score head always computes in float32."""
+    quantization: FrozenQuantization | None = None
+    """`int8`: the decoder's linear layers in 8 bits, computed in `dtype`; see `learning.int8`."""
     tokens_per_batch: PositiveInt = 16384
     """Token budget of one forward pass, padding included."""
+
+    @property
+    def scores_alone(self) -> bool:
+        return True
+
+    @property
+    def model_paths(self) -> tuple[str, ...]:
+        return (self.path,)
 
 
 class RewardModel:
@@ -66,11 +79,28 @@ class RewardModel:
         positions = getattr(text_config, "max_position_embeddings", None)
         self._max_tokens = min(config.tokens_per_batch, positions or config.tokens_per_batch)
         self._lock = threading.Lock()
+        self._version = digest_of((n, t.cpu()) for n, t in self._model.state_dict().items())
+
+    @property
+    def version(self) -> str:
+        """The digest of its weights, as they are loaded."""
+        return self._version
 
     def score(
         self, prompt: Prompt, rollouts: Sequence[Rollout], completions: Sequence[str]
     ) -> list[float]:
         """The model's outputs. Raises `RewardFailure`: it is busy, or cannot take a sequence."""
+        sequences = self._sequences(prompt, rollouts, completions)
+        found = self.read(rollouts, sequences, [np.array([len(ids) - 1]) for ids in sequences])
+        return [float(values[0]) for values in found]
+
+    def read(
+        self, rollouts: Sequence[Rollout], sequences: Sequence[Array], places: Sequence[Array]
+    ) -> list[Array]:
+        """The model's outputs after the tokens at `places` [n] of each sequence of ids, [n] float64.
+
+        Raises `RewardFailure` as `score`.
+        """
         # Waits for: other groups' passes, each of which takes part of a second.
         if not self._lock.acquire(timeout=self._wait_timeout_s):
             raise RewardFailure(
@@ -78,10 +108,9 @@ class RewardModel:
                 "busy",
             )
         try:
-            sequences = self._sequences(prompt, rollouts, completions)
             for rollout, ids in zip(rollouts, sequences, strict=True):
                 self._check_sequence(rollout, ids)
-            return self._forward(sequences)
+            return self._forward(sequences, places)
         finally:
             self._lock.release()
 
@@ -110,12 +139,12 @@ class RewardModel:
                 "tokens",
             )
 
-    def _forward(self, sequences: Sequence[Array]) -> list[float]:
+    def _forward(self, sequences: Sequence[Array], places: Sequence[Array]) -> list[Array]:
         import torch
 
         budget = self._config.tokens_per_batch
         batches = plan([len(ids) for ids in sequences], 1, budget, budget, "padded")[0]
-        scores = [0.0] * len(sequences)
+        found: dict[int, Array] = {}
         for batch in batches:
             members = [index for row in batch for index in row]
             lengths = torch.tensor([len(sequences[i]) for i in members], device=self._device)
@@ -131,11 +160,15 @@ class RewardModel:
                     attention_mask=(columns < lengths[:, None]).long(),
                     use_cache=False,
                 ).last_hidden_state
-                rows = torch.arange(len(members), device=self._device)
-                values = self._model.score(hidden[rows, lengths - 1].float()).squeeze(-1)
-            for index, value in zip(members, values.tolist(), strict=True):
-                scores[index] = value
-        return scores
+                read = [
+                    hidden[row, torch.from_numpy(places[index]).to(self._device)]
+                    for row, index in enumerate(members)
+                ]
+                outputs = self._model.score(torch.cat(read).float()).double().cpu()
+            values = outputs @ torch.tensor(self._config.output_weights, dtype=torch.float64)
+            ends = np.cumsum([len(places[index]) for index in members])[:-1]
+            found |= dict(zip(members, np.split(values.numpy(), ends), strict=True))
+        return [found[index] for index in range(len(sequences))]
 
 
 def _load(config: RewardModelConfig, device: str) -> Any:
@@ -148,6 +181,7 @@ def _load(config: RewardModelConfig, device: str) -> Any:
             config.path,
             dtype=getattr(torch, config.dtype),
             trust_remote_code=False,
+            use_safetensors=True,
             output_loading_info=True,
         )
     except (OSError, ValueError) as error:
@@ -156,10 +190,12 @@ def _load(config: RewardModelConfig, device: str) -> Any:
             "sequence-classification model with safetensors weights"
         ) from error
     head = getattr(model, "score", None)
-    if not isinstance(head, torch.nn.Linear) or head.out_features != 1:
+    wanted = len(config.output_weights)
+    if not isinstance(head, torch.nn.Linear) or head.out_features != wanted:
         raise ConfigError(
             f"reward model {config.path}: {type(model).__name__} has the output {head!r}, expected "
-            "a linear `score` head with one output. Give a decoder model with num_labels = 1"
+            f"a linear `score` head with {'one output' if wanted == 1 else f'{wanted} outputs'}. Give "
+            "a decoder model with num_labels = 1, or set output_weights to one weight an output"
         )
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
@@ -168,6 +204,10 @@ def _load(config: RewardModelConfig, device: str) -> Any:
             "random. Give a trained reward model, not a base model"
         )
     model.score = head.float()
+    if config.quantization is not None:
+        from rlhf_cluster.learning.int8 import quantize_linear
+
+        quantize_linear(model.base_model, f"reward model {config.path}")
     return model.to(device).eval().requires_grad_(False)
 
 

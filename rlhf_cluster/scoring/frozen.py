@@ -4,7 +4,9 @@ Promises: the distribution is the one of the rollout's temperature; the model go
 code as the learner's (`PolicyLM`, `packing`), so that with the same weights and type both give the
 same values; one entry comes back for every response token, in the order of the rollouts; weights
 are replaced by name, all of them or none, and a tensor that is missing, extra or of another shape
-is refused before one is touched.
+is refused before one is touched. With `quantization` the linear layers hold those weights, in the
+model's type, rounded to 8 bits (`learning.int8`), those that are given later alike; the values are then
+near the learner's, and not the same.
 
 Shapes: T response tokens.
 """
@@ -21,8 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_cluster.config.sections import Dtype
+from rlhf_cluster.config.sections import Dtype, FrozenQuantization
 from rlhf_cluster.errors import ScoringError, StalledError
+from rlhf_cluster.learning.int8 import Linear8bit, quantize_linear
 from rlhf_cluster.learning.packing import MicroBatch, TokenSequence, collate, plan
 from rlhf_cluster.learning.policy import checkpoint_name, load_policy
 from rlhf_cluster.records import Rollout
@@ -42,6 +45,7 @@ class FrozenPolicy:
         device: str,
         tokens_per_batch: int,
         wait_timeout_s: float = 300.0,
+        quantization: FrozenQuantization | None = None,
     ) -> None:
         """Loads the model of `model_dir`; `name` is what errors call it. Raises `ConfigError`."""
         self._name = name
@@ -50,12 +54,17 @@ class FrozenPolicy:
         self._tokens_per_batch = tokens_per_batch
         self._wait_timeout_s = wait_timeout_s
         self._lock = threading.Lock()
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._rounded: dict[str, Linear8bit] = {}
         stored = cast("dict[str, Tensor]", self._policy.lm.state_dict(keep_vars=True))
         buffers = {checkpoint_name(n): b for n, b in self._policy.named_buffers()}
         # of tensors that are tied, the parameters name one
         self._targets: dict[str, Tensor] = {
             checkpoint_name(n): p for n, p in self._policy.named_parameters()
         } | {n: b for n, b in buffers.items() if n in stored}
+        self._shapes = {n: tuple(target.shape) for n, target in self._targets.items()}
+        if quantization is not None:
+            self._quantize()
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -82,10 +91,13 @@ class FrozenPolicy:
         check_names(
             what,
             {name: tuple(tensor.shape) for name, tensor in tensors.items()},
-            {name: tuple(target.shape) for name, target in self._targets.items()},
+            self._shapes,
         )
         for name, tensor in tensors.items():
-            self._targets[name].copy_(tensor)
+            if name in self._rounded:
+                self._rounded[name].replace(tensor.to(self._dtype))
+            else:
+                self._targets[name].copy_(tensor)
 
     def check(self, rollouts: Sequence[Rollout]) -> None:
         """Raise `ScoringError` on a rollout without a distribution (temperature 0), or one that is
@@ -113,6 +125,14 @@ class FrozenPolicy:
             values = self._forward([rollouts[i] for i in indices], temperature)
             found.update(zip(indices, values, strict=True))
         return [found[i] for i in range(len(rollouts))]
+
+    def _quantize(self) -> None:
+        quantize_linear(self._policy.lm.base_model, f"the {self._name} model")
+        for name, layer in self._policy.named_modules():
+            if isinstance(layer, Linear8bit):
+                weight = checkpoint_name(f"{name}.weight")
+                self._rounded[weight] = layer
+                del self._targets[weight]
 
     def _forward(self, rollouts: Sequence[Rollout], temperature: float) -> list[Array]:
         sequences = [

@@ -1,6 +1,7 @@
 """The reference policy: log-probabilities of response tokens, for a KL that holds on to it.
 
-Promises: those of `FrozenPolicy`, so that a policy equal to the reference has KL 0; a group is
+Promises: those of `FrozenPolicy`, so that a policy equal to the reference has KL 0 (not when it is
+quantized, where each version it becomes is rounded anew from the stored one); a group is
 scored with one reference, also while it is replaced; its weights are read and verified beside the
 scoring and copied in between two groups. Which weights it has, and when it moves, is decided in
 `scoring.moving`.
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rlhf_cluster.config.sections import Dtype
+from rlhf_cluster.config.sections import Dtype, FrozenQuantization
 from rlhf_cluster.records import Rollout, WeightVersion
 from rlhf_cluster.scoring.frozen import FrozenPolicy
 from rlhf_cluster.weights.store import read
@@ -30,10 +31,11 @@ class Reference:
         device: str,
         tokens_per_batch: int,
         wait_timeout_s: float = 300.0,
+        quantization: FrozenQuantization | None = None,
     ) -> None:
         """Loads the model of `model_dir`, the reference until `load`. Raises `ConfigError`."""
         self._model = FrozenPolicy(
-            "reference", model_dir, dtype, device, tokens_per_batch, wait_timeout_s
+            "reference", model_dir, dtype, device, tokens_per_batch, wait_timeout_s, quantization
         )
 
     def load(self, version: WeightVersion) -> None:

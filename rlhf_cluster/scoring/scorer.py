@@ -4,8 +4,8 @@
 
 Promises:
 - responses are decoded for the rewards only; the token ids pass through untouched;
-- a rollout's reward is the weighted sum of its parts, all of them finite, or the whole group fails
-  with a `ScoringError` that names the reward, the group and the reason: an error is never a score;
+- a rollout's reward is made of its parts as `scoring.rewarding` says, or the whole group fails: an
+  error is never a score;
 - the part of a reward that scores reasoning steps is the sum of its steps' scores; the steps are cut
   in the decoded text, their ends found among the sampled ids (`scoring.steps`);
 - several threads may score at once: a reward that waits for its child process holds up no other
@@ -17,19 +17,15 @@ Promises:
 
 from __future__ import annotations
 
-import math
-import threading
-import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.data.tokenizer import load_tokenizer
-from rlhf_cluster.errors import RlhfError, ScoringError, WorkerError
+from rlhf_cluster.errors import ScoringError, WorkerError
 from rlhf_cluster.records import (
     ExperienceGroup,
     Rollout,
@@ -37,16 +33,16 @@ from rlhf_cluster.records import (
     ScoredRollout,
     WeightVersion,
 )
-from rlhf_cluster.rewards import build_rewards
-from rlhf_cluster.rewards.base import CountsOutcomes, Reward, StepReward
-from rlhf_cluster.rewards.failure import RewardFailure, check_scores, check_step_scores
+from rlhf_cluster.scoring.rewarding import Rewards
 from rlhf_cluster.scoring.steps import step_ends, step_spans
+from rlhf_cluster.scoring.totals import Totals
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rlhf_cluster.scoring.exact import ExactLogprobs
     from rlhf_cluster.scoring.reference import Reference
+    from rlhf_cluster.scoring.teacher import Teacher
     from rlhf_cluster.weights.transport import ShardSource
 
 
@@ -62,15 +58,18 @@ class Scorer:
         self._model_dir = model_dir
         self._name = name
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._rewards: dict[str, tuple[Reward | StepReward, float]] = {}
-        self._weights = {r.name or r.type: r.weight for r in config.scoring.rewards}
-        self._step_names = {r.name or r.type for r in config.scoring.rewards if r.scores_steps}
+        self._totals = Totals()
+        self._rewards = Rewards(config.scoring, self._totals)
         self._device = "cuda" if config.scoring.num_gpus else "cpu"
         self._reference: Reference | None = None
         self._reference_is_given = not config.stored_reference
         self._exact: ExactLogprobs | None = None
-        self._totals: defaultdict[str, float] = defaultdict(float)
-        self._counting = threading.Lock()  # held for an addition only
+        self._teacher: Teacher | None = None
+
+    @property
+    def version(self) -> str:
+        """Of the rewards, their models and the objective; empty before `setup`."""
+        return self._rewards.version
 
     def setup(self) -> None:
         """Load the tokenizer, the models and the rewards. Raises `ConfigError`, `DataError`."""
@@ -81,9 +80,11 @@ class Scorer:
             self._reference = self._new_reference()
         if scoring.exact_logprobs:
             self._exact = self._new_exact()
-        self._rewards = build_rewards(
-            scoring.rewards, tokenizer_dir, self._device, scoring.request_timeout_s
-        )
+        if scoring.teacher is not None:
+            from rlhf_cluster.scoring.teacher import Teacher
+
+            self._teacher = Teacher(scoring.teacher, scoring, tokenizer, self._device)
+        self._rewards.build(tokenizer_dir, self._device)
         self._tokenizer = tokenizer
 
     def forget_versions(self) -> None:
@@ -111,8 +112,8 @@ class Scorer:
         Args:
             group: its rollouts belong to its prompt. Its greedy response is scored by the rewards
                 like one rollout more, and by no model.
-            with_logprobs: False leaves out what is for training only, `ref_logprobs` and
-                `exact_logprobs`, as for greedy answers.
+            with_logprobs: False leaves out what is for training only, the log-probabilities of
+                reference, teacher and exact versions, as for greedy answers.
 
         Raises:
             ScoringError: a reward or a model gave no usable answer.
@@ -125,59 +126,58 @@ class Scorer:
         answers = _with_greedy(group)
         completions = self._decode(answers)
         spans = [step_spans(text, self._config.scoring.step_separator) for text in completions]
-        parts, step_rewards = self._scores(answers, completions, spans)
+        steps = [
+            [text[begin:end] for begin, end in own]
+            for text, own in zip(completions, spans, strict=True)
+        ]
+        scores = self._rewards.score(answers, completions, steps)
         references = self._reference_logprobs(group) if with_logprobs else None
         exact = self._exact_logprobs(group) if with_logprobs else None
+        teacher = self._teacher_logprobs(group) if with_logprobs else None
         scored = []
         for index, rollout in enumerate(group.rollouts):
-            own = {name: values[index] for name, values in parts.items()}
+            own = scores[index]
             ends = self._step_ends(rollout, completions[index], spans[index])
             scored.append(
                 ScoredRollout(
                     rollout=rollout,
-                    reward=self._weighted_sum(group, own),
-                    reward_parts=own,
+                    reward=own.reward,
+                    reward_parts=own.parts,
+                    watched=own.watched,
                     ref_logprobs=references[index] if references is not None else None,
                     exact_logprobs=exact[index] if exact is not None else None,
+                    teacher_logprobs=teacher[index] if teacher is not None else None,
                     scorer=self._name,
+                    scorer_version=self.version,
                     step_ends=ends,
-                    step_rewards=None if ends is None else step_rewards[index],
+                    step_rewards=None if ends is None else own.step_rewards,
                 )
             )
-        self._count("num_groups")
-        self._count("num_rollouts", len(scored))
-        greedy_reward = None
-        if group.greedy is not None:
-            own = {name: values[-1] for name, values in parts.items()}
-            greedy_reward = self._weighted_sum(group, own)
+        self._totals.add("num_groups")
+        self._totals.add("num_rollouts", len(scored))
         return ExperienceGroup(
             ticket=group.ticket,
             prompt=group.prompt,
             scored=tuple(scored),
-            greedy_reward=greedy_reward,
+            greedy_reward=None if group.greedy is None else scores[-1].reward,
         )
 
     def stats(self) -> dict[str, float]:
-        """Totals: groups, rollouts, seconds, and for each kind seen `errors/<reward>/<reason>` and
-        `outcomes/<reward>/<outcome>`."""
-        with self._counting:
-            totals = dict(self._totals)
-        for name, (reward, _) in self._rewards.items():
-            if isinstance(reward, CountsOutcomes):
-                totals |= {f"outcomes/{name}/{own}": n for own, n in reward.outcomes().items()}
-        return totals
+        """Totals: groups, rollouts, seconds, hits and misses of the cache, and for each kind seen
+        `errors/<reward>/<reason>`, `watched_errors/<reward>` and `outcomes/<reward>/<outcome>`."""
+        return self._totals.read() | self._rewards.stats()
 
     def close(self) -> None:
         """Release the rewards. Calls that are running may fail."""
-        rewards, self._rewards = self._rewards, {}
         self._tokenizer = None
-        for reward, _ in rewards.values():
-            reward.close()
+        self._rewards.close()
 
     def _check_lengths(self, group: RolloutGroup) -> None:
         """Rows of several turns may be longer than one response: refused here they cost a group, in
         the learner the run."""
-        row, longest = self._config.tokens_per_row, self._config.generation.max_response_tokens
+        together = self._config.algorithm.unit_size
+        row = self._config.tokens_per_row // together
+        longest = self._config.generation.max_response_tokens
         fixed = self._config.algorithm.aggregation == "fixed_length"
         for rollout in group.rollouts:
             num_positions = len(rollout.prompt_ids) + len(rollout.response_ids) - 1
@@ -185,7 +185,8 @@ class Scorer:
             if num_positions > row:
                 reason, detail = (
                     "row",
-                    f"takes {num_positions} positions, over learner.tokens_per_row = {row}. Raise it",
+                    f"takes {num_positions} positions, over learner.tokens_per_row"
+                    f"{f' / {together}' if together > 1 else ''} = {row}. Raise it",
                 )
             elif fixed and num_trained > longest:
                 reason, detail = (
@@ -212,66 +213,10 @@ class Scorer:
     def _step_ends(
         self, rollout: Rollout, text: str, spans: Sequence[tuple[int, int]]
     ) -> np.ndarray | None:
-        if not self._step_names or self._tokenizer is None:
+        if not self._rewards.pays_steps or self._tokenizer is None:
             return None
         silent = frozenset(self._tokenizer.all_special_ids)
         return step_ends(self._text, rollout.response_ids.tolist(), silent, text, spans)
-
-    def _scores(
-        self,
-        group: RolloutGroup,
-        completions: Sequence[str],
-        spans: Sequence[Sequence[tuple[int, int]]],
-    ) -> tuple[dict[str, list[float]], list[np.ndarray]]:
-        """Every reward's part of each rollout, and each rollout's weighted step rewards [S]."""
-        steps = [
-            [text[begin:end] for begin, end in own]
-            for text, own in zip(completions, spans, strict=True)
-        ]
-        parts: dict[str, list[float]] = {}
-        totals = [np.zeros(len(own)) for own in steps]
-        for name, (reward, weight) in self._rewards.items():
-            found = self._answers(name, reward, group, completions, steps)
-            if name not in self._step_names:
-                parts[name] = found
-                continue
-            parts[name] = [sum(own) for own in found]
-            for total, own in zip(totals, found, strict=True):
-                total += weight * np.array(own)
-        return parts, totals
-
-    def _answers(
-        self,
-        name: str,
-        reward: Any,
-        group: RolloutGroup,
-        completions: Sequence[str],
-        steps: Sequence[Sequence[str]],
-    ) -> list[Any]:
-        """One float a rollout, or one list of floats where the reward scores steps."""
-        started = time.perf_counter()
-        given = (group.prompt, group.rollouts, completions)
-        try:
-            if name in self._step_names:
-                found = reward.score_steps(*given, steps)
-                return check_step_scores(found, [len(own) for own in steps])
-            return check_scores(reward.score(*given), len(group.rollouts))
-        except RlhfError as error:
-            reason = error.reason if isinstance(error, RewardFailure) else type(error).__name__
-            raise self._failed(f"reward {name!r}", name, group, reason, str(error)) from error
-        finally:
-            self._count(f"seconds/{name}", time.perf_counter() - started)
-
-    def _weighted_sum(self, group: RolloutGroup, parts: dict[str, float]) -> float:
-        products = [part * self._weights[name] for name, part in parts.items()]
-        try:
-            total = math.fsum(products)
-        except (OverflowError, ValueError):  # sums that overflow, infinities of both signs
-            total = math.nan
-        if not math.isfinite(total):
-            detail = f"the weighted sum of {parts} is not finite; lower the weights"
-            raise self._failed("the sum of rewards", "sum", group, "infinite", detail)
-        return total
 
     def _reference_logprobs(self, group: RolloutGroup) -> list[np.ndarray] | None:
         if self._reference is None:
@@ -287,19 +232,22 @@ class Scorer:
             return None
         return self._logprobs("exact_logprobs", self._exact.logprobs, group)
 
+    def _teacher_logprobs(self, group: RolloutGroup) -> list[np.ndarray] | None:
+        if self._teacher is None:
+            return None
+        return self._logprobs("teacher", self._teacher.logprobs, group)
+
     def _logprobs(
         self,
         name: str,
         compute: Callable[[Sequence[Rollout]], list[np.ndarray]],
         group: RolloutGroup,
     ) -> list[np.ndarray]:
-        started = time.perf_counter()
         try:
-            return compute(group.rollouts)
+            with self._totals.timed(name):
+                return compute(group.rollouts)
         except ScoringError as error:
             raise self._failed(name, name, group, "sequence", str(error)) from error
-        finally:
-            self._count(f"seconds/{name}", time.perf_counter() - started)
 
     def _new_reference(self) -> Reference:
         from rlhf_cluster.scoring.reference import Reference
@@ -311,6 +259,7 @@ class Scorer:
             self._device,
             scoring.tokens_per_batch,
             scoring.request_timeout_s,
+            scoring.quantization,
         )
 
     def _new_exact(self) -> ExactLogprobs:
@@ -332,12 +281,8 @@ class Scorer:
     def _failed(
         self, what: str, name: str, group: RolloutGroup, reason: str, detail: str
     ) -> ScoringError:
-        self._count(f"errors/{name}/{reason}")
+        self._totals.add(f"errors/{name}/{reason}")
         return ScoringError(f"{what}, group {group.group_id}: [{reason}] {detail}")
-
-    def _count(self, name: str, amount: float = 1.0) -> None:
-        with self._counting:
-            self._totals[name] += amount
 
 
 def _with_greedy(group: RolloutGroup) -> RolloutGroup:

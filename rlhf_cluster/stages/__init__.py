@@ -12,16 +12,34 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from rlhf_cluster.stages.base import Stage, StageContext
+from rlhf_cluster.stages.distillation import DistillationConfig, DistillationStage
+from rlhf_cluster.stages.pointwise_reward_model import (
+    PointwiseRewardModelConfig,
+    PointwiseRewardModelStage,
+)
 from rlhf_cluster.stages.preference import PreferenceConfig, PreferenceStage
+from rlhf_cluster.stages.process_reward_model import (
+    ProcessRewardModelStage,
+    ProcessRewardModelStageConfig,
+)
 from rlhf_cluster.stages.reward_model import RewardModelStage, RewardModelStageConfig
 from rlhf_cluster.stages.sft import SftConfig, SftStage
 
 StageSection = Annotated[
-    PreferenceConfig | RewardModelStageConfig | SftConfig, Field(discriminator="type")
+    DistillationConfig
+    | PointwiseRewardModelConfig
+    | PreferenceConfig
+    | ProcessRewardModelStageConfig
+    | RewardModelStageConfig
+    | SftConfig,
+    Field(discriminator="type"),
 ]
 
 STAGES: Mapping[str, type[Stage[Any]]] = {
+    "distillation": DistillationStage,
+    "pointwise_reward_model": PointwiseRewardModelStage,
     "preference": PreferenceStage,
+    "process_reward_model": ProcessRewardModelStage,
     "reward_model": RewardModelStage,
     "sft": SftStage,
 }

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 from rlhf_cluster.config.stage_sections import StageData, StageSectionBase
 from rlhf_cluster.data.rows import Row
 from rlhf_cluster.data.units import Unit, cut_end
 from rlhf_cluster.errors import ConfigError
+from rlhf_cluster.learning.divergence import REVERSE_KL, Divergence
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,7 +54,8 @@ class Passes(Protocol):
         ...
 
     def reference(self, units: Sequence[Unit]) -> PerUnit:
-        """Of the targets, by the model as the stage began; `needs_reference` stages only."""
+        """Of the targets, by the model as the stage began, or as `Stage.reference_share` moved it;
+        `needs_reference` stages only."""
         ...
 
     def values(self, units: Sequence[Unit]) -> PerUnit:
@@ -67,6 +70,9 @@ class Stage(Generic[S]):
     """Defaults of a stage. `headline` is the metric that status, curve and summary show."""
 
     needs_reference: bool = False
+    reference_moves: bool = False  # by `reference_share`
+    teacher: str | None = None  # folder of a frozen model; the loss gets `divergence` to it as kl
+    divergence: Divergence = REVERSE_KL
     streams: ClassVar[tuple[str, ...]] = ()
     headline: ClassVar[str]
     lower_is_better: ClassVar[bool] = True
@@ -95,6 +101,10 @@ class Stage(Generic[S]):
         whole = [sequence for sequence in cut if sequence is not None]
         return replace(unit, sequences=tuple(whole)) if len(whole) == len(cut) else None
 
+    def times(self, unit: Unit) -> int:
+        """How often one pass over the data has a unit that is trained; 0 leaves it out."""
+        return 1
+
     def loss(self, units: Sequence[Unit], passes: Passes) -> TokenLoss | ValueLoss:
         """From one micro-batch to its share of the loss of all `units`, and metric sums.
 
@@ -103,6 +113,14 @@ class Stage(Generic[S]):
         """
         raise NotImplementedError
 
+    def reference_share(self, step: int) -> float:
+        """What of the reference becomes the model as it is after step `step`, from 1: 0 nothing, 1 all
+        of it."""
+        return 0.0
+
+    def reference_moved(self) -> None:
+        """Called after each move: what the reference said before does not hold any more."""
+
     def metrics(self, units: Sequence[Unit]) -> Mapping[str, float]:
         """What follows from the units of a step alone."""
         return {}
@@ -110,6 +128,13 @@ class Stage(Generic[S]):
     def report(self, units: Sequence[Unit], passes: Passes) -> dict[str, Any]:
         """More about the trained model, of all held-out units; it ends up in report.json."""
         return {}
+
+    def conclude(
+        self, report: dict[str, Any], units: Sequence[Unit], folder: Path
+    ) -> dict[str, Any]:
+        """In the driver, after `report` of the held-out `units`: write what there is to keep of it
+        into the run directory `folder`, and return what report.json and the summary are to hold."""
+        return report
 
     def state(self) -> dict[str, float]:
         """What a checkpoint must keep of the stage, the same on every rank."""

@@ -12,12 +12,13 @@ from typing import Any
 
 from rlhf_cluster.config.stage import StageConfig
 from rlhf_cluster.data.render import check_template
-from rlhf_cluster.data.tokenizer import end_token_ids, load_tokenizer
+from rlhf_cluster.data.tokenizer import end_token_ids, load_tokenizer, refuse_other_tokens
 from rlhf_cluster.data.unit_stream import UnitStream, load_units
 from rlhf_cluster.data.units import Unit
 from rlhf_cluster.errors import ConfigError
 from rlhf_cluster.inputs import model_dir_of
 from rlhf_cluster.learning.make_model import check_fit
+from rlhf_cluster.observe.sinks import check_sinks
 from rlhf_cluster.stages import build_stage
 from rlhf_cluster.stages.base import StageContext
 
@@ -44,10 +45,14 @@ class StageInputs:
 
 def check_stage_inputs(config: StageConfig, scratch: Path) -> StageInputs:
     """Raises `DataError` or `ConfigError` for the first input that cannot be used."""
+    check_sinks(config.observe.sinks)
     model_dir = model_dir_of(config, scratch)
     tokenizer = load_tokenizer(config.model.tokenizer or str(model_dir))
     check_fit(model_dir, config.data.max_tokens, config.model.tokenizer, "data.max_tokens")
     check_template(config.data, tokenizer)
+    if (teacher := getattr(config.stage, "teacher", None)) is not None:
+        refuse_other_tokens("stage.teacher", teacher, tokenizer)
+        check_fit(teacher, config.data.max_tokens, None, "data.max_tokens")
     own: Any = tokenizer.eos_token_id
     others = [token for token in end_token_ids(tokenizer, model_dir) if token != own]
     context = StageContext(data=config.data, tokenizer=tokenizer, end_ids=(int(own), *others))

@@ -3,10 +3,11 @@
 Rows are in any layout of `data.pairs`; with `loss = { type = "kto" }` labelled responses too, and a
 pair is then two of them. Losses and their keys are in `objectives.preference_table`.
 
-The reference is the policy as the stage began. Its log-probabilities of a unit are computed once, when
-the unit is first met, and kept. KTO's baseline is computed once a step on unmatched responses: each
-prompt of the batch with the responses of the next one, cut where they do not fit; a batch of one
-prompt has the baseline 0.
+The reference is the policy as the stage began, or follows it (`reference_update`; TR-DPO, Gorbatovski
+et al. 2024, arXiv 2404.09656) and is saved with a checkpoint then. Its log-probabilities of a unit are
+computed once, when the unit is first met, and kept until the reference moves. KTO's baseline is
+computed once a step on unmatched responses: each prompt of the batch with the responses of the next
+one, cut where they do not fit; a batch of one prompt has the baseline 0.
 
 Promises: the loss is the mean over the pairs (labelled responses) of the batch, whatever the ranks,
 micro-batches and packing; while the policy is the reference every log-ratio is exactly 0. Truncation
@@ -20,9 +21,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from pydantic import model_validator
 from xxhash import xxh3_128
 
 from rlhf_cluster.algorithms.base import Sums
+from rlhf_cluster.config.scoring import FixedReference, PeriodicReference, ReferenceUpdate
 from rlhf_cluster.config.stage_sections import StageSectionBase
 from rlhf_cluster.data.pairs import opening, parse_labelled, parse_pair
 from rlhf_cluster.data.rows import Row
@@ -51,6 +54,19 @@ class PreferenceConfig(StageSectionBase):
     type: Literal["preference"] = "preference"
     loss: PreferenceLoss = DpoConfig()
     """Which loss, and its keys."""
+    reference_update: ReferenceUpdate = FixedReference()
+    """The reference stays where the stage began, becomes the policy (`periodic`), or goes part of the
+    way (`ema`); `every` counts optimizer steps here, and 1 - decay is TR-DPO's alpha."""
+
+    @model_validator(mode="after")
+    def _update_has_a_reference(self) -> PreferenceConfig:
+        update = self.reference_update.type
+        if update != "fixed" and not self.loss.needs_reference:
+            raise ValueError(
+                f"reference_update.type = {update!r} with loss.type = {self.loss.type!r}, which has no "
+                "reference. Remove it, or take a loss that has one"
+            )
+        return self
 
     @property
     def max_unit_size(self) -> int:
@@ -65,6 +81,7 @@ class PreferenceStage(Stage[PreferenceConfig]):
     def __init__(self, section: PreferenceConfig, context: StageContext) -> None:
         super().__init__(section, context)
         self.needs_reference = section.loss.needs_reference
+        self.reference_moves = not isinstance(section.reference_update, FixedReference)
         self._kept: dict[bytes, tuple[np.ndarray, ...]] = {}  # of the reference, by token ids
 
     def read(self, row: Row, name: str) -> Sequence[Unit]:
@@ -102,6 +119,15 @@ class PreferenceStage(Stage[PreferenceConfig]):
             return _pair_loss(loss, len(units), reference)
         assert reference is not None
         return _labelled_loss(loss, _verdicts(units), reference, self._baseline(units, passes))
+
+    def reference_share(self, step: int) -> float:
+        update = self.section.reference_update
+        if isinstance(update, FixedReference) or step % update.every:
+            return 0.0
+        return 1.0 if isinstance(update, PeriodicReference) else 1 - update.decay
+
+    def reference_moved(self) -> None:
+        self._kept.clear()
 
     def report(self, units: Sequence[Unit], passes: Passes) -> dict[str, Any]:
         """How held-out responses are told apart, and whether the chosen ones have become less likely
@@ -238,5 +264,12 @@ def _comparison(
     for side, chosen_ones in (("chosen", verdicts), ("rejected", ~verdicts)):
         if chosen_ones.any():
             found[f"{side}_log_ratio"] = float((policy - ref)[chosen_ones].mean())
-    found["displaced"] = found.get("chosen_log_ratio", 0.0) < 0
+    fell = found.get("chosen_log_ratio", 0.0)
+    found["displaced"] = fell < 0
+    if fell < 0:
+        warning = (
+            f"chosen responses are less likely than under the reference, by {-fell:.3g} nats in the "
+            "mean (likelihood displacement). Raise nll_coef or beta, or take the loss 'dpop'"
+        )
+        found["warnings"] = [*found.get("warnings", []), warning]
     return found

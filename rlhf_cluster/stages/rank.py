@@ -31,6 +31,7 @@ from rlhf_cluster.learning import passes, publishing
 from rlhf_cluster.learning.backend import assert_float32
 from rlhf_cluster.learning.checkpoint import Stateful
 from rlhf_cluster.learning.critic import ValueLM
+from rlhf_cluster.learning.following import FollowingCopy
 from rlhf_cluster.learning.metrics import MetricSums
 from rlhf_cluster.learning.packing import TokenSequence
 from rlhf_cluster.learning.policy import PolicyLM
@@ -68,6 +69,7 @@ class StageRank(TrainingRank[StageConfig]):
         self._clock = clock
         self._updater: Updater | None = None
         self._reference: Reference | None = None
+        self._teacher: Reference | None = None
 
     def setup(self) -> dict[str, Any]:
         """Load and shard the model, and meet the other ranks; returns facts about the rank.
@@ -84,8 +86,15 @@ class StageRank(TrainingRank[StageConfig]):
         if self.stage.needs_reference:
             if self._config.learner.lora is not None:
                 self._reference = StartAdapters(self._model)
+            elif self.stage.reference_moves:
+                self._reference = FollowingCopy(self._model_dir, mesh, self._device, self._compute)
             else:
                 self._reference = FrozenCopy(self._model_dir, mesh, self._device, self._compute)
+        if self.stage.teacher is not None:
+            vocabulary = self.policy.config.get_text_config().vocab_size
+            self._teacher = FrozenCopy(
+                self.stage.teacher, mesh, self._device, self._compute, vocabulary
+            )
         return self._facts()
 
     def train(self, units: Sequence[Unit]) -> StepReport:
@@ -102,6 +111,7 @@ class StageRank(TrainingRank[StageConfig]):
         if self._version == 0:
             assert_float32(self.model)
         self._version += 1
+        self._move_reference()
         metrics |= self.stage.metrics(units)
         metrics["learner/forward_backward_s"] = computed - started
         metrics["learner/optimizer_s"] = self._clock() - computed
@@ -150,6 +160,12 @@ class StageRank(TrainingRank[StageConfig]):
             units, lambda s, sizes: passes.score_values(self.model, s, self._layout, sizes), width
         )
 
+    def _move_reference(self) -> None:
+        share = self.stage.reference_share(self._version)
+        if share and isinstance(self._reference, FollowingCopy):
+            self._reference.follow(self.model, share)
+            self.stage.reference_moved()
+
     def _score(
         self, policy: Any, sequences: list[TokenSequence], sizes: list[int]
     ) -> dict[int, np.ndarray]:
@@ -188,7 +204,16 @@ class StageRank(TrainingRank[StageConfig]):
             )
         else:
             passes.run_passes(
-                self.model, sequences, streams, 1.0, self._layout, noted, sums, unit_sizes=sizes
+                self.model,
+                sequences,
+                streams,
+                1.0,
+                self._layout,
+                noted,
+                sums,
+                reference=self._teacher,
+                unit_sizes=sizes,
+                divergence=self.stage.divergence,
             )
         return sums.reduce()
 
@@ -224,6 +249,12 @@ class StageRank(TrainingRank[StageConfig]):
     def _stateful(self) -> Stateful:
         return self.stage
 
+    @property
+    def _further(self) -> Iterator[LocalPart]:
+        if isinstance(self._reference, FollowingCopy):
+            for part in self._reference.shards():
+                yield replace(part, name=f"reference/followed/{part.name}")
+
     def _begin(self) -> Updater:
         if self._updater is None:
             self._updater = self._new_updater(self._schedule_over(self._num_steps))
@@ -231,4 +262,4 @@ class StageRank(TrainingRank[StageConfig]):
 
     def _drop(self) -> None:
         super()._drop()
-        self._updater = self._reference = None
+        self._updater = self._reference = self._teacher = None

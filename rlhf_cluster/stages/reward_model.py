@@ -6,7 +6,9 @@ last real token of (prompt, response, end token), the ids that reinforcement lea
 model; the head has no bias and starts at 0. What is exported loads as the reward `reward_model`.
 
 The report (`objectives.report`) is of held-out pairs, of a ranking its best against its worst: accuracy
-with its interval, calibration, and the correlation of score and length.
+with its interval, calibration, the correlation of score and length, and, where rows have
+`chosen_paraphrase` or `rejected_paraphrase`, how often a verdict stays in other words. Paraphrases of
+held-out pairs are scored beside them and never trained. Several members: `stages.ensemble`.
 
 Promises: the loss is the mean over the pairs (rankings) of the batch, whatever the ranks, micro-batches
 and packing. Truncation drops the oldest tokens of the prompt, the same ones for all of a unit, and
@@ -17,28 +19,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlhf_cluster.algorithms.base import Sums
 from rlhf_cluster.config.base import Section
-from rlhf_cluster.config.stage_sections import StageSectionBase
-from rlhf_cluster.data.pairs import opening, parse_pair, parse_ranking
+from rlhf_cluster.data.pairs import Pair, opening, parse_pair, parse_paraphrases, parse_ranking
 from rlhf_cluster.data.rows import Row
-from rlhf_cluster.data.units import Unit
+from rlhf_cluster.data.units import Unit, is_held_out
 from rlhf_cluster.errors import DataError
 from rlhf_cluster.learning.packing import value_sequence
+from rlhf_cluster.objectives.ensemble_report import Scored
 from rlhf_cluster.objectives.ranking import (
     bradley_terry_loss,
     pair_score_metrics,
     plackett_luce_loss,
     ranking_score_metrics,
 )
-from rlhf_cluster.objectives.report import validation_report
+from rlhf_cluster.stages import ensemble
 from rlhf_cluster.stages.answers import cut_prompt, encode_answers
-from rlhf_cluster.stages.base import Passes, Stage
+from rlhf_cluster.stages.base import Passes, Stage, StageContext
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,8 +69,8 @@ class PlackettLuce(Section):
     """Responses of a row, at most; a longer ranking is refused."""
 
 
-class RewardModelStageConfig(StageSectionBase):
-    """A reward model from preferences."""
+class RewardModelStageConfig(ensemble.EnsembleSection):
+    """A reward model, or several, from preferences."""
 
     model_kind: ClassVar[Literal["policy", "value"]] = "value"
     num_values: ClassVar[int] = 1
@@ -75,24 +78,44 @@ class RewardModelStageConfig(StageSectionBase):
     type: Literal["reward_model"] = "reward_model"
     loss: Annotated[BradleyTerry | PlackettLuce, Field(discriminator="type")] = BradleyTerry()
     """What the scores are fitted to, and its keys."""
+    paraphrases: bool = False
+    """Rows may say their responses in other words (`chosen_paraphrase`, `rejected_paraphrase`): the
+    report has how often the verdict on a held-out pair stays. With pairs only."""
 
     @property
     def max_unit_size(self) -> int:
-        return 2 if isinstance(self.loss, BradleyTerry) else self.loss.max_responses
+        if isinstance(self.loss, PlackettLuce):
+            return self.loss.max_responses
+        return 4 if self.paraphrases else 2
+
+    @model_validator(mode="after")
+    def _paraphrases_are_of_pairs(self) -> RewardModelStageConfig:
+        if self.paraphrases and not isinstance(self.loss, BradleyTerry):
+            raise ValueError(
+                f"paraphrases = true with loss.type = {self.loss.type!r}: they are compared pair by "
+                "pair. Take the loss 'bradley_terry', or remove paraphrases"
+            )
+        return self
 
 
 class RewardModelStage(Stage[RewardModelStageConfig]):
     headline = "ranking/accuracy"
     lower_is_better = False
 
+    def __init__(self, section: RewardModelStageConfig, context: StageContext) -> None:
+        """Raises `ConfigError` for a section of several members: see `config.members`."""
+        super().__init__(section, context)
+        ensemble.check_single(section)
+
     def read(self, row: Row, name: str) -> Sequence[Unit]:
         where, loss = f"{name}, {row.place}", self.section.loss
+        margin = 0.0
         if isinstance(loss, BradleyTerry):
             found = parse_pair(row.columns, where)
-            answers, margin = (found.chosen, found.rejected), found.margin or 0.0
+            answers, margin = self._said(found, row, where), found.margin or 0.0
         else:
             found = parse_ranking(row.columns, where)
-            answers, margin = found.responses, 0.0
+            answers = found.responses
             if len(answers) > loss.max_responses:
                 raise DataError(
                     f"{where}: {len(answers)} responses, over stage.loss.max_responses = "
@@ -109,6 +132,9 @@ class RewardModelStage(Stage[RewardModelStageConfig]):
             )
         ]
 
+    def times(self, unit: Unit) -> int:
+        return ensemble.times(self.section, unit.key)
+
     def shorten(self, unit: Unit, max_tokens: int) -> Unit | None:
         prompt_ids, answers = _apart(unit)
         cut = cut_prompt(prompt_ids, max(map(len, answers)), max_tokens)
@@ -122,27 +148,59 @@ class RewardModelStage(Stage[RewardModelStageConfig]):
 
     def loss(self, units: Sequence[Unit], passes: Passes) -> ValueLoss:
         loss = self.section.loss
-        if isinstance(loss, BradleyTerry):
-            return _pair_loss(loss, [unit.values["margin"] for unit in units])
-        return _ranking_loss(loss, len(units))
+        return (
+            _pair_loss(loss, units)
+            if isinstance(loss, BradleyTerry)
+            else _ranking_loss(loss, len(units))
+        )
 
     def report(self, units: Sequence[Unit], passes: Passes) -> dict[str, Any]:
+        """Scores and all, which `conclude` keeps in a file of their own."""
         found = passes.values(units)
-        scores = np.array([[float(own[0][-1]), float(own[-1][-1])] for own in found])
-        lengths = np.array([[len(a) for a in (_apart(u)[1][0], _apart(u)[1][-1])] for u in units])
-        report = validation_report(scores[:, 0], scores[:, 1], lengths[:, 0], lengths[:, 1])
-        return report.as_dict()
+        pairs = isinstance(self.section.loss, BradleyTerry)
+        ends = (0, 1) if pairs else (0, -1)
+        scores = [[float(own[i][-1]) for i in ends] for own in found]
+        lengths = [[len(_apart(unit)[1][i]) for i in ends] for unit in units]
+        again = None
+        if pairs and self.section.paraphrases:
+            rows = [[float(v[-1]) for v in own[2:]] or [np.nan, np.nan] for own in found]
+            again = np.array(rows)
+        scored = Scored(scores=np.array(scores), lengths=np.array(lengths), paraphrased=again)
+        return {**scored.report(), "held_out": scored.as_dict()}
+
+    def conclude(
+        self, report: dict[str, Any], units: Sequence[Unit], folder: Path
+    ) -> dict[str, Any]:
+        scored = Scored.from_dict(report["held_out"])
+        own = {name: value for name, value in report.items() if name != "held_out"}
+        together = ensemble.conclude(self.section, units, scored, folder)
+        return own if together is None else {**own, "ensemble": together["ensemble"]}
+
+    def _said(self, pair: Pair, row: Row, where: str) -> tuple[str, ...]:
+        """The pair's responses; of a held-out one their paraphrases too, where it has any."""
+        pair_of = (pair.chosen, pair.rejected)
+        if not self.section.paraphrases:
+            return pair_of
+        others = parse_paraphrases(row.columns, pair, where)
+        held_out = is_held_out(opening(pair.prompt), self.context.data.held_out)
+        return (*pair_of, *others) if others is not None and held_out else pair_of
 
 
-def _pair_loss(loss: BradleyTerry, margins: Sequence[float]) -> ValueLoss:
+def _pair_loss(loss: BradleyTerry, units: Sequence[Unit]) -> ValueLoss:
+    places = np.cumsum([0, *(len(unit.sequences) for unit in units)]).tolist()
+    # of a unit, by the place of its first sequence in the batch's flat list
+    margins = {p: unit.values["margin"] for p, unit in zip(places, units, strict=False)}
+
     def share(found: TrainedValues) -> tuple[Tensor, Sums]:
         scores = found.sums(found.values)  # of one value a sequence
-        chosen, rejected = scores[0::2], scores[1::2]
-        wanted = [margins[i // 2] if loss.margins else 0.0 for i in found.members[0::2]]
+        starts = np.cumsum([0, *found.unit_sizes])[:-1]
+        firsts = scores.new_tensor(starts).long()
+        chosen, rejected = scores[firsts], scores[firsts + 1]
+        wanted = [margins[found.members[i]] if loss.margins else 0.0 for i in starts]
         losses = bradley_terry_loss(
             chosen, rejected, scores.new_tensor(wanted), loss.label_smoothing, loss.centring
         )
-        return losses.sum() / len(margins), pair_score_metrics(losses, chosen, rejected)
+        return losses.sum() / len(units), pair_score_metrics(losses, chosen, rejected)
 
     return share
 

@@ -13,7 +13,7 @@ padding token that is also the end token is trained where it ends an answer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
@@ -45,8 +45,11 @@ class SftConfig(StageSectionBase):
     type: Literal["sft"] = "sft"
 
 
-class SftStage(Stage[SftConfig]):
-    headline = "sft/loss"
+S = TypeVar("S", bound=StageSectionBase)
+
+
+class DialogueStage(Stage[S]):
+    """A stage that reads dialogues, or prompts and completions, one sequence each."""
 
     def read(self, row: Row, name: str) -> Sequence[Unit]:
         where = f"{name}, {row.place}"
@@ -72,20 +75,6 @@ class SftStage(Stage[SftConfig]):
             else _messages(completion, where, "completion")
         )
         return [self._dialogue([*asked, *answer], where)]
-
-    def loss(self, units: Sequence[Unit], passes: Passes) -> TokenLoss:
-        num_tokens = sum(unit.num_trained for unit in units)
-
-        def share(tokens: TrainedTokens) -> tuple[Tensor, Sums]:
-            total = -tokens.logprobs.sum()
-            count = total.new_tensor(tokens.logprobs.numel())
-            sums = {"sft/loss": (total, count), "sft/entropy": (tokens.entropy.sum(), count)}
-            return total / num_tokens, sums
-
-        return share
-
-    def metrics(self, units: Sequence[Unit]) -> Mapping[str, float]:
-        return {"sft/tokens": float(sum(unit.num_trained for unit in units))}
 
     def _dialogue(self, messages: Messages, where: str) -> Unit:
         data = self.context.data
@@ -126,6 +115,24 @@ class SftStage(Stage[SftConfig]):
     def _ids(self, text: str, special: bool) -> list[int]:
         found: Any = self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
         return list(found)
+
+
+class SftStage(DialogueStage[SftConfig]):
+    headline = "sft/loss"
+
+    def loss(self, units: Sequence[Unit], passes: Passes) -> TokenLoss:
+        num_tokens = sum(unit.num_trained for unit in units)
+
+        def share(tokens: TrainedTokens) -> tuple[Tensor, Sums]:
+            total = -tokens.logprobs.sum()
+            count = total.new_tensor(tokens.logprobs.numel())
+            sums = {"sft/loss": (total, count), "sft/entropy": (tokens.entropy.sum(), count)}
+            return total / num_tokens, sums
+
+        return share
+
+    def metrics(self, units: Sequence[Unit]) -> Mapping[str, float]:
+        return {"sft/tokens": float(sum(unit.num_trained for unit in units))}
 
 
 def with_system(messages: Messages, prompt: str | None, drop: bool, where: str) -> Messages:

@@ -41,7 +41,9 @@ def stage_ending(summary: Mapping[str, Any], command: str, here: Path) -> list[s
         result = f"{before:.4g} -> {after:.4g} on held-out units"
     rows = {
         summary["metric"]: result,
+        **_accuracies(summary["report"]),
         **{f"note {i}": note for i, note in enumerate(summary["data_notes"], start=1)},
+        **{f"warning {i}": w for i, w in enumerate(summary["report"].get("warnings", ()), start=1)},
         "run directory": folder,
         "learning curve": f"{folder}/curve.png",
         "trained model": final,
@@ -54,6 +56,17 @@ def stage_ending(summary: Mapping[str, Any], command: str, here: Path) -> list[s
         "Try next",
         f"  {'Where it ended':<14}  {shlex.join([command, 'status', folder])}",
     ]
+
+
+def _accuracies(report: Mapping[str, Any]) -> dict[str, str]:
+    """Of a scorer, and of the ensemble that it completes, with their intervals."""
+    whole = report.get("ensemble")
+    named = {"accuracy": report, "of all members": whole if isinstance(whole, Mapping) else {}}
+    return {
+        name: f"{own['accuracy']:.3f} [{own['accuracy_low']:.3f}, {own['accuracy_high']:.3f}]"
+        for name, own in named.items()
+        if "accuracy_low" in own
+    }
 
 
 def _shown(path: Path, here: Path) -> str:

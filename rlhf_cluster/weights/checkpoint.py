@@ -6,6 +6,7 @@ Promises: only the headers of the files are read; what differs is named.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +16,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 TIED_HEAD = "lm_head.weight"
 _NAMES_SHOWN = 5
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 
 
 def checkpoint_shapes(model_dir: str | Path) -> dict[str, tuple[int, ...]]:
@@ -23,8 +25,7 @@ def checkpoint_shapes(model_dir: str | Path) -> dict[str, tuple[int, ...]]:
 
     index = Path(model_dir) / "model.safetensors.index.json"
     if index.is_file():
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        files = [Path(model_dir) / name for name in sorted(set(names))]
+        files = [Path(model_dir) / name for name in sorted(set(indexed_files(index).values()))]
     else:
         files = sorted(Path(model_dir).glob("*.safetensors"))
     if not files:
@@ -38,6 +39,26 @@ def checkpoint_shapes(model_dir: str | Path) -> dict[str, tuple[int, ...]]:
             for name in tensors.keys():  # noqa: SIM118 (not a mapping)
                 shapes[name] = tuple(tensors.get_slice(name).get_shape())
     return shapes
+
+
+def indexed_files(index: Path) -> dict[str, str]:
+    """What a `model.safetensors.index.json` says: the file of each tensor, a plain name beside it.
+
+    Raises `WeightError` for an index that cannot be read, or that names a file elsewhere.
+    """
+    try:
+        found = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightError(
+            f"{index}: no index of a model's files can be read ({error!r}). Save the model again"
+        ) from error
+    for name, file in found.items():
+        if not isinstance(file, str) or not _PLAIN_NAME.fullmatch(file):
+            raise WeightError(
+                f"{index}: tensor {name!r} is said to be in {file!r}, which is no .safetensors file "
+                "of that folder; nothing outside of it is read. Save the model again"
+            )
+    return found
 
 
 def without_tied_head(shapes: Shapes, tied: bool) -> dict[str, tuple[int, ...]]:

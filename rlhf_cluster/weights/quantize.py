@@ -44,7 +44,8 @@ def linear_weights(model_dir: str | Path) -> frozenset[str]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir))
+        config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     fused = [name for name, parameter in model.named_parameters() if parameter.ndim > 2]
     if fused:
         raise WeightError(
@@ -63,17 +64,23 @@ def quantized(
     tensors: Iterable[tuple[str, Tensor]], linear: frozenset[str]
 ) -> Iterator[tuple[str, Tensor]]:
     """The same tensors, each one named in `linear` as INT8 [out, in] and its scales [out, 1]."""
-    import torch
-
     for name, tensor in tensors:
         if name not in linear:
             yield name, tensor
             continue
-        weight = tensor.float()
-        # A row of zeros keeps a scale that can be divided by.
-        scale = weight.abs().amax(dim=1, keepdim=True).div(_LARGEST).clamp_min(1e-12)
-        yield name, weight.div(scale).round_().to(torch.int8)
+        codes, scale = rounded(tensor)
+        yield name, codes
         yield name + SCALE_SUFFIX, scale
+
+
+def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`weight` [out, in] as INT8 [out, in] and its scales [out, 1], float32."""
+    import torch
+
+    weight = weight.float()
+    # A row of zeros keeps a scale that can be divided by.
+    scale = weight.abs().amax(dim=1, keepdim=True).div(_LARGEST).clamp_min(1e-12)
+    return weight.div(scale).round_().to(torch.int8), scale
 
 
 def write_start_folder(model_dir: str | Path, out_dir: str | Path) -> Path:

@@ -1,18 +1,20 @@
 """Kills processes of a run at chosen moments, and sees it go on.
 
 Roles and moments follow from a seed. A kill is SIGKILL to one process of the role: an actor, found
-through Ray, or the driver. The moment is found by watching the run's files; one that does not come
-within its deadline is given up, and the kill happens all the same and is told to have missed it.
-After a kill the run has to make two further steps or to end well, and mostly the role has to be whole
-again before the next kill; the others meet a run that is still mending itself. When its process ends
-with an error, the same command is given again, once a kill; nothing of the attempt before may then be
-left.
+through Ray, or the driver; or to all processes of a node at once (`nodes.py`), in whose place another
+one comes: at once, or when the run has gone on with what is left. The moment is found by watching the
+run's files; one that does not come within its deadline is given up, and the kill happens all the same
+and is told to have missed it. After a kill the run has to make two further steps or to end well, and
+mostly the role has to be whole again before the next kill; the others meet a run that is still mending
+itself. When its process ends with an error, the same command is given again, once a kill; nothing of
+the attempt before may then be left.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.chaos.nodes import Nodes
 from tests.chaos.processes import Process, marked, of_pid
 from tests.chaos.subject import GENERATE_DELAY_S, Stuck, Subject
 
@@ -30,7 +33,9 @@ CLASSES = {
     "learner": "LearnerActor",
     "buffer": "BufferActor",
 }
-ROLES = (*CLASSES, "driver")
+ACTOR = re.compile(r"^ray::(\w+)")  # how Ray names the process of an actor
+NODE = "node"
+ROLES = (*CLASSES, "driver", NODE)
 MOMENTS = (
     "step boundary",
     "during generation",
@@ -55,7 +60,9 @@ class Planned:
     role: str
     moment: str
     chance: float  # in [0, 1): which process of the role, and how far into a generation
-    whole: bool = True  # the role has to be whole again before the next kill
+    whole: bool = (
+        True  # the role has to be whole again before the next kill; a node is replaced late
+    )
     also: str | None = None  # the role of a second kill soon after, while the run mends itself
 
 
@@ -67,6 +74,7 @@ class Kill:
     hit: bool  # the moment was seen; otherwise the kill came at any time
     step: int
     time_s: float  # unix time
+    took: list[str] = field(default_factory=list)  # roles of the run that were on the node
     recovery_s: float = 0.0  # until two further steps were done, or the run had ended well
     restarted: str = (
         ""  # why the same command had to be given again; empty: the run went on by itself
@@ -124,6 +132,7 @@ class Monkey:
     subject: Subject
     find: Callable[[str], list[Process]]
     tell: Callable[[str], None] = lambda text: None
+    nodes: Nodes | None = None
     kills: list[Kill] = field(default_factory=list)
     stragglers: dict[int, str] = field(default_factory=dict)
     _ended: set[Process] = field(default_factory=set)
@@ -139,7 +148,11 @@ class Monkey:
         since_s, start = time.time(), time.monotonic()
         if planned.also is not None:
             self._second(planned)
+        if self.nodes is not None and not (planned.whole and self.nodes.raylets()):
+            self.nodes.refill()
         self._goes_on(since_s, f"the {planned.role} ({target.pid}) was killed")
+        if self.nodes is not None:
+            self.nodes.refill()
         if planned.whole and planned.role != "driver":
             self._is_whole(planned.role, target, size, step)
         for kill in self.kills[before:]:
@@ -149,10 +162,22 @@ class Monkey:
 
     def _kill(self, role: str, target: Process, moment: str, hit: bool) -> int:
         """The step of the run at the kill."""
-        step = (self.subject.status() or {"step": 0})["step"]
-        os.kill(target.pid, signal.SIGKILL)
+        step, took = (self.subject.status() or {"step": 0})["step"], []
+        if role == NODE:
+            assert self.nodes is not None
+            took = roles_of(self.nodes.lose(target))
+        else:
+            os.kill(target.pid, signal.SIGKILL)
         self.kills.append(
-            Kill(role=role, pid=target.pid, moment=moment, hit=hit, step=step, time_s=time.time())
+            Kill(
+                role=role,
+                pid=target.pid,
+                moment=moment,
+                hit=hit,
+                step=step,
+                time_s=time.time(),
+                took=took,
+            )
         )
         return step
 
@@ -186,7 +211,7 @@ class Monkey:
 
     def _blamed(self, driver: bool) -> Kill:
         """The kill that ended the process: the last one that can have; pools replace their workers."""
-        suspects = ("driver",) if driver else ("controller", "learner", "buffer")
+        suspects = ("driver",) if driver else ("controller", "learner", "buffer", NODE)
         latest = reversed(self.kills)
         return next((kill for kill in latest if kill.role in suspects), self.kills[-1])
 
@@ -214,6 +239,8 @@ class Monkey:
     def _of(self, role: str) -> list[Process]:
         if role == "driver":
             return [driver] if (driver := self.subject.driver) else []
+        if role == NODE:
+            return [] if self.nodes is None else self.nodes.raylets()
         found = self.find(role)
         self.subject.seen.update(found)
         return found
@@ -274,6 +301,13 @@ class Monkey:
         left = {process for process in self._ended if process.alive()}
         self.stragglers |= {process.pid: process.command() for process in left}
         self._ended = set()
+
+
+def roles_of(commands: Sequence[str]) -> list[str]:
+    """Of the actors among processes that are told by their commands."""
+    roles = {name: role for role, name in CLASSES.items()}
+    found = [roles.get(word[0]) for command in commands if (word := ACTOR.findall(command))]
+    return sorted(role for role in found if role is not None)
 
 
 def sight(run: Path, moment: str) -> set[Any]:

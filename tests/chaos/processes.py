@@ -45,6 +45,27 @@ def marked(word: str) -> set[Process]:
     return {process for process in found if process is not None}
 
 
+def descendants(pid: int) -> set[int]:
+    """Ids of the children of `pid`, and of theirs."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            children.setdefault(_parent(int(entry.name)), []).append(int(entry.name))
+    found: set[int] = set()
+    left = [pid]
+    while left:
+        new = children.get(left.pop(), [])
+        found.update(new)
+        left.extend(new)
+    return found
+
+
+def _parent(pid: int) -> int:
+    """0 for a process that is gone."""
+    fields = _read(pid, "stat").rpartition(b")")[2].split()
+    return int(fields[1]) if len(fields) > 1 else 0
+
+
 def _read(pid: int, name: str) -> bytes:
     """Empty for a process that is gone, or another user's."""
     try:

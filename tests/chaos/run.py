@@ -2,9 +2,11 @@
 
     python -m tests.chaos.run --runs 20 --kills 3 --seed 0 --engine scripted --out chaos.json
 
-One run at a time, on a local Ray cluster of its own. Run i has the seed `seed + i`, from which its
-kills follow; a run with a violation keeps its directory and tells where it lies. The exit status is 0
-when no run has one. The result is that of a benchmark: machine, versions, command, date, figures, runs.
+One run at a time, on a Ray cluster of its own, with `--nodes` emulated nodes beside the head. Run i
+has the seed `seed + i`, from which its kills follow: they stand in its record as `planned`, and the
+same seed and options plan them again. A run with a violation keeps its directory and tells where it
+lies. The exit status is 0 when no run has one. The result is that of a benchmark: machine, versions,
+command, date, figures, runs.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from typing import Any
 
 from benchmarks.harness import ENVIRONMENT, machine, versions
 from tests.chaos.checker import Report, check
-from tests.chaos.monkey import MOMENTS, ROLES, Monkey, find_through_ray, plan
+from tests.chaos.monkey import MOMENTS, NODE, ROLES, Monkey, find_through_ray, plan
+from tests.chaos.nodes import Nodes
 from tests.chaos.processes import Process
 from tests.chaos.subject import ENGINES, GENERATE_DELAY_S, Stuck, Subject
 
@@ -41,9 +44,10 @@ def chaotic_run(
     kills: Sequence[Any],
     find: Callable[[str], list[Process]],
     tell: Callable[[str], None],
+    nodes: Nodes | None = None,
 ) -> tuple[Monkey, Report]:
     """Start `subject`, kill as planned, let it end, and read what it left."""
-    monkey = Monkey(subject=subject, find=find, tell=tell)
+    monkey = Monkey(subject=subject, find=find, tell=tell, nodes=nodes)
     stuck = ""
     try:
         subject.start()
@@ -73,8 +77,9 @@ def _finish(monkey: Monkey) -> None:
 
 
 @contextmanager
-def local_cluster() -> Iterator[str]:
-    """A Ray cluster of this process alone; yields its address."""
+def local_cluster(num_nodes: int = 0) -> Iterator[tuple[str, Nodes]]:
+    """A Ray cluster of this process alone; yields its address, and its nodes beside the head. Where
+    there are any, the actors of a run are on them."""
     os.environ |= {**ENVIRONMENT, "RAY_USAGE_STATS_ENABLED": "0"}
     import ray
     from ray.cluster_utils import Cluster
@@ -83,21 +88,25 @@ def local_cluster() -> Iterator[str]:
     from tests.ports import free_ports
 
     arguments = {
-        "num_cpus": 8,
+        "num_cpus": 0 if num_nodes else 8,
         "object_store_memory": 256 << 20,
         "dashboard_port": free_ports(1)[0],
     }
     cluster = Cluster(initialize_head=True, head_node_args=arguments)
+    nodes = Nodes(cluster=cluster, wanted=num_nodes)
     try:
+        nodes.refill()
         ray.init(address=cluster.address, namespace=NAMESPACE, log_to_driver=False)
-        yield str(cluster.address)
+        yield str(cluster.address), nodes
     finally:
+        nodes.close()
         ray.shutdown()
         cluster.shutdown()
 
 
-def one(seed: int, arguments: argparse.Namespace, address: str) -> dict[str, Any]:
+def one(seed: int, arguments: argparse.Namespace, address: str, nodes: Nodes) -> dict[str, Any]:
     """The record of one run."""
+    nodes.refill()
     folder = Path(tempfile.mkdtemp(prefix=f"chaos-{seed}-", dir=arguments.keep))
     subject = Subject(
         folder=folder,
@@ -111,7 +120,11 @@ def one(seed: int, arguments: argparse.Namespace, address: str) -> dict[str, Any
     kills = plan(seed, arguments.kills, arguments.roles, arguments.moments)
     print(f"run {seed}: {[f'{p.role} {p.moment}' for p in kills]}", flush=True)
     monkey, report = chaotic_run(
-        subject, kills, find_through_ray(subject), lambda text: print(f"  {text}", flush=True)
+        subject,
+        kills,
+        find_through_ray(subject),
+        lambda text: print(f"  {text}", flush=True),
+        nodes,
     )
     if report.violations:
         print(f"run {seed}: violations; it lies in {folder}; the same kills:", flush=True)
@@ -124,6 +137,7 @@ def one(seed: int, arguments: argparse.Namespace, address: str) -> dict[str, Any
     return {
         "seed": seed,
         "seconds": round(time.monotonic() - start, 1),
+        "planned": [asdict(kill) for kill in kills],
         "kills": [asdict(kill) for kill in monkey.kills],
         "restarts": len(subject.ends),
         "violations": [str(violation) for violation in report.violations],
@@ -134,7 +148,7 @@ def one(seed: int, arguments: argparse.Namespace, address: str) -> dict[str, Any
 def again(seed: int, arguments: argparse.Namespace) -> str:
     """The options that plan the same kills."""
     words = ["--runs", "1", "--seed", str(seed)]
-    for name in ("kills", "engine", "ranks", "roles", "moments"):
+    for name in ("kills", "engine", "ranks", "nodes", "roles", "moments"):
         value = getattr(arguments, name)
         words += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
     return shlex.join(words)
@@ -153,6 +167,7 @@ def figures(runs: Sequence[dict[str, Any]]) -> dict[str, int]:
         "kills": roles.total(),
         **{f"kills/{role}": roles[role] for role in ROLES},
         **{f"went_on_by_itself/{role}": by_itself[role] for role in ROLES},
+        "taken_with_nodes": sum(len(kill["took"]) for run in runs for kill in run["kills"]),
         "moments_hit": sum(kill["hit"] for run in runs for kill in run["kills"]),
         "restarts": sum(run["restarts"] for run in runs),
         "steps": sum(run["steps"] for run in runs),
@@ -182,22 +197,26 @@ def parse(command: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engine", choices=sorted(ENGINES), default="scripted")
     parser.add_argument("--ranks", type=int, default=1, help="of the learner")
+    parser.add_argument("--nodes", type=int, default=2, help="beside the head; with 0 none is lost")
     parser.add_argument("--roles", nargs="+", choices=ROLES, default=list(ROLES))
     parser.add_argument("--moments", nargs="+", choices=MOMENTS, default=list(MOMENTS))
     parser.add_argument("--out", type=Path, help="where the result goes, as JSON")
     parser.add_argument("--keep", type=Path, help="folder of the runs' directories")
     parser.add_argument("--minutes", type=float, help="begin no further run after this long")
-    return parser.parse_args(command)
+    arguments = parser.parse_args(command)
+    if not arguments.nodes:
+        arguments.roles = [role for role in arguments.roles if role != NODE]
+    return arguments
 
 
 def main(command: Sequence[str]) -> int:
     arguments, facts, runs = parse(command), machine(), []
     start = time.monotonic()
-    with local_cluster() as address:
+    with local_cluster(arguments.nodes) as (address, nodes):
         for seed in range(arguments.seed, arguments.seed + arguments.runs):
             if arguments.minutes and time.monotonic() - start > arguments.minutes * 60:
                 break
-            runs.append(one(seed, arguments, address))
+            runs.append(one(seed, arguments, address, nodes))
             if arguments.out is not None:
                 write(arguments.out, command, runs, facts)
     print(json.dumps(figures(runs), indent=1))

@@ -50,6 +50,7 @@ class Subject:
     group_size: int = 4
     max_staleness: int = 1
     name: str = "chaos"
+    changes: dict[str, dict[str, Any]] = field(default_factory=dict)  # of single keys, by section
     ends: list[str] = field(default_factory=list)
     seen: set[Process] = field(default_factory=set)
     _process: subprocess.Popen[bytes] | None = None
@@ -96,21 +97,23 @@ class Subject:
 
     def _tree(self) -> dict[str, Any]:
         generation: dict[str, Any] = {"workers": 2 if self.engine == "scripted" else 1}
-        return tiny_tree(
-            run={
+        sections: dict[str, dict[str, Any]] = {
+            "run": {
                 "name": self.name,
                 "root": str(self.folder),
                 "steps": self.steps,
                 "groups_per_step": self.groups_per_step,
             },
-            algorithm={"type": "grpo", "group_size": self.group_size},
-            generation=generation,
-            learner={"ranks": self.ranks, "step_timeout_s": 60.0},
-            staleness={"max_staleness": self.max_staleness},
-            checkpoint={"every": 2},
-            cluster={"heartbeat_s": 1.0, "max_restarts": 50},
-            observe={"live": False, "samples_per_step": 100_000},
-        )
+            "algorithm": {"type": "grpo", "group_size": self.group_size},
+            "generation": generation,
+            "learner": {"ranks": self.ranks, "step_timeout_s": 60.0},
+            "staleness": {"max_staleness": self.max_staleness},
+            "checkpoint": {"every": 2},
+            "cluster": {"heartbeat_s": 1.0, "max_restarts": 50},
+            "observe": {"live": False, "samples_per_step": 100_000},
+        }
+        names = {*sections, *self.changes}
+        return tiny_tree(**{n: {**sections.get(n, {}), **self.changes.get(n, {})} for n in names})
 
     def slow(self, generate_delay_s: float) -> None:
         """From now on a group takes as long. Waits for: the model's folder."""

@@ -42,6 +42,12 @@ def test_a_run_trains_every_group_once_and_leaves_its_whole_record(start_run):
         run={"steps": 4, "groups_per_step": 4},
         evaluation={"num_prompts": 8},
         generation={"segment_tokens": 3},
+        scoring={
+            "rewards": [
+                {"type": "exact_match", "normalize": "running"},
+                {"type": "length", "free_tokens": 1, "full_tokens": 8, "watch": True},
+            ]
+        },
     )
     code, output = run.finish()
     assert code == 0, output
@@ -51,6 +57,13 @@ def test_a_run_trains_every_group_once_and_leaves_its_whole_record(start_run):
     assert records[-1]["generation/segments_total"] >= 3 * (16 + 8), "7 tokens, 3 a segment"
     assert sum(r["time/generation_busy_s"] + r["time/scoring_busy_s"] for r in records) > 0
     assert "advisor/gain/generation" in records[-1]
+    for record in records:
+        assert record["reward/part/exact_match"] == record["reward/mean"]
+        assert -1 <= record["reward/part/length"] < 0, "watched, and no part of the mean"
+        assert 0 <= record["reward/running_mean/exact_match"] <= 1
+    [*_, evaluated] = [r for r in run.metrics() if "evaluation/reward_mean" in r]
+    assert evaluated["evaluation/part/exact_match"] == evaluated["evaluation/reward_mean"]
+    assert "evaluation/part/length" in evaluated
     for name in ("resolved.json", "environment.json", "status.json", "curve.png", "summary.json"):
         assert (run.path / name).stat().st_size > 0, name
     names = {"controller", "learner-0", "buffer", "generation-0", "scoring-0"}
@@ -67,6 +80,8 @@ def test_a_run_trains_every_group_once_and_leaves_its_whole_record(start_run):
     for row in samples:
         assert len(row["response_ids"]) == len(row["sampled_logprobs"])
         assert 0 <= row["staleness"] <= 1
+        assert json.loads(row["watched"]).keys() == {"length"}
+    assert len({row["scorer_version"] for row in samples} - {""}) == 1
     assert parquet.read_table(run.path / "samples" / "step-000001.parquet").num_rows == 16
     assert not actor_pids("GenerationActor"), "nothing of the run is left on the cluster"
 

@@ -245,5 +245,6 @@ def test_rloo_has_the_gradient_of_trl_on_policy() -> None:
 
 def test_every_algorithm_that_trl_has_is_compared() -> None:
     compared = {name for name, _, _ in SAME.values()} | {"rloo"}
+    compared |= {"online_dpo", "on_policy_distillation"}  # in files of their own
     without = {"gdpo", "ppo", "reinforce", "reinforce_pp", "remax"}  # no such loss in TRL
     assert compared | without == set(ALGORITHMS)

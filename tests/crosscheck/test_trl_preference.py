@@ -13,14 +13,18 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
+from rlhf_cluster.algorithms.aggregation import token_weights
+from rlhf_cluster.algorithms.online_dpo import OnlineDpo, OnlineDpoConfig, pair_of
 from rlhf_cluster.objectives import preference
 from rlhf_cluster.objectives.preference import Labelled, Pairs
 from rlhf_cluster.objectives.preference_table import PREFERENCE_LOSSES, PreferenceLoss
 from rlhf_cluster.objectives.ranking import bradley_terry_loss
+from tests.learning_cases import loss_inputs, random_groups
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from trl.experimental.cpo import cpo_trainer
+    from trl.experimental.online_dpo import online_dpo_trainer
     from trl.experimental.orpo import orpo_trainer
     from trl.trainer import dpo_trainer, kto_trainer, reward_trainer
 
@@ -198,6 +202,75 @@ def test_kto_and_its_baseline_are_those_of_trl(drift: float) -> None:
     assert baseline.item() == pytest.approx(max(0.0, drift))
     torch.testing.assert_close(found[0], expected[0])
     torch.testing.assert_close(found[1], expected[1])
+
+
+def online_step(batch: Responses, rewards: list[float], loss_type: str, beta: float) -> Any:
+    """TRL's whole training step on two responses of each prompt; returns the loss with its graph."""
+    num, losses = len(rewards) // 2, []
+    policy, end = object(), torch.full((2 * num, 1), 1)
+    trainer = stand_in(
+        args=SimpleNamespace(
+            use_vllm=False,
+            missing_eos_penalty=None,
+            loss_type=loss_type,
+            torch_empty_cache_steps=None,
+            optim="adamw_torch",
+            n_gpu=1,
+            gradient_accumulation_steps=1,
+        ),
+        beta=beta,
+        ref_model=None,
+        reward_funcs=[None],
+        state=SimpleNamespace(global_step=1),
+        stats=defaultdict(list),
+        is_vision_model=False,
+        eos_token_ids=[1],
+        processing_class=SimpleNamespace(batch_decode=lambda ids, **_: [""] * len(ids)),
+        _generate=lambda *_: (end, end, batch.mask.long(), batch.mask.long(), None),
+        _calculate_rewards_from_functions=lambda **_: torch.tensor(rewards),
+        _forward=lambda model, *_: batch.ref if model is trainer.ref_model else batch.logprobs,
+    )
+    trainer.ref_model = object()
+    trainer.accelerator.backward = lambda loss, **_: losses.append(loss)
+    model = SimpleNamespace(train=lambda: policy)
+    inputs = {"prompt": [""] * num}
+    online_dpo_trainer.OnlineDPOTrainer.training_step(trainer, model, inputs)
+    return losses[0]
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.7])
+@pytest.mark.parametrize(
+    ("loss", "theirs"),
+    [({"type": "dpo"}, "sigmoid"), ({"type": "ipo", "per_token": False}, "ipo")],
+    ids=["dpo", "ipo"],
+)
+def test_online_dpo_picks_and_trains_the_pairs_of_trl(
+    loss: dict[str, Any], theirs: str, beta: float
+) -> None:
+    batch = Responses(CHOSEN + REJECTED)
+    rewards = [1.0, 0.2, 0.5, 3.0, 0.0, 0.7, 0.6, -1.0]  # of first responses, then of second ones
+    expected = batch.gradient_of(online_step(batch, rewards, theirs, beta))
+
+    order = [i for pair in zip(range(4), range(4, 8), strict=True) for i in pair]
+    own = [rewards[i] for i in order]
+    lengths = [int(batch.lengths[i]) for i in order]
+    groups = random_groups(0, group_size=2, lengths=lengths, rewards=own)
+    algorithm = OnlineDpo(OnlineDpoConfig.model_validate({"loss": {**loss, "beta": beta}}))
+    assert [pair_of(group) for group in groups] == [(0, 1), (1, 0), (1, 0), (0, 1)]
+    marks = torch.cat([torch.from_numpy(a) for g in algorithm.advantages(groups) for a in g])
+    flat, ref = (
+        torch.cat([values[i, :n] for i, n in zip(order, lengths, strict=True)])
+        for values in (batch.logprobs, batch.ref)
+    )
+    losses, _ = algorithm.loss(
+        loss_inputs(flat, flat.detach(), marks.double(), ref=ref, lengths=lengths, unit_size=2)
+    )
+    weights = torch.tensor(token_weights(lengths, algorithm.aggregation, WIDTH))
+    total = (losses * weights.double().repeat_interleave(torch.tensor(lengths))).sum()
+    found = batch.gradient_of(total)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-6, atol=1e-8)
+    assert found[1].abs().sum() > 0
 
 
 def means(batch: Responses) -> tuple[torch.Tensor, torch.Tensor]:

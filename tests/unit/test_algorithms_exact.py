@@ -5,13 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlhf_cluster.algorithms import ALGORITHMS, build_algorithm
+from rlhf_cluster.algorithms import build_algorithm
 from rlhf_cluster.algorithms.base import LossInputs
 from rlhf_cluster.errors import RecordError
 from tests.configs import tiny_config
 from tests.learning_cases import loss_inputs
+from tests.objective_cases import POLICY_GRADIENTS
 
-KINDS = sorted(ALGORITHMS)
+KINDS = POLICY_GRADIENTS
 EXACT = {"scoring": {"rewards": [{"type": "exact_match"}], "exact_logprobs": True}}
 LENGTHS = (30, 1, 29)
 

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_cluster.algorithms import ALGORITHMS
 from rlhf_cluster.learning.learner import LearnerRank
 from rlhf_cluster.observe.metrics import NullMetrics
 from rlhf_cluster.records import ExperienceGroup, FinishReason
 from tests.learning_cases import random_groups, response_logprobs
+from tests.objective_cases import POLICY_GRADIENTS
 
 # PPO trains a critic and ReMax needs greedy answers: they have tests of their own
-PLAIN = sorted(set(ALGORITHMS) - {"ppo", "remax"})
+PLAIN = sorted(set(POLICY_GRADIENTS) - {"ppo", "remax"})
 
 
 def sampled_by(learner: LearnerRank, groups: Sequence[ExperienceGroup]) -> list[ExperienceGroup]:

@@ -17,10 +17,17 @@ from rlhf_cluster.errors import ConfigError, RecordError
 from tests.configs import tiny_tree
 from tests.learning_cases import loss_inputs
 from tests.metric_cases import reduced
-from tests.objective_cases import Case, random_case, slow_gradient, slow_losses, tensors
+from tests.objective_cases import (
+    POLICY_GRADIENTS,
+    Case,
+    random_case,
+    slow_gradient,
+    slow_losses,
+    tensors,
+)
 
 LENGTHS = [1, 5, 8, 3]
-NAMES = sorted(ALGORITHMS)
+NAMES = POLICY_GRADIENTS
 SURROGATES = ["cispo", "grpo", "gspo", "reinforce", "sapo"]
 """One algorithm of each surrogate; the others are met with their own defaults."""
 PROXIMALS = ["recompute", "interpolate", "bypass"]
@@ -53,7 +60,9 @@ def configured(name: str, **keys: Any) -> Any:
 
 
 def build(name: str, **keys: Any) -> PolicyGradient[Any]:
-    return ALGORITHMS[name](configured(name, **keys), 64)
+    built = ALGORITHMS[name](configured(name, **keys), 64)
+    assert isinstance(built, PolicyGradient)
+    return built
 
 
 def allowed(name: str, **keys: Any) -> bool:

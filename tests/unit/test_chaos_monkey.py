@@ -6,12 +6,16 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from tests.chaos.monkey import MOMENTS, ROLES, Kill, Monkey, plan, sight
+from tests.chaos.monkey import MOMENTS, NODE, ROLES, Kill, Monkey, plan, roles_of, sight
+from tests.chaos.nodes import Nodes
 from tests.chaos.processes import Process, marked, of_pid
 from tests.chaos.run import again, figures, parse
 from tests.chaos.subject import Stuck, Subject
@@ -40,11 +44,12 @@ def test_the_seed_alone_chooses_the_kills_and_every_role_has_its_turn() -> None:
     assert plan(7, 12) == plan(7, 12)
     assert plan(7, 12) != plan(8, 12)
     assert plan(7, 12)[:3] == plan(7, 3)
-    for start in (0, 6):
-        assert {kill.role for kill in plan(7, 12)[start : start + 6]} == set(ROLES)
+    for start in (0, 7):
+        assert {kill.role for kill in plan(7, 14)[start : start + 7]} == set(ROLES)
     assert {kill.moment for seed in range(20) for kill in plan(seed, 6)} == set(MOMENTS)
     assert [kill.role for kill in plan(7, 2, roles=["driver"])] == ["driver", "driver"]
-    assert {kill.also for seed in range(60) for kill in plan(seed, 6)} == {*ROLES, None}
+    assert {kill.also for seed in range(60) for kill in plan(seed, 7)} == {*ROLES, None}
+    assert NODE in ROLES
 
 
 @dataclass(slots=True, kw_only=True)
@@ -86,6 +91,75 @@ def test_the_command_is_repeated_once_a_kill_and_no_more(tmp_path: Path) -> None
         again.ended()
 
 
+class Emulation:
+    """Of Ray's nodes: a process with a child each, which leaves nothing."""
+
+    def __init__(self) -> None:
+        self.removed: list[str] = []
+
+    def add_node(self, num_cpus: int) -> Any:
+        child = "import os, time; time.sleep(600)"
+        script = f"import subprocess, sys; c = [sys.executable, '-S', '-c', '{child}']; "
+        script += "p = subprocess.Popen(c); print(p.pid, flush=True); p.wait()"
+        process = subprocess.Popen([sys.executable, "-S", "-c", script], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        child_pid = int(process.stdout.readline())
+        cache = os.environ["XDG_CACHE_HOME"]
+        started = SimpleNamespace(process=process)
+        return SimpleNamespace(
+            all_processes={"raylet": [started]}, child=of_pid(child_pid), cache=Path(cache)
+        )
+
+    def remove_node(self, node: Any, allow_graceful: bool) -> None:
+        assert not allow_graceful
+        process = node.all_processes["raylet"][0].process
+        process.wait(30)
+        process.stdout.close()
+        self.removed.append(str(node.cache))
+
+
+@pytest.fixture
+def nodes() -> Iterator[Nodes]:
+    made = Nodes(cluster=Emulation(), wanted=2)
+    made.refill()
+    yield made
+    for raylet in made.raylets():
+        made.lose(raylet)
+
+
+def test_a_lost_node_takes_all_its_processes_and_its_cache_and_another_one_comes(
+    nodes: Nodes,
+) -> None:
+    first, second = nodes.nodes
+    assert nodes.raylets() == [first.raylet, second.raylet]
+    (first.cache / "something").touch()
+    [command] = nodes.lose(first.raylet)
+    assert "time.sleep" in command
+    assert not first.raylet.alive()
+    assert not first.handle.child.alive()
+    assert not first.cache.exists()
+    assert second.handle.child.alive(), "the other node is untouched"
+    assert nodes.raylets() == [second.raylet]
+    assert "XDG_CACHE_HOME" not in os.environ or os.environ["XDG_CACHE_HOME"] != str(first.cache)
+    nodes.refill()
+    assert len(nodes.raylets()) == 2
+
+
+def test_the_loss_of_a_node_is_a_kill_that_tells_what_was_on_it(
+    nodes: Nodes, tmp_path: Path
+) -> None:
+    monkey = monkey_on(tmp_path, [0], kills=0)
+    monkey.nodes = nodes
+    [target, _] = nodes.raylets()
+    assert monkey._of(NODE) == nodes.raylets()
+    monkey._kill(NODE, target, "step boundary", True)
+    [kill] = monkey.kills
+    assert (kill.role, kill.pid, kill.took) == (NODE, target.pid, [])
+    assert monkey.subject.seen == set(), "Ray's processes are none of the run's"
+    commands = ["ray::GenerationActor.generate", "ray::BufferActor", "ray::IDLE", "raylet x"]
+    assert roles_of(commands) == ["buffer", "generation"]
+
+
 @pytest.mark.parametrize(
     ("moment", "name", "other"),
     [
@@ -109,20 +183,23 @@ def test_a_run_that_violates_names_the_options_that_plan_its_kills() -> None:
     asked = parse(["--seed", "5", "--kills", "2", "--roles", "driver", "buffer"])
     told = parse(shlex.split(again(9, asked)))
     assert (told.runs, told.seed) == (1, 9)
-    for name in ("kills", "engine", "ranks", "roles", "moments"):
+    for name in ("kills", "engine", "ranks", "nodes", "roles", "moments"):
         assert getattr(told, name) == getattr(asked, name), name
+    assert NODE in parse([]).roles
+    assert NODE not in parse(["--nodes", "0"]).roles, "there is none to lose"
 
 
 def test_figures_are_the_sums_over_the_runs() -> None:
     counts = {"groups_lost": 1, "groups_trained_twice": 2, "bound_violations": 3, "orphans": 4}
     kills = [
-        {"role": "driver", "restarted": "ended with -9", "hit": True},
-        {"role": "scoring", "restarted": "", "hit": False},
+        {"role": "driver", "restarted": "ended with -9", "hit": True, "took": []},
+        {"role": "node", "restarted": "", "hit": False, "took": ["buffer", "scoring"]},
     ]
     base = {"kills": kills, "restarts": 1, "steps": 5, "groups_trained": 6, **counts}
     found = figures([{**base, "violations": []}, {**base, "violations": ["orphan: x"]}])
     assert (found["runs"], found["runs_completed"], found["kills"]) == (2, 1, 4)
     assert (found["kills/driver"], found["went_on_by_itself/driver"]) == (2, 0)
-    assert (found["kills/scoring"], found["went_on_by_itself/scoring"]) == (2, 2)
+    assert (found["kills/node"], found["went_on_by_itself/node"]) == (2, 2)
+    assert found["taken_with_nodes"] == 4
     assert (found["moments_hit"], found["steps"], found["groups_trained"]) == (2, 10, 12)
     assert {name: found[name] for name in counts} == {name: 2 * n for name, n in counts.items()}

@@ -15,7 +15,6 @@ from pyarrow import parquet
 
 from rlhf_cluster.data.dialogue import is_dialogue, parse_dialogue
 from rlhf_cluster.data.pairs import (
-    REASONS,
     LabelledResponse,
     Pair,
     Ranking,
@@ -154,7 +153,7 @@ UNUSABLE: dict[str, list[dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("reason", REASONS)
+@pytest.mark.parametrize("reason", UNUSABLE)
 def test_a_row_that_teaches_nothing_says_why(reason: str) -> None:
     for columns in UNUSABLE[reason]:
         row = {"chosen": DIALOGUE + "4", "rejected": DIALOGUE + "4", **columns}

@@ -48,6 +48,9 @@ class Reading:
             sequences=(cut,), key=unit.key, content=unit.content, place=unit.place
         )  # fmt: skip
 
+    def times(self, unit: Unit) -> int:
+        return 1
+
 
 def data(path: str, **keys: Any) -> StageData:
     tree = {"sources": [{"path": path}], "max_tokens": 6, **keys}

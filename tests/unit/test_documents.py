@@ -68,6 +68,29 @@ def test_what_the_documents_say_of_learning_is_what_was_measured():
     assert [tuple(map(float, pair)) for pair in shown] == [pytest.approx(expected, abs=0.0051)]
 
 
+def test_what_the_documents_say_of_int8_is_what_was_measured():
+    runs = json.loads(Path("benchmarks/results/int8_scoring.json").read_text())["runs"].values()
+    section = Path("docs/rewards.md").read_text().partition("## Frozen models in 8 bits")[2]
+    found = re.findall(
+        r"^\| .+ against .+ \| ([\d.]+) \| ([\d.]+) % \| ([\d.]+) \| ([\d.]+) \|$", section, re.M
+    )
+    compared = (
+        "bfloat16_vs_float32",
+        "int8_vs_float32",
+        "int8_vs_bfloat16",
+        "int8_float32_vs_float32",
+    )
+    for shown, name in zip(found, compared, strict=True):
+        means = [run[f"reference/mean_abs_difference/{name}"] for run in runs]
+        expected = (
+            round(min(run[f"reward/spearman/{name}"] for run in runs), 5),
+            round(100 * max(run[f"reward/order_changed/{name}"] for run in runs), 2),
+            round(sum(means) / len(means), 4),
+            round(max(run[f"reference/max_abs_difference/{name}"] for run in runs), 3),
+        )
+        assert tuple(map(float, shown)) == expected, name
+
+
 def test_the_result_names_machine_versions_and_command():
     result = json.loads(Path("benchmarks/results/loop.json").read_text())
     assert {"machine", "versions", "command", "date", "figures", "runs"} <= set(result)

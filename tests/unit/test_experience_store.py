@@ -103,6 +103,8 @@ def scored(draw: Any) -> ScoredRollout:
         reference_kl=draw(optional(bits(np.float32, num, finite=False))),
         step_ends=ends if has_steps else None,
         step_rewards=draw(bits(np.float64, num_steps)) if has_steps else None,
+        watched=draw(st.dictionaries(NAMES, st.floats(), max_size=2)),
+        scorer_version=draw(NAMES),
     )
 
 
@@ -191,7 +193,7 @@ def sample(number: int = 12, version: int = 3) -> ExperienceGroup:
 def test_a_seal_in_the_data_is_no_seal():
     group = sample()
     for text in ("0" * 32, f"{1:032x}"):
-        trap = f"rlhf_cluster group format=0002 newest_version=000000009 made_by={text} xxh3_128={text}"
+        trap = f"rlhf_cluster group format=0003 newest_version=000000009 made_by={text} xxh3_128={text}"
         prompt = dataclasses.replace(group.prompt, source=trap, columns={trap: trap})
         trapped = dataclasses.replace(group, prompt=prompt)
         found, header = arrow.decode(arrow.encode(trapped, HEADER))
@@ -240,8 +242,8 @@ def test_a_missing_a_renamed_and_a_future_file_are_told_apart(tmp_path):
     with pytest.raises(StoreError, match="holds group g00000012; the file was renamed"):
         store.read(13)
     assert store.numbers() == [13]
-    store.path(13).write_bytes(store.path(13).read_bytes().replace(b"format=0002", b"format=0003"))
-    with pytest.raises(StoreError, match="has format 3, this version reads 2"):
+    store.path(13).write_bytes(store.path(13).read_bytes().replace(b"format=0003", b"format=0004"))
+    with pytest.raises(StoreError, match="has format 4, this version reads 3"):
         store.read(13)
 
 

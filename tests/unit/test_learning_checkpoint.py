@@ -17,10 +17,10 @@ CASE: dict[str, dict[str, Any]] = {
         "kl_coef": 0.1,
         "kl_control": {"type": "adaptive", "target": 1.0, "horizon": 16},
     },
-    "scoring": {"reference": True, "rewards": [{"type": "exact_match"}]},
+    "scoring": {"reference": True, "rewards": [{"type": "exact_match", "normalize": "running"}]},
     "learner": {"learning_rate": 1e-3, "epochs": 2, "schedule": "cosine", "warmup_steps": 6},
 }
-"""State in every place: the KL controller, the schedule, several optimizer steps a step."""
+"""State in every place: the KL controller, the scores seen, the schedule, optimizer steps of a step."""
 
 
 def _comparable(metrics: dict[str, float]) -> dict[str, float]:

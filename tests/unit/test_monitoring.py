@@ -30,7 +30,11 @@ def test_the_files_are_those_that_the_code_makes():
     made = generator().files()
     for name, text in made.items():
         assert (DEPLOY / name).read_text() == text, f"{name}: run python deploy/generate.py"
-    there = [*(DEPLOY / "prometheus").rglob("*.yml"), *(DEPLOY / "grafana/dashboards").iterdir()]
+    there = [
+        *(DEPLOY / "prometheus").rglob("*.yml"),
+        *(DEPLOY / "grafana/dashboards").iterdir(),
+        *(DEPLOY / "kuberay").rglob("*.yaml"),
+    ]
     assert {path.relative_to(DEPLOY) for path in there} == set(made), "a file that nobody makes"
 
 

@@ -30,6 +30,7 @@ from tests.learning_cases import (
 
 VARIANTS: dict[str, dict[str, Any]] = {
     **{name: {"type": name} for name in sorted(ALGORITHMS)},
+    "on_policy_distillation": {"type": "on_policy_distillation", "reward_coef": 0.5},
     "grpo, process": {"type": "grpo", "advantage": "process"},
     "dapo, overlong": {"type": "dapo", "overlong_buffer_tokens": 12},
     "ppo, KL in the reward": {"type": "ppo", "kl_coef": 0.1, "kl_in": "reward"},
@@ -46,7 +47,9 @@ def _algorithm(variant: str) -> Any:
     rewards = [{"type": "exact_match"}]
     if variant in STEPS:
         rewards.append({"type": "python", "function": "a:b", "per_step": True})
-    scoring = {"reference": True, "rewards": rewards}
+    scoring: dict[str, Any] = {"reference": True, "rewards": rewards}
+    if variant == "on_policy_distillation":
+        scoring["teacher"] = "nowhere"
     tree = tiny_tree(generation={"max_response_tokens": 24}, scoring=scoring)
     tree["algorithm"] = {"group_size": 4, **VARIANTS[variant]}
     return build_algorithm(validate(RunConfig, tree, source="test").algorithm, 24)
@@ -122,8 +125,9 @@ def _trained(algorithm: Any, groups: list[ExperienceGroup]) -> tuple[Any, torch.
         proximal=learner - 0.1,
         ref=flat["ref_logprobs"],
         lengths=[n for n in batch.num_tokens if n],
+        unit_size=2 if algorithm.keeps_groups else 1,
     )
-    losses, _ = algorithm.loss(inputs)
+    losses, _ = algorithm.loss(replace(inputs, teacher_logprobs=flat["sampled_logprobs"] / 2))
     repeated = torch.tensor(weights).repeat_interleave(torch.tensor(batch.num_tokens))
     return (streams, returns), losses * repeated
 

@@ -1,6 +1,7 @@
 """The table of metrics and the checks on what is sent."""
 
 import ast
+import functools
 import math
 import re
 from pathlib import Path
@@ -124,3 +125,51 @@ def test_the_documentation_lists_every_metric_once():
     rows = [line for line in docs_table().splitlines() if line.startswith("| `")]
     assert len(rows) == len(METRICS)
     assert all(line.count("|") == 8 for line in rows)
+
+
+TABLES = (
+    "table.py",
+    "dashboards.py",
+    "panels.py",
+    "alerts.py",
+    "page.py",
+    "tracing.py",
+    "curve.py",
+)
+COMPOSED = ("_by_staleness", "_mean", "_max", "_p50", "_p95", "_total", "_fraction")
+"""Endings that code puts behind a name: f"{name}_by_staleness"."""
+
+
+@functools.cache
+def words_of_the_code() -> set[str]:
+    """Strings of the code that can send, those inside of f-strings included, without punctuation at
+    their ends."""
+    found = set()
+    for folder in ("rlhf_cluster", "actors"):
+        for path in Path(folder).rglob("*.py"):
+            if path.name in TABLES or path.name.endswith("_rows.py"):
+                continue
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.add(node.value.strip("/_"))
+    return found
+
+
+def is_sent(name: str, words: set[str]) -> bool:
+    """Whether the whole name stands there, or its last part, less the endings that are put to it."""
+    if name in words:
+        return True
+    stems = {name.partition("/")[2]}
+    for _ in range(2):
+        stems |= {stem.removesuffix(ending) for stem in stems for ending in COMPOSED}
+    return not stems.isdisjoint(words)
+
+
+def test_every_row_of_the_table_is_sent_by_some_code():
+    words = words_of_the_code()
+    assert [name for name in METRICS if not is_sent(name, words)] == []
+
+
+@pytest.mark.parametrize("name", ["generation/preemptions_total", "importance/kurtosis_p95"])
+def test_a_row_that_nothing_sends_is_found(name):
+    assert not is_sent(name, words_of_the_code())

@@ -6,12 +6,19 @@ import pytest
 
 from rlhf_cluster.algorithms import DapoConfig, GrpoConfig
 from rlhf_cluster.config.sections import AdaptiveDepth
-from rlhf_cluster.errors import PoolLost, RlhfError, ScoringError, StalledError, WorkerError
+from rlhf_cluster.errors import (
+    PoolLost,
+    RecordLost,
+    RlhfError,
+    ScoringError,
+    StalledError,
+    WorkerError,
+)
 from rlhf_cluster.experience.adaptive import DepthController
 from rlhf_cluster.experience.buffer import ExperienceBuffer
 from rlhf_cluster.experience.service import Answer, BufferService
 from rlhf_cluster.experience.staleness import AdmissionGate
-from rlhf_cluster.pipeline import NO_SIGNAL, Pipeline, evaluate
+from rlhf_cluster.pipeline import MAX_LOSSES, NO_SIGNAL, Pipeline, evaluate
 from rlhf_cluster.records import Sampling, Ticket
 from rlhf_cluster.weights.sync import WeightSync
 from tests.fakes import (
@@ -130,6 +137,39 @@ async def test_a_failed_group_is_discarded_counted_and_replaced():
     assert pipeline.observer.discarded == [("g00000004", "out of luck")]
     assert len(pipeline.learner.trained) == 18
     assert pipeline.buffer.buffer.stats().discarded == {"WorkerError": 1}
+
+
+@dataclass
+class LosingScoring(FakeScoring):
+    """The first `losses` times that a group comes, its record is gone with the node that held it."""
+
+    losses: int = 1
+    asked: dict[int, int] = field(default_factory=dict)
+
+    async def score(self, group):
+        number = group.ticket.number
+        self.asked[number] = self.asked.get(number, 0) + 1
+        if self.asked[number] <= self.losses:
+            raise RecordLost(f"score({group.ticket.group_id}): lost with its node")
+        return await super().score(group)
+
+
+async def test_groups_that_a_node_takes_before_they_are_scored_are_generated_again():
+    pipeline = await build(scoring=LosingScoring(losses=MAX_LOSSES))
+    await pipeline.run()
+    assert pipeline.observer.discarded == []
+    numbers = [ticket.number for ticket in pipeline.generation.requested]
+    assert sorted(numbers) == [n for n in range(18) for _ in range(1 + MAX_LOSSES)]
+    prompts = [make_prompt(0)]
+    answers = await evaluate(FakeGeneration(version=2), LosingScoring(), prompts, 8, 2)
+    assert len(answers) == 1
+
+
+async def test_a_group_that_is_always_lost_is_a_discard_with_its_reason():
+    pipeline = await build(scoring=LosingScoring(losses=MAX_LOSSES + 1), groups=8)
+    with pytest.raises(RecordLost, match="lost with its node"):
+        await pipeline.run()
+    assert pipeline.buffer.buffer.stats().discarded.keys() == {"RecordLost"}
 
 
 async def test_without_a_pool_the_run_ends_at_once_with_its_reason():

@@ -105,6 +105,18 @@ def test_the_page_has(content, part):
     assert part in content
 
 
+def test_the_parts_of_the_reward_are_drawn_beside_what_is_watched(recorded, content):
+    run = read_run(RunDir.open(recorded))
+    for record in run.steps:
+        for part in ("gold", "proxy", "ens.0", "ens.disagreement"):
+            record[f"reward/part/{part}"] = 0.5
+    drawn = page([run], now_s=1.7e9)
+    for shown in ("Parts of the reward", "gold", "proxy", "ens.disagreement"):
+        assert shown in drawn
+    assert "ens.0" not in drawn, "members are told by how far they disagree"
+    assert "Parts of the reward" not in content, "nothing is drawn where no parts were recorded"
+
+
 def test_routine_lines_of_the_log_are_no_events(content):
     assert "step 1: reward 0.5, 1 s" not in content
     assert "not an event" not in content

@@ -13,6 +13,7 @@ from rlhf_cluster.rewards.base import RewardSection
 from rlhf_cluster.rewards.code_tests import read_test
 from rlhf_cluster.rewards.remote import RemoteSection
 from rlhf_cluster.rewards.sandbox import Outcome
+from tests.configs import tiny_config
 from tests.rewarding import make_prompt, make_rollouts
 
 TEXT = Path("docs/rewards.md").read_text()
@@ -48,6 +49,14 @@ def test_the_example_of_five_lines_is_a_reward(tmp_path, monkeypatch):
     finally:
         for reward, _ in built.values():
             reward.close()
+
+
+@pytest.mark.parametrize("block", re.findall(r"```toml\n(.*?)```", TEXT, re.DOTALL))
+def test_every_example_is_what_a_run_takes(block):
+    scoring = tomllib.loads(block)["scoring"]
+    order = scoring.get("objective", {}).get("order", ["example"])
+    scoring.setdefault("rewards", [{"type": "exact_match", "name": name} for name in order])
+    tiny_config(scoring=scoring)
 
 
 def test_the_table_has_every_reward():

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -375,6 +376,31 @@ def test_criteria_that_hold_a_verdict_are_refused():
 
 
 @pytest.mark.timeout(60)
+def test_a_pair_is_judged_by_one_principle_in_both_positions(serve):
+    principles = [f"Principle {n}." for n in range(4)]
+    server = serve(lambda *_: says("[[C]]"))
+    reward = judge(server, mode="pairwise", opponents=4, principles=principles, criteria="Always.")
+    assert score(reward, "one", "two", "three", "four", "five") == [0.5] * 5
+    met: dict[frozenset[str], set[str]] = {}
+    for _, _, question in server.requests:
+        text = question["messages"][0]["content"]
+        assert "Always.\n" in text
+        [given] = [principle for principle in principles if principle in text]
+        met.setdefault(frozenset(re.findall(r"<answer [AB]>\n(\w+)\n", text)), set()).add(given)
+    assert len(met) == 10
+    assert all(len(given) == 1 for given in met.values())
+    assert len(set().union(*met.values())) > 1
+
+
+@pytest.mark.parametrize(
+    ("principles", "words"), [(["say [[1]]"], "a principle holds"), ([" "], "blank text")]
+)
+def test_principles_that_no_judge_could_use_are_refused(principles, words):
+    tree = {"url": "http://x", "model": "m", "principles": principles}
+    with pytest.raises(ConfigError, match=words):
+        validate(JudgeConfig, tree, "run.toml")
+
+
 def test_a_group_that_is_not_judged_by_its_deadline_is_an_error(serve):
     server = serve(lambda *_: never)
     failure = failure_of(judge(server, timeout_s=0.2), *"abcdefgh")

@@ -2,8 +2,6 @@
 
 import os
 import pickle
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -254,7 +252,7 @@ class CountingReward:
 def test_outcomes_that_a_reward_counts_are_among_the_totals(make):
     scorer = make(Scorer, EXACT)
     assert not any(name.startswith("outcomes/") for name in scorer.stats())
-    scorer._rewards["code"] = (CountingReward(), 1.0)
+    scorer._rewards._built["code"] = CountingReward()
     assert scorer.stats()["outcomes/code/timeout"] == 2.0
 
 
@@ -302,18 +300,6 @@ def test_a_response_cut_at_the_limit_is_scored_with_its_finish_reason(make):
     cut = make_rollouts(prompt, [[5, 1]], FinishReason.LENGTH)
     scored = make(Scorer, EXACT).score(make_group(prompt, cut))
     assert [s.reward for s in scored.scored] == [0.0]
-
-
-@pytest.mark.parametrize("module", ["rewards", "scoring", "scoring.scorer"])
-def test_importing_the_rewards_and_the_scorer_loads_neither_torch_nor_transformers(module):
-    code = (
-        f"import sys, rlhf_cluster.{module}; print({{'torch', 'transformers'}} & {{*sys.modules}})"
-    )
-    root = Path(rewards.__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=60
-    )
-    assert done.stdout.strip() == "set()", done.stderr
 
 
 def test_a_greedy_answer_is_scored_by_the_rewards_and_is_no_rollout_of_the_group(make):

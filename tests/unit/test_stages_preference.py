@@ -101,6 +101,8 @@ def test_dpo_learns_what_tells_pairs_apart_that_it_has_not_seen(start_stage: Any
         after["preference/chosen_log_ratio"], rel=1e-3
     )
     assert report["displaced"] is (after["preference/chosen_log_ratio"] < 0)
+    warned = any("likelihood displacement" in warning for warning in report["warnings"])
+    assert warned is report["displaced"]
     json.dumps(report)
 
 
@@ -150,6 +152,25 @@ def test_the_reference_is_asked_for_each_pair_once() -> None:
     for batch in (units[:3], units[1:], units):
         stage.loss(batch, passes)
     assert passes.asked == [["0", "1", "2"], ["3"]]
+
+
+class FallenPasses(CountedPasses):
+    """A policy under which a chosen response has lost 3 nats and a rejected one 5."""
+
+    def logprobs(self, units: Sequence[Unit]) -> list[tuple[np.ndarray, ...]]:
+        found = super().logprobs(units)
+        return [(chosen - 3 / len(chosen), other - 5 / len(other)) for chosen, other in found]
+
+    def reference(self, units: Sequence[Unit]) -> list[tuple[np.ndarray, ...]]:
+        return super().logprobs(units)
+
+
+def test_a_margin_that_grows_while_both_fall_is_flagged() -> None:
+    report = PreferenceStage(PreferenceConfig(), context()).report(random_pairs(4), FallenPasses())
+    assert report["accuracy"] == 1.0
+    assert report["chosen_log_ratio"] == pytest.approx(-3)
+    assert report["displaced"] is True
+    assert any("by 3 nats in the mean (likelihood displacement)" in w for w in report["warnings"])
 
 
 def test_a_batch_of_one_prompt_has_the_baseline_zero() -> None:

@@ -185,3 +185,28 @@ def test_steps_recorded_too_close_together_do_not_overlap(run, tmp_path):
     spans = [e for e in timeline(replace(record, records=crowded), []) if e["ph"] == "X"]
     for earlier, later in pairwise(spans):
         assert earlier["ts"] + earlier["dur"] <= later["ts"] + 1, "a microsecond of rounding"
+
+
+def test_tokens_of_a_sample_alone_are_shown(run, capsys):
+    for wanted, places in (("2", ["2"]), ("1:3", ["1", "2"]), ("2:99", ["2", "3"])):
+        arguments = ["trace", str(run.path), "--sample", "g00000010/1", "--token", wanted]
+        assert main(arguments) == 0
+        printed = capsys.readouterr().out
+        table = printed.partition("tokens:\n")[2].splitlines()
+        assert table[0].split()[:2] == ["token", "trained"]
+        assert [row.split()[0] for row in table[1:]] == places
+        assert "response:" not in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--sample", "g00000010/1", "--token", "4"], "has no token 4: its 4 response tokens"),
+        (["--sample", "g00000010/1", "--token", "3:3"], "expected a place such as 17"),
+        (["--sample", "g00000010/1", "--token", "-1"], "expected a place such as 17"),
+        (["--step", "3", "--token", "1"], "--token without --sample"),
+    ],
+)
+def test_tokens_that_are_not_there_are_refused(run, capsys, options, words):
+    assert main(["trace", str(run.path), *options]) == 1
+    assert words in capsys.readouterr().err

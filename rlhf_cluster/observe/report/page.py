@@ -16,6 +16,7 @@ from rlhf_cluster.observe.report.reading import RunRecord
 from rlhf_cluster.observe.samples import Row
 from rlhf_cluster.observe.snapshot import who_waits
 
+MAX_PARTS = 8  # colours
 MAX_TEXT = 4000  # characters of a prompt or response
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -183,6 +184,12 @@ def _curves(runs: Sequence[RunRecord]) -> Iterator[str]:
         found.append((name, list(_of_all(runs, ((name, name),))), ""))
     for title, names, note in CHARTS:
         found.append((title, list(_of_all(runs, names)), note))
+        if title == "Reward":
+            parts = sorted({name for run in runs for name in run.parts})[:MAX_PARTS]
+            labels = [(name, name.removeprefix("reward/part/")) for name in parts]
+            note = "Means of the step. What is only watched is among them."
+            if labels:
+                found.append(("Parts of the reward", list(_of_all(runs, labels)), note))
         if title.startswith("Staleness"):
             note = "Shares of the step's wall time, mean over ten steps."
             found.append(("Who waits for whom", list(_waits(runs)), note))
@@ -268,9 +275,9 @@ def _samples(run: RunRecord, several: bool) -> Iterator[str]:
 def _sample(row: Row) -> str:
     versions = f"{row['version_min']}..{row['version_max']}"
     about = (
-        f"{row['rollout_id']} | reward {row['reward']:.4g} | parts {row['reward_parts']} | versions "
-        f"{versions} | staleness {row['staleness']} | ended by {row['finish_reason']} | "
-        f"{row['worker']}, {row['scorer']}"
+        f"{row['rollout_id']} | reward {row['reward']:.4g} | parts {row['reward_parts']} | "
+        f"watched {row.get('watched', '-')} | versions {versions} | staleness {row['staleness']} | "
+        f"ended by {row['finish_reason']} | {row['worker']}, {row['scorer']}"
     )
     texts = "".join(f'<pre dir="auto">{_cut(row[name])}</pre>' for name in ("prompt", "response"))
     return f'<div class="card"><div class="dim">{text(about)}</div>{texts}</div>'

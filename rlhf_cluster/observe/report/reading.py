@@ -67,6 +67,13 @@ class RunRecord:
         return [s.metric] if s is not None and s.stage is not None and s.metric else []
 
     @property
+    def parts(self) -> list[str]:
+        """Metrics of the reward's parts and of what is watched beside it; of what is told of them, only
+        how far an ensemble disagrees."""
+        found = {n for r in self.records for n in r if n.startswith("reward/part/")}
+        return sorted(n for n in found if "." not in n or n.endswith(".disagreement"))
+
+    @property
     def evaluations(self) -> list[tuple[int, float]]:
         found = ((r["step"], r.get("evaluation/reward_mean")) for r in self.records)
         return [(step, value) for step, value in found if value is not None]

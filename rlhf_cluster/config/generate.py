@@ -1,0 +1,192 @@
+"""The run file of a stage that makes a data set: a model samples, the scoring pool scores, rows stay.
+
+    [stage] type = "generate"        how many samples a prompt, and which of them become rows
+    [run], [data], [generation], [scoring]       prompts and pools as in reinforcement learning
+
+Promises: what the pools would refuse is refused here (`as_run` is what they are started with); a
+setting that the selection does not read is refused.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from rlhf_cluster.algorithms.ppo import PpoConfig
+from rlhf_cluster.config.base import Section
+from rlhf_cluster.config.operating import ClusterSection, Observe
+from rlhf_cluster.config.run import RunConfig
+from rlhf_cluster.config.scoring import Scoring
+from rlhf_cluster.config.sections import Buffer, Checkpoint, Data, Generation, Learner, Model, Run
+
+Select = Literal["all", "best_of_n", "threshold", "pairs", "step_labels"]
+READ_BY: dict[str, tuple[Select, ...]] = {
+    "keep": ("best_of_n", "threshold", "pairs"),
+    "threshold": ("best_of_n", "threshold", "step_labels"),
+    "min_margin": ("pairs",),
+    "completions": ("step_labels",),
+}
+"""Settings of `[stage]`, and the selections that read them."""
+
+
+class GenerateSection(Section):
+    """How many samples each prompt gets, and which of them become rows of the data set."""
+
+    type: Literal["generate"] = "generate"
+    samples: PositiveInt
+    """Responses to each prompt."""
+    select: Select
+    """`all`: every response. `best_of_n`: the `keep` of highest reward. `threshold`: those whose reward
+    is at least `threshold`. `pairs`: better ones against worse ones. `step_labels`: how often
+    `completions` from the end of each reasoning step reach `threshold`."""
+    keep: PositiveInt | None = None
+    """Rows of one prompt at most. Default: 1, with select = "threshold" all."""
+    threshold: float | None = None
+    """Least reward of a response that is kept, or that counts as right. Optional with `best_of_n`."""
+    min_margin: PositiveFloat | None = None
+    """With select = "pairs": the least difference of the rewards of a pair; default: any over 0."""
+    completions: PositiveInt | None = None
+    """With select = "step_labels": completions from each step."""
+    cut: Literal["skip", "keep"] = "skip"
+    """A response that reached `generation.max_response_tokens` without its end: left out and counted,
+    or taken as it is."""
+    deduplicate: bool = True
+    """Of equal responses to one prompt only the first becomes a row; the others are counted."""
+
+    @property
+    def rows_per_prompt(self) -> int:
+        """At most."""
+        if self.keep is not None:
+            return self.keep
+        return 1 if self.select in ("best_of_n", "pairs") else self.samples
+
+    @model_validator(mode="after")
+    def _check(self) -> GenerateSection:
+        for name, selections in READ_BY.items():
+            if getattr(self, name) is not None and self.select not in selections:
+                raise ValueError(
+                    f"{name} = {getattr(self, name):g} with select = {self.select!r}, which does not "
+                    f"read it. Remove it, or use {' or '.join(map(repr, selections))}"
+                )
+        needed = {"threshold": ("threshold",), "step_labels": ("threshold", "completions")}
+        for name in needed.get(self.select, ()):
+            if getattr(self, name) is None:
+                raise ValueError(f"select = {self.select!r} without {name}. Set stage.{name}")
+        least = {"pairs": 2 * self.rows_per_prompt, "best_of_n": self.rows_per_prompt}
+        if self.samples < (bound := least.get(self.select, 1)):
+            raise ValueError(
+                f"samples = {self.samples} with select = {self.select!r} and keep = "
+                f"{self.rows_per_prompt}: {bound} samples are needed. Raise samples, or lower keep"
+            )
+        return self
+
+
+class GenerateRun(Section):
+    """Where the data set is made, and how fast."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """Folder name of the stage below `root`."""
+    root: str = "runs"
+    """Folder that holds the runs; on a cluster one that every node sees."""
+    seed: int = Field(default=0, ge=0)
+    max_in_flight_groups: PositiveInt = 64
+    """Prompts being sampled or scored at once."""
+    record_every: PositiveInt = 16
+    """Finished prompts from one line of metrics.jsonl to the next."""
+    stall_timeout_s: PositiveFloat = 300.0
+    """The stage fails when a pool had no live worker for this long."""
+    start_timeout_s: PositiveFloat = 600.0
+    """The stage fails when the services are not up after this long."""
+
+
+class GenerateConfig(Section):
+    """One stage that makes a data set."""
+
+    run: GenerateRun
+    stage: GenerateSection
+    model: Model
+    data: Data
+    generation: Generation
+    scoring: Scoring
+    cluster: ClusterSection = ClusterSection()
+    observe: Observe = Observe()
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.run.root) / self.run.name
+
+    @property
+    def weights_dir(self) -> Path:
+        return self.run_dir / "weights"
+
+    @property
+    def data_file(self) -> Path:
+        """What the stage leaves: JSONL, there as a whole once all prompts are done."""
+        return self.run_dir / "data.jsonl"
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """There are none: what is finished is in the run directory, prompt by prompt."""
+        return Checkpoint(every=0)
+
+    def with_absolute_paths(self) -> GenerateConfig:
+        """The same stage with folders that mean the same in every process."""
+        run = self.run.model_copy(update={"root": str(Path(self.run.root).absolute())})
+        return GenerateConfig.model_validate({**self.model_dump(), "run": run.model_dump()})
+
+    @property
+    def as_run(self) -> RunConfig:
+        """What the pools are started with: a run that trains nothing. Raises `ValueError`."""
+        longest = self.data.max_prompt_tokens + self.generation.max_response_tokens
+        return RunConfig(
+            run=Run(
+                steps=1,
+                groups_per_step=1,
+                **self.run.model_dump(exclude={"max_in_flight_groups", "record_every"}),
+            ),
+            model=self.model,
+            data=self.data,
+            algorithm=PpoConfig(group_size=self.stage.samples),
+            generation=self.generation,
+            scoring=self.scoring,
+            learner=Learner(learning_rate=1e-6, tokens_per_micro_batch=max(16384, longest)),
+            buffer=Buffer(durable=False),
+            checkpoint=self.checkpoint,
+            cluster=self.cluster,
+            observe=self.observe,
+        )
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> GenerateConfig:
+        _check_frozen(self)
+        _check_number_of_prompts(self)
+        try:
+            _ = self.as_run
+        except ValidationError as error:
+            problems = (problem["msg"] for problem in error.errors(include_url=False))
+            raise ValueError("; ".join(p.removeprefix("Value error, ") for p in problems)) from None
+        return self
+
+
+def _check_frozen(c: GenerateConfig) -> None:
+    for name, off in (("reference", False), ("exact_logprobs", False), ("teacher", None)):
+        if (found := getattr(c.scoring, name)) != off:
+            raise ValueError(
+                f"scoring.{name} = {found!r} with stage.type = 'generate': nothing is trained, and "
+                "nobody reads its log-probabilities. Remove it"
+            )
+    if c.generation.quantization == "int8":
+        raise ValueError(
+            "generation.quantization = 'int8' with stage.type = 'generate': that form is made of "
+            "published versions, and none is published. Remove it, or use one of vLLM's own"
+        )
+
+
+def _check_number_of_prompts(c: GenerateConfig) -> None:
+    if c.data.task is not None and c.data.limit is None:
+        raise ValueError(
+            f"data.task = {c.data.task!r} without data.limit: a task has no end. Give the number of "
+            "prompts with data.limit"
+        )

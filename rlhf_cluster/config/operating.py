@@ -1,0 +1,62 @@
+"""The sections [cluster] and [observe]: where a run runs, and what it tells."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+
+from rlhf_cluster.config.base import Section
+
+SinkName = Literal["tensorboard", "wandb", "mlflow"]
+
+
+class ClusterSection(Section):
+    """The Ray cluster: the one at `address`, or one started on this machine."""
+
+    address: str | None = None
+    """Address to join; default: RAY_ADDRESS, else a local cluster of this run alone."""
+    num_cpus: PositiveFloat | None = None
+    """Logical CPUs of a local cluster; default: this machine's cores."""
+    object_store_bytes: PositiveInt | None = None
+    """Shared memory of a local cluster for objects; default: Ray's share of the machine."""
+    dashboard: bool = False
+    dashboard_port: int = Field(default=8265, ge=1, le=65535)
+    placement_timeout_s: PositiveFloat = 60.0
+    node_timeout_s: float = Field(default=0.0, ge=0)
+    """Over 0: what has no room on the nodes that are there waits this long for nodes that the cluster's
+    autoscaler starts. 0: it is refused at once."""
+    worker_groups: bool = False
+    """Every worker asks for nodes of its own group, by a resource that they offer: rlhf_generation,
+    rlhf_scoring, rlhf_training. deploy/kuberay and deploy/slurm set up such nodes."""
+    heartbeat_s: PositiveFloat = 5.0
+    """How often every worker is asked whether it can serve."""
+    heartbeat_timeout_s: PositiveFloat = 60.0
+    """A worker that does not answer for this long is replaced."""
+    max_restarts: int = Field(default=10, ge=0)
+    """Replacements that one pool may use up before the run fails with the first cause."""
+
+    @property
+    def place_timeout_s(self) -> float:
+        """How long a placement may take, new nodes included."""
+        return max(self.placement_timeout_s, self.node_timeout_s)
+
+
+class Observe(Section):
+    """What a run leaves behind."""
+
+    samples_per_step: int = Field(default=16, ge=0)
+    """Rollouts of each step written to samples/*.parquet; 0 for none."""
+    live: bool = True
+    """A live view on a terminal; plain lines otherwise."""
+    sinks: tuple[SinkName, ...] = ()
+    """Where metrics go besides metrics.jsonl: "tensorboard", "wandb", "mlflow", each an extra of that
+    name (pip install 'rlhf-cluster[wandb]'). W&B stays offline unless WANDB_MODE says otherwise, MLflow
+    in the run directory unless MLFLOW_TRACKING_URI does."""
+
+    @field_validator("samples_per_step")
+    @classmethod
+    def _bounded(cls, value: int) -> int:
+        if value > 100_000:
+            raise ValueError(f"samples_per_step = {value} is over 100000; it is a sample, lower it")
+        return value

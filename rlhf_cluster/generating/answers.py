@@ -1,0 +1,143 @@
+"""What is kept of a prompt that was sampled and scored, and the file that holds it.
+
+    groups.jsonl    one line a prompt, in the order in which they were finished
+
+Promises: a line is in the file as a whole when `append` returns, and survives the death of any
+process; one that a crash has torn is cut off before the next, and its prompt counts as not done; a
+damaged line anywhere else, or a prompt that is there twice, raises `DataError`. Texts are those that
+the rewards read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_cluster.errors import DataError
+
+GROUPS = "groups.jsonl"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """One response. `step_rewards`: the rewards of the completions from the end of each step."""
+
+    text: str
+    reward: float
+    parts: Mapping[str, float]
+    num_tokens: int
+    cut: bool  # ended by the limit of tokens
+    step_rewards: tuple[tuple[float, ...], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answers:
+    """All responses to one prompt; `number` is its place in the stream of prompts."""
+
+    number: int
+    prompt_id: str
+    prompt: str | list[dict[str, str]]
+    answers: tuple[Answer, ...]
+    scorer_version: str = ""
+
+    def to_line(self) -> bytes:
+        text = json.dumps(asdict(self), ensure_ascii=False, allow_nan=False)
+        return text.encode() + b"\n"
+
+    @classmethod
+    def from_line(cls, line: bytes) -> Answers:
+        """Raises `ValueError` for anything that `to_line` does not write."""
+        try:
+            tree = json.loads(line)
+            answers = tuple(_answer(**each) for each in tree.pop("answers"))
+            return cls(answers=answers, **tree)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not the answers to a prompt ({error})") from error
+
+
+class AnswersFile:
+    """One writer at a time."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens the file for further prompts. Raises `DataError` for a damaged one."""
+        self.path = path
+        _cut_torn_line(path)
+        self.done = {answers.number for answers in read_answers(path)}
+        self._file = path.open("ab", buffering=0)
+
+    def append(self, answers: Answers) -> None:
+        """Raises `DataError`: the prompt is there, or the line cannot be written."""
+        if answers.number in self.done:
+            raise DataError(f"{self.path}: prompt {answers.number} is there already; each is once")
+        rest = memoryview(answers.to_line())
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise DataError(
+                f"{self.path}: the answers to prompt {answers.number} cannot be written ({error}). "
+                "Free space there, and give the same command again: it goes on from what is written"
+            ) from error
+        self.done.add(answers.number)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_answers(path: Path) -> Iterator[Answers]:
+    """In the order of the file, without a torn last line. Raises `DataError`."""
+    seen: set[int] = set()
+    for line_number, line in _whole_lines(path):
+        try:
+            answers = Answers.from_line(line)
+            if answers.number in seen:
+                raise ValueError(f"prompt {answers.number} for the second time")
+        except ValueError as error:
+            raise DataError(
+                f"{path}, line {line_number}: damaged ({error}). Remove that line; the same command "
+                "then samples its prompt again"
+            ) from error
+        seen.add(answers.number)
+        yield answers
+
+
+def in_order(path: Path) -> Iterator[Answers]:
+    """By the places of their prompts, one at a time in memory. Raises `DataError`."""
+    places: list[tuple[int, int]] = []
+    offset = 0
+    for answers, (_, line) in zip(read_answers(path), _whole_lines(path), strict=True):
+        places.append((answers.number, offset))
+        offset += len(line) + 1
+    if not places:
+        return
+    with path.open("rb") as file:
+        for _, place in sorted(places):
+            file.seek(place)
+            yield Answers.from_line(file.readline())
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Number, from 1, and content without the line's end."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.endswith(b"\n"):
+                yield number, line[:-1]
+
+
+def _answer(*, step_rewards: list[list[float]] | None = None, **others: Any) -> Answer:
+    steps = None if step_rewards is None else tuple(tuple(each) for each in step_rewards)
+    return Answer(step_rewards=steps, **others)
+
+
+def _cut_torn_line(path: Path) -> None:
+    if not path.exists():
+        return
+    whole = sum(len(line) + 1 for _, line in _whole_lines(path))
+    if whole < path.stat().st_size:
+        os.truncate(path, whole)

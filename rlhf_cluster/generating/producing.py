@@ -1,0 +1,214 @@
+"""Prompts through the generation pool and the scoring pool into the file of answers.
+
+    prompts --number--> GENERATION --rollouts--> SCORING --scored--> answers, one line a prompt
+                              ^                     |
+                              +-- from each step ---+          with `completions` only
+
+Promises: every prompt asked for is written, or discarded with a counted reason; at most
+`max_in_flight` groups are sampled or scored at once; what is sampled for a prompt follows from the seed
+and its place in the stream alone, so that one that was lost is the same the next time; nothing is
+written in parts. Without a pool, or when too many groups fail, all ends with the first cause.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from rlhf_cluster.errors import PoolLost, RlhfError, ScoringError, WorkerError, first_failure
+from rlhf_cluster.generating.answers import Answer, Answers, AnswersFile
+from rlhf_cluster.outcomes import Outcomes
+from rlhf_cluster.pipeline import PromptsPort, scored
+from rlhf_cluster.ports import Handle, ScoringPort
+from rlhf_cluster.records import (
+    ExperienceGroup,
+    FinishReason,
+    GroupSummary,
+    PartialGroup,
+    PartialResponse,
+    Prompt,
+    Rollout,
+    Sampling,
+    ScoredRollout,
+    Ticket,
+)
+from rlhf_cluster.scoring.steps import step_ends, step_spans
+
+T = TypeVar("T")
+FOLDER_VERSION = -1
+"""Of weights that no run published: the model folder's."""
+
+
+class ContinuingPort(Protocol):
+    async def generate(
+        self,
+        ticket: Ticket,
+        prompt: Prompt,
+        sampling: Sampling,
+        start: PartialGroup | None = None,
+    ) -> Handle:
+        """As `GenerationPort.generate`; the responses go on from those of `start`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completions:
+    """How responses are completed from the ends of their steps. `silent` ids have no text."""
+
+    number: int
+    separator: str
+    silent: frozenset[int]
+
+
+@dataclass(slots=True, kw_only=True)
+class Producer:
+    """`fetch` gets a scored group from its handle, `decode` gives the text of token ids; `finished`
+    and `discarded` are told of every prompt that is done."""
+
+    generation: ContinuingPort
+    scoring: ScoringPort
+    fetch: Callable[[Handle], Awaitable[ExperienceGroup]]
+    decode: Callable[[Sequence[int]], str]
+    prompts: PromptsPort
+    num_prompts: int
+    sampling: Sampling
+    completions: Completions | None
+    file: AnswersFile
+    max_in_flight: int
+    max_error_rate: float
+    finished: Callable[[Answers], None]
+    discarded: Callable[[int, RlhfError], None]
+    num_discarded: Counter[str] = field(default_factory=Counter)
+    _outcomes: Outcomes = field(init=False)
+    _slots: asyncio.Semaphore = field(init=False)
+
+    @property
+    def pending(self) -> list[int]:
+        return [number for number in range(self.num_prompts) if number not in self.file.done]
+
+    async def run(self) -> None:
+        """Waits for: all prompts that are not in the file. Raises the first failure."""
+        self._outcomes = Outcomes(self.max_error_rate)
+        self._slots = asyncio.Semaphore(self.max_in_flight)
+        numbers = iter(self.pending)
+        await _all(self._work(numbers) for _ in range(self.max_in_flight))
+
+    async def _work(self, numbers: Iterator[int]) -> None:
+        for number in numbers:
+            try:
+                answers = await self._answers(number)
+            except PoolLost:
+                raise
+            except (WorkerError, ScoringError) as error:
+                self.num_discarded[type(error).__name__] += 1
+                self.discarded(number, error)
+                self._outcomes.add(error)
+            else:
+                self.file.append(answers)
+                self.finished(answers)
+                self._outcomes.add(None)
+
+    async def _answers(self, number: int) -> Answers:
+        self.prompts.seek(number)
+        prompt = self.prompts.next()
+        ticket = Ticket(number=number, version=FOLDER_VERSION)
+        group = await self._group(ticket, prompt, self.sampling)
+        further: list[tuple[tuple[float, ...], ...] | None] = [None] * len(group.scored)
+        if self.completions is not None:
+            found = await _all(
+                self._step_rewards(number, index, prompt, own, self.completions)
+                for index, own in enumerate(group.scored)
+            )
+            further = [*found]
+        return Answers(
+            number=number,
+            prompt_id=prompt.prompt_id,
+            prompt=prompt.source,
+            answers=tuple(
+                self._answer(own, steps) for own, steps in zip(group.scored, further, strict=True)
+            ),
+            scorer_version=group.scored[0].scorer_version,
+        )
+
+    async def _group(
+        self, ticket: Ticket, prompt: Prompt, sampling: Sampling, start: PartialGroup | None = None
+    ) -> ExperienceGroup:
+        async def score(rollouts: Handle) -> tuple[ExperienceGroup, GroupSummary]:
+            handle, summary = await self.scoring.score(rollouts)
+            return await self.fetch(handle), summary
+
+        async with self._slots:
+            group, _ = await scored(
+                lambda: self.generation.generate(ticket, prompt, sampling, start), score
+            )
+        return group
+
+    async def _step_rewards(
+        self, number: int, index: int, prompt: Prompt, own: ScoredRollout, how: Completions
+    ) -> tuple[tuple[float, ...], ...]:
+        """Of the completions from the end of each step; of the last step the response's own."""
+        ids = own.rollout.response_ids.tolist()
+        text = self.decode(ids)
+        ends = step_ends(self.decode, ids, how.silent, text, step_spans(text, how.separator))
+        last = len(ids) - 1
+        inner = sorted({int(end) for end in ends if end < last})
+        sampling = Sampling(
+            num_samples=how.number,
+            temperature=self.sampling.temperature,
+            max_tokens=self.sampling.max_tokens,
+        )
+        place = number * self.sampling.num_samples + index
+
+        async def from_step(end: int) -> tuple[float, ...]:
+            ticket = Ticket(
+                number=self.num_prompts + place * self.sampling.max_tokens + end,
+                version=FOLDER_VERSION,
+            )
+            start = beginning(ticket, own.rollout, end + 1, how.number)
+            group = await self._group(ticket, prompt, sampling, start)
+            return tuple(float(each.reward) for each in group.scored)
+
+        rewards = dict(zip(inner, await _all(map(from_step, inner)), strict=True))
+        rewards[last] = (float(own.reward),)
+        return tuple(rewards[int(end)] for end in ends)
+
+    def _answer(self, own: ScoredRollout, steps: tuple[tuple[float, ...], ...] | None) -> Answer:
+        parts = {**own.reward_parts, **own.watched}
+        return Answer(
+            text=self.decode(own.rollout.response_ids.tolist()),
+            reward=float(own.reward),
+            parts={name: float(part) for name, part in parts.items() if math.isfinite(part)},
+            num_tokens=len(own.rollout.response_ids),
+            cut=own.rollout.finish_reason == FinishReason.LENGTH,
+            step_rewards=steps,
+        )
+
+
+def beginning(ticket: Ticket, rollout: Rollout, num_tokens: int, number: int) -> PartialGroup:
+    """`number` responses that each go on after the first `num_tokens` tokens of `rollout`, with random
+    streams of their own."""
+    responses = tuple(
+        PartialResponse(
+            rollout_id=f"{ticket.group_id}/{index}",
+            response_ids=rollout.response_ids[:num_tokens],
+            sampled_logprobs=rollout.sampled_logprobs[:num_tokens],
+            versions=rollout.versions[:num_tokens],
+            temperature=rollout.temperature,
+        )
+        for index in range(number)
+    )
+    return PartialGroup(group_id=ticket.group_id, responses=responses, started_s=rollout.started_s)
+
+
+async def _all(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """What all give, in order. The first failure ends the others, and is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(work) for work in works]
+    except BaseExceptionGroup as failures:
+        raise first_failure(failures) from failures
+    return [task.result() for task in tasks]

@@ -1,0 +1,65 @@
+"""What a person reads of a data set before it is made and when it is there."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf_cluster.config.generate import GenerateConfig
+from rlhf_cluster.generating.selecting import LEFT_OUT
+from rlhf_cluster.planning.derived import total_resources
+from rlhf_cluster.planning.placement import demand
+
+
+def derived_generation(config: GenerateConfig, num_prompts: int) -> dict[str, str]:
+    """What the settings amount to, as name and text."""
+    stage, longest = config.stage, config.generation.max_response_tokens
+    samples = num_prompts * stage.samples
+    facts = {
+        "stage": f"{stage.type}, {stage.select}",
+        "prompts": f"{num_prompts:,}, {stage.samples:,} samples each",
+        "response tokens": f"at most {samples * longest:,}",
+        "rows": f"at most {num_prompts * stage.rows_per_prompt:,}",
+    }
+    if stage.completions is not None:
+        facts["completions"] = f"{stage.completions:,} from each reasoning step but the last"
+    return facts | {
+        "total demand": total_resources(demand(config)),
+        "run directory": str(config.run_dir),
+    }
+
+
+def generation_ending(summary: Mapping[str, Any], command: str, here: Path) -> list[str]:
+    """The last lines of a finished stage. `command` calls this program, `here` is the folder."""
+    report = summary["report"]
+    rows = {
+        "rows": f"{report['rows']:,} of {report['samples']:,} samples",
+        "reward": f"{_number(report['reward_mean'])} of all, "
+        f"{_number(report['selected_reward_mean'])} of what was selected",
+    }
+    if report["label_mean"] is not None:
+        rows["step labels"] = f"{report['labels']:,}, mean {_number(report['label_mean'])}"
+    left = {LEFT_OUT[name]: count for name, count in report["left_out"].items() if count}
+    lost = {f"prompts discarded by {name}": n for name, n in report["discarded"].items()}
+    notes = [f"{count:,} {text}" for text, count in {**left, **lost}.items()]
+    folder = _shown(Path(summary["run_dir"]), here)
+    return [
+        f"Stage {summary['run']} ({summary['stage']}) finished: {report['prompts']:,} prompts in "
+        f"{summary['total_s']:.0f} s",
+        *(f"  {name:<14}  {text}" for name, text in rows.items()),
+        *(f"  {'left out':<14}  {note}" for note in notes),
+        f"  {'data set':<14}  {_shown(Path(summary['data_file']), here)}",
+        "",
+        "Try next",
+        f"  {'Where it ended':<14}  {shlex.join([command, 'status', folder])}",
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _shown(path: Path, here: Path) -> str:
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)

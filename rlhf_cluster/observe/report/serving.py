@@ -1,0 +1,113 @@
+"""The report of a run that is going, served to a browser on this machine and refreshed.
+
+Promises: it listens on loopback alone; only the address with its random token gets anything, the one
+page, and every other request 403, compared in constant time; it is made anew from the run directories
+at most once in `refresh_s`, however many look; a page that cannot be made says why, and the next try is
+as if nothing had been. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from html import escape
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from rlhf_cluster.errors import RlhfError, RunError
+
+HOST = "127.0.0.1"
+REFRESH_S = 10
+REQUEST_TIMEOUT_S = 10.0
+_LOOK_S = 0.05  # how soon it ends when the block does
+
+
+class _Server(ThreadingHTTPServer):
+    """`page` makes the document."""
+
+    daemon_threads = True
+
+    def __init__(self, port: int, token: str, refresh_s: int, page: Callable[[], str]) -> None:
+        self.path, self.refresh_s, self._make = f"/{token}", refresh_s, page
+        self._made: tuple[float, str] | None = None
+        self._making = threading.Lock()  # held while a page is made: the others wait for that one
+        super().__init__((HOST, port), _Handler)
+
+    def page(self) -> str:
+        with self._making:
+            now = time.monotonic()
+            if self._made is None or now - self._made[0] >= self.refresh_s:
+                self._made = (now, self._try())
+            return self._made[1]
+
+    def _try(self) -> str:
+        try:
+            return self._make()
+        except (RlhfError, OSError) as error:
+            return f"<!doctype html><title>report</title><p>No report: {escape(str(error))}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    timeout = REQUEST_TIMEOUT_S
+    server: _Server  # type: ignore[reportIncompatibleVariableOverride]
+
+    def do_GET(self) -> None:
+        if not hmac.compare_digest(self.path.encode(), self.server.path.encode()):
+            self._answer(403, "403: the address of this report has a token that this one lacks\n")
+            return
+        self._answer(200, self.server.page())
+
+    do_HEAD = do_GET
+
+    def _answer(self, status: int, text: str) -> None:
+        body = text.encode("utf-8", "replace")
+        self.send_response(status)
+        kind = "text/html" if status == 200 else "text/plain"
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("Referrer-Policy", "no-referrer")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("X-Frame-Options", "DENY")
+        if status == 200:
+            self.send_header("Refresh", str(self.server.refresh_s))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing: the address holds the token."""
+
+
+@contextmanager
+def served(
+    page: Callable[[], str],
+    port: int = 0,
+    refresh_s: int = REFRESH_S,
+    token: str | None = None,
+) -> Iterator[str]:
+    """Serve what `page` makes for as long as the block runs; yields the address.
+
+    `port` 0: any that is free. `token` None: a new one of 256 bits. Raises `RunError` for a port that
+    is taken.
+    """
+    secret = token or secrets.token_urlsafe(32)
+    try:
+        server = _Server(port, secret, refresh_s, page)
+    except OSError as error:
+        raise RunError(
+            f"{HOST}:{port}: cannot serve the report there ({error.strerror}). Give --port another one"
+        ) from error
+    thread = threading.Thread(
+        target=server.serve_forever, args=(_LOOK_S,), name="report", daemon=True
+    )
+    thread.start()
+    try:
+        yield f"http://{HOST}:{server.server_address[1]}{server.path}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(REQUEST_TIMEOUT_S)

@@ -1,0 +1,195 @@
+"""Files for Kubernetes, Slurm and Docker: read as their readers read them, fit for what runs ask."""
+
+import copy
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from rlhf_cluster.config import load_run
+from rlhf_cluster.errors import PlacementError
+from rlhf_cluster.planning.kuberay import GROUPS, RAY_VERSION
+from rlhf_cluster.planning.placement import (
+    WORKER_GROUPS,
+    check_fits,
+    demand,
+    fewer_ranks,
+    group_resource,
+    rank_bundles,
+)
+from tests.configs import tiny_config
+from tests.kubernetes_fields import KINDS
+
+KUBERAY = Path("deploy/kuberay")
+DOCUMENTS = [
+    (str(path), document)
+    for path in sorted(KUBERAY.rglob("*.yaml"))
+    for document in yaml.safe_load_all(path.read_text())
+]
+VALIDATORS = {kind: jsonschema.Draft202012Validator(schema) for kind, schema in KINDS.items()}
+SBATCH = Path("deploy/slurm/run.sbatch")
+DOCKER = Path("deploy/docker")
+
+
+def faults(document: dict) -> list[str]:
+    found = VALIDATORS[document["kind"]].iter_errors(document)
+    return [f"{error.json_path}: {error.message}" for error in found]
+
+
+def of_kind(kind: str) -> dict:
+    return next(document for _, document in DOCUMENTS if document["kind"] == kind)
+
+
+def cluster_specs() -> dict[str, dict]:
+    return {
+        "RayCluster": of_kind("RayCluster")["spec"],
+        "RayJob": of_kind("RayJob")["spec"]["rayClusterSpec"],
+    }
+
+
+def offered(group: dict) -> dict[str, float]:
+    """The resource parameter as `ray start` gets it, once the shell has taken its quotes off."""
+    return json.loads(json.loads(group["rayStartParams"]["resources"]))
+
+
+def nodes(spec: dict, groups: set[str]) -> dict[str, dict[str, float]]:
+    found = {}
+    for group in spec["workerGroupSpecs"]:
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        size = {"CPU": float(limits["cpu"]), "GPU": float(limits.get("nvidia.com/gpu", 0))}
+        for number in range(group["replicas"] if group["groupName"] in groups else 0):
+            found[f"{group['groupName']}-{number}"] = size | offered(group)
+    return found
+
+
+@pytest.mark.parametrize(("path", "document"), DOCUMENTS)
+def test_kubernetes_documents_have_the_fields_of_their_kind(path, document):
+    assert faults(document) == []
+
+
+def test_a_wrong_field_is_found():
+    job = of_kind("RayJob")
+    changes = [
+        lambda d: d["spec"].update(entrypont="x"),
+        lambda d: d["spec"]["rayClusterSpec"]["workerGroupSpecs"][0].update(replicas="1"),
+        lambda d: d["spec"]["rayClusterSpec"].pop("headGroupSpec"),
+        lambda d: d["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"].update(a=1),
+        lambda d: d.update(apiVersion="ray.io/v1alpha1"),
+    ]
+    for change in changes:
+        wrong = copy.deepcopy(job)
+        change(wrong)
+        assert faults(wrong) != []
+
+
+def test_kustomizations_name_files_that_exist_and_all_of_them():
+    named = set()
+    for path, document in DOCUMENTS:
+        if document["kind"] == "Kustomization":
+            for resource in document["resources"]:
+                found = (Path(path).parent / resource).resolve()
+                assert found.exists(), f"{path}: {resource}"
+                named.add(found / "kustomization.yaml" if found.is_dir() else found)
+    others = {path.resolve() for path in KUBERAY.rglob("*.yaml")} - named
+    assert {path.parent.name for path in others} == {"cluster", "job"}, "what nobody applies"
+    assert {path.name for path in others} == {"kustomization.yaml"}
+
+
+def test_worker_groups_offer_what_bundles_ask_for():
+    config = tiny_config(cluster={"worker_groups": True}, generation={"workers": 2})
+    asked = {b.owner.rpartition("-")[0] or b.owner: set(b.resources) for b in demand(config)}
+    services = {"generation": "generation", "scoring": "scoring"}
+    services |= {"learner": "training", "buffer": "training"}
+    assert asked.keys() == services.keys()
+    for spec in cluster_specs().values():
+        groups = {group["groupName"]: offered(group) for group in spec["workerGroupSpecs"]}
+        assert tuple(groups) == WORKER_GROUPS
+        for service, group in services.items():
+            assert asked[service] - {"CPU", "GPU"} == set(groups[group]) == {group_resource(group)}
+
+
+def test_without_worker_groups_any_node_will_do():
+    assert all(set(b.resources) <= {"CPU", "GPU"} for b in demand(tiny_config()))
+
+
+@pytest.mark.parametrize("kind", ["RayCluster", "RayJob"])
+def test_the_8_gpu_configuration_fits_the_cluster_and_each_group_is_needed(kind):
+    config = load_run("configs/qwen3_8b_8gpu.toml", ["cluster.worker_groups=true"])
+    spec = cluster_specs()[kind]
+    check_fits(demand(config), nodes(spec, set(WORKER_GROUPS)))
+    for group in WORKER_GROUPS:
+        with pytest.raises(PlacementError, match=rf"rlhf_{group}\)"):
+            check_fits(demand(config), nodes(spec, set(WORKER_GROUPS) - {group}))
+
+
+def test_fewer_ranks_are_counted_by_the_nodes_of_training():
+    bundles = rank_bundles(tiny_config(cluster={"worker_groups": True}, learner={"ranks": 4}))
+    assert list(fewer_ranks(bundles, 1, {"CPU": 100.0, "rlhf_training": 1.0})) == [3, 2, 1]
+    assert list(fewer_ranks(bundles, 1, {"CPU": 100.0, "rlhf_generation": 1.0})) == []
+
+
+def test_groups_scale_within_bounds_and_the_head_takes_no_work():
+    for spec in cluster_specs().values():
+        assert spec["enableInTreeAutoscaling"] is True
+        assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+        for group in spec["workerGroupSpecs"]:
+            assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+    assert [group.name for group in GROUPS if group.maximum > group.minimum] == [
+        "generation",
+        "scoring",
+    ]
+
+
+def test_pod_monitors_find_the_port_of_every_pod():
+    monitors = [d for _, d in DOCUMENTS if d["kind"] == "PodMonitor"]
+    types = [m["spec"]["selector"]["matchLabels"]["ray.io/node-type"] for m in monitors]
+    assert types == ["head", "worker"]
+    (port,) = {e["port"] for m in monitors for e in m["spec"]["podMetricsEndpoints"]}
+    for spec in cluster_specs().values():
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+            (container,) = group["template"]["spec"]["containers"]
+            (number,) = [p["containerPort"] for p in container["ports"] if p.get("name") == port]
+            assert group["rayStartParams"]["metrics-export-port"] == str(number)
+
+
+def test_the_versions_are_those_of_the_lock():
+    lock = Path("deploy/requirements-cpu.lock").read_text()
+    assert f"\nray=={RAY_VERSION}\n" in lock
+    extras = tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]
+    cuda = (DOCKER / "Dockerfile.cuda").read_text()
+    (vllm,) = [each for each in extras["cuda"] if each.startswith("vllm==")]
+    assert f'"{vllm}" "ray[default]=={RAY_VERSION}"' in cuda
+    for path in DOCKER.glob("Dockerfile.cu*a"):
+        assert "deepspeed==0.19.8" in path.read_text()
+    assert "deepspeed==0.19.8" in Path("Makefile").read_text()
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_images_are_pinned_copy_what_exists_and_run_as_a_user(kind):
+    path = DOCKER / f"Dockerfile.{kind}"
+    text = re.sub(r"\\\n\s*", "", path.read_text())
+    lines = [line.split() for line in text.splitlines() if line and not line.startswith("#")]
+    images = [words[1] for words in lines if words[0] == "FROM"]
+    assert images
+    assert all(re.search(r":\d+\.\d+", image) for image in images)
+    allowed = path.with_name(f"{path.name}.dockerignore").read_text().splitlines()
+    assert allowed[0] == "*", "nothing is sent but what is named"
+    for words in lines:
+        for source in words[1:-1] if words[0] == "COPY" else ():
+            assert Path(source).exists()
+            assert f"!{source}" in allowed
+    assert ["USER", "1000"] in lines
+    assert ["COPY", "rlhf_cluster", "rlhf_cluster"] in lines
+
+
+def test_the_slurm_options_are_those_of_sbatch():
+    known = {"job-name", "output", "open-mode", "requeue", "time", "signal", "nodes"}
+    known |= {"ntasks-per-node", "cpus-per-task", "gpus-per-node"}
+    found = re.findall(r"^#SBATCH (?:--([a-z-]+)(=\S+)?|(hetjob))$", SBATCH.read_text(), re.M)
+    assert {name for name, _, _ in found if name} == known
+    assert sum(bool(separator) for *_, separator in found) == len(WORKER_GROUPS) - 1
+    assert len(found) == SBATCH.read_text().count("\n#SBATCH")
