@@ -142,7 +142,12 @@ async def test_a_group_stays_with_a_busier_worker_and_ends_as_without_a_pool():
     assert len(plant.calls) == 5, "18 tokens at most, 4 at a time"
     assert len(set(plant.calls)) == 1
     totals = plant.totals()
-    assert totals == {"segments_total": 5, "tokens_kept_total": 0, "tokens_resampled_total": 0}
+    assert totals == {
+        "segments_total": 5,
+        "tokens_kept_total": 0,
+        "tokens_resampled_total": 0,
+        "retries_total": 0,
+    }
 
 
 async def test_whole_responses_are_one_call():
@@ -174,6 +179,7 @@ async def test_a_worker_that_dies_in_the_third_segment_costs_that_segment_alone(
         "segments_total": 5,
         "tokens_kept_total": prefix.num_tokens,
         "tokens_resampled_total": third.num_tokens - prefix.num_tokens,
+        "retries_total": 1,
     }
     assert plant.pool.num_restarts == 1
 
@@ -282,4 +288,5 @@ async def test_a_worker_killed_in_the_middle_of_a_response_leaves_its_tokens_to_
         "generation/segments_total": 8,
         "generation/tokens_kept_total": 9 * 4,
         "generation/tokens_resampled_total": 9 * 2,
+        "generation/retries_total": 1,
     }
