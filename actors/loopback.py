@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import socket
 
-from ray._private import ray_constants, services
+from ray._private import ray_constants
+from ray.util import get_node_ip_address
 
 CONNECT_TIMEOUT_S = 2.0
 LOOPBACK = "127.0.0.1"
@@ -37,7 +38,7 @@ def follow(address: str, outward: str | None = None) -> None:
     if host != LOOPBACK or not port.isdigit():
         return
     try:
-        own = outward or services.get_node_ip_address()
+        own = outward or get_node_ip_address()
         socket.create_connection((own, int(port)), CONNECT_TIMEOUT_S).close()
     except OSError:
         stay_on_loopback()
