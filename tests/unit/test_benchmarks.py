@@ -50,15 +50,6 @@ def test_figures_are_the_final_rewards_and_their_means() -> None:
     assert found["reward_after/ppo/mean"] == 0.25
 
 
-def test_the_picture_is_drawn_from_whatever_is_finished(tmp_path: Path) -> None:
-    runs = {}
-    for case in ("grpo", "ppo", "staleness-2-coupled"):
-        record = {"case": case, "seed": 0, "rewards": [0.1] * 12, "reward_after": 0.5}
-        runs[f"{case}/0"] = record
-    learning_curves.draw(runs, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
 def test_the_plain_sampler_reports_the_probabilities_it_samples_with(tmp_path: Path) -> None:
     folder = save_llama(tmp_path / "model")
     sampler = PlainSampler(folder, seed=3)

@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import re
-import struct
 import subprocess
 import sys
 
@@ -171,22 +170,6 @@ def test_missing_and_null_values_are_gaps():
     steps, values = series(records, "reward/mean")
     assert steps.tolist() == [1.0, 2.0, 4.0]
     assert np.array_equal(values, [1.0, np.nan, np.nan], equal_nan=True)
-
-
-@pytest.mark.parametrize("num_steps", [1, 40])
-def test_a_curve_is_a_picture(tmp_path, num_steps):
-    records = [
-        {"step": 0, "evaluation/reward_mean": 0.1},
-        *({"step": k, "reward/mean": k / 40, "time/step_s": 1.0} for k in range(1, num_steps + 1)),
-        {"step": num_steps + 1, "evaluation/reward_mean": 0.9, "staleness/mean": None},
-    ]
-    draw_curve(records, tmp_path / "curve.png", "demo")
-    picture = (tmp_path / "curve.png").read_bytes()
-    assert picture[:8] == b"\x89PNG\r\n\x1a\n"
-    width, height = struct.unpack(">II", picture[16:24])
-    assert width > 1000
-    assert height > 800
-    assert [p.name for p in tmp_path.iterdir()] == ["curve.png"]
 
 
 def test_there_is_no_curve_without_a_reward(tmp_path):
