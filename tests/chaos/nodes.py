@@ -24,6 +24,7 @@ from tests.chaos.processes import Process, descendants, of_pid
 
 INLINE_BYTES = 4096
 GONE_WITHIN_S = 30.0
+KNOWN_WITHIN_S = 180.0  # Ray looks at a node every few seconds, and gives it several looks
 
 
 @dataclass(slots=True, kw_only=True)
@@ -88,8 +89,11 @@ class Nodes:
         return commands
 
     def close(self) -> None:
+        """End all nodes. Waits for: Ray to know that none of them lives, those that were lost before
+        too; until then it would place the actors of a next run there."""
         for node in list(self.nodes):
             self._remove(node)
+        self.cluster.wait_for_nodes(timeout=KNOWN_WITHIN_S)
 
     def _remove(self, node: Node) -> None:
         self.nodes.remove(node)
