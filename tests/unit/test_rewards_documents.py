@@ -56,7 +56,8 @@ def test_every_example_is_what_a_run_takes(block):
     scoring = tomllib.loads(block)["scoring"]
     order = scoring.get("objective", {}).get("order", ["example"])
     scoring.setdefault("rewards", [{"type": "exact_match", "name": name} for name in order])
-    tiny_config(scoring=scoring)
+    taken = tiny_config(scoring=scoring).scoring
+    assert [reward.type for reward in taken.rewards] == [r["type"] for r in scoring["rewards"]]
 
 
 def test_the_table_has_every_reward():

@@ -60,10 +60,13 @@ ORDER = {"type": "lexicographic", "order": ["safe", "help"], "thresholds": {"saf
 
 def test_what_a_run_file_may_ask():
     for objective in (None, {"type": "weighted_sum"}, FLOOR, ORDER):
-        configured([HELP, SAFE], objective)
-    configured([HELP, {**SAFE, "weight": 0.0}], FLOOR)
-    configured([HELP, {**SAFE, "watch": True}])
-    configured([HELP, {**STEPS, "watch": True}], algorithm={"advantage": "outcome"})
+        taken = configured([HELP, SAFE], objective).scoring.objective
+        assert taken.type == (objective or {"type": "weighted_sum"})["type"]
+    unweighted = configured([HELP, {**SAFE, "weight": 0.0}], FLOOR).scoring
+    assert [reward.weight for reward in unweighted.rewards] == [1.0, 0.0]
+    for watched, sections in ((SAFE, {}), (STEPS, {"algorithm": {"advantage": "outcome"}})):
+        found = configured([HELP, {**watched, "watch": True}], **sections).scoring
+        assert [reward.watch for reward in found.rewards] == [False, True]
 
 
 @pytest.mark.parametrize(
