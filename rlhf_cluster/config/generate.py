@@ -12,12 +12,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from rlhf_cluster.algorithms.ppo import PpoConfig
 from rlhf_cluster.config.base import Section
-from rlhf_cluster.config.operating import ClusterSection, Observe
 from rlhf_cluster.config.run import RunConfig
+from rlhf_cluster.config.run_file import RunFile, RunSection
 from rlhf_cluster.config.scoring import Scoring
 from rlhf_cluster.config.sections import Buffer, Checkpoint, Data, Generation, Learner, Model, Run
 
@@ -83,43 +83,25 @@ class GenerateSection(Section):
         return self
 
 
-class GenerateRun(Section):
+class GenerateRun(RunSection):
     """Where the data set is made, and how fast."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
-    """Folder name of the stage below `root`."""
-    root: str = "runs"
-    """Folder that holds the runs; on a cluster one that every node sees."""
-    seed: int = Field(default=0, ge=0)
     max_in_flight_groups: PositiveInt = 64
     """Prompts being sampled or scored at once."""
     record_every: PositiveInt = 16
     """Finished prompts from one line of metrics.jsonl to the next."""
     stall_timeout_s: PositiveFloat = 300.0
     """The stage fails when a pool had no live worker for this long."""
-    start_timeout_s: PositiveFloat = 600.0
-    """The stage fails when the services are not up after this long."""
 
 
-class GenerateConfig(Section):
+class GenerateConfig(RunFile[GenerateRun]):
     """One stage that makes a data set."""
 
-    run: GenerateRun
     stage: GenerateSection
     model: Model
     data: Data
     generation: Generation
     scoring: Scoring
-    cluster: ClusterSection = ClusterSection()
-    observe: Observe = Observe()
-
-    @property
-    def run_dir(self) -> Path:
-        return Path(self.run.root) / self.run.name
-
-    @property
-    def weights_dir(self) -> Path:
-        return self.run_dir / "weights"
 
     @property
     def data_file(self) -> Path:
@@ -130,11 +112,6 @@ class GenerateConfig(Section):
     def checkpoint(self) -> Checkpoint:
         """There are none: what is finished is in the run directory, prompt by prompt."""
         return Checkpoint(every=0)
-
-    def with_absolute_paths(self) -> GenerateConfig:
-        """The same stage with folders that mean the same in every process."""
-        run = self.run.model_copy(update={"root": str(Path(self.run.root).absolute())})
-        return GenerateConfig.model_validate({**self.model_dump(), "run": run.model_dump()})
 
     @property
     def as_run(self) -> RunConfig:

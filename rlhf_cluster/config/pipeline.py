@@ -24,6 +24,7 @@ from rlhf_cluster.config.base import Section, read_tree, validate
 from rlhf_cluster.config.either import AnyConfig, of_tree
 from rlhf_cluster.config.generate import GenerateConfig
 from rlhf_cluster.config.members import members_of
+from rlhf_cluster.config.run_file import NAME_PATTERN
 from rlhf_cluster.errors import ConfigError
 
 _PLACE = re.compile(r"\{stages\.([^.{}]*)\.([^.{}]*)\}")
@@ -32,7 +33,7 @@ _PLACE = re.compile(r"\{stages\.([^.{}]*)\.([^.{}]*)\}")
 class PipelineSection(Section):
     """Where the stages leave their files."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    name: str = Field(pattern=NAME_PATTERN)
     """Folder below `root` that holds the stages' own."""
     root: str = "runs"
     """Folder that holds the runs; on a cluster one that every node sees."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 from pydantic import model_validator
 
 from rlhf_cluster.algorithms import ALGORITHMS, AlgorithmConfig, GrpoConfig
 from rlhf_cluster.config.autoscale import Autoscale, check_autoscale
-from rlhf_cluster.config.base import Section, load
+from rlhf_cluster.config.base import load
 from rlhf_cluster.config.check_checkpoint import check_checkpoint
 from rlhf_cluster.config.check_generation import check_generation
 from rlhf_cluster.config.check_kl import check_kl
@@ -25,7 +26,7 @@ from rlhf_cluster.config.check_staleness import check_staleness
 from rlhf_cluster.config.check_steps import check_steps
 from rlhf_cluster.config.check_teacher import check_teacher
 from rlhf_cluster.config.check_weights import check_weights
-from rlhf_cluster.config.operating import ClusterSection, Observe
+from rlhf_cluster.config.run_file import RunFile
 from rlhf_cluster.config.scoring import Scoring
 from rlhf_cluster.config.sections import (
     Buffer,
@@ -45,10 +46,9 @@ from rlhf_cluster.config.sections import (
 from rlhf_cluster.records import Sampling
 
 
-class RunConfig(Section):
+class RunConfig(RunFile[Run]):
     """One reinforcement-learning run."""
 
-    run: Run
     model: Model
     data: Data
     algorithm: AlgorithmConfig = GrpoConfig()
@@ -62,29 +62,19 @@ class RunConfig(Section):
     weights: Weights = Weights()
     buffer: Buffer = Buffer()
     checkpoint: Checkpoint = Checkpoint()
-    cluster: ClusterSection = ClusterSection()
-    observe: Observe = Observe()
     autoscale: Autoscale | None = None
 
     @property
-    def run_dir(self) -> Path:
-        return Path(self.run.root) / self.run.name
-
-    @property
     def weights_dir(self) -> Path:
-        return (
-            (Path(self.weights.root) / self.run.name)
-            if self.weights.root
-            else self.run_dir / "weights"
-        )
+        root = self.weights.root
+        return Path(root) / self.run.name if root else self.run_dir / "weights"
 
-    def with_absolute_paths(self) -> RunConfig:
-        """The same run with folders that mean the same in every process."""
-        run = self.run.model_copy(update={"root": str(Path(self.run.root).absolute())})
-        weights = self.weights
-        if weights.root is not None:
-            weights = weights.model_copy(update={"root": str(Path(weights.root).absolute())})
-        return self.model_copy(update={"run": run, "weights": weights})
+    def with_absolute_paths(self) -> Self:
+        here, root = super().with_absolute_paths(), self.weights.root
+        if root is None:
+            return here
+        weights = self.weights.model_copy(update={"root": str(Path(root).absolute())})
+        return here.model_copy(update={"weights": weights})
 
     @property
     def stored_reference(self) -> bool:

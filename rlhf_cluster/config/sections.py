@@ -9,6 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from rlhf_cluster.config.base import Section
 from rlhf_cluster.config.quarantine import Quarantine
+from rlhf_cluster.config.run_file import RunSection
 from rlhf_cluster.config.tokenizers import CharacterTokenizer, TokenizerInit
 from rlhf_cluster.experience.staleness import OnStale
 
@@ -17,22 +18,15 @@ FrozenQuantization = Literal["int8"]
 """How the linear layers of a model that is not trained are held, computed in its `dtype`."""
 
 
-class Run(Section):
+class Run(RunSection):
     """What is run, how long, and where it leaves its files."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
-    """Folder name of the run below `root`."""
-    root: str = "runs"
-    """Folder that holds the runs; on a cluster one that every node sees."""
-    seed: int = Field(default=0, ge=0)
     steps: PositiveInt
     """Steps of reinforcement learning, each on one batch of groups."""
     groups_per_step: PositiveInt
     """Prompts (groups of rollouts) that one step trains on."""
     stall_timeout_s: PositiveFloat = 300.0
     """The run fails when the learner got nothing to train on for this long."""
-    start_timeout_s: PositiveFloat = 600.0
-    """The run fails when the services are not up after this long."""
 
 
 class ModelInit(Section):

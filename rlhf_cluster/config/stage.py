@@ -7,14 +7,11 @@ both keys, their values and the cure.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pydantic import model_validator
 
-from rlhf_cluster.config.base import Section
 from rlhf_cluster.config.check_checkpoint import check_checkpoint
 from rlhf_cluster.config.check_model import check_model
-from rlhf_cluster.config.operating import ClusterSection, Observe
+from rlhf_cluster.config.run_file import RunFile
 from rlhf_cluster.config.sections import (
     Checkpoint,
     Learner,
@@ -24,36 +21,20 @@ from rlhf_cluster.config.stage_sections import StageData, StageRun
 from rlhf_cluster.stages import STAGES, StageSection
 
 
-class StageConfig(Section):
+class StageConfig(RunFile[StageRun]):
     """One offline stage."""
 
-    run: StageRun
     stage: StageSection
     model: Model
     data: StageData
     learner: Learner
     checkpoint: Checkpoint = Checkpoint()
-    cluster: ClusterSection = ClusterSection()
-    observe: Observe = Observe()
-
-    @property
-    def run_dir(self) -> Path:
-        return Path(self.run.root) / self.run.name
-
-    @property
-    def weights_dir(self) -> Path:
-        return self.run_dir / "weights"
 
     @property
     def tokens_per_row(self) -> int:
         """The longest unit that the data can have, unless the learner says more."""
         longest = self.data.max_tokens * self.stage.max_unit_size
         return self.learner.tokens_per_row or longest
-
-    def with_absolute_paths(self) -> StageConfig:
-        """The same stage with folders that mean the same in every process."""
-        run = self.run.model_copy(update={"root": str(Path(self.run.root).absolute())})
-        return self.model_copy(update={"run": run})
 
     @model_validator(mode="after")
     def _sections_agree(self) -> StageConfig:

@@ -8,17 +8,13 @@ from typing import ClassVar, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from rlhf_cluster.config.base import Section
+from rlhf_cluster.config.run_file import RunSection
 from rlhf_cluster.config.sections import Dtype
 
 
-class StageRun(Section):
+class StageRun(RunSection):
     """What is run, how long, and where it leaves its files."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
-    """Folder name of the stage below `root`."""
-    root: str = "runs"
-    """Folder that holds the runs; on a cluster one that every node sees."""
-    seed: int = Field(default=0, ge=0)
     steps: PositiveInt | None = None
     """Optimizer steps; or give `epochs`."""
     epochs: PositiveInt | None = None
@@ -29,8 +25,6 @@ class StageRun(Section):
     """Steps between two evaluations on held-out units; 0: before the first and after the last only."""
     export_dtype: Dtype = "float32"
     """Type of the weights in `final/`; float32 loses nothing."""
-    start_timeout_s: PositiveFloat = 600.0
-    """The stage fails when its ranks are not up after this long."""
 
 
 class Source(Section):
