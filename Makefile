@@ -3,6 +3,9 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 LOCK := deploy/requirements-cpu.lock
+TORCH := deploy/requirements-torch.lock
+DEEPSPEED := deploy/requirements-deepspeed.lock
+TRL := deploy/requirements-trl.lock
 RUN := quickstart
 N := 20
 STEPS := 2000
@@ -17,18 +20,19 @@ export TOKENIZERS_PARALLELISM := false
 export RAY_AUTH_MODE := disabled
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: quickstart install test unit explore crosscheck component system gpu chaos soak audit promtool lint format clean
+.PHONY: quickstart install test unit explore crosscheck component system gpu chaos soak lock audit promtool lint format clean
 
 quickstart: install
 	$(BIN)/rlhf-cluster run configs/quickstart.toml --set run.name=$(RUN) --overwrite
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: $(LOCK) pyproject.toml
+$(VENV)/.installed: $(LOCK) $(TORCH) $(DEEPSPEED) pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found. Install Python 3.11, or: make PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(PIP_OPTIONS) --requirement $(LOCK)
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install $(PIP_OPTIONS) --no-build-isolation deepspeed==0.19.8
+	$(BIN)/python -m pip install $(PIP_OPTIONS) --require-hashes --requirement $(LOCK)
+	$(BIN)/python -m pip install $(PIP_OPTIONS) --requirement $(TORCH)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install $(PIP_OPTIONS) --no-build-isolation --require-hashes --requirement $(DEEPSPEED)
 	$(BIN)/python -m pip install $(PIP_OPTIONS) --no-build-isolation --editable .
 	@$(BIN)/python -m compileall -q -q -j 0 -x '$(NOT_COMPILED)' $(addprefix $(VENV)/lib/python3*/site-packages/,$(COMPILED)) >/dev/null || true
 	@touch $@
@@ -49,8 +53,8 @@ explore: install
 crosscheck: install $(VENV)/.trl
 	PYTHONPATH=$(VENV)/trl $(BIN)/pytest tests/crosscheck
 
-$(VENV)/.trl: deploy/requirements-trl.lock $(VENV)/.installed
-	$(BIN)/python -m pip install $(PIP_OPTIONS) --target $(VENV)/trl --requirement deploy/requirements-trl.lock
+$(VENV)/.trl: $(TRL) $(VENV)/.installed
+	$(BIN)/python -m pip install $(PIP_OPTIONS) --target $(VENV)/trl --require-hashes --requirement $(TRL)
 	@touch $@
 
 component: install
@@ -68,9 +72,13 @@ chaos: install
 soak: install
 	$(BIN)/python -m tests.soak.run --steps $(STEPS) --out benchmarks/results/soak.json
 
-# Known vulnerabilities of what the lock pins; asks PyPI.
+# Hashes of what the locks pin, after a version was changed; asks PyPI.
+lock: install
+	$(BIN)/python deploy/lock.py $(LOCK) $(TRL)
+
+# Known vulnerabilities of what the locks pin; asks PyPI.
 audit: $(VENV)/audit/bin/pip-audit
-	$(BIN)/python deploy/audit.py $(VENV)/audit/bin/pip-audit $(LOCK)
+	$(BIN)/python deploy/audit.py $(VENV)/audit/bin/pip-audit $(LOCK) $(TORCH) $(DEEPSPEED) $(TRL)
 
 $(VENV)/audit/bin/pip-audit: | install
 	$(PYTHON) -m venv $(VENV)/audit

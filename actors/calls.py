@@ -54,7 +54,9 @@ async def core_answer(ref: ray.ObjectRef, timeout_s: float, what: str) -> Any:
     try:
         return await answer(ref, timeout_s, what)
     except (WorkerDied, WorkerSilent) as error:
-        raise CoreLost(str(error)) from error
+        lost = CoreLost(str(error))
+        lost.process = what.partition(".")[0]
+        raise lost from error
 
 
 def answer_now(ref: ray.ObjectRef, timeout_s: float, what: str) -> Any:

@@ -89,6 +89,7 @@ class Cutter:
             tell=self.observer.event,
             clock=time.monotonic,
             timeout_s=settings.timeout_s,
+            told_fraction=self.config.observe.slow_write_fraction,
             kept=self.kept,
             copies=copies,
             stats=CheckpointStats(last=-1 if resumed is None else resumed.step),

@@ -16,8 +16,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-
+from actors.abandoned import Abandoned
 from actors.calls import RecordLost, WorkerDied, WorkerSilent, answer
 from actors.pool import State, Worker, WorkerPool
 from rlhf_cluster.config import RunConfig
@@ -51,36 +50,9 @@ class _Answer:
     num_failed: int
 
 
-class _Abandoned:
-    """Calls that nobody waits for any more, and that workers may still be at."""
-
-    def __init__(self, pool: WorkerPool, silence_s: float) -> None:
-        self._pool = pool
-        self._silence_s = silence_s
-        self._calls: list[tuple[Worker, Any]] = []
-
-    def add(self, worker: Worker, reference: Any) -> None:
-        """Cancelled: what waits in the worker does not begin, and an engine aborts its requests."""
-        ray.cancel(reference)
-        self._calls.append((worker, reference))
-
-    async def end(self) -> None:
-        """Waits for: each to end. A worker that is at one after `silence_s` is replaced."""
-        calls, self._calls = self._calls, []
-        await asyncio.gather(*(self._end(worker, reference) for worker, reference in calls))
-
-    async def _end(self, worker: Worker, reference: Any) -> None:
-        try:
-            await answer(reference, self._silence_s, f"{worker.name}: a call that was given up")
-        except WorkerSilent as error:
-            await self._pool.fail(worker, error)
-        except RlhfError:
-            pass  # it has ended
-
-
 async def _try_workers(
     pool: WorkerPool,
-    abandoned: _Abandoned,
+    abandoned: Abandoned,
     call: Callable[[Worker], tuple[Any, Handle]],
     what: str,
     timeout_s: float,
@@ -134,9 +106,10 @@ class RayGeneration:
     def __init__(self, pool: WorkerPool, config: RunConfig) -> None:
         self._pool = pool
         self._config = config.generation
-        self._abandoned = _Abandoned(pool, config.cluster.heartbeat_timeout_s)
+        self._abandoned = Abandoned(pool, config.cluster.heartbeat_timeout_s)
         self._totals = {"segments": 0, "tokens_kept": 0, "tokens_resampled": 0, "retries": 0}
         self._watch = Watch(config.generation.quarantine)
+        self._seen_changes = -1  # of the pool
         self.target: WeightVersion | None = None
 
     async def generate(
@@ -193,8 +166,7 @@ class RayGeneration:
             lambda w: self._faulted(w, ticket.group_id),
         )
         name, took = given.worker.name, given.summary
-        others = self._others(given.worker)
-        reason = self._watch.served(name, took["generate_s"], took["num_tokens"], others)
+        reason = self._watching().served(name, took["generate_s"], took["num_tokens"])
         if reason is not None:
             self._watch.forget(name)
             await self._pool.quarantine(given.worker, reason)
@@ -204,13 +176,17 @@ class RayGeneration:
         self._totals["retries"] += 1
 
     async def _faulted(self, worker: Worker, group_id: str) -> None:
-        reason = self._watch.fault(worker.name, group_id, time.monotonic(), self._others(worker))
+        reason = self._watching().fault(worker.name, group_id, time.monotonic())
         if reason is not None:
             self._watch.forget(worker.name)
             await self._pool.quarantine(worker, reason, needed=True)
 
-    def _others(self, worker: Worker) -> list[str]:
-        return [each.name for each in self._pool.live if each is not worker]
+    def _watching(self) -> Watch:
+        """The watch, which knows who is live."""
+        if self._pool.changes != self._seen_changes:
+            self._seen_changes = self._pool.changes
+            self._watch.present([worker.name for worker in self._pool.live])
+        return self._watch
 
     def metrics(self) -> Mapping[str, float]:
         """Segments, tries after the first, and the tokens that failed calls did not cost, or did."""
@@ -297,9 +273,11 @@ class RayScoring:
 
     def __init__(self, pool: WorkerPool, config: RunConfig) -> None:
         self._pool = pool
-        self._abandoned = _Abandoned(pool, config.cluster.heartbeat_timeout_s)
+        self._abandoned = Abandoned(pool, config.cluster.heartbeat_timeout_s)
         self._config = config.scoring
         self._load_timeout_s = config.run.start_timeout_s
+        stored = config.buffer.write_timeout_s if isinstance(config, RunConfig) else 0.0
+        self._score_timeout_s = config.scoring.request_timeout_s + stored
         self._keeper = (
             ReferenceKeeper(config.run_dir / "reference", config.scoring.reference_update)
             if config.stored_reference
@@ -385,7 +363,7 @@ class RayScoring:
             self._abandoned,
             lambda w: w.actor.score.options(num_returns=2).remote(group),
             "score",
-            self._config.request_timeout_s,
+            self._score_timeout_s,
             self._config.max_retries,
             self._retried,
         )

@@ -41,6 +41,7 @@ from actors.services import (
     started_pools,
 )
 from actors.signals import ended_by_signals
+from actors.spares import learner_spares
 from actors.supervisor import Supervisor, look_at_buffer
 from actors.training import Attempt, Place, Stopped, stopped_text
 from actors.transports import transport_of
@@ -48,13 +49,14 @@ from rlhf_cluster.autoscale import Autoscaler
 from rlhf_cluster.checkpoint.continuing import Continuation
 from rlhf_cluster.checkpoint.folder import Checkpoint
 from rlhf_cluster.config import RunConfig
-from rlhf_cluster.errors import RlhfError, StalledError
+from rlhf_cluster.errors import CoreLost, RlhfError, StalledError
 from rlhf_cluster.inputs import Inputs, check_inputs
 from rlhf_cluster.observe.live import LiveView
 from rlhf_cluster.observe.logs import configure
 from rlhf_cluster.observe.run_log import read_metrics
 from rlhf_cluster.restarts import Restarts, point_of_return, with_recovery
 from rlhf_cluster.rundir import RunDir
+from rlhf_cluster.spares import rank_of
 from rlhf_cluster.weights.export import export_hf
 from rlhf_cluster.weights.sync import SyncStats
 
@@ -117,6 +119,8 @@ class _Run:
         self.attempt: Attempt | None = None  # with the learner that lives
         self.restarts = Restarts(limit=config.learner.max_restarts)
         self.num_ranks = 0
+        self.lost: frozenset[int] = frozenset()  # ranks, by the attempt before
+        self.spares = learner_spares(self.launcher, lambda text: self.observer.event(text))
         self.pools: tuple[WorkerPool, WorkerPool]
         self.place: Place
         self.observer: RunObserver
@@ -173,6 +177,7 @@ class _Run:
                 **checkpoint_metrics(self.attempt.checkpoints if self.attempt else None),
                 "learner/restarts_total": float(self.restarts.used),
                 "learner/ranks": float(self.num_ranks),
+                "learner/spares_ready": float(self.spares.num_ready),
                 "control/restarts_total": float(control.num_restarts),
             },
         )
@@ -218,6 +223,7 @@ class _Run:
         """The pools stay to the end; learner and buffer are started as often as it takes."""
         async with (
             self.place.transport.serving(),
+            self.spares.kept(),
             started_pools(self.config, *self.pools) as started,
             supervisor.watching(started),
         ):
@@ -230,10 +236,13 @@ class _Run:
         """One learner and one buffer, from their start to the end of training, or of them."""
         state, again = self.checkpoint and self.checkpoint.state, self.restarts.used > 0
         may_shrink = again and self.config.learner.on_loss == "shrink"
-        core = Core(self.launcher, may_shrink, self.observer.event)
+        core = Core(
+            self.launcher, may_shrink, self.observer.event, spares=self.spares, lost=self.lost
+        )
         try:
             learner, buffer = await core.start(state and state.buffer, self._prepare)
             self.num_ranks = core.num_ranks
+            self.spares.resume()
             async with core.watched(look_at_buffer(buffer, self.observer)):
                 await asyncio.shield(started)
                 self.attempt = Attempt(
@@ -245,6 +254,7 @@ class _Run:
                 )
                 return await self._trained_by(self.attempt, core)
         except RlhfError as error:
+            await self.observer.look_at_processes()
             loss = await core.loss_behind(error)
             if loss is error:
                 raise
@@ -278,6 +288,7 @@ class _Run:
         if attempt is not None and stopped and not attempt.growing:
             raise Stopped(f"{stopped_text(self.config, self._last_checkpoint)}. {lost}") from lost
         self.attempt = None
+        self.lost = rank_of(lost.process) if isinstance(lost, CoreLost) else frozenset()
         self.observer.state("recovering")
         if attempt is not None:
             await attempt.abandon()

@@ -8,6 +8,7 @@ the driver starts another (`actors.control_channel`); who asked meanwhile gets a
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -110,7 +111,7 @@ def find(run_name: str, address: str) -> Any:
                 address=address,
                 namespace=NAMESPACE,
                 log_to_driver=False,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise RunError(

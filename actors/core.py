@@ -8,7 +8,8 @@ Promises:
   answer for `cluster.heartbeat_timeout_s` counts as lost, as in the pools;
 - a failure beside a loss is taken for its consequence: the `CoreLost` names who is gone;
 - a rank that lives and failed in a way that may pass (`RankFailed`) counts as lost too;
-- a core that may shrink starts with the ranks that there is room for, when it is not for all of them;
+- ranks are hot spares first, then new processes; a core that may shrink starts with those and the ranks
+  that there is room for, when it is not for all of them;
 - nothing outlives `take_down`: ranks that wait in a collective for a dead one are killed too.
 """
 
@@ -16,7 +17,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Mapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,9 +39,11 @@ from actors.launch import place, spawn, take_down
 from actors.learner import LearnerActor, RayLearner
 from actors.ranks import ACTOR_OPTIONS
 from actors.services import Launcher
+from actors.spares import Spare, Spares
 from rlhf_cluster.errors import CoreLost, PlacementError, RankFailed, RlhfError, first_failure
 from rlhf_cluster.experience.buffer import BufferState
 from rlhf_cluster.planning.placement import Bundle, buffer_bundle, fewer_ranks, rank_bundles
+from rlhf_cluster.spares import seats, told
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +72,13 @@ class Core:
         may_shrink: bool = False,
         tell: Callable[[str], None] = log.info,
         place_bundles: Callable[..., Awaitable[Any]] = place,
+        spares: Spares | None = None,
+        lost: Collection[int] = (),
     ) -> None:
+        """`lost` are the ranks that the core before this one lost."""
         self._launcher = launcher
         self._may_shrink, self._tell, self._place = may_shrink, tell, place_bundles
+        self._spares, self._lost = spares, lost
         self._silence_s = launcher.config.cluster.heartbeat_timeout_s
         self.members: list[Member] = []
         self.num_ranks = 0
@@ -108,7 +123,9 @@ class Core:
         found = await asyncio.gather(*looks, return_exceptions=True)
         lost = next((each for each in found if isinstance(each, CoreLost)), None)
         if lost is not None:
-            return CoreLost(f"{lost}. Noticed by: {error}")
+            behind = CoreLost(f"{lost}. Noticed by: {error}")
+            behind.process = lost.process
+            return behind
         return CoreLost(str(error)) if isinstance(error, RankFailed) else error
 
     def take_down(self) -> None:
@@ -138,7 +155,10 @@ class Core:
 
         Waits for: that room, at most `cluster.place_timeout_s`. What is reserved is given back.
         """
-        missing = rank_bundles(self._launcher.config)[self.num_ranks :]
+        waiting = 0 if self._spares is None else self._spares.num_ready
+        missing = rank_bundles(self._launcher.config)[self.num_ranks + waiting :]
+        if not missing:
+            return True
         try:
             group = await self._reserve(missing)
         except RlhfError:
@@ -152,57 +172,92 @@ class Core:
         name = self._launcher.placement_name("learner")
         return await self._place(bundles, name, config.cluster.place_timeout_s)
 
-    async def place_ranks(self, free: Callable[[], Mapping[str, float]]) -> tuple[int, Any]:
-        """How many ranks there are, and where: a placement group of a bundle each.
+    async def place_ranks(
+        self, free: Callable[[], Mapping[str, float]], num_spares: int = 0
+    ) -> tuple[int, Any]:
+        """How many ranks there are, and where: a placement group of a bundle for each that is not one
+        of `num_spares` spares, which have places; None where all are.
 
         `free` gives what is free in the cluster. Raises `PlacementError`.
         """
         section = self._launcher.config.learner
-        bundles = rank_bundles(self._launcher.config)
+        bundles = rank_bundles(self._launcher.config)[num_spares:]
+        if not bundles:
+            return num_spares, None
         try:
-            return len(bundles), await self._reserve(bundles)
+            return num_spares + len(bundles), await self._reserve(bundles)
         except PlacementError as error:
             if not self._may_shrink:
                 raise
             no_room = error
-        for ranks in fewer_ranks(bundles, section.min_ranks, free()):
+        for new in fewer_ranks(bundles, max(0, section.min_ranks - num_spares), free()):
+            if num_spares + new == 0:
+                break
             try:
-                group = await self._reserve(bundles[:ranks])
+                group = await self._reserve(bundles[:new]) if new else None
             except PlacementError:
                 continue
-            self._tell(f"goes on with {ranks} of {len(bundles)} learner ranks: {no_room}")
-            return ranks, group
+            self._tell(
+                f"goes on with {num_spares + new} of {section.ranks} learner ranks: {no_room}"
+            )
+            return num_spares + new, group
         raise PlacementError(
             f"{no_room}. Nor is there for fewer, down to learner.min_ranks = {section.min_ranks}"
         ) from no_room
 
     async def _start_learner(self, prepare: Callable[[RayLearner], Awaitable[None]]) -> RayLearner:
-        """All ranks in one placement group, a bundle each."""
+        """All ranks that are no spares in one placement group, a bundle each."""
         asked = self._launcher.config
-        ranks, group = await self.place_ranks(ray.available_resources)
+        hired = await self._spares.hire(asked.learner.ranks) if self._spares else []
+        try:
+            ranks, group = await self.place_ranks(ray.available_resources, len(hired))
+        except BaseException:
+            if self._spares is not None:
+                self._spares.give_back(hired)
+            raise
+        taken = seats(ranks, self._lost, hired)
+        if hired:
+            self._tell(told(taken, self._lost))
         config = asked.model_copy(
             update={"learner": asked.learner.model_copy(update={"ranks": ranks})}
         )
-        actors = self.spawn_ranks(LearnerActor, config, group)
+        actors = self.spawn_ranks(LearnerActor, config, group, spares=taken)
         learner = RayLearner(actors, config)
         await learner.setup()
         await prepare(learner)
         return learner
 
-    def spawn_ranks(self, kind: type, config: Any, group: Any, *further: Any) -> list[Any]:
-        """The actors of all ranks, each built as `kind(config, model folder, rank, *further)`."""
-        actors = []
+    def spawn_ranks(
+        self,
+        kind: type,
+        config: Any,
+        group: Any,
+        *further: Any,
+        spares: Sequence[Spare | None] = (),
+    ) -> list[Any]:
+        """The actors of all ranks: its spare, where a rank has one, else a new one, built as
+        `kind(config, model folder, rank, *further)` in a bundle of `group`."""
+        actors, num_new = [], 0
         for rank, bundle in enumerate(rank_bundles(config)):
-            actor = spawn(
-                kind,
-                [config, self._launcher.model_dir, rank, *further],
-                bundle=bundle,
-                group=group,
-                index=rank,
-                environment={},
-                options=ACTOR_OPTIONS,
-            )
+            spare = spares[rank] if spares else None
+            if spare is not None:
+                actor, placement = spare.actor, spare.placement
+                actor.enlist.remote(config, rank)
+            else:
+                actor, placement = (
+                    spawn(
+                        kind,
+                        [config, self._launcher.model_dir, rank, *further],
+                        bundle=bundle,
+                        group=group,
+                        index=num_new,
+                        environment={},
+                        options=ACTOR_OPTIONS,
+                    ),
+                    group,
+                )
+                num_new += 1
             actors.append(actor)
-            self.members.append(Member(name=bundle.owner, actor=actor, placement=group))
+            self.members.append(Member(name=bundle.owner, actor=actor, placement=placement))
         self.num_ranks = len(actors)
         return actors

@@ -10,17 +10,20 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from actors.calls import core_answer
 from actors.metrics import RayMetrics
 from rlhf_cluster.config import RunConfig
+from rlhf_cluster.config.replay import fresh_groups
 from rlhf_cluster.experience.buffer import (
     BufferState,
     BufferStats,
     ExperienceBuffer,
     buffer_metrics,
 )
+from rlhf_cluster.experience.replay import replay_pool
 from rlhf_cluster.experience.service import Answer, BufferService
 from rlhf_cluster.experience.staleness import AdmissionGate
 from rlhf_cluster.observe.logs import configure
@@ -33,29 +36,37 @@ PATIENCE_S = 5.0
 REPLY_MARGIN_S = 60.0
 
 
+def buffer_service(config: RunConfig, state: BufferState | None = None) -> BufferService:
+    """The buffer of a run, from the `state` of a checkpoint where it goes on from one."""
+    gate = AdmissionGate(
+        max_staleness=config.staleness.max_staleness,
+        pipeline_depth=config.staleness.pipeline_depth,
+        groups_per_step=fresh_groups(config),
+        num_steps=config.run.steps,
+        max_in_flight_groups=config.staleness.max_in_flight_groups,
+        look_ahead=config.staleness.look_ahead,
+        on_stale=config.staleness.on_stale,
+        stale_limit=config.staleness.stale_limit,
+    )
+    replay = replay_pool(config)
+    buffer = (
+        ExperienceBuffer.resume(gate, state, replay)
+        if state
+        else ExperienceBuffer(gate, replay=replay)
+    )
+    log.info("admitting by %s", gate)
+    return BufferService(buffer, config.run.stall_timeout_s, PATIENCE_S, time.monotonic)
+
+
 class BufferActor:
     """`BufferService` in a process of its own. Handles arrive inside a list, so that Ray passes
-    the reference on instead of fetching what it stands for."""
+    the reference on instead of fetching what it stands for, and so they leave, replayed ones too."""
 
     def __init__(self, config: RunConfig, state: BufferState | None = None) -> None:
         """`state` is that of a checkpoint from which the run goes on."""
         configure("buffer", "buffer", config.run_dir / "logs")
         self._metrics = RayMetrics("buffer", {"run": config.run.name})
-        gate = AdmissionGate(
-            max_staleness=config.staleness.max_staleness,
-            pipeline_depth=config.staleness.pipeline_depth,
-            groups_per_step=config.run.groups_per_step,
-            num_steps=config.run.steps,
-            max_in_flight_groups=config.staleness.max_in_flight_groups,
-            look_ahead=config.staleness.look_ahead,
-            on_stale=config.staleness.on_stale,
-            stale_limit=config.staleness.stale_limit,
-        )
-        buffer = ExperienceBuffer.resume(gate, state) if state else ExperienceBuffer(gate)
-        self._service = BufferService(
-            buffer, config.run.stall_timeout_s, PATIENCE_S, time.monotonic
-        )
-        log.info("admitting by %s", gate)
+        self._service = buffer_service(config, state)
 
     async def admit(self) -> list[Ticket] | Answer:
         return await self._service.admit()
@@ -68,7 +79,10 @@ class BufferActor:
         await self._service.discard(ticket, reason)
 
     async def take(self, num_groups: int, learner_version: int) -> Sequence[Taken] | Answer:
-        return await self._service.take(num_groups, learner_version)
+        found = await self._service.take(num_groups, learner_version)
+        if isinstance(found, Answer):
+            return found
+        return [replace(taken, handle=[taken.handle]) if taken.uses else taken for taken in found]
 
     async def version_live(self, version: int) -> None:
         log.info("version %d is live on every worker", version)
@@ -84,6 +98,9 @@ class BufferActor:
     async def set_pipeline_depth(self, depth: int) -> None:
         log.info("pipeline depth: %d", depth)
         await self._service.set_pipeline_depth(depth)
+
+    async def forget(self, numbers: Sequence[int]) -> None:
+        await self._service.forget(numbers)
 
     async def present(self, after_s: float) -> None:
         """Answer after so many seconds: the process lives."""
@@ -136,6 +153,9 @@ class RayBuffer:
 
     async def set_pipeline_depth(self, depth: int) -> None:
         await self._call("set_pipeline_depth", depth)
+
+    async def forget(self, numbers: Sequence[int]) -> None:
+        await self._call("forget", numbers)
 
     async def stats(self) -> BufferStats:
         return await self._call("stats")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from actors.opening import in_run_directory
@@ -33,11 +34,13 @@ from actors.stage_observer import StageObserver
 from actors.supervisor import Supervisor
 from rlhf_cluster.checkpoint.continuing import Continuation
 from rlhf_cluster.config.generate import GenerateConfig
+from rlhf_cluster.data.render import render
 from rlhf_cluster.data.tokenizer import load_tokenizer
 from rlhf_cluster.errors import RlhfError
 from rlhf_cluster.generating.answers import GROUPS, Answers, AnswersFile
+from rlhf_cluster.generating.asking import EndpointAsker
 from rlhf_cluster.generating.dataset import write_dataset
-from rlhf_cluster.generating.producing import Completions, Producer
+from rlhf_cluster.generating.producing import Completions, Producer, Revisions
 from rlhf_cluster.generating.progress import Progress
 from rlhf_cluster.inputs import Inputs, check_inputs
 from rlhf_cluster.observe.live import LiveView
@@ -45,7 +48,6 @@ from rlhf_cluster.observe.logs import configure
 from rlhf_cluster.planning.derived import total_resources
 from rlhf_cluster.planning.placement import demand
 from rlhf_cluster.ports import Handle
-from rlhf_cluster.records import ExperienceGroup
 from rlhf_cluster.rundir import RunDir, write_json
 
 HEADLINE = "generate/reward_mean"
@@ -76,10 +78,17 @@ def run_generate(
         argv,
         overwrite,
         accept_changes,
-        lambda scratch: check_inputs(config.as_run, scratch),
+        lambda scratch: _checked(config, scratch),
         lambda inputs: (),
         run,
     )
+
+
+def _checked(config: GenerateConfig, scratch: Path) -> Inputs:
+    """As `check_inputs`; the key of an endpoint must be there too."""
+    if config.stage.revise is not None and config.stage.revise.endpoint is not None:
+        EndpointAsker.of(config.stage.revise.endpoint)
+    return check_inputs(config.as_run, scratch)
 
 
 class _Generation:
@@ -189,6 +198,7 @@ class _Generation:
             num_prompts=self.num_prompts,
             sampling=config.as_run.sampling,
             completions=completions,
+            revisions=self._revisions(),
             file=self.file,
             max_in_flight=config.run.max_in_flight_groups,
             max_error_rate=config.scoring.max_error_rate,
@@ -196,9 +206,29 @@ class _Generation:
             discarded=self._discarded,
         )
 
-    async def _fetch(self, handle: Handle) -> ExperienceGroup:
-        """Waits for: a scored group to be here, at most `scoring.request_timeout_s`."""
-        return await answer(handle, self.config.scoring.request_timeout_s, "a scored group")
+    def _revisions(self) -> Revisions | None:
+        """Raises `ConfigError` where the key of an endpoint is not set."""
+        how, data = self.config.stage.revise, self.config.data
+        if how is None:
+            return None
+        return Revisions(
+            how=how,
+            asker=None if how.endpoint is None else EndpointAsker.of(how.endpoint),
+            render=lambda text: render(text, "stage.revise", data, self.tokenizer),
+            encode=self._tokens,
+            max_prompt_tokens=data.max_prompt_tokens,
+            seed=self.config.run.seed,
+        )
+
+    async def _fetch(self, handle: Handle) -> Any:
+        """Waits for: a group to be here, at most `scoring.request_timeout_s`."""
+        return await answer(handle, self.config.scoring.request_timeout_s, "a group of responses")
+
+    def _tokens(self, text: str) -> list[int]:
+        """Of a response, with its end."""
+        tokenizer: Any = self.tokenizer
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return [*ids, tokenizer.eos_token_id]
 
     def _text(self, ids: Sequence[int]) -> str:
         """As rewards read it."""

@@ -21,7 +21,7 @@ import importlib
 import itertools
 import time
 from collections.abc import Callable, Coroutine, Iterable
-from typing import Any
+from typing import Any, cast
 
 from actors import segments
 from actors.engine import Engine, LoadedWeights, Sample, WeightGuard
@@ -140,8 +140,9 @@ class GenerationWorker:
             if not isinstance(error, TimeoutError):
                 raise
             raise StalledError(
-                f"{self._name}: version {version.version} was not live after "
-                f"generation.pull_timeout_s = {timeout_s:g} s"
+                f"{self._name}: version {version.version} of {version.path} was not live after "
+                f"generation.pull_timeout_s = {timeout_s:g} s. Look at that disk and the engine, or "
+                "raise it"
             ) from None
         for field in ("version", "digest", "num_tensors"):
             expected, found = getattr(version, field), getattr(loaded, field)
@@ -204,4 +205,4 @@ def _resolve(path: str) -> Callable[..., Engine]:
         raise ConfigError(f"engine_factory {path!r} cannot be imported: {error}") from error
     if not callable(factory):
         raise ConfigError(f"engine_factory {path!r}: expected 'module:callable'")
-    return factory
+    return cast("Callable[..., Engine]", factory)

@@ -116,7 +116,7 @@ class ScoringActor(ScoringWorker):
         log.info("reference of version %d loaded, digest %s", version.version, version.digest)
 
     @ray.method(concurrency_group=HEALTH_GROUP)
-    def health(self) -> dict[str, Any]:
+    def health(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Answered in a thread of its own: hanging rewards must not look like a dead worker."""
         answer = super().health()
         self._metrics.gauge("scoring/groups_running", answer["num_in_flight"])

@@ -32,6 +32,8 @@ from rlhf_cluster.weights.transport import Deadline
 
 log = logging.getLogger(__name__)
 
+PUBLISHING = "weights.publish_timeout_s"
+
 
 class LearnerActor(RankActor):
     """One rank of reinforcement learning."""
@@ -92,14 +94,20 @@ class LearnerActor(RankActor):
     @judging
     def write_snapshot(self, base: int | None, durable: bool, timeout_s: float) -> Any:
         deadline = self._writing = Deadline(f"learner-{self._number}: the write", timeout_s)
-        return self._transport.write(self._rank, base, durable, deadline)
+        return self._patience(timeout_s, PUBLISHING).wait(
+            f"a shard of a version in {self._config.weights_dir}",
+            lambda: self._transport.write(self._rank, base, durable, deadline),
+        )
 
     @judging
     def commit(
         self, version: int, shards: list[Any], durable: bool, timeout_s: float
     ) -> WeightVersion:
         deadline = self._writing = Deadline(f"the commit of version {version}", timeout_s)
-        published = self._transport.commit(version, shards, self._shapes, durable, deadline)
+        published = self._patience(timeout_s, PUBLISHING).wait(
+            f"version {version} in {self._config.weights_dir}",
+            lambda: self._transport.commit(version, shards, self._shapes, durable, deadline),
+        )
         log.info(
             "version %d published: %d bytes, %d stored",
             version,

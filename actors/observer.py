@@ -6,34 +6,31 @@ itself (samples) is written by the learner, so that no rollout passes through th
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
 import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from actors.metrics import RayMetrics
 from actors.pool import WorkerPool
-from rlhf_cluster.checkpoint import continuing
+from actors.telling import Observer
 from rlhf_cluster.checkpoint.folder import Checkpoint
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import RlhfError
 from rlhf_cluster.experience.buffer import BufferStats, buffer_metrics
-from rlhf_cluster.observe import advisor, post_mortem
+from rlhf_cluster.experience.replay import replay_metrics
+from rlhf_cluster.observe import advisor
 from rlhf_cluster.observe.metric import Role
 from rlhf_cluster.observe.metrics import find
 from rlhf_cluster.observe.parts import part_means
-from rlhf_cluster.observe.run_log import RunLog, read_metrics
-from rlhf_cluster.observe.sinks import open_sinks
-from rlhf_cluster.observe.snapshot import Event, Pool, Snapshot, State
+from rlhf_cluster.observe.run_log import read_metrics
+from rlhf_cluster.observe.snapshot import Pool, Snapshot, State
 from rlhf_cluster.pipeline import StepTimes
 from rlhf_cluster.ports import StepReport, Taken
 from rlhf_cluster.records import GroupSummary, Ticket
@@ -42,13 +39,11 @@ from rlhf_cluster.weights.sync import SyncStats
 
 log = logging.getLogger(__name__)
 
-MAX_EVENTS = 6
 OWN_ROLES = (Role.CONTROLLER, Role.WEIGHTS)  # the others export their numbers themselves
 
 
-class RunObserver:
-    """Implements the pipeline's observer. `show` gets every new snapshot; `started_s` is the unix
-    time at which the run was asked for; `further` gives metrics of services that the driver knows."""
+class RunObserver(Observer[RunConfig]):
+    """Implements the pipeline's observer. `further` gives metrics of services that the driver knows."""
 
     def __init__(
         self,
@@ -61,36 +56,30 @@ class RunObserver:
         clock: Callable[[], float] = time.time,
         further: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
-        self._rundir, self._pools, self._sync, self._show = rundir, pools, sync, show
-        self._config = config
-        self._clock, self._further = clock, further
-        self._started_s = started_s
+        self._pools, self._sync, self._further = pools, sync, further
         self._num_steps, self._num_warmup_steps = config.run.steps, config.sft.steps
-        self._log = RunLog(rundir, open_sinks(config, rundir.path, self.event))
-        self._metrics = RayMetrics("controller", {"run": config.run.name})
         self._rewards: deque[float] = deque(maxlen=10)
         self._recent: deque[dict[str, float]] = deque(maxlen=advisor.WINDOW)
-        self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
         self._buffer: BufferStats | None = None
         self._num_recovered = 0
         self.advice: advisor.Advice | None = None  # of the last steps
-        self.first_step_s: float | None = None
-        self.snapshot = Snapshot(
+        first = Snapshot(
             run=config.run.name,
             state="starting",
             step=0,
             num_steps=config.run.steps,
-            time_s=self._started_s,
+            time_s=started_s,
         )
+        super().__init__(config, rundir, show, started_s, clock, first)
 
     def step(self, report: StepReport, taken: Sequence[Taken], times: StepTimes) -> None:
         now = self._clock()
-        if self.first_step_s is None:
-            self.first_step_s = now - self._started_s
+        self._stepped(now)
         values = {
             "staleness/pipeline_depth": float(self._config.staleness.pipeline_depth),
             **report.metrics,
             **group_metrics(taken, times),
+            **replay_metrics(taken, self._config),
             **self._counters(),
             "step/number": float(report.step),
             "staleness/bound": float(self._config.staleness.bound),
@@ -120,7 +109,7 @@ class RunObserver:
 
     def num_workers(self, kind: str) -> int:
         """Live workers of a pool."""
-        return sum(len(pool.live) for pool in self._pools if pool.kind == kind)
+        return sum(pool.num_live for pool in self._pools if pool.kind == kind)
 
     def group_discarded(self, ticket: Ticket, error: RlhfError) -> None:
         self.event(f"group {ticket.group_id} discarded: {error}")
@@ -129,74 +118,32 @@ class RunObserver:
         self._num_recovered += 1
         log.info("group %s was on disk", ticket.group_id)
 
-    def event(self, text: str) -> None:
-        """Something worth telling: a restart, a discard, a scaling."""
-        self._tell(text)
+    def state(self, state: State, error: str | None = None, **changes: Any) -> None:
+        if self.snapshot.state == "warmup":
+            changes |= {"step": 0, "num_steps": self._num_steps}
+        super().state(state, error, **changes)
 
-    def _tell(self, text: str, **changes: Any) -> None:
-        log.info(text)
-        self._events.append(Event(time_s=self._clock(), text=text))
-        self._update(**changes)
-
-    def state(self, state: State, error: str | None = None) -> None:
-        log.info("%s%s", state, f": {error}" if error else "")
-        steps = {"step": 0, "num_steps": self._num_steps} if self.snapshot.state == "warmup" else {}
-        self._update(state=state, error=error, **steps)
-
-    def post_mortem(self, error: BaseException) -> None:
-        """Leave what is known of the run that `error` ends. Raises nothing."""
-
-        def document() -> dict[str, Any]:
-            return post_mortem.describe(
-                time_s=self._clock(),
-                run=self.snapshot.run,
-                error=error,
-                status=json.loads(self.snapshot.to_json()),
-                services={
-                    **{pool.kind: {"last_errors": pool.last_errors} for pool in self._pools},
-                    "buffer": None if self._buffer is None else asdict(self._buffer),
-                },
-                logs=post_mortem.read_tails(self._rundir.logs),
-                stacks=post_mortem.own_stacks(),
-                config=self._config.model_dump(mode="json"),
-                packages=json.loads(self._rundir.environment.read_text())["packages"],
-                variables=os.environ,
-            )
-
-        post_mortem.write(self._rundir.path / post_mortem.NAME, document)
+    def _services(self) -> Mapping[str, Any]:
+        return {
+            **{pool.kind: {"last_errors": pool.last_errors} for pool in self._pools},
+            "buffer": None if self._buffer is None else asdict(self._buffer),
+        }
 
     def resumed(self, step: int) -> None:
-        """The run goes on after `step` steps, which are in its record already."""
         self._read_rewards()
-        self._update(step=step, checkpoint=step)
-        self.event(f"continues from the checkpoint of step {step}")
-
-    def recovering(self, lost: RlhfError, restart: int, limit: int, step: int | None) -> None:
-        """Learner and buffer are lost: the run goes on from the checkpoint of `step`, or, where there
-        is none, from the beginning."""
-        where = "from the beginning" if step is None else f"from its checkpoint of step {step}"
-        text = f"{lost}: the run goes on {where}, restart {restart} of {limit}"
-        self._tell(text, state="recovering", restarts=restart)
+        super().resumed(step)
 
     def cut_back(self, checkpoint: Checkpoint | None) -> None:
-        """Take back what was told of the steps after `checkpoint`, or of all."""
-        continuing.cut_back(self._rundir, checkpoint)
-        self._log.reopen()
+        super().cut_back(checkpoint)
         self._rewards.clear()
         self._recent.clear()
         self.advice = None
         self._read_rewards()
-        step = None if checkpoint is None else checkpoint.state.step
-        self._update(step=step or 0, num_steps=self._num_steps, checkpoint=step)
+        self._update(num_steps=self._num_steps)
 
     def _read_rewards(self) -> None:
         records = read_metrics(self._rundir.metrics)
         self._rewards.extend(r["reward/mean"] for r in records if r.get("reward/mean") is not None)
-
-    def checkpointed(self, step: int) -> None:
-        """The run can be continued from `step`."""
-        log.info("checkpoint of step %d is complete", step)
-        self._update(checkpoint=step)
 
     def warmup(self, step: int, values: dict[str, float]) -> None:
         """A step of the supervised warm-up. Its steps count for themselves."""
@@ -219,9 +166,6 @@ class RunObserver:
         self._buffer = stats
         self._update()
 
-    def close(self) -> None:
-        self._log.close()
-
     def _counters(self) -> dict[str, float]:
         sync = self._sync()
         values = {
@@ -243,12 +187,13 @@ class RunObserver:
             values[f"pool/wanted/{pool.kind}"] = float(pool.wanted)
             values[f"pool/restarts_total/{pool.kind}"] = float(pool.num_restarts)
             values[f"pool/quarantined_total/{pool.kind}"] = float(pool.num_quarantined)
+            values[f"pool/autoscaled_total/{pool.kind}"] = float(pool.num_autoscaled)
         if self._buffer is not None:
             values |= buffer_metrics(self._buffer)
         return {**values, **self._further()}
 
     def _update(self, **changes: Any) -> None:
-        now, sync = self._clock(), self._sync()
+        sync = self._sync()
         pools = tuple(
             Pool(
                 name=p.kind,
@@ -265,45 +210,42 @@ class RunObserver:
                 "buffer_ready": self._buffer.ready,
                 "buffer_discarded": self._buffer.num_discarded,
             }
-        self.snapshot = replace(
-            self.snapshot,
-            time_s=now,
-            elapsed_s=now - self._started_s,
+        super()._update(
             pools=pools,
             version_published=sync.published if sync.published >= 0 else None,
             version_live=sync.live if sync.live >= 0 else None,
-            events=tuple(self._events),
             **changes,
         )
-        self._rundir.write_status(self.snapshot)
-        self._show(self.snapshot)
 
 
 def group_metrics(taken: Sequence[Taken], times: StepTimes) -> dict[str, float]:
-    """Rewards, lengths and times of one step, from the groups' summaries."""
-    rewards = np.array([r for t in taken for r in t.summary.rewards], dtype=np.float64)
-    tokens = np.array([t.summary.num_tokens for t in taken], dtype=np.float64)
-    flat = [max(t.summary.rewards) == min(t.summary.rewards) for t in taken]
-    steps = [r for t in taken for r in t.summary.step_rewards]
+    """Rewards, lengths and times of one step, from the groups' summaries; rewards and lengths of what
+    is fresh, so that each group counts once in a run."""
+    fresh = [t for t in taken if not t.uses]
+    rewards = np.array([r for t in fresh for r in t.summary.rewards], dtype=np.float64)
+    fresh_tokens = sum(t.summary.num_tokens for t in fresh)
+    tokens = sum(t.summary.num_tokens for t in taken)
+    flat = [max(t.summary.rewards) == min(t.summary.rewards) for t in fresh]
+    steps = [r for t in fresh for r in t.summary.step_rewards]
     of_steps = {}
     if steps:
         of_steps["reward/reasoning_step_mean"] = float(np.mean(steps))
         of_steps["reward/reasoning_steps_mean"] = len(steps) / len(rewards)
     return {
         **of_steps,
-        **part_means([t.summary for t in taken], "reward/part"),
+        **part_means([t.summary for t in fresh], "reward/part"),
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
         "reward/min": float(rewards.min()),
         "reward/max": float(rewards.max()),
         "reward/zero_std_groups_fraction": float(np.mean(flat)),
-        "response/length_mean_tokens": float(tokens.sum() / len(rewards)),
-        "response/length_max_tokens": float(max(t.summary.longest_tokens for t in taken)),
-        "response/stopped_fraction": sum(t.summary.num_stopped for t in taken) / len(rewards),
+        "response/length_mean_tokens": fresh_tokens / len(rewards),
+        "response/length_max_tokens": float(max(t.summary.longest_tokens for t in fresh)),
+        "response/stopped_fraction": sum(t.summary.num_stopped for t in fresh) / len(rewards),
         "step/groups": float(len(taken)),
-        "step/rollouts": float(len(rewards)),
-        "step/response_tokens": float(tokens.sum()),
-        "step/tokens_per_s": float(tokens.sum() / times.step_s) if times.step_s > 0 else 0.0,
+        "step/rollouts": float(sum(t.summary.num_rollouts for t in taken)),
+        "step/response_tokens": float(tokens),
+        "step/tokens_per_s": tokens / times.step_s if times.step_s > 0 else 0.0,
         "time/step_s": times.step_s,
         "time/learner_wait_s": times.learner_wait_s,
         "time/generation_wait_s": times.generation_wait_s,

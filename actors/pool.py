@@ -17,32 +17,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
 
+from actors.loads import Loads, State, Worker
 from rlhf_cluster.errors import PoolLost, RlhfError, StalledError, WorkerError
 
 log = logging.getLogger(__name__)
-
-
-class State(StrEnum):
-    LIVE = "live"
-    DRAINING = "draining"
-    RETIRED = "retired"
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Worker:
-    """One actor and what the pool knows of it."""
-
-    name: str
-    actor: Any
-    placement: Any
-    num_in_flight: int = 0
-    state: State = State.LIVE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,16 +58,28 @@ class WorkerPool:
     last_errors: dict[str, str] = field(default_factory=dict)
     num_restarts: int = 0
     num_quarantined: int = 0  # of them
+    num_autoscaled: int = 0  # changes of size that nobody asked for
     tell: Callable[[str], None] = lambda text: None
     _failure: RlhfError | None = None
     _first_cause: RlhfError | None = None
     _num_launched: int = 0
-    _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    _loads: Loads = field(default_factory=Loads)
+    _waiting: deque[asyncio.Future[None]] = field(default_factory=deque)  # for room
+    _idle: dict[Worker, asyncio.Event] = field(default_factory=dict)  # of those that are drained
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     @property
     def live(self) -> list[Worker]:
         return [w for w in self.workers if w.state is State.LIVE]
+
+    @property
+    def num_live(self) -> int:
+        return len(self._loads)
+
+    @property
+    def changes(self) -> int:
+        """How often a live worker came or went."""
+        return self._loads.changes
 
     async def start(self, wanted: int) -> None:
         """Launch `wanted` workers at once. The first failure to launch is raised."""
@@ -101,39 +97,66 @@ class WorkerPool:
         replacement that joins. `StalledError` when there was no live worker for
         `acquire_timeout_s`.
         """
-        async with self._changed:
-            await self._wait_for_room()
-            free = [w for w in self.live if self._has_room(w)]
-            others = [w for w in free if w not in avoid] or free
-            worker = prefer if prefer in free else min(others, key=lambda w: w.num_in_flight)
-            worker.num_in_flight += 1
+        await self._wait_for_room()
+        if prefer is None or prefer.state is not State.LIVE or not self._has_room(prefer):
+            worker = self._loads.least(self.limits.max_in_flight, avoid)
+        else:
+            worker = prefer
+        worker.num_in_flight += 1
         try:
             yield worker
         finally:
             worker.num_in_flight -= 1
-            await self._notify()
+            if worker.state is State.LIVE and self._has_room(worker):
+                self._wake(1)
 
     def _has_room(self, worker: Worker) -> bool:
         limit = self.limits.max_in_flight
         return limit is None or worker.num_in_flight < limit
 
     async def _wait_for_room(self) -> None:
-        def has_room() -> bool:
-            return any(self._has_room(worker) for worker in self.live)
-
-        while not has_room():
+        again = False
+        while not self._loads.has_room(self.limits.max_in_flight):
             self._raise_failure()
             try:
                 async with asyncio.timeout(self.limits.acquire_timeout_s):
-                    await self._changed.wait_for(lambda: has_room() or self._failure)
+                    await self._woken(first=again)
+                again = True
             except TimeoutError:
-                if self.live:
+                if self._loads:
                     continue
                 raise StalledError(
                     f"no live {self.kind} worker for {self.limits.acquire_timeout_s:g} s. "
                     f"{self.describe_errors()}"
                 ) from None
         self._raise_failure()
+
+    async def _woken(self, first: bool) -> None:
+        """Waits for: its turn, before the others' where it had its turn and came too late for it."""
+        turn = asyncio.get_running_loop().create_future()
+        (self._waiting.appendleft if first else self._waiting.append)(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn in self._waiting:
+                self._waiting.remove(turn)
+            elif self._loads.has_room(self.limits.max_in_flight):
+                self._wake(1)  # its turn passes on
+            raise
+
+    def _wake(self, number: int) -> None:
+        """The next so many of those who wait."""
+        while number and self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                number -= 1
+
+    def _worker_changed(self, worker: Worker) -> None:
+        """A worker that is idle ends its drain."""
+        self._loads.update(worker)
+        if worker.num_in_flight == 0 and worker in self._idle:
+            self._idle[worker].set()
 
     async def fail(self, worker: Worker, error: RlhfError) -> None:
         """Retire `worker` because of `error` and launch a replacement in the background."""
@@ -226,6 +249,7 @@ class WorkerPool:
         for task in self._tasks:
             task.cancel()
         for worker in self.workers:
+            worker.state = State.RETIRED
             self.retire(worker)
         self.workers.clear()
 
@@ -243,13 +267,15 @@ class WorkerPool:
             self._note(name, error)
             raise
         self.workers.append(worker)
-        await self._notify()
+        worker.changed = self._worker_changed
+        self._worker_changed(worker)
+        self._wake(self.limits.max_in_flight or len(self._waiting))
 
     async def _replace(self) -> None:
         """Launch until the pool has its size again. Ends there, or with the restart budget."""
         while len(self.live) < self.wanted:
             if self.num_restarts > self.limits.max_restarts:
-                await self._give_up()
+                self._give_up()
                 return
             await self.sleep(self.limits.backoff_s * min(self.num_restarts, 30))
             try:
@@ -257,13 +283,13 @@ class WorkerPool:
             except RlhfError:
                 self.num_restarts += 1
 
-    async def _give_up(self) -> None:
+    def _give_up(self) -> None:
         self._failure = PoolLost(
             f"{self.kind}: {self.num_restarts} restarts, more than {self.limits.max_restarts}. "
             f"First cause: {self._first_cause}"
         )
         self._failure.__cause__ = self._first_cause
-        await self._notify()
+        self._wake(len(self._waiting))
 
     async def _check_one(self, worker: Worker) -> None:
         try:
@@ -272,12 +298,16 @@ class WorkerPool:
             await self.fail(worker, error)
 
     async def _drain(self, worker: Worker) -> None:
-        async with self._changed:
-            try:
-                async with asyncio.timeout(self.limits.drain_timeout_s):
-                    await self._changed.wait_for(lambda: worker.num_in_flight == 0)
-            except TimeoutError:
-                log.warning("%s: still busy at the drain deadline, ended anyway", worker.name)
+        if worker.state is State.RETIRED:
+            return
+        idle = self._idle.setdefault(worker, asyncio.Event())
+        if worker.num_in_flight == 0:
+            idle.set()
+        try:
+            async with asyncio.timeout(self.limits.drain_timeout_s):
+                await idle.wait()
+        except TimeoutError:
+            log.warning("%s: still busy at the drain deadline, ended anyway", worker.name)
         await self._remove(worker)
 
     async def _remove(self, worker: Worker) -> None:
@@ -286,12 +316,9 @@ class WorkerPool:
         worker.state = State.RETIRED
         if worker in self.workers:
             self.workers.remove(worker)
+        if worker in self._idle:
+            self._idle.pop(worker).set()
         self.retire(worker)
-        await self._notify()
-
-    async def _notify(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
 
     def _note(self, name: str, error: RlhfError) -> None:
         log.warning("%s: %s", name, error)

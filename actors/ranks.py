@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import os
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -24,12 +25,17 @@ from actors.calls import core_answer
 from rlhf_cluster.checkpoint.state import LearnerState
 from rlhf_cluster.errors import WorkerError
 from rlhf_cluster.failures import judged
+from rlhf_cluster.slow_disk import Patience
 
 log = logging.getLogger(__name__)
 
 IO_GROUP = "io"  # three threads: publishing, its cancelling, a checkpoint
 LIFE_GROUP = "life"
 ACTOR_OPTIONS = {"concurrency_groups": {IO_GROUP: 3, LIFE_GROUP: 1}}
+ANSWER_S = 5.0
+"""For what a rank says at the deadline of a write."""
+NO_RANK = -1
+"""Of a hot spare, until `enlist`."""
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -64,6 +70,17 @@ class RankActor:
         self._listener: socket.socket | None = None
         self._store: Any = None
 
+    def warm(self) -> str:
+        """Import all that `setup` does, and no more; says which process this is."""
+        from rlhf_cluster.learning.warming import warm
+
+        warm(self._config.learner, self._model_dir)
+        return f"process {os.getpid()} on {ray.util.get_node_ip_address()}"
+
+    def enlist(self, config: Any, rank: int) -> None:
+        """A hot spare becomes rank `rank` of the run of `config`; before every other call of a rank."""
+        self._config, self._number = config, rank
+
     def rendezvous(self) -> str:
         """Where the ranks meet: this node, where rank 0 listens from now on. Asked of rank 0 only."""
         host = ray.util.get_node_ip_address()
@@ -88,7 +105,8 @@ class RankActor:
 
     @judging
     def write_state(self, root: str, timeout_s: float) -> Any:
-        return self._rank.write_state(root)
+        patience = self._patience(timeout_s, "checkpoint.timeout_s")
+        return patience.wait(f"a shard in {root}", lambda: self._rank.write_state(root))
 
     @judging
     def commit_state(self, root: str, version: int, reports: list[Any], timeout_s: float) -> None:
@@ -106,6 +124,13 @@ class RankActor:
     def present(self, after_s: float) -> None:
         """Answer after so many seconds, whatever the other threads do: the process lives."""
         time.sleep(after_s)
+
+    def _patience(self, timeout_s: float, setting: str) -> Patience:
+        """With a write to disk, which is to be over before the driver gives its call up."""
+        fraction = self._config.observe.slow_write_fraction
+        return Patience(
+            limit_s=timeout_s, setting=setting, told_fraction=fraction, tell=log.warning
+        )
 
     def close(self) -> None:
         if self._rank is not None:
@@ -149,7 +174,7 @@ class RayRanks:
             getattr(a, method).options(concurrency_group=IO_GROUP).remote(*arguments, left_s)
             for a in actors
         ]
-        return await self._answers(refs, left_s, method)
+        return await self._answers(refs, left_s + ANSWER_S, method)
 
     async def _all(self, method: str, timeout_s: float, *arguments: Any) -> list[Any]:
         refs = [getattr(actor, method).remote(*arguments) for actor in self._actors]

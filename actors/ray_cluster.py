@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rlhf_cluster.config import RunConfig
+from rlhf_cluster.config.either import AnyConfig
 from rlhf_cluster.errors import ConfigError, PlacementError
 
 # A local cluster listens on loopback alone (`actors.loopback`). Ray turns token authentication on by
@@ -20,18 +21,14 @@ import ray
 from actors import loopback
 from actors.control import NAMESPACE
 from rlhf_cluster.exposure import refuse_open
+from rlhf_cluster.planning.given import address_of, local_cpus
 from rlhf_cluster.planning.placement import demand
 
 OBJECT_STORE_BYTES = 512 << 20
 
 
-def address_of(config: RunConfig) -> str | None:
-    """The cluster to join, or None for a local one."""
-    return config.cluster.address or os.environ.get("RAY_ADDRESS") or None
-
-
 @contextmanager
-def connected(config: RunConfig) -> Iterator[str]:
+def connected(config: AnyConfig) -> Iterator[str]:
     """A Ray connection for the duration of a run; yields the cluster's address.
 
     Raises `PlacementError` when the cluster cannot be reached or started, `ConfigError` when the
@@ -47,7 +44,7 @@ def connected(config: RunConfig) -> Iterator[str]:
                 address=address,
                 namespace=NAMESPACE,
                 log_to_driver=False,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
             )
         else:
             _start_local(config)
@@ -63,7 +60,7 @@ def connected(config: RunConfig) -> Iterator[str]:
         ray.shutdown()
 
 
-def _start_local(config: RunConfig) -> None:
+def _start_local(config: AnyConfig) -> None:
     section = config.cluster
     if section.dashboard:
         _check_port_free(section.dashboard_port)
@@ -77,7 +74,7 @@ def _start_local(config: RunConfig) -> None:
         dashboard_port=section.dashboard_port if section.dashboard else None,
         object_store_memory=section.object_store_bytes or OBJECT_STORE_BYTES,
         log_to_driver=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
     )
 
 
@@ -87,12 +84,7 @@ def metrics_targets() -> list[str]:
     return [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in nodes]
 
 
-def local_cpus(config: RunConfig) -> int:
-    """Logical CPUs of a local cluster: the machine's cores unless the configuration says more."""
-    return int(config.cluster.num_cpus or os.cpu_count() or 1)
-
-
-def describe_demand(config: RunConfig) -> str:
+def describe_demand(config: AnyConfig) -> str:
     bundles = demand(config)
     cpus, gpus = sum(b.cpus for b in bundles), sum(b.gpus for b in bundles)
     return f"{len(bundles)} bundles, {cpus:g} CPU, {gpus:g} GPU"

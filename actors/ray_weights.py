@@ -44,7 +44,7 @@ _NAME_TIMEOUT_S = 30.0
 
 
 class RayObjects:
-    """`Objects` over `ray.put` and `ray.get`."""
+    """`Shelf` and `Objects` over `ray.put` and `ray.get`."""
 
     def put(self, chunks: Sequence[bytes | bytearray | memoryview]) -> Handle:
         # Arrays travel outside the pickle: into the store in one copy, and out of it in none.

@@ -17,7 +17,7 @@ import asyncio
 import functools
 import logging
 import time
-from typing import Any
+from typing import Any, cast
 
 from actors.opening import in_run_directory
 
@@ -25,7 +25,7 @@ from actors.opening import in_run_directory
 from actors.checkpointing import checkpoint_metrics
 from actors.services import Launcher
 from actors.signals import ended_by_signals
-from actors.stage_observer import StageObserver, packages_of
+from actors.stage_observer import StageObserver
 from actors.stage_ranks import RayStage, StageCore
 from actors.training import Stopped, stopped_text
 from rlhf_cluster.checkpoint import continuing
@@ -166,6 +166,7 @@ class _StageRun:
             async with core.watched(_nothing()):
                 return await self._trained(stage)
         except RlhfError as error:
+            await self.observer.look_at_processes()
             loss = await core.loss_behind(error)
             if loss is error:
                 raise
@@ -228,7 +229,9 @@ class _StageRun:
         await self.checkpoints.drain()
         await self.checkpoints.copied()
         version = await stage.write_final(rundir.weights)
-        num_values = config.stage.num_values if config.stage.model_kind == "value" else None
+        num_values = (
+            cast(Any, config.stage).num_values if config.stage.model_kind == "value" else None
+        )
         await asyncio.to_thread(
             export_hf,
             version,
@@ -287,6 +290,7 @@ class _StageRun:
             tell=self.observer.event,
             clock=time.monotonic,
             timeout_s=settings.timeout_s,
+            told_fraction=self.config.observe.slow_write_fraction,
             kept=lambda states: self.observer.checkpointed(states[-1].step),
             copies=copies,
             stats=CheckpointStats(last=-1 if resumed is None else resumed.step),
@@ -299,7 +303,7 @@ class _StageRun:
             before=self.before,
             score=None if self.held_out is None else sign * self.held_out,
             config_digest=continuing.digest(self.config),
-            packages=packages_of(self.rundir.environment),
+            packages=self.observer.packages(),
         )
 
     def _held_out_of(self, state: RunState) -> float | None:

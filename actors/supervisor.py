@@ -110,6 +110,7 @@ class Supervisor:
         if result.startswith("refused"):
             scaler.refused(self._clock(), action)
         else:
+            self._pools[action.pool].num_autoscaled += 1
             scaler.changed(self._clock(), action, advice)
 
     @property

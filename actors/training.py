@@ -10,6 +10,7 @@ from the record and from the weight store.
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -24,10 +25,11 @@ from rlhf_cluster.checkpoint import continuing
 from rlhf_cluster.checkpoint.folder import Checkpoint
 from rlhf_cluster.checkpoint.saving import Checkpoints
 from rlhf_cluster.checkpoint.state import RunState
-from rlhf_cluster.config import RunConfig
+from rlhf_cluster.config import RunConfig, StageConfig
+from rlhf_cluster.config.replay import fresh_groups
 from rlhf_cluster.errors import RunError
 from rlhf_cluster.experience.adaptive import DepthController, depth_controller
-from rlhf_cluster.experience.recovery import recovery_of
+from rlhf_cluster.experience.recovery import patience_of, recovery_of
 from rlhf_cluster.inputs import Inputs
 from rlhf_cluster.pipeline import Pipeline, evaluate
 from rlhf_cluster.restarts import RoomAgain
@@ -191,7 +193,7 @@ class Attempt:
             observer=place.observer,
             sampling=config.sampling,
             num_steps=config.run.steps,
-            groups_per_step=config.run.groups_per_step,
+            groups_per_step=fresh_groups(config),
             max_error_rate=config.scoring.max_error_rate,
             live_timeout_s=self.publish_timeout_s,
             trains_on=config.algorithm.trains_on,
@@ -201,6 +203,10 @@ class Attempt:
             first_step=0 if state is None else state.step,
             first_prompt=first_prompt,
             open=() if state is None else state.buffer.open,
+            replayable=() if state is None else state.buffer.replayable,
+            on_disk=functools.partial(
+                patience_of(config).aside, f"the groups in {config.run_dir / 'experience'}"
+            ),
             recovery=recovery_of(
                 config, None if state is None else state.step, place.observer.event
             ),
@@ -217,7 +223,7 @@ class Attempt:
         return place.observer.evaluation(step, answers)
 
 
-def stopped_text(config: RunConfig, last: int) -> str:
+def stopped_text(config: RunConfig | StageConfig, last: int) -> str:
     """`last`: step of the last complete checkpoint, -1 where there is none."""
     resume = f"The same command continues it from step {last}" if last >= 0 else "No checkpoint"
     return (

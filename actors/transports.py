@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
+from actors.peer_weights import PeerTransport
 from actors.ray_weights import RayTransport
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.records import WeightVersion
@@ -91,7 +92,12 @@ class FileTransport:
         return nullcontext()
 
 
-TRANSPORTS: Mapping[str, type[Transport]] = {"files": FileTransport, "ray": RayTransport}
+TRANSPORTS: Mapping[str, type[Transport]] = {
+    "files": FileTransport,
+    "ray": RayTransport,
+    "gloo": PeerTransport,
+    "nccl": PeerTransport,
+}
 
 
 def transport_of(config: RunConfig) -> Transport:

@@ -56,7 +56,13 @@ def engine_environment(on_gpu: bool, num_threads: int = 1) -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": "WARNING",
     }
     if not on_gpu:
-        environment |= {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": str(num_threads)}
+        environment |= {
+            "TORCHDYNAMO_DISABLE": "1",
+            "OMP_NUM_THREADS": str(num_threads),
+            # vLLM would bind the parts of every tensor-parallel worker to the same cores, and refuse a
+            # machine with fewer NUMA nodes than parts.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        }
     return environment
 
 

@@ -1,6 +1,6 @@
-"""Known vulnerabilities of what the lock pins, asked of PyPI by pip-audit: `make audit`.
+"""Known vulnerabilities of what the locks pin, asked of PyPI by pip-audit: `make audit`.
 
-python deploy/audit.py PIP_AUDIT LOCK
+python deploy/audit.py PIP_AUDIT LOCK...
 
 Ends with 0 when every package was looked up and none is known to be vulnerable, with 1 when one is,
 with 2 when packages could not be looked up: silence of the source is never taken for a clean answer.
@@ -19,8 +19,8 @@ TIMEOUT_S = 600
 
 
 def pinned(lock: str) -> list[str]:
-    """The requirements of a lock, as PyPI knows them: without local parts such as +cpu."""
-    lines = [line.split("#")[0].strip() for line in lock.splitlines()]
+    """The requirements of a lock, as PyPI knows them: without hashes, and local parts such as +cpu."""
+    lines = [line.split("#")[0].partition(" ")[0].strip() for line in lock.splitlines()]
     return [line.partition("+")[0] for line in lines if "==" in line]
 
 
@@ -46,10 +46,11 @@ def verdict(report: dict[str, Any]) -> tuple[int, list[str]]:
     return (1 if bad else 2 if skipped or not packages else 0), lines
 
 
-def main(pip_audit: str, lock: str) -> int:
+def main(pip_audit: str, *locks: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         requirements = Path(folder) / "requirements.txt"
-        requirements.write_text("\n".join(pinned(Path(lock).read_text())) + "\n")
+        lines = [line for lock in locks for line in pinned(Path(lock).read_text())]
+        requirements.write_text("\n".join(lines) + "\n")
         words = [pip_audit, "--requirement", str(requirements), "--no-deps", "--disable-pip"]
         done = subprocess.run(
             [*words, "--format", "json", "--progress-spinner", "off"],

@@ -131,14 +131,16 @@ def validate(config: ConfigArgument, set_: SetOption = None, deep: Deep = False)
         where = f"{config}, {each.run.name}" if len(loaded) > 1 else str(config)
         if missing:
             typer.echo(f"{where}: valid, but for what {missing[0]} leaves, which is yet to come")
-            continue
-        facts, notes = checked(each)
-        typer.echo(f"{where}: valid")
-        table(facts)
-        for note in notes:
-            typer.echo(f"note: {note}")
+        else:
+            facts, notes = checked(each)
+            typer.echo(f"{where}: valid")
+            table(facts)
+            for note in notes:
+                typer.echo(f"note: {note}")
         if deep:
-            cli_looking.look_deep(each)
+            from actors.given import placement
+
+            cli_looking.look_deep(each, loaded[:number], placement)
 
 
 @app.command()

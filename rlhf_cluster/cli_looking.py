@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rlhf_cluster.doctor import Finding
 
 Deep = Annotated[
-    bool, typer.Option("--deep", help="Compare tokenizers and templates too, and estimate memory.")
+    bool, typer.Option("--deep", help="Compare tokenizers too, estimate memory, look for a place.")
 ]
 RunsArgument = Annotated[
     list[str], typer.Argument(metavar="RUN...", help="Run directories, or names below ./runs.")
@@ -167,13 +167,15 @@ def doctor(
             raise RunError("--set changes a setting of CONFIG: give a run file")
         facts = checks.look(Path("runs"))
     else:
-        from rlhf_cluster.config import load_run
+        from rlhf_cluster.config import RunConfig
+        from rlhf_cluster.config.pipeline import load_all
         from rlhf_cluster.planning.placement import demand
 
-        loaded = load_run(config, set_ or ())
-        gpus = sum(bundle.resources.get("GPU", 0.0) for bundle in demand(loaded))
-        ports = (loaded.cluster.dashboard_port,) if loaded.cluster.dashboard else ()
-        facts = checks.look(Path(loaded.run.root), loaded.weights_dir, gpus, ports)
+        loaded = load_all(config, set_ or ())  # they run one after the other, in one folder
+        gpus = max(sum(b.resources.get("GPU", 0.0) for b in demand(each)) for each in loaded)
+        ports = tuple({c.cluster.dashboard_port for c in loaded if c.cluster.dashboard})
+        publisher = next((c for c in loaded if isinstance(c, RunConfig)), loaded[0])
+        facts = checks.look(Path(loaded[0].run.root), publisher.weights_dir, gpus, ports)
     findings = checks.judge(facts)
     for line in checks.report(findings):
         typer.echo(line)
@@ -192,18 +194,18 @@ def _until_interrupted(is_over: Callable[[], bool]) -> None:
         pass
 
 
-def look_deep(config: AnyConfig) -> None:
-    """Print what `validate --deep` finds. `RunError` where something is wrong."""
+def look_deep(
+    config: AnyConfig, earlier: Sequence[AnyConfig], placement: Callable[[AnyConfig], Finding]
+) -> None:
+    """Print what `validate --deep` finds; `earlier` are the stages of the pipeline before this one.
+    `RunError` where something is wrong."""
     import tempfile
 
     from rlhf_cluster import doctor as checks
-    from rlhf_cluster.config import RunConfig
     from rlhf_cluster.planning.deep import deep
 
-    if not isinstance(config, RunConfig):
-        raise RunError(f"--deep: {config.run.name} is an offline stage; it looks at runs only")
     with tempfile.TemporaryDirectory(prefix="rlhf-validate-") as scratch:
-        findings = deep(config, Path(scratch))
+        findings = [*deep(config, Path(scratch), earlier), placement(config)]
     for line in checks.report(findings):
         typer.echo(line)
     _refuse_wrong(findings)

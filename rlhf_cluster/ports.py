@@ -32,6 +32,8 @@ class Taken:
     ticket: Ticket
     handle: Handle  # of an ExperienceGroup
     summary: GroupSummary
+    uses: int = 0  # steps that trained it before; over 0 it is replayed (`experience.replay`)
+    weight: float = 1.0  # of its losses, where it is replayed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +80,8 @@ class BufferPort(Protocol):
     async def discard(self, ticket: Ticket, reason: str) -> None: ...
 
     async def take(self, num_groups: int, learner_version: int) -> Sequence[Taken]:
-        """The next groups, the oldest first, within the look-ahead window of admission order.
+        """The next groups, the oldest first, within the look-ahead window of admission order; after
+        them those that are replayed.
 
         None at all once the buffer was asked to `stop`.
         """
@@ -100,9 +103,13 @@ class BufferPort(Protocol):
         """Every generation worker now samples with `version` or a later one."""
         ...
 
+    async def forget(self, numbers: Sequence[int]) -> None:
+        """The trained groups of these ticket numbers are replayed no more."""
+        ...
+
 
 class RecoveryPort(Protocol):
-    """Finished groups on disk. Both methods block on the file system and are called in a thread."""
+    """Finished groups on disk. The methods block on the file system and are called in a thread."""
 
     @property
     def attempt(self) -> int:
@@ -111,6 +118,11 @@ class RecoveryPort(Protocol):
 
     def recover(self, ticket: Ticket, prompt: Prompt) -> tuple[Handle, GroupSummary] | None:
         """The finished group of `ticket`, where an earlier attempt left one that can be used."""
+        ...
+
+    def unusable(self, numbers: Sequence[int]) -> list[int]:
+        """Those of these trained groups that cannot be trained again: gone, damaged, or of other
+        settings."""
         ...
 
     def trained(self, step: int, numbers: Sequence[int]) -> None:

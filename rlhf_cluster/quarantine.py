@@ -11,11 +11,13 @@ prompt, a lost version) accuses none of them. Each worker has shown what it can 
 `straggler_groups` groups, so that a start, or a single long answer, is no straggler; and a factor
 between times of milliseconds, which say more of the machine than of a worker, is none either.
 
-Pure: no clock, no waiting, no pool; who asks tells of every call, and says who is there.
+Pure: no clock, no waiting, no pool; who asks tells of every call, and of who is there when that
+changes. A call costs the same whatever the number of workers: the times of all are kept in order.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -30,48 +32,51 @@ MIN_LOSS_S = 2.0
 
 
 @dataclass(slots=True)
-class _Seen:
-    """Of one worker: when groups failed on it, and (seconds, tokens) of the last that did not."""
-
-    faults: dict[str, float] = field(default_factory=dict)
-    served: deque[tuple[float, int]] = field(default_factory=deque)
-
-
-@dataclass(slots=True)
 class Watch:
-    """The rules of one pool. Workers are names, and those of `others` are live beside the one asked
-    about. Times are seconds of one clock."""
+    """The rules of one pool. Workers are names. Times are seconds of one clock."""
 
     rules: Quarantine
-    _seen: dict[str, _Seen] = field(default_factory=dict)
+    _present: frozenset[str] = frozenset()
+    _faults: dict[str, dict[str, float]] = field(default_factory=dict)  # worker: group: when
+    _served: dict[str, deque[tuple[float, int]]] = field(default_factory=dict)  # seconds, tokens
+    _times: list[float] = field(default_factory=list)
+    """Sorted: seconds a token of all calls of the workers present with `straggler_groups` of them."""
 
-    def fault(self, worker: str, group: str, now_s: float, others: Collection[str]) -> str | None:
+    def present(self, workers: Collection[str]) -> None:
+        """From now on these are live, and no others. Costs a look at each: call it on a change."""
+        self._present = frozenset(workers)
+        known = (served for name, served in self._served.items() if self._counts(name))
+        self._times = sorted(s / n for served in known for s, n in served)
+
+    def fault(self, worker: str, group: str, now_s: float) -> str | None:
         """A call for `group` failed on `worker`: why that is to be drained, if it is."""
-        self._of(worker).faults[group] = now_s
+        self._faults.setdefault(worker, {})[group] = now_s
         limit = self.rules.max_faults
         own = self._num_faults(worker, now_s)
+        if not limit or own < limit:
+            return None
+        others = [name for name in self._faults if name in self._present and name != worker]
         most = max((self._num_faults(name, now_s) for name in others), default=0)
-        if not limit or own < limit or 2 * most > own:
+        if 2 * most > own:
             return None
         return (
             f"{own} groups failed on it within {self.rules.window_s:g} s, over "
             f"generation.quarantine.max_faults = {limit} - 1, and at most {most} on any other"
         )
 
-    def served(
-        self, worker: str, seconds: float, tokens: int, others: Collection[str]
-    ) -> str | None:
+    def served(self, worker: str, seconds: float, tokens: int) -> str | None:
         """`worker` took `seconds` for a group of `tokens` tokens: why it is to be drained, if it is."""
         count, factor = self.rules.straggler_groups, self.rules.straggler_factor
-        own = self._of(worker).served
-        own.append((seconds, max(1, tokens)))
-        while len(own) > count:
-            own.popleft()
-        known = [each for name in others if len(each := self._of(name).served) == count]
-        if not factor or len(own) < count or not known:
+        if not factor:
+            return None
+        self._add(worker, seconds, max(1, tokens))
+        own = self._served[worker]
+        counted = len(own) if self._counts(worker) else 0
+        num_others = len(self._times) - counted
+        if len(own) < count or not num_others:
             return None
         mine = median(s / n for s, n in own)
-        pool = median(s / n for served in known for s, n in served)
+        pool = self._median_without([s / n for s, n in own] if counted else [], num_others)
         loss_s = (mine - pool) * median(n for _, n in own)
         if mine <= factor * pool or loss_s < MIN_LOSS_S:
             return None
@@ -83,13 +88,47 @@ class Watch:
 
     def forget(self, worker: str) -> None:
         """It is gone."""
-        self._seen.pop(worker, None)
+        if self._counts(worker):
+            for seconds, tokens in self._served[worker]:
+                del self._times[bisect_left(self._times, seconds / tokens)]
+        self._faults.pop(worker, None)
+        self._served.pop(worker, None)
 
-    def _of(self, worker: str) -> _Seen:
-        return self._seen.setdefault(worker, _Seen())
+    def _counts(self, worker: str) -> bool:
+        own = self._served.get(worker, ())
+        return worker in self._present and len(own) == self.rules.straggler_groups
+
+    def _add(self, worker: str, seconds: float, tokens: int) -> None:
+        """One call more, in place of the oldest. All of them count from the last that it needs on."""
+        own = self._served.setdefault(worker, deque())
+        counted = self._counts(worker)
+        if len(own) == self.rules.straggler_groups:
+            gone_s, gone_tokens = own.popleft()
+            if counted:
+                del self._times[bisect_left(self._times, gone_s / gone_tokens)]
+        own.append((seconds, tokens))
+        if counted:
+            insort(self._times, seconds / tokens)
+        elif self._counts(worker):
+            for each_s, each_tokens in own:
+                insort(self._times, each_s / each_tokens)
+
+    def _median_without(self, own: list[float], num_others: int) -> float:
+        """The median of `_times` less `own`, which is among them."""
+        places: list[int] = []
+        for value in sorted(own):
+            place = bisect_left(self._times, value)
+            places.append(max(place, places[-1] + 1) if places else place)
+
+        def other(rank: int) -> float:
+            for place in places:
+                rank += place <= rank
+            return self._times[rank]
+
+        return (other((num_others - 1) // 2) + other(num_others // 2)) / 2
 
     def _num_faults(self, worker: str, now_s: float) -> int:
-        faults, oldest = self._of(worker).faults, now_s - self.rules.window_s
+        faults, oldest = self._faults.get(worker, {}), now_s - self.rules.window_s
         for group in [group for group, when in faults.items() if when <= oldest]:
             del faults[group]
         return len(faults)

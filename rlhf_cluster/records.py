@@ -248,13 +248,17 @@ class ScoredRollout:
 class ExperienceGroup:
     """A scored group: what the learner trains on.
 
-    `greedy_reward` is the reward of the greedy response to the prompt, where one was asked for.
+    `greedy_reward` is the reward of the greedy response to the prompt, where one was asked for. `uses`
+    and `weight` are of the step that has it: how many trained it before, and what the losses of its
+    tokens are multiplied by (`experience.replay`).
     """
 
     ticket: Ticket
     prompt: Prompt
     scored: tuple[ScoredRollout, ...]
     greedy_reward: float | None = None
+    uses: int = 0
+    weight: float = 1.0
 
     @property
     def group_id(self) -> str:

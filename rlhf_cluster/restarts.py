@@ -44,9 +44,10 @@ class RoomAgain(RlhfError):
 @dataclass(slots=True, kw_only=True)
 class Restarts:
     """The budget: at most `limit` restarts, the first after `pause_s`, each later one after twice
-    as long as the one before, up to `MAX_PAUSE_S`."""
+    as long as the one before, up to `MAX_PAUSE_S`. `what` is lost, in the error."""
 
     limit: int
+    what: str = "learner or buffer"
     pause_s: float = 1.0
     used: int = 0
     first: str = ""
@@ -56,7 +57,7 @@ class Restarts:
         self.first = self.first or str(lost)
         if self.used >= self.limit:
             raise CoreLost(
-                f"learner or buffer lost {self.used + 1} times, over learner.max_restarts = "
+                f"{self.what} lost {self.used + 1} times, over learner.max_restarts = "
                 f"{self.limit}. First cause: {self.first}. Last: {lost}"
             ) from lost
         self.used += 1

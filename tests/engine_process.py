@@ -33,15 +33,31 @@ class EngineProcess:
         """`draft`: folder of a model that proposes tokens. The product refuses one on CPU."""
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
+        # One that is a daemon may have no children, which the parts of a parallel engine are.
+        alone = config.generation.tensor_parallel_size == 1
         self._process = context.Process(
-            target=_serve, args=(theirs, config, model_dir, draft), daemon=True
+            target=_serve, args=(theirs, config, model_dir, draft), daemon=alone
         )
         self._numbers = itertools.count(1)
         self._answers: dict[int, Future[Any]] = {0: Future()}
         self._process.start()
         theirs.close()
         threading.Thread(target=self._read, daemon=True).start()
-        self._answers[0].result(_START_TIMEOUT_S)
+        try:
+            self._answers[0].result(_START_TIMEOUT_S)
+        except BaseException:
+            self.kill()
+            raise
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def kill(self) -> None:
+        """Waits for: its end, which nothing can hold up."""
+        self._process.kill()
+        self._process.join(_END_TIMEOUT_S)
 
     async def generate(self, request: Request) -> list[Sample]:
         return await self._call("generate", request)

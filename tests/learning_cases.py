@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -192,6 +193,17 @@ def random_groups(
             taken += 1
         groups.append(make_group(number, prompt, scored))
     return groups
+
+
+def with_teacher(groups: Sequence[ExperienceGroup], seed: int) -> list[ExperienceGroup]:
+    """The same with a teacher's log-probabilities, drawn as the reference's are."""
+    draw = np.random.default_rng(seed)
+
+    def rated(one: ScoredRollout) -> ScoredRollout:
+        values = -4 + 0.5 * draw.standard_normal(len(one.rollout.response_ids))
+        return replace(one, teacher_logprobs=values.astype(np.float32))
+
+    return [replace(g, scored=tuple(rated(one) for one in g.scored)) for g in groups]
 
 
 def loss_inputs(

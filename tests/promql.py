@@ -39,6 +39,7 @@ NOT_IN_A_PLAIN_RUN = {
     "ray_rlhf_generation_tokens_resampled_total": "no segment is tried again",
     "ray_rlhf_learner_restarts_total": "the learner lives",
     "ray_rlhf_checkpoint_failed_total": "every checkpoint is written",
+    "ray_rlhf_pool_autoscaled_total": "it has no [autoscale] section",
 }
 """What dashboards and alerts look at, and an undisturbed run of the tests has no values of."""
 

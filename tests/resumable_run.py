@@ -19,9 +19,11 @@ from typing import Any
 from rlhf_cluster.checkpoint.folder import Checkpoint, newest
 from rlhf_cluster.checkpoint.saving import Checkpoints
 from rlhf_cluster.checkpoint.state import LearnerState, RunState
+from rlhf_cluster.config.replay import Replay
 from rlhf_cluster.errors import ScoringError
 from rlhf_cluster.experience.buffer import ExperienceBuffer
 from rlhf_cluster.experience.recovery import Recovery
+from rlhf_cluster.experience.replay import ReplayPool
 from rlhf_cluster.experience.service import Answer, BufferService
 from rlhf_cluster.experience.staleness import AdmissionGate
 from rlhf_cluster.experience.store import ExperienceStore, collect
@@ -158,6 +160,8 @@ class Attempt:
     kill_at: int | None = None
     slow_steps: bool = True  # a step takes as long as writing a checkpoint
     group_size: int = 1
+    replay: Replay | None = None
+    num_replayed: int = 2  # groups of a step, with `replay`
     written: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -167,10 +171,13 @@ class Attempt:
         self.checkpoints: Checkpoints | None = None
         self.checkpoint = newest(self.root).checkpoint
         state = self.checkpoint.state if self.checkpoint else None
-        buffer = ExperienceBuffer(self.gate)
+        pool = None
+        if self.replay is not None:
+            pool = ReplayPool(self.replay, self.num_replayed, 7, self.gate.max_staleness)
+        buffer = ExperienceBuffer(self.gate, replay=pool)
         if self.checkpoint is not None and state is not None:
             self.learner.load(self.checkpoint)
-            buffer = ExperienceBuffer.resume(self.gate, state.buffer)
+            buffer = ExperienceBuffer.resume(self.gate, state.buffer, pool)
         self.state = state
         step = state.step if state else None
         self.recovery = Recovery(
@@ -182,6 +189,8 @@ class Attempt:
             keep_steps=0,
             step=step,
             tell=self.observer.event,
+            max_uses=1 if self.replay is None else self.replay.max_uses,
+            reuse_steps=0 if self.replay is None else self.gate.max_staleness,
         )
         self.recovery.rewind()
         rewound = -1 if step is None else step
@@ -233,6 +242,7 @@ class Attempt:
             first_step=first_step,
             first_prompt=self.state.first_prompt if self.state else FIRST_PROMPT,
             open=self.state.buffer.open if self.state else (),
+            replayable=self.state.buffer.replayable if self.state else (),
         )
 
     def run(self) -> bool:
@@ -276,5 +286,7 @@ class Attempt:
         return FakeGeneration()
 
     def rewards(self, group: RolloutGroup) -> list[float]:
-        useless = self.discarded(group.ticket.number)
-        return [0.0 if useless else 1.0] * len(group.rollouts)
+        """Apart by what the ticket says, from the second on."""
+        if self.discarded(group.ticket.number):
+            return [0.0] * len(group.rollouts)
+        return [1.0 + i * (group.ticket.number % 4) for i in range(len(group.rollouts))]

@@ -19,6 +19,7 @@ from rlhf_cluster.weights.objects import (
     StoredShard,
     commit_objects,
 )
+from rlhf_cluster.weights.peers import PeerObjects, ShardServer
 from rlhf_cluster.weights.reading import Held
 from rlhf_cluster.weights.shards import send_shard
 from rlhf_cluster.weights.transport import Deadline, ShardSink
@@ -79,7 +80,7 @@ class MemoryObjects:
         self.fetched: list[int] = []
         self._next = 0
 
-    def put(self, chunks: Sequence[Any]) -> int:
+    def put(self, chunks: Sequence[Any]) -> Any:
         self._next += 1
         self.held[self._next] = [bytes(chunk) for chunk in chunks]
         return self._next
@@ -177,8 +178,51 @@ class ObjectStand:
         return sorted(self.directory.sizes())
 
 
+class ServedObjects(MemoryObjects):
+    """Objects in the memory of a server, from which a reader takes them over a socket."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._server = ShardServer("learner-0", "127.0.0.1", 30.0, told=self._note)
+        self._shelf = self._server.shelf()
+        self._reader = PeerObjects("generation-0", "gloo")
+        self.held: Any = self._server.held
+        self.notes: list[str] = []
+
+    def _note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def put(self, chunks: Sequence[Any]) -> Any:
+        return self._shelf.put(chunks)
+
+    def fetch(self, handles: Sequence[Any], deadline: Deadline) -> list[Any]:
+        return self._reader.fetch(handles, deadline)
+
+    def close(self) -> None:
+        self._server.close()
+
+
+class PeerStand(ObjectStand):
+    """Versions in the memory of a rank, known by a directory. Shards are (key, file name)."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.objects = ServedObjects()
+        self.source = ObjectSource(root, self.objects, self.directory.find, 10.0)
+
+    def write(self, *arguments: Any, **named: Any) -> tuple[list[Any], list[StoredShard]]:
+        shards, stored = super().write(*arguments, **named)
+        return [(handle.key, name) for handle, name in shards], stored
+
+    def shards(self, version: WeightVersion) -> list[tuple[int, str]]:
+        return [(handle.key, name) for handle, name in super().shards(version)]
+
+    def close(self) -> None:
+        self.objects.close()
+
+
 Stand = FileStand | ObjectStand
-STANDS = {"files": FileStand, "objects": ObjectStand}
+STANDS = {"files": FileStand, "objects": ObjectStand, "peers": PeerStand}
 
 
 def flip(stand: Any, shard: Any, position: int) -> None:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 FIXED = (
     "run.groups_per_step",
+    "buffer.replay.fraction",
     "model",
     "sft",
     "learner.lora",
@@ -57,6 +58,7 @@ FIXED_OF_GENERATION = (
     "data",
     "stage.samples",
     "stage.completions",
+    "stage.revise",
     "generation.temperature",
     "generation.max_response_tokens",
     "generation.segment_tokens",

@@ -7,8 +7,8 @@ Promises:
 - a checkpoint is one cut: everything in it is of the moment between step k and step k + 1;
 - at most one is written at a time; one that falls due meanwhile is left out, and counted, unless
   it is that of the last step;
-- one that cannot be written costs the checkpoint, not the run: it is told and counted, and the last
-  complete one stays. Only `save_now` raises.
+- one that cannot be written, or not within `timeout_s`, costs the checkpoint, not the run: it is told
+  and counted, and the last complete one stays. Only `save_now` raises. A slow one is told of before.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from rlhf_cluster.checkpoint.copies import Copies
 from rlhf_cluster.checkpoint.state import LearnerState, RunState
 from rlhf_cluster.errors import RlhfError, StalledError
 from rlhf_cluster.ports import LearnerPort
+from rlhf_cluster.slow_disk import Patience, aside
 
+SETTING = "checkpoint.timeout_s"
 Cut = Callable[[int, LearnerState], Awaitable[RunState]]
 """The state of the run after a step, given the learner's."""
 
@@ -45,7 +47,8 @@ class CheckpointStats:
 class Checkpoints:
     """`every` 0 writes none but by `save_now`. `kept` is told the states that stay on disk.
 
-    `timeout_s` is the deadline of writing one.
+    `timeout_s` is the deadline of writing one, and `told_fraction` the share of it after which it is
+    told of as slow.
     """
 
     root: Path
@@ -58,6 +61,7 @@ class Checkpoints:
     clock: Callable[[], float]
     timeout_s: float
     keep_best: int = 0
+    told_fraction: float = 0.25
     kept: Callable[[Sequence[RunState]], None] = lambda states: None
     copies: Copies | None = None
     stats: CheckpointStats = field(default_factory=CheckpointStats)
@@ -129,22 +133,26 @@ class Checkpoints:
 
     async def _write(self, state: RunState) -> None:
         start, num_bytes = self.clock(), state.learner.num_bytes
+        patience = Patience(
+            limit_s=self.timeout_s,
+            setting=SETTING,
+            told_fraction=self.told_fraction,
+            tell=self.tell,
+        )
+        what = f"the checkpoint of step {state.step} in {self.root}, {num_bytes} bytes,"
         try:
-            async with asyncio.timeout(self.timeout_s):
-                partial = await asyncio.to_thread(folder.begin, self.root, state.step, num_bytes)
+            async with asyncio.timeout(self.timeout_s), patience.telling(what):
+                partial = await aside(folder.begin, self.root, state.step, num_bytes)
                 await self.learner.write_state(partial / folder.LEARNER)
-                await asyncio.to_thread(folder.complete, partial, state)
+                await aside(folder.complete, partial, state)
                 self.stats.last, self.stats.num_bytes = state.step, num_bytes
-                states = await asyncio.to_thread(
-                    folder.retain, self.root, self.keep, self.keep_best
-                )
+                states = await aside(folder.retain, self.root, self.keep, self.keep_best)
                 self.kept(states)
                 if self.copies is not None:
                     self.copies.follow(state.step for state in states)
         except TimeoutError:
             raise StalledError(
-                f"the checkpoint of step {state.step} was not complete within "
-                f"checkpoint.timeout_s = {self.timeout_s:g} s"
+                f"{patience.over(what)}. Give run.root a faster disk, or raise {SETTING}"
             ) from None
         self.stats.write_s = self.clock() - start
 

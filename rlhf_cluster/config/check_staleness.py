@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rlhf_cluster.config.replay import fresh_groups
 from rlhf_cluster.experience.staleness import largest_look_ahead
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 def check_staleness(c: RunConfig) -> None:
     """Raises `ValueError` for settings under which the bound or the run cannot hold."""
-    settings, publish_every = c.staleness, c.weights.publish_every
+    settings, publish_every, groups = c.staleness, c.weights.publish_every, fresh_groups(c)
     if publish_every > settings.max_staleness + 1:
         raise ValueError(
             f"weights.publish_every = {publish_every} is over staleness.max_staleness + 1 = "
@@ -25,13 +26,14 @@ def check_staleness(c: RunConfig) -> None:
     largest = largest_look_ahead(
         max_staleness=settings.max_staleness,
         publish_every=publish_every,
-        groups_per_step=c.run.groups_per_step,
+        groups_per_step=groups,
     )
+    what = "run.groups_per_step" if c.buffer.replay is None else "the fresh groups of a step"
     if settings.look_ahead > largest:
         raise ValueError(
             f"staleness.look_ahead = {settings.look_ahead} is over {largest} = (staleness."
-            "max_staleness + 1 - weights.publish_every) * run.groups_per_step + 1 = "
-            f"({settings.max_staleness} + 1 - {publish_every}) * {c.run.groups_per_step} + 1: a group "
+            f"max_staleness + 1 - weights.publish_every) * {what} + 1 = "
+            f"({settings.max_staleness} + 1 - {publish_every}) * {groups} + 1: a group "
             "overtaken so often would be too old. Lower look_ahead (groups in the order of their "
             "completion have no bound at all), or allow more staleness"
         )

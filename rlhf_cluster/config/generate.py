@@ -16,17 +16,22 @@ from pydantic import PositiveFloat, PositiveInt, ValidationError, model_validato
 
 from rlhf_cluster.algorithms.ppo import PpoConfig
 from rlhf_cluster.config.base import Section
+from rlhf_cluster.config.revise import Revise
 from rlhf_cluster.config.run import RunConfig
 from rlhf_cluster.config.run_file import RunFile, RunSection
 from rlhf_cluster.config.scoring import Scoring
 from rlhf_cluster.config.sections import Buffer, Checkpoint, Data, Generation, Learner, Model, Run
 
-Select = Literal["all", "best_of_n", "threshold", "pairs", "step_labels"]
+Select = Literal[
+    "all", "best_of_n", "threshold", "pairs", "step_labels", "revisions", "revision_pairs"
+]
 READ_BY: dict[str, tuple[Select, ...]] = {
     "keep": ("best_of_n", "threshold", "pairs"),
     "threshold": ("best_of_n", "threshold", "step_labels"),
-    "min_margin": ("pairs",),
+    "min_margin": ("pairs", "revision_pairs"),
     "completions": ("step_labels",),
+    "revise": ("revisions", "revision_pairs"),
+    "prefer": ("revision_pairs",),
 }
 """Settings of `[stage]`, and the selections that read them."""
 
@@ -40,15 +45,21 @@ class GenerateSection(Section):
     select: Select
     """`all`: every response. `best_of_n`: the `keep` of highest reward. `threshold`: those whose reward
     is at least `threshold`. `pairs`: better ones against worse ones. `step_labels`: how often
-    `completions` from the end of each reasoning step reach `threshold`."""
+    `completions` from the end of each reasoning step reach `threshold`. `revisions`: each response
+    after critique and revision. `revision_pairs`: that against the response."""
     keep: PositiveInt | None = None
     """Rows of one prompt at most. Default: 1, with select = "threshold" all."""
     threshold: float | None = None
     """Least reward of a response that is kept, or that counts as right. Optional with `best_of_n`."""
     min_margin: PositiveFloat | None = None
-    """With select = "pairs": the least difference of the rewards of a pair; default: any over 0."""
+    """With pairs by reward: the least difference of the rewards of a pair; default: any over 0."""
     completions: PositiveInt | None = None
     """With select = "step_labels": completions from each step."""
+    revise: Revise | None = None
+    """With revisions: by which principles, and who is asked."""
+    prefer: Literal["revision", "reward"] | None = None
+    """With select = "revision_pairs": which of the two is chosen, the revision (default), or the one
+    of higher reward."""
     cut: Literal["skip", "keep"] = "skip"
     """A response that reached `generation.max_response_tokens` without its end: left out and counted,
     or taken as it is."""
@@ -65,12 +76,20 @@ class GenerateSection(Section):
     @model_validator(mode="after")
     def _check(self) -> GenerateSection:
         for name, selections in READ_BY.items():
-            if getattr(self, name) is not None and self.select not in selections:
+            value = getattr(self, name)
+            if value is not None and self.select not in selections:
+                shown = "a section" if isinstance(value, Section) else repr(value)
                 raise ValueError(
-                    f"{name} = {getattr(self, name):g} with select = {self.select!r}, which does not "
-                    f"read it. Remove it, or use {' or '.join(map(repr, selections))}"
+                    f"{name} = {shown} with select = {self.select!r}, which does not read it. Remove "
+                    f"it, or use {' or '.join(map(repr, selections))}"
                 )
+        if self.select == "revision_pairs" and self.min_margin and self.prefer != "reward":
+            raise ValueError(
+                f"min_margin = {self.min_margin:g} with select = 'revision_pairs', whose pairs are not "
+                "by reward. Remove it, or set prefer = 'reward'"
+            )
         needed = {"threshold": ("threshold",), "step_labels": ("threshold", "completions")}
+        needed |= dict.fromkeys(READ_BY["revise"], ("revise",))
         for name in needed.get(self.select, ()):
             if getattr(self, name) is None:
                 raise ValueError(f"select = {self.select!r} without {name}. Set stage.{name}")

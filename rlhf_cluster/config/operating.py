@@ -54,6 +54,13 @@ class Observe(Section):
     name (pip install 'rlhf-cluster[wandb]'). W&B stays offline unless WANDB_MODE says otherwise, MLflow
     in the run directory unless MLFLOW_TRACKING_URI does."""
 
+    write_timeout_s: PositiveFloat = 60.0
+    """Deadline of a line of metrics.jsonl. Until then lines wait in memory, in order, and the run goes
+    on; past it the run ends."""
+    slow_write_fraction: float = Field(default=0.25, gt=0, lt=1)
+    """A write to disk (a group, a line, a checkpoint, a version) is told of as slow after this share of
+    its own deadline."""
+
     @field_validator("samples_per_step")
     @classmethod
     def _bounded(cls, value: int) -> int:

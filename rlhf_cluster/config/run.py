@@ -21,6 +21,7 @@ from rlhf_cluster.config.check_generation import check_generation
 from rlhf_cluster.config.check_kl import check_kl
 from rlhf_cluster.config.check_learner import check_learner
 from rlhf_cluster.config.check_model import check_model
+from rlhf_cluster.config.check_replay import check_replay
 from rlhf_cluster.config.check_rewards import check_rewards
 from rlhf_cluster.config.check_staleness import check_staleness
 from rlhf_cluster.config.check_steps import check_steps
@@ -135,6 +136,7 @@ class RunConfig(RunFile[Run]):
             check_weights,
             check_checkpoint,
             check_learner,
+            check_replay,
             check_autoscale,
         ):
             check(self)

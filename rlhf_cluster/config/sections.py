@@ -9,6 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from rlhf_cluster.config.base import Section
 from rlhf_cluster.config.quarantine import Quarantine
+from rlhf_cluster.config.replay import Replay
 from rlhf_cluster.config.run_file import RunSection
 from rlhf_cluster.config.tokenizers import CharacterTokenizer, TokenizerInit
 from rlhf_cluster.experience.staleness import OnStale
@@ -209,6 +210,12 @@ class Learner(Section):
     """When a rank is lost and there is no room for all of them within `cluster.placement_timeout_s`.
     `restart`: a loss more. `shrink`: the run goes on with the ranks that fit, and with all of them
     again from the first checkpoint after which there is room. Results do not depend on their number."""
+    spares: int = Field(default=0, ge=0)
+    """Hot spares: processes with the place (CPUs, GPUs) of a rank each, which have imported all that a
+    rank needs and wait. After a loss they become ranks, the lost ones first, before room is sought for
+    new processes; others are started behind the steps that follow. All ranks begin anew after a loss,
+    so that with as many spares as ranks none has to start. `max_restarts` of them are replaced in all
+    when they die while they wait; that never ends a run."""
     min_ranks: PositiveInt = 1
     """With on_loss = "shrink" only: the fewest ranks to go on with. The fewer, the more of the model
     each of them holds."""
@@ -283,12 +290,13 @@ class Weights(Section):
 
     root: str | None = None
     """Folder of the versions; default: `weights` in the run directory. /dev/shm suits one box."""
-    transport: Literal["files", "ray", "nccl", "ipc"] = "files"
-    """What carries versions to their readers. `files`: the folder above, seen by every node. `ray`:
-    Ray's object store, and files only for versions that have to last. `nccl` and `ipc` are refused."""
+    transport: Literal["files", "ray", "gloo", "nccl", "ipc"] = "files"
+    """What carries versions to their readers. `files`: the folder above, seen by every node. The others
+    write only versions that have to last to files. `ray`: Ray's object store. `gloo`, `nccl`: from the
+    ranks' memory to each reader's, over the network or from GPU to GPU. `ipc` is refused."""
     durable_every: PositiveInt = 10
-    """With transport = "ray": versions from one written to files to the next. The first and the last
-    version of a run always are. Only these outlive the learner's processes."""
+    """With another transport than "files": versions from one in files to the next. The first and the
+    last version of a run always are. Only these outlive the learner's processes."""
     dtype: Dtype | None = None
     """Type of the published tensors; default: the generation pool's."""
     format: Literal["full", "delta", "adapter"] = "full"
@@ -314,9 +322,15 @@ class Buffer(Section):
     fsync: Literal["group", "never"] = "never"
     """`never`: a finished group survives the death of any process. `group`: a power cut as well; each
     group then waits for the disk."""
+    write_timeout_s: PositiveFloat = 60.0
+    """Deadline of writing one group. Past it the run ends as with a full disk, and the same command
+    goes on."""
     keep_steps: int = Field(default=2, ge=0)
     """Groups of this many last steps stay to be looked at (`rlhf-cluster inspect`), beside those that
     a checkpoint on disk can still ask for."""
+    replay: Replay | None = None
+    """[buffer.replay]: part of each step's groups are such as earlier steps trained. Default: every
+    group is trained exactly once."""
 
 
 class Checkpoint(Section):

@@ -55,9 +55,8 @@ class StageConfig(RunFile[StageRun]):
 
 
 def _check_length_of_run(c: StageConfig) -> None:
-    if (c.run.steps is None) == (c.run.epochs is None):
-        found = "neither" if c.run.steps is None else "both"
-        raise ValueError(f"run.steps and run.epochs: {found} given. Give one of them")
+    if c.run.steps is not None and c.run.epochs is not None:
+        raise ValueError("run.steps and run.epochs: both given. Give one of them")
     if c.run.units_per_step < c.learner.ranks:
         raise ValueError(
             f"run.units_per_step = {c.run.units_per_step} is under learner.ranks = {c.learner.ranks}: "
@@ -130,6 +129,11 @@ def _check_learner(c: StageConfig) -> None:
         raise ValueError(
             f"learner.on_loss = {learner.on_loss!r} with [stage]: a stage does not change its number "
             "of ranks. Remove it; after a loss the same command goes on, with any learner.ranks"
+        )
+    if learner.spares:
+        raise ValueError(
+            f"learner.spares = {learner.spares} with [stage]: nothing waits for a stage as pools do "
+            "for a run. Remove it; after a loss the ranks of a stage start anew"
         )
     if learner.num_gpus not in (0.0, 1.0):
         raise ValueError(

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from rlhf_cluster.config.base import Section
 from rlhf_cluster.config.run_file import RunSection
@@ -18,13 +18,21 @@ class StageRun(RunSection):
     steps: PositiveInt | None = None
     """Optimizer steps; or give `epochs`."""
     epochs: PositiveInt | None = None
-    """How often the data is gone over; the last batch is what is left."""
+    """How often the data is gone over; the last batch is what is left. Default: once, where `steps` is
+    not given."""
     units_per_step: PositiveInt
     """What one optimizer step trains on: dialogues, pairs or rankings, over all ranks."""
     evaluate_every: int = Field(default=0, ge=0)
     """Steps between two evaluations on held-out units; 0: before the first and after the last only."""
     export_dtype: Dtype = "float32"
     """Type of the weights in `final/`; float32 loses nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_epoch(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and tree.get("steps") is None and tree.get("epochs") is None:
+            return {**tree, "epochs": 1}
+        return tree
 
 
 class Source(Section):

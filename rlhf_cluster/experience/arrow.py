@@ -1,7 +1,7 @@
 """A group as the bytes of one Arrow IPC file, and back.
 
 One row a rollout; a column `record.field` for every field of `Ticket`, `Prompt`, `Rollout`,
-`ScoredRollout` and `ExperienceGroup`. Any Arrow reader opens it.
+`ScoredRollout` and `ExperienceGroup`, but for what is of one step alone. Any Arrow reader opens it.
 
 Promises: what comes back equals what went in, arrays bit by bit, absent ones absent. The file carries
 a seal, with a checksum of all its other bytes. `decode` looks at it before it parses anything, so

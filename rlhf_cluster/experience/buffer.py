@@ -1,9 +1,11 @@
 """The experience buffer as a state machine: no clock, no waiting, no transport.
 
-A group's life: admit -> finish -> take, or a discard before it is taken. Promises:
+A group's life: admit -> finish -> take, or a discard before it is taken; where there is a `replay`, it
+may be handed out again after that. Promises:
 - every admitted ticket ends exactly once: taken, or discarded with a reason that is counted;
 - `take` hands out whole groups, the oldest finished first, within the look-ahead window that starts
-  at the oldest group (see `staleness`), and nothing before its turn;
+  at the oldest group (see `staleness`), and nothing before its turn; then those that are replayed,
+  which no counter of admission or of what was taken counts;
 - a group over `gate.bound` is never handed out: with on_stale = "drop" one over `max_staleness` is
   discarded with the reason "stale" as soon as it is known, otherwise `take` raises
   `StalenessError`;
@@ -15,9 +17,11 @@ A group's life: admit -> finish -> take, or a discard before it is taken. Promis
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from rlhf_cluster.errors import RecordError, StalenessError
+from rlhf_cluster.experience.replay import ReplayPool, Used
 from rlhf_cluster.experience.staleness import AdmissionGate
 from rlhf_cluster.ports import Handle, Taken
 from rlhf_cluster.records import GroupSummary, Ticket
@@ -39,6 +43,9 @@ class BufferStats:
     ready: int  # finished and not yet taken
     learner_version: int
     live_version: int
+    replayed: int | None = None  # groups handed out again; None without a replay
+    replayable: int = 0  # groups that may be, as it stands
+    oldest_age_s: float = 0.0  # since the admission of the oldest group that is not taken
 
     @property
     def num_discarded(self) -> int:
@@ -50,7 +57,8 @@ class BufferState:
     """What a resumed run needs of the buffer, taken between two steps.
 
     `open` are the tickets that are admitted, not taken and not discarded, in order. Groups that
-    were finished are among them, and not among `finished`: they finish once more.
+    were finished are among them, and not among `finished`: they finish once more. `used` are those
+    taken that may be taken again.
     """
 
     learner_version: int
@@ -60,6 +68,13 @@ class BufferState:
     reweighted: int
     discarded: dict[str, int]
     open: tuple[Ticket, ...]
+    replayed: int = 0
+    used: tuple[Used, ...] = ()
+
+    @property
+    def replayable(self) -> tuple[int, ...]:
+        """The numbers of `used`."""
+        return tuple(each.ticket.number for each in self.used)
 
 
 @dataclass(slots=True)
@@ -69,6 +84,7 @@ class ExperienceBuffer:
     gate: AdmissionGate
     learner_version: int = 0
     live_version: int = -1
+    replay: ReplayPool | None = None  # None: a group is handed out once
     _waiting: OrderedDict[int, Taken | Ticket] = field(default_factory=OrderedDict)
     _num_in_flight: int = 0
     _admitted: int = 0
@@ -78,11 +94,14 @@ class ExperienceBuffer:
     _discarded: Counter[str] = field(default_factory=Counter)
 
     @classmethod
-    def resume(cls, gate: AdmissionGate, state: BufferState) -> ExperienceBuffer:
+    def resume(
+        cls, gate: AdmissionGate, state: BufferState, replay: ReplayPool | None = None
+    ) -> ExperienceBuffer:
         """The buffer of a run that goes on from `state`.
 
         Open tickets are in flight again: the caller finishes each once more, or discards it. They
-        keep their numbers and versions, so the bound holds for them as for any other.
+        keep their numbers and versions, so the bound holds for them as for any other. `replay`, an
+        empty one, goes on from the checkpoint's.
 
         Raises `StalenessError` when counters and version do not belong together: a counter that
         started from zero would admit a whole run's worth of groups at once.
@@ -97,9 +116,12 @@ class ExperienceBuffer:
                 f"{groups}, and taken + open must be those kept. Counters, groups_per_step and "
                 "learner must come from the same checkpoint"
             )
+        if replay is not None:
+            replay.load_state(state.used, state.replayed)
         return cls(
             gate,
             learner_version=state.learner_version,
+            replay=replay,
             _waiting=OrderedDict((ticket.number, ticket) for ticket in state.open),
             _num_in_flight=len(state.open),
             _admitted=state.admitted,
@@ -120,6 +142,8 @@ class ExperienceBuffer:
             reweighted=self._reweighted,
             discarded=dict(self._discarded),
             open=tuple(tickets),
+            replayed=0 if self.replay is None else self.replay.replayed,
+            used=() if self.replay is None else self.replay.state(self.learner_version),
         )
 
     @property
@@ -129,6 +153,11 @@ class ExperienceBuffer:
     @property
     def num_ready(self) -> int:
         return len(self._waiting) - self._num_in_flight
+
+    @property
+    def oldest(self) -> int | None:
+        """The number of the oldest group that is not taken."""
+        return next(iter(self._waiting), None)
 
     @property
     def num_kept(self) -> int:
@@ -169,7 +198,7 @@ class ExperienceBuffer:
         self._waiting[ticket.number] = Taken(ticket=ticket, handle=handle, summary=summary)
         self._finished += 1
         self._num_in_flight -= 1
-        self._drop_stale()
+        self._drop_stale([ticket.number])
         return ticket.number in self._waiting
 
     def discard(self, ticket: Ticket, reason: str) -> None:
@@ -180,6 +209,8 @@ class ExperienceBuffer:
 
     def ready(self, num_groups: int) -> bool:
         """Whether `num_groups` groups can be taken."""
+        if self.num_ready < num_groups:
+            return False
         return len(self._next(num_groups)) == num_groups
 
     def saw_learner(self, version: int) -> None:
@@ -197,14 +228,18 @@ class ExperienceBuffer:
         self.gate = replace(self.gate, pipeline_depth=depth)
 
     def take(self, num_groups: int) -> list[Taken]:
-        """The next `num_groups` groups; call only when `ready`. Raises `StalenessError`."""
+        """The next `num_groups` groups, and those that are replayed; call only when `ready`.
+
+        Raises `StalenessError`.
+        """
         groups = self._next(num_groups)
         if len(groups) < num_groups:
             raise RecordError(
                 f"take({num_groups}) with {len(self._waiting)} groups waiting, of which "
                 f"{len(groups)} can be taken; ask ready() first"
             )
-        for group in groups:
+        again = [] if self.replay is None else self.replay.take(self.learner_version)
+        for group in (*groups, *again):
             self.gate.check(
                 group_id=group.ticket.group_id,
                 oldest_version=group.summary.oldest_version,
@@ -214,7 +249,14 @@ class ExperienceBuffer:
             del self._waiting[group.ticket.number]
             self._reweighted += self._is_stale(group)
         self._taken += num_groups
-        return groups
+        if self.replay is not None:
+            self.replay.trained(groups, self.learner_version)
+        return [*groups, *again]
+
+    def forget(self, numbers: Iterable[int]) -> None:
+        """Hand out these groups no more, which were taken before."""
+        if self.replay is not None:
+            self.replay.forget(numbers)
 
     def stats(self) -> BufferStats:
         open_tickets = [entry for entry in self._waiting.values() if isinstance(entry, Ticket)]
@@ -228,6 +270,10 @@ class ExperienceBuffer:
             ready=self.num_ready,
             learner_version=self.learner_version,
             live_version=self.live_version,
+            replayed=None if self.replay is None else self.replay.replayed,
+            replayable=0
+            if self.replay is None
+            else len(self.replay.candidates(self.learner_version)),
         )
 
     def _next(self, num_groups: int) -> list[Taken]:
@@ -249,10 +295,13 @@ class ExperienceBuffer:
                 head = number
         return found
 
-    def _drop_stale(self) -> None:
+    def _drop_stale(self, among: Iterable[int] | None = None) -> None:
+        """Of the groups with these numbers, or of all."""
         if self.gate.on_stale != "drop":
             return
-        ready = [entry for entry in self._waiting.values() if isinstance(entry, Taken)]
+        waiting = self._waiting
+        entries = waiting.values() if among is None else [waiting[number] for number in among]
+        ready = [entry for entry in entries if isinstance(entry, Taken)]
         for group in filter(self._is_stale, ready):
             del self._waiting[group.ticket.number]
             self._discarded[STALE] += 1
@@ -285,6 +334,10 @@ def buffer_metrics(stats: BufferStats) -> dict[str, float]:
         "buffer/reweighted_total": float(stats.reweighted),
         "buffer/in_flight": float(len(stats.in_flight)),
         "buffer/ready": float(stats.ready),
+        "buffer/oldest_age_s": stats.oldest_age_s,
     }
+    if stats.replayed is not None:
+        values["buffer/replayed_total"] = float(stats.replayed)
+        values["buffer/replayable"] = float(stats.replayable)
     discarded = {f"buffer/discarded_total/{k}": float(v) for k, v in stats.discarded.items()}
     return values | discarded

@@ -12,11 +12,14 @@ give now:
   is never used, and goes with the next `rewind`.
 A damaged file is told, and its group generated again.
 
-`trained` notes the step of each group and deletes what nobody needs. A group trained (or seen
-discarded) at step s, when t steps are done, stays
-- for people, while s > t - keep_steps;
-- for checkpoint c, while c < s <= c + span. At c the group was open or not admitted. One of a later
-  step holds tokens of versions after c: by the staleness bound, which `span` is made from.
+`trained` notes the steps of each group and deletes what nobody needs; it raises where one was trained
+more often than it may. A group first trained (or seen discarded) at step s, and last at step e, may be
+trained until step u: s itself, or with replay s + max_staleness, by the age of its tokens. When t steps
+are done, it stays
+- for people, while e > t - keep_steps;
+- for the steps that follow, while u > t;
+- for checkpoint c, while s <= c + span and u > c. Where s > c it was open at c, or not admitted; one
+  with s > c + span holds tokens of versions after c: by the staleness bound, which `span` is made from.
 Checkpoints are those on disk, complete or not, and the last that was due, whose folder may not be there
 yet. A group that is open is never deleted: its number is within the
 look-ahead window of the last one trained, or after it.
@@ -35,16 +38,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from xxhash import xxh3_128_hexdigest
 
-from rlhf_cluster.errors import StoreError
+from rlhf_cluster.config.replay import fresh_groups
+from rlhf_cluster.errors import RecordError, StoreError
 from rlhf_cluster.experience.store import ATTEMPT, ExperienceStore, StoredGroup, read_attempt
 from rlhf_cluster.records import GroupSummary, Prompt, Ticket
 from rlhf_cluster.rundir import write_json
+from rlhf_cluster.slow_disk import Patience
 
 if TYPE_CHECKING:
     from rlhf_cluster.config import RunConfig
 
 TRAINED = "trained.json"
-"""The step of every group that has a file and is trained, or was seen discarded."""
+"""The steps of every group that has a file and is trained; of one that was seen discarded, that one."""
 HARMLESS = (
     *("workers", "num_cpus", "num_gpus", "kv_cache_bytes", "max_num_seqs", "max_retries"),
     *("request_timeout_s", "pull_timeout_s", "max_error_rate", "quarantine"),
@@ -55,6 +60,7 @@ HARMLESS = (
 class Recovery:
     """One process of a run has one. Methods block on the file system: call them in a thread.
 
+    A group is trained at most `max_uses` times, the last of them `reuse_steps` after the first.
     `checkpoints` is the folder of checkpoints, `step` that of the one from which the run goes on.
     `store` reads files of this attempt from now on.
     """
@@ -70,7 +76,10 @@ class Recovery:
         keep_steps: int,
         step: int | None,
         tell: Callable[[str], None],
+        max_uses: int = 1,
+        reuse_steps: int = 0,
     ) -> None:
+        self._max_uses, self._reuse_steps = max_uses, reuse_steps
         self._store, self._checkpoints = store, checkpoints
         self.attempt = store.attempt = read_attempt(store.root) + 1
         self._every, self._span, self._look_ahead = every, span, look_ahead
@@ -89,7 +98,8 @@ class Recovery:
                 store.remove([number], attempt)
             elif attempt != self.attempt:
                 store.adopt(number, attempt)
-        self._steps = {number: s for number, s in self._steps.items() if s <= step}
+        kept = {n: tuple(s for s in steps if s <= step) for n, steps in self._steps.items()}
+        self._steps = {number: steps for number, steps in kept.items() if steps}
         self._write_trained()
         self._write(ATTEMPT, {"attempt": self.attempt})
 
@@ -115,26 +125,60 @@ class Recovery:
         )
         return (StoredGroup(number), summary) if usable else None
 
+    def unusable(self, numbers: Sequence[int]) -> list[int]:
+        """Those of these trained groups that cannot be trained again: gone, damaged, or of other
+        settings. Reads them all, and tells of each."""
+        found = []
+        for number in numbers:
+            reason = "it was made under other settings"
+            try:
+                _, header = self._store.read_with_header(number)
+                if header.made_by == self._store.made_by:
+                    continue
+            except StoreError as error:
+                reason = str(error)
+            self._tell(f"group {number} is not replayed: {reason}")
+            found.append(number)
+        return found
+
     def trained(self, step: int, numbers: Sequence[int]) -> None:
         """The groups `numbers` were trained at `step`: note it, and delete what nobody needs.
 
-        Raises `StoreError` when that cannot be noted, or a file cannot be deleted.
+        Raises:
+            StoreError: that cannot be noted, or a file cannot be deleted.
+            RecordError: one of them was trained too often.
         """
         self._last = max(self._last, *numbers)
         there = self._store.numbers()
-        closed = [n for n in there if n <= self._last - self._look_ahead]
-        for number in (*closed, *numbers):
-            self._steps.setdefault(number, step)
-        kept, checkpoints = set(there), self._checkpoint_steps(step)
+        for number in numbers:
+            self._steps[number] = (*self._steps.get(number, ()), step)
+            self._check(number, self._steps[number])
         for number in there:
-            own = self._steps.get(number)
-            if own is None or own > step - self._keep_steps:
-                continue
-            if not any(c < own <= c + self._span for c in checkpoints):
-                kept.discard(number)
+            if number <= self._last - self._look_ahead:
+                self._steps.setdefault(number, (step,))
+        checkpoints = self._checkpoint_steps(step)
+        kept = {
+            number
+            for number in there
+            if (steps := self._steps.get(number)) is None or self._needed(steps, step, checkpoints)
+        }
         self._steps = {n: s for n, s in self._steps.items() if n in kept}
         self._write_trained()
         self._store.remove(n for n in there if n not in kept)
+
+    def _check(self, number: int, steps: tuple[int, ...]) -> None:
+        if len(steps) > self._max_uses or len(set(steps)) < len(steps):
+            raise RecordError(
+                f"group {number} was trained by steps {list(steps)}; allowed is once a step and "
+                f"{self._max_uses} times in all (buffer.replay.max_uses, 1 without replay). This is a "
+                "fault of the system; the same command goes on from the last checkpoint"
+            )
+
+    def _needed(self, steps: tuple[int, ...], done: int, checkpoints: set[int]) -> bool:
+        first, last = steps[0], steps[0] + self._reuse_steps
+        if steps[-1] > done - self._keep_steps or last > done:
+            return True
+        return any(first <= c + self._span and last > c for c in checkpoints)
 
     def _newest(self, number: int, attempt: int) -> int:
         try:
@@ -150,9 +194,9 @@ class Recovery:
         return {*complete, *partial, *due} - {0}
 
     def _write_trained(self) -> None:
-        self._write(TRAINED, {str(number): step for number, step in self._steps.items()})
+        self._write(TRAINED, {str(number): steps for number, steps in self._steps.items()})
 
-    def _write(self, name: str, values: Mapping[str, int]) -> None:
+    def _write(self, name: str, values: Mapping[str, int | tuple[int, ...]]) -> None:
         path = self._store.root / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -164,12 +208,12 @@ class Recovery:
             ) from error
 
 
-def read_trained(root: Path) -> dict[int, int]:
-    """The step of every stored group that is trained; empty where that is not known."""
+def read_trained(root: Path) -> dict[int, tuple[int, ...]]:
+    """The steps of every stored group that is trained, in order; empty where that is not known."""
     try:
-        steps = json.loads((root / TRAINED).read_bytes())
-        return {int(number): int(step) for number, step in steps.items()}
-    except (OSError, ValueError, AttributeError):
+        found = json.loads((root / TRAINED).read_bytes())
+        return {int(number): tuple(map(int, steps)) for number, steps in found.items() if steps}
+    except (OSError, ValueError, AttributeError, TypeError):
         return {}
 
 
@@ -178,7 +222,19 @@ def store_of(config: RunConfig) -> ExperienceStore | None:
     if not config.buffer.durable:
         return None
     return ExperienceStore(
-        config.run_dir / "experience", made_by=made_by(config), fsync=config.buffer.fsync
+        config.run_dir / "experience",
+        made_by=made_by(config),
+        fsync=config.buffer.fsync,
+        patience=patience_of(config),
+    )
+
+
+def patience_of(config: RunConfig) -> Patience:
+    """With one group, or one look at all, on disk."""
+    return Patience(
+        limit_s=config.buffer.write_timeout_s,
+        setting="buffer.write_timeout_s",
+        told_fraction=config.observe.slow_write_fraction,
     )
 
 
@@ -197,16 +253,18 @@ def recovery_of(
     def tell_there(text: str) -> None:
         loop.call_soon_threadsafe(tell, text)
 
-    staleness, groups = config.staleness, config.run.groups_per_step
+    staleness, replay = config.staleness, config.buffer.replay
     recovery = Recovery(
         store,
         config.run_dir / "checkpoints",
         every=config.checkpoint.every,
-        span=staleness.oldest_in_flight + 2 + -(-staleness.look_ahead // groups),
+        span=staleness.oldest_in_flight + 2 + -(-staleness.look_ahead // fresh_groups(config)),
         look_ahead=staleness.look_ahead,
         keep_steps=config.buffer.keep_steps,
         step=step,
         tell=tell_there,
+        max_uses=1 if replay is None else replay.max_uses,
+        reuse_steps=0 if replay is None else staleness.max_staleness,
     )
     recovery.rewind()
     return recovery

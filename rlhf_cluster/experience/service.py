@@ -9,7 +9,9 @@ died leaves no waiter behind. `take` raises `StalledError` when no group was fin
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from enum import StrEnum
 
 from rlhf_cluster.errors import StalledError
@@ -40,7 +42,8 @@ class BufferService:
         self._patience_s = patience_s
         self._clock = clock
         self._changed = asyncio.Condition()
-        self._last_progress_s = clock()
+        self._last_progress_s = self._began_s = clock()
+        self._admitted_s: deque[tuple[int, float]] = deque()  # (number, when), from the oldest on
         self._learner_waits = False
         self._stopped = False
 
@@ -56,6 +59,9 @@ class BufferService:
 
         await self._wait(free_or_done)
         if tickets:
+            now = self._clock()
+            self._oldest_age_s()
+            self._admitted_s.extend((ticket.number, now) for ticket in tickets)
             return tickets
         return Answer.DONE if self._buffer.complete or self._stopped else Answer.WAIT
 
@@ -112,8 +118,22 @@ class BufferService:
             self._buffer.set_pipeline_depth(depth)
             self._changed.notify_all()
 
+    async def forget(self, numbers: Sequence[int]) -> None:
+        async with self._changed:
+            self._buffer.forget(numbers)
+
     async def stats(self) -> BufferStats:
-        return self._buffer.stats()
+        return replace(self._buffer.stats(), oldest_age_s=self._oldest_age_s())
+
+    def _oldest_age_s(self) -> float:
+        """0 without a group. One that was open at a resume counts from then."""
+        oldest, admitted = self._buffer.oldest, self._admitted_s
+        while admitted and (oldest is None or admitted[0][0] < oldest):
+            admitted.popleft()
+        if oldest is None:
+            return 0.0
+        known = admitted and admitted[0][0] == oldest
+        return self._clock() - (admitted[0][1] if known else self._began_s)
 
     async def _wait(self, condition: Callable[[], bool]) -> bool:
         async with self._changed:

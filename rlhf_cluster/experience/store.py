@@ -10,7 +10,8 @@ Promises:
   none; with fsync = "group" that holds for the machine too;
 - a file that is not as it was written is never used: `read` says which one and what is wrong with it;
 - `write` raises `StoreError` when the group is not on disk as a whole, and leaves nothing behind; then
-  the run has to end, since it cannot keep what it promises;
+  the run has to end, since it cannot keep what it promises. So with a disk that takes longer than
+  `patience` allows; what that write leaves in the end is whole, or has no name;
 - a file is of the attempt that its ticket was of: a call of an attempt that was given up, which ends
   later, replaces nothing of the next one, and is read by nobody (`experience.recovery`);
 - names come from ticket numbers and attempts alone, and nothing is unpickled.
@@ -26,15 +27,16 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from rlhf_cluster.errors import StoreError
+from rlhf_cluster.errors import StalledError, StoreError
 from rlhf_cluster.experience import arrow
 from rlhf_cluster.experience.arrow import Header
 from rlhf_cluster.ports import Handle
 from rlhf_cluster.records import ExperienceGroup, Ticket
+from rlhf_cluster.slow_disk import Patience
 from rlhf_cluster.weights.files import sync_folder
 
 Fsync = Literal["group", "never"]
@@ -44,9 +46,12 @@ _NAME = re.compile(r"g(\d{8,})(?:\.a(\d+))?\.arrow")
 
 @dataclass(frozen=True, slots=True)
 class StoredGroup:
-    """The handle of a group that is read from the store."""
+    """The handle of a group that is read from the store; for `uses` and `weight` see
+    `records.ExperienceGroup`."""
 
     number: int
+    uses: int = 0
+    weight: float = 1.0
 
 
 class ExperienceStore:
@@ -64,12 +69,15 @@ class ExperienceStore:
         fsync: Fsync = "never",
         write_file: Callable[[int, memoryview], int] = os.write,
         attempt: int | None = None,
+        patience: Patience | None = None,
     ) -> None:
+        """`patience`: how long a write may take; without it waits for the disk, however long."""
         self.root = Path(root)
         self.attempt = max(0, read_attempt(self.root)) if attempt is None else attempt
         self.made_by = made_by
         self._fsync = fsync == "group"
         self._write_file = write_file
+        self._patience = patience
 
     def path(self, number: int, attempt: int | None = None) -> Path:
         """Of `attempt`, by default the one that is read."""
@@ -87,7 +95,16 @@ class ExperienceStore:
         image = arrow.encode(group, header)
         path = self.path(group.ticket.number, group.ticket.attempt)
         try:
-            self._replace(path, image)
+            if self._patience is None:
+                self._replace(path, image)
+            else:
+                what = f"{path}, {len(image)} bytes,"
+                self._patience.wait(what, lambda: self._replace(path, image))
+        except StalledError as error:  # an OSError too, as every TimeoutError
+            raise StoreError(
+                f"group {group.group_id}: {error}. Look at that disk, give run.root a faster one or "
+                "raise buffer.write_timeout_s, and start the same command again: it goes on"
+            ) from error
         except OSError as error:
             raise StoreError(
                 f"{path}: {len(image)} bytes of group {group.group_id} cannot be written ({error}). "
@@ -218,5 +235,7 @@ def collect(
                     "keeps no copy. The same command goes on from the last checkpoint"
                 )
             group = store.read(number)
+        if isinstance(handle, StoredGroup):
+            group = replace(group, uses=handle.uses, weight=handle.weight)
         groups.append(group)
     return groups

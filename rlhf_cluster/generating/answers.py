@@ -23,6 +23,39 @@ GROUPS = "groups.jsonl"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """A critique by a principle, and the revision after it, as they were given."""
+
+    principle: str
+    critique: str
+    revision: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Revised:
+    """A response after its last revision. `unusable`: replies that were no critique or revision,
+    by what was wrong with them (`generating.revising.PROBLEMS`)."""
+
+    text: str
+    reward: float
+    parts: Mapping[str, float]
+    num_tokens: int
+    rounds: tuple[Round, ...]
+    unusable: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unrevised:
+    """A response that was given up before its last revision, for `problem`; nobody scored it."""
+
+    text: str
+    num_tokens: int
+    problem: str
+    rounds: tuple[Round, ...]
+    unusable: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """One response. `step_rewards`: the rewards of the completions from the end of each step."""
 
@@ -32,6 +65,7 @@ class Answer:
     num_tokens: int
     cut: bool  # ended by the limit of tokens
     step_rewards: tuple[tuple[float, ...], ...] | None = None
+    revised: Revised | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +77,7 @@ class Answers:
     prompt: str | list[dict[str, str]]
     answers: tuple[Answer, ...]
     scorer_version: str = ""
+    unrevised: tuple[Unrevised, ...] = ()
 
     def to_line(self) -> bytes:
         text = json.dumps(asdict(self), ensure_ascii=False, allow_nan=False)
@@ -54,7 +89,8 @@ class Answers:
         try:
             tree = json.loads(line)
             answers = tuple(_answer(**each) for each in tree.pop("answers"))
-            return cls(answers=answers, **tree)
+            lost = tuple(Unrevised(**_rounds(each)) for each in tree.pop("unrevised", ()))
+            return cls(answers=answers, unrevised=lost, **tree)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not the answers to a prompt ({error})") from error
 
@@ -130,9 +166,19 @@ def _whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line[:-1]
 
 
-def _answer(*, step_rewards: list[list[float]] | None = None, **others: Any) -> Answer:
+def _answer(
+    *,
+    step_rewards: list[list[float]] | None = None,
+    revised: dict[str, Any] | None = None,
+    **others: Any,
+) -> Answer:
     steps = None if step_rewards is None else tuple(tuple(each) for each in step_rewards)
-    return Answer(step_rewards=steps, **others)
+    own = None if revised is None else Revised(**_rounds(revised))
+    return Answer(step_rewards=steps, revised=own, **others)
+
+
+def _rounds(tree: dict[str, Any]) -> dict[str, Any]:
+    return {**tree, "rounds": tuple(Round(**each) for each in tree["rounds"])}
 
 
 def _cut_torn_line(path: Path) -> None:

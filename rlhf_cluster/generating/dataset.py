@@ -17,6 +17,7 @@ from typing import Any
 from rlhf_cluster.config.generate import GenerateSection
 from rlhf_cluster.errors import DataError
 from rlhf_cluster.generating.answers import Answer, Answers, in_order
+from rlhf_cluster.generating.revised_rows import SELECTIONS, RevisionReport
 from rlhf_cluster.generating.selecting import LEFT_OUT, Row, rows_of, step_labels
 
 
@@ -44,6 +45,8 @@ class Report:
     left_out: Counter[str] = field(default_factory=Counter)
     highest: float | None = None
     means: dict[str, _Mean] = field(default_factory=dict)
+    samples: int = 0
+    revisions: RevisionReport = field(default_factory=RevisionReport)
 
     def add(self, group: Answers, rows: list[Row], taken: list[Answer], left: Counter[str]) -> None:
         self.prompts += 1
@@ -55,9 +58,13 @@ class Report:
                 self._mean(f"{name}tokens", answer.num_tokens)
                 for part, value in answer.parts.items():
                     self._mean(f"{name}part/{part}", value)
+        self.samples += len(group.answers) + len(group.unrevised)
         rewards = [answer.reward for answer in group.answers]
-        self._mean("best_reward", max(rewards))
-        self.highest = max([*rewards, *([] if self.highest is None else [self.highest])])
+        if rewards:
+            self._mean("best_reward", max(rewards))
+            self.highest = max(rewards if self.highest is None else [*rewards, self.highest])
+        if self.section.select in SELECTIONS:
+            self.revisions.add(group)
         for row in rows:
             if "margin" in row:
                 self._mean("margin", row["margin"])
@@ -77,7 +84,7 @@ class Report:
             "select": self.section.select,
             "prompts": self.prompts,
             "discarded": dict(discarded),
-            "samples": self.means["reward"].count if self.means else 0,
+            "samples": self.samples,
             "rows": self.rows,
             "left_out": {name: self.left_out[name] for name in LEFT_OUT},
             "reward_mean": mean("reward"),
@@ -95,6 +102,7 @@ class Report:
                 }
                 for name in parts
             },
+            "revisions": self.revisions.document() if self.section.select in SELECTIONS else None,
         }
 
     def _mean(self, name: str, value: float) -> None:

@@ -3,6 +3,7 @@
     prompts --number--> GENERATION --rollouts--> SCORING --scored--> answers, one line a prompt
                               ^                     |
                               +-- from each step ---+          with `completions` only
+                              +--> critiques and revisions --> SCORING       with `revisions` only
 
 Promises: every prompt asked for is written, or discarded with a counted reason; at most
 `max_in_flight` groups are sampled or scored at once; what is sampled for a prompt follows from the seed
@@ -13,25 +14,30 @@ written in parts. Without a pool, or when too many groups fail, all ends with th
 from __future__ import annotations
 
 import asyncio
-import math
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
-from rlhf_cluster.errors import PoolLost, RlhfError, ScoringError, WorkerError, first_failure
-from rlhf_cluster.generating.answers import Answer, Answers, AnswersFile
+import numpy as np
+
+from rlhf_cluster.config.revise import Revise
+from rlhf_cluster.errors import PoolLost, RecordLost, RlhfError, ScoringError, WorkerError
+from rlhf_cluster.generating.answers import Answers, AnswersFile
+from rlhf_cluster.generating.asking import PoolAsker
+from rlhf_cluster.generating.revising import Asker, Reviser, answer_of
+from rlhf_cluster.generating.together import together
 from rlhf_cluster.outcomes import Outcomes
-from rlhf_cluster.pipeline import PromptsPort, scored
+from rlhf_cluster.pipeline import MAX_LOSSES, PromptsPort, scored
 from rlhf_cluster.ports import Handle, ScoringPort
 from rlhf_cluster.records import (
     ExperienceGroup,
-    FinishReason,
     GroupSummary,
     PartialGroup,
     PartialResponse,
     Prompt,
     Rollout,
+    RolloutGroup,
     Sampling,
     ScoredRollout,
     Ticket,
@@ -64,19 +70,34 @@ class Completions:
     silent: frozenset[int]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Revisions:
+    """How responses are criticised and revised. Without an `asker` the generation pool is asked, with
+    requests as `render` makes token ids of them, `max_prompt_tokens` at most. `encode` gives the
+    tokens, an end token last, of a revision that only came as text."""
+
+    how: Revise
+    asker: Asker | None
+    render: Callable[[str], np.ndarray]
+    encode: Callable[[str], Sequence[int]]
+    max_prompt_tokens: int
+    seed: int
+
+
 @dataclass(slots=True, kw_only=True)
 class Producer:
-    """`fetch` gets a scored group from its handle, `decode` gives the text of token ids; `finished`
-    and `discarded` are told of every prompt that is done."""
+    """`fetch` gets a group from its handle, `decode` gives the text of token ids; `finished` and
+    `discarded` are told of every prompt that is done."""
 
     generation: ContinuingPort
     scoring: ScoringPort
-    fetch: Callable[[Handle], Awaitable[ExperienceGroup]]
+    fetch: Callable[[Handle], Awaitable[Any]]
     decode: Callable[[Sequence[int]], str]
     prompts: PromptsPort
     num_prompts: int
     sampling: Sampling
     completions: Completions | None
+    revisions: Revisions | None
     file: AnswersFile
     max_in_flight: int
     max_error_rate: float
@@ -95,7 +116,7 @@ class Producer:
         self._outcomes = Outcomes(self.max_error_rate)
         self._slots = asyncio.Semaphore(self.max_in_flight)
         numbers = iter(self.pending)
-        await _all(self._work(numbers) for _ in range(self.max_in_flight))
+        await together(self._work(numbers) for _ in range(self.max_in_flight))
 
     async def _work(self, numbers: Iterator[int]) -> None:
         for number in numbers:
@@ -116,10 +137,13 @@ class Producer:
         self.prompts.seek(number)
         prompt = self.prompts.next()
         ticket = Ticket(number=number, version=FOLDER_VERSION)
+        if self.revisions is not None:
+            first = await self._sampled(ticket, prompt, self.sampling)
+            return await self._reviser(self.revisions).answers(first)
         group = await self._group(ticket, prompt, self.sampling)
         further: list[tuple[tuple[float, ...], ...] | None] = [None] * len(group.scored)
         if self.completions is not None:
-            found = await _all(
+            found = await together(
                 self._step_rewards(number, index, prompt, own, self.completions)
                 for index, own in enumerate(group.scored)
             )
@@ -129,7 +153,8 @@ class Producer:
             prompt_id=prompt.prompt_id,
             prompt=prompt.source,
             answers=tuple(
-                self._answer(own, steps) for own, steps in zip(group.scored, further, strict=True)
+                answer_of(own, self.decode, steps)
+                for own, steps in zip(group.scored, further, strict=True)
             ),
             scorer_version=group.scored[0].scorer_version,
         )
@@ -146,6 +171,45 @@ class Producer:
                 lambda: self.generation.generate(ticket, prompt, sampling, start), score
             )
         return group
+
+    def _reviser(self, how: Revisions) -> Reviser:
+        own = PoolAsker(
+            sample=self._sampled,
+            encode=how.render,
+            decode=self.decode,
+            sampling=replace(self.sampling, num_samples=1),
+            max_prompt_tokens=how.max_prompt_tokens,
+            version=FOLDER_VERSION,
+        )
+        return Reviser(
+            how=how.how,
+            asker=how.asker or own,
+            score=self._scored,
+            decode=self.decode,
+            encode=how.encode,
+            seed=how.seed,
+            first_stream=self.num_prompts,
+            version=FOLDER_VERSION,
+        )
+
+    async def _sampled(self, ticket: Ticket, prompt: Prompt, sampling: Sampling) -> RolloutGroup:
+        """Without a score."""
+
+        async def sampled() -> RolloutGroup:
+            return await self.fetch(await self.generation.generate(ticket, prompt, sampling))
+
+        async with self._slots:
+            return await _unless_lost(sampled)
+
+    async def _scored(self, group: RolloutGroup) -> ExperienceGroup:
+        """Of responses that are here."""
+
+        async def scores() -> ExperienceGroup:
+            handle, _ = await self.scoring.score(group)
+            return await self.fetch(handle)
+
+        async with self._slots:
+            return await _unless_lost(scores)
 
     async def _step_rewards(
         self, number: int, index: int, prompt: Prompt, own: ScoredRollout, how: Completions
@@ -172,20 +236,9 @@ class Producer:
             group = await self._group(ticket, prompt, sampling, start)
             return tuple(float(each.reward) for each in group.scored)
 
-        rewards = dict(zip(inner, await _all(map(from_step, inner)), strict=True))
+        rewards = dict(zip(inner, await together(map(from_step, inner)), strict=True))
         rewards[last] = (float(own.reward),)
         return tuple(rewards[int(end)] for end in ends)
-
-    def _answer(self, own: ScoredRollout, steps: tuple[tuple[float, ...], ...] | None) -> Answer:
-        parts = {**own.reward_parts, **own.watched}
-        return Answer(
-            text=self.decode(own.rollout.response_ids.tolist()),
-            reward=float(own.reward),
-            parts={name: float(part) for name, part in parts.items() if math.isfinite(part)},
-            num_tokens=len(own.rollout.response_ids),
-            cut=own.rollout.finish_reason == FinishReason.LENGTH,
-            step_rewards=steps,
-        )
 
 
 def beginning(ticket: Ticket, rollout: Rollout, num_tokens: int, number: int) -> PartialGroup:
@@ -204,11 +257,11 @@ def beginning(ticket: Ticket, rollout: Rollout, num_tokens: int, number: int) ->
     return PartialGroup(group_id=ticket.group_id, responses=responses, started_s=rollout.started_s)
 
 
-async def _all(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """What all give, in order. The first failure ends the others, and is raised."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(work) for work in works]
-    except BaseExceptionGroup as failures:
-        raise first_failure(failures) from failures
-    return [task.result() for task in tasks]
+async def _unless_lost(get: Callable[[], Awaitable[T]]) -> T:
+    """What `get` gives; again while the record is lost before it is here."""
+    for _ in range(MAX_LOSSES):
+        try:
+            return await get()
+        except RecordLost:
+            continue
+    return await get()

@@ -18,7 +18,8 @@ class Progress:
         self.prompts = prompts
         self.prompt_s = 0.0  # wall time of one of the last prompts
         self._new: list[Answers] = []
-        self._discarded: Counter[str] = Counter()
+        names = ("discarded_total", "unrevised_total", "unusable_replies_total")
+        self._totals: dict[str, Counter[str]] = {name: Counter() for name in names}
         self._began: float | None = None
 
     @property
@@ -33,10 +34,15 @@ class Progress:
     def add(self, answers: Answers) -> bool:
         self._new.append(answers)
         self.prompts += 1
+        revised = [each.revised for each in answers.answers if each.revised is not None]
+        for each in (*revised, *answers.unrevised):
+            self._totals["unusable_replies_total"].update(each.unusable)
+        for lost in answers.unrevised:
+            self._totals["unrevised_total"][lost.problem] += 1
         return len(self._new) >= self._every
 
     def discard(self, error: RlhfError) -> None:
-        self._discarded[type(error).__name__] += 1
+        self._totals["discarded_total"][type(error).__name__] += 1
 
     def take(self, now: float) -> Mapping[str, float]:
         """Metrics by name. There must be a prompt that no line tells of yet."""
@@ -46,14 +52,20 @@ class Progress:
         self._began = now
         self.prompt_s = took / len(groups)
         tokens = sum(answer.num_tokens for answer in answers)
-        best = [max(answer.reward for answer in group.answers) for group in groups]
-        discarded = {f"generate/discarded_total/{k}": float(n) for k, n in self._discarded.items()}
-        return {
+        found = {
             "generate/prompts": float(self.prompts),
             "generate/samples": float(self.prompts * self._samples),
-            "generate/reward_mean": sum(answer.reward for answer in answers) / len(answers),
-            "generate/best_reward_mean": sum(best) / len(best),
-            "generate/cut_fraction": sum(answer.cut for answer in answers) / len(answers),
             "generate/tokens_per_s": tokens / took if took > 0 else 0.0,
-            **discarded,
         }
+        for name, counts in self._totals.items():
+            found |= {f"generate/{name}/{key}": float(number) for key, number in counts.items()}
+        if answers:  # all may have been given up before they were scored
+            best = [max(a.reward for a in group.answers) for group in groups if group.answers]
+            found |= {
+                "generate/reward_mean": sum(answer.reward for answer in answers) / len(answers),
+                "generate/best_reward_mean": sum(best) / len(best),
+                "generate/cut_fraction": sum(answer.cut for answer in answers) / len(answers),
+            }
+        if revised := [answer.revised.reward for answer in answers if answer.revised is not None]:
+            found["generate/revised_reward_mean"] = sum(revised) / len(revised)
+        return found

@@ -6,6 +6,7 @@
     pairs         the best against the worst, the second best     {prompt, chosen, rejected, margin}
                   against the second worst, `keep` at most
     step_labels   every response                                  {prompt, completion, labels}
+    revisions, revision_pairs                                     see `generating.revised_rows`
 
 `best_of_n` and `threshold` are rejection sampling: RFT (Yuan et al. 2023, arXiv:2308.01825), RAFT (Dong
 et al. 2023, arXiv:2304.06767), and the fine-tuning of Llama 2 (Touvron et al. 2023, arXiv:2307.09288).
@@ -25,6 +26,7 @@ from typing import Any
 from rlhf_cluster.config.generate import GenerateSection
 from rlhf_cluster.errors import DataError
 from rlhf_cluster.generating.answers import Answer, Answers
+from rlhf_cluster.generating.revised_rows import SELECTIONS, rows_of_revisions
 
 Row = dict[str, Any]
 
@@ -35,6 +37,9 @@ LEFT_OUT = {
     "not_selected": "responses that the selection did not take",
     "ties": "prompts whose responses all have the same reward",
     "close": "prompts whose pairs are all under stage.min_margin",
+    "unrevised": "responses without a last revision",
+    "unchanged": "responses that their last revision left as they were",
+    "undecided": "revisions whose reward is not far enough from their response's",
     "no_row": "prompts without any row",
 }
 
@@ -43,6 +48,8 @@ def rows_of(
     group: Answers, section: GenerateSection
 ) -> tuple[list[Row], list[Answer], Counter[str]]:
     """The rows of a prompt, the answers that they hold, and what was left out, by reason."""
+    if section.select in SELECTIONS:
+        return rows_of_revisions(group, section)
     counts: Counter[str] = Counter()
     usable = _usable(group.answers, section, counts)
     if section.select == "pairs":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cluster.config.generate import GenerateConfig
+from rlhf_cluster.generating.revising import PROBLEMS
 from rlhf_cluster.generating.selecting import LEFT_OUT
 from rlhf_cluster.planning.derived import total_resources
 from rlhf_cluster.planning.placement import demand
@@ -25,6 +26,8 @@ def derived_generation(config: GenerateConfig, num_prompts: int) -> dict[str, st
     }
     if stage.completions is not None:
         facts["completions"] = f"{stage.completions:,} from each reasoning step but the last"
+    if (revise := stage.revise) is not None:
+        facts["revisions"] = f"{revise.rounds} of each sample; principles: {len(revise.principles)}"
     return facts | {
         "total demand": total_resources(demand(config)),
         "run directory": str(config.run_dir),
@@ -41,9 +44,14 @@ def generation_ending(summary: Mapping[str, Any], command: str, here: Path) -> l
     }
     if report["label_mean"] is not None:
         rows["step labels"] = f"{report['labels']:,}, mean {_number(report['label_mean'])}"
+    if (revisions := report["revisions"]) is not None:
+        better = _number(revisions["better_fraction"])
+        rows["revisions"] = f"{revisions['revised']:,}, better than their response: {better}"
     left = {LEFT_OUT[name]: count for name, count in report["left_out"].items() if count}
     lost = {f"prompts discarded by {name}": n for name, n in report["discarded"].items()}
-    notes = [f"{count:,} {text}" for text, count in {**left, **lost}.items()]
+    failed = (revisions or {}).get("unrevised", {})
+    given_up = {f"without a revision: {PROBLEMS[name]}": count for name, count in failed.items()}
+    notes = [f"{count:,} {text}" for text, count in {**left, **given_up, **lost}.items()]
     folder = _shown(Path(summary["run_dir"]), here)
     return [
         f"Stage {summary['run']} ({summary['stage']}) finished: {report['prompts']:,} prompts in "

@@ -29,6 +29,7 @@ class TrainingBatch:
     num_tokens: list[int]  # [R], trained tokens
     rollout_ids: list[str]  # [R]
     group_sizes: list[int]  # rollouts of each group; they add up to R
+    weights: list[float]  # [R], what the losses of its tokens are multiplied by
     streams: tuple[str, ...]
     temperature: float
 
@@ -110,6 +111,7 @@ def training_batch(
         num_tokens=num_tokens,
         rollout_ids=[r.rollout_id for r in rollouts],
         group_sizes=[len(group.scored) for group in groups],
+        weights=[group.weight for group in groups for _ in group.scored],
         streams=(*names, *scores),
         temperature=temperature_of(rollouts),
     )

@@ -83,8 +83,9 @@ class RunningNormalizer:
                     f"a rollout has the parts {sorted(own)}, scoring.rewards has "
                     f"{sorted(self._weights)}; every rollout needs exactly these"
                 )
+        new = [scored.reward_parts for group in groups if not group.uses for scored in group.scored]
         for name, moments in self._moments.items():
-            values = np.array([own[name] for own in parts], dtype=np.float64)
+            values = np.array([own[name] for own in new], dtype=np.float64)
             self._moments[name] = moments.with_more(values)
         return [
             replace(

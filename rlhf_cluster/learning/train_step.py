@@ -9,9 +9,9 @@ communication is that of the sharded models, one reduction of metric sums, the g
 one sum of values where there is a critic, or of KLs where they are in the reward.
 Promises: a batch that breaks the staleness bound raises before a weight is touched; the weight of a
 token in the loss follows from all rollouts of its optimizer step (`algorithms.aggregation`), those
-that are left out of the passes because their loss is zero among them; metrics of tokens are over
-those computed. With one optimizer step a batch the current policy is the proximal one, and no pass
-is spent on it; with more, its log-probabilities are computed before the first of them.
+that are left out of the passes because their loss is zero among them, times the group's own; metrics of
+tokens are over those computed. With one optimizer step a batch the current policy is the proximal one,
+and no pass is spent on it; with more, its log-probabilities are computed before the first of them.
 """
 
 from __future__ import annotations
@@ -187,7 +187,9 @@ def _parts(
             settings.max_response_tokens,
         )
         sequences = [
-            _with_stream(sequence, "weight", np.full(len(sequence.target_ids), weight))
+            _with_stream(
+                sequence, "weight", np.full(len(sequence.target_ids), weight * batch.weights[i])
+            )
             for i, weight in zip(members, weights, strict=True)
             if (sequence := batch.sequences[i]) is not None
         ]

@@ -154,7 +154,7 @@ def partition(
     Raises:
         ConfigError: deepspeed is not installed.
     """
-    deepspeed = _import(device)
+    deepspeed = import_deepspeed(device)
     loaded = {name: parameter.data for name, parameter in module.named_parameters()}
     engine, *_ = deepspeed.initialize(
         model=module,
@@ -178,7 +178,8 @@ def leave_group() -> None:
     comm.destroy_process_group()
 
 
-def _import(device: torch.device) -> Any:
+def import_deepspeed(device: torch.device) -> Any:
+    """deepspeed for a rank with `device`. Raises `ConfigError` where it is not installed."""
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(
             "learner.backend = 'zero3' needs deepspeed, which is not installed. Install it "

@@ -103,8 +103,15 @@ OVERVIEW = Dashboard(
         row(
             "Is it healthy",
             Panel(
-                title="Live workers",
-                queries=(gauge("pool_size", "{{run}} {{pool}}", by="run, pool"),),
+                title="Workers, and changes by autoscale",
+                queries=(
+                    gauge("pool_size", "{{run}} {{pool}} live", by="run, pool"),
+                    Query(
+                        expr=f"sum by (run, pool) (increase({series('pool_autoscaled_total')}[10m]))",
+                        legend="{{run}} {{pool}} changed by autoscale",
+                    ),
+                ),
+                help="Changes within 10 minutes; the reason of each is an event of the run.",
             ),
             Panel(
                 title="Groups that fail",

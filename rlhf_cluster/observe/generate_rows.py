@@ -14,4 +14,13 @@ GENERATE_ROWS = (
     gauge("generate/cut_fraction", "1", _ROLE, "The same, share that reached the limit of tokens"),
     gauge("generate/tokens_per_s", "tokens/s", _ROLE, "Tokens of responses by wall time"),
     counter("generate/discarded_total", "1", _ROLE, "Prompts given up", "reason"),
+    gauge("generate/revised_reward_mean", "reward", _ROLE, "Mean reward of the last revisions"),
+    counter("generate/unrevised_total", "1", _ROLE, "Responses whose revision failed", "reason"),
+    counter(
+        "generate/unusable_replies_total",
+        "1",
+        _ROLE,
+        "Critiques and revisions without text or end",
+        "reason",
+    ),
 )

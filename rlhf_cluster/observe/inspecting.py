@@ -10,7 +10,7 @@ A group that is in both is shown once, from the store. Nothing is changed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -23,7 +23,8 @@ from rlhf_cluster.records import ExperienceGroup
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupRow:
-    """`step` is the one that trained the group; None: none did. `source` is "store" or "sample"."""
+    """`steps` are those that trained the group: several where it was replayed, none while it is open.
+    `source` is "store" or "sample"."""
 
     group_id: str
     prompt_id: str
@@ -32,7 +33,7 @@ class GroupRow:
     reward: float  # mean of the rollouts shown
     num_rollouts: int
     num_tokens: int
-    step: int | None
+    steps: tuple[int, ...]
     source: str
 
 
@@ -52,7 +53,7 @@ class Wanted:
             and (self.version is None or row.oldest_version <= self.version <= row.newest_version)
             and (self.min_reward is None or row.reward >= self.min_reward)
             and (self.max_reward is None or row.reward <= self.max_reward)
-            and self.step in (None, row.step)
+            and (self.step is None or self.step in row.steps)
         )
 
 
@@ -72,7 +73,7 @@ def list_groups(run_dir: Path, wanted: Wanted, limit: int | None = None) -> List
     rows: dict[str, GroupRow] = {}
     for number in store.numbers():
         try:
-            row = _row(store.read(number), steps.get(number))
+            row = _row(store.read(number), steps.get(number, ()))
         except StoreError as error:
             found.damaged.append(str(error))
         else:
@@ -83,17 +84,21 @@ def list_groups(run_dir: Path, wanted: Wanted, limit: int | None = None) -> List
         except (OSError, ValueError, KeyError) as error:
             found.damaged.append(f"{path}: cannot be read as samples ({error})")
         else:
-            rows = {row.group_id: row for row in sampled} | rows
+            for row in sampled:
+                known = rows.setdefault(row.group_id, row)
+                steps_of_both = tuple(sorted({*known.steps, *row.steps}))
+                rows[row.group_id] = replace(known, steps=steps_of_both)
     found.rows.extend([rows[name] for name in sorted(rows) if wanted.has(rows[name])][:limit])
     return found
 
 
 def table(rows: Sequence[GroupRow]) -> list[str]:
-    """A heading and a line a row. A group that no step trained is open, or was discarded."""
+    """A heading and a line a row. A group that no step trained is open, or was discarded; one that was
+    replayed has the steps of all its uses."""
     cells = [("group", "prompt", "versions", "reward", "rollouts", "tokens", "step", "from")]
     for row in rows:
         versions = f"{row.oldest_version}..{row.newest_version}"
-        step = "open" if row.step is None else str(row.step)
+        step = ",".join(map(str, row.steps)) or "open"
         numbers = (f"{row.reward:.4g}", str(row.num_rollouts), str(row.num_tokens))
         cells.append((row.group_id, row.prompt_id, versions, *numbers, step, row.source))
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
@@ -103,7 +108,7 @@ def table(rows: Sequence[GroupRow]) -> list[str]:
     ]
 
 
-def _row(group: ExperienceGroup, step: int | None) -> GroupRow:
+def _row(group: ExperienceGroup, steps: tuple[int, ...]) -> GroupRow:
     rollouts = [scored.rollout for scored in group.scored]
     return GroupRow(
         group_id=group.group_id,
@@ -113,7 +118,7 @@ def _row(group: ExperienceGroup, step: int | None) -> GroupRow:
         reward=sum(s.reward for s in group.scored) / len(rollouts),
         num_rollouts=len(rollouts),
         num_tokens=sum(len(r.response_ids) for r in rollouts),
-        step=step,
+        steps=steps,
         source="store",
     )
 
@@ -130,6 +135,6 @@ def _sampled(path: Path) -> Iterator[GroupRow]:
             reward=sum(r["reward"] for r in rollouts) / len(rollouts),
             num_rollouts=len(rollouts),
             num_tokens=sum(len(r["response_ids"]) for r in rollouts),
-            step=int(path.stem.removeprefix("step-")),
+            steps=(int(path.stem.removeprefix("step-")),),
             source="sample",
         )

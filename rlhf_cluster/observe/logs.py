@@ -19,6 +19,7 @@ from pathlib import Path
 
 from rlhf_cluster import redaction
 from rlhf_cluster.errors import RunError
+from rlhf_cluster.observe import stacks
 
 OURS = ("rlhf_cluster", "actors")
 _MARK = "_rlhf_cluster_handler"
@@ -37,7 +38,8 @@ class _LineFormatter(logging.Formatter):
 
 
 def configure(role: str, name: str, log_dir: str | Path) -> logging.Logger:
-    """Set up this process's logging and return its logger. Libraries log from WARNING on.
+    """Set up this process's logging and return its logger. Libraries log from WARNING on. From then on
+    the process tells its stacks when it is asked (`observe.stacks`).
 
     `RLHF_DEBUG=1` in the environment lets our own loggers write DEBUG lines too.
     """
@@ -45,6 +47,7 @@ def configure(role: str, name: str, log_dir: str | Path) -> logging.Logger:
         raise RunError(f"log name {name!r}: use letters, digits, '.', '_' and '-' only")
     Path(log_dir).mkdir(parents=True, exist_ok=True)
     redaction.hide(redaction.secrets_of({}))
+    stacks.answer(log_dir, name)
     root = logging.getLogger()
     for handler in list(root.handlers):
         if getattr(handler, _MARK, False):

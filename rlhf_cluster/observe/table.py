@@ -15,6 +15,7 @@ from rlhf_cluster.observe.learner_rows import LEARNER_ROWS
 from rlhf_cluster.observe.metric import Metric, Role, counter, gauge, times
 from rlhf_cluster.observe.preference_rows import PREFERENCE_ROWS
 from rlhf_cluster.observe.process_rows import PROCESS_ROWS
+from rlhf_cluster.observe.replay_rows import REPLAY_ROWS
 from rlhf_cluster.observe.stage_rows import STAGE_ROWS
 
 
@@ -93,10 +94,12 @@ def _keeping() -> tuple[Metric, ...]:
         gauge("pool/wanted", "1", role, "Workers that a pool should have", "pool"),
         counter("pool/restarts_total", "1", role, "Workers that were replaced", "pool"),
         counter("pool/quarantined_total", "1", role, "Of them, by a rule of quarantine", "pool"),
+        counter("pool/autoscaled_total", "1", role, "Changes of size by [autoscale]", "pool"),
         counter(
             "learner/restarts_total", "1", role, "Learner and buffer started anew after a loss"
         ),
         gauge("learner/ranks", "1", role, "Ranks that train; fewer than asked after a shrink"),
+        gauge("learner/spares_ready", "1", role, "Hot spares that wait to become ranks"),
         counter("control/restarts_total", "1", role, "Control channels opened anew after a loss"),
         gauge("sft/loss", "nats", role, "Mean loss of a target token in the warm-up"),
         gauge("sft/grad_norm", "1", role, "Gradient norm of a warm-up step, before clipping"),
@@ -161,13 +164,16 @@ def _buffer() -> tuple[Metric, ...]:
         counter("buffer/admitted_total", "1", role, "Groups admitted"),
         counter("buffer/finished_total", "1", role, "Groups generated and scored"),
         counter("buffer/discarded_total", "1", role, "Groups given up", "reason"),
-        counter("buffer/taken_total", "1", role, "Groups handed to the learner"),
+        counter(
+            "buffer/taken_total", "1", role, "Groups handed to the learner, each once (fresh ones)"
+        ),
         counter("buffer/recovered_total", "1", driver, "Groups found on disk, not generated again"),
         counter(
             "buffer/reweighted_total", "1", role, "Groups over max_staleness that were trained"
         ),
         gauge("buffer/in_flight", "1", role, "Groups being generated or scored"),
         gauge("buffer/ready", "1", role, "Finished groups that wait for the learner"),
+        gauge("buffer/oldest_age_s", "s", role, "Since the oldest group not taken was admitted"),
     )
 
 
@@ -204,6 +210,7 @@ METRICS = MappingProxyType(
             *_generation(),
             *_scoring(),
             *_buffer(),
+            *REPLAY_ROWS,
             *LEARNER_ROWS,
             *_weights(),
             *STAGE_ROWS,

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,8 +25,12 @@ from rlhf_cluster.experience.recovery import read_trained
 from rlhf_cluster.experience.store import ExperienceStore
 from rlhf_cluster.observe.run_log import read_metrics
 from rlhf_cluster.observe.samples import Row, read_samples
+from rlhf_cluster.observe.stations import station_facts
 from rlhf_cluster.records import ExperienceGroup
 from rlhf_cluster.rundir import RunDir
+
+if TYPE_CHECKING:
+    from rlhf_cluster.config import RunConfig
 
 OPEN = "none did: it is open, or was discarded"
 _ID = re.compile(r"g(\d{8,})/\d+")
@@ -38,7 +42,8 @@ _OF_STEP = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traced:
-    """`facts` in order, and the columns of the token table, each [T]. `step` None: none trained it."""
+    """`facts` in order, and the columns of the token table, each [T]. `step` is the last that trained
+    it; None: none did."""
 
     rollout_id: str
     step: int | None
@@ -104,7 +109,7 @@ def trace_step(run: RunDir, step: int) -> list[str]:
     store = ExperienceStore(run.path / "experience")
     rows = {row["rollout_id"]: row for row in _rows(run, step)}
     for number, trained_at in read_trained(store.root).items():
-        if trained_at == step and store.has(number):
+        if step in trained_at and store.has(number):
             rows |= {row["rollout_id"]: row for row in _stored_rows(store.read(number), step)}
     if not records and not rows:
         last = max((record["step"] for record in read_metrics(run.metrics)), default=0)
@@ -145,27 +150,36 @@ def _stored(
     store: ExperienceStore,
     group: ExperienceGroup,
     index: int,
-    steps: dict[int, int],
+    steps: dict[int, tuple[int, ...]],
     sampled: tuple[Row, int] | None,
 ) -> Traced:
     scored = group.scored[index]
-    rollout, step = scored.rollout, steps.get(group.ticket.number)
+    rollout, uses = scored.rollout, steps.get(group.ticket.number, ())
+    step = uses[-1] if uses else None
     advantages, why = _advantages(run, store, group, step, steps)
     facts = {
         "rollout": rollout.rollout_id,
         "group": f"{group.group_id}, admitted with version {group.ticket.version}",
         "prompt id": rollout.prompt_id,
-        "trained at step": OPEN if step is None else str(step),
+        "trained at step": ", ".join(map(str, uses)) or OPEN,
         "worker": rollout.worker,
         "sampled": f"{_time(rollout.started_s)}, {rollout.finished_s - rollout.started_s:.3g} s",
+        **station_facts(
+            store.path(group.ticket.number),
+            rollout.finished_s,
+            read_metrics(run.metrics),
+            uses[0] if uses else None,
+            _time,
+        ),
         "versions": f"{rollout.oldest_version}..{int(rollout.versions.max())}",
-        "staleness": "-" if step is None else str(step - 1 - rollout.oldest_version),
+        "staleness": ", ".join(str(s - 1 - rollout.oldest_version) for s in uses) or "-",
         "temperature": f"{rollout.temperature:g}",
         "ended by": str(rollout.finish_reason),
         "reward": f"{scored.reward:.6g}, {_parts(scored.reward_parts)}",
         "watched": _parts(scored.watched),
         "scorer": f"{scored.scorer}, version {scored.scorer_version or '-'}",
         "advantage": why or f"{_of_all(advantages[index])} (computed again)",
+        "correction": "weights not recorded: the learner's own log-probabilities decide them",
         "kept in": str(store.path(group.ticket.number)),
     }
     tokens: dict[str, Any] = {
@@ -222,7 +236,7 @@ def _advantages(
     store: ExperienceStore,
     group: ExperienceGroup,
     step: int | None,
-    steps: dict[int, int],
+    steps: dict[int, tuple[int, ...]],
 ) -> tuple[list[np.ndarray], str]:
     """Of the rollouts of `group`, each [T], or none and the reason."""
     if step is None:
@@ -230,7 +244,7 @@ def _advantages(
     from rlhf_cluster.algorithms import build_algorithm
     from rlhf_cluster.config import RunConfig, validate
 
-    numbers = sorted(number for number, at in steps.items() if at == step)
+    numbers = sorted(number for number, at in steps.items() if step in at)
     try:
         config = validate(RunConfig, run.read_resolved() or {}, str(run.resolved))
         algorithm = build_algorithm(config.algorithm, config.generation.max_response_tokens)
@@ -238,13 +252,21 @@ def _advantages(
             return [], "not recorded: the learner's own values decide it"
         if any(reward.normalize == "running" for reward in config.scoring.rewards):
             return [], "not recorded: what the learner saw before the step decides it"
-        if len(numbers) != config.run.groups_per_step or not all(map(store.has, numbers)):
+        if len(numbers) != _num_groups(run, config, step) or not all(map(store.has, numbers)):
             return [], "not known: groups of the same step are no longer stored"
         groups = [group if n == group.ticket.number else store.read(n) for n in numbers]
         found = algorithm.advantages(algorithm.trained_groups(groups))
     except RlhfError as error:
         return [], f"not known: {error}"
     return found[numbers.index(group.ticket.number)], ""
+
+
+def _num_groups(run: RunDir, config: RunConfig, step: int) -> int:
+    """That a step trained: with replay there may be fewer than asked for."""
+    if config.buffer.replay is None:
+        return config.run.groups_per_step
+    records = [r for r in read_metrics(run.metrics) if r["step"] == step]
+    return int(records[0].get("step/groups", 0)) if records else 0
 
 
 def _of_all(values: np.ndarray) -> str:

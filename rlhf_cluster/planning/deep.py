@@ -1,197 +1,141 @@
-"""`validate --deep`: whether the tokenizers of a run's models agree, and what memory the roles need.
+"""`validate --deep`: whether the tokenizers of the models agree, and what memory the roles need.
 
-Reads configurations, tokenizers and the shapes of tensors, never the weights. `memory` is pure.
-
-The estimate, in bytes, for P parameters of w bytes each and R ranks:
-
-    learner rank   16 P / R       float32 weights, gradients and two moments, and the same for a critic;
-                                  with adapters 4 P / R, in 4 bits 0.63 P / R
-                   34 w/2 T H L   passes: T tokens of a micro-batch, hidden size H, L layers;
-                                  2 w/2 T H L with gradient checkpointing (Korthikanti et al. 2022,
-                                  arXiv 2205.05198, without the attention scores)
-    generation     w P / t        of each of t tensor-parallel parts, and the KV cache, of which a token
-                                  takes 2 w L times the size of its keys
-    scoring        w P            of each frozen model: reference, teacher, reward models
-
-It leaves out what libraries keep for themselves, so it is what a role needs at least. Hosts hold
-12 P / R more for each rank while a checkpoint is written.
+Reads configurations, tokenizers and the shapes of tensors, never the weights. For every kind of run
+file. A stage of a pipeline whose model an earlier one is yet to leave is looked at with the model that
+it will come from: a stage changes neither the tokenizer nor, but for a head, the shapes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_cluster import doctor
-from rlhf_cluster.algorithms import ALGORITHMS
-from rlhf_cluster.config import RunConfig
+from rlhf_cluster.config import GenerateConfig, StageConfig
+from rlhf_cluster.config.either import AnyConfig
 from rlhf_cluster.data.tokenizer import end_token_ids, load_tokenizer
-from rlhf_cluster.doctor import GIB, Finding, Verdict
+from rlhf_cluster.doctor import Finding
 from rlhf_cluster.errors import DataError, WeightError
 from rlhf_cluster.inputs import model_dir_of
+from rlhf_cluster.planning import memory
+from rlhf_cluster.planning.memory import Need, Shape
 from rlhf_cluster.weights.checkpoint import checkpoint_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BYTES = {"float32": 4, "bfloat16": 2}
-STATE_BYTES = 16  # of a trained parameter
-FROZEN_BYTES = 4.0  # of one under adapters
-QUANTIZED_BYTES = 0.63
-ACTIVATIONS, RECOMPUTED = 34, 2  # bytes of a token, hidden unit and layer, in 16 bits
-GPU_SHARE = 0.9  # of a GPU that is there to be filled
+
+def deep(config: AnyConfig, scratch: Path, earlier: Sequence[AnyConfig] = ()) -> list[Finding]:
+    """All findings; models made from numbers are made below `scratch`. `earlier`: the stages of the
+    pipeline before this one. Raises `DataError`, `WeightError`."""
+    sources = _Sources(earlier, scratch)
+    model_dir = sources.model_of(config)
+    findings = [*_tokenizers(config, model_dir, sources), *_templates(config, earlier)]
+    needs = _needs(config, _shape(model_dir), sources)
+    sizes = [size for _, size in doctor.gpus()]
+    alone = config.cluster.address is None
+    return [*findings, *memory.judge(needs, sizes, doctor.memory_bytes(), alone)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """Of the policy. `key_size` is heads of keys times their size."""
+class _Sources:
+    """Folders that hold the models of a pipeline before its stages have run."""
 
-    num_parameters: int
-    hidden_size: int
-    num_layers: int
-    key_size: int
+    def __init__(self, earlier: Sequence[AnyConfig], scratch: Path) -> None:
+        self._scratch = scratch
+        self._maker = {
+            (c.run_dir / "final").absolute(): (number, c)
+            for number, c in enumerate(earlier)
+            if not isinstance(c, GenerateConfig)
+        }
 
+    def __getitem__(self, path: str) -> str:
+        """`path`, or where it is yet to come, the folder of the model that it is made from."""
+        number, maker = self._maker.get(Path(path).absolute(), (0, None))
+        if maker is None or Path(path).exists():
+            return path
+        return str(self.model_of(maker, str(number)))
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Need:
-    """Bytes of one process of a role on its device. `parts` say of what."""
-
-    role: str
-    processes: int
-    gpus: float  # of one process
-    parts: Mapping[str, float]
-
-    @property
-    def num_bytes(self) -> float:
-        return sum(self.parts.values())
-
-
-def deep(config: RunConfig, scratch: Path) -> list[Finding]:
-    """All findings; a made model is made in `scratch`. Raises `DataError`, `WeightError`."""
-    model_dir = model_dir_of(config, scratch)
-    needs = memory(config, _shape(model_dir), _frozen(config))
-    return [
-        *_tokenizers(config, model_dir),
-        *judge_memory(needs, [size for _, size in doctor.gpus()], doctor.memory_bytes(), config),
-    ]
+    def model_of(self, config: AnyConfig, name: str = "own") -> Path:
+        if config.model.path is not None:
+            return Path(self[config.model.path]).absolute()
+        folder = self._scratch / name
+        made = config.as_run if isinstance(config, GenerateConfig) else config
+        return folder / "model" if folder.exists() else model_dir_of(made, folder)
 
 
-def memory(config: RunConfig, shape: Shape, frozen: Mapping[str, int]) -> list[Need]:
-    """What each role needs. `frozen`: parameters of the scoring pool's models, by what they are."""
-    learner, generation, scoring = config.learner, config.generation, config.scoring
-    width = BYTES[learner.dtype]
-    critic = ALGORITHMS[config.algorithm.type](config.algorithm).needs_critic
-    models = 2 if critic and config.critic.kind == "separate" else 1
-    state = float(STATE_BYTES)
-    if learner.lora is not None:
-        state = QUANTIZED_BYTES if learner.lora.quantize_base else FROZEN_BYTES
-    of_a_token = RECOMPUTED if learner.gradient_checkpointing else ACTIVATIONS
-    tokens = min(
-        learner.tokens_per_micro_batch,
-        config.run.groups_per_step * config.algorithm.group_size * config.max_sequence_tokens,
-    )
-    passes = of_a_token * width / 2 * tokens * shape.hidden_size * shape.num_layers
-    width = 1 if generation.quantization is not None else BYTES[generation.dtype]
-    cache = BYTES[generation.dtype] * 2 * shape.num_layers * shape.key_size
-    longest = config.max_sequence_tokens / generation.tensor_parallel_size
-    parts = {
-        "weights": width * shape.num_parameters / generation.tensor_parallel_size,
-        "KV cache": generation.kv_cache_bytes or cache * longest,  # one sequence at the least
-    }
-    return [
-        Need(
-            role="learner rank",
-            processes=learner.ranks,
-            gpus=learner.num_gpus,
-            parts={
-                "state": models * state * shape.num_parameters / learner.ranks,
-                "passes": passes,
-            },
-        ),
-        Need(
-            role="generation worker",
-            processes=generation.workers,
-            gpus=generation.num_gpus,
-            parts=parts,
-        ),
-        Need(
-            role="scoring worker",
-            processes=scoring.workers,
-            gpus=scoring.num_gpus,
-            parts={name: _width(config, name) * count for name, count in frozen.items()},
-        ),
-    ]
+def _needs(config: AnyConfig, shape: Shape, sources: _Sources) -> list[Need]:
+    if isinstance(config, StageConfig):
+        teacher = getattr(config.stage, "teacher", None)
+        return memory.of_stage(config, shape, 0 if teacher is None else _count(sources[teacher]))
+    frozen: dict[str, float] = {}
+    for name, model in memory.frozen_models(config).items():
+        if model.path is None:
+            frozen[name] = model.width * shape.num_parameters
+        elif Path(folder := sources[model.path]).is_dir():  # a name on the hub cannot be counted
+            frozen[name] = model.width * _count(folder)
+    if isinstance(config, GenerateConfig):
+        return memory.of_pools(config, shape, frozen)
+    return memory.of_run(config, shape, frozen)
 
 
-def judge_memory(
-    needs: Sequence[Need], gpus: Sequence[int], host_bytes: int | None, config: RunConfig
-) -> Iterator[Finding]:
-    """A finding a role, against the smallest GPU here or, without GPUs, all roles against this host."""
-    on_host = 0.0
-    for need in needs:
-        value = f"{_gib(need.num_bytes)} each ({_parts(need)}), {need.processes} of them"
-        cure, verdict = "", "ok"
-        if need.gpus == 0:
-            on_host += need.processes * need.num_bytes
-        elif gpus and need.num_bytes > GPU_SHARE * min(gpus):
-            verdict, cure = "wrong", f"{_gib(min(gpus))} on a GPU here. {_CURES[need.role]}"
-        elif not gpus:
-            value += "; no GPU here to compare it with"
-        yield _finding(f"memory, {need.role}", verdict, value, cure)
-    if on_host and host_bytes is not None and config.cluster.address is None:
-        full = on_host > host_bytes
-        yield _finding(
-            "memory of this host",
-            "wrong" if full else "ok",
-            f"{_gib(on_host)} of {_gib(host_bytes)} that are free, for what runs without a GPU",
-            "Fewer workers or ranks, a smaller model, or a larger machine" if full else "",
-        )
-
-
-_CURES = {
-    "learner rank": "More learner.ranks, fewer learner.tokens_per_micro_batch, "
-    "learner.gradient_checkpointing = true, or [learner.lora]",
-    "generation worker": "A larger generation.tensor_parallel_size, fewer "
-    "generation.kv_cache_bytes, or generation.quantization",
-    "scoring worker": "scoring.dtype = 'bfloat16', scoring.quantization = 'int8', smaller reward "
-    "models, or larger GPUs",
-}
-
-
-def _tokenizers(config: RunConfig, model_dir: Path) -> Iterator[Finding]:
-    own = config.model.tokenizer or str(model_dir)
-    policy = load_tokenizer(own)
-    template = policy.chat_template
+def _tokenizers(config: AnyConfig, model_dir: Path, sources: _Sources) -> Iterator[Finding]:
+    policy = load_tokenizer(config.model.tokenizer or str(model_dir))
     if config.model.tokenizer is not None:
         yield _compared(f"tokenizer of {model_dir}", policy, str(model_dir), "model.tokenizer")
-    outside = [i for i in end_token_ids(policy, model_dir) if i >= len(policy)]
-    yield _finding(
-        "end tokens",
-        "wrong" if outside else "ok",
-        f"{list(end_token_ids(policy, model_dir))}",
-        f"{outside} are no tokens: correct eos_token_id in generation_config.json"
-        if outside
-        else "",
+    ends = end_token_ids(policy, model_dir)
+    outside = [token for token in ends if token >= len(policy)]
+    cure = f"{outside} are no tokens: correct eos_token_id in generation_config.json"
+    verdict = "wrong" if outside else "ok"
+    yield Finding(
+        name="end tokens", verdict=verdict, value=f"{list(ends)}", cure=cure if outside else ""
     )
-    plain = config.data.template == "none" and template is not None
-    yield _finding(
-        "chat template",
-        "note" if plain else "ok",
-        f"data.template = {config.data.template!r}, the tokenizer has {'one' if template else 'none'}",
-        "A model trained on chats answers plain text badly: set data.template = 'chat'"
+    has_one = policy.chat_template is not None
+    plain = config.data.template == "none" and has_one
+    yield Finding(
+        name="chat template",
+        verdict="note" if plain else "ok",
+        value=f"data.template = {config.data.template!r}, the tokenizer has "
+        f"{'one' if has_one else 'none'}",
+        cure="A model trained on chats answers plain text badly: set data.template = 'chat'"
         if plain
         else "",
     )
-    if config.scoring.teacher is not None:
-        yield _compared("tokenizer of the teacher", policy, config.scoring.teacher, "a teacher")
-    for reward in config.scoring.rewards:
-        shared = getattr(reward, "tokenizer", "shared") == "shared"
-        for path in reward.model_paths if shared else ():
-            key = f"tokenizer of {reward.name or reward.type}"
-            yield _compared(key, policy, path, "tokenizer = 'shared'")
+    for name, path, why in _readers(config):
+        yield _compared(f"tokenizer of {name}", policy, sources[path], why)
+
+
+def _readers(config: AnyConfig) -> Iterator[tuple[str, str, str]]:
+    """Models that are given the policy's token ids: name, folder, and why they are."""
+    if isinstance(config, StageConfig):
+        teacher = getattr(config.stage, "teacher", None)
+        rewards = ()
+    else:
+        teacher, rewards = config.scoring.teacher, config.scoring.rewards
+    if teacher is not None:
+        yield "the teacher", teacher, "a teacher"
+    for reward in rewards:
+        if getattr(reward, "tokenizer", "shared") == "shared":
+            for path in reward.model_paths:
+                yield reward.name or reward.type, path, "tokenizer = 'shared'"
+
+
+def _templates(config: AnyConfig, earlier: Sequence[AnyConfig]) -> Iterator[Finding]:
+    """A model goes on in the layout that it was trained in."""
+    used = [config.model.path, *(path for _, path, _ in _readers(config))]
+    folders = {Path(path).absolute() for path in used if path is not None}
+    for before in earlier:
+        if (before.run_dir / "final").absolute() not in folders:
+            continue
+        theirs, own = before.data.template, config.data.template
+        differ = theirs != own
+        yield Finding(
+            name=f"template of {before.run.name}",
+            verdict="note" if differ else "ok",
+            value=f"data.template = {theirs!r}, here {own!r}",
+            cure="A model reads best what it was trained on: give both the same" if differ else "",
+        )
 
 
 def _compared(name: str, policy: PreTrainedTokenizerBase, path: str, why: str) -> Finding:
@@ -200,16 +144,18 @@ def _compared(name: str, policy: PreTrainedTokenizerBase, path: str, why: str) -
         other = load_tokenizer(path)
     except DataError as error:
         cure = "Nothing can be compared: see that it reads the policy's tokens"
-        return _finding(name, "note", str(error).partition(". ")[0], cure)
+        value = str(error).partition(". ")[0]
+        return Finding(name=name, verdict="note", value=value, cure=cure)
     differing = sorted({t for t, _ in other.get_vocab().items() ^ policy.get_vocab().items()})
     if differing:
         cure = f"{why} reads the policy's token ids: use a model with the policy's tokenizer"
         value = f"{len(differing)} tokens differ from the policy's, such as {differing[0]!r}"
-        return _finding(name, "wrong", value, cure)
+        return Finding(name=name, verdict="wrong", value=value, cure=cure)
     if other.chat_template is not None and other.chat_template != policy.chat_template:
         cure = "It reads prompts as the policy's template writes them, and was trained on its own"
-        return _finding(name, "note", "the policy's tokens, another chat template", cure)
-    return _finding(name, "ok", "the policy's")
+        value = "the policy's tokens, another chat template"
+        return Finding(name=name, verdict="note", value=value, cure=cure)
+    return Finding(name=name, verdict="ok", value="the policy's")
 
 
 def _shape(model_dir: Path) -> Shape:
@@ -225,42 +171,9 @@ def _shape(model_dir: Path) -> Shape:
     )
 
 
-def _frozen(config: RunConfig) -> dict[str, int]:
-    """Parameters of the scoring pool's models. Those that cannot be counted are left out."""
-    paths: dict[str, str] = {}
-    if config.scoring.reference and config.model.path is not None:
-        paths["reference"] = config.model.path
-    if config.scoring.teacher is not None:
-        paths["teacher"] = config.scoring.teacher
-    for reward in config.scoring.rewards:
-        for number, path in enumerate(reward.model_paths):
-            paths[f"{reward.name or reward.type} {number}".removesuffix(" 0")] = path
-    return {name: _count(path) for name, path in paths.items() if Path(path).is_dir()}
-
-
-def _width(config: RunConfig, name: str) -> int:
-    """Bytes of a parameter of the scoring pool's model `name`."""
-    rounded = config.scoring.quantization is not None and name in ("reference", "teacher")
-    return 1 if rounded else BYTES[config.scoring.dtype]
-
-
 def _count(path: str) -> int:
-    """Raises `WeightError` where there are no safetensors."""
+    """Parameters. Raises `WeightError` where there are no safetensors."""
     try:
         return sum(prod(shape) for shape in checkpoint_shapes(path).values())
     except OSError as error:
         raise WeightError(f"{path}: its tensors cannot be read ({error})") from error
-
-
-def _finding(name: str, verdict: str, value: str, cure: str = "") -> Finding:
-    known: Verdict = "wrong" if verdict == "wrong" else "note" if verdict == "note" else "ok"
-    return Finding(name=name, verdict=known, value=value, cure=cure)
-
-
-def _parts(need: Need) -> str:
-    found = [f"{name} {_gib(size)}" for name, size in need.parts.items()]
-    return ", ".join(found) or "no model"
-
-
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / GIB:.3g} GiB"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rlhf_cluster.config import RunConfig
+from rlhf_cluster.config.replay import fresh_groups
 from rlhf_cluster.planning.placement import Bundle, demand
 
 
@@ -14,10 +15,13 @@ def derived(config: RunConfig) -> dict[str, str]:
     updates = config.learner.epochs * config.learner.minibatches
     samples = run.groups_per_step * group_size
     longest = config.generation.max_response_tokens
+    fresh = fresh_groups(config)
+    replayed = run.groups_per_step - fresh
+    again = f", {replayed:,} of them replayed" if replayed else ""
     return {
         "steps": f"{run.steps:,}, with {updates:,} optimizer steps each",
-        "prompts": f"{run.steps * run.groups_per_step:,} ({run.groups_per_step:,} a step)",
-        "samples a step": f"{samples:,} ({run.groups_per_step:,} prompts x {group_size:,})",
+        "prompts": f"{run.steps * fresh:,} ({fresh:,} a step)",
+        "samples a step": f"{samples:,} ({run.groups_per_step:,} prompts x {group_size:,}{again})",
         "response tokens a step": f"at most {samples * longest:,}",
         "longest sequence": f"{config.max_sequence_tokens:,} tokens",
         "max staleness": f"{config.staleness.bound} steps",

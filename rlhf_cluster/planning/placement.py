@@ -11,7 +11,7 @@ bundle pending knows which kind to start.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rlhf_cluster.config import GenerateConfig, RunConfig, StageConfig
 from rlhf_cluster.config.either import AnyConfig
@@ -58,7 +58,8 @@ def demand(config: AnyConfig) -> list[Bundle]:
     ]
     if isinstance(config, GenerateConfig):
         return pools
-    return [*pools, *rank_bundles(config), buffer_bundle(config)]
+    spares = [spare_bundle(config, i) for i in range(config.learner.spares)]
+    return [*pools, *rank_bundles(config), *spares, buffer_bundle(config)]
 
 
 def pool_bundle(config: RunConfig | GenerateConfig, pool: str, index: int) -> Bundle:
@@ -89,6 +90,11 @@ def rank_bundles(config: RunConfig | StageConfig) -> list[Bundle]:
     ]
 
 
+def spare_bundle(config: RunConfig | StageConfig, number: int) -> Bundle:
+    """Of a hot spare of the learner, which is to hold what any rank does."""
+    return replace(rank_bundles(config)[0], owner=f"spare-{number}")
+
+
 def _training(config: RunConfig | StageConfig) -> str | None:
     return "training" if config.cluster.worker_groups else None
 
@@ -106,26 +112,28 @@ def check_fits(bundles: Sequence[Bundle], nodes: Mapping[str, Mapping[str, float
 
     `nodes`: free resources by node name.
     """
-    free = {name: dict(resources) for name, resources in nodes.items()}
-    order = sorted(bundles, key=lambda b: (b.gpus, b.cpus), reverse=True)
-    for bundle in order:
-        room = next(
-            (
-                node
-                for node in free.values()
-                if all(node.get(k, 0.0) + 1e-9 >= v for k, v in bundle.resources.items())
-            ),
-            None,
+    if left := unplaced(bundles, nodes):
+        raise PlacementError(
+            f"the run does not fit the cluster: no node has room for {left[0]}. Demand: "
+            f"{_total([b.resources for b in bundles])} in {len(bundles)} bundles. Supply: "
+            f"{supply(nodes)}. Lower the workers, ranks or their num_cpus / num_gpus, or add nodes"
         )
-        if room is None:
-            raise PlacementError(
-                f"the run does not fit the cluster: no node has room for {bundle}. Demand: "
-                f"{_total([b.resources for b in bundles])} in {len(bundles)} bundles. Supply: "
-                f"{_supply(nodes)}. Lower the workers, ranks or their num_cpus / num_gpus, or add "
-                "nodes"
-            )
-        for kind, amount in bundle.resources.items():
-            room[kind] -= amount
+
+
+def unplaced(bundles: Sequence[Bundle], nodes: Mapping[str, Mapping[str, float]]) -> list[Bundle]:
+    """The bundles that find no place on `nodes` once the larger ones have theirs, the largest first."""
+    free = {name: dict(resources) for name, resources in nodes.items()}
+    left = []
+    for bundle in sorted(bundles, key=lambda b: (b.gpus, b.cpus), reverse=True):
+        wanted = bundle.resources.items()
+        for node in free.values():
+            if all(node.get(kind, 0.0) + 1e-9 >= amount for kind, amount in wanted):
+                for kind, amount in wanted:
+                    node[kind] -= amount
+                break
+        else:
+            left.append(bundle)
+    return left
 
 
 def _amounts(resources: Mapping[str, float]) -> str:
@@ -137,7 +145,7 @@ def _total(resources: Sequence[Mapping[str, float]]) -> str:
     return _amounts({kind: sum(r.get(kind, 0.0) for r in resources) for kind in kinds})
 
 
-def _supply(nodes: Mapping[str, Mapping[str, float]]) -> str:
+def supply(nodes: Mapping[str, Mapping[str, float]]) -> str:
     if not nodes:
         return "no live node"
     parts = [

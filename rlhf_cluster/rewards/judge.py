@@ -22,13 +22,14 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from xxhash import xxh3_64_intdigest
 
 from rlhf_cluster.records import Prompt, Rollout
 from rlhf_cluster.rewards.base import RewardContext
+from rlhf_cluster.rewards.chat import PATH, content_of, prompt_text, question_of
 from rlhf_cluster.rewards.columns import column
 from rlhf_cluster.rewards.failure import RewardFailure
 from rlhf_cluster.rewards.remote import RemoteSection, Server
@@ -108,7 +109,7 @@ class Judge:
     def __init__(self, config: JudgeConfig, context: RewardContext) -> None:
         """Raises `ConfigError` where the key's environment variable is not set."""
         self._config = config
-        self._server = Server(config, "/chat/completions")
+        self._server = Server(config, PATH)
         self._threads = ThreadPoolExecutor(config.parallel, thread_name_prefix="judge")
 
     def score(
@@ -134,7 +135,7 @@ class Judge:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _question(self, prompt: Prompt, completion: str, other: str | None = None) -> str:
-        asked, reference = _prompt_text(prompt.source), ""
+        asked, reference = prompt_text(prompt.source), ""
         texts = [completion] if other is None else [completion, other]
         criteria = [self._config.criteria, *principle_of(self._config.principles, asked, texts)]
         if self._config.reference_column is not None:
@@ -166,15 +167,11 @@ class Judge:
                 one.cancel()
 
     def _judgement(self, text: str, read: Callable[[str], float | None], deadline: float) -> float:
-        question = {
-            "model": self._config.model,
-            "messages": [{"role": "user", "content": text}],
-            "temperature": self._config.temperature,
-            "max_tokens": self._config.max_tokens,
-        }
+        config = self._config
+        question = question_of(config.model, text, config.temperature, config.max_tokens)
         answer = ""
         for _ in range(self._config.verdict_attempts):
-            answer = _content(self._server.ask(question, deadline))
+            answer = content_of(self._server.ask(question, deadline))
             verdicts = _VERDICT.findall(answer)
             found = read(verdicts[-1]) if verdicts else None
             if found is not None:
@@ -227,21 +224,3 @@ def shares(orders: Sequence[tuple[int, int]], firsts: Sequence[float], count: in
 
 def _first_share(verdict: str) -> float | None:
     return _FIRST_SHARE.get(verdict.upper())
-
-
-def _content(answer: Any) -> str:
-    try:
-        content = answer["choices"][0]["message"]["content"]
-    except (KeyError, IndexError, TypeError):
-        content = None
-    if not isinstance(content, str):
-        raise RewardFailure(
-            f"answered {str(answer)[:100]!r}, expected choices[0].message.content", "reply"
-        )
-    return content
-
-
-def _prompt_text(source: Any) -> str:
-    if isinstance(source, str):
-        return source
-    return "\n".join(f"{message['role']}: {message['content']}" for message in source)

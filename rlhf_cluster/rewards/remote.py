@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from rlhf_cluster import redaction
+from rlhf_cluster.config.base import Section
 from rlhf_cluster.errors import ConfigError
 from rlhf_cluster.rewards.base import RewardSection
 from rlhf_cluster.rewards.failure import RewardFailure
@@ -35,14 +36,14 @@ _AGAIN = (408, 429, 500, 502, 503, 504)
 _SHOWN_CHARACTERS = 200
 
 
-class RemoteSection(RewardSection):
-    """Keys of every reward that asks a server."""
+class ServerSection(Section):
+    """Where a server is, and how often and how long it is asked."""
 
     url: str = Field(pattern=r"^https?://[^\s@?#]+$")
     """http:// or https://, without user, query and fragment."""
     api_key_env: str | None = Field(default=None, pattern=r"^[A-Za-z_]\w*$")
-    """Environment variable of the scoring workers whose value is sent as the bearer token. The value
-    stands in no file and no message."""
+    """Environment variable, where the server is asked from, whose value is sent as the bearer token.
+    The value stands in no file and no message."""
     attempts: PositiveInt = 4
     """How often one question is asked before it fails."""
     attempt_s: PositiveFloat = 60.0
@@ -51,10 +52,14 @@ class RemoteSection(RewardSection):
     """Pause before the second attempt; each later one is twice as long, up to 30 s."""
 
 
+class RemoteSection(ServerSection, RewardSection):
+    """Keys of every reward that asks a server, which its scoring workers do."""
+
+
 class Server:
     def __init__(
         self,
-        section: RemoteSection,
+        section: ServerSection,
         path: str = "",
         wait: Callable[[float], None] | None = None,
         environment: Mapping[str, str] = os.environ,
@@ -75,8 +80,8 @@ class Server:
             key = environment.get(section.api_key_env, "").strip()
             if not key:
                 raise ConfigError(
-                    f"api_key_env names {section.api_key_env}, which is not set where scoring runs. "
-                    "Set it for the scoring workers"
+                    f"api_key_env names {section.api_key_env}, which is not set where the server is "
+                    "asked from. Set it there: for the scoring workers, or for the stage itself"
                 )
             if not key.isascii() or not key.isprintable() or " " in key:
                 raise ConfigError(

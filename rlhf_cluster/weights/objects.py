@@ -13,7 +13,7 @@ Promises:
 - no process but rank 0 opens another rank's shard for a commit, and rank 0 only its edges.
 
 The files of a durable version hold the same bytes under the same names, so its manifest holds for
-both. Handles are opaque here: `Objects` makes them and turns them back into bytes.
+both. Handles are opaque here: a `Shelf` makes them and `Objects` turns them back into bytes.
 """
 
 from __future__ import annotations
@@ -40,12 +40,16 @@ Handle = Any
 _Bytes = bytes | bytearray | memoryview
 
 
-class Objects(Protocol):
-    """The store of objects. Each is a sequence of chunks of bytes, and never changes."""
+class Shelf(Protocol):
+    """Where objects are put. Each is a sequence of chunks of bytes, and never changes."""
 
     def put(self, chunks: Sequence[_Bytes]) -> Handle:
         """Copy `chunks` into an object. Raises `WeightError` when there is no room."""
         ...
+
+
+class Objects(Protocol):
+    """Where objects are fetched from."""
 
     def fetch(self, handles: Sequence[Handle], deadline: Deadline) -> Sequence[Sequence[_Bytes]]:
         """The chunks of every object. Raises `WeightError` when one is gone; `StalledError`."""
@@ -117,7 +121,7 @@ class Directory:
 class ObjectSink:
     """Puts one shard into the object store. Call `stored` after the write."""
 
-    def __init__(self, objects: Objects) -> None:
+    def __init__(self, objects: Shelf) -> None:
         self._objects = objects
         self._data: Handle = None
         self._image: ShardImage

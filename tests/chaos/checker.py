@@ -1,11 +1,12 @@
 """What a finished run directory says about the run, read without any code of the product.
 
 `check` reads the files as anyone could (JSON lines, Parquet, safetensors, logs) and holds them against
-what was asked. Every group that was admitted must have been trained exactly once or be discarded with
-a reason; every step must be there once; no trained token may be staler than the bound; versions may go
-back only where the logs say that the run started anew or went back to a checkpoint; nothing of the run
-may be alive, half written or left over. What is wrong is a `Violation`, never an exception: also a file
-that is missing or cannot be read.
+what was asked. Every group that was admitted must have been trained exactly once (with replay: by no
+more steps than allowed) or be discarded with a reason; every step must be there once, with as many
+groups as asked; no trained token may be staler than the bound; versions may go back only where the logs
+say that the run started anew or went back to a checkpoint; nothing of it may be alive, half written or
+left over. What is wrong is a `Violation`, never an exception: also a file that is missing or cannot be
+read.
 
 The record of a run that was killed is its last one: what came after the checkpoint from which it went
 on was taken back by the product, and is not counted.
@@ -45,6 +46,8 @@ class Asked:
     groups_per_step: int
     group_size: int
     max_staleness: int
+    replayed: int = 0  # groups of a step that may be such as were trained before
+    max_uses: int = 1  # steps that may train a group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +113,7 @@ def _samples(run: Path, asked: Asked, report: Report) -> dict[str, list[int]]:
         if rows is None:
             continue
         sizes = Counter(row["group_id"] for row in rows)
+        _batch(step, len(sizes), sum(group not in trained for group in sizes), asked, report)
         for group in sizes:
             trained.setdefault(group, []).append(step)
         rollouts.update(row["rollout_id"] for row in rows)
@@ -119,11 +123,6 @@ def _samples(run: Path, asked: Asked, report: Report) -> dict[str, list[int]]:
                     "rollouts",
                     f"step {step}: group {group} has {size} rollouts, asked were {asked.group_size}",
                 )
-        if len(sizes) != asked.groups_per_step:
-            report.found(
-                "batch",
-                f"step {step} trained {len(sizes)} groups, asked were {asked.groups_per_step}",
-            )
         for row in rows:
             _rollout(row, step, asked, report)
             if place := PROMPT.fullmatch(row["prompt_id"]):
@@ -138,10 +137,20 @@ def _samples(run: Path, asked: Asked, report: Report) -> dict[str, list[int]]:
         if number is None or not 1 <= int(number[1]) <= asked.steps:
             report.found("leftover", f"{path.name} in samples belongs to no step of the run")
     for rollout, times in rollouts.items():
-        if times > 1:
+        if times > asked.max_uses:
             report.found("rollouts", f"rollout {rollout} was trained {times} times")
     report.rollouts = rollouts.total()
     return trained
+
+
+def _batch(step: int, groups: int, new: int, asked: Asked, report: Report) -> None:
+    """As many groups as asked, of which only so many were trained before."""
+    fresh = asked.groups_per_step - asked.replayed
+    if not fresh <= groups <= asked.groups_per_step:
+        wanted = f"{fresh} to {asked.groups_per_step}" if asked.replayed else f"{fresh}"
+        report.found("batch", f"step {step} trained {groups} groups, asked were {wanted}")
+    elif asked.replayed and new != fresh:
+        report.found("batch", f"step {step} trained {new} new groups, asked were {fresh}")
 
 
 def _rollout(row: Mapping[str, Any], step: int, asked: Asked, report: Report) -> None:
@@ -213,7 +222,8 @@ def _rising(report: Report, where: str, values: Sequence[tuple[Any, float]], nam
 
 
 def _groups(run: Path, asked: Asked, trained: Mapping[str, list[int]], report: Report) -> None:
-    """Each admitted group: trained once, or discarded with a reason, and the counters agree."""
+    """Each admitted group: trained as often as allowed, or discarded with a reason, and the counters
+    agree."""
     numbers = {int(group[1:]) for group in trained}
     counted = _last_buffer(run, asked, report)
     report.groups_admitted = counted["admitted"] if counted else max(numbers, default=-1) + 1
@@ -222,7 +232,7 @@ def _groups(run: Path, asked: Asked, trained: Mapping[str, list[int]], report: R
     for number in range(report.groups_admitted):
         group = f"g{number:08d}"
         steps = trained.get(group, [])
-        if len(steps) > 1:
+        if len(steps) > asked.max_uses:
             report.groups_trained_twice += 1
             report.found("group twice", f"group {group} was trained in {ranges(steps)}")
         elif not steps and reasons.get(group, "").strip():
@@ -244,12 +254,12 @@ def _experience(run: Path, trained: Mapping[str, list[int]], report: Report) -> 
     if not path.is_file():
         return
     found = _guarded(report, path, lambda: dict(read_json(path)))
-    for number, step in (found or {}).items():
-        steps = trained.get(f"g{int(number):08d}", [step])
-        if step not in steps:
+    for number, recorded in (found or {}).items():
+        steps = trained.get(f"g{int(number):08d}", recorded)
+        if steps != recorded:
             report.found(
                 "experience",
-                f"trained.json has group {number} in step {step}, samples in {ranges(steps)}",
+                f"trained.json has group {number} in {ranges(recorded)}, samples in {ranges(steps)}",
             )
 
 

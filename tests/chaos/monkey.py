@@ -1,19 +1,19 @@
 """Kills processes of a run at chosen moments, and sees it go on.
 
-Roles and moments follow from a seed. A kill is SIGKILL to one process of the role: an actor, found
-through Ray, or the driver; or to all processes of a node at once (`nodes.py`), in whose place another
-one comes: at once, or when the run has gone on with what is left. The moment is found by watching the
-run's files; one that does not come within its deadline is given up, and the kill happens all the same
-and is told to have missed it. After a kill the run has to make two further steps or to end well, and
-mostly the role has to be whole again before the next kill; the others meet a run that is still mending
-itself. When its process ends with an error, the same command is given again, once a kill; nothing of
-the attempt before may then be left.
+Roles and moments are chosen by hypothesis, from a seed. A kill is SIGKILL to one process of the role:
+an actor, found through Ray, a child of an engine that is more than one process, or the driver; or to
+all processes of a node at once (`nodes.py`), in whose place another one comes: at once, or when the
+run has gone on with what is left. The moment is found by watching the run's files; one that does not
+come within its deadline is given up, and the kill happens all the same and is told to have missed it.
+After a kill the run has to make two further steps or to end well, and mostly the role has to be whole
+again before the next kill; the others meet a run that is still mending itself. When its process ends
+with an error, the same command is given again, once a kill; nothing of the attempt before may then be
+left.
 """
 
 from __future__ import annotations
 
 import os
-import random
 import re
 import signal
 import time
@@ -22,8 +22,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import hypothesis
+from hypothesis import HealthCheck, Phase, given, settings, strategies
+
 from tests.chaos.nodes import Nodes
-from tests.chaos.processes import Process, marked, of_pid
+from tests.chaos.processes import Process, descendants, marked, of_pid, open_files
 from tests.chaos.subject import GENERATE_DELAY_S, Stuck, Subject
 
 CLASSES = {
@@ -35,7 +38,9 @@ CLASSES = {
 }
 ACTOR = re.compile(r"^ray::(\w+)")  # how Ray names the process of an actor
 NODE = "node"
-ROLES = (*CLASSES, "driver", NODE)
+ENGINE_CHILD = "engine child"
+ENGINE_WORKER = "VLLM::Worker"  # how vLLM names the processes of a tensor-parallel engine
+ROLES = (*CLASSES, "driver", NODE, ENGINE_CHILD)
 MOMENTS = (
     "step boundary",
     "during generation",
@@ -47,8 +52,10 @@ READY_WITHIN_S = 300.0
 MOMENT_WITHIN_S = 30.0
 WATCH_EVERY_S = 0.001
 FURTHER_STEPS = 2
-WHOLE_SHARE = 0.7
-DOUBLE_SHARE = 0.25
+WHOLE_OF = 4  # all but one of so many kills wait until the role is whole again
+DOUBLE_EVERY = 4  # about every fourth kill is followed by another one
+CHANCES = 1000
+EXAMPLES = 3  # of plans; the first of hypothesis is always the plainest
 DOUBLE_WITHIN_S = 15.0
 LOOK_EVERY_S = 0.3
 BRAKE_EVERY_STEPS = 8
@@ -74,6 +81,7 @@ class Kill:
     hit: bool  # the moment was seen; otherwise the kill came at any time
     step: int
     time_s: float  # unix time
+    name: str = ""  # of its log: which learner rank, which worker
     took: list[str] = field(default_factory=list)  # roles of the run that were on the node
     recovery_s: float = 0.0  # until two further steps were done, or the run had ended well
     restarted: str = (
@@ -84,24 +92,45 @@ class Kill:
 def plan(
     seed: int, kills: int, roles: Sequence[str] = ROLES, moments: Sequence[str] = MOMENTS
 ) -> list[Planned]:
-    """`kills` kills in random order; no role comes again before each had its turn."""
-    chances = random.Random(f"chaos/{seed}")
-    planned: list[Planned] = []
-    turn: list[str] = []
-    for _ in range(kills):
-        turn = turn or chances.sample(list(roles), len(roles))
-        role = turn.pop()
-        double = chances.random() < DOUBLE_SHARE
-        planned.append(
-            Planned(
-                role=role,
-                moment=chances.choice(list(moments)),
-                chance=chances.random(),
-                whole=chances.random() < WHOLE_SHARE,
-                also=chances.choice(list(roles)) if double else None,
-            )
+    """`kills` kills that hypothesis chooses from `plans`: the same for the same arguments and the same
+    source, of which it takes numbers to try."""
+    found: list[list[Planned]] = []
+
+    @hypothesis.seed(seed)
+    @settings(
+        max_examples=EXAMPLES,
+        phases=[Phase.generate],
+        database=None,
+        deadline=None,
+        suppress_health_check=(HealthCheck.too_slow, HealthCheck.data_too_large),
+    )
+    @given(plans(kills, roles, moments))
+    def choose(planned: list[Planned]) -> None:
+        found.append(planned)
+
+    choose()
+    return found[-1]
+
+
+@strategies.composite
+def plans(
+    draw: Callable[..., Any], kills: int, roles: Sequence[str], moments: Sequence[str]
+) -> list[Planned]:
+    """Kills in any order; no role comes again before each had its turn."""
+    order: list[str] = []
+    while len(order) < kills:
+        order += draw(strategies.permutations(roles))
+    seconds = [*roles, *[None] * (DOUBLE_EVERY - 1) * len(roles)]
+    return [
+        Planned(
+            role=role,
+            moment=draw(strategies.sampled_from(moments)),
+            chance=draw(strategies.integers(0, CHANCES - 1)) / CHANCES,
+            whole=draw(strategies.integers(1, WHOLE_OF)) < WHOLE_OF,
+            also=draw(strategies.sampled_from(seconds)),
         )
-    return planned
+        for role in order[:kills]
+    ]
 
 
 def find_through_ray(subject: Subject) -> Callable[[str], list[Process]]:
@@ -110,6 +139,8 @@ def find_through_ray(subject: Subject) -> Callable[[str], list[Process]]:
     from ray.util.state import list_actors
 
     def find(role: str) -> list[Process]:
+        if role == ENGINE_CHILD:
+            return engine_children(find("generation"))
         actors: list[Any] = list_actors(
             address=subject.address,
             filters=[("state", "=", "ALIVE"), ("class_name", "=", CLASSES[role])],
@@ -163,6 +194,7 @@ class Monkey:
     def _kill(self, role: str, target: Process, moment: str, hit: bool) -> int:
         """The step of the run at the kill."""
         step, took = (self.subject.status() or {"step": 0})["step"], []
+        name = log_of(target, self.subject.path)
         if role == NODE:
             assert self.nodes is not None
             took = roles_of(self.nodes.lose(target))
@@ -176,6 +208,7 @@ class Monkey:
                 hit=hit,
                 step=step,
                 time_s=time.time(),
+                name=name,
                 took=took,
             )
         )
@@ -301,6 +334,19 @@ class Monkey:
         left = {process for process in self._ended if process.alive()}
         self.stragglers |= {process.pid: process.command() for process in left}
         self._ended = set()
+
+
+def engine_children(engines: Sequence[Process]) -> list[Process]:
+    """The processes of tensor-parallel engines, beside those that they are children of."""
+    children = [of_pid(pid) for engine in engines for pid in sorted(descendants(engine.pid))]
+    alive = [process for process in children if process is not None]
+    return [process for process in alive if process.command().startswith(ENGINE_WORKER)]
+
+
+def log_of(process: Process, run: Path) -> str:
+    """The name of the log of `run` that `process` has open; empty if none. It tells who it is."""
+    logs = (path for path in open_files(process.pid) if path.parent == run / "logs")
+    return next((path.stem for path in logs if path.suffix == ".log"), "")
 
 
 def roles_of(commands: Sequence[str]) -> list[str]:

@@ -41,6 +41,10 @@ class Nodes:
     cluster: Any  # ray.cluster_utils.Cluster
     wanted: int
     num_cpus: int = 4
+    resources: dict[str, float] = field(default_factory=dict)  # of each, of names of one's own
+    own_folders: bool = False
+    """Each has a folder of Ray's of its own: where nodes share one, Ray takes a job's code away from
+    under its driver when it unpacks that for another node."""
     nodes: list[Node] = field(default_factory=list)
 
     def refill(self) -> None:
@@ -54,7 +58,10 @@ class Nodes:
             before = {name: os.environ.get(name) for name in own}
             os.environ.update(own)
             try:
-                handle = self.cluster.add_node(num_cpus=self.num_cpus)
+                folder = {"temp_dir": str(cache / "ray")} if self.own_folders else {}
+                handle = self.cluster.add_node(
+                    num_cpus=self.num_cpus, resources=self.resources, **folder
+                )
             finally:
                 for name, value in before.items():
                     os.environ.pop(name)

@@ -60,6 +60,17 @@ def descendants(pid: int) -> set[int]:
     return found
 
 
+def open_files(pid: int) -> list[Path]:
+    """Of a process; none of one that is gone, or another user's."""
+    found = []
+    try:
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            found.append(entry.readlink())
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return found
+    return found
+
+
 def _parent(pid: int) -> int:
     """0 for a process that is gone."""
     fields = _read(pid, "stat").rpartition(b")")[2].split()

@@ -4,9 +4,14 @@
 
 One run at a time, on a Ray cluster of its own, with `--nodes` emulated nodes beside the head. Run i
 has the seed `seed + i`, from which its kills follow: they stand in its record as `planned`, and the
-same seed and options plan them again. A run with a violation keeps its directory and tells where it
-lies. The exit status is 0 when no run has one. The result is that of a benchmark: machine, versions,
-command, date, figures, runs.
+same seed and options plan them again in the same source. With `--engine vllm` the engine is the real
+one, on the CPU; `--parallel 2` makes it three processes, so that the death of an engine's child is
+among the kills:
+
+    python -m tests.chaos.run --engine vllm --parallel 2 --ranks 2 --out chaos_vllm.json
+
+A run with a violation keeps its directory and tells where it lies. The exit status is 0 when no run has
+one. The result is that of a benchmark: machine, versions, command, date, figures, runs.
 """
 
 from __future__ import annotations
@@ -29,7 +34,15 @@ from typing import Any
 
 from benchmarks.harness import ENVIRONMENT, machine, versions
 from tests.chaos.checker import Report, check
-from tests.chaos.monkey import MOMENTS, NODE, ROLES, Monkey, find_through_ray, plan
+from tests.chaos.monkey import (
+    ENGINE_CHILD,
+    MOMENTS,
+    NODE,
+    ROLES,
+    Monkey,
+    find_through_ray,
+    plan,
+)
 from tests.chaos.nodes import Nodes
 from tests.chaos.processes import Process
 from tests.chaos.subject import ENGINES, GENERATE_DELAY_S, Stuck, Subject
@@ -114,6 +127,7 @@ def one(seed: int, arguments: argparse.Namespace, address: str, nodes: Nodes) ->
         steps=STEPS_A_KILL * arguments.kills + LAST_STEPS,
         engine=arguments.engine,
         ranks=arguments.ranks,
+        parallel=arguments.parallel,
         name=f"chaos-{seed}-{os.getpid()}",
     )
     start = time.monotonic()
@@ -148,7 +162,7 @@ def one(seed: int, arguments: argparse.Namespace, address: str, nodes: Nodes) ->
 def again(seed: int, arguments: argparse.Namespace) -> str:
     """The options that plan the same kills."""
     words = ["--runs", "1", "--seed", str(seed)]
-    for name in ("kills", "engine", "ranks", "nodes", "roles", "moments"):
+    for name in ("kills", "engine", "ranks", "parallel", "nodes", "roles", "moments"):
         value = getattr(arguments, name)
         words += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
     return shlex.join(words)
@@ -157,6 +171,9 @@ def again(seed: int, arguments: argparse.Namespace) -> str:
 def figures(runs: Sequence[dict[str, Any]]) -> dict[str, int]:
     """The numbers that may be quoted."""
     roles = Counter(kill["role"] for run in runs for kill in run["kills"])
+    ranks = Counter(
+        kill["name"] for run in runs for kill in run["kills"] if kill["role"] == "learner"
+    )
     by_itself = Counter(
         kill["role"] for run in runs for kill in run["kills"] if not kill["restarted"]
     )
@@ -166,6 +183,7 @@ def figures(runs: Sequence[dict[str, Any]]) -> dict[str, int]:
         "runs_completed": sum(not run["violations"] for run in runs),
         "kills": roles.total(),
         **{f"kills/{role}": roles[role] for role in ROLES},
+        **{f"kills/{name}": number for name, number in sorted(ranks.items())},
         **{f"went_on_by_itself/{role}": by_itself[role] for role in ROLES},
         "taken_with_nodes": sum(len(kill["took"]) for run in runs for kill in run["kills"]),
         "moments_hit": sum(kill["hit"] for run in runs for kill in run["kills"]),
@@ -180,7 +198,7 @@ def write(path: Path, command: Sequence[str], runs: Sequence[dict[str, Any]], fa
     result = {
         "machine": facts,
         "versions": versions(),
-        "command": "python -m tests.chaos.run " + " ".join(command),
+        "command": shlex.join(["python", "-m", "tests.chaos.run", *command]),
         "date": datetime.now(UTC).date().isoformat(),
         "figures": figures(runs),
         "runs": list(runs),
@@ -197,6 +215,7 @@ def parse(command: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engine", choices=sorted(ENGINES), default="scripted")
     parser.add_argument("--ranks", type=int, default=1, help="of the learner")
+    parser.add_argument("--parallel", type=int, default=1, help="processes of a real engine")
     parser.add_argument("--nodes", type=int, default=2, help="beside the head; with 0 none is lost")
     parser.add_argument("--roles", nargs="+", choices=ROLES, default=list(ROLES))
     parser.add_argument("--moments", nargs="+", choices=MOMENTS, default=list(MOMENTS))
@@ -204,8 +223,12 @@ def parse(command: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--keep", type=Path, help="folder of the runs' directories")
     parser.add_argument("--minutes", type=float, help="begin no further run after this long")
     arguments = parser.parse_args(command)
-    if not arguments.nodes:
-        arguments.roles = [role for role in arguments.roles if role != NODE]
+    if arguments.parallel > 1 and arguments.engine == "scripted":
+        parser.error("--parallel: a scripted engine is one process; give --engine vllm")
+    missing = {NODE: not arguments.nodes, ENGINE_CHILD: arguments.parallel == 1}
+    arguments.roles = [role for role in arguments.roles if not missing.get(role)]
+    if not arguments.roles:
+        parser.error("--roles: there is nobody of them; see --nodes and --parallel")
     return arguments
 
 

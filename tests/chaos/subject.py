@@ -46,6 +46,7 @@ class Subject:
     steps: int
     engine: str = "scripted"
     ranks: int = 1
+    parallel: int = 1  # parts of an engine, each a process of its own when there are several
     groups_per_step: int = 4
     group_size: int = 4
     max_staleness: int = 1
@@ -65,11 +66,14 @@ class Subject:
 
     @property
     def asked(self) -> Asked:
+        replay = self.changes.get("buffer", {}).get("replay") or {"fraction": 0, "max_uses": 1}
         return Asked(
             steps=self.steps,
             groups_per_step=self.groups_per_step,
             group_size=self.group_size,
             max_staleness=self.max_staleness,
+            replayed=round(replay["fraction"] * self.groups_per_step),
+            max_uses=replay["max_uses"],
         )
 
     @property
@@ -96,7 +100,10 @@ class Subject:
             )
 
     def _tree(self) -> dict[str, Any]:
-        generation: dict[str, Any] = {"workers": 2 if self.engine == "scripted" else 1}
+        generation: dict[str, Any] = {
+            "workers": 2 if self.engine == "scripted" else 1,
+            "tensor_parallel_size": self.parallel,
+        }
         sections: dict[str, dict[str, Any]] = {
             "run": {
                 "name": self.name,

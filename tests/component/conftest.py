@@ -85,7 +85,7 @@ class RunProcess:
 
     def script(self, **script: Any) -> None:
         """Steer the run's engines from now on (tests/scripted_engine.py). Waits for: the model."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while not (self.path / "model" / "tokenizer.json").exists():
             assert self.process.poll() is None, self.output()
             assert time.monotonic() < deadline, "the run made no model"

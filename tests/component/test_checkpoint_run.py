@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from rlhf_cluster.checkpoint.folder import check, newest
+from rlhf_cluster.config.replay import Replay
 from rlhf_cluster.errors import CheckpointError, StoreError
 from rlhf_cluster.experience.staleness import AdmissionGate
 from rlhf_cluster.experience.store import ExperienceStore
@@ -22,7 +24,7 @@ TRAINED = [n for n in range(13) if n % 5 != 3][: STEPS * GROUPS]
 def attempt(root: Path, kill_at: int | None = None, every: int = 2, **settings) -> Attempt:
     gate = AdmissionGate(
         max_staleness=settings.get("max_staleness", 2),
-        pipeline_depth=settings.get("max_staleness", 2),
+        pipeline_depth=settings.get("pipeline_depth", settings.get("max_staleness", 2)),
         groups_per_step=GROUPS,
         num_steps=STEPS,
     )
@@ -33,6 +35,8 @@ def attempt(root: Path, kill_at: int | None = None, every: int = 2, **settings) 
         discarded=lambda number: number % 5 == 3,
         kill_at=kill_at,
         written=settings.get("written", {}),
+        group_size=2 if "replay" in settings else 1,
+        replay=settings.get("replay"),
     )
 
 
@@ -45,6 +49,7 @@ def assert_no_stored_group_is_missing(run: Attempt) -> None:
             asked = number in open_then or number >= state.buffer.admitted
             if asked and newest_version <= state.step:
                 assert run.store.has(number), (state.step, number)
+        assert all(map(run.store.has, state.buffer.replayable)), state.step
 
 
 def assert_nothing_was_generated_again(run: Attempt) -> None:
@@ -82,6 +87,59 @@ def test_s29_s30_killed_at_any_event_trains_the_prompts_of_an_uninterrupted_run(
         resumed_from.add(last.state.step if last.state else 0)
     assert resumed_from >= {0, 2, 4}, "attempts went on from every checkpoint"
     assert num_recovered > 0
+
+
+@pytest.mark.parametrize("max_staleness", [2, STEPS + 1])
+@pytest.mark.parametrize(("priority", "max_uses"), [("uniform", 2), ("reward_spread", 3)])
+def test_a_run_that_replays_killed_at_any_event_trains_the_same_groups_in_the_same_steps(
+    tmp_path, max_staleness, priority, max_uses
+):
+    """With the larger bound no group gets too old, so that the choice follows from the tickets alone.
+    With the smaller one it follows from what a resumed run generates again, too."""
+    replay = Replay(priority=priority, max_uses=max_uses)
+    settings = {"max_staleness": max_staleness, "pipeline_depth": 1, "replay": replay}
+    straight = to_the_end(tmp_path / "straight", **settings)
+    expected = trained(straight)
+    assert len(expected) > STEPS * GROUPS + 3
+    resumed_from = set()
+    for kill_at in range(1, straight.fuse.events + 1, 11):
+        root, written = tmp_path / f"{kill_at}", {}
+        killed = attempt(root, kill_at, written=written, **settings)
+        killed.run()
+        assert_no_stored_group_is_missing(killed)
+        last = to_the_end(root, written=written, **settings)
+        assert not any("not replayed" in event for event in last.observer.events)
+        if max_staleness > STEPS:
+            assert trained(last) == expected, kill_at
+        ledger = last.learner.ledger
+        assert sorted({number for _, number, *_ in ledger}) == TRAINED
+        assert 1 < max(Counter(number for _, number, *_ in ledger).values()) <= max_uses
+        assert len(set(trained(last))) == len(ledger), "no group twice in a step"
+        assert all(0 <= staleness <= max_staleness for *_, staleness in ledger)
+        resumed_from.add(last.state.step if last.state else 0)
+    assert resumed_from >= {0, 2, 4}, "attempts went on from every checkpoint"
+
+
+def trained(run: Attempt) -> list[tuple[int, int]]:
+    """The multiset of what was trained: groups and steps."""
+    return sorted((number, step) for step, number, *_ in run.learner.ledger)
+
+
+def test_a_replayed_group_whose_file_is_damaged_is_told_and_not_trained_again(tmp_path):
+    replay = Replay(max_uses=9)
+    settings = {"max_staleness": STEPS + 1, "pipeline_depth": 1, "replay": replay}
+    killed = attempt(tmp_path, 150, **settings)
+    assert not killed.run()
+    state = newest(tmp_path).checkpoint.state
+    assert state.step >= 2
+    number = state.buffer.replayable[0]
+    path = killed.store.path(number)
+    path.write_bytes(path.read_bytes()[:-1])
+    last = to_the_end(tmp_path, **settings)
+    assert f"group {number} is not replayed" in last.observer.events[0]
+    later = [n for step, n, *_ in last.learner.ledger if step >= state.step]
+    assert number not in later
+    assert sorted({n for _, n, *_ in last.learner.ledger}) == TRAINED
 
 
 def test_a_run_killed_again_and_again_ends_as_well(tmp_path):

@@ -14,8 +14,8 @@ import yaml
 
 from rlhf_cluster.config import load_run
 from rlhf_cluster.planning.placement import WORKER_GROUPS, group_resource
+from tests.kubernetes_schemas import KUBERAY, faults
 
-KUBERAY = Path("deploy/kuberay")
 SBATCH = Path("deploy/slurm/run.sbatch")
 
 
@@ -32,6 +32,7 @@ def test_kustomize_builds_them_and_puts_another_image_in(folder, kind, tmp_path)
     )
     documents = list(yaml.safe_load_all(built.stdout))
     assert {d["kind"] for d in documents} == {kind, "PodMonitor", "PersistentVolumeClaim"}
+    assert [fault for document in documents for fault in faults(document)] == []
     assert set(re.findall(r"image: (\S+)", built.stdout)) == {"registry.example/rlhf:7"}
 
 

@@ -1,4 +1,4 @@
-"""Data sets made on real Ray, by the scripted engine: one whose maker is killed, and step labels."""
+"""Data sets made on real Ray, by the scripted engine: a killed maker, step labels, revisions."""
 
 from __future__ import annotations
 
@@ -110,3 +110,54 @@ def test_steps_are_completed_by_the_pool_and_a_wrong_step_is_never_completed_to_
     labels = [parse_steps(row.columns, row.place, "5").labels for row in rows]
     report = json.loads((run.path / "report.json").read_text())
     assert report["labels"] == sum(map(len, labels))
+
+
+def test_responses_are_criticised_and_revised_by_the_pool_and_scored_beside_their_revision(
+    start_generate,
+):
+    principles = ["0", "99"]
+    run = start_generate(
+        run={"name": "revised"},
+        stage={
+            "type": "generate",
+            "samples": 2,
+            "select": "revision_pairs",
+            "revise": {
+                "principles": principles,
+                "critique_request": "{response}{principle}=",
+                "revision_request": "{response}{critique}=",
+            },
+        },
+        data={"limit": 24, "max_prompt_tokens": 16},
+        generation={"max_response_tokens": 16, "workers": 2},
+    )
+    code, output = run.finish(400)
+    assert code == 0, output
+
+    def replies(request: str) -> set[str]:
+        """What the engine may say to digits: themselves, or in order."""
+        return {request, "".join(sorted(request))}
+
+    groups = list(read_answers(run.path / "groups.jsonl"))
+    assert sorted(group.number for group in groups) == list(range(24))
+    met: set[str] = set()
+    for group in groups:
+        assert len(group.answers) == 2
+        assert group.unrevised == ()
+        for answer in group.answers:
+            assert answer.revised is not None
+            [own] = answer.revised.rounds
+            met.add(own.principle)
+            assert own.critique in replies(answer.text + own.principle)
+            assert own.revision in replies(answer.text + own.critique)
+            assert (answer.revised.text, answer.revised.reward) == (own.revision, 0.0)
+    assert met == {*principles}
+    rows = [json.loads(line) for line in (run.path / "data.jsonl").read_text().splitlines()]
+    report = json.loads((run.path / "report.json").read_text())
+    assert report["samples"] == 48 == len(rows) + report["left_out"]["duplicates"]
+    assert report["revisions"]["revised"] == 48
+    assert report["revisions"]["first_reward_mean"] > 0 == report["revisions"]["reward_mean"]
+    for row in rows:
+        assert row["rejected"] == row["first"]
+        assert row["chosen"] == row["rounds"][-1]["revision"]
+    assert run.metrics()[-1]["generate/revised_reward_mean"] == 0.0

@@ -11,6 +11,7 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rlhf_cluster.config.replay import Replay
 from rlhf_cluster.experience.staleness import AdmissionGate
 from tests.training_run import TrainingAttempt
 
@@ -25,8 +26,11 @@ SECTIONS: dict[str, dict[str, Any]] = {
 class Killed:
     """Runs in folders of their own, on a learner of their own, killed at any events."""
 
-    def __init__(self, start_learner: Any, max_staleness: int) -> None:
+    def __init__(
+        self, start_learner: Any, max_staleness: int, replay: Replay | None = None
+    ) -> None:
         self._start_learner, self._max_staleness = start_learner, max_staleness
+        self._replay = replay
         with tempfile.TemporaryDirectory() as folder:
             straight = self.attempt(Path(folder), None)
             assert straight.run()
@@ -49,6 +53,7 @@ class Killed:
             kill_at=kill_at,
             start_learner=lambda: self._start_learner(**SECTIONS, staleness=staleness),
             on_policy=bound == 0,
+            replay=self._replay,
         )
 
     def check(self, kills: Sequence[int]) -> int:
@@ -95,3 +100,13 @@ def test_s31_killed_again_and_again_at_chosen_events_it_ends_the_same(start_lear
         runs.check(kills)
 
     killed_at()
+
+
+def test_a_run_that_replays_by_priority_ends_the_same_when_it_is_killed(start_learner: Any) -> None:
+    """With its importance weights. No group gets too old within the run, so that what is replayed
+    follows from tickets and rewards."""
+    runs = Killed(start_learner, STEPS, Replay(priority="reward_spread"))
+    _, ledger = runs.expected
+    assert len(ledger) > len(set(ledger)) == STEPS * GROUPS
+    kills = range(runs.events // 2, runs.events, max(1, runs.events // 8))
+    assert 2 in {runs.check([kill_at]) for kill_at in kills}, "one went on from the checkpoint"

@@ -1,7 +1,9 @@
 """Whole runs with a scripted engine on a real Ray cluster: what they do, and what they survive."""
 
 import json
+import re
 import signal
+import time
 import urllib.request
 
 import pyarrow.parquet as parquet
@@ -9,7 +11,12 @@ import ray
 from ray.util.state import list_actors
 
 from actors.control import NAMESPACE, actor_name, scale
+from rlhf_cluster.observe.report.page import page
+from rlhf_cluster.observe.report.reading import read_run
+from rlhf_cluster.observe.report.serving import served
 from rlhf_cluster.observe.samples import read_samples
+from rlhf_cluster.rundir import find_run
+from tests.browser import CHROMIUM, check, look
 from tests.promql import NOT_IN_A_PLAIN_RUN, looked_at
 
 LONG = {"steps": 400, "groups_per_step": 4}
@@ -35,6 +42,20 @@ def exported_by(run: str) -> set[str]:
             with urllib.request.urlopen(url, timeout=10) as reply:
                 lines += reply.read().decode().splitlines()
     return {line.split("{")[0] for line in lines if f'run="{run}"' in line}
+
+
+def check_live_page(run, step):
+    """The report of a run that is going, as a person has it, on a desk and on a phone."""
+    found = find_run(str(run.path))
+    with served(lambda: page([read_run(found)], time.time())) as address:
+        looks = look(address)
+    check(looks)
+    for seen in looks:
+        assert "running" in seen.text
+        [shown] = re.findall(r"step\s+(\d+) of 400", seen.text)
+        assert int(shown) >= step
+        name = f"report-{seen.width}-{seen.scheme}.png"
+        (run.path / name).write_bytes(seen.picture)
 
 
 def test_a_run_trains_every_group_once_and_leaves_its_whole_record(start_run):
@@ -124,6 +145,9 @@ def test_dead_generation_fails_the_run_naming_worker_error_and_groups(start_run)
     assert "run.stall_timeout_s = 4" in output
     assert "in flight" in output
     assert "Pending groups: g0" in output
+    stacks = json.loads((run.path / "post_mortem.json").read_text())["stacks"]["processes"]
+    assert stacks.keys() >= {"generation-0", "scoring-0", "learner-0", "buffer"}
+    assert all(any("most recent call first" in line for line in s) for s in stacks.values())
 
 
 def test_a_crash_loop_ends_the_run_with_the_first_cause(start_run):
@@ -141,6 +165,7 @@ def test_a_crash_loop_ends_the_run_with_the_first_cause(start_run):
     assert known["causes"][-1]["message"].startswith("generation: 2 restarts, more than 1")
     assert known["step"] >= 1
     assert known["logs"].keys() >= {"controller", "generation-0", "learner-0"}
+    assert known["stacks"]["processes"].keys() >= {"scoring-0", "learner-0", "buffer"}
 
 
 def test_pools_grow_and_shrink_under_a_running_job_whose_name_is_taken(start_run, ray_address):
@@ -154,6 +179,8 @@ def test_pools_grow_and_shrink_under_a_running_job_whose_name_is_taken(start_run
         "both pools grew",
     )
     assert status.buffer_in_flight <= 2, "the in-flight limit holds whatever the pool's size"
+    if CHROMIUM is not None:
+        check_live_page(run, status.step)
     shrunk = scale(run.path, {"generation": 1}, ray_address)
     assert shrunk == {"generation": "generation: 1 workers"}
     status = run.wait_for(lambda s: s.step >= status.step + 2, "two more steps")

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -18,6 +19,11 @@ import pytest
 from rlhf_cluster.errors import RunError, StalledError
 from rlhf_cluster.observe import monitor
 from rlhf_cluster.observe.alerts import ALERTS
+from rlhf_cluster.observe.report.page import page
+from rlhf_cluster.observe.report.reading import read_run
+from rlhf_cluster.observe.report.serving import served
+from rlhf_cluster.rundir import find_run
+from tests.browser import CHROMIUM, WITHIN_S, check, look, texts_until
 from tests.ports import free_ports
 from tests.recorded_run import record_run
 
@@ -25,6 +31,7 @@ REPOSITORY = Path(__file__).parents[2]
 FETCHED = REPOSITORY / ".venv" / "prometheus" / "usr" / "bin" / "prometheus"
 PROMETHEUS = shutil.which("prometheus") or (str(FETCHED) if FETCHED.exists() else None)
 
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 Start = Callable[..., tuple[subprocess.Popen[str], str]]
 
 
@@ -67,12 +74,33 @@ def get(address: str) -> str:
 def test_a_live_report_is_served_until_it_is_interrupted(start, tmp_path):
     path = record_run(tmp_path, steps=6)
     process, address = start("report", str(path), "--live")
-    page = get(address)
-    assert page.startswith("<!doctype html>")
-    assert "Where it stands" in page
+    text = get(address)
+    assert text.startswith("<!doctype html>")
+    assert "Where it stands" in text
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 0
     assert not (path / "report.html").exists()
+
+
+@needs_chromium
+def test_the_report_is_whole_on_a_desk_and_a_phone_in_light_and_in_dark(tmp_path):
+    run = find_run(str(record_run(tmp_path, steps=30)))
+    with served(lambda: page([read_run(run)], 0.0)) as address:
+        check(look(address))
+
+
+@needs_chromium
+def test_a_browser_asks_again_by_itself_for_a_page_that_took_too_long():
+    shown = threading.Event()
+
+    def slow() -> str:
+        assert shown.wait(WITHIN_S)
+        return "<title>report</title>it is there"
+
+    with served(slow, refresh_s=1, make_timeout_s=0.2) as address:
+        first, *_, last = texts_until(address, "it is there", shown.set)
+    assert first.startswith("503: no report within 0.2 s")
+    assert last == "it is there"
 
 
 @pytest.mark.skipif(

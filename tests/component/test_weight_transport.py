@@ -1,4 +1,4 @@
-"""Weights through Ray's object store: real learner and generation actors, without models."""
+"""Weights that are no files: real learner and generation actors, without models."""
 
 import asyncio
 import threading
@@ -19,6 +19,7 @@ from actors.learner import RayLearner
 from actors.pool import PoolLimits, Worker, WorkerPool
 from actors.ranks import ACTOR_OPTIONS
 from actors.ray_weights import RayObjects, RayTransport
+from actors.transports import transport_of
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import WeightError
 from rlhf_cluster.records import WeightVersion
@@ -41,7 +42,7 @@ class _Buffer:
 
 @dataclass
 class Cluster:
-    """Two ranks and two workers of a run that publishes through Ray's object store."""
+    """Two ranks and two workers of a run that publishes without files."""
 
     config: RunConfig
     model_dir: Path
@@ -106,7 +107,7 @@ async def started(tmp_path: Path, name: str, **weights: Any) -> AsyncIterator[Cl
         check=lambda worker: check_health(worker, 30.0),
         limits=PoolLimits(backoff_s=0.01),
     )
-    transport = RayTransport(config)
+    transport: Any = transport_of(config)
     cluster = Cluster(config, model_dir, pool, RayGeneration(pool, config), transport, [])
     async with transport.serving():
         try:
@@ -129,11 +130,14 @@ async def until(condition: Any, what: str, timeout_s: float = 30.0) -> None:
         await asyncio.sleep(0.1)
 
 
-@pytest.mark.parametrize("format", ["full", "delta"])
+@pytest.mark.parametrize(
+    ("transport", "format"), [("ray", "full"), ("ray", "delta"), ("gloo", "full")]
+)
 async def test_two_ranks_publish_and_two_workers_pull_and_nothing_leaks(
-    ray_address: str, tmp_path: Path, format: str
+    ray_address: str, tmp_path: Path, transport: str, format: str
 ) -> None:
-    async with started(tmp_path, f"publish-{format}", format=format) as cluster:
+    name = f"publish-{transport}-{format}"
+    async with started(tmp_path, name, transport=transport, format=format) as cluster:
         learner = await cluster.learner(0)
         num_bytes = weights_of(0).nbytes
         for number in range(6):
@@ -150,7 +154,7 @@ async def test_two_ranks_publish_and_two_workers_pull_and_nothing_leaks(
         assert torch.equal(found["w"], expected)
         assert (version.stored_bytes < num_bytes / 10) == (format == "delta")
         assert cluster.pool.num_restarts == 0
-        if format == "full":
+        if (transport, format) == ("ray", "full"):
             before = object_store_free()
             for _ in range(10):
                 await cluster.publish(learner)

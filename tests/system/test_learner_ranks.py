@@ -12,10 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.learning_cases import full_parameters, learner_config, random_groups, save_llama
+from tests.learning_cases import (
+    full_parameters,
+    learner_config,
+    random_groups,
+    save_llama,
+    with_teacher,
+)
 from tests.rank_processes import run_ranks
 
 NUM_STEPS = 3
+REFERENCE = {"reference": True, "rewards": [{"type": "exact_match"}]}
+TEACHER = {"teacher": "a folder", "rewards": [{"type": "exact_match"}]}
 
 CASES: dict[str, dict[str, dict[str, Any]]] = {
     "packed": {},
@@ -87,6 +95,26 @@ OWN_BASELINE: dict[str, dict[str, dict[str, Any]]] = {
         "learner": {"tokens_per_micro_batch": 32},
         "critic": {"kind": "head", "learning_rate": 1e-3},
     },
+    "online dpo": {
+        "algorithm": {"type": "online_dpo", "group_size": 4},
+        "learner": {"epochs": 2, "minibatches": 2},
+        "scoring": REFERENCE,
+    },
+    "online dpo, uneven": {
+        "algorithm": {"type": "online_dpo", "group_size": 4},
+        "learner": {"tokens_per_micro_batch": 64},
+        "scoring": REFERENCE,
+    },
+    "on-policy distillation": {
+        "algorithm": {"type": "on_policy_distillation", "group_size": 4, "reward_coef": 0.5},
+        "learner": {"epochs": 2, "minibatches": 2},
+        "scoring": TEACHER,
+    },
+    "on-policy distillation, adversarial": {
+        "algorithm": {"type": "on_policy_distillation", "group_size": 4},
+        "learner": {"tokens_per_micro_batch": 32},
+        "scoring": TEACHER,
+    },
 }
 """Compared between one rank and two, not with the packed case."""
 
@@ -108,6 +136,9 @@ LIKE_FSDP2: dict[str, dict[str, dict[str, Any]]] = {
 
 ADVERSARIAL = [24, *[1] * 15]
 """One long response and fifteen single tokens: the ranks need very different numbers of passes."""
+UNEVEN = [24, *[3] * 15]
+"""The same for pairs: of two single tokens after one prompt all gradients of other tokens cancel, and
+AdamW makes steps of what rounding leaves of them."""
 
 
 def train(rank: int, world_size: int, address: str | None, job: Any) -> Any:
@@ -134,9 +165,16 @@ def train(rank: int, world_size: int, address: str | None, job: Any) -> Any:
     return metrics, shards, full
 
 
+def _lengths(case: str) -> list[int] | None:
+    return ADVERSARIAL if "adversarial" in case else UNEVEN if "uneven" in case else None
+
+
 def _batches(lengths: list[int] | None = None) -> list[Any]:
     return [
-        random_groups(s, lengths=lengths, version=s, with_reference=True) for s in range(NUM_STEPS)
+        with_teacher(
+            random_groups(s, lengths=lengths, version=s, with_reference=True), seed=NUM_STEPS + s
+        )
+        for s in range(NUM_STEPS)
     ]
 
 
@@ -145,7 +183,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], l
     """Results by (number of ranks, case)."""
     model_dir = save_llama(tmp_path_factory.mktemp("model"))
     jobs = {
-        name: (model_dir, sections, _batches(ADVERSARIAL if "adversarial" in name else None))
+        name: (model_dir, sections, _batches(_lengths(name)))
         for name, sections in {**CASES, **OWN_BASELINE, **LIKE_FSDP2}.items()
     }
     return {(n, name): found for n in (1, 2) for name, found in run_ranks(train, n, jobs).items()}
@@ -203,6 +241,21 @@ def test_s21_ppo_trains_a_critic_too_and_its_values_are_those_of_one_rank(
     np.testing.assert_allclose(
         weights["critic.value_head.bias"], wanted["critic.value_head.bias"], atol=1e-6
     )
+
+
+@pytest.mark.parametrize("case", ["online dpo", "on-policy distillation"])
+def test_what_these_learn_from_reaches_every_rank(
+    trained: dict[tuple[int, str], list[Any]], case: str
+) -> None:
+    """Two ranks train as one, so it is enough to see that one of them learnt from it."""
+    [(metrics, _, weights)] = trained[1, case]
+    _, _, plain = trained[1, "several updates a batch"][0]
+    if case == "online dpo":
+        assert [m["preference/pairs"] for m in metrics] == [4.0] * NUM_STEPS
+        assert all(m["preference/margin"] != 0 for m in metrics)
+    else:
+        assert all(m["distillation/teacher_gap"] != 0 for m in metrics)
+    assert max(np.abs(weights[n] - plain[n]).max() for n in weights) > 1e-4
 
 
 def test_the_weights_moved_far_more_than_the_tolerance(

@@ -5,7 +5,8 @@ import runpy
 from pathlib import Path
 
 AUDIT = runpy.run_path("deploy/audit.py")
-LOCK = Path("deploy/requirements-cpu.lock").read_text()
+MAKEFILE = Path("Makefile").read_text()
+LOCKS = sorted(Path("deploy").glob("requirements-*.lock"))
 
 
 def package(name: str, **found) -> dict:
@@ -26,9 +27,32 @@ def test_only_a_whole_answer_without_findings_is_a_clean_one():
     assert verdict({"dependencies": []})[0] == 2
 
 
-def test_every_line_of_the_lock_is_pinned_to_one_version_and_audited():
-    lines = [line for line in LOCK.splitlines() if line.strip() and not line.startswith("#")]
-    assert len(lines) > 100
-    assert [x for x in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!]+", x)] == []
-    assert len(AUDIT["pinned"](LOCK)) == len(lines)
-    assert not any("+" in requirement for requirement in AUDIT["pinned"](LOCK))
+def lines_of(path: Path) -> list[str]:
+    return [x for x in path.read_text().splitlines() if x.strip() and not x.startswith("#")]
+
+
+def test_every_line_of_the_locks_is_pinned_to_one_version_and_audited():
+    assert sum(len(lines_of(path)) for path in LOCKS) > 100
+    for path in LOCKS:
+        pins = [line.split()[0] for line in lines_of(path)]
+        assert [x for x in pins if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!]+", x)] == []
+        assert AUDIT["pinned"](path.read_text()) == [pin.partition("+")[0] for pin in pins]
+        assert path.name in MAKEFILE
+    assert re.search(r"pip-audit \$\(LOCK\) \$\(TORCH\) \$\(DEEPSPEED\) \$\(TRL\)\n", MAKEFILE)
+
+
+def test_every_line_has_hashes_and_pip_asks_for_them_but_for_torch():
+    without = [
+        line
+        for path in LOCKS
+        for line in lines_of(path)
+        if not re.fullmatch(r"\S+( --hash=sha256:[0-9a-f]{64})+", line)
+    ]
+    assert [line.partition("==")[0] for line in without] == ["torch"]
+    installs = re.findall(r"pip install(.*)--requirement \$\((\w+)\)", MAKEFILE)
+    assert {variable for options, variable in installs if "--require-hashes" in options} == {
+        "LOCK",
+        "DEEPSPEED",
+        "TRL",
+    }
+    assert {variable for _, variable in installs} == {"LOCK", "TORCH", "DEEPSPEED", "TRL"}

@@ -302,6 +302,7 @@ class FakePool:
     def __init__(self, kind: str, refuses: bool = False) -> None:
         self.kind, self.wanted, self.refuses = kind, 1, refuses
         self.resized: list[int] = []
+        self.num_autoscaled = 0
 
     @property
     def live(self) -> list[None]:
@@ -353,6 +354,7 @@ async def test_the_supervisor_carries_it_out_as_a_wish_and_says_why():
     pools, observer = [FakePool("generation"), FakePool("scoring")], FakeObserver(advice())
     await watched(pools, observer, Autoscaler(BOTH, {}))
     assert pools[0].resized == [2], "once: that advice is of one worker"
+    assert [pool.num_autoscaled for pool in pools] == [1, 0]
     assert observer.events == [
         f"scale generation to 2: autoscale: {observer.advice.text}",
         "scale generation to 2: generation: 2 workers",
@@ -364,7 +366,7 @@ async def test_a_refusal_is_told_and_does_not_end_the_run():
     observer = FakeObserver(advice())
     await watched(pools, observer, Autoscaler(BOTH, {}))
     assert observer.events[-1] == "scale generation to 2: refused: no node has room"
-    assert pools[0].wanted == 1
+    assert (pools[0].wanted, pools[0].num_autoscaled) == (1, 0)
 
 
 async def test_nothing_is_decided_while_a_worker_is_missing():

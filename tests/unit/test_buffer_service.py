@@ -171,3 +171,35 @@ async def test_the_state_after_a_step_is_what_a_resumed_buffer_takes():
     again = ExperienceBuffer.resume(gate, state)
     assert again.state() == state
     assert [t.number for t in state.open] == [t.number for t in tickets[2:]]
+
+
+async def test_the_age_of_the_oldest_group_is_counted_from_its_admission():
+    clock = Clock()
+    buffer = service(clock)
+    assert (await buffer.stats()).oldest_age_s == 0.0
+    await buffer.version_live(0)
+    clock.now = 100.0
+    first, second = await admitted(buffer)
+    clock.now = 103.0
+    await buffer.discard(first, "out of luck")
+    [third] = await admitted(buffer)
+    clock.now = 110.0
+    assert (await buffer.stats()).oldest_age_s == 10.0, "that of the second group"
+    await finish(buffer, second)
+    await finish(buffer, third)
+    assert (await buffer.stats()).oldest_age_s == 10.0, "it waits for the learner"
+    await buffer.take(2, 0)
+    assert (await buffer.stats()).oldest_age_s == 0.0
+
+
+async def test_a_group_that_was_open_at_a_resume_counts_from_then():
+    clock = Clock()
+    before = service(clock)
+    await before.version_live(0)
+    await admitted(before)
+    clock.now = 50.0
+    state = await before.state(0)
+    gate = AdmissionGate(max_staleness=0, pipeline_depth=0, groups_per_step=2, num_steps=3)
+    again = BufferService(ExperienceBuffer.resume(gate, state), 30.0, 0.02, clock)
+    clock.now = 57.0
+    assert (await again.stats()).oldest_age_s == 7.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -209,9 +210,32 @@ def test_a_group_with_another_ticket_s_prompt_is_named(run: Path) -> None:
 
 def test_a_store_of_groups_that_tells_other_steps_is_named(run: Path) -> None:
     (run / "experience").mkdir()
-    for step, expected in ((1, set()), (2, {"experience"})):
-        (run / "experience" / "trained.json").write_text(json.dumps({"0": step, "3": 2}))
+    for steps, expected in (([1], set()), ([2], {"experience"}), ([1, 2], {"experience"})):
+        (run / "experience" / "trained.json").write_text(json.dumps({"0": steps, "3": [2]}))
         assert kinds(check(run, ASKED)) == expected
+
+
+def test_with_replay_a_group_may_be_in_as_many_steps_as_allowed(run: Path) -> None:
+    """A step of two groups may have a third, which was trained before."""
+    replay = replace(ASKED, groups_per_step=3, replayed=1, max_uses=2)
+    assert check(run, replay).violations == []
+    again = lambda step, ticket: edit_rows(  # noqa: E731
+        run, step, lambda rows: [*rows, *(row(step, ticket, i) for i in range(2))]
+    )
+    again(2, 0)
+    again(3, 2)
+    assert check(run, replay).violations == []
+    assert "group twice" in kinds(check(run, ASKED))
+    again(4, 0)
+    report = check(run, replay)
+    assert (report.groups_trained_twice, kinds(report)) == (1, {"group twice", "rollouts"})
+
+
+def test_with_replay_a_step_has_as_many_new_groups_as_asked(run: Path) -> None:
+    replay = replace(ASKED, groups_per_step=3, replayed=1, max_uses=2)
+    save(run, 4, [row(4, n, i) for n in (groups_of(4)[0], groups_of(3)[0]) for i in range(2)])
+    report = check(run, replay)
+    assert "batch: step 4 trained 1 new groups, asked were 2" in map(str, report.violations)
 
 
 @pytest.mark.parametrize("name", ["buffer", "generation-0"])

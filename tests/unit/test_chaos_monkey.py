@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,9 +15,21 @@ from typing import Any
 
 import pytest
 
-from tests.chaos.monkey import MOMENTS, NODE, ROLES, Kill, Monkey, plan, roles_of, sight
+from tests.chaos.monkey import (
+    ENGINE_CHILD,
+    MOMENTS,
+    NODE,
+    ROLES,
+    Kill,
+    Monkey,
+    engine_children,
+    log_of,
+    plan,
+    roles_of,
+    sight,
+)
 from tests.chaos.nodes import Nodes
-from tests.chaos.processes import Process, marked, of_pid
+from tests.chaos.processes import Process, descendants, marked, of_pid
 from tests.chaos.run import again, figures, parse
 from tests.chaos.subject import Stuck, Subject
 
@@ -43,13 +56,42 @@ def test_a_run_s_processes_are_found_by_their_mark_until_they_are_gone(tmp_path:
 def test_the_seed_alone_chooses_the_kills_and_every_role_has_its_turn() -> None:
     assert plan(7, 12) == plan(7, 12)
     assert plan(7, 12) != plan(8, 12)
-    assert plan(7, 12)[:3] == plan(7, 3)
-    for start in (0, 7):
-        assert {kill.role for kill in plan(7, 14)[start : start + 7]} == set(ROLES)
-    assert {kill.moment for seed in range(20) for kill in plan(seed, 6)} == set(MOMENTS)
+    for start in (0, 8):
+        assert {kill.role for kill in plan(7, 16)[start : start + 8]} == set(ROLES)
     assert [kill.role for kill in plan(7, 2, roles=["driver"])] == ["driver", "driver"]
-    assert {kill.also for seed in range(60) for kill in plan(seed, 7)} == {*ROLES, None}
-    assert NODE in ROLES
+    planned = [kill for seed in range(12) for kill in plan(seed, 32)]
+    assert {kill.moment for kill in planned} == set(MOMENTS)
+    assert {kill.also for kill in planned} == {*ROLES, None}
+    assert {kill.whole for kill in planned} == {True, False}
+    assert all(0 <= kill.chance < 1 for kill in planned)
+    assert len({kill.chance for kill in planned}) > len(planned) / 4
+    assert {NODE, ENGINE_CHILD} < set(ROLES)
+
+
+def test_an_engine_s_children_are_told_from_its_other_processes(tmp_path: Path) -> None:
+    """As vLLM starts them, under a name of their own; who is told by the log that it has open."""
+    sleep = "import time; print(flush=True); time.sleep(600)"
+    names = ["VLLM::Worker_TP0", "VLLM::Worker_TP1", "resource_tracker"]
+    script = "import subprocess, sys\nfor name in sys.argv[2:]: c = subprocess.Popen([name, '-S', "
+    script += f"'-c', '{sleep}'], executable=sys.executable, stdout=subprocess.PIPE); "
+    script += "c.stdout.readline()\nlog = open(sys.argv[1], 'w'); print(flush=True); input()"
+    log = tmp_path / "logs" / "generation-1.log"
+    log.parent.mkdir()
+    command = [sys.executable, "-S", "-c", script, str(log), *names]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        engine = of_pid(process.pid)
+        assert engine is not None
+        found = engine_children([engine])
+        told = [child.command().split()[0] for child in found]
+        name, nobody = log_of(engine, tmp_path), log_of(engine, tmp_path / "other")
+        for pid in (*descendants(process.pid), process.pid):
+            os.kill(pid, signal.SIGKILL)
+    assert told == names[:2]
+    assert (name, nobody) == ("generation-1", "")
+    assert engine_children([engine]) == []
+    assert log_of(engine, tmp_path) == ""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -97,7 +139,7 @@ class Emulation:
     def __init__(self) -> None:
         self.removed: list[str] = []
 
-    def add_node(self, num_cpus: int) -> Any:
+    def add_node(self, num_cpus: int, resources: dict[str, float]) -> Any:
         child = "import os, time; time.sleep(600)"
         script = f"import subprocess, sys; c = [sys.executable, '-S', '-c', '{child}']; "
         script += "p = subprocess.Popen(c); print(p.pid, flush=True); p.wait()"
@@ -186,23 +228,32 @@ def test_a_run_that_violates_names_the_options_that_plan_its_kills() -> None:
     asked = parse(["--seed", "5", "--kills", "2", "--roles", "driver", "buffer"])
     told = parse(shlex.split(again(9, asked)))
     assert (told.runs, told.seed) == (1, 9)
-    for name in ("kills", "engine", "ranks", "nodes", "roles", "moments"):
+    for name in ("kills", "engine", "ranks", "parallel", "nodes", "roles", "moments"):
         assert getattr(told, name) == getattr(asked, name), name
     assert NODE in parse([]).roles
     assert NODE not in parse(["--nodes", "0"]).roles, "there is none to lose"
+    assert ENGINE_CHILD not in parse([]).roles, "a scripted engine has none"
+    parts = ["--engine", "vllm", "--parallel", "2"]
+    assert ENGINE_CHILD in parse(parts).roles
+    assert parse(shlex.split(again(1, parse(parts)))).parallel == 2
+    for refused in (["--parallel", "2"], ["--roles", NODE, "--nodes", "0"]):
+        with pytest.raises(SystemExit):
+            parse(refused)
 
 
 def test_figures_are_the_sums_over_the_runs() -> None:
     counts = {"groups_lost": 1, "groups_trained_twice": 2, "bound_violations": 3, "orphans": 4}
     kills = [
-        {"role": "driver", "restarted": "ended with -9", "hit": True, "took": []},
-        {"role": "node", "restarted": "", "hit": False, "took": ["buffer", "scoring"]},
+        {"role": "learner", "restarted": "", "hit": True, "took": [], "name": "learner-1"},
+        {"role": "driver", "restarted": "ended with -9", "hit": True, "took": [], "name": ""},
+        {"role": "node", "restarted": "", "hit": False, "took": ["buffer", "scoring"], "name": ""},
     ]
     base = {"kills": kills, "restarts": 1, "steps": 5, "groups_trained": 6, **counts}
     found = figures([{**base, "violations": []}, {**base, "violations": ["orphan: x"]}])
-    assert (found["runs"], found["runs_completed"], found["kills"]) == (2, 1, 4)
+    assert (found["runs"], found["runs_completed"], found["kills"]) == (2, 1, 6)
     assert (found["kills/driver"], found["went_on_by_itself/driver"]) == (2, 0)
     assert (found["kills/node"], found["went_on_by_itself/node"]) == (2, 2)
+    assert (found["kills/learner"], found["kills/learner-1"]) == (2, 2), "each rank is told"
     assert found["taken_with_nodes"] == 4
-    assert (found["moments_hit"], found["steps"], found["groups_trained"]) == (2, 10, 12)
+    assert (found["moments_hit"], found["steps"], found["groups_trained"]) == (4, 10, 12)
     assert {name: found[name] for name in counts} == {name: 2 * n for name, n in counts.items()}

@@ -61,11 +61,20 @@ def test_all_problems_are_reported_at_once():
             {"learner": {"ranks": 2, "min_ranks": 2}},
             ["learner.min_ranks = 2", "on_loss = 'restart'", "set on_loss = 'shrink'"],
         ),
+        ({"learner": {"spares": 2}}, ["learner.spares = 2 is over learner.ranks = 1", "Lower it"]),
+        (
+            {"learner": {"spares": 1, "max_restarts": 0}},
+            ["learner.spares = 1 with learner.max_restarts = 0", "raise learner.max_restarts"],
+        ),
         (
             {"weights": {"transport": "nccl"}},
-            ["weights.transport = 'nccl'", "one fixed group", "Use 'files'"],
+            ["weights.transport = 'nccl' with learner.num_gpus = 0", "Set learner.num_gpus"],
         ),
-        ({"weights": {"transport": "ipc"}}, ["weights.transport = 'ipc'", "every GPU"]),
+        (
+            {"weights": {"transport": "nccl"}, "learner": {"num_gpus": 1}},
+            ["weights.transport = 'nccl' with generation.num_gpus = 0"],
+        ),
+        ({"weights": {"transport": "ipc"}}, ["weights.transport = 'ipc'", "the same GPU"]),
         (
             {"weights": {"durable_every": 3}},
             ["weights.durable_every = 3 with weights.transport = 'files'"],

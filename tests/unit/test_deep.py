@@ -9,23 +9,26 @@ import pytest
 
 from rlhf_cluster.cli import main
 from rlhf_cluster.config import load_run
+from rlhf_cluster.config.pipeline import load_all
 from rlhf_cluster.doctor import GIB
 from rlhf_cluster.inputs import model_dir_of
 from rlhf_cluster.learning.make_model import make_model
-from rlhf_cluster.planning.deep import Need, Shape, deep, judge_memory, memory
+from rlhf_cluster.planning.deep import deep
+from rlhf_cluster.planning.memory import Need, Shape, judge, of_run, of_stage
 from rlhf_cluster.weights.checkpoint import checkpoint_shapes
 from tests.configs import tiny_config
+from tests.stage_cases import stage_config
 
 QWEN3_8B = Shape(num_parameters=8_190_735_360, hidden_size=4096, num_layers=36, key_size=8 * 128)
 EIGHT_GPUS = load_run("configs/qwen3_8b_8gpu.toml")
 
 
 def by_role(config, shape=QWEN3_8B, frozen=None) -> dict[str, Need]:
-    return {need.role: need for need in memory(config, shape, frozen or {})}
+    return {need.role: need for need in of_run(config, shape, frozen or {})}
 
 
 def test_the_8_gpu_configuration_is_counted_by_the_formulas():
-    found = by_role(EIGHT_GPUS, frozen={"reference": QWEN3_8B.num_parameters})
+    found = by_role(EIGHT_GPUS, frozen={"reference": 2.0 * QWEN3_8B.num_parameters})
     learner = found["learner rank"]
     assert learner.parts["state"] == 16 * QWEN3_8B.num_parameters / 3
     assert learner.parts["passes"] == 2 * 16384 * 4096 * 36, "bfloat16, checkpointed"
@@ -75,15 +78,14 @@ def need(num_bytes: float, gpus: float = 1.0, processes: int = 1, role: str = "l
     ],
 )
 def test_a_role_is_compared_with_the_smallest_gpu_or_all_with_the_host(needs, gpus, host, verdicts):
-    found = list(judge_memory(needs, gpus, host, tiny_config()))
+    found = list(judge(needs, gpus, host, alone=True))
     assert [finding.verdict for finding in found] == verdicts
     for finding in found:
         assert bool(finding.cure) == (finding.verdict != "ok")
 
 
 def test_on_a_cluster_this_host_says_nothing():
-    config = tiny_config(cluster={"address": "10.0.0.1:6379"})
-    found = list(judge_memory([need(30 * GIB, gpus=0)], [], 8 * GIB, config))
+    found = list(judge([need(30 * GIB, gpus=0)], [], 8 * GIB, alone=False))
     assert [finding.verdict for finding in found] == ["ok"]
 
 
@@ -176,6 +178,125 @@ def test_parameters_are_those_of_the_files(tmp_path, model):
     assert f"state {state:.3g} GiB" in found["memory, learner rank"].value
 
 
+def stage_state(shape=QWEN3_8B, teacher=0, **sections):
+    config = stage_config(**sections)
+    [rank] = of_stage(config, shape, teacher)
+    assert (rank.role, rank.processes) == ("learner rank", config.learner.ranks)
+    return {name: size / QWEN3_8B.num_parameters for name, size in rank.parts.items()}
+
+
+def test_a_stage_is_counted_by_the_same_formulas():
+    sft = stage_state(learner={"ranks": 2})
+    assert sft["state"] == 8.0
+    assert sft["passes"] * QWEN3_8B.num_parameters == 34 * 2 * (8 * 32) * 4096 * 36
+    assert sft.keys() == {"state", "passes"}
+    pairs = stage_state(stage={"type": "reward_model"})
+    assert pairs["passes"] == 2 * sft["passes"], "a unit is a pair"
+
+
+@pytest.mark.parametrize(
+    ("stage", "learner", "reference"),
+    [
+        ({}, {}, 4.0),
+        ({}, {"ranks": 2}, 2.0),
+        ({}, {"dtype": "bfloat16"}, 2.0),
+        ({"reference_update": {"type": "ema", "every": 1}}, {"dtype": "bfloat16"}, 4.0),
+        ({}, {"lora": {}}, None),
+        ({"loss": {"type": "simpo"}}, {}, None),
+    ],
+)
+def test_a_stages_reference_is_a_second_model_where_it_needs_one(stage, learner, reference):
+    found = stage_state(stage={"type": "preference", **stage}, learner=learner)
+    assert found.get("reference") == reference
+
+
+def test_a_teacher_is_counted_with_its_own_parameters(tmp_path):
+    found = stage_state(
+        teacher=2 * QWEN3_8B.num_parameters,
+        stage={"type": "distillation", "teacher": str(tmp_path)},
+    )
+    assert found["teacher"] == 8.0
+
+
+def test_an_algorithm_whose_kl_is_over_the_whole_vocabulary_holds_the_reference_in_the_learner():
+    kl = {"kl_coef": 0.1, "kl_in": "loss"}
+    alone = by_role(tiny_config(algorithm={**kl, "kl_estimator": "full"}))["learner rank"]
+    assert alone.parts["reference"] == 4 * QWEN3_8B.num_parameters
+    pool = by_role(tiny_config(algorithm=kl, scoring={"reference": True}))["learner rank"]
+    assert "reference" not in pool.parts
+
+
+def test_a_stages_teacher_with_other_tokens_is_wrong(tmp_path, model):
+    other = rewritten(model, tmp_path / "other", "tokenizer.json", other_tokens)
+    for teacher, verdict in ((other, "wrong"), (str(model), "ok")):
+        config = stage_config(
+            None,
+            model={"init": None, "path": str(model)},
+            stage={"type": "distillation", "teacher": teacher},
+        )
+        found = {f.name: f for f in deep(config, tmp_path / "scratch")}
+        assert found["tokenizer of the teacher"].verdict == verdict
+        assert "teacher" in found["memory, learner rank"].value
+
+
+def pipeline(tmp_path, reward: str, model: str = "init = {}", template: str = "none"):
+    path = tmp_path / "pipeline.toml"
+    path.write_text(f"""
+[pipeline]
+name = "both"
+root = "{tmp_path}/runs"
+[stages.sft]
+run = {{steps = 2, units_per_step = 4}}
+stage.type = "sft"
+model.{model}
+data = {{sources = [{{path = "rows.jsonl"}}], max_tokens = 16, template = "{template}"}}
+learner = {{learning_rate = 1e-3}}
+[stages.rl]
+run = {{steps = 2, groups_per_step = 4}}
+model.path = "{{stages.sft.final}}"
+data = {{task = "sort_digits", max_prompt_tokens = 8}}
+algorithm.group_size = 4
+generation.max_response_tokens = 8
+learner = {{learning_rate = 1e-3}}
+scoring = {{reference = true, rewards = [{reward}]}}
+""")
+    return load_all(path)
+
+
+def test_a_stage_of_a_pipeline_is_looked_at_with_the_model_that_it_will_get(tmp_path, model):
+    other = rewritten(model, tmp_path / "other", "tokenizer.json", other_tokens)
+    first, second = pipeline(tmp_path, f'{{type = "reward_model", path = "{other}"}}')
+    found = {f.name: f for f in deep(second, tmp_path / "scratch", [first])}
+    assert found["tokenizer of reward_model"].verdict == "wrong"
+    assert found["template of sft"].verdict == "ok"
+    made = model_dir_of(first, tmp_path / "again")
+    size = sum(int(prod(shape)) for shape in checkpoint_shapes(made).values())
+    assert f"reference {2 * size / GIB:.3g} GiB" in found["memory, scoring worker"].value
+    assert f"weights {2 * size / GIB:.3g} GiB" in found["memory, generation worker"].value
+
+
+def test_a_stage_that_trains_in_another_layout_than_the_one_before_is_noted(tmp_path, model):
+    chatty = rewritten(
+        model,
+        tmp_path / "chatty",
+        "tokenizer_config.json",
+        lambda tree: tree.update(chat_template="{{ messages }}"),
+    )
+    first, second = pipeline(tmp_path, '{type = "exact_match"}', f'path = "{chatty}"', "chat")
+    found = {f.name: f for f in deep(second, tmp_path / "scratch", [first])}
+    assert found["template of sft"].verdict == "note"
+    assert found["template of sft"].value == "data.template = 'chat', here 'none'"
+    assert found["chat template"].verdict == "note", "the tokenizer comes from the first stage"
+
+
+def test_what_a_pipeline_has_left_is_looked_at_itself(tmp_path, model):
+    first, second = pipeline(tmp_path, '{type = "exact_match"}', f'path = "{tmp_path}/gone"')
+    shutil.copytree(model, first.run_dir / "final")
+    found = {f.name: f for f in deep(second, tmp_path / "scratch", [first])}
+    size = sum(int(prod(shape)) for shape in checkpoint_shapes(model).values())
+    assert f"weights {2 * size / GIB:.3g} GiB" in found["memory, generation worker"].value
+
+
 def test_validate_deep_prints_them_and_refuses_what_is_wrong(tmp_path, model, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     toml = f"""
@@ -197,12 +318,19 @@ dtype = "float32"
 rewards = [{{type = "exact_match"}}]
 [learner]
 learning_rate = 1e-3
+[cluster]
+num_cpus = 8
 """
     (tmp_path / "run.toml").write_text(toml)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert main(["validate", "run.toml", "--deep"]) == 0
     printed = capsys.readouterr().out
     assert "run.toml: valid" in printed
     assert "memory, learner rank" in printed
+    assert "room for all; bundles: 4, nodes: 1" in printed
+    large = ["--set", "generation.num_cpus=1000"]
+    assert main(["validate", "run.toml", "--deep", *large]) == 0, "it may be meant for a cluster"
+    assert "no room for generation-0 (1000 CPU). Nodes: this machine" in capsys.readouterr().out
     other = rewritten(model, tmp_path / "other", "tokenizer.json", other_tokens)
     wrong = f'scoring.rewards=[{{type="reward_model", path="{other}"}}]'
     assert main(["validate", "run.toml", "--deep", "--set", wrong]) == 1

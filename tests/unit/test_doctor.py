@@ -1,15 +1,17 @@
 """The checks of a machine, on made-up machines and on this one."""
 
-import re
 import socket
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tomli_w
 
 from rlhf_cluster import doctor
 from rlhf_cluster.cli import main
 from rlhf_cluster.doctor import GIB, TESTED, Facts, Speed, judge, look, measure, report
+from tests.configs import tiny_tree
+from tests.stage_cases import stage_tree
 
 GOOD = Facts(
     python="3.11.7",
@@ -74,7 +76,10 @@ def test_what_is_wrong_is_found_with_its_cure(changes, expected):
 
 def test_the_tested_releases_are_those_of_the_lock():
     lock = dict(
-        re.findall(r"^([\w-]+)==(\S+)$", Path("deploy/requirements-cpu.lock").read_text(), re.M)
+        line.split()[0].split("==")
+        for path in Path("deploy").glob("requirements-*.lock")
+        for line in path.read_text().splitlines()
+        if not line.startswith("#")
     )
     for name, release in TESTED.items():
         assert lock[name].split("+")[0].startswith(f"{release}."), name
@@ -129,5 +134,25 @@ def test_a_run_file_names_the_folders(tmp_path, monkeypatch, capsys):
     assert weights == Path("/dev/shm/rlhf_cluster/qwen3-8b")
     assert gpus == 8
     assert ports == ()
+    run = ["--set", "cluster.dashboard=true", "--set", "cluster.dashboard_port=4000"]
+    assert main(["doctor", "configs/quickstart.toml", *run]) == 0
+    assert asked[1][1:] == (Path("runs/quickstart/weights"), 0, (4000,))
     assert main(["doctor", "--set", "run.steps=1"]) == 1
     assert "give a run file" in capsys.readouterr().err
+
+
+def test_of_a_pipeline_the_largest_stage_and_the_store_of_the_run_are_looked_at(
+    tmp_path, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(doctor, "look", lambda *arguments: asked.append(arguments) or GOOD)
+    stage = stage_tree(learner={"ranks": 3, "num_gpus": 1.0})
+    run = tiny_tree(generation={"num_gpus": 1.0}, weights={"root": "/dev/shm/weights"})
+    del stage["run"]["name"], run["run"]["name"]
+    tree = {
+        "pipeline": {"name": "both", "root": str(tmp_path)},
+        "stages": {"sft": stage, "rl": run},
+    }
+    (tmp_path / "both.toml").write_text(tomli_w.dumps(tree))
+    assert main(["doctor", str(tmp_path / "both.toml")]) == 0
+    assert asked == [(tmp_path / "both", Path("/dev/shm/weights/rl"), 3, ())]

@@ -156,6 +156,7 @@ def producer(folder: Path, num_prompts: int = 10, **changes: Any) -> Producer:
         "num_prompts": num_prompts,
         "sampling": SAMPLING,
         "completions": None,
+        "revisions": None,
         "file": AnswersFile(folder / "groups.jsonl"),
         "max_in_flight": 3,
         "max_error_rate": 0.5,

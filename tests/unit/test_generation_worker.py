@@ -244,7 +244,7 @@ async def test_a_hanging_engine_ends_in_an_error_that_names_the_deadline(model_d
     scripted_engine.write_script(model_dir, hang_generate=True, hang_pull=True)
     with pytest.raises(StalledError, match=rf"{TICKET.group_id} .*request_timeout_s = 0\.05"):
         await worker.generate(TICKET, PROMPT, SAMPLING)
-    with pytest.raises(StalledError, match=r"version 5 .*pull_timeout_s = 0\.05"):
+    with pytest.raises(StalledError, match=r"version 5 of /weights/v5 .*pull_timeout_s = 0\.05"):
         await worker.pull(make_version(5))
     stats = await worker.stats()
     assert stats["engine/num_running"] == stats["worker/num_in_flight"] == 0
@@ -328,6 +328,7 @@ def test_what_vllm_gets_wrong_on_cpu_is_refused_there_alone(key, value):
 def test_the_environment_of_a_cpu_engine_holds_back_compilation_and_threads():
     assert engine_environment(on_gpu=False)["TORCHDYNAMO_DISABLE"] == "1"
     assert engine_environment(on_gpu=False, num_threads=3)["OMP_NUM_THREADS"] == "3"
+    assert engine_environment(on_gpu=False)["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
     assert "OMP_NUM_THREADS" not in engine_environment(on_gpu=True)
     for on_gpu in (False, True):
         assert engine_environment(on_gpu)["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from rlhf_cluster.cli import main
@@ -73,6 +75,21 @@ def test_stored_and_sampled_groups_are_listed_once_each(run, capsys):
 )
 def test_options_choose(run, capsys, options, numbers):
     assert [line[0] for line in listed(capsys, run, *options)] == [f"g{n:08d}" for n in numbers]
+
+
+def test_a_group_that_was_replayed_has_the_steps_of_all_its_uses(run, capsys):
+    """Group 3 is stored and was trained again at step 3; of group 0 only samples are left."""
+    recorded = {str(n): [2, 3] if n == 3 else [2] for n in (2, 3)}
+    (run / "experience" / "trained.json").write_text(json.dumps(recorded))
+    again = [group(0, [0.0, 0.0])]
+    write_samples(run / "samples", 3, again, 2, lambda ids: "", limit=2)
+    rows = listed(capsys, run)
+    assert [(row[0], row[6]) for row in rows[:3]] == [
+        ("g00000000", "1,3"),
+        ("g00000002", "2"),
+        ("g00000003", "2,3"),
+    ]
+    assert [row[0] for row in listed(capsys, run, "--step", 3)] == ["g00000000", "g00000003"]
 
 
 def test_damaged_files_are_named_and_the_others_listed(run, capsys):

@@ -11,7 +11,7 @@ from transformers import GPT2Config, LlamaConfig, LlamaForSequenceClassification
 
 from rlhf_cluster.errors import ConfigError
 from rlhf_cluster.learning.int8 import Linear8bit, quantize_linear
-from rlhf_cluster.planning.deep import Shape, memory
+from rlhf_cluster.planning.memory import frozen_models
 from rlhf_cluster.rewards.base import RewardContext
 from rlhf_cluster.rewards.ensemble import Ensemble, EnsembleConfig
 from rlhf_cluster.rewards.process_reward_model import ProcessReward, ProcessRewardConfig
@@ -208,13 +208,19 @@ def test_the_scorer_rounds_reference_and_teacher_and_never_the_exact_model(
         scorer.close()
 
 
-def test_the_plan_counts_a_byte_a_parameter_of_reference_and_teacher() -> None:
-    scoring = {"reference": True, "dtype": "float32", "quantization": "int8"}
-    shape = Shape(num_parameters=100, hidden_size=8, num_layers=1, key_size=8)
-    counts = {"reference": 100, "teacher": 10, "reward_model": 1}
-    needs = memory(tiny_config(scoring=scoring), shape, counts)
-    [parts] = [need.parts for need in needs if need.role == "scoring worker"]
-    assert parts == {"reference": 100, "teacher": 10, "reward_model": 4}
+def test_the_plan_counts_a_byte_a_parameter_of_what_is_rounded() -> None:
+    rewards = [
+        {"type": "reward_model", "path": "a", "dtype": "float32", "name": "whole"},
+        {"type": "reward_model", "path": "b", "quantization": "int8", "name": "rounded"},
+        {"type": "ensemble", "paths": ["c", "d"], "name": "members"},
+    ]
+    pool = {"reference": True, "dtype": "float32", "rewards": rewards}
+    widths = {"reference": 4, "whole": 4, "rounded": 1, "members": 2, "members 1": 2}
+    for scoring, reference in ((pool, 4), (pool | {"quantization": "int8"}, 1)):
+        found = frozen_models(tiny_config(scoring=scoring))
+        assert {name: model.width for name, model in found.items()} == (
+            widths | {"reference": reference}
+        )
 
 
 def test_what_it_would_round_has_to_be_there() -> None:

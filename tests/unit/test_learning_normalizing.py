@@ -69,6 +69,21 @@ def test_rewards_are_made_of_parts_normalised_by_all_steps_so_far():
     assert metrics["reward/running_std/b"] == pytest.approx(np.std(parts(seen, "b")))
 
 
+def test_what_is_trained_again_is_not_counted_again():
+    normalizer = RunningNormalizer(WEIGHTS, ["a"])
+    first = step(0)
+    normalizer.apply(first)
+    before = normalizer.state()
+    again = [replace(group, uses=1) for group in first]
+    fresh = step(1)
+    rewarded = normalizer.apply([*fresh, *again])[len(fresh) :]
+    once = RunningNormalizer(WEIGHTS, ["a"])
+    once.load_state(before)
+    assert once.apply(fresh) is not fresh
+    assert normalizer.state() == once.state()
+    assert rewards(rewarded) != rewards(normalizer.apply(step(2)))
+
+
 def test_a_state_that_is_loaded_goes_on_as_if_nothing_had_happened():
     def normalizer() -> RunningNormalizer:
         return RunningNormalizer(WEIGHTS, ["a", "b"])

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,17 @@ def test_several_optimizer_steps_a_batch_clip_against_the_policy_at_its_start(
     assert metrics["learner/clip_fraction"] > 0, "later optimizer steps leave the trust region"
     single = start_learner(learner={"learning_rate": 3e-2, "minibatches": 1})
     assert single.train_step(groups).metrics["learner/clip_fraction"] == 0
+
+
+def test_the_losses_of_a_replayed_group_are_weighed(start_learner: Any) -> None:
+    """All the gradient is of group 0: it and the loss are linear in its weight."""
+    groups = random_groups(2, rewards=[1.0, 0.0, 1.0, 0.0, *[0.5] * 12])
+    whole = start_learner().train_step(groups).metrics
+    groups[0] = replace(groups[0], weight=0.25)
+    part = start_learner().train_step(groups).metrics
+    assert whole["learner/grad_norm"] > 0
+    for name in ("learner/grad_norm", "learner/loss"):
+        assert part[name] == pytest.approx(0.25 * whole[name], rel=1e-4), name
 
 
 def test_s37_rates_count_optimizer_steps_and_the_last_still_trains(start_learner: Any) -> None:

@@ -246,3 +246,64 @@ async def test_a_worker_that_dies_in_quarantine_is_replaced_once():
     assert plant.retired == [slow.name]
     assert len(plant.names()) == 2
     assert plant.pool.num_restarts == 1
+
+
+async def test_those_who_wait_for_room_get_it_in_the_order_of_their_coming():
+    plant = Plant(max_in_flight=1, acquire_timeout_s=60.0)
+    await plant.pool.start(2)
+    served: list[int] = []
+
+    async def work(number: int) -> None:
+        async with plant.pool.acquire():
+            served.append(number)
+            await asyncio.sleep(0)
+
+    async with plant.pool.acquire(), plant.pool.acquire():
+        calls = [asyncio.create_task(work(number)) for number in range(6)]
+        await plant.settle()
+        assert served == []
+        calls[0].cancel()
+    await asyncio.gather(*calls, return_exceptions=True)
+    assert served == [1, 2, 3, 4, 5]
+    assert plant.pool._waiting == type(plant.pool._waiting)()
+
+
+async def test_a_turn_whose_owner_gave_up_at_that_moment_passes_on():
+    plant = Plant(max_in_flight=1, acquire_timeout_s=60.0)
+    await plant.pool.start(1)
+
+    async def work() -> None:
+        async with plant.pool.acquire():
+            pass
+
+    async with plant.pool.acquire():
+        first, second = asyncio.create_task(work()), asyncio.create_task(work())
+        await plant.settle()
+    first.cancel()  # it was woken, and has not run since
+    async with asyncio.timeout(30):
+        await second
+        await asyncio.gather(first, return_exceptions=True)
+    assert first.cancelled()
+
+
+async def test_a_worker_that_dies_while_it_is_drained_holds_nobody_up():
+    plant = Plant(drain_timeout_s=3600.0)
+    await plant.pool.start(2)
+    async with plant.pool.acquire() as first, plant.pool.acquire() as second:
+        shrink = asyncio.create_task(plant.pool.resize(1))
+        await plant.settle()
+        [drained] = [each for each in (first, second) if each.state is State.DRAINING]
+        await plant.pool.fail(drained, WorkerError("the process died"))
+        async with asyncio.timeout(30):
+            await shrink
+    assert len(plant.names()) == 1
+
+
+async def test_after_its_end_a_pool_gives_no_work():
+    plant = Plant()
+    await plant.pool.start(1)
+    plant.pool.close()
+    assert plant.pool.num_live == 0
+    with pytest.raises(StalledError):
+        async with plant.pool.acquire():
+            pass

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from statistics import median
+
 import pytest
 from pydantic import ValidationError
 
@@ -16,11 +19,21 @@ def watch(**settings: float) -> Watch:
     return Watch(Quarantine.model_validate(rules | settings))
 
 
+def fault(rules: Watch, worker: str, group: str, now_s: float, others: list[str]) -> str | None:
+    rules.present([worker, *others])
+    return rules.fault(worker, group, now_s)
+
+
+def served(rules: Watch, worker: str, seconds: float, tokens: int, others: list[str]) -> str | None:
+    rules.present([worker, *others])
+    return rules.served(worker, seconds, tokens)
+
+
 def test_a_worker_on_which_enough_groups_failed_is_named_with_the_numbers():
     rules = watch()
-    assert rules.fault(A, "g1", 1.0, [B]) is None
-    assert rules.fault(A, "g2", 2.0, [B]) is None
-    reason = rules.fault(A, "g3", 3.0, [B])
+    assert fault(rules, A, "g1", 1.0, [B]) is None
+    assert fault(rules, A, "g2", 2.0, [B]) is None
+    reason = fault(rules, A, "g3", 3.0, [B])
     assert reason is not None
     assert "3 groups failed on it within 100 s" in reason
     assert "max_faults = 3" in reason
@@ -29,16 +42,16 @@ def test_a_worker_on_which_enough_groups_failed_is_named_with_the_numbers():
 def test_a_group_that_fails_again_and_again_counts_once_a_worker():
     rules = watch()
     for now_s in range(20):
-        assert rules.fault(A, "g1", float(now_s), [B]) is None
-        assert rules.fault(B, "g1", float(now_s), [A]) is None
+        assert fault(rules, A, "g1", float(now_s), [B]) is None
+        assert fault(rules, B, "g1", float(now_s), [A]) is None
 
 
 def test_faults_before_the_window_do_not_count():
     rules = watch()
-    rules.fault(A, "g1", 0.0, [B])
-    rules.fault(A, "g2", 60.0, [B])
-    assert rules.fault(A, "g3", 100.0, [B]) is None, "g1 was 100 s ago"
-    assert rules.fault(A, "g4", 101.0, [B]) is not None
+    fault(rules, A, "g1", 0.0, [B])
+    fault(rules, A, "g2", 60.0, [B])
+    assert fault(rules, A, "g3", 100.0, [B]) is None, "g1 was 100 s ago"
+    assert fault(rules, A, "g4", 101.0, [B]) is not None
 
 
 def test_what_fails_everywhere_accuses_no_worker():
@@ -46,29 +59,29 @@ def test_what_fails_everywhere_accuses_no_worker():
     found = []
     for number in range(10):
         for worker, other in ((A, B), (B, A)):
-            found.append(rules.fault(worker, f"g{number}", float(number), [other]))
+            found.append(fault(rules, worker, f"g{number}", float(number), [other]))
     assert found == [None] * 20
-    assert watch().fault(A, "g0", 0.0, []) is None
+    assert fault(watch(), A, "g0", 0.0, []) is None
 
 
 def test_a_single_worker_is_judged_by_itself():
     rules = watch()
-    rules.fault(A, "g1", 0.0, [])
-    rules.fault(A, "g2", 0.0, [])
-    assert rules.fault(A, "g3", 0.0, []) is not None
+    fault(rules, A, "g1", 0.0, [])
+    fault(rules, A, "g2", 0.0, [])
+    assert fault(rules, A, "g3", 0.0, []) is not None
 
 
 def test_a_worker_that_is_gone_is_forgotten():
     rules = watch()
     for group in ("g1", "g2"):
-        rules.fault(A, group, 0.0, [B])
+        fault(rules, A, group, 0.0, [B])
     rules.forget(A)
-    assert rules.fault(A, "g3", 0.0, [B]) is None
+    assert fault(rules, A, "g3", 0.0, [B]) is None
 
 
 def serve(rules: Watch, worker: str, seconds: list[float], others: list[str]) -> list[str | None]:
     """Groups of 100 tokens, one after the other."""
-    return [rules.served(worker, s, 100, others) for s in seconds]
+    return [served(rules, worker, s, 100, others) for s in seconds]
 
 
 def test_a_straggler_is_named_with_both_speeds():
@@ -90,7 +103,7 @@ def test_a_single_long_group_is_no_straggler():
 def test_time_is_counted_by_the_token():
     rules = watch()
     serve(rules, A, [10.0] * 4, [B])
-    assert [rules.served(B, 100.0, 1000, [A]) for _ in range(6)] == [None] * 6
+    assert [served(rules, B, 100.0, 1000, [A]) for _ in range(6)] == [None] * 6
 
 
 def test_the_others_are_those_that_are_there_and_have_shown_what_they_can_do():
@@ -114,7 +127,7 @@ def test_a_rule_that_is_off_says_nothing(off):
     rules = watch(**off)
     serve(rules, A, [10.0] * 4, [B])
     slow = serve(rules, B, [100.0] * 6, [A])
-    faults = [rules.fault(A, f"g{n}", 0.0, [B]) for n in range(6)]
+    faults = [fault(rules, A, f"g{n}", 0.0, [B]) for n in range(6)]
     assert any(slow) == ("max_faults" in off)
     assert any(faults) == ("straggler_factor" in off)
 
@@ -122,3 +135,36 @@ def test_a_rule_that_is_off_says_nothing(off):
 def test_a_factor_that_would_drain_everyone_is_refused():
     with pytest.raises(ValidationError, match=r"straggler_factor = 1 .* over 1, or 0"):
         Quarantine(straggler_factor=1.0)
+
+
+def test_stragglers_are_those_of_the_definition_while_workers_come_and_go():
+    """Against the definition, computed anew from the whole history each time."""
+    count, factor, rng = 3, 2.0, random.Random(5)
+    rules = watch(straggler_factor=factor, straggler_groups=count)
+    names = [f"generation-{i}" for i in range(6)]
+    history: dict[str, list[tuple[float, int]]] = {name: [] for name in names}
+    live, found = list(names), []
+    rules.present(live)
+    for _ in range(3000):
+        if rng.random() < 0.02:
+            live = rng.sample(names, rng.randint(2, 6))
+            rules.present(live)
+        if rng.random() < 0.01:
+            gone = rng.choice(names)
+            rules.forget(gone)
+            history[gone] = []
+        name = rng.choice(live)
+        slow = 4 if rng.random() < 0.3 else 1
+        call = (slow * rng.choice([3.0, 4.0, 5.0]), rng.choice([1, 2]))
+        history[name] = [*history[name], call][-count:]
+        told = rules.served(name, *call)
+        mine = [s / n for s, n in history[name]]
+        full = [h for other, h in history.items() if other in live and len(h) == count]
+        others = [s / n for h in full if h is not history[name] for s, n in h]
+        expected = False
+        if len(mine) == count and others:
+            loss_s = (median(mine) - median(others)) * median(n for _, n in history[name])
+            expected = median(mine) > factor * median(others) and loss_s >= MIN_LOSS_S
+        assert (told is not None) == expected
+        found.append(expected)
+    assert 0.01 < sum(found) / len(found) < 0.9

@@ -287,6 +287,21 @@ def test_parts_and_what_is_watched_stand_in_store_samples_and_metrics(score, tmp
     NullMetrics().record(values)  # raises on a name that is not in the table
 
 
+def test_a_replayed_group_counts_in_the_size_of_a_step_and_not_in_its_rewards(score):
+    """Each group's rewards are in the metrics of one step."""
+    run = score(named("gold"))
+    fresh, old = (run(gold=[value] * 4) for value in (1.0, 9.0))
+    times = StepTimes(**dict.fromkeys(StepTimes.__dataclass_fields__, 1.0))
+    taken = [
+        Taken(ticket=group.ticket, handle=None, summary=group.summary(), uses=uses)
+        for uses, group in enumerate((fresh, old))
+    ]
+    values, alone = group_metrics(taken, times), group_metrics(taken[:1], times)
+    sizes = {"step/groups", "step/rollouts", "step/response_tokens", "step/tokens_per_s"}
+    assert {name for name in values if values[name] != alone[name]} == sizes
+    assert {values[name] / alone[name] for name in sizes} == {2.0}
+
+
 def test_a_mean_of_parts_is_over_the_rollouts_that_have_them(score):
     run = score(named("gold"), named("proxy", watch=True))
     whole = run(gold=GOLD, proxy=[1.0, 2.0, 3.0, 4.0]).summary()

@@ -3,6 +3,7 @@
 import http.client
 import json
 import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -88,6 +89,36 @@ def test_many_who_look_at_once_share_a_page_and_a_failure_is_not_kept():
         for look in looks:
             look.join(60)
         assert seen == ["page 3"] * 5
+
+
+def test_a_page_that_takes_long_is_asked_for_again_and_made_once():
+    allowed, made = threading.Event(), []
+
+    def page() -> str:
+        made.append(1)
+        assert allowed.wait(60)
+        return "slow page"
+
+    with served(page, refresh_s=7, make_timeout_s=0.01) as address:
+        for _ in range(3):
+            status, text, headers = get(address)
+            assert (status, headers["Retry-After"], headers["Refresh"]) == (503, "7", "7")
+            assert text == "503: no report within 0.01 s; it is being made. Ask again in 7 s\n"
+        allowed.set()
+        deadline = time.monotonic() + 60
+        while (found := get(address))[0] == 503:  # until its thread has come to its end
+            assert time.monotonic() < deadline
+    assert found[:2] == (200, "slow page")
+    assert len(made) == 1
+
+
+def test_an_error_that_nobody_foresaw_is_shown_and_the_next_page_is_made():
+    pages = iter([])
+
+    with served(lambda: next(pages), refresh_s=0) as address:
+        assert "No report: StopIteration" in get(address)[1]
+        pages = iter(["page"])
+        assert get(address)[1] == "page"
 
 
 @pytest.fixture

@@ -31,7 +31,6 @@ def refused(**sections: Any) -> str:
     ("sections", "words"),
     [
         ({"run": {"epochs": 1}}, ["run.steps and run.epochs: both given"]),
-        ({"run": {"steps": None}}, ["run.steps and run.epochs: neither given"]),
         (
             {"run": {"units_per_step": 1}, "learner": {"ranks": 2}},
             ["run.units_per_step = 1 is under learner.ranks = 2"],
@@ -53,6 +52,7 @@ def refused(**sections: Any) -> str:
         ({"learner": {"tokens_per_micro_batch": 16}}, ["tokens_per_micro_batch = 16"]),
         ({"learner": {"epochs": 2}}, ["learner.epochs = 2 with [stage]", "run.epochs"]),
         ({"learner": {"on_loss": "shrink"}}, ["learner.on_loss = 'shrink' with [stage]"]),
+        ({"learner": {"spares": 1}}, ["learner.spares = 1 with [stage]", "Remove it"]),
         ({"learner": {"schedule": "wsd"}}, ["learner.decay_steps = None"]),
         ({"checkpoint": {"keep_best": 1}}, ["checkpoint.keep_best = 1 with data.held_out = 0"]),
         ({"generation": {"workers": 1}}, ["generation: unknown key"]),
@@ -76,6 +76,12 @@ def test_a_file_is_a_stage_when_it_has_one(tmp_path: Path) -> None:
 def test_a_stage_needs_its_ranks_and_nothing_else() -> None:
     config = stage_config(learner={"ranks": 3, "num_cpus": 2})
     assert [(b.owner, b.cpus) for b in demand(config)] == [(f"learner-{i}", 2) for i in range(3)]
+
+
+def test_without_a_length_a_stage_goes_over_its_data_once() -> None:
+    run = stage_config(run={"steps": None}).run
+    assert (run.steps, run.epochs) == (None, 1)
+    assert stage_config(run={"steps": 7}).run.epochs is None
 
 
 def test_epochs_end_with_what_is_left_and_give_the_number_of_steps(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The buffer and its gates under any sequence of events: slow and skipped publishes, workers that
 die, join and leave, groups that are issued again or go on from their prefix, discards, new depths,
-and resumes from a checkpoint's counters. The ledger is kept here and never asks the buffer.
+replay, and resumes from a checkpoint's counters. The ledger is kept here and never asks the buffer.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,9 @@ from hypothesis.stateful import (
     rule,
 )
 
+from rlhf_cluster.config.replay import Replay
 from rlhf_cluster.experience.buffer import BufferState, ExperienceBuffer
+from rlhf_cluster.experience.replay import ReplayPool
 from rlhf_cluster.experience.staleness import AdmissionGate, largest_look_ahead
 from rlhf_cluster.records import GroupSummary, Ticket
 
@@ -38,6 +40,7 @@ class Checkpoint:
     learner: int
     trained: tuple[int, ...]
     discarded: tuple[int, ...]
+    uses: dict[int, list[int]]
 
 
 class Staleness(RuleBasedStateMachine):
@@ -50,6 +53,9 @@ class Staleness(RuleBasedStateMachine):
         in_flight=st.one_of(st.none(), st.integers(1, 6)),
         on_stale=st.sampled_from(["wait", "drop", "reweight"]),
         num_workers=st.integers(1, 3),
+        replayed=st.integers(0, 3),
+        max_uses=st.integers(2, 3),
+        priority=st.sampled_from(["uniform", "reward_spread"]),
     )
     def start(
         self,
@@ -61,6 +67,9 @@ class Staleness(RuleBasedStateMachine):
         in_flight,
         on_stale,
         num_workers,
+        replayed,
+        max_uses,
+        priority,
     ):
         self.publish_every = min(publish_every, max_staleness + 1)
         largest = largest_look_ahead(
@@ -78,8 +87,11 @@ class Staleness(RuleBasedStateMachine):
             on_stale=on_stale,
             stale_limit=max_staleness + 2 if on_stale == "reweight" else None,
         )
-        self.buffer = ExperienceBuffer(self.gate)
+        self.replayed, self.replay = replayed, Replay(max_uses=max_uses, priority=priority)
+        self.buffer = ExperienceBuffer(self.gate, replay=self.pool())
         self.learner, self.due = 0, 0
+        self.oldest: dict[int, int] = {}  # of every group that was finished
+        self.uses: dict[int, list[int]] = {}  # the learner's versions that trained a group
         self.running: dict[int, Group] = {}
         self.finished: dict[int, int] = {}  # number -> oldest version
         self.trained: list[int] = []
@@ -91,9 +103,18 @@ class Staleness(RuleBasedStateMachine):
         self.buffer.version_live(0)
         self.checkpoint = self.cut()
 
+    def pool(self) -> ReplayPool | None:
+        if not self.replayed:
+            return None
+        return ReplayPool(self.replay, self.replayed, 3, self.gate.max_staleness)
+
     def cut(self) -> Checkpoint:
         return Checkpoint(
-            self.buffer.state(), self.learner, tuple(self.trained), tuple(self.discarded)
+            self.buffer.state(),
+            self.learner,
+            tuple(self.trained),
+            tuple(self.discarded),
+            {number: list(versions) for number, versions in self.uses.items()},
         )
 
     # -- generation ---------------------------------------------------------------------------
@@ -117,9 +138,9 @@ class Staleness(RuleBasedStateMachine):
             oldest_version=group.oldest,
             num_rollouts=1,
             num_tokens=1,
-            rewards=(0.0,),
+            rewards=(0.0, float(number % 3)),
         )
-        self.finished[number] = group.oldest
+        self.finished[number] = self.oldest[number] = group.oldest
         kept = self.buffer.finish(group.ticket, number, summary)
         too_old = self.learner - group.oldest > self.gate.max_staleness
         assert kept == (not too_old or self.gate.on_stale != "drop")
@@ -174,7 +195,22 @@ class Staleness(RuleBasedStateMachine):
     def train(self):
         if self.learner == STEPS or not self.buffer.ready(self.gate.groups_per_step):
             return
-        for taken in self.buffer.take(self.gate.groups_per_step):
+        candidates = {
+            number
+            for number, versions in self.uses.items()
+            if len(versions) < self.replay.max_uses
+            and self.learner - self.oldest[number] <= self.gate.max_staleness
+        }
+        found = self.buffer.take(self.gate.groups_per_step)
+        fresh, again = found[: self.gate.groups_per_step], found[self.gate.groups_per_step :]
+        assert len(again) == min(self.replayed, len(candidates))
+        assert {taken.ticket.number for taken in again} <= candidates
+        for taken in found:
+            before = self.uses.setdefault(taken.ticket.number, [])
+            assert taken.uses == len(before)
+            assert self.learner not in before
+            before.append(self.learner)
+        for taken in fresh:
             number = taken.handle
             age = self.learner - self.finished.pop(number)
             assert 0 <= age <= self.gate.bound
@@ -221,7 +257,8 @@ class Staleness(RuleBasedStateMachine):
     def resume(self, pick, reissue):
         """Everything dies. The learner's weights at the cut are published and pulled first."""
         saved = self.checkpoint
-        self.buffer = ExperienceBuffer.resume(self.gate, saved.state)
+        self.buffer = ExperienceBuffer.resume(self.gate, saved.state, self.pool())
+        self.uses = {number: list(versions) for number, versions in saved.uses.items()}
         self.learner = self.target = self.due = saved.learner
         self.trained, self.discarded = list(saved.trained), list(saved.discarded)
         self.workers = dict.fromkeys(self.workers, self.learner)

@@ -1,6 +1,7 @@
 """What a trace tells of a sample and of a step, and the timeline of a run."""
 
 import json
+import os
 from dataclasses import replace
 from itertools import pairwise
 
@@ -13,7 +14,7 @@ from rlhf_cluster.observe.samples import write_samples
 from rlhf_cluster.observe.timeline import COUNTERS, EVENTS, GENERATION, LEARNER, write_timeline
 from rlhf_cluster.observe.tracing import OPEN, shown, trace_sample, trace_step
 from rlhf_cluster.rundir import RunDir
-from tests.recorded_run import group, record_run
+from tests.recorded_run import START_S, group, record_run
 
 STEPS = 6
 
@@ -40,6 +41,26 @@ def test_a_stored_sample_has_every_token_with_its_version_and_log_probabilities(
     assert "exact_logprob" not in found.tokens, "it was not recorded"
 
 
+def test_a_stored_sample_has_its_time_at_each_station(tmp_path):
+    """Step 6 was recorded at second 12, after 0.75 s of training and 0.25 s of copying."""
+    path = record_run(tmp_path, steps=STEPS)
+    stored = ExperienceStore(path / "experience").path(10)
+    start_s = START_S + 11.5  # the end of sampling
+    for written_s, expected in (
+        (start_s - 0.25, "2023-11-14 22:13:31.250 UTC"),
+        (start_s + 3600, "not known"),
+        (START_S, "not known"),
+    ):
+        os.utime(stored, (written_s, written_s))
+        facts = trace_sample(RunDir.open(path), "g00000010/1").facts
+        assert facts["scored and stored"] == expected
+        assert facts["trained"] == "2023-11-14 22:13:31.000 UTC to 2023-11-14 22:13:31.750 UTC"
+    os.utime(ExperienceStore(path / "experience").path(12), (START_S + 20, START_S + 20))
+    open_one = trace_sample(RunDir.open(path), "g00000012/0").facts
+    assert open_one["scored and stored"] == "2023-11-14 22:13:40.000 UTC"
+    assert "trained" not in open_one
+
+
 def test_the_advantage_is_the_algorithms_own(run):
     best, worst = (trace_sample(run, f"g00000010/{i}") for i in (1, 0))
     std = 0.5  # of the rewards 0 and 1
@@ -55,6 +76,28 @@ def test_without_all_groups_of_the_step_the_advantage_is_not_known(run, tmp_path
     found = trace_sample(RunDir.open(path), "g00000010/1")
     assert found.facts["advantage"] == "not known: groups of the same step are no longer stored"
     assert "advantage" not in found.tokens
+
+
+def test_a_replayed_sample_has_each_of_its_steps_and_the_advantage_of_the_last(tmp_path):
+    """Group 8 was trained again at step 6, which had three groups."""
+    path = record_run(
+        tmp_path,
+        steps=STEPS,
+        staleness={"max_staleness": 3},
+        buffer={"replay": {"fraction": 0.5}},
+    )
+    uses = {"8": [5, 6], "9": [5], "10": [6], "11": [6]}
+    (path / "experience" / "trained.json").write_text(json.dumps(uses))
+    run = RunDir.open(path)
+    found = trace_sample(run, "g00000008/1")
+    assert (found.step, found.facts["trained at step"]) == (6, "5, 6")
+    assert found.facts["staleness"] == "1, 2"
+    assert "no longer stored" in found.facts["advantage"], "how many there were is not recorded"
+    with run.metrics.open("a") as file:
+        file.write(json.dumps({"step": 6, "time_s": 0.0, "step/groups": 3.0}) + "\n")
+    assert trace_sample(run, "g00000008/1").facts["advantage"].endswith("(computed again)")
+    rollouts = [line.split()[0] for line in trace_step(run, 6) if line.strip().startswith("g0")]
+    assert rollouts == [f"g{n:08d}/{i}" for n in (8, 10, 11) for i in range(2)]
 
 
 def test_a_critics_advantage_is_not_guessed(tmp_path):

@@ -3,7 +3,7 @@
 import json
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from rlhf_cluster.weights.hashing import digest_of
 from rlhf_cluster.weights.objects import EdgeBlob, MemoryBlob
 from rlhf_cluster.weights.reading import Held
 from rlhf_cluster.weights.transport import Deadline, ShardImage
-from tests.transport_cases import STANDS, ObjectStand, Stand, flip, name_of
+from tests.transport_cases import STANDS, ObjectStand, PeerStand, Stand, flip, name_of
 from tests.weight_cases import assert_same, small_model, stepped
 
 NAME = "model.embed_tokens.weight"
@@ -26,8 +26,11 @@ Tensors = dict[str, torch.Tensor]
 
 
 @pytest.fixture(params=sorted(STANDS))
-def stand(request: pytest.FixtureRequest, tmp_path: Path) -> Stand:
-    return STANDS[request.param](tmp_path)
+def stand(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stand]:
+    stand = STANDS[request.param](tmp_path)
+    yield stand
+    if isinstance(stand, PeerStand):
+        stand.close()
 
 
 @pytest.fixture

@@ -294,5 +294,6 @@ def _events(run: RunRecord) -> Iterator[str]:
         return
     yield f'<h3>{text(run.name)}</h3><div class="wide"><table>'
     for event in reversed(run.events):
-        yield f"<tr><td>{text(event.time)}</td><td>{text(event.text[:MAX_TEXT])}</td></tr>"
+        when = text(event.time[:19].replace("T", " "))
+        yield f"<tr><th>{when}</th><td>{text(event.text[:MAX_TEXT])}</td></tr>"
     yield "</table></div>"

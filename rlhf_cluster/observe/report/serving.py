@@ -3,7 +3,8 @@
 Promises: it listens on loopback alone; only the address with its random token gets anything, the one
 page, and every other request 403, compared in constant time; it is made anew from the run directories
 at most once in `refresh_s`, however many look; a page that cannot be made says why, and the next try is
-as if nothing had been. Nothing is written.
+as if nothing had been. Who asks waits for the page at most `make_timeout_s`, and is told then to ask
+again (503, Retry-After; a browser does so by itself). Nothing is written.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from rlhf_cluster.errors import RlhfError, RunError
 HOST = "127.0.0.1"
 REFRESH_S = 10
 REQUEST_TIMEOUT_S = 10.0
+MAKE_TIMEOUT_S = 20.0
 _LOOK_S = 0.05  # how soon it ends when the block does
 
 
@@ -30,24 +32,48 @@ class _Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, port: int, token: str, refresh_s: int, page: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        port: int,
+        token: str,
+        refresh_s: int,
+        make_timeout_s: float,
+        page: Callable[[], str],
+    ) -> None:
         self.path, self.refresh_s, self._make = f"/{token}", refresh_s, page
+        self.make_timeout_s = make_timeout_s
         self._made: tuple[float, str] | None = None
-        self._making = threading.Lock()  # held while a page is made: the others wait for that one
+        self._is_made = threading.Condition()
+        self._making = False  # by a thread of its own: nobody waits for it without a deadline
         super().__init__((HOST, port), _Handler)
 
-    def page(self) -> str:
-        with self._making:
-            now = time.monotonic()
-            if self._made is None or now - self._made[0] >= self.refresh_s:
-                self._made = (now, self._try())
-            return self._made[1]
+    def page(self) -> str | None:
+        """The page, or None: it is still being made. Waits for: the page, at most `make_timeout_s`."""
+        with self._is_made:
+            made = self._made
+            if not self._making and (made is None or time.monotonic() - made[0] >= self.refresh_s):
+                self._making = True
+                threading.Thread(target=self._remake, name="report page", daemon=True).start()
+            self._is_made.wait_for(lambda: not self._making, self.make_timeout_s)
+            return None if self._making or self._made is None else self._made[1]
+
+    def _remake(self) -> None:
+        started, text = time.monotonic(), self._try()
+        with self._is_made:
+            self._made, self._making = (started, text), False
+            self._is_made.notify_all()
 
     def _try(self) -> str:
         try:
             return self._make()
-        except (RlhfError, OSError) as error:
-            return f"<!doctype html><title>report</title><p>No report: {escape(str(error))}"
+        # Whatever it is: the browser is the only one that it can be shown to.
+        except Exception as error:
+            return f"<!doctype html><title>report</title><p>No report: {escape(_words(error))}"
+
+
+def _words(error: Exception) -> str:
+    known = isinstance(error, RlhfError | OSError)
+    return str(error) if known else f"{type(error).__name__}: {error}"
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -58,7 +84,13 @@ class _Handler(BaseHTTPRequestHandler):
         if not hmac.compare_digest(self.path.encode(), self.server.path.encode()):
             self._answer(403, "403: the address of this report has a token that this one lacks\n")
             return
-        self._answer(200, self.server.page())
+        page = self.server.page()
+        if page is None:
+            within, again = self.server.make_timeout_s, self.server.refresh_s
+            told = f"503: no report within {within:g} s; it is being made. Ask again in {again} s\n"
+            self._answer(503, told)
+            return
+        self._answer(200, page)
 
     do_HEAD = do_GET
 
@@ -72,8 +104,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Referrer-Policy", "no-referrer")
         self.send_header("X-Content-Type-Options", "nosniff")
         self.send_header("X-Frame-Options", "DENY")
-        if status == 200:
+        if status != 403:
             self.send_header("Refresh", str(self.server.refresh_s))
+        if status == 503:
+            self.send_header("Retry-After", str(self.server.refresh_s))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
@@ -88,6 +122,7 @@ def served(
     port: int = 0,
     refresh_s: int = REFRESH_S,
     token: str | None = None,
+    make_timeout_s: float = MAKE_TIMEOUT_S,
 ) -> Iterator[str]:
     """Serve what `page` makes for as long as the block runs; yields the address.
 
@@ -96,7 +131,7 @@ def served(
     """
     secret = token or secrets.token_urlsafe(32)
     try:
-        server = _Server(port, secret, refresh_s, page)
+        server = _Server(port, secret, refresh_s, make_timeout_s, page)
     except OSError as error:
         raise RunError(
             f"{HOST}:{port}: cannot serve the report there ({error.strerror}). Give --port another one"

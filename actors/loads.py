@@ -1,0 +1,110 @@
+"""The live workers of a pool by how much they have in flight.
+
+Promises: a worker that changes is found under what it is now at once, whoever changed it; finding the
+least loaded one, and telling of a change, cost (nearly) the same with ten workers as with a thousand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from enum import StrEnum
+from heapq import heappop, heappush
+from typing import Any
+
+
+class State(StrEnum):
+    LIVE = "live"
+    DRAINING = "draining"
+    RETIRED = "retired"
+
+
+class Worker:
+    """One actor and what its pool knows of it. `changed` is told of every change of state or load."""
+
+    __slots__ = ("_num_in_flight", "_state", "actor", "changed", "name", "placement")
+
+    def __init__(self, *, name: str, actor: Any, placement: Any) -> None:
+        self.name, self.actor, self.placement = name, actor, placement
+        self.changed: Callable[[Worker], None] = lambda worker: None
+        self._num_in_flight, self._state = 0, State.LIVE
+
+    @property
+    def num_in_flight(self) -> int:
+        return self._num_in_flight
+
+    @num_in_flight.setter
+    def num_in_flight(self, number: int) -> None:
+        self._num_in_flight = number
+        self.changed(self)
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @state.setter
+    def state(self, state: State) -> None:
+        self._state = state
+        self.changed(self)
+
+
+@dataclass(slots=True)
+class Loads:
+    """Workers that are not live are none of it. Among equals the one that came first is first."""
+
+    changes: int = 0  # how often a worker came or went
+    _load: dict[Worker, int] = field(default_factory=dict)
+    _place: dict[Worker, int] = field(default_factory=dict)  # in the order of coming
+    _heap: list[tuple[int, int, Worker]] = field(default_factory=list)
+    """(load, place, worker), each once. One whose load is another by now says nothing."""
+    _in_heap: set[tuple[int, int]] = field(default_factory=set)  # (load, place)
+
+    def __len__(self) -> int:
+        """How many workers are live."""
+        return len(self._load)
+
+    def update(self, worker: Worker) -> None:
+        """`worker` came, or changed."""
+        if worker.state is State.LIVE:
+            if worker not in self._load:
+                self._place[worker] = self.changes
+                self.changes += 1
+            self._load[worker] = worker.num_in_flight
+            self._push((worker.num_in_flight, self._place[worker], worker))
+        elif self._load.pop(worker, None) is not None:
+            del self._place[worker]
+            self.changes += 1
+
+    def has_room(self, limit: int | None) -> bool:
+        """Whether a live worker has less than `limit` in flight."""
+        first = self._first()
+        return first is not None and (limit is None or first[0] < limit)
+
+    def least(self, limit: int | None, avoid: Collection[Worker] = ()) -> Worker:
+        """The least loaded worker; of `avoid` only where no other has room. There must be room."""
+        passed: list[tuple[int, int, Worker]] = []
+        while (entry := self._first()) is not None and entry[2] in avoid:
+            passed.append(self._pop())
+        if entry is None or (limit is not None and entry[0] >= limit):
+            entry = passed[0]
+        for each in passed:
+            self._push(each)
+        return entry[2]
+
+    def _first(self) -> tuple[int, int, Worker] | None:
+        while self._heap:
+            load, place, worker = self._heap[0]
+            if self._load.get(worker) == load and self._place[worker] == place:
+                return self._heap[0]
+            self._pop()
+        return None
+
+    def _push(self, entry: tuple[int, int, Worker]) -> None:
+        if entry[:2] not in self._in_heap:
+            self._in_heap.add(entry[:2])
+            heappush(self._heap, entry)
+
+    def _pop(self) -> tuple[int, int, Worker]:
+        entry = heappop(self._heap)
+        self._in_heap.remove(entry[:2])
+        return entry

@@ -1,0 +1,50 @@
+"""A learner rank on a disk that does not answer. No cluster is needed."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.learner import LearnerActor
+from rlhf_cluster.errors import RankFailed
+from tests.configs import tiny_config
+
+
+class Hanging:
+    """Everything that is asked of it waits until it is let go."""
+
+    def __init__(self) -> None:
+        self.let_go = threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: self.let_go.wait(300)
+
+
+def test_what_a_rank_cannot_write_in_time_is_named_with_folder_and_setting(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    config = tiny_config(run={"root": str(tmp_path)}, observe={"slow_write_fraction": 0.5})
+    rank, hanging = LearnerActor(config, "", 0), Hanging()
+    rank._rank = rank._transport = hanging  # type: ignore[assignment]
+    checkpoint = str(tmp_path / "checkpoints" / "step-000050")
+    for setting, folder, call in (
+        (
+            "weights.publish_timeout_s",
+            config.weights_dir,
+            lambda: rank.write_snapshot(0, True, 0.02),
+        ),
+        ("weights.publish_timeout_s", config.weights_dir, lambda: rank.commit(3, [], True, 0.02)),
+        ("checkpoint.timeout_s", checkpoint, lambda: rank.write_state(checkpoint, 0.02)),
+    ):
+        caplog.clear()
+        with pytest.raises(RankFailed) as caught:
+            call()
+        assert str(folder) in str(caught.value)
+        assert f"not written within {setting} = 0.02 s" in str(caught.value)
+        slow = [r.getMessage() for r in caplog.records if r.getMessage().startswith("slow disk")]
+        assert len(slow) == 1
+        assert str(folder) in slow[0]
+    hanging.let_go.set()
