@@ -1,0 +1,34 @@
+"""A process of another host is asked by a task on its node."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import ray
+
+from actors.stacks import ask_on, nodes_of
+from rlhf_cluster.observe import stacks
+
+
+@ray.remote(num_cpus=0)
+class Stuck:
+    def __init__(self, log_dir: str) -> None:
+        stacks.answer(log_dir, "learner-1")
+
+    def up(self) -> bool:
+        return True
+
+
+def test_a_task_on_the_node_asks_its_processes_and_nodes_of_other_hosts_are_left_out(
+    ray_cluster, tmp_path: Path
+):
+    actor = Stuck.remote(str(tmp_path))
+    assert ray.get(actor.up.remote(), timeout=120)
+    nodes = nodes_of({socket.gethostname()}, ray.nodes())
+    assert list(nodes) == [socket.gethostname()]
+    assert nodes_of({"another-host"}, ray.nodes()) == {}
+    told = ask_on(nodes, tmp_path)
+    assert list(told) == ["learner-1"]
+    assert any("most recent call first" in line for line in told["learner-1"])
+    ray.kill(actor)
