@@ -165,7 +165,7 @@ class FakePrompts:
 
     def next(self) -> Prompt:
         self.drawn += 1
-        return make_prompt(self.drawn)
+        return make_prompt(self.drawn - 1)
 
 
 @dataclass

@@ -30,7 +30,7 @@ from rlhf_cluster.records import (
     ScoredRollout,
     Ticket,
 )
-from tests.fakes import make_prompt, make_rollout
+from tests.fakes import FakePrompts, make_rollout
 
 PRINCIPLES = ("be kind", "be brief", "be honest")
 SAMPLES, PROMPTS = 2, 6
@@ -54,18 +54,6 @@ def how(**changes: Any) -> Revise:
             **changes,
         }
     )
-
-
-@dataclass
-class Prompts:
-    cursor: int = 0
-
-    def next(self) -> Prompt:
-        self.cursor += 1
-        return make_prompt(self.cursor - 1)
-
-    def seek(self, cursor: int) -> None:
-        self.cursor = cursor
 
 
 @dataclass
@@ -152,7 +140,7 @@ def producer(
         "scoring": Scoring(),
         "fetch": fetch,
         "decode": text_of,
-        "prompts": Prompts(),
+        "prompts": FakePrompts(),
         "num_prompts": PROMPTS,
         "sampling": Sampling(num_samples=SAMPLES, temperature=1.0, max_tokens=16),
         "completions": None,

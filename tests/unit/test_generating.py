@@ -51,7 +51,7 @@ from rlhf_cluster.records import (
 )
 from rlhf_cluster.rundir import RunDir
 from tests.configs import tiny_tree
-from tests.fakes import make_prompt, make_rollout
+from tests.fakes import FakePrompts, make_prompt, make_rollout
 from tests.stage_cases import stage_tree
 
 SAMPLING = Sampling(num_samples=3, temperature=1.0, max_tokens=16)
@@ -70,18 +70,6 @@ def respond(rollout: Rollout, ids: Sequence[int]) -> Rollout:
         versions=np.full(len(ids), -1, dtype=np.int32),
         response_mask=np.ones(len(ids), dtype=bool),
     )
-
-
-@dataclass
-class Prompts:
-    cursor: int = 0
-
-    def next(self) -> Prompt:
-        self.cursor += 1
-        return make_prompt(self.cursor - 1)
-
-    def seek(self, cursor: int) -> None:
-        self.cursor = cursor
 
 
 @dataclass
@@ -152,7 +140,7 @@ def producer(folder: Path, num_prompts: int = 10, **changes: Any) -> Producer:
         "scoring": Scoring(),
         "fetch": fetch,
         "decode": text_of,
-        "prompts": Prompts(),
+        "prompts": FakePrompts(),
         "num_prompts": num_prompts,
         "sampling": SAMPLING,
         "completions": None,
