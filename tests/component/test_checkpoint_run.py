@@ -70,7 +70,7 @@ def test_s29_s30_killed_at_any_event_trains_the_prompts_of_an_uninterrupted_run(
 ):
     straight = to_the_end(tmp_path / "straight", max_staleness=max_staleness)
     expected = sorted((number, prompt) for _, number, prompt, _ in straight.learner.ledger)
-    assert expected == [(n, f"p{FIRST_PROMPT + n + 1}") for n in TRAINED]
+    assert expected == [(n, f"p{FIRST_PROMPT + n}") for n in TRAINED]
     resumed_from, num_recovered = set(), 0
     for kill_at in range(1, straight.fuse.events + 1, 3 if max_staleness else 7):
         root, written = tmp_path / f"{kill_at}", {}
