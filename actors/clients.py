@@ -1,4 +1,4 @@
-"""The generation and scoring ports over pools of actors.
+"""The generation port over a pool of actors, and how any pool is asked.
 
 A group whose worker dies or hangs is tried again on another worker, at most `max_retries` times;
 its random streams do not depend on the worker, so the new attempt draws what the old one would have.
@@ -30,18 +30,16 @@ from rlhf_cluster.errors import (
 from rlhf_cluster.ports import Handle
 from rlhf_cluster.quarantine import Watch
 from rlhf_cluster.records import (
-    GroupSummary,
     PartialGroup,
     Prompt,
     Sampling,
     Ticket,
     WeightVersion,
 )
-from rlhf_cluster.scoring.moving import ReferenceKeeper
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Answer:
+class Answered:
     """What `worker` gave, and how many tries failed before."""
 
     summary: Any
@@ -50,7 +48,7 @@ class _Answer:
     num_failed: int
 
 
-async def _try_workers(
+async def try_workers(
     pool: WorkerPool,
     abandoned: Abandoned,
     call: Callable[[Worker], tuple[Any, Handle]],
@@ -60,7 +58,7 @@ async def _try_workers(
     retried: Callable[[], None],
     prefer: Worker | None = None,
     faulted: Callable[[Worker], Awaitable[None]] | None = None,
-) -> _Answer:
+) -> Answered:
     """The answer of the first worker that gives one; the last try's error otherwise. `retried` is
     called before each further try.
 
@@ -78,7 +76,9 @@ async def _try_workers(
             reference, handle = call(worker)
             try:
                 summary = await answer(reference, timeout_s, f"{worker.name}.{what}")
-                return _Answer(summary=summary, handle=handle, worker=worker, num_failed=num_failed)
+                return Answered(
+                    summary=summary, handle=handle, worker=worker, num_failed=num_failed
+                )
             except asyncio.CancelledError:
                 abandoned.add(worker, reference)
                 raise
@@ -152,9 +152,9 @@ class RayGeneration:
         sampling: Sampling,
         partial: Handle | PartialGroup | None,
         prefer: Worker | None,
-    ) -> _Answer:
+    ) -> Answered:
         arguments = (ticket, prompt, sampling, partial)
-        given = await _try_workers(
+        given = await try_workers(
             self._pool,
             self._abandoned,
             lambda w: w.actor.generate.options(num_returns=2).remote(*arguments),
@@ -266,108 +266,6 @@ class RayGeneration:
                 f"digest {loaded.digest}) after pulling version {version.version} "
                 f"({version.num_tensors} tensors, digest {version.digest})"
             )
-
-
-class RayScoring:
-    """`ScoringPort` over a pool of `ScoringWorker` actors. It owns the reference that they share."""
-
-    def __init__(self, pool: WorkerPool, config: RunConfig) -> None:
-        self._pool = pool
-        self._abandoned = Abandoned(pool, config.cluster.heartbeat_timeout_s)
-        self._config = config.scoring
-        self._load_timeout_s = config.run.start_timeout_s
-        stored = config.buffer.write_timeout_s if isinstance(config, RunConfig) else 0.0
-        self._score_timeout_s = config.scoring.request_timeout_s + stored
-        self._keeper = (
-            ReferenceKeeper(config.run_dir / "reference", config.scoring.reference_update)
-            if config.stored_reference
-            else None
-        )
-        self._reference: WeightVersion | None = None
-        self._num_retries = 0
-
-    async def follow(self, version: WeightVersion) -> None:
-        """The policy's `version` is on every generation worker: move the reference if it is due.
-
-        Waits for: the new reference to be written, and loaded by every live worker. A worker that
-        cannot load it is replaced by one that can. Raises `WeightError`, `StalledError`.
-        """
-        if self._keeper is None:
-            return
-        try:
-            async with asyncio.timeout(self._load_timeout_s):
-                target = await asyncio.to_thread(self._keeper.follow, version)
-        except TimeoutError as error:
-            raise StalledError(
-                f"the reference of version {version.version} was not written within "
-                f"run.start_timeout_s = {self._load_timeout_s:g} s"
-            ) from error
-        if target != self._reference:
-            self._reference = target
-            await asyncio.gather(*(self._load_or_fail(w, target) for w in self._pool.live))
-
-    async def begin_anew(self) -> None:
-        """The learner goes back: other weights will be published under numbers that were used.
-
-        Waits for: groups that were given up, then for every live worker to forget what it keeps by
-        number. One that fails is replaced.
-        """
-        await self._abandoned.end()
-        if self._config.exact_logprobs:
-            await asyncio.gather(*(self._forget_or_fail(w) for w in self._pool.live))
-
-    async def join(self, worker: Worker) -> None:
-        """Give a new worker the reference before it gets work.
-
-        Waits for: its load, again where the reference moved meanwhile; each has its deadline.
-        """
-        while (target := self._reference) is not None:
-            await self._load(worker, target)
-            if self._reference is target:
-                return
-
-    def metrics(self) -> Mapping[str, float]:
-        """Tries after the first, and the version of the reference where one is configured."""
-        found = {"scoring/retries_total": float(self._num_retries)}
-        if self._config.reference:
-            version = 0 if self._reference is None else self._reference.version
-            found["scoring/reference_version"] = float(version)
-        return found
-
-    def _retried(self) -> None:
-        self._num_retries += 1
-
-    async def _forget_or_fail(self, worker: Worker) -> None:
-        asked = worker.actor.forget_versions.remote()
-        try:
-            await answer(asked, self._config.request_timeout_s, f"{worker.name}.forget_versions")
-        except (WorkerError, StalledError) as error:
-            await self._pool.fail(worker, error)
-
-    async def _load_or_fail(self, worker: Worker, reference: WeightVersion) -> None:
-        try:
-            await self._load(worker, reference)
-        except (WeightError, WorkerError, StalledError) as error:
-            await self._pool.fail(worker, error)
-
-    async def _load(self, worker: Worker, reference: WeightVersion) -> None:
-        await answer(
-            worker.actor.load_reference.remote(reference),
-            self._load_timeout_s,
-            f"{worker.name}.load_reference(version {reference.version})",
-        )
-
-    async def score(self, group: Handle) -> tuple[Handle, GroupSummary]:
-        given = await _try_workers(
-            self._pool,
-            self._abandoned,
-            lambda w: w.actor.score.options(num_returns=2).remote(group),
-            "score",
-            self._score_timeout_s,
-            self._config.max_retries,
-            self._retried,
-        )
-        return given.handle, given.summary
 
 
 async def check_health(worker: Worker, timeout_s: float) -> None:

@@ -37,7 +37,7 @@ from actors.services import (
     control_channel,
     environment_of_engine,
     generation_pool,
-    scoring_pool,
+    scoring_pools,
     started_pools,
 )
 from actors.signals import ended_by_signals
@@ -49,6 +49,7 @@ from rlhf_cluster.autoscale import Autoscaler
 from rlhf_cluster.checkpoint.continuing import Continuation
 from rlhf_cluster.checkpoint.folder import Checkpoint
 from rlhf_cluster.config import RunConfig
+from rlhf_cluster.config.pools import pool_sections
 from rlhf_cluster.errors import CoreLost, RlhfError, StalledError
 from rlhf_cluster.inputs import Inputs, check_inputs
 from rlhf_cluster.observe.live import LiveView
@@ -121,7 +122,7 @@ class _Run:
         self.num_ranks = 0
         self.lost: frozenset[int] = frozenset()  # ranks, by the attempt before
         self.spares = learner_spares(self.launcher, lambda text: self.observer.event(text))
-        self.pools: tuple[WorkerPool, WorkerPool]
+        self.pools: tuple[WorkerPool, ...]
         self.place: Place
         self.observer: RunObserver
 
@@ -162,8 +163,8 @@ class _Run:
         control = await asyncio.to_thread(
             control_channel, self.config, self.patience_s, lambda text: self.observer.event(text)
         )
-        generation, scoring = generation_pool(self.launcher), scoring_pool(self.launcher)
-        self.pools = (generation[0], scoring[0])
+        generation, scoring = generation_pool(self.launcher), scoring_pools(self.launcher)
+        self.pools = (generation[0], *scoring[0])
         observer = self.observer = RunObserver(
             self.config,
             self.rundir,
@@ -215,7 +216,7 @@ class _Run:
 
     def _supervisor(self, control: ControlChannel) -> Supervisor:
         config = self.config
-        gpus = {"generation": config.generation.num_gpus, "scoring": config.scoring.num_gpus}
+        gpus = {pool: section.num_gpus for pool, section in pool_sections(config).items()}
         scaler = None if config.autoscale is None else Autoscaler(config.autoscale, gpus)
         return Supervisor(control, self.pools, self.observer, scaler)
 
@@ -224,7 +225,7 @@ class _Run:
         async with (
             self.place.transport.serving(),
             self.spares.kept(),
-            started_pools(self.config, *self.pools) as started,
+            started_pools(self.config, self.pools) as started,
             supervisor.watching(started),
         ):
             before, after = await with_recovery(

@@ -26,7 +26,7 @@ from actors.services import (
     control_channel,
     environment_of_engine,
     generation_pool,
-    scoring_pool,
+    scoring_pools,
     started_pools,
 )
 from actors.signals import ended_by_signals
@@ -160,15 +160,15 @@ class _Generation:
         control = await asyncio.to_thread(
             control_channel, launcher.config, self.patience_s, observer.event
         )
-        generation, scoring = generation_pool(launcher), scoring_pool(launcher)
-        self.pools, self.clients = (generation[0], scoring[0]), (generation[1], scoring[1])
+        generation, scoring = generation_pool(launcher), scoring_pools(launcher)
+        self.pools, self.clients = (generation[0], *scoring[0]), (generation[1], scoring[1])
         for pool in self.pools:
             pool.tell = observer.event
         producer = self._producer()
         supervisor = Supervisor(control, self.pools, observer)  # type: ignore[arg-type]
         try:
             async with (
-                started_pools(launcher.config, *self.pools) as started,
+                started_pools(launcher.config, self.pools) as started,
                 supervisor.watching(started),
             ):
                 await asyncio.shield(started)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -28,6 +30,7 @@ from rlhf_cluster.records import (
     Ticket,
     WeightVersion,
 )
+from rlhf_cluster.scoring.parts import ScorePart
 
 log = logging.getLogger(__name__)
 
@@ -98,16 +101,18 @@ class GenerationActor(GenerationWorker):
 
 
 class ScoringActor(ScoringWorker):
-    def __init__(self, config: RunConfig, model_dir: str, name: str) -> None:
+    """Of any pool that scores."""
+
+    def __init__(self, config: RunConfig, model_dir: str, name: str, pool: str) -> None:
         configure("scoring", name, config.run_dir / "logs")
         source, store = transport_of(config).source(), store_of(config)
-        super().__init__(config, model_dir, name, source, store)
+        super().__init__(config, model_dir, name, source, store, pool)
         self._metrics = RayMetrics("scoring", {"run": config.run.name, "worker": name})
 
     def start(self) -> dict[str, float]:
         facts = super().start()
-        version = self._running_scorer().version
-        log.info("rewards and models up after %.1f s, version %s", facts["start_s"], version)
+        versions = self._running_scorer().versions
+        log.info("rewards and models up after %.1f s, versions %s", facts["start_s"], versions)
         return facts
 
     def load_reference(self, version: WeightVersion) -> None:
@@ -125,13 +130,28 @@ class ScoringActor(ScoringWorker):
         return answer
 
     def score(self, group: RolloutGroup) -> tuple[GroupSummary, ExperienceGroup]:
+        with self._measured(group):
+            answer = super().score(group)
+        self._metrics.count("scoring/groups_total")
+        return answer
+
+    def score_part(self, group: RolloutGroup) -> tuple[int, ScorePart]:
+        with self._measured(group):
+            return super().score_part(group)
+
+    def join(self, group: RolloutGroup, *parts: ScorePart) -> tuple[GroupSummary, ExperienceGroup]:
+        with self._measured(group):
+            answer = super().join(group, *parts)
+        self._metrics.count("scoring/groups_total")
+        return answer
+
+    @contextmanager
+    def _measured(self, group: RolloutGroup) -> Iterator[None]:
         start = time.perf_counter()
         try:
-            answer = super().score(group)
+            yield
         except RlhfError as error:
             self._metrics.count(f"scoring/errors_total/{type(error).__name__}")
             log.info("group %s: %s: %s", group.group_id, type(error).__name__, error)
             raise
-        self._metrics.count("scoring/groups_total")
         self._metrics.observe("scoring/latency_s", time.perf_counter() - start)
-        return answer

@@ -253,6 +253,7 @@ def group_metrics(taken: Sequence[Taken], times: StepTimes) -> dict[str, float]:
         "time/publish_wait_s": times.publish_wait_s,
         "time/generation_busy_s": times.generation_busy_s,
         "time/scoring_busy_s": times.scoring_busy_s,
+        **{f"time/pool_busy_s/{pool}": busy for pool, busy in times.pool_busy_s.items()},
     }
 
 

@@ -1,6 +1,9 @@
 """One scoring worker: a scorer behind plain methods that several threads may call at once.
 
-No ray here. `score` returns the small summary first and the record second, so that as two return
+Where one pool serves everything it is asked to `score`. Where several do, each is asked for its
+`score_part`, and a worker of `[scoring]` to `join` them. Only what is whole is stored, once.
+
+No ray here. Each method returns something small first and the record second, so that as two return
 values only the first has to be fetched by the control plane.
 """
 
@@ -8,12 +11,17 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from rlhf_cluster.config import RunConfig
+from rlhf_cluster.config.pools import SCORING
 from rlhf_cluster.errors import WorkerError
 from rlhf_cluster.experience.store import ExperienceStore
 from rlhf_cluster.records import ExperienceGroup, GroupSummary, RolloutGroup, WeightVersion
+from rlhf_cluster.scoring.parts import ScorePart
 from rlhf_cluster.scoring.scorer import Scorer
 from rlhf_cluster.weights.transport import ShardSource
 
@@ -28,9 +36,11 @@ class ScoringWorker:
         name: str,
         source: ShardSource | None = None,
         store: ExperienceStore | None = None,
+        pool: str = SCORING,
     ) -> None:
         """`source` is where the policy's versions are read from; default: their files. `store`
-        gets every scored group but held-out ones."""
+        gets every scored group but held-out ones. It serves what `pool` does."""
+        self._pool = pool
         self._config = config
         self._source = source
         self._model_dir = model_dir
@@ -44,7 +54,7 @@ class ScoringWorker:
     def start(self) -> dict[str, float]:
         """Load models and rewards; returns how long it took. Raises `ConfigError`, `DataError`."""
         started = time.perf_counter()
-        scorer = Scorer(self._config, self._model_dir, self._name, self._source)
+        scorer = Scorer(self._config, self._model_dir, self._name, self._source, self._pool)
         scorer.setup()
         self._scorer = scorer
         return {"start_s": time.perf_counter() - started}
@@ -64,15 +74,31 @@ class ScoringWorker:
         Raises `ScoringError`, `StalledError`, `WeightError`, `StoreError`, and `WorkerError` when the
         worker is not running.
         """
-        scorer = self._running_scorer()
-        self._add_in_flight(1)
-        try:
-            is_trained = group.ticket.purpose == "train"
-            experience = scorer.score(group, with_logprobs=is_trained)
-            if self._store is not None and is_trained:
-                self._store.write(experience, self._reference_version)
-        finally:
-            self._add_in_flight(-1)
+        with self._busy():
+            return self._joined(group, [self._part(group)])
+
+    def score_part(self, group: RolloutGroup) -> tuple[int, ScorePart]:
+        """What this worker's pool serves, for `join`; first the number of rollouts. Raises as
+        `score`."""
+        with self._busy():
+            return len(group.rollouts), self._part(group)
+
+    def join(self, group: RolloutGroup, *parts: ScorePart) -> tuple[GroupSummary, ExperienceGroup]:
+        """Of the parts of all pools, and store it. Raises as `score`."""
+        with self._busy():
+            return self._joined(group, parts)
+
+    def _part(self, group: RolloutGroup) -> ScorePart:
+        part = self._running_scorer().part(group, with_logprobs=_is_trained(group))
+        return replace(part, reference_version=self._reference_version)
+
+    def _joined(
+        self, group: RolloutGroup, parts: Sequence[ScorePart]
+    ) -> tuple[GroupSummary, ExperienceGroup]:
+        is_trained = _is_trained(group)
+        experience = self._running_scorer().join(group, parts, with_logprobs=is_trained)
+        if self._store is not None and is_trained:
+            self._store.write(experience, max(part.reference_version for part in parts))
         return experience.summary(), experience
 
     def health(self) -> dict[str, Any]:
@@ -94,6 +120,18 @@ class ScoringWorker:
             raise WorkerError(f"{self._name}: not running; call start first")
         return self._scorer
 
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        self._add_in_flight(1)
+        try:
+            yield
+        finally:
+            self._add_in_flight(-1)
+
     def _add_in_flight(self, change: int) -> None:
         with self._counting:
             self._num_in_flight += change
+
+
+def _is_trained(group: RolloutGroup) -> bool:
+    return group.ticket.purpose == "train"

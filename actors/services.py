@@ -9,7 +9,7 @@ import asyncio
 import functools
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,14 +17,16 @@ from typing import Any
 import ray
 
 from actors.calls import answer
-from actors.clients import RayGeneration, RayScoring, check_health
+from actors.clients import RayGeneration, check_health
 from actors.control import CALL_TIMEOUT_S, NAMESPACE, ControlActor, actor_name
 from actors.control_channel import ControlChannel
 from actors.generation import DEFAULT_ENGINE
 from actors.instrumented import HEALTH_GROUP, GenerationActor, ScoringActor
 from actors.launch import place, preflight, spawn, take_down
 from actors.pool import PoolLimits, Worker, WorkerPool
+from actors.scoring_client import RayScoring
 from rlhf_cluster.config import RunConfig
+from rlhf_cluster.config.pools import GENERATION, pool_sections
 from rlhf_cluster.errors import RunError, first_failure
 from rlhf_cluster.planning.placement import Bundle, pool_bundle
 
@@ -126,36 +128,44 @@ def generation_pool(launcher: Launcher) -> tuple[WorkerPool, RayGeneration]:
     return pool, client
 
 
-def scoring_pool(launcher: Launcher) -> tuple[WorkerPool, RayScoring]:
+def scoring_pools(launcher: Launcher) -> tuple[list[WorkerPool], RayScoring]:
+    """Empty pools of all that scores."""
     config = launcher.config
 
-    async def launch(name: str) -> Worker:
-        bundle = pool_bundle(config, "scoring", int(name.rsplit("-", 1)[1]))
+    async def launch(kind: str, name: str) -> Worker:
+        bundle = pool_bundle(config, kind, int(name.rsplit("-", 1)[1]))
         actor, group = await launcher.actor(
             ScoringActor,
-            [config, launcher.model_dir, name],
+            [config, launcher.model_dir, name, kind],
             bundle,
             max_concurrency=SCORING_THREADS,
             concurrency_groups={HEALTH_GROUP: 1},
         )
-        return await _ready(Worker(name=name, actor=actor, placement=group), config, client.join)
+        join = functools.partial(client.join, kind)
+        return await _ready(Worker(name=name, actor=actor, placement=group), config, join)
 
-    pool = _pool("scoring", launch, config.scoring.request_timeout_s, config, SCORING_THREADS)
-    client = RayScoring(pool, config)
-    return pool, client
+    timeout_s = config.scoring.request_timeout_s
+    pools = {
+        kind: _pool(kind, functools.partial(launch, kind), timeout_s, config, SCORING_THREADS)
+        for kind in pool_sections(config)
+        if kind != GENERATION
+    }
+    client = RayScoring(pools, config)
+    return list(pools.values()), client
 
 
 @asynccontextmanager
 async def started_pools(
-    config: RunConfig, generation: WorkerPool, scoring: WorkerPool
+    config: RunConfig, pools: Sequence[WorkerPool]
 ) -> AsyncIterator[asyncio.Future[None]]:
-    """Both pools, being started; what is yielded is done when all their workers can work."""
+    """All pools, being started; what is yielded is done when all their workers can work."""
+    sections = pool_sections(config)
 
     async def start() -> None:
         try:
             async with asyncio.TaskGroup() as starts:
-                starts.create_task(generation.start(config.generation.workers))
-                starts.create_task(scoring.start(config.scoring.workers))
+                for pool in pools:
+                    starts.create_task(pool.start(sections[pool.kind].workers))
         except BaseExceptionGroup as failures:
             raise first_failure(failures) from failures
 
@@ -165,8 +175,8 @@ async def started_pools(
     finally:
         started.cancel()
         await asyncio.gather(started, return_exceptions=True)
-        generation.close()
-        scoring.close()
+        for pool in pools:
+            pool.close()
 
 
 def environment_of_engine(config: RunConfig, engine_factory: str) -> dict[str, str]:

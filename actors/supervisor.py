@@ -21,6 +21,7 @@ from actors.pool import WorkerPool
 from rlhf_cluster.autoscale import Action, Autoscaler
 from rlhf_cluster.errors import RlhfError, first_failure
 from rlhf_cluster.observe.advisor import Advice
+from rlhf_cluster.run_control import no_such_pool
 
 LOOK_EVERY_S = 1.0
 
@@ -71,6 +72,9 @@ class Supervisor:
     async def _scale(self, wish: Wish) -> None:
         results = {}
         for kind, size in wish.sizes.items():
+            if kind not in self._pools:
+                results[kind] = no_such_pool(kind, self._pools)
+                continue
             results[kind] = await self._resize(kind, size, "asked")
             if self._scaler is not None:
                 self._scaler.resized_by_hand(self._clock(), kind)

@@ -16,10 +16,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from actors.checkpointing import Cutter
-from actors.clients import RayGeneration, RayScoring
+from actors.clients import RayGeneration
 from actors.experience import RayBuffer
 from actors.learner import RayLearner
 from actors.observer import RunObserver
+from actors.scoring_client import RayScoring
 from actors.transports import Transport
 from rlhf_cluster.checkpoint import continuing
 from rlhf_cluster.checkpoint.folder import Checkpoint
@@ -199,6 +200,7 @@ class Attempt:
             trains_on=config.algorithm.trains_on,
             depth=depth,
             num_workers=place.observer.num_workers,
+            pool_busy=place.scoring.take_busy,
             checkpoints=self.checkpoints,
             first_step=0 if state is None else state.step,
             first_prompt=first_prompt,

@@ -21,11 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from actors.clients import RayGeneration, RayScoring, check_health
+from actors.clients import RayGeneration, check_health
 from actors.engine import LoadedWeights
 from actors.experience import RayBuffer, buffer_service
 from actors.observer import RunObserver
 from actors.pool import PoolLimits, Worker, WorkerPool
+from actors.scoring_client import RayScoring
 from actors.services import SCORING_THREADS
 from rlhf_cluster.config import RunConfig, validate
 from rlhf_cluster.experience.service import BufferService
@@ -230,7 +231,7 @@ async def control_plane(
         return ScriptedWorker(seconds_of, lambda: told(name))
 
     pools = (_pool("generation", start, None), _pool("scoring", start, SCORING_THREADS))
-    generation, scoring = RayGeneration(pools[0], config), RayScoring(pools[1], config)
+    generation, scoring = RayGeneration(pools[0], config), RayScoring({"scoring": pools[1]}, config)
     buffer, learner = RayBuffer(BufferProcess(buffer_service(config))), ScriptedLearner()
     sync = WeightSync(learner, generation, buffer, 1, time.monotonic)
     observer = RunObserver(

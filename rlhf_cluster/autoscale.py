@@ -101,12 +101,12 @@ class Autoscaler:
 
     def refused(self, now_s: float, action: Action) -> None:
         """`action` could not be carried out: there was no room, or a worker did not start."""
-        cooldown_s = self._settings.pools[action.pool].cooldown_s
+        cooldown_s = self._settings.scales[action.pool].cooldown_s
         self._closed_until[action.pool] = now_s + REFUSED * cooldown_s
 
     def resized_by_hand(self, now_s: float, pool: str) -> None:
         """Somebody else has changed the pool: it is left alone for its cooldown."""
-        scale = self._settings.pools.get(pool)
+        scale = self._settings.scales.get(pool)
         if scale is not None:
             self._closed_until[pool] = now_s + scale.cooldown_s
         self._past.pop(pool, None)
@@ -131,7 +131,7 @@ class Autoscaler:
     ) -> Action | None:
         """Pools that bound the run together: one worker of either gives nothing alone. The first gets
         its worker, after which the other is what bounds it."""
-        pools = [p for p in self._settings.pools if p in advice.load.demand]
+        pools = [p for p in self._settings.scales if p in advice.load.demand]
         low = min(part.speed(dict.fromkeys(pools, 1)) for part in advice.parts)
         needed = sum(self._gpus.get(pool, 0.0) for pool in pools[1:])
         if (
@@ -147,7 +147,7 @@ class Autoscaler:
 
     def _may_grow(self, now_s: float, pool: str, sizes: Mapping[str, int]) -> bool:
         """But for the budget."""
-        scale = self._settings.pools.get(pool)
+        scale = self._settings.scales.get(pool)
         if scale is None or sizes[pool] >= scale.maximum:
             return False
         held = now_s < self._held_until.get(pool, now_s)
@@ -175,7 +175,7 @@ class Autoscaler:
 
     def _shrinkable(self, now_s: float, advice: Advice, sizes: Mapping[str, int]) -> list[Action]:
         found = []
-        for pool, scale in self._settings.pools.items():
+        for pool, scale in self._settings.scales.items():
             if sizes[pool] <= scale.minimum or pool not in advice.load.demand:
                 continue
             slowest = min(part.speed({pool: -1}) for part in advice.parts)
@@ -214,7 +214,7 @@ class Autoscaler:
             gain = past.step_s / advice.load.step_s
             if gain - 1 >= _FULFILLED * (past.action.gain - 1):
                 continue
-            held_s = HELD * self._settings.pools[pool].cooldown_s
+            held_s = HELD * self._settings.scales[pool].cooldown_s
             self._held_until[pool] = now_s + held_s
             return (
                 f"{pool} worker {past.action.size} gave {gain:.2f}x, and {past.action.gain:.2f}x was "

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -70,6 +70,7 @@ class StepTimes:
     publish_wait_s: float  # the learner waited for the copy of its weights
     generation_busy_s: float  # mean over the workers of the time they had a group
     scoring_busy_s: float  # the same of the scoring workers
+    pool_busy_s: Mapping[str, float] = field(default_factory=dict)  # of other pools that score
 
 
 class ObserverPort(Protocol):
@@ -123,6 +124,8 @@ class Pipeline:
     replayable: Sequence[int] = ()  # trained groups that a resumed run may train again
     stopped: bool = False  # by `stop`
     num_workers: Callable[[str], int] = lambda pool: 1  # of "generation", "scoring"
+    pool_busy: Callable[[], Mapping[str, float]] = dict
+    """Seconds since the last call for which each pool was busy, where several pools score."""
     clock: Callable[[], float] = time.monotonic
     _outcomes: Outcomes = field(init=False)
     _generating: Occupancy = field(init=False)
@@ -140,6 +143,7 @@ class Pipeline:
         """
         self._generating.start()
         self._being_scored.start()
+        self.pool_busy()
         try:
             async with asyncio.TaskGroup() as loops:
                 watch = loops.create_task(self.sync.run_until_cancelled(check_every_s=0.5))
@@ -239,6 +243,7 @@ class Pipeline:
             await self.sync.after_step(report.step)
             end = self.clock()
             generation, scoring = self._generating.take(), self._being_scored.take()
+            busy = {"scoring": scoring.busy_s, **self.pool_busy()}
             times = StepTimes(
                 step_s=end - start,
                 learner_wait_s=got - start,
@@ -246,7 +251,8 @@ class Pipeline:
                 train_s=trained - got,
                 publish_wait_s=end - trained,
                 generation_busy_s=generation.busy_s,
-                scoring_busy_s=scoring.busy_s,
+                scoring_busy_s=busy.pop("scoring"),
+                pool_busy_s=busy,
             )
             self.observer.step(self._with_depth(report), taken, times)
             await self._adapt_depth(report, times)

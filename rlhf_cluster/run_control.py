@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rlhf_cluster.errors import ConfigError, RunError, StalledError
@@ -16,21 +16,19 @@ from rlhf_cluster.observe.logs import log_names, read_logs
 if TYPE_CHECKING:
     from rlhf_cluster.rundir import RunDir
 
-POOLS = ("generation", "scoring")
 STOP_CHECK_S = 0.1
 
 
 def parse_sizes(arguments: Sequence[str]) -> dict[str, int]:
-    """Wanted workers by pool from "generation=3" and the like. Raises `ConfigError`."""
+    """Wanted workers by pool from "generation=3" and the like. Raises `ConfigError`.
+
+    Which pools there are the run knows: it refuses another one (`no_such_pool`).
+    """
     sizes: dict[str, int] = {}
     for argument in arguments:
         pool, equals, text = argument.partition("=")
         if not equals:
             raise ConfigError(f"{argument!r}: expected POOL=WORKERS, such as generation=3")
-        if pool not in POOLS:
-            close = difflib.get_close_matches(pool, POOLS, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f". Pools: {', '.join(POOLS)}"
-            raise ConfigError(f"{argument!r}: unknown pool {pool!r}{hint}")
         if not text.isdecimal() or int(text) < 1:
             raise ConfigError(
                 f"{argument!r}: expected a number of workers, at least 1, found {text!r}. To end "
@@ -40,6 +38,14 @@ def parse_sizes(arguments: Sequence[str]) -> dict[str, int]:
             raise ConfigError(f"{argument!r}: {pool} is given twice. Give each pool once")
         sizes[pool] = int(text)
     return sizes
+
+
+def no_such_pool(pool: str, pools: Iterable[str]) -> str:
+    """What is told of a pool that is none of the run's `pools`."""
+    there = list(pools)
+    close = difflib.get_close_matches(pool, there, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else f". Pools: {', '.join(there)}"
+    return f"refused: no pool {pool!r}{hint}"
 
 
 def read_run_logs(run: RunDir, name: str | None, tail: int | None) -> Iterator[str]:

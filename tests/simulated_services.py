@@ -23,13 +23,18 @@ GROUPS = 16
 
 @dataclass
 class SimulatedServices:
-    """Mean seconds of one group at one worker, and of one training step. Times vary by `spread`."""
+    """Mean seconds of one group at one worker, and of one training step. Times vary by `spread`.
+
+    `proxies` workers of a pool of their own take `proxy_s` beside scoring; 0: there is no such pool.
+    """
 
     generate_s: float
     score_s: float
     train_s: float
     generation: int = 1
     scoring: int = 1
+    proxies: int = 0
+    proxy_s: float = 0.0
     max_staleness: int = 2
     depth: int = 2
     num_steps: int = 44
@@ -48,7 +53,7 @@ class SimulatedServices:
         self.rng, self._changed = random.Random(7), self.env.event()
         self.stations = {
             name: (simpy.Resource(self.env, size), Occupancy(self._now, lambda size=size: size))
-            for name, size in (("generation", self.generation), ("scoring", self.scoring))
+            for name, size in self._sizes().items()
         }
         self.buffer.version_live(0)
         self._admit()
@@ -60,6 +65,10 @@ class SimulatedServices:
         """Mean wall time of a step, once the pipeline is full."""
         steps = [record["time/step_s"] for record in self.records[10:]]
         return sum(steps) / len(steps)
+
+    def _sizes(self) -> dict[str, int]:
+        apart = {"proxies": self.proxies} if self.proxies else {}
+        return {"generation": self.generation, "scoring": self.scoring, **apart}
 
     def _now(self) -> float:
         return self.env.now
@@ -75,13 +84,11 @@ class SimulatedServices:
 
     def _group(self, ticket: Ticket) -> Generator[simpy.Event, Any, None]:
         version = self.buffer.live_version
-        for name, mean_s in (("generation", self.generate_s), ("scoring", self.score_s)):
-            workers, occupancy = self.stations[name]
-            occupancy.enter()
-            with workers.request() as turn:
-                yield turn
-                yield self._takes(mean_s)
-            occupancy.leave()
+        yield from self._served("generation", self.generate_s)
+        parts = [self.env.process(self._served("scoring", self.score_s))]
+        if self.proxies:
+            parts.append(self.env.process(self._served("proxies", self.proxy_s)))
+        yield self.env.all_of(parts)
         summary = GroupSummary(
             group_id=ticket.group_id,
             oldest_version=version,
@@ -92,6 +99,14 @@ class SimulatedServices:
         self.buffer.finish(ticket, None, summary)
         self._admit()
 
+    def _served(self, pool: str, mean_s: float) -> Generator[simpy.Event, Any, None]:
+        workers, occupancy = self.stations[pool]
+        occupancy.enter()
+        with workers.request() as turn:
+            yield turn
+            yield self._takes(mean_s)
+        occupancy.leave()
+
     def _learn(self) -> Generator[simpy.Event, Any, None]:
         for step in range(1, self.num_steps + 1):
             start = self._now()
@@ -101,17 +116,20 @@ class SimulatedServices:
             got = self._now()
             self._admit()
             yield self._takes(self.train_s)
-            generation, scoring = (occupancy.take() for _, occupancy in self.stations.values())
+            spent = {name: occupancy.take() for name, (_, occupancy) in self.stations.items()}
+            generation, scoring = spent["generation"], spent["scoring"]
+            apart = {f"time/pool_busy_s/{name}": own.busy_s for name, own in spent.items()}
+            sizes = {f"pool/size/{name}": float(size) for name, size in self._sizes().items()}
             self.records.append(
                 {
+                    **{k: v for k, v in apart.items() if k.endswith("proxies")},
+                    **sizes,
                     "step": step,
                     "time/step_s": self._now() - start,
                     "time/learner_wait_s": got - start,
                     "time/generation_wait_s": generation.idle_s,
                     "time/generation_busy_s": generation.busy_s,
                     "time/scoring_busy_s": scoring.busy_s,
-                    "pool/size/generation": float(self.generation),
-                    "pool/size/scoring": float(self.scoring),
                 }
             )
             self.buffer.saw_learner(step)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from rlhf_cluster.config.base import Section
+from rlhf_cluster.config.pools import GENERATION, SCORING, pool_sections
 
 if TYPE_CHECKING:
     from rlhf_cluster.config.run import RunConfig
@@ -23,12 +24,14 @@ class PoolScale(Section):
 
 class Autoscale(Section):
     """Pools that follow the bottleneck advisor (`rlhf_cluster.autoscale`). A pool without a section of
-    its own keeps its size. Sizes at the start are `generation.workers` and `scoring.workers`."""
+    its own keeps its size. Sizes at the start are `generation.workers` and the like."""
 
     generation: PoolScale | None = None
     scoring: PoolScale | None = None
+    pools: dict[str, PoolScale] = Field(default_factory=dict)
+    """Of those of `[scoring.pools]`, by name."""
     gpu_budget: float | None = Field(default=None, gt=0)
-    """GPUs that both pools hold at most, together. A pool that can spare one gives it to the other."""
+    """GPUs that the pools hold at most, together. One that can spare a GPU gives it to another."""
     grow_at: float = Field(default=1.1, gt=1)
     """A worker is added where it is foretold to make steps at least this many times as fast."""
     shrink_at: float = Field(default=1.03, ge=1)
@@ -37,8 +40,9 @@ class Autoscale(Section):
     """Steps with the pools of now that are seen before a change."""
 
     @property
-    def pools(self) -> dict[str, PoolScale]:
-        found = {"generation": self.generation, "scoring": self.scoring}
+    def scales(self) -> dict[str, PoolScale]:
+        """Of every pool that changes, by name."""
+        found = {GENERATION: self.generation, SCORING: self.scoring, **self.pools}
         return {name: scale for name, scale in found.items() if scale is not None}
 
 
@@ -46,7 +50,14 @@ def check_autoscale(c: RunConfig) -> None:
     section = c.autoscale
     if section is None:
         return
-    if not section.pools:
+    sections = pool_sections(c)
+    unknown = sorted(section.scales.keys() - sections)
+    if unknown:
+        raise ValueError(
+            f"[autoscale.pools.{unknown[0]}] without [scoring.pools.{unknown[0]}]: there is no such "
+            f"pool. Pools: {', '.join(sections)}"
+        )
+    if not section.scales:
         raise ValueError(
             "[autoscale] without [autoscale.generation] or [autoscale.scoring]: no pool would change "
             "its size. Add one of them with a maximum, or remove the section"
@@ -56,8 +67,8 @@ def check_autoscale(c: RunConfig) -> None:
             f"autoscale.shrink_at = {section.shrink_at:g} is not under autoscale.grow_at = "
             f"{section.grow_at:g}: workers would come and go. Lower the former, or raise the latter"
         )
-    sizes = {"generation": c.generation.workers, "scoring": c.scoring.workers}
-    for pool, scale in section.pools.items():
+    sizes = {pool: own.workers for pool, own in sections.items()}
+    for pool, scale in section.scales.items():
         if not scale.minimum <= sizes[pool] <= scale.maximum:
             raise ValueError(
                 f"{pool}.workers = {sizes[pool]} is not between autoscale.{pool}.minimum = "
@@ -70,16 +81,15 @@ def check_autoscale(c: RunConfig) -> None:
             )
     if section.gpu_budget is None:
         return
-    gpus = {"generation": c.generation.num_gpus, "scoring": c.scoring.num_gpus}
-    held = sum(sizes[pool] * gpus[pool] for pool in sizes)
+    held = sum(own.workers * own.num_gpus for own in sections.values())
     if held == 0:
         raise ValueError(
-            f"autoscale.gpu_budget = {section.gpu_budget:g} with generation.num_gpus = "
-            "scoring.num_gpus = 0: no worker holds a GPU. Remove the budget"
+            f"autoscale.gpu_budget = {section.gpu_budget:g} with num_gpus = 0 in every pool: no worker "
+            "holds a GPU. Remove the budget"
         )
     if held > section.gpu_budget:
         raise ValueError(
-            f"autoscale.gpu_budget = {section.gpu_budget:g} is under the {held:g} GPUs that "
-            f"generation.workers = {sizes['generation']} and scoring.workers = {sizes['scoring']} hold "
-            "at the start. Raise the budget, or start with fewer workers"
+            f"autoscale.gpu_budget = {section.gpu_budget:g} is under the {held:g} GPUs that the "
+            f"workers at the start hold: {', '.join(f'{p} {size}' for p, size in sizes.items())}. "
+            "Raise the budget, or start with fewer workers"
         )

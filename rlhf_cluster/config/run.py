@@ -27,6 +27,7 @@ from rlhf_cluster.config.check_staleness import check_staleness
 from rlhf_cluster.config.check_steps import check_steps
 from rlhf_cluster.config.check_teacher import check_teacher
 from rlhf_cluster.config.check_weights import check_weights
+from rlhf_cluster.config.pools import check_pools
 from rlhf_cluster.config.run_file import RunFile
 from rlhf_cluster.config.scoring import Scoring
 from rlhf_cluster.config.sections import (
@@ -133,6 +134,7 @@ class RunConfig(RunFile[Run]):
             check_rewards,
             check_steps,
             check_teacher,
+            check_pools,
             check_weights,
             check_checkpoint,
             check_learner,

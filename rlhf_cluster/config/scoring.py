@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from rlhf_cluster.config.base import Section
+from rlhf_cluster.config.pools import EXACT, POOL_NAME, REFERENCE, SCORING, TEACHER, ScoringPool
 from rlhf_cluster.config.sections import Dtype, FrozenQuantization
 from rlhf_cluster.rewards import RewardConfig
 from rlhf_cluster.scoring.objective import Objective, WeightedSum
@@ -84,3 +85,42 @@ class Scoring(Section):
     """How often a group whose scoring failed is tried again before it is discarded."""
     max_error_rate: float = Field(default=0.5, gt=0, le=1)
     """The run stops when more than this share of the last 100 groups failed to be scored."""
+    pools: dict[Annotated[str, Field(pattern=POOL_NAME)], ScoringPool] = Field(default_factory=dict)
+    """Pools of their own, by name, for models or rewards that should scale apart; the workers of
+    `[scoring]` serve the rest, join what all found, and store it."""
+
+    @property
+    def pays_steps(self) -> bool:
+        """A reward that is optimised scores reasoning steps."""
+        return any(reward.scores_steps and not reward.watch for reward in self.rewards)
+
+    @property
+    def models(self) -> frozenset[str]:
+        """What gives log-probabilities (`config.pools.MODELS`)."""
+        models = {REFERENCE: self.reference, TEACHER: self.teacher, EXACT: self.exact_logprobs}
+        return frozenset(name for name, setting in models.items() if setting)
+
+    def served_by(self, pool: str) -> frozenset[str]:
+        """Models (`config.pools.MODELS`) and rewards, by name."""
+        if pool != SCORING:
+            return frozenset(self.pools[pool].serves)
+        names = self.models | {reward.name or reward.type for reward in self.rewards}
+        return frozenset(names.difference(*(section.serves for section in self.pools.values())))
+
+    def of_pool(self, pool: str) -> Scoring:
+        """These settings with the pool's own precision and device."""
+        own = self.pools.get(pool)
+        if own is None:
+            return self
+        return self.model_copy(
+            update={
+                "num_gpus": own.num_gpus,
+                "dtype": own.dtype or self.dtype,
+                "quantization": own.quantization or self.quantization,
+            }
+        )
+
+    def pool_of(self, name: str) -> str:
+        """Which pool serves a model or a reward."""
+        owners = (pool for pool, section in self.pools.items() if name in section.serves)
+        return next(owners, SCORING)

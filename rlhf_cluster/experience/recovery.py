@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from xxhash import xxh3_128_hexdigest
 
+from rlhf_cluster.config.pools import REFERENCE, TEACHER
 from rlhf_cluster.config.replay import fresh_groups
 from rlhf_cluster.errors import RecordError, StoreError
 from rlhf_cluster.experience.store import ATTEMPT, ExperienceStore, StoredGroup, read_attempt
@@ -52,7 +53,7 @@ TRAINED = "trained.json"
 """The steps of every group that has a file and is trained; of one that was seen discarded, that one."""
 HARMLESS = (
     *("workers", "num_cpus", "num_gpus", "kv_cache_bytes", "max_num_seqs", "max_retries"),
-    *("request_timeout_s", "pull_timeout_s", "max_error_rate", "quarantine"),
+    *("request_timeout_s", "pull_timeout_s", "max_error_rate", "quarantine", "pools"),
 )
 """Settings of the pools that a group does not depend on."""
 
@@ -278,5 +279,10 @@ def made_by(config: RunConfig) -> str:
     }
     for name in ("generation", "scoring"):
         tree[name] = {k: v for k, v in tree[name].items() if k not in HARMLESS}
+    tree["precision"] = [
+        [own.dtype, own.quantization]
+        for model in (REFERENCE, TEACHER)
+        for own in (config.scoring.of_pool(config.scoring.pool_of(model)),)
+    ]
     tree |= {"seed": config.run.seed, "sampling": asdict(config.sampling)}
     return xxh3_128_hexdigest(json.dumps(tree, sort_keys=True).encode())

@@ -6,8 +6,9 @@ seconds a step for which it is busy:
     generation, scoring   mean over the pool's workers of the time they had a group (`occupancy`)
     learner               the step's wall time less the time it waited for groups
 
-If the stations overlapped perfectly a step would last max(D); if they took turns, sum(D). A measured
-step of S seconds lies between them:
+Pools of `[scoring.pools]` score a group side by side, so that the demand of scoring is the largest of
+theirs. If the stations overlapped perfectly a step would last max(D); if they took turns, sum(D). A
+measured step of S seconds lies between them:
 
     S = max(D) + c * (sum(D) - max(D)) + e      0 <= c <= 1, e >= 0
 
@@ -31,9 +32,9 @@ from dataclasses import dataclass
 from typing import Any
 
 Record = Mapping[str, Any]
-Station = str  # "generation", "scoring", "learner"
+Station = str  # "generation", "learner", "scoring", or another scoring pool's name
 
-POOLS: tuple[Station, ...] = ("generation", "scoring")
+_SIZE, _BUSY = "pool/size/", "time/pool_busy_s/"
 WINDOW = 32  # steps that are looked at
 MIN_STEPS = 4
 WORTH_NAMING = 1.05
@@ -55,7 +56,7 @@ class Load:
     @property
     def turns(self) -> float:
         """c of the model, 0 where no two stations have anything to do."""
-        largest, total = max(self.demand.values()), sum(self.demand.values())
+        largest, total = _bounds(self.demand)
         if total <= largest:
             return 0.0
         return min(1.0, max(0.0, (self.step_s - largest) / (total - largest)))
@@ -63,7 +64,7 @@ class Load:
     @property
     def unaccounted_s(self) -> float:
         """e of the model."""
-        return max(0.0, self.step_s - sum(self.demand.values()))
+        return max(0.0, self.step_s - _bounds(self.demand)[1])
 
     def speed(self, changes: Mapping[Station, int]) -> float:
         """Steps a second with so many more workers (below 0: fewer; one is to be left) over those of
@@ -72,7 +73,7 @@ class Load:
         for station, change in changes.items():
             w = self.workers.get(station, 1)
             demand[station] *= w / (w + change)
-        largest, total = max(demand.values()), sum(demand.values())
+        largest, total = _bounds(demand)
         after = largest + self.turns * (total - largest) + self.unaccounted_s
         return self.step_s / after if after > 0 else 1.0
 
@@ -139,8 +140,15 @@ def _comparable(steps: Sequence[Record]) -> list[Record]:
 
 
 def _workers(record: Record) -> dict[Station, int]:
-    found = {pool: record.get(f"pool/size/{pool}") for pool in POOLS}
+    found = {k[len(_SIZE) :]: size for k, size in record.items() if k.startswith(_SIZE)}
     return {pool: max(1, int(size)) for pool, size in found.items() if size is not None}
+
+
+def _bounds(demand: Mapping[Station, float]) -> tuple[float, float]:
+    """Seconds of the longest station, and of all of them: pools that score count as one."""
+    pools = [own for station, own in demand.items() if station not in ("generation", "learner")]
+    stations = [demand.get("generation", 0.0), demand["learner"], max(pools, default=0.0)]
+    return max(stations), sum(stations)
 
 
 def _load(steps: Sequence[Record]) -> Load:
@@ -156,6 +164,8 @@ def _load(steps: Sequence[Record]) -> Load:
     if all(step.get("time/generation_busy_s") is not None for step in steps):
         demand["generation"] = mean("time/generation_busy_s")
         demand["scoring"] = mean("time/scoring_busy_s")
+        busy = {k for step in steps for k in step if k.startswith(_BUSY)}
+        demand |= {name[len(_BUSY) :]: mean(name) for name in sorted(busy)}
     else:  # an older record: generation is busy when it does not wait, scoring is not known
         demand["generation"] = max(0.0, step_s - idle_s)
     return Load(

@@ -60,6 +60,7 @@ def _controller() -> tuple[Metric, ...]:
         ),
         gauge("time/generation_busy_s", "s", role, "Generation workers had a group, mean of them"),
         gauge("time/scoring_busy_s", "s", role, "Scoring workers had a group, mean of them"),
+        gauge("time/pool_busy_s", "s", role, "The same of a pool of [scoring.pools]", "pool"),
         gauge(
             "advisor/gain",
             "1",

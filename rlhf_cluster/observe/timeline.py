@@ -35,7 +35,7 @@ SPANS = (
 )
 COUNTED = (
     *("reward/mean", "staleness/max", "buffer/in_flight", "buffer/ready", "weights/version_live"),
-    *("pool/size/generation", "pool/size/scoring", "step/tokens_per_s"),
+    *("pool/size", "step/tokens_per_s"),
 )
 
 Event = dict[str, Any]
@@ -79,8 +79,8 @@ def _steps(run: RunRecord) -> Iterator[Event]:
 
 def _counters(run: RunRecord) -> Iterator[Event]:
     for record in run.records:
-        for name in COUNTED:
-            if record.get(name) is not None:
+        for name in (own for own in record if own.startswith(COUNTED)):
+            if record[name] is not None:
                 yield {
                     "name": name,
                     "ph": "C",

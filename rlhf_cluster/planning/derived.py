@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rlhf_cluster.config import RunConfig
+from rlhf_cluster.config.pools import pool_sections
 from rlhf_cluster.config.replay import fresh_groups
 from rlhf_cluster.planning.placement import Bundle, demand
 
@@ -31,9 +32,9 @@ def derived(config: RunConfig) -> dict[str, str]:
         "held-out prompts": f"{config.evaluation.num_prompts:,}",
         **{
             f"{pool} demand": total_resources(
-                [b for b in demand(config) if b.owner.startswith(pool)]
+                [b for b in demand(config) if b.owner.rsplit("-", 1)[0] == pool]
             )
-            for pool in ("generation", "scoring", "learner")
+            for pool in (*pool_sections(config), "learner")
         },
         "total demand": total_resources(demand(config)),
         "run directory": str(config.run_dir),

@@ -12,8 +12,8 @@ The estimate, in bytes, for P parameters of w bytes each and R ranks:
                                   4 P / R of a stage's reference that moves, none under adapters
     generation     w P / t        of each of t tensor-parallel parts, and the KV cache, of which a token
                                   takes 2 w L times the size of its keys
-    scoring        w P            of each frozen model: reference, teacher, reward models; w = 1 where
-                                  they are quantized
+    scoring pools  w P            of each frozen model that a pool serves: reference, teacher, exact
+                                  log-probabilities, reward models; w = 1 where they are quantized
 
 It leaves out what libraries keep for themselves, so it is what a role needs at least. Hosts hold
 12 P / R more for each rank while a checkpoint is written.
@@ -26,6 +26,8 @@ from dataclasses import dataclass
 
 from rlhf_cluster.algorithms import ALGORITHMS
 from rlhf_cluster.config import GenerateConfig, RunConfig, StageConfig
+from rlhf_cluster.config.pools import EXACT, GENERATION, REFERENCE, TEACHER, pool_sections
+from rlhf_cluster.config.scoring import Scoring
 from rlhf_cluster.config.sections import Learner
 from rlhf_cluster.doctor import GIB, Finding, Verdict
 from rlhf_cluster.stages import build_stage
@@ -52,10 +54,12 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frozen:
-    """A model that is not trained: its folder (None: the policy's), and the bytes of a parameter."""
+    """A model that is not trained: its folder (None: the policy's), the bytes of a parameter, and the
+    pool that has it."""
 
     path: str | None
     width: int
+    pool: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,8 +109,9 @@ def of_stage(config: StageConfig, shape: Shape, teacher_parameters: int = 0) -> 
 def of_pools(
     config: RunConfig | GenerateConfig, shape: Shape, frozen: Mapping[str, float]
 ) -> list[Need]:
-    """What a worker of generation and one of scoring need; `frozen` as in `of_run`."""
-    generation, scoring = config.generation, config.scoring
+    """What a worker of each pool needs; `frozen` as in `of_run`."""
+    generation = config.generation
+    pool_of = {name: model.pool for name, model in frozen_models(config).items()}
     longest = config.data.max_prompt_tokens + generation.max_response_tokens
     width = ROUNDED_BYTES if generation.quantization is not None else BYTES[generation.dtype]
     cache = BYTES[generation.dtype] * 2 * shape.num_layers * shape.key_size
@@ -121,32 +126,49 @@ def of_pools(
                 "KV cache": generation.kv_cache_bytes or one_sequence,  # at the least
             },
         ),
-        Need(
-            role="scoring worker",
-            processes=scoring.workers,
-            gpus=scoring.num_gpus,
-            parts=frozen,
+        *(
+            Need(
+                role=f"{pool} worker",
+                processes=section.workers,
+                gpus=section.num_gpus,
+                parts={name: size for name, size in frozen.items() if pool_of[name] == pool},
+            )
+            for pool, section in pool_sections(config).items()
+            if pool != GENERATION
         ),
     ]
 
 
 def frozen_models(config: RunConfig | GenerateConfig) -> dict[str, Frozen]:
-    """The models of the scoring pool by what they are; each is of its own type and precision. The
-    reference is a second policy."""
+    """The models of the scoring pools by what they are; each is of its own type and precision. The
+    reference is a second policy, and so is the model of exact log-probabilities."""
     scoring = config.scoring
-    own = ROUNDED_BYTES if scoring.quantization is not None else BYTES[scoring.dtype]
     found: dict[str, Frozen] = {}
     if scoring.reference:
-        found["reference"] = Frozen(path=None, width=own)
+        found["reference"] = _frozen(scoring, REFERENCE, None)
     if scoring.teacher is not None:
-        found["teacher"] = Frozen(path=scoring.teacher, width=own)
+        found["teacher"] = _frozen(scoring, TEACHER, scoring.teacher)
+    if scoring.exact_logprobs and isinstance(config, RunConfig):
+        width = BYTES[config.learner.dtype]
+        found["exact log-probabilities"] = Frozen(
+            path=None, width=width, pool=scoring.pool_of(EXACT)
+        )
     for reward in scoring.rewards:
         rounded = getattr(reward, "quantization", None) is not None
         width = ROUNDED_BYTES if rounded else BYTES[getattr(reward, "dtype", scoring.dtype)]
         for number, path in enumerate(reward.model_paths):
             name = f"{reward.name or reward.type} {number}".removesuffix(" 0")
-            found[name] = Frozen(path=path, width=width)
+            pool = scoring.pool_of(reward.name or reward.type)
+            found[name] = Frozen(path=path, width=width, pool=pool)
     return found
+
+
+def _frozen(scoring: Scoring, name: str, path: str | None) -> Frozen:
+    """The reference or the teacher, with the precision of its pool."""
+    pool = scoring.pool_of(name)
+    own = scoring.of_pool(pool)
+    width = ROUNDED_BYTES if own.quantization is not None else BYTES[own.dtype]
+    return Frozen(path=path, width=width, pool=pool)
 
 
 def judge(
@@ -162,7 +184,7 @@ def judge(
         if need.gpus == 0:
             on_host += need.processes * need.num_bytes
         elif gpus and need.num_bytes > GPU_SHARE * min(gpus):
-            verdict, cure = "wrong", f"{gib(min(gpus))} on a GPU here. {_CURES[need.role]}"
+            verdict, cure = "wrong", f"{gib(min(gpus))} on a GPU here. {_cure(need.role)}"
         elif not gpus:
             value += "; no GPU here to compare it with"
         yield Finding(name=f"memory, {need.role}", verdict=verdict, value=value, cure=cure)
@@ -180,13 +202,17 @@ def gib(num_bytes: float) -> str:
     return f"{num_bytes / GIB:.3g} GiB"
 
 
+def _cure(role: str) -> str:
+    return _CURES.get(role, _CURES["scoring worker"])
+
+
 _CURES = {
     "learner rank": "More learner.ranks, fewer learner.tokens_per_micro_batch, "
     "learner.gradient_checkpointing = true, or [learner.lora]",
     "generation worker": "A larger generation.tensor_parallel_size, fewer "
     "generation.kv_cache_bytes, or generation.quantization",
     "scoring worker": "scoring.dtype = 'bfloat16', scoring.quantization = 'int8', smaller reward "
-    "models, or larger GPUs",
+    "models, a pool of [scoring.pools] for one of them, or larger GPUs",
 }
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 from rlhf_cluster.config import GenerateConfig, RunConfig, StageConfig
 from rlhf_cluster.config.either import AnyConfig
+from rlhf_cluster.config.pools import GENERATION, SCORING, pool_sections
 from rlhf_cluster.errors import PlacementError
 
 BUFFER_CPUS = 0.1
@@ -51,10 +52,10 @@ def demand(config: AnyConfig) -> list[Bundle]:
     data set its pools."""
     if isinstance(config, StageConfig):
         return rank_bundles(config)
-    generation, scoring = config.generation, config.scoring
     pools = [
-        *(pool_bundle(config, "generation", i) for i in range(generation.workers)),
-        *(pool_bundle(config, "scoring", i) for i in range(scoring.workers)),
+        pool_bundle(config, pool, i)
+        for pool, section in pool_sections(config).items()
+        for i in range(section.workers)
     ]
     if isinstance(config, GenerateConfig):
         return pools
@@ -63,12 +64,14 @@ def demand(config: AnyConfig) -> list[Bundle]:
 
 
 def pool_bundle(config: RunConfig | GenerateConfig, pool: str, index: int) -> Bundle:
-    section = {"generation": config.generation, "scoring": config.scoring}[pool]
+    """A worker of any pool; those of `[scoring.pools]` are on the nodes of scoring."""
+    section = pool_sections(config)[pool]
+    group = GENERATION if pool == GENERATION else SCORING
     return Bundle(
         owner=f"{pool}-{index}",
         cpus=section.num_cpus,
         gpus=section.num_gpus,
-        group=pool if config.cluster.worker_groups else None,
+        group=group if config.cluster.worker_groups else None,
     )
 
 

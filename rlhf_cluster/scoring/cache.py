@@ -18,8 +18,7 @@ from collections.abc import Callable, Sequence
 from hashlib import blake2b
 
 from rlhf_cluster.records import Prompt, Rollout
-
-Row = tuple[float, ...]
+from rlhf_cluster.scoring.parts import Row
 
 
 class ScoreCache:

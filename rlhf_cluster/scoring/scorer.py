@@ -1,16 +1,18 @@
-"""One scorer: all rewards, the reference model and exact log-probabilities, group after group.
+"""One scorer: the rewards and models that a pool serves, group after group.
 
-    RolloutGroup  -->  decode, rewards, reference, exact log-probabilities  -->  ExperienceGroup
+    RolloutGroup  -->  decode, rewards, reference, teacher, exact log-probabilities  -->  ScorePart
+    RolloutGroup, the parts of all pools  -->  ExperienceGroup
 
 Promises:
 - responses are decoded for the rewards only; the token ids pass through untouched;
-- a rollout's reward is made of its parts as `scoring.rewarding` says, or the whole group fails: an
+- a rollout's reward is made of its parts as `scoring.joining` says, or the whole group fails: an
   error is never a score;
 - the part of a reward that scores reasoning steps is the sum of its steps' scores; the steps are cut
   in the decoded text, their ends found among the sampled ids (`scoring.steps`);
 - several threads may score at once: a reward that waits for its child process holds up no other
   group's rewards and not the models;
-- a rollout that the learner could not train whole fails its group, with the reason, and is never cut;
+- a rollout that the learner could not train whole fails its group, with the reason, before anything is
+  computed, and is never cut;
 - where the reference is not the model folder's policy (after a warm-up, or when it moves), no group
   is scored before it was given by `load_reference`.
 """
@@ -24,6 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rlhf_cluster.config import RunConfig
+from rlhf_cluster.config.pools import EXACT, MODELS, REFERENCE, SCORING, TEACHER
 from rlhf_cluster.data.tokenizer import load_tokenizer
 from rlhf_cluster.errors import ScoringError, WorkerError
 from rlhf_cluster.records import (
@@ -33,6 +36,8 @@ from rlhf_cluster.records import (
     ScoredRollout,
     WeightVersion,
 )
+from rlhf_cluster.scoring.joining import InfiniteSum, Scores, joined, scorer_version, scores
+from rlhf_cluster.scoring.parts import ScorePart
 from rlhf_cluster.scoring.rewarding import Rewards
 from rlhf_cluster.scoring.steps import step_ends, step_spans
 from rlhf_cluster.scoring.totals import Totals
@@ -50,40 +55,49 @@ class Scorer:
     """Call `setup` first; `close` when done."""
 
     def __init__(
-        self, config: RunConfig, model_dir: str, name: str, source: ShardSource | None = None
+        self,
+        config: RunConfig,
+        model_dir: str,
+        name: str,
+        source: ShardSource | None = None,
+        pool: str = SCORING,
     ) -> None:
-        """`source` is where the policy's versions are read from; default: their files."""
+        """`source` is where the policy's versions are read from; default: their files. What `pool`
+        serves is all that is loaded."""
         self._config = config
+        self._scoring = config.scoring.of_pool(pool)
+        self._served = config.scoring.served_by(pool)
         self._source = source
         self._model_dir = model_dir
         self._name = name
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._totals = Totals()
-        self._rewards = Rewards(config.scoring, self._totals)
-        self._device = "cuda" if config.scoring.num_gpus else "cpu"
+        self._rewards = Rewards(self._scoring, self._totals, self._served)
+        self._device = "cuda" if self._scoring.num_gpus else "cpu"
         self._reference: Reference | None = None
         self._reference_is_given = not config.stored_reference
         self._exact: ExactLogprobs | None = None
         self._teacher: Teacher | None = None
 
     @property
-    def version(self) -> str:
-        """Of the rewards, their models and the objective; empty before `setup`."""
-        return self._rewards.version
+    def versions(self) -> dict[str, str]:
+        """Of the rewards that are served and their models, by name; empty before `setup`."""
+        return self._rewards.versions
 
     def setup(self) -> None:
         """Load the tokenizer, the models and the rewards. Raises `ConfigError`, `DataError`."""
-        scoring = self._config.scoring
         tokenizer_dir = self._config.model.tokenizer or self._model_dir
         tokenizer = load_tokenizer(tokenizer_dir)
-        if scoring.reference:
+        if REFERENCE in self._served:
             self._reference = self._new_reference()
-        if scoring.exact_logprobs:
+        if EXACT in self._served:
             self._exact = self._new_exact()
-        if scoring.teacher is not None:
+        if TEACHER in self._served:
             from rlhf_cluster.scoring.teacher import Teacher
 
-            self._teacher = Teacher(scoring.teacher, scoring, tokenizer, self._device)
+            folder = self._scoring.teacher
+            assert folder is not None
+            self._teacher = Teacher(folder, self._scoring, tokenizer, self._device)
         self._rewards.build(tokenizer_dir, self._device)
         self._tokenizer = tokenizer
 
@@ -107,7 +121,11 @@ class Scorer:
         self._reference_is_given = True
 
     def score(self, group: RolloutGroup, with_logprobs: bool = True) -> ExperienceGroup:
-        """Score one group.
+        """`part` and `join`, where one pool serves everything."""
+        return self.join(group, [self.part(group, with_logprobs)], with_logprobs)
+
+    def part(self, group: RolloutGroup, with_logprobs: bool = True) -> ScorePart:
+        """What this pool's rewards and models say of one group.
 
         Args:
             group: its rollouts belong to its prompt. Its greedy response is scored by the rewards
@@ -125,18 +143,36 @@ class Scorer:
             self._check_lengths(group)
         answers = _with_greedy(group)
         completions = self._decode(answers)
-        spans = [step_spans(text, self._config.scoring.step_separator) for text in completions]
         steps = [
-            [text[begin:end] for begin, end in own]
-            for text, own in zip(completions, spans, strict=True)
+            [text[begin:end] for begin, end in step_spans(text, self._scoring.step_separator)]
+            for text in completions
         ]
-        scores = self._rewards.score(answers, completions, steps)
-        references = self._reference_logprobs(group) if with_logprobs else None
-        exact = self._exact_logprobs(group) if with_logprobs else None
-        teacher = self._teacher_logprobs(group) if with_logprobs else None
+        rewards = self._rewards.answers(answers, completions, steps)
+        return ScorePart(
+            rewards=rewards,
+            versions=self._rewards.versions,
+            logprobs=self._model_logprobs(group) if with_logprobs else {},
+        )
+
+    def join(
+        self, group: RolloutGroup, parts: Sequence[ScorePart], with_logprobs: bool = True
+    ) -> ExperienceGroup:
+        """The group with all that the pools said of it.
+
+        Raises `ScoringError` where the rewards add up to no number, `RecordError` where an answer is
+        missing or of another group, `WorkerError` before `setup`.
+        """
+        scoring = self._config.scoring
+        found = joined(parts, scoring, group.group_id, with_logprobs)
+        completions = self._decode(_with_greedy(group))
+        spans = [step_spans(text, scoring.step_separator) for text in completions]
+        all_scores = self._scores(found, [len(own) for own in spans], group)
+        version = scorer_version(scoring, found.versions)
+        nothing = [None] * len(group.rollouts)
+        logprobs = {name: found.logprobs.get(name, nothing) for name in MODELS}
         scored = []
         for index, rollout in enumerate(group.rollouts):
-            own = scores[index]
+            own = all_scores[index]
             ends = self._step_ends(rollout, completions[index], spans[index])
             scored.append(
                 ScoredRollout(
@@ -144,11 +180,11 @@ class Scorer:
                     reward=own.reward,
                     reward_parts=own.parts,
                     watched=own.watched,
-                    ref_logprobs=references[index] if references is not None else None,
-                    exact_logprobs=exact[index] if exact is not None else None,
-                    teacher_logprobs=teacher[index] if teacher is not None else None,
+                    ref_logprobs=logprobs[REFERENCE][index],
+                    exact_logprobs=logprobs[EXACT][index],
+                    teacher_logprobs=logprobs[TEACHER][index],
                     scorer=self._name,
-                    scorer_version=self.version,
+                    scorer_version=version,
                     step_ends=ends,
                     step_rewards=None if ends is None else own.step_rewards,
                 )
@@ -159,8 +195,17 @@ class Scorer:
             ticket=group.ticket,
             prompt=group.prompt,
             scored=tuple(scored),
-            greedy_reward=None if group.greedy is None else scores[-1].reward,
+            greedy_reward=None if group.greedy is None else all_scores[-1].reward,
         )
+
+    def _scores(
+        self, found: ScorePart, num_steps: Sequence[int], group: RolloutGroup
+    ) -> list[Scores]:
+        try:
+            return scores(found, self._config.scoring, num_steps, group.group_id)
+        except InfiniteSum:
+            self._totals.add("errors/sum/infinite")
+            raise
 
     def stats(self) -> dict[str, float]:
         """Totals: groups, rollouts, seconds, hits and misses of the cache, and for each kind seen
@@ -213,29 +258,23 @@ class Scorer:
     def _step_ends(
         self, rollout: Rollout, text: str, spans: Sequence[tuple[int, int]]
     ) -> np.ndarray | None:
-        if not self._rewards.pays_steps or self._tokenizer is None:
+        if not self._config.scoring.pays_steps or self._tokenizer is None:
             return None
         silent = frozenset(self._tokenizer.all_special_ids)
         return step_ends(self._text, rollout.response_ids.tolist(), silent, text, spans)
 
-    def _reference_logprobs(self, group: RolloutGroup) -> list[np.ndarray] | None:
-        if self._reference is None:
-            return None
-        if not self._reference_is_given:
+    def _model_logprobs(self, group: RolloutGroup) -> dict[str, list[np.ndarray]]:
+        """By model, of those that are served."""
+        if self._reference is not None and not self._reference_is_given:
             raise WorkerError(
                 f"{self._name}: no reference was given to this worker; call load_reference first"
             )
-        return self._logprobs("reference", self._reference.logprobs, group)
-
-    def _exact_logprobs(self, group: RolloutGroup) -> list[np.ndarray] | None:
-        if self._exact is None:
-            return None
-        return self._logprobs("exact_logprobs", self._exact.logprobs, group)
-
-    def _teacher_logprobs(self, group: RolloutGroup) -> list[np.ndarray] | None:
-        if self._teacher is None:
-            return None
-        return self._logprobs("teacher", self._teacher.logprobs, group)
+        models = {REFERENCE: self._reference, EXACT: self._exact, TEACHER: self._teacher}
+        return {
+            name: self._logprobs(name, model.logprobs, group)
+            for name, model in models.items()
+            if model is not None
+        }
 
     def _logprobs(
         self,
@@ -252,7 +291,7 @@ class Scorer:
     def _new_reference(self) -> Reference:
         from rlhf_cluster.scoring.reference import Reference
 
-        scoring = self._config.scoring
+        scoring = self._scoring
         return Reference(
             self._model_dir,
             scoring.dtype,
@@ -266,7 +305,7 @@ class Scorer:
         from rlhf_cluster.scoring.exact import ExactLogprobs
         from rlhf_cluster.scoring.frozen import FrozenPolicy
 
-        scoring = self._config.scoring
+        scoring = self._scoring
         model = FrozenPolicy(
             "exact log-probabilities",
             self._model_dir,

@@ -14,11 +14,12 @@ import ray
 from ray.exceptions import RayTaskError
 
 from actors.calls import WorkerDied, answer, core_answer
-from actors.clients import RayGeneration, RayScoring
+from actors.clients import RayGeneration
 from actors.core import Core, Member
 from actors.engine import LoadedWeights
 from actors.learner import LearnerActor, RayLearner
 from actors.pool import PoolLimits, Worker, WorkerPool
+from actors.scoring_client import RayScoring
 from actors.services import Launcher
 from rlhf_cluster.errors import (
     CoreLost,
@@ -273,5 +274,5 @@ async def test_scoring_workers_forget_versions_where_they_keep_any(keeps: bool):
     worker = engine_worker(forget_versions=lambda: Reference().answered())
     pool = pool_of(worker, [])
     await pool.start(1)
-    await RayScoring(pool, tiny_config(scoring={"exact_logprobs": keeps})).begin_anew()
+    await RayScoring({"scoring": pool}, tiny_config(scoring={"exact_logprobs": keeps})).begin_anew()
     assert worker.actor.calls == ["forget_versions"] * keeps

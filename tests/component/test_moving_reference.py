@@ -47,21 +47,38 @@ def loaded_references(run, worker: str) -> dict[str, str]:
     return dict(re.findall(r"reference of version (\d+) loaded, digest (\w+)", text))
 
 
-def test_a_scoring_worker_that_joins_late_holds_the_reference_of_the_others(start_run, ray_address):
+def test_a_worker_that_joins_the_references_pool_late_holds_that_of_the_others(
+    start_run, ray_address
+):
+    apart = {"policies": {"serves": ["reference", "exact_logprobs"], "num_cpus": 0.25}}
     run = start_run(
         run={"steps": 400, "groups_per_step": 4},
         algorithm=KL,
-        scoring={**SCORING, "reference_update": {"type": "ema", "every": 2, "decay": 0.9}},
+        scoring={
+            **SCORING,
+            "reference_update": {"type": "ema", "every": 2, "decay": 0.9},
+            "pools": apart,
+        },
     )
     run.script(generate_delay_s=0.15)
     run.wait_for(lambda s: s.step >= 3, "three steps")
-    grown = scale(run.path, {"scoring": 2}, ray_address)
-    assert grown == {"scoring": "scoring: 2 workers"}
-    first, late = (loaded_references(run, f"scoring-{number}") for number in (0, 1))
+    grown = scale(run.path, {"policies": 2, "silver": 3}, ray_address)
+    assert grown == {
+        "policies": "policies: 2 workers",
+        "silver": "refused: no pool 'silver'. Pools: generation, scoring, policies",
+    }
+    first, late = (loaded_references(run, f"policies-{number}") for number in (0, 1))
     assert "0" in first
     assert "0" not in late, "the reference had moved"
     common = first.keys() & late.keys()
     assert common, "it was given the reference before it counted as a worker"
     assert {v: first[v] for v in common} == {v: late[v] for v in common}
+    assert loaded_references(run, "scoring-0") == {}, "it rewards, joins and stores"
+    records = run.metrics()
+    assert sum(r.get("time/pool_busy_s/policies", 0.0) for r in records) > 0
+    assert any("advisor/gain/policies" in r for r in records)
+    last = next(r for r in reversed(records) if "reward/mean" in r)
+    assert last["learner/kl_ref"] >= 0
+    assert last["importance/engine_mismatch_mean"] > 0.1, "exact log-probabilities came along"
     run.process.send_signal(signal.SIGTERM)
     run.finish()

@@ -1,4 +1,4 @@
-"""On-policy distillation through the asynchronous loop: a teacher in the scoring pool."""
+"""On-policy distillation through the asynchronous loop: a teacher in a pool of its own."""
 
 from rlhf_cluster.learning.make_model import make_model
 from tests.configs import tiny_config
@@ -14,7 +14,10 @@ def test_a_teacher_rates_the_tokens_that_were_sampled_until_the_policy_leaves_it
     run = start_run(
         run={"steps": 3, "groups_per_step": 4, "seed": 0},
         algorithm={"type": "on_policy_distillation", "group_size": 4, "reward_coef": 1.0},
-        scoring={"teacher": str(teacher)},
+        scoring={
+            "teacher": str(teacher),
+            "pools": {"teachers": {"serves": ["teacher"], "num_cpus": 0.25}},
+        },
     )
     code, output = run.finish(300)
     assert code == 0, output

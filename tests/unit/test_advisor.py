@@ -14,6 +14,7 @@ GENERATION = {"generate_s": 4.0 / GROUPS, "score_s": 0.2 / GROUPS, "train_s": 1.
 SCORING = {"generate_s": 0.5 / GROUPS, "score_s": 6.0 / GROUPS, "train_s": 1.0}
 LEARNER = {"generate_s": 1.0 / GROUPS, "score_s": 0.3 / GROUPS, "train_s": 2.0}
 SYNCHRONOUS = {"max_staleness": 0, "depth": 0}
+PROXIES = {"proxies": 1, "proxy_s": 6.0 / GROUPS}
 
 
 def record(step: int, step_s=1.0, wait_s=0.0, idle_s=0.0, busy_s=1.0, scoring_s=0.1, workers=1):
@@ -35,6 +36,9 @@ CASES = [
     ("generation", {**GENERATION, **SYNCHRONOUS, "generation": 2}),
     ("generation", {**GENERATION, "depth": 1, "max_staleness": 1, "generation": 2}),
     *(("scoring", {**SCORING, "scoring": n}) for n in (1, 2)),
+    *(("proxies", {**SCORING, "score_s": 0.5 / GROUPS, **PROXIES, "proxies": n}) for n in (1, 2)),
+    ("generation", {**GENERATION, "score_s": 1.0 / GROUPS, **PROXIES, "proxy_s": 1.0 / GROUPS}),
+    ("proxies", {**SCORING, "score_s": 1.0 / GROUPS, **PROXIES, **SYNCHRONOUS}),
     ("learner", LEARNER),
     ("learner", {**LEARNER, "generation": 3}),
 ]
@@ -46,9 +50,11 @@ def test_following_the_advice_gives_what_it_foretold(bound, numbers):
     advice = advise(before.records)
     assert advice is not None
     assert advice.bound == bound
-    for station, key in (("generation", "generation"), ("scoring", "scoring"), ("learner", "")):
+    for station in advice.gains:
         now = replace(before, records=[])
-        change = {key: getattr(now, key) + 1} if key else {"train_s": now.train_s / 2}
+        change = {"train_s": now.train_s / 2}
+        if station != "learner":
+            change = {station: getattr(now, station) + 1}
         gain = before.step_s / replace(now, **change).run().step_s
         assert advice.gains[station] == pytest.approx(gain, rel=TOLERANCE), station
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.control_channel import Wish
 from actors.supervisor import Supervisor
 from rlhf_cluster.autoscale import HELD, REFUSED, REVERSAL, Autoscaler, Decision
 from rlhf_cluster.config import RunConfig, validate
@@ -367,6 +368,33 @@ async def test_a_refusal_is_told_and_does_not_end_the_run():
     await watched(pools, observer, Autoscaler(BOTH, {}))
     assert observer.events[-1] == "scale generation to 2: refused: no node has room"
     assert (pools[0].wanted, pools[0].num_autoscaled) == (1, 0)
+
+
+async def test_a_pool_that_there_is_not_is_refused_by_name():
+    class Asked(FakeControl):
+        """One wish, and its answer."""
+
+        async def exchange(self, status) -> list[Wish]:
+            sizes = {"genration": 2, "learner": 2}
+            return [] if told else [Wish(number=1, sizes=sizes, actor=None)]
+
+        async def answer(self, wish, results) -> None:
+            told.append(results)
+            observer.told.set()
+
+    told: list[dict[str, str]] = []
+
+    pools, observer = [FakePool("generation"), FakePool("proxies")], FakeObserver(None)
+    supervisor = Supervisor(Asked(), pools, observer, look_every_s=0.001)
+    started = asyncio.get_running_loop().create_future()
+    started.set_result(None)
+    async with asyncio.timeout(30), supervisor.watching(started):
+        await observer.told.wait()
+    assert told[0] == {
+        "genration": "refused: no pool 'genration'; did you mean 'generation'?",
+        "learner": "refused: no pool 'learner'. Pools: generation, proxies",
+    }
+    assert not any(pool.resized for pool in pools)
 
 
 async def test_nothing_is_decided_while_a_worker_is_missing():

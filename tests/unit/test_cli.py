@@ -162,8 +162,6 @@ def test_logs_are_merged_or_of_one_process(finished, capsys):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("genration=2", "did you mean 'generation'"),
-        ("learner=2", "unknown pool 'learner'. Pools: generation, scoring"),
         ("generation", "expected POOL=WORKERS"),
         ("generation=two", "found 'two'"),
         ("generation=0", "at least 1, found '0'"),

@@ -4,7 +4,7 @@ import json
 import typing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,47 +19,12 @@ from rlhf_cluster.observe.parts import part_means, scoring_totals
 from rlhf_cluster.observe.samples import read_samples, write_samples
 from rlhf_cluster.pipeline import StepTimes
 from rlhf_cluster.ports import Taken
-from rlhf_cluster.rewards.failure import RewardFailure
 from rlhf_cluster.rewards.judge import JudgeConfig
 from rlhf_cluster.scoring.scorer import Scorer
 from tests import tiny_llama
 from tests.configs import tiny_config
 from tests.rewarding import make_group, make_prompt, make_rollouts
-
-RESPONSES = ([5, 6, 1], [5, 1], [7, 1], [8, 8, 1])
-
-
-class Scripted:
-    """Gives what the prompt's column of its `target_column` holds, and remembers what it was asked."""
-
-    asked: ClassVar[list[tuple[str, int]]] = []
-
-    def __init__(self, config: Any, context: Any) -> None:
-        self._column = config.target_column
-
-    def score(self, prompt, rollouts, completions):
-        Scripted.asked.append((self._column, len(rollouts)))
-        found = prompt.columns[self._column]
-        if found == "fail":
-            raise RewardFailure("it is gone", "died")
-        return found[: len(rollouts)] if isinstance(found, list) else found
-
-    def close(self) -> None:
-        pass
-
-
-class Telling(Scripted):
-    """An ensemble whose members gave the columns `one` and `two`."""
-
-    version = "weights"
-
-    def __init__(self, config: Any, context: Any) -> None:
-        pass
-
-    def score_in_detail(self, prompt, rollouts, completions):
-        Scripted.asked.append(("ensemble", len(rollouts)))
-        words = [float(len(text.split())) for text in completions]
-        return words, {"0": words, "1": [2 * w for w in words], "disagreement": [0.5] * len(words)}
+from tests.scripted_rewards import ENSEMBLE, RESPONSES, Scripted, Telling, named
 
 
 class Run:
@@ -97,11 +62,19 @@ def score(model_dir, monkeypatch):
     return build
 
 
-def named(name: str, **keys: Any) -> dict[str, Any]:
-    return {"type": "exact_match", "name": name, "target_column": name, **keys}
+def step_times() -> StepTimes:
+    return StepTimes(
+        step_s=1.0,
+        learner_wait_s=1.0,
+        generation_wait_s=1.0,
+        train_s=1.0,
+        publish_wait_s=1.0,
+        generation_busy_s=1.0,
+        scoring_busy_s=1.0,
+        pool_busy_s={"proxies": 1.0},
+    )
 
 
-ENSEMBLE = {"type": "ensemble", "paths": ["a", "b"], "name": "ens"}
 GOLD = [1.0, 0.0, 0.5, 2.0]
 
 
@@ -249,7 +222,6 @@ def test_the_version_changes_with_what_decides_scores_and_with_nothing_else(scor
     def version(*configured, **scoring):
         run = score(*configured, **scoring)
         [found] = {s.scorer_version for s in run(gold=GOLD).scored}
-        assert found == run.scorer.version
         return found
 
     base = version(named("gold"), ENSEMBLE)
@@ -280,7 +252,7 @@ def test_parts_and_what_is_watched_stand_in_store_samples_and_metrics(score, tmp
     rows = read_samples(path)
     assert [json.loads(row["watched"]) for row in rows] == [s.watched for s in group.scored]
     assert {row["scorer_version"] for row in rows} == {group.scored[0].scorer_version}
-    times = StepTimes(**dict.fromkeys(StepTimes.__dataclass_fields__, 1.0))
+    times = step_times()
     taken = [Taken(ticket=group.ticket, handle=None, summary=group.summary())]
     values = group_metrics(taken, times)
     assert (values["reward/part/gold"], values["reward/part/proxy"]) == (0.875, 2.5)
@@ -291,7 +263,7 @@ def test_a_replayed_group_counts_in_the_size_of_a_step_and_not_in_its_rewards(sc
     """Each group's rewards are in the metrics of one step."""
     run = score(named("gold"))
     fresh, old = (run(gold=[value] * 4) for value in (1.0, 9.0))
-    times = StepTimes(**dict.fromkeys(StepTimes.__dataclass_fields__, 1.0))
+    times = step_times()
     taken = [
         Taken(ticket=group.ticket, handle=None, summary=group.summary(), uses=uses)
         for uses, group in enumerate((fresh, old))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,19 @@ from actors.scoring import ScoringWorker
 from rlhf_cluster.errors import StoreError
 from rlhf_cluster.experience.store import ExperienceStore
 from rlhf_cluster.records import ExperienceGroup, RolloutGroup, Ticket
+from rlhf_cluster.scoring.parts import ScorePart
 from tests.configs import tiny_config
 from tests.fakes import make_group, make_prompt, make_rollout, make_version
 
 
 class FakeScorer:
-    def score(self, group: RolloutGroup, with_logprobs: bool) -> ExperienceGroup:
+    def part(self, group: RolloutGroup, with_logprobs: bool) -> ScorePart:
+        return ScorePart(versions={"gold": group.group_id} if with_logprobs else {})
+
+    def join(
+        self, group: RolloutGroup, parts: Sequence[ScorePart], with_logprobs: bool
+    ) -> ExperienceGroup:
+        assert all(part.versions == {"gold": group.group_id} for part in parts) or not with_logprobs
         return make_group(group.ticket, group.prompt, [1.0], version=3)
 
     def load_reference(self, version: Any) -> None:
@@ -47,6 +55,16 @@ def test_the_file_says_with_which_reference_it_was_scored(tmp_path):
     scoring = worker(tmp_path)
     scoring.load_reference(make_version(6))
     scoring.score(group())
+    assert ExperienceStore(tmp_path).header(4).newest_version == 6
+
+
+def test_a_part_is_not_stored_and_takes_its_reference_along(tmp_path):
+    other, own = worker(tmp_path / "x"), worker(tmp_path)
+    other.load_reference(make_version(6))
+    number, part = other.score_part(group())
+    assert (number, part.reference_version) == (1, 6)
+    assert not (tmp_path / "x").exists()
+    own.join(group(), own.score_part(group())[1], part)
     assert ExperienceStore(tmp_path).header(4).newest_version == 6
 
 

@@ -237,9 +237,10 @@ def test_a_model_learns_to_tell_steps_it_has_not_seen_and_serves_as_a_reward(
     final = export_hf(version, tiny_model_dir, tmp_path / "final", num_values=1)
     config = ProcessRewardConfig(path=str(final), dtype="float32", reduce="none")
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    rewards = Rewards(Scoring(rewards=[config], step_separator="; "), Totals())
+    scoring = Scoring(rewards=[config], step_separator="; ")
+    assert scoring.pays_steps
+    rewards = Rewards(scoring, Totals())
     rewards.build(str(tmp_path / "tokenizer"), "cpu")
-    assert rewards.pays_steps
     reward = rewards._built["process_reward_model"]
     assert isinstance(reward, ProcessReward)
     assert reward._separator == "; "

@@ -17,6 +17,7 @@ from rlhf_cluster.observe.samples import Row
 from rlhf_cluster.observe.snapshot import who_waits
 
 MAX_PARTS = 8  # colours
+GAIN = "advisor/gain/"
 MAX_TEXT = 4000  # characters of a prompt or response
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -24,15 +25,6 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-a
 CHARTS: Sequence[tuple[str, Sequence[tuple[str, str]], str]] = (
     ("Reward", (("reward/mean", "mean of the step"), ("evaluation/reward_mean", "held-out")), ""),
     ("Staleness [steps]", (("staleness/max", "largest"), ("staleness/mean", "mean")), ""),
-    (
-        "Gain of one more worker, predicted",
-        (
-            ("advisor/gain/generation", "generation"),
-            ("advisor/gain/scoring", "scoring"),
-            ("advisor/gain/learner", "learner twice as fast"),
-        ),
-        "1 is nothing. The largest is the bottleneck.",
-    ),
     ("Response [tokens]", (("response/length_mean_tokens", "mean length"),), ""),
     (
         "Policy [nats]",
@@ -193,6 +185,7 @@ def _curves(runs: Sequence[RunRecord]) -> Iterator[str]:
         if title.startswith("Staleness"):
             note = "Shares of the step's wall time, mean over ten steps."
             found.append(("Who waits for whom", list(_waits(runs)), note))
+            found.append(_gains(runs))
     full = [(title, curves, note) for title, curves, note in found if any(c.points for c in curves)]
     for title, curves, note in full or found:
         yield chart(title, curves, note=note)
@@ -209,6 +202,15 @@ def _of_all(runs: Sequence[RunRecord], names: Sequence[tuple[str, str]]) -> Iter
                 colour=i if several else k,
                 style=3 if name == _POINTS else k % 3 if several else 0,
             )
+
+
+def _gains(runs: Sequence[RunRecord]) -> tuple[str, list[Curve], str]:
+    """Of a worker more in any pool."""
+    names = sorted({n for run in runs for r in run.records for n in r if n.startswith(GAIN)})
+    labels = [(n, n.removeprefix(GAIN)) for n in names[:MAX_PARTS]]
+    shown = [(n, f"{own} twice as fast" if own == "learner" else own) for n, own in labels]
+    note = "1 is nothing. The largest is the bottleneck."
+    return "Gain of one more worker, predicted", list(_of_all(runs, shown)), note
 
 
 def _waits(runs: Sequence[RunRecord]) -> Iterator[Curve]:
