@@ -71,6 +71,7 @@ def build_rewards(
     device: str,
     wait_timeout_s: float = 300.0,
     step_separator: str = "\n",
+    batch_groups: int = 1,
 ) -> dict[str, tuple[Reward | StepReward, float]]:
     """Each reward, ready to score, and its weight, by name and in the order of `configs`.
 
@@ -79,6 +80,7 @@ def build_rewards(
         device: torch device of reward models.
         wait_timeout_s: how long a group may wait for a reward that other groups hold.
         step_separator: of the reasoning steps of a response.
+        batch_groups: how many may share the passes of a model.
 
     Raises:
         ConfigError, DataError: one cannot serve; those already built are closed.
@@ -88,6 +90,7 @@ def build_rewards(
         device=device,
         wait_timeout_s=wait_timeout_s,
         step_separator=step_separator,
+        batch_groups=batch_groups,
     )
     built: dict[str, tuple[Reward | StepReward, float]] = {}
     try:

@@ -98,6 +98,7 @@ class RewardContext:
     device: str = "cpu"
     wait_timeout_s: float = 300.0  # for a child process or model that other groups hold
     step_separator: str = "\n"  # of the reasoning steps of a response
+    batch_groups: int = 1  # that may share the passes of a model
 
 
 class Reward(Protocol):

@@ -13,7 +13,6 @@ Shapes: B sequences, S positions.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,6 +26,7 @@ from rlhf_cluster.learning.packing import plan
 from rlhf_cluster.records import Prompt, Rollout
 from rlhf_cluster.rewards.base import RewardContext, RewardSection
 from rlhf_cluster.rewards.failure import RewardFailure
+from rlhf_cluster.scoring.together import Together
 from rlhf_cluster.weights.hashing import digest_of
 
 if TYPE_CHECKING:
@@ -67,7 +67,6 @@ class RewardModel:
         """Loads the model. Raises `ConfigError` or `DataError` when it cannot serve."""
         self._config = config
         self._device = context.device
-        self._wait_timeout_s = context.wait_timeout_s
         self._model = _load(config, context.device)
         self._tokenizer: PreTrainedTokenizerBase | None = None
         if config.tokenizer == "own":
@@ -78,7 +77,17 @@ class RewardModel:
         self._vocab_size = text_config.vocab_size
         positions = getattr(text_config, "max_position_embeddings", None)
         self._max_tokens = min(config.tokens_per_batch, positions or config.tokens_per_batch)
-        self._lock = threading.Lock()
+        self._together: Together[tuple[Array, Array], Array] = Together(
+            self._forward,
+            size=lambda item: len(item[0]),
+            budget=config.tokens_per_batch,
+            max_calls=context.batch_groups,
+            timeout_s=context.wait_timeout_s,
+            late=lambda: RewardFailure(
+                f"the reward model was busy for {context.wait_timeout_s:g} s. Add scoring workers",
+                "busy",
+            ),
+        )
         self._version = digest_of((n, t.cpu()) for n, t in self._model.state_dict().items())
 
     @property
@@ -101,18 +110,9 @@ class RewardModel:
 
         Raises `RewardFailure` as `score`.
         """
-        # Waits for: other groups' passes, each of which takes part of a second.
-        if not self._lock.acquire(timeout=self._wait_timeout_s):
-            raise RewardFailure(
-                f"the reward model was busy for {self._wait_timeout_s:g} s. Add scoring workers",
-                "busy",
-            )
-        try:
-            for rollout, ids in zip(rollouts, sequences, strict=True):
-                self._check_sequence(rollout, ids)
-            return self._forward(sequences, places)
-        finally:
-            self._lock.release()
+        for rollout, ids in zip(rollouts, sequences, strict=True):
+            self._check_sequence(rollout, ids)
+        return self._together(list(zip(sequences, places, strict=True)))
 
     def close(self) -> None:
         """Nothing to release: the model goes with the worker."""
@@ -139,9 +139,10 @@ class RewardModel:
                 "tokens",
             )
 
-    def _forward(self, sequences: Sequence[Array], places: Sequence[Array]) -> list[Array]:
+    def _forward(self, items: Sequence[tuple[Array, Array]]) -> list[Array]:
         import torch
 
+        sequences, places = [ids for ids, _ in items], [places for _, places in items]
         budget = self._config.tokens_per_batch
         batches = plan([len(ids) for ids in sequences], 1, budget, budget, "padded")[0]
         found: dict[int, Array] = {}

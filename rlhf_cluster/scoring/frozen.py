@@ -29,6 +29,7 @@ from rlhf_cluster.learning.int8 import Linear8bit, quantize_linear
 from rlhf_cluster.learning.packing import MicroBatch, TokenSequence, collate, plan
 from rlhf_cluster.learning.policy import checkpoint_name, load_policy
 from rlhf_cluster.records import Rollout
+from rlhf_cluster.scoring.together import Together
 from rlhf_cluster.weights.assemble import check_names
 
 Array = np.ndarray
@@ -73,10 +74,7 @@ class FrozenPolicy:
         Waits for: other groups' passes. Raises `StalledError` past the deadline.
         """
         if not self._lock.acquire(timeout=self._wait_timeout_s):
-            raise StalledError(
-                f"the {self._name} model was busy for {self._wait_timeout_s:g} s; add scoring "
-                "workers"
-            )
+            raise self._busy()
         try:
             yield
         finally:
@@ -109,7 +107,7 @@ class FrozenPolicy:
                     f"{rollout.temperature:g}: greedy sampling has no distribution to compare "
                     f"with. Score it without the {self._name} model"
                 )
-            num_inputs = len(rollout.prompt_ids) + len(rollout.response_ids) - 1
+            num_inputs = _num_inputs(rollout)
             if num_inputs > self._tokens_per_batch:
                 raise ScoringError(
                     f"rollout {rollout.rollout_id} has {num_inputs} positions, over "
@@ -125,6 +123,28 @@ class FrozenPolicy:
             values = self._forward([rollouts[i] for i in indices], temperature)
             found.update(zip(indices, values, strict=True))
         return [found[i] for i in range(len(rollouts))]
+
+    def together(self, max_groups: int) -> Together[Rollout, Array]:
+        """`logprobs` of groups that wait for the model at the same time, held for all of them; `check`
+        is the caller's."""
+
+        def compute(rollouts: list[Rollout]) -> list[Array]:
+            with self.held():
+                return self.logprobs(rollouts)
+
+        return Together(
+            compute,
+            size=_num_inputs,
+            budget=self._tokens_per_batch,
+            max_calls=max_groups,
+            timeout_s=self._wait_timeout_s,
+            late=self._busy,
+        )
+
+    def _busy(self) -> StalledError:
+        return StalledError(
+            f"the {self._name} model was busy for {self._wait_timeout_s:g} s; add scoring workers"
+        )
 
     def _quantize(self) -> None:
         quantize_linear(self._policy.lm.base_model, f"the {self._name} model")
@@ -158,3 +178,7 @@ class FrozenPolicy:
             temperature=temperature,
         )
         return logprobs.float().cpu().numpy()
+
+
+def _num_inputs(rollout: Rollout) -> int:
+    return len(rollout.prompt_ids) + len(rollout.response_ids) - 1

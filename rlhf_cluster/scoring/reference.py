@@ -22,7 +22,7 @@ from rlhf_cluster.weights.store import read
 
 
 class Reference:
-    """Several threads may call it; they take turns."""
+    """Several threads may call it; they take turns, `batch_groups` of them at once."""
 
     def __init__(
         self,
@@ -32,11 +32,13 @@ class Reference:
         tokens_per_batch: int,
         wait_timeout_s: float = 300.0,
         quantization: FrozenQuantization | None = None,
+        batch_groups: int = 1,
     ) -> None:
         """Loads the model of `model_dir`, the reference until `load`. Raises `ConfigError`."""
         self._model = FrozenPolicy(
             "reference", model_dir, dtype, device, tokens_per_batch, wait_timeout_s, quantization
         )
+        self._together = self._model.together(batch_groups)
 
     def load(self, version: WeightVersion) -> None:
         """Make the weights of `version` the reference.
@@ -57,5 +59,4 @@ class Reference:
             StalledError: other groups held the model past the deadline.
         """
         self._model.check(rollouts)
-        with self._model.held():
-            return self._model.logprobs(rollouts)
+        return self._together(rollouts)

@@ -58,6 +58,7 @@ class Rewards:
             device,
             scoring.request_timeout_s,
             scoring.step_separator,
+            scoring.batch_groups,
         )
         self._built = {name: reward for name, (reward, _) in built.items()}
         self.versions = {n: reward_version(self._configs[n], r) for n, r in self._built.items()}

@@ -299,6 +299,7 @@ class Scorer:
             scoring.tokens_per_batch,
             scoring.request_timeout_s,
             scoring.quantization,
+            scoring.batch_groups,
         )
 
     def _new_exact(self) -> ExactLogprobs:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Teacher:
-    """Several threads may call it; they take turns."""
+    """Several threads may call it; they take turns, `scoring.batch_groups` of them at once."""
 
     def __init__(
         self, folder: str, scoring: Scoring, tokenizer: PreTrainedTokenizerBase, device: str
@@ -38,6 +38,7 @@ class Teacher:
             scoring.request_timeout_s,
             scoring.quantization,
         )
+        self._together = self._model.together(scoring.batch_groups)
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
         """[T] float32 for each rollout, in nats, at its temperature.
@@ -48,5 +49,4 @@ class Teacher:
             StalledError: other groups held the model past the deadline.
         """
         self._model.check(rollouts)
-        with self._model.held():
-            return self._model.logprobs(rollouts)
+        return self._together(rollouts)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -175,10 +174,8 @@ def test_a_missing_folder_is_a_configuration_error(policy_dir, tmp_path):
 def test_a_group_that_finds_the_model_busy_fails_by_its_deadline(model_dir, policy_dir):
     reward = load(model_dir, policy_dir, wait_timeout_s=0.05)
     prompt = make_prompt(ids=[2, 3, 4])
-    holder = threading.Thread(target=reward._lock.acquire)
-    holder.start()
-    holder.join()
+    reward._together._is_busy = True  # another group is served
     with pytest.raises(RewardFailure, match=r"busy for 0\.05 s"):
         reward.score(prompt, make_rollouts(prompt, [[5]]), [""])
-    reward._lock.release()
+    reward._together._end_round([])
     assert len(reward.score(prompt, make_rollouts(prompt, [[5]]), [""])) == 1
