@@ -27,6 +27,7 @@ from rlhf_cluster.experience.replay import replay_pool
 from rlhf_cluster.experience.service import Answer, BufferService
 from rlhf_cluster.experience.staleness import AdmissionGate
 from rlhf_cluster.observe.logs import configure
+from rlhf_cluster.observe.resident import resident_bytes
 from rlhf_cluster.ports import Handle, Taken
 from rlhf_cluster.records import GroupSummary, Ticket
 
@@ -109,6 +110,7 @@ class BufferActor:
     async def stats(self) -> BufferStats:
         stats = await self._service.stats()
         self._metrics.record(buffer_metrics(stats))
+        self._metrics.gauge("buffer/resident_bytes", resident_bytes())
         return stats
 
 

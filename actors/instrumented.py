@@ -20,6 +20,7 @@ from rlhf_cluster.errors import RlhfError
 from rlhf_cluster.experience.recovery import store_of
 from rlhf_cluster.observe.logs import configure
 from rlhf_cluster.observe.parts import scoring_totals
+from rlhf_cluster.observe.resident import resident_bytes
 from rlhf_cluster.records import (
     ExperienceGroup,
     GroupSummary,
@@ -39,6 +40,11 @@ ENGINE_GAUGES = {
     "engine/num_running": "generation/requests_running",
     "engine/num_waiting": "generation/requests_waiting",
     "engine/kv_cache_use_fraction": "generation/kv_cache_use_fraction",
+}
+ENGINE_TOTALS = {
+    f"engine/{name}": f"generation/{name}"
+    for kind in ("prefix", "prefix_hit", "draft", "draft_accepted")
+    for name in (f"{kind}_tokens_total",)
 }
 
 
@@ -71,6 +77,8 @@ class GenerationActor(GenerationWorker):
             self._metrics.count("generation/prompt_tokens_total", len(prompt.token_ids))
         if isinstance(group, RolloutGroup):
             rollout = group.rollouts[0]
+            for response in group.rollouts:
+                self._metrics.count(f"generation/responses_total/{response.finish_reason}")
             self._metrics.count("generation/groups_total")
             self._metrics.observe("generation/group_s", rollout.finished_s - rollout.started_s)
         return meta, group
@@ -97,6 +105,10 @@ class GenerationActor(GenerationWorker):
         for key, name in ENGINE_GAUGES.items():
             if key in stats:
                 self._metrics.gauge(name, stats[key])
+        for key, name in ENGINE_TOTALS.items():
+            if key in stats:
+                self._metrics.count_up_to(name, stats[key])
+        self._metrics.gauge("generation/resident_bytes", resident_bytes())
         return answer
 
 
@@ -125,6 +137,7 @@ class ScoringActor(ScoringWorker):
         """Answered in a thread of its own: hanging rewards must not look like a dead worker."""
         answer = super().health()
         self._metrics.gauge("scoring/groups_running", answer["num_in_flight"])
+        self._metrics.gauge("scoring/resident_bytes", resident_bytes())
         for name, total in scoring_totals(self.stats()).items():
             self._metrics.count_up_to(name, total)
         return answer

@@ -10,7 +10,7 @@ import logging
 import math
 import shutil
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +29,7 @@ from rlhf_cluster.observe import advisor
 from rlhf_cluster.observe.metric import Role
 from rlhf_cluster.observe.metrics import find
 from rlhf_cluster.observe.parts import part_means
+from rlhf_cluster.observe.resident import resident_bytes
 from rlhf_cluster.observe.run_log import read_metrics
 from rlhf_cluster.observe.snapshot import Pool, Snapshot, State
 from rlhf_cluster.pipeline import StepTimes
@@ -62,6 +63,7 @@ class RunObserver(Observer[RunConfig]):
         self._recent: deque[dict[str, float]] = deque(maxlen=advisor.WINDOW)
         self._buffer: BufferStats | None = None
         self._num_recovered = 0
+        self._staleness: Counter[int] = Counter()  # rollouts trained, since this process began
         self.advice: advisor.Advice | None = None  # of the last steps
         first = Snapshot(
             run=config.run.name,
@@ -80,6 +82,7 @@ class RunObserver(Observer[RunConfig]):
             **report.metrics,
             **group_metrics(taken, times),
             **replay_metrics(taken, self._config),
+            **self._trained_by_staleness(report.step, taken),
             **self._counters(),
             "step/number": float(report.step),
             "staleness/bound": float(self._config.staleness.bound),
@@ -106,6 +109,12 @@ class RunObserver(Observer[RunConfig]):
             generation_wait_s=times.generation_wait_s,
             advice=None if advice is None else advice.text,
         )
+
+    def _trained_by_staleness(self, step: int, taken: Sequence[Taken]) -> dict[str, float]:
+        for group in taken:
+            staleness = step - 1 - group.summary.oldest_version
+            self._staleness[staleness] += group.summary.num_rollouts
+        return {f"staleness/rollouts_total/{s}": float(n) for s, n in self._staleness.items()}
 
     def num_workers(self, kind: str) -> int:
         """Live workers of a pool."""
@@ -181,6 +190,7 @@ class RunObserver(Observer[RunConfig]):
             "weights/refused_total": float(sync.refused),
             "buffer/recovered_total": float(self._num_recovered),
             "run/sinks_dropped_total": float(self._log.num_dropped_sinks),
+            "run/resident_bytes": resident_bytes(),
         }
         for pool in self._pools:
             values[f"pool/size/{pool.kind}"] = float(len(pool.live))

@@ -25,6 +25,7 @@ from actors.calls import core_answer
 from rlhf_cluster.checkpoint.state import LearnerState
 from rlhf_cluster.errors import WorkerError
 from rlhf_cluster.failures import judged
+from rlhf_cluster.observe.resident import resident_bytes
 from rlhf_cluster.slow_disk import Patience
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class RankActor:
         self._rank: Any = None
         self._listener: socket.socket | None = None
         self._store: Any = None
+        self._metrics: Any = None
 
     def warm(self) -> str:
         """Import all that `setup` does, and no more; says which process this is."""
@@ -123,6 +125,8 @@ class RankActor:
     @ray.method(concurrency_group=LIFE_GROUP)
     def present(self, after_s: float) -> None:
         """Answer after so many seconds, whatever the other threads do: the process lives."""
+        if self._metrics is not None:
+            self._metrics.gauge("learner/resident_bytes", resident_bytes())
         time.sleep(after_s)
 
     def _patience(self, timeout_s: float, setting: str) -> Patience:

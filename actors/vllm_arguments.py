@@ -97,6 +97,7 @@ def engine_arguments(config: RunConfig, model_dir: str, worker_name: str) -> dic
         "block_size": generation.block_size,
         "enable_prefix_caching": generation.prefix_caching,
         "speculative_config": generation.speculative,
+        "per_request_spec_decode_metrics": None if generation.speculative is None else "summary",
         "enforce_eager": generation.enforce_eager or not on_gpu,
         "load_format": "safetensors",
         "trust_remote_code": False,

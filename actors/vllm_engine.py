@@ -165,12 +165,17 @@ class VllmEngine(Engine):
     def stats(self) -> Mapping[str, float]:
         """Sequences sampled and queued, share of the KV cache in use, and totals since start."""
         num_running, num_waiting = self._scheduler.get_request_counts()
+        totals = self._requests.totals
         return {
             "num_running": float(num_running),
             "num_waiting": float(num_waiting),
             "kv_cache_use_fraction": float(self._scheduler.get_kv_cache_usage()),
             "num_requests": float(len(self._requests)),
-            "num_tokens_total": float(self._requests.num_tokens),
+            "num_tokens_total": float(totals.num_sampled),
+            "prefix_tokens_total": float(totals.num_prefix),
+            "prefix_hit_tokens_total": float(totals.num_cached),
+            "draft_tokens_total": float(totals.num_drafted),
+            "draft_accepted_tokens_total": float(totals.num_accepted),
             "num_steps_total": float(self._num_steps),
         }
 

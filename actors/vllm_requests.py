@@ -36,6 +36,33 @@ class _InFlight:
     sequences: Sequence[Any]  # vLLM's own requests, one a sample, where salts are kept
 
 
+@dataclass(slots=True)
+class Totals:
+    """Tokens since the start, of answered requests.
+
+    `num_prefix` are prompt tokens that the cache was asked for, `num_cached` those that it had; vLLM
+    tells both of one sample a request, the last to end. Of `num_drafted` proposed tokens `num_accepted`
+    were taken.
+    """
+
+    num_sampled: int = 0
+    num_prefix: int = 0
+    num_cached: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
+
+    def add(self, output: Any) -> None:
+        """`output`: a finished `RequestOutput`."""
+        self.num_prefix += len(output.prompt_token_ids or ())
+        self.num_cached += output.num_cached_tokens or 0
+        for choice in output.outputs:
+            self.num_sampled += len(choice.token_ids)
+            drafts = choice.spec_decode_metrics
+            if drafts is not None:
+                self.num_drafted += drafts.num_draft_tokens
+                self.num_accepted += sum(taken * n for taken, n in enumerate(drafts.histogram))
+
+
 class Requests:
     """All requests of one engine that are not answered yet."""
 
@@ -49,7 +76,7 @@ class Requests:
         self._salt = str(version)
         self._refusals = (ValueError, VLLMClientError)
         self._in_flight: dict[str, _InFlight] = {}
-        self.num_tokens = 0  # sampled since the start, of answered requests
+        self.totals = Totals()
 
     def __len__(self) -> int:
         return len(self._in_flight)
@@ -79,7 +106,7 @@ class Requests:
             except WorkerError as error:
                 answers.append((done.answer, error))
                 continue
-            self.num_tokens += sum(len(sample.token_ids) for sample in samples)
+            self.totals.add(output)
             answers.append((done.answer, samples))
         return answers
 

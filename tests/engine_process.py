@@ -142,6 +142,7 @@ class _Server:
                 "model": draft,
                 "num_speculative_tokens": NUM_DRAFT_TOKENS,
             }
+            self._engine._arguments["per_request_spec_decode_metrics"] = "summary"
         await self._answer(0, self._engine.start())
         while True:
             number, method, arguments = await asyncio.to_thread(self._connection.recv)

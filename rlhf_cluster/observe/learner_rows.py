@@ -33,6 +33,7 @@ def _learner() -> tuple[Metric, ...]:
         ),
         gauge("learner/kl_coef", "1", role, "Weight of the KL term, as the controller left it"),
         gauge("learner/tokens", "tokens", role, "Trained tokens of the step"),
+        gauge("learner/resident_bytes", "bytes", role, "Memory of the rank's process on its host"),
         gauge("learner/rollouts", "1", role, "Rollouts of the step"),
         gauge("learner/dropped_rollouts", "1", role, "Rollouts whose advantages are all zero"),
         gauge("learner/skipped_steps", "1", role, "Steps left out so far: gradient not finite"),

@@ -60,6 +60,15 @@ def rate(name: str, legend: str, by: str = "run") -> Query:
     return Query(expr=f"sum by ({by}) (rate({series(name)}[$__rate_interval]))", legend=legend)
 
 
+def ratio(part: str, whole: str, legend: str, by: str = "run") -> Query:
+    """Of two counters: sums over sums, so that a busy worker counts for more. 0 while the part, which
+    has no series before it first grows, has none."""
+    above, below = (
+        f"sum by ({by}) (rate({series(name)}[$__rate_interval]))" for name in (part, whole)
+    )
+    return Query(expr=f"({above} or 0 * {below}) / {below}", legend=legend)
+
+
 def quantile(name: str, q: float, by: str = "run") -> Query:
     inner = f"sum by ({by}, le) (rate({series(f'{name}_bucket')}[$__rate_interval]))"
     return Query(expr=f"histogram_quantile({q}, {inner})", legend=f"{{{{run}}}} p{q * 100:g}")

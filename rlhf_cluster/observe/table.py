@@ -70,8 +70,16 @@ def _controller() -> tuple[Metric, ...]:
         ),
         gauge("staleness/pipeline_depth", "steps", role, "How far generation may run ahead"),
         gauge("staleness/bound", "steps", role, "Largest staleness that is trained"),
+        counter(
+            "staleness/rollouts_total",
+            "1",
+            role,
+            "Rollouts trained, by the staleness of their group's oldest token",
+            "staleness",
+        ),
         gauge("run/disk_free_fraction", "1", role, "Free share of the disk of the run directory"),
         counter("run/sinks_dropped_total", "1", role, "Sinks of metrics that failed"),
+        gauge("run/resident_bytes", "bytes", role, "Memory of the driver's process"),
     )
 
 
@@ -122,6 +130,17 @@ def _generation() -> tuple[Metric, ...]:
         counter("generation/tokens_total", "tokens", role, "Tokens sampled"),
         counter("generation/prompt_tokens_total", "tokens", role, "Prompt tokens, once a group"),
         counter("generation/groups_total", "1", role, "Groups sampled"),
+        counter("generation/responses_total", "1", role, "Responses, by why they ended", "reason"),
+        counter(
+            "generation/prefix_tokens_total",
+            "tokens",
+            role,
+            "Prompt tokens that the prefix cache was asked for, of one sample a request",
+        ),
+        counter("generation/prefix_hit_tokens_total", "tokens", role, "Of them, those it had"),
+        counter("generation/draft_tokens_total", "tokens", role, "Tokens that the draft proposed"),
+        counter("generation/draft_accepted_tokens_total", "tokens", role, "Of them, those taken"),
+        gauge("generation/resident_bytes", "bytes", role, "Memory of the worker's own process"),
         counter("generation/retries_total", "1", driver, "Groups, or segments, tried again"),
         counter("generation/errors_total", "1", role, "Groups that failed", "reason"),
         counter("generation/segments_total", "1", driver, "Groups sampled, or segments of them"),
@@ -154,8 +173,9 @@ def _scoring() -> tuple[Metric, ...]:
             "reward",
         ),
         gauge("scoring/groups_running", "1", role, "Groups being scored"),
+        gauge("scoring/resident_bytes", "bytes", role, "Memory of the worker's own process"),
         gauge("scoring/reference_version", "1", role, "Policy version behind the reference"),
-        times("scoring/latency_s", role, "Time of one group, all rewards and models"),
+        times("scoring/latency_s", role, "Time of one group at a worker, all that it serves"),
     )
 
 
@@ -173,6 +193,7 @@ def _buffer() -> tuple[Metric, ...]:
             "buffer/reweighted_total", "1", role, "Groups over max_staleness that were trained"
         ),
         gauge("buffer/in_flight", "1", role, "Groups being generated or scored"),
+        gauge("buffer/resident_bytes", "bytes", role, "Memory of the buffer's process"),
         gauge("buffer/ready", "1", role, "Finished groups that wait for the learner"),
         gauge("buffer/oldest_age_s", "s", role, "Since the oldest group not taken was admitted"),
     )

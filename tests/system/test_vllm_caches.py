@@ -80,8 +80,12 @@ async def test_s27_no_request_meets_the_prefix_cache_of_another_version(engine, 
         await engine.load_weights(publish(version, model))
         for turn, expected_hits in enumerate((0, 2 * BLOCK_SIZE)):
             request = make_request(f"v{version}-{turn}", prompt_ids=PROMPT, seed=turn)
+            before = await engine.stats()
             (sample,), num_cached = await engine.generate_counted(request)
             assert num_cached == expected_hits, (version, turn)
+            after = await engine.stats()
+            for name, number in (("prefix", len(PROMPT)), ("prefix_hit", expected_hits)):
+                assert after[f"{name}_tokens_total"] - before[f"{name}_tokens_total"] == number
             assert worst(model, request, sample) < TOLERANCE
 
 

@@ -59,6 +59,10 @@ async def test_s27_a_draft_model_moves_with_the_policy_at_every_update(
         steps = (await engine.stats())["num_steps_total"] - steps
         assert worst(model, request, sample) < TOLERANCE
         assert steps <= len(sample.token_ids) / STEP_TOKENS + 3, "proposals were not taken"
+        stats = await engine.stats()
+        assert stats["draft_tokens_total"] > 0
+        taken = stats["draft_accepted_tokens_total"] / stats["draft_tokens_total"]
+        assert 0.9 <= taken <= 1, "vLLM counts as we do"
         assert sample.version_spans == [(version, 0, len(sample.token_ids))]
         ids = torch.tensor([request.prompt_ids + sample.token_ids])
         with torch.no_grad():

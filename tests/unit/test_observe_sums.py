@@ -1,0 +1,102 @@
+"""What the engines and the driver count: sums and counts, never means of means (S39)."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from actors.observer import RunObserver
+from actors.vllm_requests import Totals
+from rlhf_cluster.observe.metrics import NullMetrics
+from rlhf_cluster.observe.panels import ratio
+from rlhf_cluster.observe.resident import resident_bytes
+from rlhf_cluster.ports import StepReport, Taken
+from rlhf_cluster.records import GroupSummary, Ticket
+from rlhf_cluster.rundir import RunDir
+from rlhf_cluster.weights.sync import SyncStats
+from tests.configs import tiny_config
+from tests.unit.test_scoring_rewarding import step_times
+
+
+def output(prompt: int, cached: int | None, *choices: tuple[int, int, list[int]]):
+    """A finished `RequestOutput`: tokens, and of drafts the proposed and how many steps took n."""
+    return SimpleNamespace(
+        prompt_token_ids=[0] * prompt,
+        num_cached_tokens=cached,
+        outputs=[
+            SimpleNamespace(
+                token_ids=[0] * tokens,
+                spec_decode_metrics=None
+                if not drafted
+                else SimpleNamespace(num_draft_tokens=drafted, histogram=steps),
+            )
+            for tokens, drafted, steps in choices
+        ],
+    )
+
+
+def test_s39_hits_and_accepted_tokens_are_sums_over_requests_of_any_length():
+    totals = Totals()
+    totals.add(output(100, 90, (7, 9, [1, 0, 2]), (3, 0, [])))
+    totals.add(output(10, 0, (5, 3, [0, 3, 0])))
+    totals.add(output(4, None, (1, 0, [])))
+    assert (totals.num_prefix, totals.num_cached) == (114, 90)
+    assert totals.num_sampled == 16
+    assert (totals.num_drafted, totals.num_accepted) == (12, 4 + 3)
+
+
+def test_s39_a_ratio_on_a_dashboard_is_a_sum_over_a_sum():
+    hit, asked = (
+        f'sum by (run) (rate(ray_rlhf_{name}_total{{run=~"$run"}}[$__rate_interval]))'
+        for name in ("hit", "asked")
+    )
+    assert ratio("hit_total", "asked_total", "x").expr == f"({hit} or 0 * {asked}) / {asked}"
+
+
+def taken(number: int, oldest: int, rollouts: int = 2) -> Taken:
+    summary = GroupSummary(
+        group_id=f"g{number}",
+        oldest_version=oldest,
+        num_rollouts=rollouts,
+        num_tokens=4,
+        rewards=(1.0,) * rollouts,
+        longest_tokens=2,
+    )
+    return Taken(ticket=Ticket(number=number, version=oldest), handle=None, summary=summary)
+
+
+def test_rollouts_are_counted_by_staleness_over_the_whole_run(tmp_path):
+    config = tiny_config(run={"root": str(tmp_path)})
+    records: list[dict[str, float]] = []
+    with RunDir.create(config.run_dir, config) as rundir:
+        observer = RunObserver(
+            config, rundir, (), SyncStats, lambda snapshot: None, 0.0, lambda: 1.0
+        )
+        observer._metrics = NullMetrics()  # it checks the names; Ray's is for a cluster
+        observer._metrics.record = records.append  # type: ignore[method-assign]
+        observer.step(StepReport(step=1, metrics={}), [taken(0, 0), taken(1, 0, 3)], step_times())
+        observer.step(StepReport(step=3, metrics={}), [taken(2, 2), taken(3, 1)], step_times())
+        observer.close()
+    name = "staleness/rollouts_total"
+    found = [{k: v for k, v in r.items() if k.startswith(name)} for r in records]
+    assert found == [{f"{name}/0": 5.0}, {f"{name}/0": 7.0, f"{name}/1": 2.0}]
+
+
+def test_the_memory_of_a_process_is_the_kernels_number(tmp_path):
+    assert resident_bytes() > 1 << 20
+    statm = tmp_path / "statm"
+    statm.write_text("100 25 3 1 0 9 0\n")
+    assert resident_bytes(statm) == 25 * 4096 or resident_bytes(statm) % 25 == 0
+    statm.write_text("nonsense")
+    assert math.isnan(resident_bytes(statm))
+    assert math.isnan(resident_bytes(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize("name", ["generation/responses_total", "staleness/rollouts_total"])
+def test_a_count_by_label_needs_its_label(name):
+    metrics = NullMetrics()
+    metrics.count(f"{name}/3")
+    with pytest.raises(Exception, match="needs a label"):
+        metrics.count(name)
