@@ -7,7 +7,10 @@ the new process, its imports, its engine or model, its weights, and one step.
 
     generation, scoring   one worker, replaced by the supervisor
     learner, buffer       both are started again, from the newest checkpoint, under the living pools
+    controller            the control channel, opened anew by the driver; no step waits for it
     driver                all of the run goes with it; until the same command has finished a step
+
+A second run has a hot spare of the learner, and loses only learners, each once the spare is ready.
 
     python benchmarks/recovery.py --repeats 3
 """
@@ -39,6 +42,7 @@ CLASSES = {
     "scoring": "ScoringActor",
     "learner": "LearnerActor",
     "buffer": "BufferActor",
+    "controller": "ControlActor",
 }
 ROLES = (*CLASSES, "driver")
 SETTINGS = (
@@ -56,13 +60,13 @@ LOOK_S = 0.05
 class Victim:
     """One run, found in /proc by its own folder in PYTHONPATH."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, *settings: str) -> None:
+        self._folder, self._settings = folder, settings
         self._path = folder / "recovery"
         self.process = self.start()
 
     def start(self) -> subprocess.Popen[bytes]:
-        settings = (f"run.root={self._folder}", "run.name=recovery", *SETTINGS)
+        settings = (f"run.root={self._folder}", "run.name=recovery", *SETTINGS, *self._settings)
         overrides = [word for setting in settings for word in ("--set", setting)]
         command = [sys.executable, "-m", "rlhf_cluster.cli", "run", str(QUICKSTART), *overrides]
         path = f"{REPOSITORY}{os.pathsep}{self._folder}"
@@ -85,6 +89,11 @@ class Victim:
         """When the newest step was finished, unix time; 0 before the first."""
         records = read_metrics(self._path / "metrics.jsonl")
         return max((r["time_s"] for r in records if "time/step_s" in r), default=0.0)
+
+    def last(self, metric: str) -> float:
+        """Its newest value, 0 before the first."""
+        records = read_metrics(self._path / "metrics.jsonl")
+        return next((r[metric] for r in reversed(records) if r.get(metric) is not None), 0.0)
 
     def processes(self, role: str) -> list[Process]:
         name = f"ray::{CLASSES[role]}"
@@ -110,6 +119,9 @@ class Victim:
             self.wait_for_a_step(time.time())
         self.wait(lambda s: s.checkpoint is not None, "a checkpoint")
 
+    def wait_for_a_spare(self) -> None:
+        self.wait(lambda s: self.last("learner/spares_ready") > 0, "a spare is ready")
+
     def close(self) -> None:
         self.process.send_signal(signal.SIGTERM)
         try:
@@ -130,12 +142,15 @@ def recovery_s(run: Victim, role: str) -> float:
     else:
         (victim, *_) = run.processes(role)
         os.kill(victim.pid, signal.SIGKILL)
-        run.wait(_mended(role, before), f"the {role} is there again")
+        run.wait(_mended(run, role, before), f"the {role} is there again")
     run.wait_for_a_step(time.time() if role != "driver" else started)
     return time.time() - started
 
 
-def _mended(role: str, before: Snapshot) -> Callable[[Snapshot], bool]:
+def _mended(run: Victim, role: str, before: Snapshot) -> Callable[[Snapshot], bool]:
+    if role == "controller":
+        opened = run.last("control/restarts_total")
+        return lambda s: run.last("control/restarts_total") > opened
     if role in ("learner", "buffer"):
         return lambda s: s.restarts > before.restarts and s.state == "running"
     replaced = {pool.name: pool.restarts for pool in before.pools}
@@ -164,9 +179,27 @@ def main() -> None:
                     print(role, runs[role], flush=True)
         finally:
             run.close()
-    figures = {f"{role}_s": spread(times)["median"] for role, times in runs.items()}
-    figures |= {f"{role}_max_s": max(times) for role, times in runs.items()}
+    runs["learner with a spare"] = _with_a_spare(repeats)
+    named = {role.replace(" ", "_"): times for role, times in runs.items()}
+    figures = {f"{role}_s": spread(times)["median"] for role, times in named.items()}
+    figures |= {f"{role}_max_s": max(times) for role, times in named.items()}
+    figures["spare_over_none"] = figures["learner_with_a_spare_s"] / figures["learner_s"]
     write_result("recovery", figures, {"recovery": runs}, machine=before)
+
+
+def _with_a_spare(repeats: int) -> list[float]:
+    found = []
+    with tempfile.TemporaryDirectory(prefix="recovery-") as folder:
+        run = Victim(Path(folder), "learner.spares=1")
+        try:
+            for _ in range(repeats):
+                run.settle()
+                run.wait_for_a_spare()
+                found.append(round(recovery_s(run, "learner"), 2))
+                print("learner with a spare", found, flush=True)
+        finally:
+            run.close()
+    return found
 
 
 if __name__ == "__main__":

@@ -25,7 +25,15 @@ KILLS = [
 def test_a_run_whose_parts_are_killed_one_after_the_other_trains_every_group_once(
     ray_address: str, tmp_path: Path
 ) -> None:
-    subject = Subject(folder=tmp_path, address=ray_address, steps=STEPS, name="under-chaos")
+    """Rewards have a pool of their own: a group is scored by one worker and joined by another."""
+    pools = {"rewards": {"serves": ["exact_match"], "num_cpus": 0.25}}
+    subject = Subject(
+        folder=tmp_path,
+        address=ray_address,
+        steps=STEPS,
+        name="under-chaos",
+        changes={"scoring": {"pools": pools}},
+    )
     monkey, report = chaotic_run(subject, KILLS, find_through_ray(subject), print)
     assert report.violations == [], subject.output.read_text()[-4000:]
     assert [kill.role for kill in monkey.kills] == [kill.role for kill in KILLS]

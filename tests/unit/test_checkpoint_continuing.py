@@ -188,5 +188,15 @@ def test_a_setting_that_the_run_was_begun_without_had_its_default():
     assert found == ["checkpoint.gone = not set, was 5"]
 
 
+def test_a_setting_with_names_of_its_own_stands_beside_no_default():
+    pools = {"proxies": {"serves": ["exact_match"]}}
+    with_them, without = tiny_config(scoring={"pools": pools}), tiny_config()
+    same = describe(with_them)
+    assert differences(same, same, defaults(with_them)) == []
+    found = differences(describe(without), same, defaults(with_them))
+    assert 'scoring.pools.proxies.serves = ["exact_match"], was not set' in found
+    assert all(line.startswith("scoring.pools.proxies.") for line in found)
+
+
 def test_a_digest_is_of_one_configuration():
     assert digest(tiny_config()) != digest(tiny_config(run={"steps": 4}))
