@@ -5,6 +5,7 @@ Promises:
   a draining worker gets none;
 - a worker that dies, hangs or fails its health check is retired (killed, its placement group given
   back) and replaced; its work is the caller's to try again elsewhere;
+- there are never more workers than `wanted`, those that start counted, however many are lost at once;
 - a worker joins only after `launch` has made it ready to serve (model loaded, weights live);
 - scaling down drains: the worker ends when its last work has ended; so does one in quarantine
   (`rlhf_cluster.quarantine`), which is then replaced;
@@ -63,6 +64,7 @@ class WorkerPool:
     _failure: RlhfError | None = None
     _first_cause: RlhfError | None = None
     _num_launched: int = 0
+    _num_starting: int = 0  # counted by who calls `_add`, before the call
     _loads: Loads = field(default_factory=Loads)
     _waiting: deque[asyncio.Future[None]] = field(default_factory=deque)  # for room
     _idle: dict[Worker, asyncio.Event] = field(default_factory=dict)  # of those that are drained
@@ -84,6 +86,7 @@ class WorkerPool:
     async def start(self, wanted: int) -> None:
         """Launch `wanted` workers at once. The first failure to launch is raised."""
         self.wanted = wanted
+        self._num_starting += wanted
         await asyncio.gather(*(self._add() for _ in range(wanted)))
 
     @asynccontextmanager
@@ -229,6 +232,7 @@ class WorkerPool:
 
     async def _grow(self, change: int, before: int) -> None:
         kept = list(self.workers)
+        self._num_starting += change
         starts = [asyncio.ensure_future(self._add()) for _ in range(change)]
         try:
             await asyncio.gather(*starts)
@@ -266,18 +270,24 @@ class WorkerPool:
         except RlhfError as error:
             self._note(name, error)
             raise
+        finally:
+            self._num_starting -= 1
         self.workers.append(worker)
         worker.changed = self._worker_changed
         self._worker_changed(worker)
         self._wake(self.limits.max_in_flight or len(self._waiting))
 
     async def _replace(self) -> None:
-        """Launch until the pool has its size again. Ends there, or with the restart budget."""
-        while len(self.live) < self.wanted:
+        """Launch until the pool has its size again, with what others start. Ends there, or with the
+        restart budget."""
+        while len(self.live) + self._num_starting < self.wanted:
             if self.num_restarts > self.limits.max_restarts:
                 self._give_up()
                 return
             await self.sleep(self.limits.backoff_s * min(self.num_restarts, 30))
+            if len(self.live) + self._num_starting >= self.wanted:
+                return
+            self._num_starting += 1
             try:
                 await self._add()
             except RlhfError:

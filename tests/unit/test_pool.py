@@ -70,6 +70,43 @@ async def test_a_failed_worker_is_retired_once_and_replaced():
     assert "process died" in plant.pool.describe_errors()
 
 
+async def test_workers_that_are_lost_at_once_are_replaced_one_for_one():
+    """The first replacement is up while the second still starts."""
+    plant = Plant()
+    await plant.pool.start(2)
+    gates = [asyncio.Event(), asyncio.Event()]
+    begun = []
+
+    async def launch(name: str) -> Worker:
+        begun.append(name)
+        await gates[len(begun) - 1].wait()
+        return Worker(name=name, actor=name, placement=None)
+
+    plant.pool.launch = launch
+    error = WorkerError("the node is gone")
+    for victim in plant.pool.live:
+        await plant.pool.fail(victim, error)
+    for gate in gates:
+        await plant.settle()
+        assert begun == ["generation-2", "generation-3"]
+        gate.set()
+    await plant.settle()
+    assert plant.names() == begun == ["generation-2", "generation-3"]
+
+
+async def test_the_others_are_launched_by_whoever_is_left_when_one_fails_to_start():
+    plant = Plant(max_restarts=20)
+    await plant.pool.start(2)
+    plant.unlaunchable = True
+    for victim in plant.pool.live:
+        await plant.pool.fail(victim, WorkerError("the node is gone"))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    plant.unlaunchable = False
+    await plant.settle()
+    assert len(plant.names()) == 2
+
+
 async def test_supervision_finds_a_worker_that_fails_its_check():
     plant = Plant()
     await plant.pool.start(2)
