@@ -11,7 +11,9 @@ among the kills:
     python -m tests.chaos.run --engine vllm --parallel 2 --ranks 2 --out chaos_vllm.json
 
 A run with a violation keeps its directory and tells where it lies. The exit status is 0 when no run has
-one. The result is that of a benchmark: machine, versions, command, date, figures, runs.
+one. With `--go-on` the runs of the result at `--out` stay, and only other seeds are run: a long result
+can be made in several sittings, of one source and the same options. The result is that of a benchmark:
+machine, versions, command, date, figures, runs.
 """
 
 from __future__ import annotations
@@ -159,10 +161,28 @@ def one(seed: int, arguments: argparse.Namespace, address: str, nodes: Nodes) ->
     }
 
 
+OPTIONS = ("kills", "engine", "ranks", "parallel", "nodes", "roles", "moments")
+
+
+def earlier(arguments: argparse.Namespace) -> tuple[list[str], list[dict[str, Any]]]:
+    """Commands and runs of the result that is gone on with. Raises `SystemExit` where it is of other
+    options or versions."""
+    if not arguments.go_on or not arguments.out.exists():
+        return [], []
+    result = json.loads(arguments.out.read_text(encoding="utf-8"))
+    commands = result["command"].split(" && ")
+    before = parse(shlex.split(commands[-1])[3:])
+    differ = [name for name in OPTIONS if getattr(before, name) != getattr(arguments, name)]
+    differ += ["versions"] * (result["versions"] != versions())
+    if differ:
+        raise SystemExit(f"{arguments.out}: made with other {differ[0]}. Give another --out")
+    return commands, result["runs"]
+
+
 def again(seed: int, arguments: argparse.Namespace) -> str:
     """The options that plan the same kills."""
     words = ["--runs", "1", "--seed", str(seed)]
-    for name in ("kills", "engine", "ranks", "parallel", "nodes", "roles", "moments"):
+    for name in OPTIONS:
         value = getattr(arguments, name)
         words += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
     return shlex.join(words)
@@ -194,11 +214,11 @@ def figures(runs: Sequence[dict[str, Any]]) -> dict[str, int]:
     }
 
 
-def write(path: Path, command: Sequence[str], runs: Sequence[dict[str, Any]], facts: Any) -> None:
+def write(path: Path, commands: Sequence[str], runs: Sequence[dict[str, Any]], facts: Any) -> None:
     result = {
         "machine": facts,
         "versions": versions(),
-        "command": shlex.join(["python", "-m", "tests.chaos.run", *command]),
+        "command": " && ".join(commands),
         "date": datetime.now(UTC).date().isoformat(),
         "figures": figures(runs),
         "runs": list(runs),
@@ -222,7 +242,10 @@ def parse(command: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="where the result goes, as JSON")
     parser.add_argument("--keep", type=Path, help="folder of the runs' directories")
     parser.add_argument("--minutes", type=float, help="begin no further run after this long")
+    parser.add_argument("--go-on", action="store_true", help="keep the runs that --out has")
     arguments = parser.parse_args(command)
+    if arguments.go_on and arguments.out is None:
+        parser.error("--go-on: of which result? Give --out")
     if arguments.parallel > 1 and arguments.engine == "scripted":
         parser.error("--parallel: a scripted engine is one process; give --engine vllm")
     missing = {NODE: not arguments.nodes, ENGINE_CHILD: arguments.parallel == 1}
@@ -233,15 +256,20 @@ def parse(command: Sequence[str]) -> argparse.Namespace:
 
 
 def main(command: Sequence[str]) -> int:
-    arguments, facts, runs = parse(command), machine(), []
+    arguments, facts = parse(command), machine()
+    commands, runs = earlier(arguments)
+    commands = [*commands, shlex.join(["python", "-m", "tests.chaos.run", *command])]
+    done = {run["seed"] for run in runs}
     start = time.monotonic()
     with local_cluster(arguments.nodes) as (address, nodes):
         for seed in range(arguments.seed, arguments.seed + arguments.runs):
+            if seed in done:
+                continue
             if arguments.minutes and time.monotonic() - start > arguments.minutes * 60:
                 break
             runs.append(one(seed, arguments, address, nodes))
             if arguments.out is not None:
-                write(arguments.out, command, runs, facts)
+                write(arguments.out, commands, runs, facts)
     print(json.dumps(figures(runs), indent=1))
     return 0 if all(not run["violations"] for run in runs) else 1
 

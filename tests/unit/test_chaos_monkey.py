@@ -30,7 +30,7 @@ from tests.chaos.monkey import (
 )
 from tests.chaos.nodes import Nodes
 from tests.chaos.processes import Process, descendants, marked, of_pid
-from tests.chaos.run import again, figures, parse
+from tests.chaos.run import again, earlier, figures, parse, write
 from tests.chaos.subject import Stuck, Subject
 
 
@@ -257,3 +257,27 @@ def test_figures_are_the_sums_over_the_runs() -> None:
     assert found["taken_with_nodes"] == 4
     assert (found["moments_hit"], found["steps"], found["groups_trained"]) == (4, 10, 12)
     assert {name: found[name] for name in counts} == {name: 2 * n for name, n in counts.items()}
+
+
+def test_a_result_is_gone_on_with_where_it_is_of_the_same_options(tmp_path):
+    out = tmp_path / "chaos.json"
+    words = ["--kills", "2", "--out", str(out)]
+    go_on = parse([*words, "--go-on"])
+    assert earlier(go_on) == ([], []), "there is nothing yet"
+    first = f"python -m tests.chaos.run {' '.join(words)}"
+    one = {
+        **dict.fromkeys(("groups_lost", "groups_trained_twice", "bound_violations", "orphans"), 0),
+        **{
+            "seed": 0,
+            "kills": [],
+            "violations": [],
+            "restarts": 1,
+            "steps": 4,
+            "groups_trained": 16,
+        },
+    }
+    write(out, [first], [one], {})
+    assert earlier(go_on) == ([first], [one])
+    assert earlier(parse(words)) == ([], []), "it was not asked for"
+    with pytest.raises(SystemExit, match="made with other kills"):
+        earlier(parse(["--kills", "3", "--out", str(out), "--go-on"]))
