@@ -84,6 +84,7 @@ class LearnerActor(RankActor):
                 learner_version=report.step - 1,
                 decode=self._tokenizer.decode,
                 limit=self._config.observe.samples_per_step,
+                kept=self._rank.kept,
             )
         return report
 

@@ -115,6 +115,11 @@ class Algorithm(Protocol):
         """The loss of each token [N], not yet weighted, and metric sums."""
         ...
 
+    def correction_weights(self, inputs: LossInputs) -> Tensor | None:
+        """What `loss` multiplies each token [N] by for the distance of its sampler, for people. No
+        gradient, no state. None where the loss has no such weight."""
+        ...
+
     def derive(self, means: Mapping[str, float]) -> Mapping[str, float]:
         """The metrics to report, from the reduced ones: adds what is no mean of tokens."""
         ...

@@ -71,5 +71,9 @@ class Gspo(PolicyGradient[GspoConfig]):
         return group_advantages(rewards.tolist(), group_ids, self.config.normalize_std)
 
     def surrogate(self, log_ratios: Tensor, inputs: LossInputs) -> tuple[Tensor, Sums]:
+        return clipped_surrogate(self.shared(log_ratios, inputs), inputs, self.config)
+
+    def shared(self, log_ratios: Tensor, inputs: LossInputs) -> Tensor:
+        """The mean over the token's response."""
         means = sequence_means(log_ratios, inputs.sequence, inputs.num_sequences)
-        return clipped_surrogate(means[inputs.sequence], inputs, self.config)
+        return means[inputs.sequence]

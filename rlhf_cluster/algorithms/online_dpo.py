@@ -155,6 +155,10 @@ class OnlineDpo:
             **reference_sums(inputs),
         }
 
+    def correction_weights(self, inputs: LossInputs) -> Tensor | None:
+        """None: a preference loss takes a pair as given, whatever sampled it."""
+        return None
+
     def derive(self, means: Mapping[str, float]) -> dict[str, float]:
         """The metrics to report, from the reduced ones; and how many pairs the step had."""
         return derive_distance(means) | self._pairs

@@ -189,9 +189,7 @@ class PolicyGradient(ABC, Generic[C]):
                 needed and not there.
         """
         learner, sampler = inputs.learner_logprobs, self._sampler(inputs)
-        proximal = self._proximal(inputs, sampler)
-        log_ratios = log_ratio(learner, proximal)
-        log_ratios, weighed = self._correct(log_ratios, proximal, sampler, inputs)
+        log_ratios, weighed = self._correct(sampler, inputs)
         losses, sums = self.surrogate(log_ratios, inputs)
         losses = losses * weighed.weights
         sums = {
@@ -205,6 +203,23 @@ class PolicyGradient(ABC, Generic[C]):
         if self.trains_entropy:
             losses = losses - self.config.entropy_coef * inputs.entropy
         return losses, sums
+
+    def correction_weights(self, inputs: LossInputs) -> Tensor:
+        """What the sampler's distance weighs each token with, [N], without gradient: w, and with
+        `proximal = "bypass"` the ratio to the sampler that the surrogate has in its place, as the
+        correction leaves it and before the surrogate's own clip. 0 for what the correction masks.
+
+        Raises:
+            RecordError: as `loss`.
+        """
+        log_ratios, weighed = self._correct(self._sampler(inputs), inputs)
+        if self.config.proximal != "bypass":
+            return weighed.weights
+        return self.shared(log_ratios, inputs).detach().exp() * weighed.weights
+
+    def shared(self, log_ratios: Tensor, inputs: LossInputs) -> Tensor:
+        """The log-ratios [N] of which the surrogate forms its ratios: each token's own."""
+        return log_ratios
 
     def derive(self, means: Mapping[str, float]) -> dict[str, float]:
         """The metrics to report, from the reduced ones: adds what is no mean of tokens."""
@@ -242,10 +257,10 @@ class PolicyGradient(ABC, Generic[C]):
             return interpolated_proximal(inputs.proximal_logprobs, sampler, inputs.staleness)
         return inputs.proximal_logprobs.detach()
 
-    def _correct(
-        self, log_ratios: Tensor, proximal: Tensor, sampler: Tensor, inputs: LossInputs
-    ) -> tuple[Tensor, Weighed]:
+    def _correct(self, sampler: Tensor, inputs: LossInputs) -> tuple[Tensor, Weighed]:
         """The ratios, truncated where they are the weight themselves, and the weights of tokens."""
+        proximal = self._proximal(inputs, sampler)
+        log_ratios = log_ratio(inputs.learner_logprobs, proximal)
         rules = self.config.correction.rules()
         bypass = self.config.proximal == "bypass"
         target = inputs.learner_logprobs if bypass else proximal

@@ -33,6 +33,7 @@ from rlhf_cluster.learning.backend import ShardedModel, assert_float32
 from rlhf_cluster.learning.checkpoint import Stateful
 from rlhf_cluster.learning.critic import Critic, load_value_model
 from rlhf_cluster.learning.fsdp import Fsdp2Model
+from rlhf_cluster.learning.kept_tokens import Kept, KeptTokens
 from rlhf_cluster.learning.normalizing import Joined, RunningNormalizer
 from rlhf_cluster.learning.publishing import (
     Bases,
@@ -87,6 +88,7 @@ class LearnerRank(TrainingRank[RunConfig]):
         self._copied: list[LocalPart] | None = None
         self._changed: tuple[int, int] | None = None
         self._bases = Bases(rank, config.weights.format)
+        self.kept: dict[str, Kept] = {}
         self._frozen: Frozen | None = None  # where versions are adapters
 
     def setup(self) -> dict[str, Any]:
@@ -141,9 +143,10 @@ class LearnerRank(TrainingRank[RunConfig]):
         """One step on all groups; see `train_step.train_step`.
 
         Where two snapshots were taken before it, the report has the share of the elements that
-        differ between the last two of them, as bfloat16.
+        differ between the last two of them, as bfloat16. `kept` then has, by rollout id, what the
+        step made of the first `observe.samples_per_step` rollouts.
         """
-        updater = self._begin()
+        updater, kept = self._begin(), KeptTokens(self._config.observe.samples_per_step)
         metrics = train_step(
             self.model,
             updater,
@@ -153,10 +156,12 @@ class LearnerRank(TrainingRank[RunConfig]):
             StepSettings.of(self._config),
             self._layout,
             self._clock,
+            kept,
             self._report_skipped,
             self._critic,
             self._reference,
         )
+        self.kept = kept.found
         metrics |= self._normalizer.metrics()
         if self._version == 0:
             assert_float32(self.model)

@@ -5,8 +5,9 @@
         -> metrics reduced
 
 Every rank is given ALL groups of the step and computes its own share by the same plan; the only
-communication is that of the sharded models, one reduction of metric sums, the gradient norms, and
-one sum of values where there is a critic, or of KLs where they are in the reward.
+communication is that of the sharded models, one reduction of metric sums, the gradient norms, one sum
+of what is kept for the samples, and one of values where there is a critic, or of KLs where they are in
+the reward.
 Promises: a batch that breaks the staleness bound raises before a weight is touched; the weight of a
 token in the loss follows from all rollouts of its optimizer step (`algorithms.aggregation`), those
 that are left out of the passes because their loss is zero among them, times the group's own; metrics of
@@ -29,10 +30,11 @@ from rlhf_cluster.learning.backend import ShardedModel
 from rlhf_cluster.learning.critic import Critic, attach, value_metrics
 from rlhf_cluster.learning.effects import derive_effects, effect_sums
 from rlhf_cluster.learning.experience import TrainingBatch, check_staleness, training_batch
+from rlhf_cluster.learning.kept_tokens import COLUMNS, KeptTokens
 from rlhf_cluster.learning.metrics import MetricSums
 from rlhf_cluster.learning.minibatches import minibatches, order_of_parts
 from rlhf_cluster.learning.packing import TokenSequence
-from rlhf_cluster.learning.passes import Layout, TrainedTokens, run_passes, score
+from rlhf_cluster.learning.passes import Layout, TrainedTokens, on_every_rank, run_passes, score
 from rlhf_cluster.learning.reference import Reference, with_reference_kl
 from rlhf_cluster.learning.update import Updater
 from rlhf_cluster.learning.value_head import STREAMS, HeadCritic
@@ -76,13 +78,15 @@ def train_step(
     settings: StepSettings,
     layout: Layout,
     clock: Clock,
+    kept: KeptTokens,
     report_skipped: Callable[[int, list[str]], None] = lambda update, rollout_ids: None,
     critic: Critic | None = None,
     reference: Reference | None = None,
 ) -> dict[str, float]:
     """Train on `groups`; the learner's version before the step is `version`.
 
-    `report_skipped` is told the number and the rollouts' ids of each step that was skipped.
+    `report_skipped` is told the number and the rollouts' ids of each step that was skipped. `kept`
+    sees every pass, and has `found` in the end.
 
     Returns:
         Metrics, the same on every rank but for the phases' seconds (`learner/prepare_s`,
@@ -103,7 +107,7 @@ def train_step(
     sums, optimizer_s, norms = MetricSums(), 0.0, dict[str, list[float]]()
     order = order_of_parts(len(parts), settings.epochs, settings.seed, version)
     for update, index in enumerate(order, start=version * settings.num_updates):
-        _backward(policy, algorithm, parts[index], batch, layout, sums, critic, reference)
+        _backward(policy, algorithm, parts[index], batch, layout, sums, critic, reference, kept)
         if critic is not None:
             critic.backward(parts[index].sequences, layout, sums)
         computed = clock()
@@ -118,13 +122,11 @@ def train_step(
     metrics |= _reduced(algorithm, sums, batch, settings)
     metrics |= {name: float(np.mean(values)) for name, values in norms.items()}
     metrics |= {
-        "learner/tokens": float(sum(batch.num_tokens)),
-        "learner/rollouts": float(len(batch.rollout_ids)),
-        "learner/dropped_rollouts": float(batch.num_left_out),
         "learner/prepare_s": prepared - started,
         "learner/forward_backward_s": clock() - prepared - optimizer_s,
         "learner/optimizer_s": optimizer_s,
     }
+    kept.join(groups, lambda own, n: on_every_rank(own, n, layout, width=(COLUMNS,)))
     algorithm.finish_step(metrics)
     return metrics
 
@@ -164,6 +166,7 @@ class _Part:
 
     members: list[int]
     sequences: list[TokenSequence]
+    computed: list[int]  # [sequences] which rollout each is of
     unit_sizes: list[int]  # of the sequences
 
 
@@ -179,8 +182,9 @@ def _parts(
     parts, units = [], _units(batch, algorithm.keeps_groups)
     for picked in minibatches(len(units), settings.minibatches, settings.seed, version):
         members = [i for number in picked for i in units[number]]
-        computed = [sum(batch.sequences[i] is not None for i in units[n]) for n in picked]
-        unit_sizes = [size for size in computed if size]
+        present = [sum(batch.sequences[i] is not None for i in units[n]) for n in picked]
+        unit_sizes = [size for size in present if size]
+        computed = [i for i in members if batch.sequences[i] is not None]
         weights = token_weights(
             [batch.num_tokens[i] for i in members],
             algorithm.aggregation,
@@ -197,7 +201,9 @@ def _parts(
             found = score(policy, sequences, batch.temperature, layout, unit_sizes=unit_sizes)
             for i, values in found.items():
                 sequences[i] = _with_stream(sequences[i], "proximal_logprobs", values)
-        parts.append(_Part(members=members, sequences=sequences, unit_sizes=unit_sizes))
+        parts.append(
+            _Part(members=members, sequences=sequences, computed=computed, unit_sizes=unit_sizes)
+        )
     return parts
 
 
@@ -221,6 +227,7 @@ def _backward(
     sums: MetricSums,
     critic: Critic | None,
     reference: Reference | None,
+    kept: KeptTokens,
 ) -> None:
     head = critic if isinstance(critic, HeadCritic) else None
 
@@ -243,6 +250,7 @@ def _backward(
             reference_kl=streams.get("reference_kl", tokens.kl),
         )
         losses, metrics = algorithm.loss(inputs)
+        kept.see([part.computed[member] for member in tokens.members], inputs, algorithm)
         total = (losses * streams["weight"]).sum()
         count = total.new_tensor(losses.numel())
         own = {"learner/loss": (total, count), "learner/entropy": (tokens.entropy.sum(), count)}
@@ -281,4 +289,9 @@ def _reduced(
         n for n, s in zip(batch.num_tokens, batch.sequences, strict=True) if s is not None
     )
     share = computed / settings.minibatches
-    return means | {"learner/loss": means.get("learner/loss", 0.0) * share}
+    return means | {
+        "learner/loss": means.get("learner/loss", 0.0) * share,
+        "learner/tokens": float(sum(batch.num_tokens)),
+        "learner/rollouts": float(len(batch.rollout_ids)),
+        "learner/dropped_rollouts": float(batch.num_left_out),
+    }

@@ -1,22 +1,26 @@
 """Samples of experience for people and tools: one Parquet file a step.
 
 Promises: token ids, log-probabilities, versions and step rewards are those that were trained on; a
-file appears as a whole. Written by the process that holds the experience, so that none of it travels
-for this.
+file appears as a whole; `learner_logprobs` and `correction_weights` are those of the step's first pass
+(`learning.kept_tokens`), null where there are none, and at a token that is not trained. Written by
+the process that holds the experience, so that none of that travels for this.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rlhf_cluster.errors import StoreError
 from rlhf_cluster.records import ExperienceGroup, ScoredRollout
+
+if TYPE_CHECKING:
+    from rlhf_cluster.learning.kept_tokens import Kept
 
 Row = dict[str, Any]
 
@@ -28,16 +32,21 @@ def write_samples(
     learner_version: int,
     decode: Callable[[np.ndarray], str],
     limit: int,
+    kept: Mapping[str, Kept] | None = None,
 ) -> Path | None:
     """Write the first `limit` rollouts of a step, whole groups first. None when there are none.
 
     `learner_version` is the version before the step. `decode` turns token ids into text for people;
-    the ids themselves are written as sampled. Raises `StoreError`, and leaves nothing half written.
+    the ids themselves are written as sampled. `kept` is by rollout id. Raises `StoreError`, and
+    leaves nothing half written.
     """
     pairs = [(group, scored) for group in groups for scored in group.scored][:limit]
     if not pairs:
         return None
-    rows = [_row(group, scored, learner_version, decode) for group, scored in pairs]
+    rows = [
+        _row(group, scored, learner_version, decode) | _learnt(scored, kept or {})
+        for group, scored in pairs
+    ]
     path = Path(folder) / f"step-{step:06d}.parquet"
     _write_parquet(path, rows)
     return path
@@ -82,6 +91,20 @@ def _row(
     }
 
 
+def _learnt(scored: ScoredRollout, kept: Mapping[str, Kept]) -> Row:
+    found = kept.get(scored.rollout.rollout_id)
+    weights = None if found is None else found.correction_weights
+    return {
+        "learner_logprobs": None if found is None else _nulled(found.learner_logprobs, found),
+        "correction_weights": None if found is None or weights is None else _nulled(weights, found),
+    }
+
+
+def _nulled(values: np.ndarray, kept: Kept) -> list[float | None]:
+    pairs = zip(values.tolist(), kept.trained.tolist(), strict=True)
+    return [value if trained else None for value, trained in pairs]
+
+
 def _write_parquet(path: Path, rows: Sequence[Row]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as parquet
@@ -95,6 +118,8 @@ def _write_parquet(path: Path, rows: Sequence[Row]) -> None:
         "prompt_ids": pa.list_(pa.int32()),
         "response_ids": pa.list_(pa.int32()),
         "sampled_logprobs": pa.list_(pa.float32()),
+        "learner_logprobs": pa.list_(pa.float32()),
+        "correction_weights": pa.list_(pa.float32()),
         "step_ends": pa.list_(pa.int32()),
         "step_rewards": pa.list_(pa.float64()),
     }

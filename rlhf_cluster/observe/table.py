@@ -19,7 +19,7 @@ from rlhf_cluster.observe.replay_rows import REPLAY_ROWS
 from rlhf_cluster.observe.stage_rows import STAGE_ROWS
 
 
-def _controller() -> tuple[Metric, ...]:
+def _rewards() -> tuple[Metric, ...]:
     role = Role.CONTROLLER
     return (
         gauge("reward/mean", "reward", role, "Mean reward of the step's rollouts"),
@@ -46,6 +46,12 @@ def _controller() -> tuple[Metric, ...]:
         gauge("response/length_mean_tokens", "tokens", role, "Mean length of the step's responses"),
         gauge("response/length_max_tokens", "tokens", role, "Longest response of the step"),
         gauge("response/stopped_fraction", "1", role, "Responses that the model ended itself"),
+    )
+
+
+def _steps() -> tuple[Metric, ...]:
+    role = Role.CONTROLLER
+    return (
         gauge("step/number", "1", role, "Optimizer steps done"),
         gauge("step/groups", "1", role, "Groups that the step trained on"),
         gauge("step/rollouts", "1", role, "Rollouts that the step trained on"),
@@ -227,7 +233,8 @@ def _index(rows: tuple[Metric, ...]) -> dict[str, Metric]:
 METRICS = MappingProxyType(
     _index(
         (
-            *_controller(),
+            *_rewards(),
+            *_steps(),
             *_keeping(),
             *_generation(),
             *_scoring(),

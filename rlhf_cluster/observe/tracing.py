@@ -1,7 +1,8 @@
 """What was recorded of one rollout, and of all of one step: for `rlhf-cluster trace`.
 
     stored groups    every field, token by token; of the last steps (`buffer.keep_steps`)
-    samples          text, rewards, sampled log-probabilities, first and last version; whole run
+    samples          text, rewards, sampled log-probabilities, first and last version, and the
+                     learner's log-probabilities and correction weights; whole run
 
 Promises: a stored file is verified before it is used, and one that is damaged is named; what was not
 recorded says so and is not guessed. The advantage is not recorded: it is computed again, by the
@@ -23,6 +24,7 @@ import numpy as np
 from rlhf_cluster.errors import RlhfError, RunError, StoreError
 from rlhf_cluster.experience.recovery import read_trained
 from rlhf_cluster.experience.store import ExperienceStore
+from rlhf_cluster.observe.learner_trace import learner_facts
 from rlhf_cluster.observe.run_log import read_metrics
 from rlhf_cluster.observe.samples import Row, read_samples
 from rlhf_cluster.observe.stations import station_facts
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from rlhf_cluster.config import RunConfig
 
 OPEN = "none did: it is open, or was discarded"
+Value = float | int | bool | None
 _ID = re.compile(r"g(\d{8,})/\d+")
 _OF_STEP = (
     *("reward/mean", "learner/loss", "learner/grad_norm", "learner/entropy", "learner/kl_ref"),
@@ -42,15 +45,15 @@ _OF_STEP = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traced:
-    """`facts` in order, and the columns of the token table, each [T]. `step` is the last that trained
-    it; None: none did."""
+    """`facts` in order, and the columns of the token table, each [T], None where a token has no value.
+    `step` is the last that trained it; None: none did."""
 
     rollout_id: str
     step: int | None
     facts: dict[str, str]
     prompt: str
     response: str | None
-    tokens: dict[str, Sequence[float | int | bool]] = field(default_factory=dict)
+    tokens: Mapping[str, Sequence[Value]] = field(default_factory=dict)
 
     def lines(self, places: range | None = None) -> Iterator[str]:
         """For people. `places`: only these tokens of the table, and no texts. Raises `RunError` where
@@ -157,6 +160,8 @@ def _stored(
     rollout, uses = scored.rollout, steps.get(group.ticket.number, ())
     step = uses[-1] if uses else None
     advantages, why = _advantages(run, store, group, step, steps)
+    row, row_step = sampled or (None, None)
+    learnt, columns = learner_facts(row, row_step, uses, rollout.response_ids.tolist())
     facts = {
         "rollout": rollout.rollout_id,
         "group": f"{group.group_id}, admitted with version {group.ticket.version}",
@@ -179,7 +184,7 @@ def _stored(
         "watched": _parts(scored.watched),
         "scorer": f"{scored.scorer}, version {scored.scorer_version or '-'}",
         "advantage": why or f"{_of_all(advantages[index])} (computed again)",
-        "correction": "weights not recorded: the learner's own log-probabilities decide them",
+        **learnt,
         "kept in": str(store.path(group.ticket.number)),
     }
     tokens: dict[str, Any] = {
@@ -199,12 +204,13 @@ def _stored(
         facts=facts,
         prompt=source if isinstance(source, str) else json.dumps(source, ensure_ascii=False),
         response=None if sampled is None else sampled[0]["response"],
-        tokens={name: column.tolist() for name, column in tokens.items() if column is not None},
+        tokens={n: column.tolist() for n, column in tokens.items() if column is not None} | columns,
     )
 
 
 def _of_samples(row: Row, step: int) -> Traced:
     """Less is known: versions only as a range, no reference, no exact log-probabilities."""
+    learnt, columns = learner_facts(row, step, (step,), row["response_ids"])
     facts = {
         "rollout": row["rollout_id"],
         "group": row["group_id"],
@@ -218,9 +224,14 @@ def _of_samples(row: Row, step: int) -> Traced:
         "reward": f"{row['reward']:.6g}, {row['reward_parts']}",
         "watched": row.get("watched", "-"),
         "scorer": f"{row['scorer']}, version {row.get('scorer_version') or '-'}",
+        **learnt,
         "kept in": f"the samples of step {step}; its group is no longer stored",
     }
-    tokens = {"token": row["response_ids"], "sampled_logprob": row["sampled_logprobs"]}
+    tokens: dict[str, Any] = {
+        "token": row["response_ids"],
+        "sampled_logprob": row["sampled_logprobs"],
+        **columns,
+    }
     return Traced(
         rollout_id=row["rollout_id"],
         step=step,
@@ -324,7 +335,7 @@ def parse_places(text: str) -> range:
     return range(int(found[1]), int(found[2]) if found[2] else int(found[1]) + 1)
 
 
-def _table(columns: dict[str, Sequence[float | int | bool]], places: range) -> list[str]:
+def _table(columns: Mapping[str, Sequence[Value]], places: range) -> list[str]:
     if not columns:
         return []
     cells = [("", *columns)]
@@ -333,7 +344,9 @@ def _table(columns: dict[str, Sequence[float | int | bool]], places: range) -> l
     return ["tokens:", *_aligned(cells)]
 
 
-def _cell(value: float | int | bool) -> str:
+def _cell(value: Value) -> str:
+    if value is None:
+        return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return str(value) if isinstance(value, int) else f"{value:.5f}"

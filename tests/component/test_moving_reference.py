@@ -1,11 +1,17 @@
 """Runs whose scoring pool loads what the run itself publishes: exact log-probabilities, and a
 reference that moves."""
 
+import math
 import re
 import signal
+from typing import Any
+
+import pytest
 
 from actors.control import scale
 from rlhf_cluster.observe.samples import read_samples
+from rlhf_cluster.observe.tracing import trace_sample
+from rlhf_cluster.rundir import RunDir
 
 SCORING = {"exact_logprobs": True, "reference": True}
 KL = {"kl_coef": 0.01}
@@ -39,6 +45,14 @@ def test_a_run_with_exact_logprobs_and_a_periodic_reference_goes_to_its_end(star
     assert "reference of version 0 loaded" in (run.path / "logs" / "scoring-0.log").read_text()
     rows = [r for p in (run.path / "samples").iterdir() for r in read_samples(p)]
     assert len(rows) == 6 * 16
+    last = read_samples(run.path / "samples" / "step-000006.parquet")
+    trained = [row for row in last if row["learner_logprobs"] is not None]
+    assert len(trained) == 16 - records[-1]["learner/dropped_rollouts"] > 0
+    for row in trained:
+        tokens: Any = trace_sample(RunDir.open(run.path), row["rollout_id"]).tokens
+        learner, exact = tokens["learner_logprob"], tokens["exact_logprob"]
+        expected = [min(math.exp(own - mu), 2.0) for own, mu in zip(learner, exact, strict=True)]
+        assert tokens["correction_weight"] == pytest.approx(expected, rel=1e-5)
 
 
 def loaded_references(run, worker: str) -> dict[str, str]:

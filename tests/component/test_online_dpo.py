@@ -29,3 +29,6 @@ def test_stale_pairs_of_the_loop_are_trained_and_groups_without_one_are_counted(
     assert last["preference/chosen_log_ratio"] != 0
     rows = [r for p in (run.path / "samples").iterdir() for r in read_samples(p)]
     assert len(rows) == 6 * 16
+    learnt = [row for row in rows if row["learner_logprobs"] is not None]
+    assert len(learnt) == 2 * sum(r["preference/pairs"] for r in records)
+    assert {row["correction_weights"] for row in rows} == {None}

@@ -142,7 +142,8 @@ AdamW makes steps of what rounding leaves of them."""
 
 
 def train(rank: int, world_size: int, address: str | None, job: Any) -> Any:
-    """(metrics of each step, this rank's shards, the whole parameters), trained on all batches."""
+    """Trained on all batches: (metrics of each step, this rank's shards, the whole parameters, what
+    each step kept of its first rollouts)."""
     from rlhf_cluster.learning.learner import LearnerRank
 
     model_dir, sections, batches = job
@@ -150,10 +151,11 @@ def train(rank: int, world_size: int, address: str | None, job: Any) -> Any:
         learner_config(model_dir, **sections), model_dir, rank, world_size, address
     )
     learner.setup()
-    metrics = []
+    metrics, kept = [], []
     for groups in batches:
         learner.snapshot()
         metrics.append(dict(learner.train_step(groups).metrics))
+        kept.append(learner.kept)
     learner.snapshot()
     assert learner._snapshot is not None
     shards = {p.name: (p.shape, p.offset, p.tensor.numpy().copy()) for p in learner._snapshot[1]}
@@ -162,7 +164,7 @@ def train(rank: int, world_size: int, address: str | None, job: Any) -> Any:
         critic = full_parameters(learner._value_model.module)
         full |= {f"critic.{n}": p.numpy() for n, p in critic.items()}
     learner.close()
-    return metrics, shards, full
+    return metrics, shards, full, kept
 
 
 def _lengths(case: str) -> list[int] | None:
@@ -231,8 +233,8 @@ def test_s21_ppo_trains_a_critic_too_and_its_values_are_those_of_one_rank(
     trained: dict[tuple[int, str], list[Any]],
 ) -> None:
     case = "ppo, several updates a batch"
-    (metrics, _, weights), *_ = trained[2, case]
-    (alone, _, wanted), *_ = trained[1, case]
+    (metrics, _, weights, _), *_ = trained[2, case]
+    (alone, _, wanted, _), *_ = trained[1, case]
     assert any(n.startswith("critic.") for n in weights)
     assert np.abs(weights["critic.value_head.weight"]).max() > 1e-4
     assert metrics[-1]["critic/value_mean"] != 0
@@ -248,8 +250,8 @@ def test_what_these_learn_from_reaches_every_rank(
     trained: dict[tuple[int, str], list[Any]], case: str
 ) -> None:
     """Two ranks train as one, so it is enough to see that one of them learnt from it."""
-    [(metrics, _, weights)] = trained[1, case]
-    _, _, plain = trained[1, "several updates a batch"][0]
+    [(metrics, _, weights, _)] = trained[1, case]
+    _, _, plain, _ = trained[1, "several updates a batch"][0]
     if case == "online dpo":
         assert [m["preference/pairs"] for m in metrics] == [4.0] * NUM_STEPS
         assert all(m["preference/margin"] != 0 for m in metrics)
@@ -264,7 +266,7 @@ def test_the_weights_moved_far_more_than_the_tolerance(
     from tests.learning_cases import build_llama
 
     start = dict(build_llama().named_parameters())
-    _, _, weights = trained[2, "packed"][0]
+    _, _, weights, _ = trained[2, "packed"][0]
     moved = [np.abs(weights[f"lm.{n}"] - p.detach().numpy()).max() for n, p in start.items()]
     assert min(moved) > 1e-4
 
@@ -273,10 +275,35 @@ def test_s3_ranks_hold_equal_weights_and_report_equal_metrics(
     trained: dict[tuple[int, str], list[Any]],
 ) -> None:
     for case in (*CASES, *OWN_BASELINE, *LIKE_FSDP2):
-        (metrics_0, _, full_0), (metrics_1, _, full_1) = trained[2, case]
+        (metrics_0, _, full_0, _), (metrics_1, _, full_1, _) = trained[2, case]
         for name, values in full_0.items():
             np.testing.assert_array_equal(full_1[name], values, err_msg=f"{case}: {name}")
         assert list(map(_comparable, metrics_0)) == list(map(_comparable, metrics_1))
+
+
+def test_every_rank_has_what_all_ranks_kept_for_the_samples(
+    trained: dict[tuple[int, str], list[Any]],
+) -> None:
+    """Log-probabilities within what the weights of earlier steps differ by."""
+    for case in (*CASES, *OWN_BASELINE, *LIKE_FSDP2):
+        [(*_, alone)], (*_, kept_0), (*_, kept_1) = trained[1, case], *trained[2, case]
+        for wanted, *found in zip(alone, kept_0, kept_1, strict=True):
+            assert wanted, case
+            assert [set(kept) for kept in found] == [set(wanted)] * 2, case
+            for name, one in wanted.items():
+                first, second = (kept[name] for kept in found)
+                for field in ("learner_logprobs", "correction_weights", "trained"):
+                    values = getattr(one, field)
+                    np.testing.assert_array_equal(getattr(first, field), getattr(second, field))
+                    if values is None:
+                        assert (case.startswith("online dpo"), getattr(first, field)) == (
+                            True,
+                            None,
+                        )
+                    else:
+                        message = f"{case}: {name}, {field}"
+                        close = {"atol": 1e-3, "rtol": 1e-3, "err_msg": message}
+                        np.testing.assert_allclose(getattr(first, field), values, **close)
 
 
 @pytest.mark.parametrize("case", ["packed", "zero3"])
@@ -286,7 +313,7 @@ def test_shards_of_all_ranks_make_up_each_checkpoint_tensor_exactly_once(
     from tests.learning_cases import build_llama
 
     names = {n for n, _ in build_llama().named_parameters()}  # tied: no lm_head
-    (_, shards_0, full), (_, shards_1, _) = trained[2, case]
+    (_, shards_0, full, _), (_, shards_1, *_) = trained[2, case]
     assert set(shards_0) == set(shards_1) == names
     for name in names:
         merged = np.full(full[f"lm.{name}"].size, np.nan, np.float32)

@@ -9,6 +9,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from rlhf_cluster.errors import MetricError, RunError
+from rlhf_cluster.learning.kept_tokens import Kept
 from rlhf_cluster.observe.run_log import RunLog, read_metrics
 from rlhf_cluster.observe.samples import read_samples, write_samples
 from rlhf_cluster.records import Ticket
@@ -117,6 +118,32 @@ def test_samples_hold_the_steps_where_they_were_scored(run):
     )
     found = [(r["step_ends"], r["step_rewards"]) for r in read_samples(path)]
     assert found == [([0, 2], [1.0, 0.5]), (None, None)]
+
+
+def test_samples_hold_what_the_learner_made_of_each_trained_token(run):
+    group = make_group(Ticket(number=0, version=0), make_prompt(0), [0.0, 1.0, 0.5])
+    first, second, third = (s.rollout for s in group.scored)
+    trained = np.arange(len(first.response_ids)) != 1
+    values = np.where(trained, np.float32(-0.25), np.nan).astype(np.float32)
+    whole = np.full(len(second.response_ids), np.nan, np.float32)
+    kept = {
+        first.rollout_id: Kept(
+            learner_logprobs=values, correction_weights=-2 * values, trained=trained
+        ),
+        second.rollout_id: Kept(
+            learner_logprobs=whole, correction_weights=None, trained=np.ones_like(whole, bool)
+        ),
+    }
+    path = write_samples(run.samples, 1, [group], 0, str, limit=4, kept=kept)
+    one, two, three = read_samples(path)
+    assert one["learner_logprobs"] == [-0.25 if t else None for t in trained.tolist()]
+    assert one["correction_weights"] == [0.5 if t else None for t in trained.tolist()]
+    assert all(math.isnan(value) for value in two["learner_logprobs"]), "not finite is not unknown"
+    assert two["correction_weights"] is None
+    assert three["rollout_id"] == third.rollout_id
+    assert (three["learner_logprobs"], three["correction_weights"]) == (None, None)
+    types = {field.name: str(field.type) for field in parquet.read_schema(path)}
+    assert types["learner_logprobs"] == types["correction_weights"] == "list<element: float>"
 
 
 def test_no_samples_are_no_file(run):

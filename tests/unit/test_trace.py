@@ -5,12 +5,16 @@ import os
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
+import pyarrow.parquet as parquet
 import pytest
 
 from rlhf_cluster.cli import main
 from rlhf_cluster.errors import RunError, StoreError
 from rlhf_cluster.experience.store import ExperienceStore
-from rlhf_cluster.observe.samples import write_samples
+from rlhf_cluster.learning.kept_tokens import Kept
+from rlhf_cluster.observe.learner_trace import learner_facts
+from rlhf_cluster.observe.samples import read_samples, write_samples
 from rlhf_cluster.observe.timeline import COUNTERS, EVENTS, GENERATION, LEARNER, write_timeline
 from rlhf_cluster.observe.tracing import OPEN, shown, trace_sample, trace_step
 from rlhf_cluster.rundir import RunDir
@@ -112,6 +116,89 @@ def test_a_sample_whose_group_is_gone_is_told_from_the_samples(run):
     assert found.facts["kept in"].startswith("the samples of step 1")
     assert set(found.tokens) == {"token", "sampled_logprob"}
     assert len(found.tokens["token"]) == 3
+
+
+TRAINED = np.array([True, False, True])
+LEARNT = Kept(
+    learner_logprobs=np.array([-0.25, np.nan, -1.0], np.float32),
+    correction_weights=np.array([1.5, np.nan, 0.0], np.float32),
+    trained=TRAINED,
+)
+
+
+def rewritten(tmp_path, step, number, kept, drop=()):
+    """A run whose samples of `step` are of group `number`, as the learner said `kept`."""
+    path = record_run(tmp_path, steps=STEPS)
+    groups = [group(number, "plain")]
+    file = write_samples(path / "samples", step, groups, step - 1, str, limit=4, kept=kept)
+    parquet.write_table(parquet.read_table(file).drop_columns(list(drop)), file)
+    return RunDir.open(path)
+
+
+@pytest.mark.parametrize(("step", "number"), [(6, 10), (1, 0)])
+def test_the_learners_log_probability_and_the_weight_stand_at_each_token(
+    tmp_path, capsys, step, number
+):
+    """Of a group that is stored, and of one that is in the samples alone."""
+    name = f"g{number:08d}/0"
+    run = rewritten(tmp_path, step, number, {name: LEARNT})
+    found = trace_sample(run, name)
+    assert found.tokens["learner_logprob"] == [-0.25, None, -1.0]
+    assert found.tokens["correction_weight"] == [1.5, None, 0.0]
+    assert found.facts["correction"] == f"0 to 1.5, the weight at the first pass of step {step}"
+    assert found.facts["learner"] == (
+        f"log-probabilities at the first pass of step {step}, - at a token that is not trained"
+    )
+    assert main(["trace", str(run.path), "--sample", name, "--token", "0:2"]) == 0
+    header, *rows = capsys.readouterr().out.partition("tokens:\n")[2].splitlines()
+    assert header.split()[-2:] == ["learner_logprob", "correction_weight"]
+    assert [row.split()[-2:] for row in rows] == [["-0.25000", "1.50000"], ["-", "-"]]
+
+
+@pytest.mark.parametrize(
+    ("sample", "reason"),
+    [
+        ("g00000012/0", "not known: no step has trained it"),
+        ("g00000011/1", "not recorded: not among the samples of step 6"),
+        ("g00000010/0", "none: step 6 left it out of its passes"),
+        ("g00000001/0", "none: step 1 left it out of its passes"),
+    ],
+)
+def test_where_the_learner_left_nothing_the_trace_says_why(run, sample, reason):
+    found = trace_sample(run, sample)
+    assert found.facts["learner"].startswith(reason)
+    assert found.facts["correction"] == found.facts["learner"]
+    assert not {"learner_logprob", "correction_weight"} & set(found.tokens)
+
+
+def test_a_loss_without_a_correction_is_told_from_a_weight_that_is_not_recorded(tmp_path):
+    kept = {"g00000010/0": replace(LEARNT, correction_weights=None)}
+    found = trace_sample(rewritten(tmp_path, 6, 10, kept), "g00000010/0")
+    assert found.tokens["learner_logprob"] == [-0.25, None, -1.0]
+    assert "correction_weight" not in found.tokens
+    assert found.facts["correction"].startswith("none: the algorithm's loss has no weight")
+
+
+def test_samples_without_the_columns_are_read(tmp_path):
+    kept, columns = {"g00000000/0": LEARNT}, ("learner_logprobs", "correction_weights")
+    found = trace_sample(rewritten(tmp_path, 1, 0, kept, columns), "g00000000/0")
+    assert found.facts["learner"] == "not recorded: the samples of step 1 have no such column"
+    assert found.tokens["sampled_logprob"] == [-0.5] * 3
+
+
+def test_values_of_another_response_or_step_are_not_shown(tmp_path):
+    name = "g00000010/0"
+    row = read_samples(rewritten(tmp_path, 6, 10, {name: LEARNT}).samples / "step-000006.parquet")[
+        0
+    ]
+    assert learner_facts(row, 6, (6,), row["response_ids"])[1]
+    for step, uses, ids, reason in (
+        (6, (5,), row["response_ids"], "not recorded: the sample is of step 6"),
+        (6, (6,), [*row["response_ids"][:-1], 99], "not known: the sample of step 6 is of another"),
+    ):
+        facts, columns = learner_facts(row, step, uses, ids)
+        assert facts["learner"].startswith(reason)
+        assert columns == {}
 
 
 def test_a_group_that_no_step_trained_says_so(run):
