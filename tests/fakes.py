@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from rlhf_cluster.errors import RlhfError
+from rlhf_cluster.observe.metric import Kind, Metric
 from rlhf_cluster.ports import Handle, StepReport, Taken
 from rlhf_cluster.records import (
     ExperienceGroup,
@@ -186,3 +187,16 @@ class FakeObserver:
 
     def event(self, text: str) -> None:
         self.events.append(text)
+
+
+class Sent:
+    """A sender of metrics. `series` by name and label value: of a gauge the last value, of a counter
+    the sum."""
+
+    def __init__(self) -> None:
+        self.series: dict[tuple[str, ...], float] = {}
+
+    def send(self, metric: Metric, value: float, labels: Mapping[str, str]) -> None:
+        key = (metric.name, *labels.values())
+        before = self.series.get(key, 0.0) if metric.kind is Kind.COUNTER else 0.0
+        self.series[key] = before + value

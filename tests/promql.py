@@ -37,9 +37,14 @@ NOT_IN_A_PLAIN_RUN = {
     "ray_rlhf_generation_errors_total": "no group fails",
     "ray_rlhf_scoring_errors_total": "no reward fails",
     "ray_rlhf_generation_tokens_resampled_total": "no segment is tried again",
+    "ray_rlhf_pool_restarts_total": "no worker is replaced",
     "ray_rlhf_learner_restarts_total": "the learner lives",
     "ray_rlhf_checkpoint_failed_total": "every checkpoint is written",
     "ray_rlhf_pool_autoscaled_total": "it has no [autoscale] section",
+    "ray_rlhf_generation_prefix_tokens_total": "the scripted engine has no cache",
+    "ray_rlhf_generation_prefix_hit_tokens_total": "the scripted engine has no cache",
+    "ray_rlhf_generation_draft_tokens_total": "nothing proposes tokens",
+    "ray_rlhf_generation_draft_accepted_tokens_total": "nothing proposes tokens",
 }
 """What dashboards and alerts look at, and an undisturbed run of the tests has no values of."""
 

@@ -9,6 +9,7 @@ call, or else the environment variable SCRIPTED_ENGINE. The key `workers` holds 
 override the rest for single workers by name. Keys and defaults:
 
     start_delay_s 0, generate_delay_s 0, pull_delay_s 0
+    in_turn                                             false: one group after the other
     skill 0.1, skill_per_version 0.1
     fail_start, fail_generate, fail_pull, fail_check    false: raise the error of that call
     hang_generate, hang_pull                            false: wait until cancelled
@@ -25,6 +26,7 @@ import json
 import os
 import random
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ _DEFAULTS: dict[str, Any] = {
     "start_delay_s": 0.0,
     "generate_delay_s": 0.0,
     "pull_delay_s": 0.0,
+    "in_turn": False,
     "skill": 0.1,
     "skill_per_version": 0.1,
     "fail_start": False,
@@ -89,6 +92,7 @@ class ScriptedEngine(Engine):
         self._version = -1
         self._num_running = 0
         self._num_groups = 0
+        self._turn = asyncio.Lock()
 
     async def start(self) -> None:
         script = self._script()
@@ -109,7 +113,8 @@ class ScriptedEngine(Engine):
         try:
             if script["hang_generate"] or self._is_long(request, script["hang_after_tokens"]):
                 await asyncio.Event().wait()
-            await asyncio.sleep(script["generate_delay_s"])
+            async with self._turn if script["in_turn"] else nullcontext():
+                await asyncio.sleep(script["generate_delay_s"])
         finally:
             self._num_running -= request.num_samples
         self._num_groups += 1

@@ -7,6 +7,7 @@ watches its run directory and does to it what it has to survive.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -172,3 +173,36 @@ def starting(
         if run.process.poll() is None:
             run.process.kill()
             run.process.wait(10)
+
+
+@pytest.fixture
+def start_serving(
+    tmp_path: Path,
+) -> Iterator[Callable[..., tuple[subprocess.Popen[str], str]]]:
+    """Start a command of `rlhf-cluster`, and wait for the address that it prints first."""
+    started = []
+
+    def run(*arguments: str) -> tuple[subprocess.Popen[str], str]:
+        output = tmp_path / f"output-{len(started)}.txt"
+        with output.open("w") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "rlhf_cluster.cli", *arguments],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                text=True,
+                cwd=REPOSITORY,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            )
+        started.append(process)
+        deadline = time.monotonic() + 120
+        while not (found := re.search(r"http://127\.0\.0\.1:\S+", output.read_text())):
+            assert process.poll() is None, output.read_text()
+            assert time.monotonic() < deadline, output.read_text()
+            time.sleep(0.05)
+        return process, found[0]
+
+    yield run
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.wait(30)

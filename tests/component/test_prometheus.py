@@ -1,4 +1,5 @@
-"""A real Prometheus scrapes a real run: every query of the dashboards has an answer.
+"""A real Prometheus scrapes a real run: every query of the dashboards has an answer, and what the
+alerts look at is there.
 
 Prometheus comes with promtool (`make promtool`); without it this test is skipped.
 """
@@ -18,9 +19,11 @@ import pytest
 import ray
 import yaml
 
+from rlhf_cluster.observe.alerts import ALERTS, RECORDED
 from rlhf_cluster.observe.dashboards import DASHBOARDS
 from tests.ports import free_ports
-from tests.promql import NOT_IN_A_PLAIN_RUN, series_behind
+from tests.promql import NOT_IN_A_PLAIN_RUN, looked_at, series_behind
+from tests.promql_operands import operands
 
 REPOSITORY = Path(__file__).parents[2]
 FETCHED = REPOSITORY / ".venv" / "prometheus" / "usr" / "bin" / "prometheus"
@@ -88,7 +91,7 @@ def wait_until(
         time.sleep(0.5)
 
 
-def test_every_query_of_the_dashboards_has_an_answer_and_no_alert_fires(start_run, ask):
+def test_every_query_has_an_answer_and_every_alert_its_operands_and_none_fires(start_run, ask):
     run = start_run(run={"steps": 400, "groups_per_step": 4}, generation={"workers": 2})
     run.script(generate_delay_s=0.15)
     name = run.wait_for(lambda s: s.step >= 5, "five steps").run
@@ -101,10 +104,25 @@ def test_every_query_of_the_dashboards_has_an_answer_and_no_alert_fires(start_ru
     expected = {expr for expr in queries if not series_behind(expr) & NOT_IN_A_PLAIN_RUN.keys()}
     assert len(expected) > 50
 
+    compared = {
+        part
+        for expr in (*(alert.expr for alert in ALERTS), *(rule.name for rule in RECORDED))
+        for part in operands(expr)
+        if not series_behind(part) & NOT_IN_A_PLAIN_RUN.keys()
+    }
+    assert len(compared) > 15
+    told = {f'{series}{{run="{name}"}}' for series in looked_at() - NOT_IN_A_PLAIN_RUN.keys()}
+
+    def of_run(expr: str) -> bool:
+        return any(answer["metric"].get("run") == name for answer in ask(expr))
+
     def empty() -> list[str]:
-        return sorted(expr for expr in expected if not ask(expr))
+        silent = [expr for expr in compared | told if not of_run(expr)]
+        return sorted([*silent, *(expr for expr in expected if not ask(expr))])
 
     wait_until(lambda: not empty(), empty)
+    for alert in ALERTS:
+        ask(alert.expr)  # is understood
     firing = ask('ALERTS{alertstate="firing"}')
     assert [alert for alert in firing if alert["metric"].get("run", name) == name] == []
     run.process.kill()

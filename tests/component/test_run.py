@@ -4,9 +4,11 @@ import json
 import re
 import signal
 import time
+import urllib.error
 import urllib.request
 
 import pyarrow.parquet as parquet
+import pytest
 import ray
 from ray.util.state import list_actors
 
@@ -56,6 +58,27 @@ def check_live_page(run, step):
         assert int(shown) >= step
         name = f"report-{seen.width}-{seen.scheme}.png"
         (run.path / name).write_bytes(seen.picture)
+
+
+def shown_step(address: str) -> int:
+    """The step at which the report that is served there says the run is."""
+    with urllib.request.urlopen(address, timeout=120) as reply:
+        [shown] = re.findall(r"\b(\d+) of 400\b", reply.read().decode())
+    return int(shown)
+
+
+def check_live_pages(run, address):
+    """The served report goes on with the run. Waits for: the page to be made anew, past the step of
+    the first look."""
+    first = shown_step(address)
+    run.wait_for(lambda s: s.step > first, "a step after the first look")
+    deadline = time.monotonic() + 120
+    while shown_step(address) <= first:
+        assert time.monotonic() < deadline, f"the live report stays at step {first}"
+        time.sleep(0.2)
+    assert run.process.poll() is None, "it is a run that is going"
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        shown_step(address.rpartition("/")[0] + "/guessed")
 
 
 def test_a_run_trains_every_group_once_and_leaves_its_whole_record(start_run):
@@ -120,7 +143,7 @@ def test_a_failed_pull_retires_the_worker_and_loses_nothing(start_run):
     assert status.buffer_discarded == 0
     assert status.staleness_max <= 1
     seen: set[str] = set()
-    wanted = looked_at() - NOT_IN_A_PLAIN_RUN.keys()
+    wanted = (looked_at() - NOT_IN_A_PLAIN_RUN.keys()) | {"ray_rlhf_pool_restarts_total"}
     run.wait_for(
         lambda s: seen.update(exported_by(s.run)) or wanted <= seen,
         "all that dashboards and alerts look at is exported, with the run's name",
@@ -168,7 +191,9 @@ def test_a_crash_loop_ends_the_run_with_the_first_cause(start_run):
     assert known["stacks"]["processes"].keys() >= {"scoring-0", "learner-0", "buffer"}
 
 
-def test_pools_grow_and_shrink_under_a_running_job_whose_name_is_taken(start_run, ray_address):
+def test_pools_grow_and_shrink_under_a_running_job_whose_name_is_taken(
+    start_run, start_serving, ray_address
+):
     run = start_run(run=LONG, generation={"workers": 1}, staleness={"max_in_flight_groups": 2})
     run.script(**SLOW)
     run.wait_for(lambda s: s.step >= 1, "a step")
@@ -181,6 +206,8 @@ def test_pools_grow_and_shrink_under_a_running_job_whose_name_is_taken(start_run
     assert status.buffer_in_flight <= 2, "the in-flight limit holds whatever the pool's size"
     if CHROMIUM is not None:
         check_live_page(run, status.step)
+    _, address = start_serving("report", str(run.path), "--live")
+    check_live_pages(run, address)
     shrunk = scale(run.path, {"generation": 1}, ray_address)
     assert shrunk == {"generation": "generation: 1 workers"}
     status = run.wait_for(lambda s: s.step >= status.step + 2, "two more steps")

@@ -2,16 +2,12 @@
 
 import json
 import os
-import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -32,38 +28,6 @@ FETCHED = REPOSITORY / ".venv" / "prometheus" / "usr" / "bin" / "prometheus"
 PROMETHEUS = shutil.which("prometheus") or (str(FETCHED) if FETCHED.exists() else None)
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
-Start = Callable[..., tuple[subprocess.Popen[str], str]]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Start a command, and wait for the address that it prints first."""
-    started = []
-
-    def run(*arguments: str) -> tuple[subprocess.Popen[str], str]:
-        output = tmp_path / f"output-{len(started)}.txt"
-        with output.open("w") as file:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "rlhf_cluster.cli", *arguments],
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                text=True,
-                cwd=REPOSITORY,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            )
-        started.append(process)
-        deadline = time.monotonic() + 120
-        while not (found := re.search(r"http://127\.0\.0\.1:\S+", output.read_text())):
-            assert process.poll() is None, output.read_text()
-            assert time.monotonic() < deadline, output.read_text()
-            time.sleep(0.05)
-        return process, found[0]
-
-    yield run
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-            process.wait(30)
 
 
 def get(address: str) -> str:
@@ -71,9 +35,9 @@ def get(address: str) -> str:
         return reply.read().decode()
 
 
-def test_a_live_report_is_served_until_it_is_interrupted(start, tmp_path):
+def test_a_live_report_is_served_until_it_is_interrupted(start_serving, tmp_path):
     path = record_run(tmp_path, steps=6)
-    process, address = start("report", str(path), "--live")
+    process, address = start_serving("report", str(path), "--live")
     text = get(address)
     assert text.startswith("<!doctype html>")
     assert "Where it stands" in text
@@ -106,9 +70,9 @@ def test_a_browser_asks_again_by_itself_for_a_page_that_took_too_long():
 @pytest.mark.skipif(
     PROMETHEUS is None, reason="Prometheus is not installed: make promtool fetches it"
 )
-def test_a_real_prometheus_has_our_rules_and_ends_with_the_command(start, tmp_path):
+def test_a_real_prometheus_has_our_rules_and_ends_with_the_command(start_serving, tmp_path):
     path, port = record_run(tmp_path, steps=2), free_ports(1)[0]
-    process, address = start(
+    process, address = start_serving(
         *("monitor", str(path), "--prometheus", str(PROMETHEUS)),
         *("--port", str(port), "--target", "127.0.0.1:1"),
     )

@@ -88,7 +88,9 @@ def test_settings_under_which_an_engine_would_serve_something_else_are_refused(
 def test_what_proposes_without_weights_is_allowed_on_a_gpu() -> None:
     for method in ("ngram", "ngram_gpu", "suffix"):
         config = tiny_config(generation={"speculative": {"method": method}, "num_gpus": 1})
-        assert engine_arguments(config, "m", "w")["speculative_config"] == {"method": method}
+        arguments = engine_arguments(config, "m", "w")
+        assert arguments["speculative_config"] == {"method": method}
+        assert arguments["per_request_spec_decode_metrics"] == "summary"  # what is taken is counted
         assert config.generation.draft_folder is None
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from actors.observer import RunObserver
 from actors.vllm_requests import Totals
-from rlhf_cluster.observe.metrics import NullMetrics
+from rlhf_cluster.observe.metrics import Metrics, NullMetrics
 from rlhf_cluster.observe.panels import ratio
 from rlhf_cluster.observe.resident import resident_bytes
 from rlhf_cluster.ports import StepReport, Taken
@@ -17,6 +19,7 @@ from rlhf_cluster.records import GroupSummary, Ticket
 from rlhf_cluster.rundir import RunDir
 from rlhf_cluster.weights.sync import SyncStats
 from tests.configs import tiny_config
+from tests.fakes import Sent
 from tests.unit.test_scoring_rewarding import step_times
 
 
@@ -69,26 +72,25 @@ def taken(number: int, oldest: int, rollouts: int = 2) -> Taken:
 
 def test_rollouts_are_counted_by_staleness_over_the_whole_run(tmp_path):
     config = tiny_config(run={"root": str(tmp_path)})
-    records: list[dict[str, float]] = []
+    sent = Sent()
     with RunDir.create(config.run_dir, config) as rundir:
-        observer = RunObserver(
+        observer: Any = RunObserver(
             config, rundir, (), SyncStats, lambda snapshot: None, 0.0, lambda: 1.0
         )
-        observer._metrics = NullMetrics()  # it checks the names; Ray's is for a cluster
-        observer._metrics.record = records.append  # type: ignore[method-assign]
+        observer._metrics = Metrics(sent)
         observer.step(StepReport(step=1, metrics={}), [taken(0, 0), taken(1, 0, 3)], step_times())
         observer.step(StepReport(step=3, metrics={}), [taken(2, 2), taken(3, 1)], step_times())
         observer.close()
     name = "staleness/rollouts_total"
-    found = [{k: v for k, v in r.items() if k.startswith(name)} for r in records]
-    assert found == [{f"{name}/0": 5.0}, {f"{name}/0": 7.0, f"{name}/1": 2.0}]
+    found = {key[1]: value for key, value in sent.series.items() if key[0] == name}
+    assert found == {"0": 7.0, "1": 2.0}
 
 
 def test_the_memory_of_a_process_is_the_kernels_number(tmp_path):
     assert resident_bytes() > 1 << 20
     statm = tmp_path / "statm"
     statm.write_text("100 25 3 1 0 9 0\n")
-    assert resident_bytes(statm) == 25 * 4096 or resident_bytes(statm) % 25 == 0
+    assert resident_bytes(statm) == 25 * os.sysconf("SC_PAGESIZE")
     statm.write_text("nonsense")
     assert math.isnan(resident_bytes(statm))
     assert math.isnan(resident_bytes(tmp_path / "absent"))
