@@ -9,6 +9,8 @@ TRL := deploy/requirements-trl.lock
 RUN := quickstart
 N := 20
 STEPS := 2000
+# In the order of tests/conftest.py.
+BY_FILE := -n 2 --dist loadfile --no-loadscope-reorder
 PIP_OPTIONS := --quiet --quiet --no-deps --no-compile
 # Bytecode on all cores, and only of what a run imports: most of what is installed never is.
 COMPILED := torch transformers vllm ray numpy sympy pydantic fastapi
@@ -19,6 +21,8 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export RAY_AUTH_MODE := disabled
 export RAY_USAGE_STATS_ENABLED := 0
+# Else every process of every test compiles again what it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: quickstart install test unit explore crosscheck component system gpu chaos soak lock audit promtool lint format clean
 
@@ -58,10 +62,10 @@ $(VENV)/.trl: $(TRL) $(VENV)/.installed
 	@touch $@
 
 component: install
-	$(BIN)/pytest tests/component -n 2 --dist loadfile --durations=5
+	$(BIN)/pytest tests/component $(BY_FILE) --durations=5
 
 system: install
-	$(BIN)/pytest tests/system -n 2 --dist loadfile --durations=5
+	$(BIN)/pytest tests/system $(BY_FILE) --durations=5
 
 gpu: install
 	$(BIN)/pytest tests/gpu

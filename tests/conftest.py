@@ -18,6 +18,23 @@ settings.register_profile("repeatable", deadline=None, derandomize=True, max_exa
 settings.register_profile("explore", deadline=None, print_blob=True, max_examples=400)
 settings.load_profile("repeatable")
 
+# Of tests/component and tests/system what takes longest, in that order, by `pytest --durations=0`.
+LONGEST_FIRST = (
+    *("job_on_nodes", "learner_loss", "submitted_jobs", "run", "resume", "chaos", "shrinking"),
+    *("moving_reference", "given_cluster", "weight_transport", "hot_spares", "replay"),
+    *("generating", "ensemble", "killed_training", "stages", "worker_quarantine", "bad_input"),
+    *("process_rewards", "prometheus", "segmented_groups", "online_dpo"),
+    *("loop", "configured_runs", "rejection_sampling", "vllm_formats", "learner_ranks"),
+    *("learner_backends", "learner_checkpoints", "vllm_draft", "vllm_engine", "vllm_caches"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """So that no process is alone with a long file while the others have nothing left to do. Within
+    a file the order stays."""
+    place = {f"test_{name}": number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
 
 @pytest.fixture(scope="module")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:

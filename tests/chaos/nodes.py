@@ -98,9 +98,13 @@ class Nodes:
     def close(self) -> None:
         """End all nodes. Waits for: Ray to know that none of them lives, those that were lost before
         too; until then it would place the actors of a next run there."""
+        self.close_with_cluster()
+        self.cluster.wait_for_nodes(timeout=KNOWN_WITHIN_S)
+
+    def close_with_cluster(self) -> None:
+        """End all nodes of a cluster that ends next: nobody has to know that they are gone."""
         for node in list(self.nodes):
             self._remove(node)
-        self.cluster.wait_for_nodes(timeout=KNOWN_WITHIN_S)
 
     def _remove(self, node: Node) -> None:
         self.nodes.remove(node)

@@ -30,6 +30,7 @@ from tests.ports import free_ports
 
 WITHIN_S = 300.0
 NAME, GROUPS = "on-nodes", 4
+POOLS = ("generation", "scoring")
 
 pytestmark = pytest.mark.timeout(1500)
 
@@ -63,7 +64,7 @@ def nodes(cluster: Cluster) -> Iterator[Nodes]:
         nodes.refill()
         yield nodes
     finally:
-        nodes.close()
+        nodes.close_with_cluster()
 
 
 def test_a_job_is_followed_scaled_bereft_of_a_node_and_stopped_and_no_group_is_lost(
@@ -74,9 +75,11 @@ def test_a_job_is_followed_scaled_bereft_of_a_node_and_stopped_and_no_group_is_l
     try:
         job.trains()
         for size in (2, 1):
-            for pool in ("generation", "scoring"):
-                assert job.ask("scale", f"{pool}={size}") == f"  {pool}  {size} workers\n"
-                job.wait(lambda s, p=pool, n=size: sizes(s)[p] == n, f"{pool} has {size} workers")
+            said = job.ask("scale", *(f"{pool}={size}" for pool in POOLS)).splitlines()
+            assert [line.split() for line in said] == [
+                [pool, f"{size}", "workers"] for pool in POOLS
+            ]
+            job.wait(lambda s, n=size: sizes(s) == dict.fromkeys(POOLS, n), f"{size} workers each")
         job.trains()
         restarts = job.status().pools[0].restarts
         nodes.lose(node_of("GenerationActor", job.address, nodes).raylet)
