@@ -8,9 +8,11 @@ Promises:
 - with `max_calls` = 1 every call is computed alone, so that no result depends, not in its last bits
   either, on what was asked beside it;
 - each caller gets the results of its own items, in order; what fails in company is computed again call
-  by call, so that an error reaches the caller whose items it is of, and nobody else;
+  by call, so that an error reaches the caller whose items it is of, and nobody else; what the failed
+  pass held is let go first, so that what was out of memory in company may fit alone;
 - a caller that is not served within `timeout_s` gets `late()`, and what it left is not computed, unless
-  somebody is at it already;
+  somebody is at it already. A round whose `compute` itself waited that long (`StalledError`) is late
+  for all of its calls, which came before it began;
 - calls are served in the order in which they came.
 """
 
@@ -18,10 +20,13 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
+
+from rlhf_cluster.errors import StalledError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -88,6 +93,7 @@ class Together(Generic[T, R]):
                 if left_s <= 0:
                     if call in self._waiting:
                         self._waiting.remove(call)
+                    call.ended = True
                     raise self._late()
                 self._changed.wait(left_s)
             if call.ended:
@@ -109,16 +115,24 @@ class Together(Generic[T, R]):
     def _serve(self, calls: Sequence[_Call[T, R]]) -> None:
         try:
             found = list(self._compute([item for call in calls for item in call.items]))
+        except StalledError:
+            for call in calls:
+                call.error, call.ended = self._late(), True
+            return
         except Exception as error:
+            # the frames of a failed pass hold its memory, which the next one needs
+            traceback.clear_frames(error.__traceback__)
             if len(calls) == 1:
                 calls[0].error, calls[0].ended = error, True
                 return
+        else:
             for call in calls:
-                self._serve([call])
+                call.found, found = found[: len(call.items)], found[len(call.items) :]
+                call.ended = True
             return
         for call in calls:
-            call.found, found = found[: len(call.items)], found[len(call.items) :]
-            call.ended = True
+            if not call.ended:
+                self._serve([call])
 
     def _end_round(self, calls: Sequence[_Call[T, R]]) -> None:
         with self._changed:
