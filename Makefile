@@ -71,7 +71,7 @@ gpu: install
 	$(BIN)/pytest tests/gpu
 
 chaos: install
-	$(BIN)/python -m tests.chaos.run --runs $(N) --out benchmarks/results/chaos.json
+	$(BIN)/python -m tests.chaos.run --runs $(N) --kills 6 --total $(N) --out benchmarks/results/chaos.json
 
 soak: install
 	$(BIN)/python -m tests.soak.run --steps $(STEPS) --out benchmarks/results/soak.json

@@ -20,7 +20,7 @@ settings.load_profile("repeatable")
 
 # Of tests/component and tests/system what takes longest, in that order, by `pytest --durations=0`.
 LONGEST_FIRST = (
-    *("job_on_nodes", "learner_loss", "submitted_jobs", "run", "resume", "chaos", "shrinking"),
+    *("learner_loss", "job_on_nodes", "submitted_jobs", "run", "resume", "chaos", "shrinking"),
     *("moving_reference", "given_cluster", "weight_transport", "hot_spares", "replay"),
     *("generating", "ensemble", "killed_training", "stages", "worker_quarantine", "bad_input"),
     *("process_rewards", "prometheus", "segmented_groups", "online_dpo"),

@@ -242,6 +242,7 @@ def parse(command: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="where the result goes, as JSON")
     parser.add_argument("--keep", type=Path, help="folder of the runs' directories")
     parser.add_argument("--minutes", type=float, help="begin no further run after this long")
+    parser.add_argument("--total", type=int, help="nor after so many kills, of all runs")
     parser.add_argument("--go-on", action="store_true", help="keep the runs that --out has")
     arguments = parser.parse_args(command)
     if arguments.go_on and arguments.out is None:
@@ -265,7 +266,8 @@ def main(command: Sequence[str]) -> int:
         for seed in range(arguments.seed, arguments.seed + arguments.runs):
             if seed in done:
                 continue
-            if arguments.minutes and time.monotonic() - start > arguments.minutes * 60:
+            late = arguments.minutes and time.monotonic() - start > arguments.minutes * 60
+            if late or (arguments.total and figures(runs)["kills"] >= arguments.total):
                 break
             runs.append(one(seed, arguments, address, nodes))
             if arguments.out is not None:

@@ -8,8 +8,10 @@ and all else on the head. The job runs the real engine: nothing of the tests is 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,6 +44,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     port, agent = free_ports(2)
+    folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: Ray's sockets lie below it
     ours = {group_resource(role): 1.0 for role in ("scoring", "training")}
     head = {
         "num_cpus": 4,
@@ -50,10 +53,14 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
         "include_dashboard": True,
         "dashboard_port": port,
         "dashboard_agent_listen_port": agent,
+        "temp_dir": str(folder / "ray"),
     }
     cluster = Cluster(initialize_head=True, head_node_args=head)
+    # As `ray start` does: without it a job takes any cluster of this machine for its own.
+    (folder / "ray" / "ray_current_cluster").write_text(cluster.address)
     yield cluster
     cluster.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
