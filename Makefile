@@ -38,7 +38,7 @@ $(VENV)/.installed: $(LOCK) $(TORCH) $(DEEPSPEED) pyproject.toml
 	$(BIN)/python -m pip install $(PIP_OPTIONS) --requirement $(TORCH)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install $(PIP_OPTIONS) --no-build-isolation --require-hashes --requirement $(DEEPSPEED)
 	$(BIN)/python -m pip install $(PIP_OPTIONS) --no-build-isolation --editable .
-	@$(BIN)/python -m compileall -q -q -j 0 -x '$(NOT_COMPILED)' $(addprefix $(VENV)/lib/python3*/site-packages/,$(COMPILED)) >/dev/null || true
+	@$(BIN)/python -m compileall -q -q -j 0 -x '$(NOT_COMPILED)' $(addprefix $(VENV)/lib/python3*/site-packages/,$(COMPILED)) rlhf_cluster actors >/dev/null || true
 	@touch $@
 
 test: lint unit crosscheck component system
@@ -71,7 +71,7 @@ gpu: install
 	$(BIN)/pytest tests/gpu
 
 chaos: install
-	$(BIN)/python -m tests.chaos.run --runs $(N) --kills 6 --total $(N) --out benchmarks/results/chaos.json
+	$(BIN)/python -m tests.chaos.run --runs $(N) --kills 10 --total $(N) --out benchmarks/results/chaos.json
 
 soak: install
 	$(BIN)/python -m tests.soak.run --steps $(STEPS) --out benchmarks/results/soak.json
