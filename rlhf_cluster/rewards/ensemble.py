@@ -35,6 +35,7 @@ from rlhf_cluster.rewards.base import RewardContext, RewardSection
 from rlhf_cluster.rewards.reward_model import RewardModel, RewardModelConfig
 
 Combine = Literal["mean", "min", "mean_minus_std"]
+COEF = 1.0
 Array = np.ndarray
 
 
@@ -46,7 +47,7 @@ class EnsembleConfig(RewardSection):
     """Folders of the members, each as `path` of a reward model."""
     combine: Combine = "mean"
     """How the members' scores become one."""
-    coef: NonNegativeFloat = 1.0
+    coef: NonNegativeFloat = COEF
     """How many standard deviations `mean_minus_std` takes off."""
     tokenizer: Literal["shared", "own"] = "shared"
     """As of a reward model, for all members."""
@@ -77,7 +78,7 @@ class EnsembleConfig(RewardSection):
                 f"paths names {twice[0]!r} {self.paths.count(twice[0])} times: a member always agrees "
                 "with itself. Give each member once"
             )
-        if "coef" in self.model_fields_set and self.combine != "mean_minus_std":
+        if self.coef != COEF and self.combine != "mean_minus_std":
             raise ValueError(
                 f"coef = {self.coef:g} with combine = {self.combine!r}, which has none. Remove it, or "
                 "set combine = 'mean_minus_std'"

@@ -20,6 +20,8 @@ def refused(**sections) -> str:
 def test_every_shipped_configuration_is_valid(path):
     for config in load_all(path):
         assert config.run_dir.name == config.run.name
+        again = type(config).model_validate_json(config.model_dump_json())
+        assert again == config, "what a run directory keeps of it is read again"
 
 
 def test_the_promised_configurations_are_there():
