@@ -107,7 +107,8 @@ class RayGeneration:
         self._pool = pool
         self._config = config.generation
         self._abandoned = Abandoned(pool, config.cluster.heartbeat_timeout_s)
-        self._totals = {"segments": 0, "tokens_kept": 0, "tokens_resampled": 0, "retries": 0}
+        names = ("segments", "segments_queued", "tokens_kept", "tokens_resampled", "retries")
+        self._totals = dict.fromkeys(names, 0)
         self._watch = Watch(config.generation.quarantine)
         self._seen_changes = -1  # of the pool
         self.target: WeightVersion | None = None
@@ -139,6 +140,7 @@ class RayGeneration:
                 continue
             added = given.summary["num_tokens"]
             self._totals["segments"] += 1
+            self._totals["segments_queued"] += given.summary["queued"]
             self._totals["tokens_kept"] += given.num_failed * num_tokens
             self._totals["tokens_resampled"] += given.num_failed * added
             if not given.summary["num_unfinished"]:
@@ -189,7 +191,8 @@ class RayGeneration:
         return self._watch
 
     def metrics(self) -> Mapping[str, float]:
-        """Segments, tries after the first, and the tokens that failed calls did not cost, or did."""
+        """Segments, those at whose end requests waited, tries after the first, and the tokens that
+        failed calls did not cost, or did."""
         return {f"generation/{name}_total": float(n) for name, n in self._totals.items()}
 
     async def pull(self, version: WeightVersion) -> None:

@@ -70,7 +70,8 @@ class Engine(Protocol):
         ...
 
     def stats(self) -> Mapping[str, float]:
-        """Current numbers: requests running and waiting, KV-cache use, token counters."""
+        """Current numbers: `num_running`, `num_waiting` (requests that wait for a place in the batch),
+        KV-cache use, token counters."""
         ...
 
     def check(self) -> None:

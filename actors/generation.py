@@ -115,6 +115,7 @@ class GenerationWorker:
             "num_tokens": num_tokens,
             "num_unfinished": after.num_unfinished,
             "generate_s": generate_s,
+            "queued": engine.stats()["num_waiting"] > 0,
         }
         self._totals["num_tokens"] += num_tokens
         if after.num_unfinished:

@@ -1,7 +1,8 @@
 """When a pool gets a worker more or fewer: decided from the bottleneck advisor's numbers alone.
 
     grow     the pool is what bounds the run, and one more worker is foretold to make steps `grow_at`
-             times as fast, in every part of the advisor's window
+             times as fast, in every part of the advisor's window, even if engines gain nothing while
+             they have room in their batch
     shrink   one worker fewer is foretold to make steps at most `shrink_at` times as slow, in every
              part
 
@@ -115,7 +116,7 @@ class Autoscaler:
         pool = advice.bound
         if pool is None:
             return self._grow_together(now_s, advice, sizes)
-        low = min(part.gain(pool) for part in advice.parts)
+        low = min(part.gain(pool, sure=True) for part in advice.parts)
         if low < self._settings.grow_at or not self._may_grow(now_s, pool, sizes):
             return None
         missing = self._missing_gpus(pool, sizes)
@@ -132,7 +133,7 @@ class Autoscaler:
         """Pools that bound the run together: one worker of either gives nothing alone. The first gets
         its worker, after which the other is what bounds it."""
         pools = [p for p in self._settings.scales if p in advice.load.demand]
-        low = min(part.speed(dict.fromkeys(pools, 1)) for part in advice.parts)
+        low = min(part.speed(dict.fromkeys(pools, 1), sure=True) for part in advice.parts)
         needed = sum(self._gpus.get(pool, 0.0) for pool in pools[1:])
         if (
             len(pools) < 2

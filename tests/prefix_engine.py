@@ -65,7 +65,7 @@ class PrefixEngine(Engine):
         raise NotImplementedError
 
     def stats(self) -> dict[str, float]:
-        return {}
+        return {"num_waiting": 0.0}
 
     def check(self) -> None: ...
 

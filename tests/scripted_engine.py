@@ -90,7 +90,8 @@ class ScriptedEngine(Engine):
         self._name = worker_name
         self._tokenizer: Tokenizer
         self._version = -1
-        self._num_running = 0
+        self._num_requests = 0
+        self._num_served = 0
         self._num_groups = 0
         self._turn = asyncio.Lock()
 
@@ -109,14 +110,20 @@ class ScriptedEngine(Engine):
         if script["fail_generate"]:
             raise WorkerError(f"{self._name}: scripted failure of generate")
         first_version = self._version
-        self._num_running += request.num_samples
+        self._num_requests += request.num_samples
         try:
-            if script["hang_generate"] or self._is_long(request, script["hang_after_tokens"]):
-                await asyncio.Event().wait()
             async with self._turn if script["in_turn"] else nullcontext():
-                await asyncio.sleep(script["generate_delay_s"])
+                self._num_served += request.num_samples
+                try:
+                    if script["hang_generate"] or self._is_long(
+                        request, script["hang_after_tokens"]
+                    ):
+                        await asyncio.Event().wait()
+                    await asyncio.sleep(script["generate_delay_s"])
+                finally:
+                    self._num_served -= request.num_samples
         finally:
-            self._num_running -= request.num_samples
+            self._num_requests -= request.num_samples
         self._num_groups += 1
         return [self._sample(script, request, i, first_version) for i in range(request.num_samples)]
 
@@ -150,8 +157,8 @@ class ScriptedEngine(Engine):
 
     def stats(self) -> Mapping[str, float]:
         return {
-            "num_running": float(self._num_running),
-            "num_waiting": 0.0,
+            "num_running": float(self._num_served),
+            "num_waiting": float(self._num_requests - self._num_served),
             "kv_cache_use_fraction": 0.0,
         }
 

@@ -19,9 +19,12 @@ bottleneck whose gain is largest, where it is worth naming.
 
 How far to trust it. The demand of a pool is taken to shrink with its size: true while its workers are
 kept full, too hopeful where groups are few and long (a single response is not made faster) and where
-workers share cores or a GPU. So the gain is an upper estimate there. The range beside it is that of
-the same estimate over four parts of the window, so it shows noise, not the model's own error; over
-simulated runs in `tests/unit/test_advisor.py` the estimate is within 15 % of what the worker gave.
+workers share cores or a GPU. So the gain is an upper estimate there. An engine that has room in its
+batch may be as fast with many requests as with few, and then a further one gives nothing. It is full
+while requests wait for its batch; of that share of the groups (`full`) the gain is sure. The range
+beside the gain is from the sure one to the upper one, over four parts of the window: noise and room,
+not the model's own error. Over simulated runs in `tests/unit/test_advisor.py` the upper estimate is
+within 15 % of what the worker gave, where engines have no room.
 The learner's gain is for one that is twice as fast; the size of a running learner cannot be changed.
 """
 
@@ -29,29 +32,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 Record = Mapping[str, Any]
 Station = str  # "generation", "learner", "scoring", or another scoring pool's name
 
 _SIZE, _BUSY = "pool/size/", "time/pool_busy_s/"
+_GROUPS, _QUEUED = "generation/segments_total", "generation/segments_queued_total"
 WINDOW = 32  # steps that are looked at
 MIN_STEPS = 4
 WORTH_NAMING = 1.05
 TURNS = 0.5  # from this c on the stations take turns rather than overlap
 NOBODY = 0.1  # share of the time in which no station works, from which it is told
+ROOM = 0.5  # share of the groups at whose end requests waited, under which engines have room
 _PARTS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """Mean seconds a step. `demand` is by station, `workers` by pool."""
+    """Mean seconds a step. `demand` is by station, `workers` by pool, `full` the share of the groups at
+    whose end requests waited for the engine's batch (1 where no record tells it)."""
 
     step_s: float
     learner_wait_s: float
     generation_wait_s: float
     demand: Mapping[Station, float]
     workers: Mapping[Station, int]
+    full: float = 1.0
 
     @property
     def turns(self) -> float:
@@ -66,26 +74,27 @@ class Load:
         """e of the model."""
         return max(0.0, self.step_s - _bounds(self.demand)[1])
 
-    def speed(self, changes: Mapping[Station, int]) -> float:
+    def speed(self, changes: Mapping[Station, int], sure: bool = False) -> float:
         """Steps a second with so many more workers (below 0: fewer; one is to be left) over those of
-        now. A learner counts as one."""
+        now. A learner counts as one. `sure`: as if engines gained nothing while they have room."""
         demand = dict(self.demand)
         for station, change in changes.items():
             w = self.workers.get(station, 1)
-            demand[station] *= w / (w + change)
+            spared = change / (w + change)
+            demand[station] *= 1 - spared * (self.full if sure and station == "generation" else 1)
         largest, total = _bounds(demand)
         after = largest + self.turns * (total - largest) + self.unaccounted_s
         return self.step_s / after if after > 0 else 1.0
 
-    def gain(self, station: Station) -> float:
+    def gain(self, station: Station, sure: bool = False) -> float:
         """Steps a second with one more worker (a learner twice as fast) over those of now, >= 1."""
-        return max(1.0, self.speed({station: 1}))
+        return max(1.0, self.speed({station: 1}, sure))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advice:
     """`bound` None: nothing that was looked at is worth enlarging. `gains` are those of `Load.gain`,
-    `ranges` their smallest and largest over the `parts` of the window, which has `num_steps`."""
+    `ranges` the smallest sure one and the largest over the `parts` of the window of `num_steps`."""
 
     bound: Station | None
     load: Load
@@ -107,13 +116,16 @@ def advise(records: Sequence[Record]) -> Advice | None:
     steps = _comparable([r for r in records if (r.get("time/step_s") or 0) > 0][-WINDOW:])
     if len(steps) < MIN_STEPS:
         return None
-    load = _load(steps)
+    full = _full(steps)
+    load = _load(steps, full)
     gains = {station: load.gain(station) for station in load.demand}
-    parts = [_load(part) for part in _split(steps)]
+    parts = [_load(part, full) for part in _split(steps)]
     ranges = {
-        station: (min(found), max(found))
+        station: (
+            min(part.gain(station, sure=True) for part in parts),
+            max(part.gain(station) for part in parts),
+        )
         for station in gains
-        if (found := [part.gain(station) for part in parts])
     }
     best = max(gains, key=lambda station: gains[station])
     bound = best if gains[best] >= WORTH_NAMING else None
@@ -151,7 +163,7 @@ def _bounds(demand: Mapping[Station, float]) -> tuple[float, float]:
     return max(stations), sum(stations)
 
 
-def _load(steps: Sequence[Record]) -> Load:
+def _load(steps: Sequence[Record], full: float) -> Load:
     def mean(name: str) -> float:
         return sum(step.get(name) or 0.0 for step in steps) / len(steps)
 
@@ -174,7 +186,20 @@ def _load(steps: Sequence[Record]) -> Load:
         generation_wait_s=idle_s,
         demand={station: min(step_s, seconds) for station, seconds in demand.items()},
         workers=_workers(steps[-1]),
+        full=full,
     )
+
+
+def _full(steps: Sequence[Record]) -> float:
+    """`Load.full`. A run that went on counts from 0 again."""
+    ends = groups = 0.0
+    for before, after in pairwise(steps):
+        if all(name in step for step in (before, after) for name in (_GROUPS, _QUEUED)):
+            more = after[_GROUPS] - before[_GROUPS]
+            if more > 0:
+                groups += more
+                ends += max(0.0, after[_QUEUED] - before[_QUEUED])
+    return ends / groups if groups else 1.0
 
 
 def _split(steps: Sequence[Record]) -> list[Sequence[Record]]:
@@ -206,6 +231,11 @@ def _text(
             f"{bound}-bound: learner waits {waiting} of the time; one more {bound} worker{change} "
             f"gives {about}"
         )
+        if bound == "generation" and load.full < ROOM:
+            text += (
+                f"; engines have room, requests waited behind {_share(load.full, 1)} of the groups: "
+                "more groups in flight (staleness.pipeline_depth) may give as much"
+            )
     if load.turns >= TURNS:
         text += (
             "; the services take turns: a larger staleness.pipeline_depth within max_staleness "

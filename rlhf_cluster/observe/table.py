@@ -151,6 +151,12 @@ def _generation() -> tuple[Metric, ...]:
         counter("generation/errors_total", "1", role, "Groups that failed", "reason"),
         counter("generation/segments_total", "1", driver, "Groups sampled, or segments of them"),
         counter(
+            "generation/segments_queued_total",
+            "1",
+            driver,
+            "Those at whose end requests waited for the batch",
+        ),
+        counter(
             "generation/tokens_kept_total", "tokens", driver, "Tokens before a segment tried again"
         ),
         counter(

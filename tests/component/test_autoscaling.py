@@ -8,7 +8,7 @@ def test_a_generation_bound_run_gets_a_worker_and_is_told_why(start_run):
         run={"steps": 2000, "groups_per_step": 4},
         autoscale={"steps": 4, "generation": {"maximum": 2, "cooldown_s": 1.0}},
     )
-    run.script(generate_delay_s=0.3)
+    run.script(generate_delay_s=0.3, in_turn=True)
     before = run.wait_for(lambda s: s.step >= 1, "a step")
     assert [(p.name, p.wanted) for p in before.pools] == [("generation", 1), ("scoring", 1)]
     grown = run.wait_for(lambda s: s.pools[0].alive == 2, "a second generation worker")

@@ -144,6 +144,7 @@ async def test_a_group_stays_with_a_busier_worker_and_ends_as_without_a_pool():
     totals = plant.totals()
     assert totals == {
         "segments_total": 5,
+        "segments_queued_total": 0,
         "tokens_kept_total": 0,
         "tokens_resampled_total": 0,
         "retries_total": 0,
@@ -177,6 +178,7 @@ async def test_a_worker_that_dies_in_the_third_segment_costs_that_segment_alone(
     assert third is not None
     assert plant.totals() == {
         "segments_total": 5,
+        "segments_queued_total": 0,
         "tokens_kept_total": prefix.num_tokens,
         "tokens_resampled_total": third.num_tokens - prefix.num_tokens,
         "retries_total": 1,
@@ -286,6 +288,7 @@ async def test_a_worker_killed_in_the_middle_of_a_response_leaves_its_tokens_to_
         assert len(rollout.worker.split(", ")) == 2
     assert client.metrics() == {
         "generation/segments_total": 8,
+        "generation/segments_queued_total": 0,
         "generation/tokens_kept_total": 9 * 4,
         "generation/tokens_resampled_total": 9 * 2,
         "generation/retries_total": 1,

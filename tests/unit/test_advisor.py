@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from rlhf_cluster.observe.advisor import MIN_STEPS, advise
+from rlhf_cluster.observe.advisor import MIN_STEPS, ROOM, advise
 from rlhf_cluster.observe.occupancy import Occupancy, Spent
 from tests.simulated_services import GROUPS, SimulatedServices
 
@@ -103,6 +103,31 @@ def test_time_in_which_nobody_works_is_told():
     assert "for 30 % of the time none of them works: weights on their way" in advice.text
     slow_weights = SimulatedServices(**{**GENERATION, **SYNCHRONOUS}, live_s=3.0).run()
     assert "none of them works" in advise(slow_weights.records).text
+
+
+@pytest.mark.parametrize("queued", [0.0, 0.25, 1.0])
+def test_engines_with_room_may_give_nothing(queued):
+    """The counters start at 0 again in the middle, where the run went on."""
+    records = [
+        {
+            **record(k, wait_s=0.5),
+            "generation/segments_total": 8.0 * (k % 10),
+            "generation/segments_queued_total": 8.0 * (k % 10) * queued,
+        }
+        for k in range(20)
+    ]
+    advice = advise(records)
+    assert advice is not None
+    assert advice.load.full == pytest.approx(queued)
+    assert advice.gains["generation"] == pytest.approx(2.0)
+    assert advice.ranges["generation"] == (pytest.approx(2 / (2 - queued)), pytest.approx(2.0))
+    assert ("engines have room" in advice.text) == (queued < ROOM)
+
+
+def test_engines_of_which_nothing_is_told_count_as_full():
+    advice = advise([record(k, wait_s=0.5) for k in range(20)])
+    assert advice is not None
+    assert advice.load.full == 1.0
 
 
 def test_a_balanced_run_is_told_so():

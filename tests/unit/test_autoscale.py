@@ -26,8 +26,11 @@ BOTH = Autoscale(
 )
 
 
-def advice(generation_s=1.0, scoring_s=0.1, learner_s=0.1, sizes=(1, 1), steps=32, noise=None):
-    """From steps that last as long as the slowest station, the others overlapping."""
+def advice(
+    generation_s=1.0, scoring_s=0.1, learner_s=0.1, sizes=(1, 1), steps=32, noise=None, full=1.0
+):
+    """From steps that last as long as the slowest station, the others overlapping. At the end of the
+    share `full` of the groups requests waited."""
     records = []
     for step in range(steps):
         demand = [generation_s, scoring_s, learner_s]
@@ -44,6 +47,8 @@ def advice(generation_s=1.0, scoring_s=0.1, learner_s=0.1, sizes=(1, 1), steps=3
                 "time/scoring_busy_s": demand[1],
                 "pool/size/generation": float(sizes[0]),
                 "pool/size/scoring": float(sizes[1]),
+                "generation/segments_total": float(step),
+                "generation/segments_queued_total": full * step,
             }
         )
     found = advise(records)
@@ -100,6 +105,12 @@ def test_a_learner_bound_run_gives_workers_back_one_at_a_time():
 )
 def test_otherwise_nothing_is_done(given, sizes):
     assert Autoscaler(BOTH, {}).decide(0.0, given, sizes) == Decision()
+
+
+def test_engines_with_room_are_no_reason_for_a_worker():
+    for found in (advice(full=0.1), advice(scoring_s=1.0, full=0.1)):
+        assert Autoscaler(BOTH, {}).decide(0.0, found, sized()).action is None
+    assert Autoscaler(BOTH, {}).decide(0.0, advice(full=0.5), sized()).action is not None
 
 
 def test_a_pool_without_a_section_keeps_its_size():

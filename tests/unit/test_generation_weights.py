@@ -66,7 +66,7 @@ class SleepyEngine(Engine):
         )
 
     def stats(self) -> dict[str, float]:
-        return {}
+        return {"num_waiting": 0.0}
 
     def check(self) -> None: ...
 

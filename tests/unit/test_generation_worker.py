@@ -63,6 +63,14 @@ async def test_a_group_carries_the_engines_tokens_unchanged(model_dir):
         assert rollout.finished_s >= rollout.started_s > 1.7e9
 
 
+@pytest.mark.parametrize("num_waiting", [0, 3])
+async def test_a_group_tells_whether_requests_waited_at_its_end(num_waiting):
+    worker = await _fake_worker(lambda request: [_one_sample()] * request.num_samples)
+    _fakes[-1].num_waiting = num_waiting
+    meta, _ = await worker.generate(TICKET, PROMPT, SAMPLING)
+    assert meta["queued"] == (num_waiting > 0)
+
+
 async def test_the_scripted_engine_learns_with_the_version(model_dir):
     worker = await _worker(model_dir)
     correct = [VOCABULARY[c] for c in "013579"] + [VOCABULARY["<eos>"]]
@@ -141,6 +149,7 @@ class FakeEngine(Engine):
     def __init__(self, samples: Callable[[Request], list[Sample]], loaded: LoadedWeights | None):
         self._samples, self._loaded = samples, loaded
         self.requests: list[Request] = []
+        self.num_waiting = 0
 
     async def start(self) -> None: ...
 
@@ -153,7 +162,7 @@ class FakeEngine(Engine):
         return self._loaded
 
     def stats(self) -> dict[str, float]:
-        return {"num_running": 2.0}
+        return {"num_running": 2.0, "num_waiting": float(self.num_waiting)}
 
     def check(self) -> None: ...
 
