@@ -5,11 +5,12 @@ pool is enlarged by `rlhf-cluster scale`, in the same run. Cases:
 
     generation, scoring    engines or rewards that sleep, one group at a time, so that no core is shared
     learner                one with more to compute than the pools take
-    roomy                  engines that are as fast with many groups as with one: outside the model
+    roomy                  engines that are as fast with many groups as with one
 
 Figures, by case:
 
     foretold_gain              `advisor/gain/POOL` of the last step before the pool is enlarged
+    sure_gain                  the least of the range that the advice gives beside it
     measured_gain              steps per second after it, settled, over those before it
     measured_over_foretold     of the two
     names_it                   1 where the advice named the bottleneck that was made
@@ -233,13 +234,14 @@ def measure(case: Case, name: str, folder: Path) -> dict[str, Any]:
         "bound": advice.bound,
         "names_it": float(advice.bound == case.bound),
         "advice": status.advice,
+        "sure_gain": advice.ranges[case.grows][0],
         "load": {"step_s": advice.load.step_s, "turns": advice.load.turns, **advice.load.demand},
         **compared(records, case.grows),
     }
 
 
 def figures(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    names = ("foretold_gain", "measured_gain", "measured_over_foretold", "names_it")
+    names = ("foretold_gain", "sure_gain", "measured_gain", "measured_over_foretold", "names_it")
     return {f"{case}/{name}": run[name] for case, run in runs.items() for name in names}
 
 

@@ -95,9 +95,11 @@ class Victim:
         records = read_metrics(self._path / "metrics.jsonl")
         return next((r[metric] for r in reversed(records) if r.get(metric) is not None), 0.0)
 
-    def processes(self, role: str) -> list[Process]:
+    def process_of(self, role: str) -> Process:
+        """The longest at work: a spare that is ready is younger than the rank."""
         name = f"ray::{CLASSES[role]}"
-        return [p for p in marked(str(self._folder)) if p.command().startswith(name)]
+        found = [p for p in marked(str(self._folder)) if p.command().startswith(name)]
+        return min(found, key=lambda process: process.started)
 
     def wait(self, done: Callable[[Snapshot], bool], what: str) -> None:
         ends = time.monotonic() + WITHIN_S
@@ -140,8 +142,7 @@ def recovery_s(run: Victim, role: str) -> float:
         run.process.wait(30)
         run.process = run.start()
     else:
-        (victim, *_) = run.processes(role)
-        os.kill(victim.pid, signal.SIGKILL)
+        os.kill(run.process_of(role).pid, signal.SIGKILL)
         run.wait(_mended(run, role, before), f"the {role} is there again")
     run.wait_for_a_step(time.time() if role != "driver" else started)
     return time.time() - started

@@ -73,6 +73,14 @@ def test_the_result_has_the_figures_of_every_case_and_they_follow_from_its_runs(
         assert one["measured_over_foretold"] == pytest.approx(gain / one["foretold_gain"])
 
 
+def test_engines_with_room_gain_what_the_range_allows():
+    figures = json.loads(Path("benchmarks/results/advisor.json").read_text())["figures"]
+    assert figures["roomy/sure_gain"] == pytest.approx(1.0, abs=0.1)
+    assert figures["roomy/measured_gain"] < figures["roomy/foretold_gain"] * 1.2
+    assert figures["roomy/measured_gain"] > figures["roomy/sure_gain"] * 0.8
+    assert figures["generation/sure_gain"] > 1.5, "its engines are full"
+
+
 @pytest.mark.parametrize("case", ["generation", "scoring", "learner"])
 def test_the_gain_is_as_foretold_where_the_model_holds(case):
     figures = json.loads(Path("benchmarks/results/advisor.json").read_text())["figures"]

@@ -1,5 +1,6 @@
 """The benchmarks' own parts, at tiny sizes: that they run, and measure what they say."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -138,3 +139,13 @@ def test_rank_correlation_shares_ranks_of_equal_scores_and_order_counts_pairs() 
     assert found == pytest.approx(3.5 / np.sqrt(5 * 4.5))
     assert int8_scoring.order_changed(first, second) == 1.0
     assert int8_scoring.order_changed(first, np.array([[1.0, 2.0], [4.0, 3.0]])) == 0.5
+
+
+def test_every_role_was_back_within_its_time() -> None:
+    result = json.loads(Path("benchmarks/results/recovery.json").read_text())
+    runs, figures = result["runs"]["recovery"], result["figures"]
+    bounds_s = {"generation": 60, "scoring": 60, "controller": 60, "buffer": 120, "learner": 120}
+    for role, bound_s in bounds_s.items():
+        assert len(runs[role]) >= 3
+        assert figures[f"{role}_max_s"] == max(runs[role]) < bound_s, role
+    assert figures["learner_with_a_spare_s"] < figures["learner_s"]
