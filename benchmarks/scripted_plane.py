@@ -109,7 +109,7 @@ class ScriptedWorker:
     def _generate(self, ticket: Ticket, *_: Any) -> tuple[Reference, Any]:
         self._asked()
         reference, seconds = Reference(), self._seconds_of(ticket)
-        meta = {"num_tokens": NUM_TOKENS, "num_unfinished": 0, "generate_s": 1.0}
+        meta = {"num_tokens": NUM_TOKENS, "num_unfinished": 0, "generate_s": 1.0, "queued": False}
         _answer_after(seconds, reference, meta)
         return reference, (ticket, self._version)
 

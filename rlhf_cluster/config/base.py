@@ -27,8 +27,8 @@ class Section(BaseModel):
         extra="forbid",
         frozen=True,
         allow_inf_nan=False,
-        use_attribute_docstrings=True,
         strict=False,
+        defer_build=True,
     )
 
 

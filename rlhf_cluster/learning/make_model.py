@@ -11,6 +11,7 @@ outside the alphabet becomes `<unk>`, never nothing. Byte pairs are in `learning
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -29,6 +30,10 @@ ALPHABET = string.digits + string.ascii_letters + string.punctuation + " \n"
 
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 """Sizes of an attention head that vLLM's paged attention supports on every device."""
+
+
+FLAT_CONFIGS = ("llama", "mistral", "qwen2", "qwen3")
+"""Kinds of models whose config.json says itself what `sizes_of` tells."""
 
 
 def make_model(init: ModelInit, out_dir: str | Path, seed: int) -> Path:
@@ -111,28 +116,40 @@ def check_fit(
     `tokenizer_dir` defaults to the model's own folder, `settings` name the lengths. Reads
     configurations, never the weights.
     """
-    from transformers import AutoConfig
-
     from rlhf_cluster.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_dir or model_dir)
-    try:
-        found = AutoConfig.from_pretrained(str(model_dir), trust_remote_code=False)
-        config = found.get_text_config()
-    except (OSError, ValueError) as error:
-        raise DataError(f"{model_dir}: no model configuration can be read ({error})") from error
-    if len(tokenizer) > config.vocab_size:
+    num_embedded, max_positions = sizes_of(model_dir)
+    if len(tokenizer) > num_embedded:
         raise DataError(
             f"{model_dir}: the tokenizer has {len(tokenizer)} tokens, the model embeds "
-            f"{config.vocab_size}: some prompts would index past the embedding. Use the model's "
+            f"{num_embedded}: some prompts would index past the embedding. Use the model's "
             "own tokenizer, or resize the embedding"
         )
-    max_positions = getattr(config, "max_position_embeddings", None)
     if max_positions is not None and max_positions < max_sequence_tokens:
         raise DataError(
             f"{model_dir}: max_position_embeddings = {max_positions}, the run allows sequences of "
             f"{max_sequence_tokens} tokens. Lower {settings}, or take a model with more positions"
         )
+
+
+def sizes_of(model_dir: str | Path) -> tuple[int, int | None]:
+    """How many tokens the model embeds, and its positions, None where it has no limit. Transformers,
+    which takes seconds to import, is asked where config.json does not tell. Raises `DataError`."""
+    try:
+        told = json.loads((Path(model_dir) / "config.json").read_bytes())
+        if told["model_type"] in FLAT_CONFIGS:
+            return int(told["vocab_size"]), int(told["max_position_embeddings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # a hub id, a damaged file, or values that are transformers' own
+    from transformers import AutoConfig
+
+    try:
+        found = AutoConfig.from_pretrained(str(model_dir), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{model_dir}: no model configuration can be read ({error})") from error
+    config = found.get_text_config()
+    return config.vocab_size, getattr(config, "max_position_embeddings", None)
 
 
 def _model_config(init: ModelInit, vocab_size: int) -> PretrainedConfig:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -26,11 +27,12 @@ import ray
 from ray.cluster_utils import Cluster
 
 from actors.control import NAMESPACE
+from rlhf_cluster.learning.make_model import make_model
 from rlhf_cluster.observe.run_log import read_metrics
 from rlhf_cluster.observe.samples import read_samples
 from rlhf_cluster.observe.snapshot import Snapshot
 from rlhf_cluster.rundir import RunDir
-from tests.configs import tiny_tree
+from tests.configs import tiny_config, tiny_tree
 from tests.ports import free_ports
 from tests.scripted_engine import write_script
 from tests.stage_cases import stage_tree
@@ -87,11 +89,14 @@ class RunProcess:
     def script(self, **script: Any) -> None:
         """Steer the run's engines from now on (tests/scripted_engine.py). Waits for: the model."""
         deadline = time.monotonic() + 240
-        while not (self.path / "model" / "tokenizer.json").exists():
+        folder = model_beside(self.path)
+        if not folder.exists():
+            folder = self.path / "model"
+        while not (folder / "tokenizer.json").exists():
             assert self.process.poll() is None, self.output()
             assert time.monotonic() < deadline, "the run made no model"
             time.sleep(0.02)
-        write_script(self.path / "model", **script)
+        write_script(folder, **script)
 
     def ready(self) -> bool:
         return (self.path / "run.lock").exists()
@@ -117,10 +122,35 @@ class RunProcess:
         return read_metrics(self.path / "metrics.jsonl")
 
 
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run of the tiny configuration would make for itself, which takes it seconds."""
+    config = tiny_config()
+    assert config.model.init is not None
+    folder = tmp_path_factory.mktemp("model") / "made"
+    return make_model(config.model.init, folder, config.run.seed)
+
+
 @pytest.fixture
-def start_run(ray_address: str, tmp_path: Path) -> Iterator[Callable[..., RunProcess]]:
-    """Start a run of the tiny configuration on the session's cluster."""
-    yield from starting(ray_address, tmp_path, tiny_tree, "tests.run_with_engine", SCRIPTED)
+def start_run(
+    ray_address: str, tmp_path: Path, tiny_model: Path
+) -> Iterator[Callable[..., RunProcess]]:
+    """Start a run of the tiny configuration on the session's cluster, with its own model folder."""
+
+    def tree(**sections: dict[str, Any]) -> dict[str, Any]:
+        found = tiny_tree(**sections)
+        if "model" not in sections:
+            folder = model_beside(tmp_path / found["run"]["name"])
+            if not folder.exists():
+                shutil.copytree(tiny_model, folder)
+            found["model"] = {"path": str(folder)}
+        return found
+
+    yield from starting(ray_address, tmp_path, tree, "tests.run_with_engine", SCRIPTED)
+
+
+def model_beside(run: Path) -> Path:
+    return run.with_name(f"{run.name}-model")
 
 
 @pytest.fixture

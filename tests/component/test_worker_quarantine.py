@@ -25,7 +25,7 @@ async def served_by(summary: Callable[[str], Any], num_groups: int, **rules: Any
             if isinstance(found, Exception):
                 reference.result.set_exception(found)
                 return reference, None
-            return reference.answered({"num_unfinished": 0, **found}), None
+            return reference.answered({"num_unfinished": 0, "queued": False, **found}), None
 
         return Worker(name=name, actor=Actor(generate=generate), placement=None)  # type: ignore[arg-type]
 

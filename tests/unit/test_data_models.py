@@ -19,7 +19,14 @@ from rlhf_cluster.data.tasks import (
 )
 from rlhf_cluster.data.tokenizer import PLAIN_CLASSES, end_token_ids, load_tokenizer
 from rlhf_cluster.errors import DataError
-from rlhf_cluster.learning.make_model import ALPHABET, check_fit, make_model, make_tokenizer
+from rlhf_cluster.learning.make_model import (
+    ALPHABET,
+    FLAT_CONFIGS,
+    check_fit,
+    make_model,
+    make_tokenizer,
+    sizes_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +165,27 @@ def test_a_model_with_too_few_positions_is_refused(model_dir: Path) -> None:
     check_fit(model_dir, 64)
     with pytest.raises(DataError, match=r"max_position_embeddings = 64, .* sequences of 65 tokens"):
         check_fit(model_dir, 65)
+
+
+@pytest.mark.parametrize("kind", [*FLAT_CONFIGS, "gpt2"])
+def test_sizes_are_those_of_transformers_also_where_it_is_not_asked(
+    kind: str, tmp_path: Path
+) -> None:
+    from transformers import AutoConfig
+
+    for sizes in ({}, {"vocab_size": 7, "max_position_embeddings": 9}):
+        config = AutoConfig.for_model(kind, **sizes)
+        config.save_pretrained(tmp_path)
+        assert sizes_of(tmp_path) == (config.vocab_size, config.max_position_embeddings)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": kind}))
+    default = AutoConfig.for_model(kind)
+    assert sizes_of(tmp_path) == (default.vocab_size, default.max_position_embeddings)
+
+
+def test_a_folder_without_a_configuration_has_no_sizes(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no model configuration can be read"):
+        sizes_of(tmp_path)
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(model_dir: Path, tmp_path: Path) -> None:
