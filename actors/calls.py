@@ -1,6 +1,7 @@
 """Remote calls with a deadline and errors that name what failed.
 
-`answer` is the only way this project waits for a Ray reference. It turns
+`answer` is how an event loop of this project waits for a Ray reference, `answer_now` how a thread does.
+It turns
 - an error that our own code raised in the other process into that same error,
 - any other error there into `WorkerError` with its last line,
 - a dead or unreachable actor into `WorkerDied`,

@@ -107,7 +107,6 @@ class Cutter:
             first_prompt=self.first_prompt,
             reference=self._pinned_reference(),
             reward_before=self.reward_before,
-            config_digest=continuing.digest(self.config),
             packages=json.loads(self.rundir.environment.read_text())["packages"],
             score=self.observer.snapshot.reward_mean10,
         )

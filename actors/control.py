@@ -94,7 +94,10 @@ def _scaled(control: Any, run: str, sizes: Mapping[str, int]) -> dict[str, str]:
         if result is not None:
             return result
         time.sleep(0.5)
-    raise RunError(f"{run}: no answer to scale {dict(sizes)} within {SCALE_TIMEOUT_S:g} s")
+    raise RunError(
+        f"{run}: no answer to scale {dict(sizes)} within {SCALE_TIMEOUT_S:g} s. It may still be under "
+        "way, waiting for nodes or for workers to drain: look at the run's status"
+    )
 
 
 def find(run_name: str, address: str) -> Any:

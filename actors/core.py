@@ -153,7 +153,8 @@ class Core:
     async def room_to_grow(self) -> bool:
         """Whether the cluster can hold the ranks that are missing, now or once it has grown.
 
-        Waits for: that room, at most `cluster.place_timeout_s`. What is reserved is given back.
+        Waits for: that room, at most the larger of `cluster.placement_timeout_s` and
+        `cluster.node_timeout_s`. What is reserved is given back.
         """
         waiting = 0 if self._spares is None else self._spares.num_ready
         missing = rank_bundles(self._launcher.config)[self.num_ranks + waiting :]
@@ -170,7 +171,7 @@ class Core:
         """Raises `PlacementError`."""
         config = self._launcher.config
         name = self._launcher.placement_name("learner")
-        return await self._place(bundles, name, config.cluster.place_timeout_s)
+        return await self._place(bundles, name, config.cluster.room_timeout_s)
 
     async def place_ranks(
         self, free: Callable[[], Mapping[str, float]], num_spares: int = 0

@@ -43,12 +43,13 @@ from rlhf_cluster.generating.dataset import write_dataset
 from rlhf_cluster.generating.producing import Completions, Producer, Revisions
 from rlhf_cluster.generating.progress import Progress
 from rlhf_cluster.inputs import Inputs, check_inputs
+from rlhf_cluster.json_files import write_json
 from rlhf_cluster.observe.live import LiveView
 from rlhf_cluster.observe.logs import configure
 from rlhf_cluster.planning.derived import total_resources
 from rlhf_cluster.planning.placement import demand
 from rlhf_cluster.ports import Handle
-from rlhf_cluster.rundir import RunDir, write_json
+from rlhf_cluster.rundir import RunDir
 
 HEADLINE = "generate/reward_mean"
 REPORT = "report.json"

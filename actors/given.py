@@ -28,8 +28,8 @@ def _on_the_cluster(config: AnyConfig) -> Finding:
     # isort: split
     import ray
 
-    from actors.launch import free_by_node
+    from actors.launch import resources_by_node
 
     with connected(config):
-        nodes, free = free_by_node(), ray.available_resources()
+        nodes, free = resources_by_node(), ray.available_resources()
     return judge_placement(demand(config), nodes, free, config.cluster.node_timeout_s)

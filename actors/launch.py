@@ -27,7 +27,7 @@ BASE_ENVIRONMENT = {
 CPU_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def free_by_node() -> dict[str, dict[str, float]]:
+def resources_by_node() -> dict[str, dict[str, float]]:
     """Resources of every live node, by address, whether or not another job holds part of them."""
     return {
         f"{node['NodeManagerAddress']}/{node['NodeID'][:6]}": dict(node["Resources"])
@@ -40,7 +40,7 @@ def preflight(bundles: Sequence[Bundle], node_timeout_s: float = 0.0) -> None:
     """Raise `PlacementError` before anything starts when the run cannot fit the cluster, unless it
     may wait for nodes that are not there yet: its placement groups ask the autoscaler for them."""
     if node_timeout_s == 0:
-        check_fits(bundles, free_by_node())
+        check_fits(bundles, resources_by_node())
 
 
 async def place(bundles: Sequence[Bundle], name: str, timeout_s: float) -> PlacementGroup:
@@ -54,8 +54,9 @@ async def place(bundles: Sequence[Bundle], name: str, timeout_s: float) -> Place
             raise
         available = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
         raise PlacementError(
-            f"no room for {', '.join(str(b) for b in bundles)} within {timeout_s:g} s. Free in the "
-            f"cluster now: {available or 'nothing'}. Free some, or lower what the run asks for"
+            f"no room for {', '.join(str(b) for b in bundles)} within {timeout_s:g} s, the larger of "
+            "cluster.placement_timeout_s and cluster.node_timeout_s. Free in the cluster now: "
+            f"{available or 'nothing'}. Free some, or lower what the run asks for"
         ) from error
     return group
 

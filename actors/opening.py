@@ -26,10 +26,11 @@ from rlhf_cluster.checkpoint import continuing
 from rlhf_cluster.checkpoint.continuing import Continuation
 from rlhf_cluster.config.either import AnyConfig
 from rlhf_cluster.inputs import Inputs
+from rlhf_cluster.json_files import write_json
 from rlhf_cluster.observe.live import LiveView
 from rlhf_cluster.observe.post_mortem import NAME, pointing_to
 from rlhf_cluster.planning.placement import demand
-from rlhf_cluster.rundir import RunDir, write_json
+from rlhf_cluster.rundir import RunDir
 from rlhf_cluster.stages.inputs import StageInputs
 
 InputsT = TypeVar("InputsT", Inputs, StageInputs)

@@ -26,6 +26,7 @@ from typing import Any
 
 from actors.loads import Loads, State, Worker
 from rlhf_cluster.errors import PoolLost, RlhfError, StalledError, WorkerError
+from rlhf_cluster.together import together
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class WorkerPool:
     num_autoscaled: int = 0  # changes of size that nobody asked for
     tell: Callable[[str], None] = lambda text: None
     _failure: RlhfError | None = None
+    _closed: bool = False
     _first_cause: RlhfError | None = None
     _num_launched: int = 0
     _num_starting: int = 0  # counted by who calls `_add`, before the call
@@ -84,10 +86,9 @@ class WorkerPool:
         return self._loads.changes
 
     async def start(self, wanted: int) -> None:
-        """Launch `wanted` workers at once. The first failure to launch is raised."""
+        """Launch `wanted` workers, as `_add_all`."""
         self.wanted = wanted
-        self._num_starting += wanted
-        await asyncio.gather(*(self._add() for _ in range(wanted)))
+        await self._add_all(wanted)
 
     @asynccontextmanager
     async def acquire(
@@ -214,8 +215,8 @@ class WorkerPool:
         """Add workers, or drain the least loaded ones. Returns what was done.
 
         All new workers join, or none: nothing starts before `preflight` has found room for the
-        wanted size, the first that cannot start is raised, and those that were started beside it
-        are ended again.
+        wanted size, or that nodes for it may come; the first that cannot start is raised, and those
+        that were started beside it are ended again.
 
         Waits for: the new workers to be ready, or the drained ones to be idle.
         """
@@ -232,14 +233,9 @@ class WorkerPool:
 
     async def _grow(self, change: int, before: int) -> None:
         kept = list(self.workers)
-        self._num_starting += change
-        starts = [asyncio.ensure_future(self._add()) for _ in range(change)]
         try:
-            await asyncio.gather(*starts)
-        except RlhfError:
-            for start in starts:
-                start.cancel()
-            await asyncio.gather(*starts, return_exceptions=True)
+            await self._add_all(change)
+        except BaseException:
             self.wanted = before
             extra = [worker for worker in self.live if worker not in kept]
             for worker in extra:
@@ -248,7 +244,8 @@ class WorkerPool:
             raise
 
     def close(self) -> None:
-        """Retire every worker and stop replacing, for good."""
+        """Retire every worker, those that start as soon as they are there, and stop replacing."""
+        self._closed = True
         self.wanted = 0
         for task in self._tasks:
             task.cancel()
@@ -262,6 +259,21 @@ class WorkerPool:
             return f"No {self.kind} worker has reported an error"
         return "; ".join(f"{name}: last error: {text}" for name, text in self.last_errors.items())
 
+    async def _add_all(self, number: int) -> None:
+        """At once. The first failure to launch ends the others, and is raised."""
+        num_begun = 0
+
+        async def add() -> None:
+            nonlocal num_begun
+            num_begun += 1
+            await self._add()
+
+        self._num_starting += number
+        try:
+            await together(add() for _ in range(number))
+        finally:
+            self._num_starting -= number - num_begun
+
     async def _add(self) -> None:
         name = f"{self.kind}-{self._num_launched}"
         self._num_launched += 1
@@ -272,6 +284,9 @@ class WorkerPool:
             raise
         finally:
             self._num_starting -= 1
+        if self._closed:
+            self.retire(worker)
+            return
         self.workers.append(worker)
         worker.changed = self._worker_changed
         self._worker_changed(worker)
@@ -294,11 +309,16 @@ class WorkerPool:
                 self.num_restarts += 1
 
     def _give_up(self) -> None:
-        self._failure = PoolLost(
+        text = (
             f"{self.kind}: {self.num_restarts} restarts, more than {self.limits.max_restarts}. "
             f"First cause: {self._first_cause}"
         )
-        self._failure.__cause__ = self._first_cause
+        self._fail_for_good(PoolLost(text), self._first_cause)
+
+    def _fail_for_good(self, failure: RlhfError, cause: BaseException | None) -> None:
+        """Who waits, and the supervision, raise it."""
+        failure.__cause__ = cause
+        self._failure = self._failure or failure
         self._wake(len(self._waiting))
 
     async def _check_one(self, worker: Worker) -> None:
@@ -338,7 +358,14 @@ class WorkerPool:
     def _background(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._background_ended)
+
+    def _background_ended(self, task: asyncio.Task[None]) -> None:
+        """A fault of the system there must not leave the pool short for good."""
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            text = f"{self.kind}: replacing a worker failed: {type(error).__name__}: {error}"
+            self._fail_for_good(PoolLost(text), error)
 
     def _raise_failure(self) -> None:
         if self._failure is not None:

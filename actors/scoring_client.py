@@ -12,11 +12,12 @@ from actors.clients import Answered, try_workers
 from actors.pool import Worker, WorkerPool
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.config.pools import EXACT, REFERENCE, SCORING
-from rlhf_cluster.errors import StalledError, WeightError, WorkerError, first_failure
+from rlhf_cluster.errors import StalledError, WeightError, WorkerError
 from rlhf_cluster.observe.occupancy import Occupancy
 from rlhf_cluster.ports import Handle
 from rlhf_cluster.records import GroupSummary, WeightVersion
 from rlhf_cluster.scoring.moving import ReferenceKeeper
+from rlhf_cluster.together import together
 
 
 class RayScoring:
@@ -54,15 +55,8 @@ class RayScoring:
         if len(self._pools) == 1:
             given = await self._ask(SCORING, "score", group)
             return given.handle, given.summary
-        try:
-            async with asyncio.TaskGroup() as calls:
-                parts = [
-                    calls.create_task(self._ask(name, "score_part", group)) for name in self._asked
-                ]
-        except BaseExceptionGroup as failures:
-            raise first_failure(failures) from failures
-        handles = [part.result().handle for part in parts]
-        given = await self._ask(SCORING, "join", group, *handles)
+        parts = await together(self._ask(name, "score_part", group) for name in self._asked)
+        given = await self._ask(SCORING, "join", group, *(part.handle for part in parts))
         return given.handle, given.summary
 
     def take_busy(self) -> Mapping[str, float]:

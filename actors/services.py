@@ -27,8 +27,9 @@ from actors.pool import PoolLimits, Worker, WorkerPool
 from actors.scoring_client import RayScoring
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.config.pools import GENERATION, pool_sections
-from rlhf_cluster.errors import RunError, first_failure
+from rlhf_cluster.errors import RunError
 from rlhf_cluster.planning.placement import Bundle, pool_bundle
+from rlhf_cluster.together import together
 
 GENERATION_CONCURRENCY = 1000
 SCORING_THREADS = 8
@@ -52,7 +53,7 @@ class Launcher:
     ) -> tuple[Any, Any]:
         """An actor alone in a placement group of its own."""
         environment = options.pop("environment", {})
-        timeout_s = self.config.cluster.place_timeout_s
+        timeout_s = self.config.cluster.room_timeout_s
         group = await place([bundle], self.placement_name(bundle.owner), timeout_s)
         actor = spawn(
             cls,
@@ -162,12 +163,7 @@ async def started_pools(
     sections = pool_sections(config)
 
     async def start() -> None:
-        try:
-            async with asyncio.TaskGroup() as starts:
-                for pool in pools:
-                    starts.create_task(pool.start(sections[pool.kind].workers))
-        except BaseExceptionGroup as failures:
-            raise first_failure(failures) from failures
+        await together(pool.start(sections[pool.kind].workers) for pool in pools)
 
     started = asyncio.ensure_future(start())
     try:

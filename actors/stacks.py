@@ -54,7 +54,10 @@ def ask_on(nodes: dict[str, str], log_dir: Path) -> dict[str, list[str]]:
         if task in late:
             found[host] = [f"no process of this host was asked within {NODE_TIMEOUT_S:g} s"]
             continue
-        found |= ray.get(task)
+        try:
+            found |= ray.get(task)
+        except RayError as error:  # the host that died may be the one that matters
+            found[host] = [f"this host could not be asked: {error}"]
     return found
 
 

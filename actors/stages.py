@@ -28,7 +28,6 @@ from actors.signals import ended_by_signals
 from actors.stage_observer import StageObserver
 from actors.stage_ranks import RayStage, StageCore
 from actors.training import Stopped, stopped_text
-from rlhf_cluster.checkpoint import continuing
 from rlhf_cluster.checkpoint.continuing import Continuation
 from rlhf_cluster.checkpoint.copies import Copies, folder_of
 from rlhf_cluster.checkpoint.folder import Checkpoint, steps
@@ -36,6 +35,7 @@ from rlhf_cluster.checkpoint.saving import Checkpoints, CheckpointStats
 from rlhf_cluster.checkpoint.state import LearnerState, RunState
 from rlhf_cluster.config import StageConfig
 from rlhf_cluster.errors import RlhfError
+from rlhf_cluster.json_files import write_json
 from rlhf_cluster.observe.live import LiveView
 from rlhf_cluster.observe.logs import configure
 from rlhf_cluster.observe.run_log import read_metrics
@@ -43,7 +43,7 @@ from rlhf_cluster.observe.stage_curve import draw_stage_curve
 from rlhf_cluster.planning.derived import total_resources
 from rlhf_cluster.planning.placement import demand
 from rlhf_cluster.restarts import Restarts, point_of_return, with_recovery
-from rlhf_cluster.rundir import RunDir, write_json
+from rlhf_cluster.rundir import RunDir
 from rlhf_cluster.stages import STAGES, build_stage
 from rlhf_cluster.stages.base import StageContext
 from rlhf_cluster.stages.inputs import StageInputs, check_stage_inputs
@@ -302,7 +302,6 @@ class _StageRun:
             learner,
             before=self.before,
             score=None if self.held_out is None else sign * self.held_out,
-            config_digest=continuing.digest(self.config),
             packages=self.observer.packages(),
         )
 

@@ -22,6 +22,7 @@ from rlhf_cluster.autoscale import Action, Autoscaler
 from rlhf_cluster.errors import RlhfError, first_failure
 from rlhf_cluster.observe.advisor import Advice
 from rlhf_cluster.run_control import no_such_pool
+from rlhf_cluster.together import together
 
 LOOK_EVERY_S = 1.0
 
@@ -61,24 +62,24 @@ class Supervisor:
 
     async def _serve_control(self) -> None:
         """Waits for: wishes of other processes. Unblocked by: the next look."""
-        running: set[asyncio.Task[None]] = set()
-        while True:
-            for wish in await self._control.exchange(asdict(self._observer.snapshot)):
-                task = asyncio.create_task(self._scale(wish))
-                running.add(task)
-                task.add_done_callback(running.discard)
-            await asyncio.sleep(self._look_every_s)
+        async with asyncio.TaskGroup() as scaling:
+            while True:
+                for wish in await self._control.exchange(asdict(self._observer.snapshot)):
+                    scaling.create_task(self._scale(wish))
+                await asyncio.sleep(self._look_every_s)
 
     async def _scale(self, wish: Wish) -> None:
-        results = {}
-        for kind, size in wish.sizes.items():
-            if kind not in self._pools:
-                results[kind] = no_such_pool(kind, self._pools)
-                continue
-            results[kind] = await self._resize(kind, size, "asked")
-            if self._scaler is not None:
-                self._scaler.resized_by_hand(self._clock(), kind)
-        await self._control.answer(wish, results)
+        """Its pools side by side, so that none waits for the workers of another."""
+        results = await together(self._scale_one(*asked) for asked in wish.sizes.items())
+        await self._control.answer(wish, dict(zip(wish.sizes, results, strict=True)))
+
+    async def _scale_one(self, kind: str, size: int) -> str:
+        if kind not in self._pools:
+            return no_such_pool(kind, self._pools)
+        result = await self._resize(kind, size, "asked")
+        if self._scaler is not None:
+            self._scaler.resized_by_hand(self._clock(), kind)
+        return result
 
     async def _resize(self, kind: str, size: int, why: str) -> str:
         """What was done, or "refused: " and the reason. Raises nothing that concerns the pool alone.

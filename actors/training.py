@@ -115,7 +115,7 @@ class Attempt:
             observer=self.place.observer,
         )
         self.checkpoints = cutter.checkpoints(self.learner, state)
-        self.pipeline = self._pipeline(depth, cutter.first_prompt)
+        self.pipeline = await self._pipeline(depth, cutter.first_prompt)
         done = await self.pipeline.run()
         if self.pipeline.stopped:
             if done:
@@ -182,8 +182,15 @@ class Attempt:
             depth.load_state(state.depth)
             await self.buffer.set_pipeline_depth(depth.depth)
 
-    def _pipeline(self, depth: DepthController | None, first_prompt: int) -> Pipeline:
+    async def _pipeline(self, depth: DepthController | None, first_prompt: int) -> Pipeline:
+        """Waits for: the store to be rewound, `buffer.write_timeout_s` at most."""
         place, config, state = self.place, self.place.config, self.state
+        on_disk = functools.partial(
+            patience_of(config).aside, f"the groups in {config.run_dir / 'experience'}"
+        )
+        loop = asyncio.get_running_loop()
+        tell = functools.partial(loop.call_soon_threadsafe, place.observer.event)
+        recovery = await on_disk(recovery_of, config, None if state is None else state.step, tell)
         return Pipeline(
             generation=place.generation,
             scoring=place.scoring,
@@ -206,12 +213,8 @@ class Attempt:
             first_prompt=first_prompt,
             open=() if state is None else state.buffer.open,
             replayable=() if state is None else state.buffer.replayable,
-            on_disk=functools.partial(
-                patience_of(config).aside, f"the groups in {config.run_dir / 'experience'}"
-            ),
-            recovery=recovery_of(
-                config, None if state is None else state.step, place.observer.event
-            ),
+            on_disk=on_disk,
+            recovery=recovery,
         )
 
     async def _evaluate(self, step: int) -> float | None:

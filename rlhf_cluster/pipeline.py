@@ -45,6 +45,7 @@ from rlhf_cluster.ports import (
     Taken,
 )
 from rlhf_cluster.records import GroupSummary, Prompt, Sampling, Ticket
+from rlhf_cluster.together import together
 from rlhf_cluster.weights.sync import WeightSync
 
 NO_SIGNAL = "no_signal"
@@ -305,9 +306,7 @@ async def evaluate(
             )
         return summary
 
-    async with asyncio.TaskGroup() as tasks:
-        answers = [tasks.create_task(one(i, prompt)) for i, prompt in enumerate(prompts)]
-    return [answer.result() for answer in answers]
+    return await together(one(number, prompt) for number, prompt in enumerate(prompts))
 
 
 async def scored(

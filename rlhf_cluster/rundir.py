@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_cluster import redaction
 from rlhf_cluster.environment import describe_environment, without_secrets
 from rlhf_cluster.errors import RunError
+from rlhf_cluster.json_files import read_json, write_json
 from rlhf_cluster.observe.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ class RunDir:
                 "as runs/<run.name>"
             )
         weights = path / "weights"
-        resolved = _read_json(path / "resolved.json")
+        resolved = read_json(path / "resolved.json")
         root = (resolved.get("weights") or {}).get("root") if resolved else None
         return cls(path, Path(root) / path.name if root else weights)
 
@@ -220,11 +221,11 @@ class RunDir:
 
     def read_resolved(self) -> dict[str, Any] | None:
         """The configuration that the run was last started with; None when it is not there."""
-        return _read_json(self.resolved)
+        return read_json(self.resolved)
 
     def read_summary(self) -> dict[str, Any]:
         """The result of a run that is over. Raises `RunError`."""
-        found = _read_json(self.summary)
+        found = read_json(self.summary)
         if found is None:
             raise RunError(f"{self.summary}: not there, or damaged. Has the run finished?")
         return found
@@ -274,21 +275,6 @@ def find_run(run: str, root: str | Path = "runs") -> RunDir:
         f"{run}: no such run. {listed}. Give a run directory or one of these names, or --address "
         "for a job on a cluster"
     )
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file as a whole, secrets left out: a reader sees the old one or the new one."""
-    text = json.dumps(redaction.of_process(value), indent=2, default=str) + "\n"
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
 
 
 @contextmanager
@@ -392,5 +378,5 @@ def _lock(marker: Path) -> int:
 
 
 def _owner(marker: Path) -> Owner | None:
-    found = _read_json(marker)
+    found = read_json(marker)
     return Owner(**found) if found else None

@@ -36,7 +36,6 @@ def make_state(step: int, score: float | None = None) -> RunState:
         first_prompt=32,
         reference=0,
         reward_before=0.1 + 0.2,
-        config_digest="d",
         packages={"torch": "2.0", "vllm": None},
         score=score,
     )

@@ -270,7 +270,6 @@ class Attempt:
             first_prompt=FIRST_PROMPT,
             reference=None,
             reward_before=None,
-            config_digest="",
             packages={},
         )
 

@@ -121,21 +121,6 @@ def plain_policy_loss(log_ratio: Tensor, advantages: Tensor) -> Tensor:
     return -log_ratio.exp() * advantages.detach()
 
 
-def masked_sum(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum over the mask, number of entries in the mask): numerator and denominator of one mean.
-
-    Masked entries may hold anything, NaN too, and get no gradient.
-
-    Raises:
-        RecordError: shapes that differ.
-    """
-    if values.shape != mask.shape:
-        raise RecordError(
-            f"values {list(values.shape)} and mask {list(mask.shape)} must have one shape"
-        )
-    return values[mask.bool()].sum(), mask.sum()
-
-
 def _check(log_ratio: Tensor, advantages: Tensor) -> None:
     if log_ratio.shape != advantages.shape or log_ratio.ndim != 1:
         raise RecordError(

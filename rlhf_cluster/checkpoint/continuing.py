@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
-from xxhash import xxh3_128_hexdigest
 
 from rlhf_cluster.checkpoint import copies, folder
 from rlhf_cluster.checkpoint.folder import Checkpoint, Found
@@ -247,11 +246,6 @@ def rewind_weights(run: RunDir, checkpoint: Checkpoint | None) -> None:
 def describe(config: AnyConfig) -> dict[str, Any]:
     """The configuration as a run directory holds it: whole, without secrets."""
     return without_secrets(config.model_dump(mode="json"))
-
-
-def digest(config: AnyConfig) -> str:
-    """Tells whether two configurations are the same, secrets left out."""
-    return xxh3_128_hexdigest(json.dumps(describe(config), sort_keys=True).encode())
 
 
 def defaults(section: BaseModel) -> dict[str, Any]:

@@ -47,7 +47,6 @@ class RunState:
     first_prompt: int  # place in the stream of prompts of ticket 0
     reference: int | None
     reward_before: float | None
-    config_digest: str
     packages: dict[str, str | None]
     score: float | None = None  # mean reward of the last steps; higher is better
     format: int = FORMAT
@@ -58,7 +57,6 @@ class RunState:
         learner: LearnerState,
         before: float | None,
         score: float | None,
-        config_digest: str,
         packages: dict[str, str | None],
     ) -> RunState:
         """An offline stage after `learner.version` steps, from which its place in the data follows."""
@@ -82,7 +80,6 @@ class RunState:
             first_prompt=0,
             reference=None,
             reward_before=before,
-            config_digest=config_digest,
             packages=packages,
             score=score,
         )

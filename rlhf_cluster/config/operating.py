@@ -37,8 +37,8 @@ class ClusterSection(Section):
     """Replacements that one pool may use up before the run fails with the first cause."""
 
     @property
-    def place_timeout_s(self) -> float:
-        """How long a placement may take, new nodes included."""
+    def room_timeout_s(self) -> float:
+        """How long a placement may wait for room, new nodes included."""
         return max(self.placement_timeout_s, self.node_timeout_s)
 
 

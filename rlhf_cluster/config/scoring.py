@@ -76,7 +76,7 @@ class Scoring(Section):
     batch_groups: PositiveInt = 1
     """Groups that may share the forward passes of the reference, of the teacher or of a reward model,
     where they wait for it and fit the token budget together. 1: none, so that no value depends, not in
-    its last bits either, on what was scored beside it; see `scoring.together`."""
+    its last bits either, on what was scored beside it; see `scoring.shared_passes`."""
     cache_entries: int = Field(default=0, ge=0)
     """Scores that a worker keeps, to give them again for the same prompt and response: of reward
     models, ensembles, and judges that rate at temperature 0. 0: none, so that no score depends on what

@@ -207,9 +207,10 @@ class Learner(Section):
     """How often a run starts its ranks and the buffer again, from the newest checkpoint, after one of
     these processes was lost. The loss after that ends the run with the first cause."""
     on_loss: Literal["restart", "shrink"] = "restart"
-    """When a rank is lost and there is no room for all of them within `cluster.placement_timeout_s`.
-    `restart`: a loss more. `shrink`: the run goes on with the ranks that fit, and with all of them
-    again from the first checkpoint after which there is room. Results do not depend on their number."""
+    """When a rank is lost and there is no room for all of them within `cluster.placement_timeout_s`,
+    or `cluster.node_timeout_s` where that is longer. `restart`: a loss more. `shrink`: the run goes on
+    with the ranks that fit, and with all of them again from the first checkpoint after which there is
+    room. Results do not depend on their number."""
     spares: int = Field(default=0, ge=0)
     """Hot spares: processes with the place (CPUs, GPUs) of a rank each, which have imported all that a
     rank needs and wait. After a loss they become ranks, the lost ones first, before room is sought for

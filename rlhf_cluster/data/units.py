@@ -89,11 +89,6 @@ def flat(units: Sequence[Unit]) -> tuple[list[TokenSequence], list[int]]:
     return [s for unit in units for s in unit.sequences], [len(unit.sequences) for unit in units]
 
 
-def flat_values(units: Sequence[Unit], name: str) -> list[float]:
-    """The number `name` of each sequence's unit, in the order of `flat`."""
-    return [unit.values[name] for unit in units for _ in unit.sequences]
-
-
 def is_held_out(key: str, share: float) -> bool:
     """Whether a unit with this key is in a held-out part of about `share` of all keys."""
     return xxh3_64_intdigest(key.encode()) < share * 2**64

@@ -10,7 +10,8 @@ give now:
 - it was there when the run went on. An attempt writes under a number of its own, and `rewind` makes
   what stays of the attempt before it its own. So a call of that one which ends later leaves a file that
   is never used, and goes with the next `rewind`.
-A damaged file is told, and its group generated again.
+A damaged file is told, and its group generated again; where the number of the attempt before cannot be
+read, nothing is decided at all, and no file goes.
 
 `trained` notes the steps of each group and deletes what nobody needs; it raises where one was trained
 more often than it may. A group first trained (or seen discarded) at step s, and last at step e, may be
@@ -27,7 +28,6 @@ look-ahead window of the last one trained, or after it.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -42,8 +42,8 @@ from rlhf_cluster.config.pools import REFERENCE, TEACHER
 from rlhf_cluster.config.replay import fresh_groups
 from rlhf_cluster.errors import RecordError, StoreError
 from rlhf_cluster.experience.store import ATTEMPT, ExperienceStore, StoredGroup, read_attempt
+from rlhf_cluster.json_files import write_json
 from rlhf_cluster.records import GroupSummary, Prompt, Ticket
-from rlhf_cluster.rundir import write_json
 from rlhf_cluster.slow_disk import Patience
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ HARMLESS = (
 
 
 class Recovery:
-    """One process of a run has one. Methods block on the file system: call them in a thread.
+    """One process of a run has one. It and its methods block on the file system: call them in a thread.
 
     A group is trained at most `max_uses` times, the last of them `reuse_steps` after the first.
     `checkpoints` is the folder of checkpoints, `step` that of the one from which the run goes on.
@@ -85,7 +85,11 @@ class Recovery:
         self.attempt = store.attempt = read_attempt(store.root) + 1
         self._every, self._span, self._look_ahead = every, span, look_ahead
         self._keep_steps, self._step, self._tell = keep_steps, step, tell
-        self._steps = read_trained(store.root)
+        try:
+            self._steps = read_trained(store.root)
+        except StoreError as error:
+            tell(f"{error}. The run goes on without what it said")
+            self._steps = {}
         self._last = -1  # the largest number that was trained
 
     def rewind(self) -> None:
@@ -201,7 +205,7 @@ class Recovery:
         path = self._store.root / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, values)
+            write_json(path, values, fsync=self._store.fsync)
         except OSError as error:
             raise StoreError(
                 f"{path}: {len(values)} entries cannot be written ({error}). Free space there, or set "
@@ -210,12 +214,19 @@ class Recovery:
 
 
 def read_trained(root: Path) -> dict[int, tuple[int, ...]]:
-    """The steps of every stored group that is trained, in order; empty where that is not known."""
+    """The steps of every stored group that is trained, in order; empty before the first. `StoreError`
+    where that cannot be read."""
+    path = root / TRAINED
     try:
-        found = json.loads((root / TRAINED).read_bytes())
+        found = json.loads(path.read_bytes())
         return {int(number): tuple(map(int, steps)) for number, steps in found.items() if steps}
-    except (OSError, ValueError, AttributeError, TypeError):
+    except FileNotFoundError:
         return {}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise StoreError(
+            f"{path}: which groups are trained cannot be read ({type(error).__name__}: {error}). Look "
+            "at that disk. Without a file that is damaged for good, stored groups stay for longer"
+        ) from error
 
 
 def store_of(config: RunConfig) -> ExperienceStore | None:
@@ -244,16 +255,11 @@ def recovery_of(
 ) -> Recovery | None:
     """The run's, rewound to the checkpoint of `step` (None: the run begins).
 
-    Call in an event loop, in which `tell` will be called.
+    Blocks on the file system; `tell` is called in the threads in which its methods are. `StoreError`.
     """
     store = store_of(config)
     if store is None:
         return None
-    loop = asyncio.get_running_loop()
-
-    def tell_there(text: str) -> None:
-        loop.call_soon_threadsafe(tell, text)
-
     staleness, replay = config.staleness, config.buffer.replay
     recovery = Recovery(
         store,
@@ -263,7 +269,7 @@ def recovery_of(
         look_ahead=staleness.look_ahead,
         keep_steps=config.buffer.keep_steps,
         step=step,
-        tell=tell_there,
+        tell=tell,
         max_uses=1 if replay is None else replay.max_uses,
         reuse_steps=0 if replay is None else staleness.max_staleness,
     )

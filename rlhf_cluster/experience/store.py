@@ -75,7 +75,7 @@ class ExperienceStore:
         self.root = Path(root)
         self.attempt = max(0, read_attempt(self.root)) if attempt is None else attempt
         self.made_by = made_by
-        self._fsync = fsync == "group"
+        self.fsync = fsync == "group"
         self._write_file = write_file
         self._patience = patience
 
@@ -193,7 +193,7 @@ class ExperienceStore:
                 rest = memoryview(image)
                 while rest:
                     rest = rest[self._write_file(fd, rest) :]
-                if self._fsync:
+                if self.fsync:
                     os.fsync(fd)
             finally:
                 os.close(fd)
@@ -201,16 +201,24 @@ class ExperienceStore:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        if self._fsync:
+        if self.fsync:
             sync_folder(self.root)
 
 
 def read_attempt(root: Path) -> int:
-    """The attempt that writes, or wrote last, into `root`; -1 where that is not known."""
+    """The attempt that writes, or wrote last, into `root`; -1 before the first. `StoreError` where that
+    cannot be read: by a wrong number finished groups would be deleted."""
+    path = root / ATTEMPT
     try:
-        return int(json.loads((root / ATTEMPT).read_bytes())["attempt"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return int(json.loads(path.read_bytes())["attempt"])
+    except FileNotFoundError:
         return -1
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(
+            f"{path}: the number of the attempt cannot be read ({type(error).__name__}: {error}). Look "
+            f"at that disk. A file that is damaged for good may be written anew as "
+            f'{{"attempt": N}}, N the largest after ".a" in the names beside it, 0 without one'
+        ) from error
 
 
 def collect(

@@ -26,7 +26,6 @@ from rlhf_cluster.errors import PoolLost, RecordLost, RlhfError, ScoringError, W
 from rlhf_cluster.generating.answers import Answers, AnswersFile
 from rlhf_cluster.generating.asking import PoolAsker
 from rlhf_cluster.generating.revising import Asker, Reviser, answer_of
-from rlhf_cluster.generating.together import together
 from rlhf_cluster.outcomes import Outcomes
 from rlhf_cluster.pipeline import MAX_LOSSES, PromptsPort, scored
 from rlhf_cluster.ports import Handle, ScoringPort
@@ -43,6 +42,7 @@ from rlhf_cluster.records import (
     Ticket,
 )
 from rlhf_cluster.scoring.steps import step_ends, step_spans
+from rlhf_cluster.together import together
 
 T = TypeVar("T")
 FOLDER_VERSION = -1

@@ -23,7 +23,6 @@ from xxhash import xxh3_64_intdigest
 
 from rlhf_cluster.config.revise import Revise
 from rlhf_cluster.generating.answers import Answer, Answers, Revised, Round, Unrevised
-from rlhf_cluster.generating.together import together
 from rlhf_cluster.records import (
     ExperienceGroup,
     FinishReason,
@@ -34,6 +33,7 @@ from rlhf_cluster.records import (
     Ticket,
 )
 from rlhf_cluster.rewards.chat import prompt_text
+from rlhf_cluster.together import together
 
 PROBLEMS = {
     "empty_response": "the response has no text",

@@ -112,15 +112,3 @@ class Metrics:
         if math.isfinite(value):
             with self._lock:
                 self._sender.send(metric, value, label_value(name))
-
-
-class _Nowhere:
-    def send(self, metric: Metric, value: float, labels: Mapping[str, str]) -> None:
-        pass
-
-
-class NullMetrics(Metrics):
-    """Checks names and kinds, and sends nothing."""
-
-    def __init__(self) -> None:
-        super().__init__(_Nowhere())

@@ -26,7 +26,7 @@ from rlhf_cluster.learning.packing import plan
 from rlhf_cluster.records import Prompt, Rollout
 from rlhf_cluster.rewards.base import RewardContext, RewardSection
 from rlhf_cluster.rewards.failure import RewardFailure
-from rlhf_cluster.scoring.together import Together
+from rlhf_cluster.scoring.shared_passes import SharedPasses
 from rlhf_cluster.weights.hashing import digest_of
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class RewardModel:
         self._vocab_size = text_config.vocab_size
         positions = getattr(text_config, "max_position_embeddings", None)
         self._max_tokens = min(config.tokens_per_batch, positions or config.tokens_per_batch)
-        self._together: Together[tuple[Array, Array], Array] = Together(
+        self._together: SharedPasses[tuple[Array, Array], Array] = SharedPasses(
             self._forward,
             size=lambda item: len(item[0]),
             budget=config.tokens_per_batch,

@@ -29,7 +29,7 @@ from rlhf_cluster.learning.int8 import Linear8bit, quantize_linear
 from rlhf_cluster.learning.packing import MicroBatch, TokenSequence, collate, plan
 from rlhf_cluster.learning.policy import checkpoint_name, load_policy
 from rlhf_cluster.records import Rollout
-from rlhf_cluster.scoring.together import Together
+from rlhf_cluster.scoring.shared_passes import SharedPasses
 from rlhf_cluster.weights.assemble import check_names
 
 Array = np.ndarray
@@ -124,7 +124,7 @@ class FrozenPolicy:
             found.update(zip(indices, values, strict=True))
         return [found[i] for i in range(len(rollouts))]
 
-    def together(self, max_groups: int) -> Together[Rollout, Array]:
+    def together(self, max_groups: int) -> SharedPasses[Rollout, Array]:
         """`logprobs` of groups that wait for the model at the same time, held for all of them; `check`
         is the caller's."""
 
@@ -132,7 +132,7 @@ class FrozenPolicy:
             with self.held():
                 return self.logprobs(rollouts)
 
-        return Together(
+        return SharedPasses(
             compute,
             size=_num_inputs,
             budget=self._tokens_per_batch,

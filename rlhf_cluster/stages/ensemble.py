@@ -30,8 +30,8 @@ from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest
 from rlhf_cluster.config.stage_sections import StageSectionBase
 from rlhf_cluster.data.units import Unit
 from rlhf_cluster.errors import ConfigError
+from rlhf_cluster.json_files import write_json
 from rlhf_cluster.objectives.ensemble_report import Scored, ensemble_report
-from rlhf_cluster.rundir import write_json
 
 SCORES = "held_out.json"
 """In a member's run directory: its scores of every held-out unit."""

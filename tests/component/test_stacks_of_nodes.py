@@ -32,3 +32,13 @@ def test_a_task_on_the_node_asks_its_processes_and_nodes_of_other_hosts_are_left
     assert list(told) == ["learner-1"]
     assert any("most recent call first" in line for line in told["learner-1"])
     ray.kill(actor)
+
+
+def test_a_node_that_died_costs_nobody_elses_stacks(ray_cluster, tmp_path: Path):
+    actor = Stuck.remote(str(tmp_path))
+    assert ray.get(actor.up.remote(), timeout=120)
+    gone = {"gone-host": "0" * 56}
+    told = ask_on(nodes_of({socket.gethostname()}, ray.nodes()) | gone, tmp_path)
+    assert list(told) == ["learner-1", "gone-host"]
+    assert "this host could not be asked" in told["gone-host"][0]
+    ray.kill(actor)

@@ -195,6 +195,9 @@ async def _worker(engine: Any, **generation: Any) -> GenerationWorker:
 
         async def start(self) -> None: ...
 
+        def stats(self) -> dict[str, float]:
+            return {"num_waiting": 0.0}
+
     _borrowed.append(Borrowed())
     config = engine_config(generation=generation)
     worker = GenerationWorker(config, "unused", "borrower", f"{__name__}:borrow_engine")

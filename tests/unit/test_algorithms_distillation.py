@@ -18,9 +18,9 @@ from rlhf_cluster.config import RunConfig, validate
 from rlhf_cluster.errors import ConfigError, RecordError, ScoringError
 from rlhf_cluster.experience.arrow import Header, decode, encode
 from rlhf_cluster.inputs import check_inputs
-from rlhf_cluster.observe.metrics import NullMetrics
 from rlhf_cluster.scoring.scorer import Scorer
 from tests import tiny_llama
+from tests.checked_metrics import CheckedMetrics
 from tests.configs import tiny_config, tiny_tree
 from tests.learning_cases import (
     build_llama,
@@ -160,7 +160,7 @@ def test_a_step_of_the_learner_is_that_of_a_plain_loop(start_learner: Any) -> No
     torch.cat(losses).mean().backward()
     gradients = [p.grad for p in lm.parameters() if p.grad is not None]
     metrics = learner.train_step(groups).metrics
-    NullMetrics().record(metrics)
+    CheckedMetrics().record(metrics)
     norm = torch.nn.utils.get_total_norm(gradients).item()
     assert metrics["learner/grad_norm"] == pytest.approx(norm, rel=1e-4)
     assert metrics["distillation/teacher_gap"] == pytest.approx(

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from rlhf_cluster.learning.learner import LearnerRank
-from rlhf_cluster.observe.metrics import NullMetrics
 from rlhf_cluster.records import ExperienceGroup, FinishReason
+from tests.checked_metrics import CheckedMetrics
 from tests.learning_cases import random_groups, response_logprobs
 from tests.objective_cases import POLICY_GRADIENTS
 
@@ -60,7 +60,7 @@ def test_s9_every_algorithm_raises_good_answers_over_bad_ones(
     before = gap(learner, groups)
     metrics = learner.train_step(groups).metrics
     assert gap(learner, groups) > before
-    NullMetrics().record(metrics)
+    CheckedMetrics().record(metrics)
     assert metrics["importance/log_ratio_p95"] > 0
     assert metrics["importance/effective_sample_size_by_staleness/0"] > 0
     assert metrics["learner/kl_coef"] == 0.01

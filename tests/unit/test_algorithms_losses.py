@@ -10,7 +10,6 @@ from rlhf_cluster.algorithms.losses import (
     cispo_policy_loss,
     clipped_policy_loss,
     gated_policy_loss,
-    masked_sum,
     plain_policy_loss,
 )
 from rlhf_cluster.errors import RecordError
@@ -109,32 +108,6 @@ def test_gradients_agree_with_finite_differences(loss: Callable[..., torch.Tenso
     assert torch.autograd.gradcheck(lambda r: loss(r, advantages), (log_ratio,))
 
 
-def test_s1_mean_over_all_tokens_is_not_the_mean_of_micro_batch_means() -> None:
-    short, long = torch.full((100,), 0.5), torch.full((900,), 0.3)
-    sums = [masked_sum(v, torch.ones_like(v, dtype=torch.bool)) for v in (short, long)]
-    total, count = (torch.stack(parts).sum() for parts in zip(*sums, strict=True))
-    assert (total / count).item() == pytest.approx(0.32, abs=1e-6)
-
-
-def test_s4_denominator_counts_only_what_the_numerator_sums() -> None:
-    values = torch.arange(30, dtype=torch.float32)
-    mask = torch.ones(30, dtype=torch.bool)
-    mask[[0, 7, 13, 21, 29]] = False
-    values = values.masked_fill(~mask, math.nan)
-    total, count = masked_sum(values, mask)
-    assert count == 25
-    assert (total / count).item() == pytest.approx((435 - 70) / 25)
-
-
-def test_s4_an_empty_micro_batch_adds_nothing_and_still_goes_backward() -> None:
-    values = torch.ones(4, requires_grad=True)
-    total, count = masked_sum(values, torch.zeros(4, dtype=torch.bool))
-    total.backward()
-    assert (total.item(), count.item()) == (0, 0)
-    assert values.grad is not None
-    assert values.grad.tolist() == [0, 0, 0, 0]
-
-
 @pytest.mark.parametrize("shape", [(2, 1), (3,), ()])
 def test_s11_shapes_that_would_broadcast_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(RecordError, match="must both"):
@@ -145,5 +118,3 @@ def test_s11_shapes_that_would_broadcast_are_refused(shape: tuple[int, ...]) -> 
         cispo_policy_loss(torch.zeros(2), torch.zeros(shape), torch.zeros(2), 1.0, 4.0)
     with pytest.raises(RecordError, match="must both"):
         plain_policy_loss(torch.zeros(2), torch.ones(shape))
-    with pytest.raises(RecordError, match="one shape"):
-        masked_sum(torch.zeros(2), torch.ones(shape))

@@ -18,10 +18,10 @@ from rlhf_cluster.errors import ConfigError, RecordError, ScoringError
 from rlhf_cluster.learning.experience import training_batch
 from rlhf_cluster.learning.passes import TrainedTokens
 from rlhf_cluster.objectives.preference_table import PREFERENCE_LOSSES
-from rlhf_cluster.observe.metrics import NullMetrics
 from rlhf_cluster.records import ExperienceGroup, RolloutGroup
 from rlhf_cluster.scoring.scorer import Scorer
 from rlhf_cluster.stages.preference import _pair_loss
+from tests.checked_metrics import CheckedMetrics
 from tests.configs import tiny_tree
 from tests.learning_cases import loss_inputs, random_groups, response_logprobs
 from tests.preference_cases import pair_unit, stage_ranks
@@ -221,7 +221,7 @@ def test_steps_are_those_of_the_offline_stage_in_any_layout(
             assert found[name] == pytest.approx(expected[name], rel=2e-4, abs=2e-5), name
         assert found["learner/loss"] == pytest.approx(expected["stage/loss"], rel=1e-4)
         assert found["preference/pairs"] == 3
-        NullMetrics().record(found)
+        CheckedMetrics().record(found)
     first, second = (found["preference/margin"] for found in steps)
     assert abs(first) < 1e-5, "the policy began as its reference"
     assert second > 0.01

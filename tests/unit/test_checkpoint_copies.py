@@ -19,8 +19,9 @@ from rlhf_cluster.config import RunConfig
 from rlhf_cluster.environment import without_secrets
 from rlhf_cluster.errors import CheckpointError, ConfigError, RunError, WeightError
 from rlhf_cluster.experience.staleness import AdmissionGate
+from rlhf_cluster.json_files import write_json
 from rlhf_cluster.observe.run_log import read_metrics
-from rlhf_cluster.rundir import RunDir, write_json
+from rlhf_cluster.rundir import RunDir
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.transport import Deadline
 from tests.checkpoint_files import write_whole

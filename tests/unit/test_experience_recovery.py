@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,46 @@ def test_a_damaged_file_is_told_and_its_group_generated_again(tmp_path):
     assert len(told) == 1
     assert "g00000007 is generated again" in told[0]
     assert str(store.path(7)) in told[0]
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b'{"attempt": "x"}', b"[]", None])
+def test_an_attempt_that_cannot_be_read_is_an_error_and_costs_no_group(tmp_path, damage):
+    store = ExperienceStore(tmp_path / "experience")
+    recovery(tmp_path, step=4).rewind()
+    recovery(tmp_path, step=4).rewind()
+    write(store, 7, version=4, attempt=1)
+    path = store.root / "attempt.json"
+    path.unlink()
+    path.mkdir() if damage is None else path.write_bytes(damage)
+    with pytest.raises(
+        StoreError, match=r"attempt\.json: the number of the attempt .*written anew"
+    ):
+        recovery(tmp_path, step=4)
+    assert store.path(7, 1).exists()
+
+
+def test_damaged_notes_of_what_was_trained_are_told_and_the_run_goes_on(tmp_path):
+    told: list[str] = []
+    store = ExperienceStore(tmp_path / "experience")
+    write(store, 7, version=4)
+    (store.root / "trained.json").write_text('{"7": 3}')
+    with pytest.raises(StoreError, match=r"trained\.json: which groups are trained cannot be read"):
+        read_trained(store.root)
+    again = recovery(tmp_path, step=4, tell=told.append)
+    assert "goes on without what it said" in told[0]
+    again.rewind()
+    assert again.recover(Ticket(number=7, version=2), make_prompt(7)) is not None
+    again.trained(5, [7])
+    assert read_trained(store.root) == {7: (5,)}
+
+
+@pytest.mark.parametrize("fsync", ["never", "group"])
+def test_notes_are_synced_with_the_groups(tmp_path, fsync, monkeypatch):
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    store = ExperienceStore(tmp_path / "experience", fsync=fsync)
+    recovery(tmp_path, step=4, store=store).rewind()
+    assert bool(synced) == (fsync == "group")
 
 
 def test_a_rewound_timeline_leaves_nothing_that_a_later_one_could_take(tmp_path):
@@ -320,9 +361,11 @@ def test_a_folder_that_cannot_be_used_is_an_error_with_its_cure(tmp_path):
     ):
         run.trained(1, [0])
     (tmp_path / "experience").write_text("a file")
-    run = recovery(tmp_path, store=ExperienceStore(tmp_path / "experience" / "x"))
+    with pytest.raises(StoreError, match=r"experience/x/attempt\.json: .* Not a directory.*that disk"):
+        ExperienceStore(tmp_path / "experience" / "x")
+    gone = ExperienceStore(tmp_path / "experience" / "x", attempt=0)
     with pytest.raises(StoreError, match="experience/x: cannot be listed"):
-        run.trained(1, [0])
+        gone.numbers()
 
 
 def test_settings_decide_what_groups_are_comparable():
@@ -345,7 +388,7 @@ def test_settings_decide_what_groups_are_comparable():
         assert made_by(tiny_config(**sections)) == made_by(config), sections
 
 
-async def test_a_run_has_a_store_unless_it_is_turned_off(tmp_path):
+def test_a_run_has_a_store_unless_it_is_turned_off(tmp_path):
     run = {"root": str(tmp_path)}
     off = tiny_config(run=run, buffer={"durable": False})
     assert store_of(off) is None

@@ -286,7 +286,7 @@ def test_a_full_disk_is_an_error_with_path_bytes_and_cure_and_leaves_nothing(tmp
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot be written"):
-        ExperienceStore(tmp_path / "file" / "x").write(sample())
+        ExperienceStore(tmp_path / "file" / "x", attempt=0).write(sample())
 
 
 @pytest.mark.parametrize("before", [None, 1])

@@ -10,8 +10,9 @@ import pytest
 
 from rlhf_cluster.errors import MetricError
 from rlhf_cluster.observe.metric import Kind, Role, gauge
-from rlhf_cluster.observe.metrics import Metrics, NullMetrics, docs_table, find, label_value
+from rlhf_cluster.observe.metrics import Metrics, docs_table, find, label_value
 from rlhf_cluster.observe.table import METRICS, _index
+from tests.checked_metrics import CheckedMetrics
 
 
 class Collected:
@@ -77,7 +78,7 @@ def test_a_name_that_is_not_in_the_table_raises(name, message):
     with pytest.raises(MetricError, match=re.escape(message)):
         find(name)
     with pytest.raises(MetricError, match=re.escape(message)):
-        NullMetrics().record({name: 1.0})
+        CheckedMetrics().record({name: 1.0})
 
 
 def test_a_labelled_name_carries_its_label():
@@ -106,12 +107,12 @@ def test_counters_are_sent_as_increases_and_survive_a_restart_of_their_source():
 
 def test_a_counter_never_goes_down():
     with pytest.raises(MetricError, match="negative"):
-        NullMetrics().count("generation/tokens_total", -1.0)
+        CheckedMetrics().count("generation/tokens_total", -1.0)
 
 
 def test_a_metric_sent_as_another_kind_raises():
     with pytest.raises(MetricError, match="is a gauge, it was sent as a counter"):
-        NullMetrics().count("reward/mean")
+        CheckedMetrics().count("reward/mean")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

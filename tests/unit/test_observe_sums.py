@@ -11,13 +11,14 @@ import pytest
 
 from actors.observer import RunObserver
 from actors.vllm_requests import Totals
-from rlhf_cluster.observe.metrics import Metrics, NullMetrics
+from rlhf_cluster.observe.metrics import Metrics
 from rlhf_cluster.observe.panels import ratio
 from rlhf_cluster.observe.resident import resident_bytes
 from rlhf_cluster.ports import StepReport, Taken
 from rlhf_cluster.records import GroupSummary, Ticket
 from rlhf_cluster.rundir import RunDir
 from rlhf_cluster.weights.sync import SyncStats
+from tests.checked_metrics import CheckedMetrics
 from tests.configs import tiny_config
 from tests.fakes import Sent
 from tests.unit.test_scoring_rewarding import step_times
@@ -98,7 +99,7 @@ def test_the_memory_of_a_process_is_the_kernels_number(tmp_path):
 
 @pytest.mark.parametrize("name", ["generation/responses_total", "staleness/rollouts_total"])
 def test_a_count_by_label_needs_its_label(name):
-    metrics = NullMetrics()
+    metrics = CheckedMetrics()
     metrics.count(f"{name}/3")
     with pytest.raises(Exception, match="needs a label"):
         metrics.count(name)

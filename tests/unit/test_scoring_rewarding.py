@@ -14,7 +14,6 @@ from rlhf_cluster import rewards
 from rlhf_cluster.algorithms import build_algorithm
 from rlhf_cluster.errors import ScoringError
 from rlhf_cluster.experience.arrow import Header, decode, encode
-from rlhf_cluster.observe.metrics import NullMetrics
 from rlhf_cluster.observe.parts import part_means, scoring_totals
 from rlhf_cluster.observe.samples import read_samples, write_samples
 from rlhf_cluster.pipeline import StepTimes
@@ -22,6 +21,7 @@ from rlhf_cluster.ports import Taken
 from rlhf_cluster.rewards.judge import JudgeConfig
 from rlhf_cluster.scoring.scorer import Scorer
 from tests import tiny_llama
+from tests.checked_metrics import CheckedMetrics
 from tests.configs import tiny_config
 from tests.rewarding import make_group, make_prompt, make_rollouts
 from tests.scripted_rewards import ENSEMBLE, RESPONSES, Scripted, Telling, named
@@ -110,7 +110,7 @@ def test_a_watched_reward_that_fails_costs_no_group_and_is_counted(score):
         "scoring/cache_hits_total": 0,
         "scoring/cache_misses_total": 0,
     }
-    NullMetrics().record(totals)  # raises on a name that is not in the table
+    CheckedMetrics().record(totals)  # raises on a name that is not in the table
     with pytest.raises(ScoringError, match=r"reward 'gold', group g00000007: \[died\]"):
         run(gold="fail", proxy=GOLD)
 
@@ -256,7 +256,7 @@ def test_parts_and_what_is_watched_stand_in_store_samples_and_metrics(score, tmp
     taken = [Taken(ticket=group.ticket, handle=None, summary=group.summary())]
     values = group_metrics(taken, times)
     assert (values["reward/part/gold"], values["reward/part/proxy"]) == (0.875, 2.5)
-    NullMetrics().record(values)  # raises on a name that is not in the table
+    CheckedMetrics().record(values)  # raises on a name that is not in the table
 
 
 def test_a_replayed_group_counts_in_the_size_of_a_step_and_not_in_its_rewards(score):

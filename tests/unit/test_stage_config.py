@@ -104,9 +104,7 @@ def test_what_decides_the_order_of_the_data_cannot_change_in_a_stage(tmp_path: P
     before = stage_config(run={"root": str(tmp_path)})
     run = RunDir.create(before.run_dir, before)
     learner = LearnerState(version=2, num_bytes=0, skips={}, algorithm={})
-    state = RunState.of_stage(
-        learner, before=None, score=-0.5, config_digest=continuing.digest(before), packages={}
-    )
+    state = RunState.of_stage(learner, before=None, score=-0.5, packages={})
     assert RunState.from_json(state.to_json().encode(), "x") == state
     found = Found(checkpoint=Checkpoint(folder=tmp_path, state=state))
     assert continuing.look(run, before, False, found).checkpoint is not None

@@ -19,9 +19,9 @@ from rlhf_cluster.errors import ConfigError, DataError
 from rlhf_cluster.learning.divergence import Divergence, Kind
 from rlhf_cluster.learning.logprobs import linear_logprobs
 from rlhf_cluster.learning.make_model import make_tokenizer
-from rlhf_cluster.observe.metrics import NullMetrics
 from rlhf_cluster.stages.inputs import check_stage_inputs
 from rlhf_cluster.stages.rank import StageRank
+from tests.checked_metrics import CheckedMetrics
 from tests.learning_cases import VOCABULARY, build_llama, full_parameters
 from tests.preference_cases import gradients
 from tests.stage_cases import random_units, stage_config, stage_tree
@@ -249,7 +249,7 @@ def test_a_student_comes_near_its_teacher_and_the_teacher_stays(start: Any, teac
     first = rank.evaluate(held_out)["distillation/divergence"]
     for seed in range(8):
         metrics = rank.train(random_units(24, seed=seed)).metrics
-        NullMetrics().record(metrics)
+        CheckedMetrics().record(metrics)
     assert metrics["distillation/tokens"] == sum(u.num_trained for u in random_units(24, seed=7))
     assert rank.evaluate(held_out)["distillation/divergence"] < 0.85 * first
     for name, weight in full_parameters(rank._teacher._policy).items():

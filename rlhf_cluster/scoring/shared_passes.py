@@ -41,7 +41,7 @@ class _Call(Generic[T, R]):
     ended: bool = False
 
 
-class Together(Generic[T, R]):
+class SharedPasses(Generic[T, R]):
     """In front of one model. Several threads may call it."""
 
     def __init__(

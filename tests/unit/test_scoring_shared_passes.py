@@ -16,7 +16,7 @@ from rlhf_cluster.rewards.base import RewardContext
 from rlhf_cluster.rewards.reward_model import RewardModel, RewardModelConfig
 from rlhf_cluster.scoring.reference import Reference
 from rlhf_cluster.scoring.scorer import Scorer
-from rlhf_cluster.scoring.together import Together
+from rlhf_cluster.scoring.shared_passes import SharedPasses
 from tests import tiny_llama
 from tests.configs import tiny_config
 from tests.rewarding import make_group, make_prompt, make_rollouts
@@ -52,7 +52,7 @@ class Line:
         self.gave_up = threading.Event()
         self.results: dict[str, Any] = {}
         self._compute, self._threads = compute, []
-        self.model: Together[Any, Any] = Together(
+        self.model: SharedPasses[Any, Any] = SharedPasses(
             self._served,
             size=settings.pop("size", lambda item: 1),
             budget=settings.pop("budget", 100),
@@ -243,7 +243,7 @@ def groups() -> list[Any]:
     return [make_rollouts(prompt, own) for own in responses]
 
 
-def asked_at_once(model: Together[Any, Any], calls: list[Callable[[], Any]]) -> list[Any]:
+def asked_at_once(model: SharedPasses[Any, Any], calls: list[Callable[[], Any]]) -> list[Any]:
     """The results of all calls, which wait while somebody else is served."""
     found: list[Any] = [None] * len(calls)
     clock = model._clock = Clock()
