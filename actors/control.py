@@ -109,6 +109,7 @@ def find(run_name: str, address: str) -> Any:
         refuse_open("address", address)
         loopback.follow(address)
         try:
+            loopback.refuse_silent(address)
             ray.init(
                 address=address,
                 namespace=NAMESPACE,

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import os
 import socket
+from urllib.parse import urlsplit
 
 from ray._private import ray_constants
 from ray.util import get_node_ip_address
 
 CONNECT_TIMEOUT_S = 2.0
+ANSWER_TIMEOUT_S = 10.0
 LOOPBACK = "127.0.0.1"
 _VARIABLE = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
 
@@ -28,6 +30,18 @@ def stay_on_loopback(stay: bool = True) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     elif os.environ.get("GLOO_SOCKET_IFNAME") == "lo":
         del os.environ["GLOO_SOCKET_IFNAME"]
+
+
+def refuse_silent(address: str, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
+    """Raise `ConnectionError` where nobody answers at `address`, HOST:PORT with or without a scheme,
+    within `timeout_s`: Ray itself would ask a cluster that has ended for many minutes."""
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    if parts.hostname is None or parts.port is None:
+        return
+    try:
+        socket.create_connection((parts.hostname, parts.port), timeout_s).close()
+    except OSError as error:
+        raise ConnectionError(f"nobody listens there ({error}): it may have ended") from error
 
 
 def follow(address: str, outward: str | None = None) -> None:

@@ -40,6 +40,7 @@ def connected(config: AnyConfig) -> Iterator[str]:
         loopback.follow(address)
     try:
         if address is not None:
+            loopback.refuse_silent(address)
             ray.init(
                 address=address,
                 namespace=NAMESPACE,

@@ -21,6 +21,7 @@ from rlhf_cluster.learning.make_model import make_model
 from rlhf_cluster.observe.samples import read_samples
 from rlhf_cluster.rundir import RunDir
 from tests.configs import tiny_config, tiny_tree
+from tests.ports import free_ports
 
 REPOSITORY = Path(__file__).parents[2]
 REWARDS = """
@@ -301,3 +302,16 @@ def test_s23_every_fault_of_a_reward_discards_its_group_with_its_reason(start_ru
     rows = [row for p in (run.path / "samples").iterdir() for row in read_samples(p)]
     assert len(rows) == 4 * 16
     assert {row["reward"] for row in rows} == {0.25}, "a fault is discarded, it scores nothing"
+
+
+def test_a_cluster_that_has_ended_is_told_at_once(
+    here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Ray alone would ask it for many minutes."""
+    (port,) = free_ports(1)
+    ended = here / "runs" / "tiny"
+    (ended / "control.json").write_text(f'{{"ray_address": "127.0.0.1:{port}"}}')
+    assert main(["scale", str(ended), "generation=2"]) == 1
+    assert "nobody listens there" in capfd.readouterr().err
+    join = f"cluster.address='127.0.0.1:{port}'"
+    assert "nobody listens there" in refusal(capfd, "run.toml", join)
