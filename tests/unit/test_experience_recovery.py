@@ -361,7 +361,9 @@ def test_a_folder_that_cannot_be_used_is_an_error_with_its_cure(tmp_path):
     ):
         run.trained(1, [0])
     (tmp_path / "experience").write_text("a file")
-    with pytest.raises(StoreError, match=r"experience/x/attempt\.json: .* Not a directory.*that disk"):
+    with pytest.raises(
+        StoreError, match=r"experience/x/attempt\.json: .* Not a directory.*that disk"
+    ):
         ExperienceStore(tmp_path / "experience" / "x")
     gone = ExperienceStore(tmp_path / "experience" / "x", attempt=0)
     with pytest.raises(StoreError, match="experience/x: cannot be listed"):
