@@ -14,6 +14,8 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any
 
+from ray.exceptions import RayError
+
 from actors.control_channel import ControlChannel, Wish
 from actors.experience import RayBuffer
 from actors.observer import RunObserver
@@ -90,7 +92,7 @@ class Supervisor:
             self._observer.event(f"scale {kind} to {size}: {why}")
             try:
                 result = await self._pools[kind].resize(size)
-            except RlhfError as error:
+            except (RlhfError, RayError) as error:
                 result = f"refused: {error}"
             self._observer.event(f"scale {kind} to {size}: {result}")
         return result

@@ -6,8 +6,12 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+from ray.exceptions import RayError
+
 from actors.control_channel import Wish
 from actors.supervisor import Supervisor
+from rlhf_cluster.errors import PlacementError
 
 
 @dataclass
@@ -52,16 +56,29 @@ class Observer:
     def event(self, text: str) -> None: ...
 
 
-async def test_pools_that_are_asked_for_together_change_side_by_side() -> None:
-    both = asyncio.Barrier(2)
-    pools = [SlowPool("generation", both), SlowPool("scoring", both)]
-    control = AskedOnce({"generation": 3, "scoring": 2})
+async def answers(control: AskedOnce, pools: list[Any]) -> dict[str, str]:
     supervisor = Supervisor(control, pools, Observer(), look_every_s=0.001)  # type: ignore[arg-type]
     started = asyncio.get_running_loop().create_future()
     started.set_result(None)
     async with asyncio.timeout(30), supervisor.watching(started):
         await control.answered.wait()
-    assert control.results == {
+    return control.results
+
+
+async def test_pools_that_are_asked_for_together_change_side_by_side() -> None:
+    both = asyncio.Barrier(2)
+    pools = [SlowPool("generation", both), SlowPool("scoring", both)]
+    assert await answers(AskedOnce({"generation": 3, "scoring": 2}), pools) == {
         "generation": "generation: 3 workers",
         "scoring": "scoring: 2 workers",
     }
+
+
+@pytest.mark.parametrize("error", [PlacementError("no room"), RayError("the head node is silent")])
+async def test_a_size_that_cannot_be_had_is_refused_and_ends_nothing(error: Exception) -> None:
+    class Refusing(SlowPool):
+        async def resize(self, wanted: int) -> str:
+            raise error
+
+    pools = [Refusing("generation", asyncio.Barrier(1))]
+    assert await answers(AskedOnce({"generation": 3}), pools) == {"generation": f"refused: {error}"}
