@@ -105,21 +105,19 @@ def find(run_name: str, address: str) -> Any:
 
     Raises `RunError`; `ConfigError` for another machine's cluster that asks for no token.
     """
-    if not ray.is_initialized():
-        refuse_open("address", address)
-        loopback.follow(address)
-        try:
-            loopback.refuse_silent(address)
+    refuse_open("address", address)
+    try:
+        loopback.refuse_silent(address)
+        if not ray.is_initialized():
+            loopback.follow(address)
             ray.init(
                 address=address,
                 namespace=NAMESPACE,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise RunError(
-                f"{run_name}: cannot join the Ray cluster at {address}: {error}"
-            ) from error
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise RunError(f"{run_name}: cannot join the Ray cluster at {address}: {error}") from error
     try:
         return ray.get_actor(actor_name(run_name), namespace=NAMESPACE)
     except ValueError as error:
