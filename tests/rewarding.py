@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 
 from rlhf_cluster.records import FinishReason, Prompt, Rollout, RolloutGroup, Ticket
+from rlhf_cluster.rewards.failure import RewardFailure
 
 
 def make_prompt(
@@ -51,3 +53,14 @@ def make_group(
 ) -> RolloutGroup:
     ticket = Ticket(number=number, version=0, purpose=purpose)
     return RolloutGroup(ticket=ticket, prompt=prompt, rollouts=tuple(rollouts))
+
+
+def score(reward, *completions, columns=None, source="2 + 2 ="):
+    prompt = make_prompt(source, columns or {"answer": "4"})
+    return reward.score(prompt, make_rollouts(prompt, [[5, 1]] * len(completions)), completions)
+
+
+def failure_of(reward, *completions):
+    with pytest.raises(RewardFailure) as failure:
+        score(reward, *completions)
+    return failure.value

@@ -3,18 +3,13 @@
 Needs user namespaces; no vLLM and no Ray.
 """
 
-import contextlib
 import json
 import os
-import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
-from pathlib import Path
 
 import pytest
 
@@ -23,40 +18,10 @@ from rlhf_cluster.rewards.code_tests import Code, CodeConfig
 from rlhf_cluster.rewards.failure import RewardFailure
 from rlhf_cluster.rewards.sandbox import Limits, Outcome, Sandbox
 from tests.rewarding import make_prompt, make_rollouts
+from tests.sandbox_cases import KILLING, isolation, marked, processes_named, run, until
 
-MARKED = """
-import ctypes
-ctypes.CDLL(None).prctl(15, b"{mark}", 0, 0, 0)
-"""
-GONE_WITHIN_S = 60.0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _isolation() -> None:
-    """Skips where the machine allows no namespaces, which is asked without our own code."""
-    asked = ["unshare", "--user", "--map-root-user", "--mount", "--pid", "--net", "--fork", "true"]
-    if shutil.which("unshare") and subprocess.run(asked, capture_output=True).returncode:
-        pytest.skip("this machine allows no user namespaces")
-
-
-def run(program: str, stdin: bytes = b"", call: str | None = None, **limits):
-    generous = {"cpu_s": 60, "wall_s": 120.0}  # for what should end by something else
-    return Sandbox(Limits(**(generous | limits))).run(program, stdin, call)
-
-
-def marked() -> tuple[str, str]:
-    """A name for processes, and the lines of a program that take it."""
-    mark = "s-" + secrets.token_hex(6)
-    return mark, MARKED.format(mark=mark)
-
-
-def processes_named(mark: str) -> list[int]:
-    found = []
-    for comm in Path("/proc").glob("[0-9]*/comm"):
-        with contextlib.suppress(OSError):
-            if comm.read_text().strip() == mark:
-                found.append(int(comm.parent.name))
-    return found
+pytestmark = pytest.mark.usefixtures("_isolation")
+_isolation = pytest.fixture(scope="module")(isolation)
 
 
 def test_a_program_gets_its_input_and_its_output_comes_back():
@@ -196,119 +161,6 @@ def test_files_are_bounded_in_size_and_number():
     assert run("import os; print(os.listdir('.'))").output == b"[]\n"
 
 
-def test_nothing_outside_the_own_folder_can_be_written(tmp_path):
-    for path in ("/note", "/sandbox/program/solution.py", os.__file__, "/usr/note", "/dev/note"):
-        ran = run(f"open({path!r}, 'a').write('x')")
-        assert ran.outcome is Outcome.DENIED, path
-    outside = tmp_path / "note"
-    assert run(f"open({str(outside)!r}, 'w').write('x')").outcome is Outcome.ERROR
-    assert run("open('/tmp/note', 'w').write('x')\nprint(open('note').read())").output == b"x\n"
-    assert not outside.exists()
-    assert not Path("/tmp/note").exists()
-
-
-def test_the_network_cannot_be_reached():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        ran = run(f"import socket; socket.create_connection(('127.0.0.1', {port}), 5)")
-        assert ran.outcome is Outcome.NETWORK
-        server.setblocking(False)
-        with pytest.raises(BlockingIOError):
-            server.accept()
-    assert run("import socket; socket.getaddrinfo('example.org', 80)").outcome is Outcome.NETWORK
-    name = "\0" + secrets.token_hex(8)  # a socket without a file, which any process can reach
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(name)
-        server.listen()
-        program = f"import socket; socket.socket(socket.AF_UNIX).connect({name!r})"
-        assert "ConnectionRefused" in run(program).detail
-
-
-SEARCH = """
-import gc, os, sys
-seen = [repr(dict(os.environ)), repr(sys.argv)]
-for path in (PATH, "/proc/self/environ", "/proc/1/cmdline", "/proc/2/mem"):
-    try:
-        seen.append(open(path).read())
-    except OSError as error:
-        seen.append(type(error).__name__)
-for fd in range(3, 64):
-    try:
-        seen.append(os.read(fd, 10**6).decode())
-    except OSError:
-        pass
-for folder, names, files in os.walk("/"):
-    names[:] = [n for n in names if os.path.join(folder, n) not in ("/usr", PREFIX)]
-    for name in files:
-        try:
-            seen.append(os.path.join(folder, name))
-            if not folder.startswith("/dev"):
-                seen.append(open(os.path.join(folder, name), errors="replace").read())
-        except OSError:
-            pass
-seen.append(repr([o for o in gc.get_objects() if isinstance(o, (list, tuple, dict))][:20000]))
-sys.stderr.write("".join(seen).replace(BOTH[0] + BOTH[1], "FOUND"))
-def answer(x):
-    return "".join(seen)
-"""
-
-
-def test_the_tests_answers_are_not_in_reach(tmp_path, monkeypatch):
-    secret = "answer-" + secrets.token_hex(8)
-    answers = tmp_path / "tests.json"
-    answers.write_text(json.dumps([secret]))
-    monkeypatch.setenv("ANSWERS", secret)
-    given = f"PATH, PREFIX, BOTH = {str(answers)!r}, {sys.base_prefix!r}, "
-    program = given + f"({secret[:9]!r}, {secret[9:]!r})\n" + SEARCH
-    ran = run(program, stdin=b"in", call="answer(3)", output_bytes=64 << 20, cpu_s=20)
-    assert ran.outcome is Outcome.ENDED, ran.detail
-    seen = json.loads(ran.output)
-    assert "FileNotFoundError" in seen
-    assert "answer(3)" in seen  # it reads what went in, so it would have read more
-    assert secret not in seen
-
-
-KILLING = """
-import os
-for number in {signals}:
-    for pid in (os.getppid(), 1, -1):
-        try:
-            os.kill(pid, number)
-        except OSError:
-            pass
-print("on", flush=True)
-os.killpg(0, 9)
-"""
-
-
-@pytest.mark.parametrize("signals", [[9], [15, 2, 1, 3, 10, 17, 19, 20]], ids=["kill", "others"])
-def test_a_program_that_kills_around_itself_hits_nobody_else(signals):
-    ran = run(KILLING.format(signals=signals))
-    assert (ran.outcome, ran.output) == (Outcome.KILLED, b"on\n")
-
-
-def test_an_orphan_in_a_session_of_its_own_dies_with_the_program():
-    mark, naming = marked()
-    program = (
-        naming
-        + """
-import os, time
-if os.fork() == 0:
-    os.setsid()
-    if os.fork() == 0:
-        for fd in (0, 1, 2):
-            os.close(fd)
-        time.sleep(1000)
-    os._exit(0)
-os.wait()
-print("main")
-"""
-    )
-    ran = run(program)
-    assert (ran.outcome, ran.output) == (Outcome.ENDED, b"main\n")
-    assert processes_named(mark) == []
-
-
 def test_installed_packages_are_there_only_where_they_are_allowed():
     program = "import numpy as np\ndef f():\n    return np.arange(3), np.float64(2.5)"
     limits = Limits(cpu_s=60, wall_s=120.0)
@@ -338,13 +190,6 @@ def test_everything_ends_when_the_process_that_asked_is_killed():
         asking.wait()
     until(lambda: not processes_named(mark))
     assert not processes_named(mark)
-
-
-def until(holds) -> None:
-    deadline = time.monotonic() + GONE_WITHIN_S
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_a_sandbox_that_cannot_be_built_is_a_failure_and_no_outcome():

@@ -7,16 +7,13 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from rlhf_cluster.errors import RecordError, StoreError
+from rlhf_cluster.errors import StoreError
 from rlhf_cluster.experience.recovery import (
     TRAINED,
-    Recovery,
     made_by,
     read_trained,
     recovery_of,
@@ -25,27 +22,8 @@ from rlhf_cluster.experience.recovery import (
 from rlhf_cluster.experience.store import ExperienceStore, StoredGroup
 from rlhf_cluster.records import Ticket
 from tests.configs import tiny_config
-from tests.fakes import make_group, make_prompt
-
-
-def write(
-    store: ExperienceStore, number: int, version: int = 0, reference: int = -1, attempt: int = 0
-) -> None:
-    ticket = Ticket(number=number, version=version, attempt=attempt)
-    store.write(make_group(ticket, make_prompt(number), [1.0, 0.0], version), reference)
-
-
-def recovery(root: Path, **settings: Any) -> Recovery:
-    made = {
-        "every": 0,
-        "span": 2,
-        "look_ahead": 1,
-        "keep_steps": 1,
-        "step": None,
-        "tell": lambda text: None,
-    }
-    store = settings.pop("store", ExperienceStore(root / "experience"))
-    return Recovery(store, root / "checkpoints", **{**made, **settings})
+from tests.experience_cases import recovery, run_steps, write
+from tests.fakes import make_prompt
 
 
 def test_a_group_of_the_ticket_and_its_versions_is_finished_at_once(tmp_path):
@@ -222,19 +200,6 @@ def test_steps_after_the_checkpoint_are_forgotten(tmp_path):
     assert store.numbers() == [0, 1, 2, 3]
 
 
-def run_steps(root: Path, run: Recovery, num_steps: int, groups: int = 2) -> list[list[int]]:
-    """The numbers on disk after each step, of a run that is two steps ahead with its groups."""
-    store = ExperienceStore(root / "experience")
-    there = []
-    for step in range(1, num_steps + 1):
-        for number in range((step - 1) * groups, (step + 2) * groups):
-            if number >= (step + 1) * groups or step == 1:
-                write(store, number, step)
-        run.trained(step, list(range((step - 1) * groups, step * groups)))
-        there.append(store.numbers())
-    return there
-
-
 def test_without_checkpoints_the_last_steps_and_all_open_groups_stay(tmp_path):
     there = run_steps(tmp_path, recovery(tmp_path, keep_steps=2), 5)
     assert there[-1] == list(range(6, 14))
@@ -284,73 +249,6 @@ def test_the_numbers_of_earlier_attempts_go_as_well(tmp_path):
     run.trained(4, [6, 7])
     assert store.numbers() == []
     assert read_trained(store.root) == {}
-
-
-def replaying(root: Path, **settings: Any) -> Recovery:
-    """Groups may be trained three times, until two steps after the first."""
-    return recovery(root, **{"max_uses": 3, "reuse_steps": 2, "keep_steps": 0, **settings})
-
-
-def test_a_group_that_may_be_trained_again_stays_until_it_is_too_old(tmp_path):
-    there = run_steps(tmp_path, replaying(tmp_path), 5)
-    open_groups = list(range(10, 14))
-    assert there[-1] == [6, 7, 8, 9, *open_groups], "first trained at steps 4 and 5"
-
-
-@pytest.mark.parametrize("name", ["step-000004", "step-000004.partial"])
-def test_what_a_checkpoint_on_disk_may_train_again_stays_until_it_goes(tmp_path, name):
-    run = replaying(tmp_path, span=1)
-    folder = tmp_path / "checkpoints" / name
-    folder.mkdir(parents=True)
-    there = run_steps(tmp_path, run, 9)
-    assert there[-1] == [4, 5, 6, 7, 8, 9, *range(14, 22)], "of steps 3 to 5; of 8 and 9; open"
-    folder.rmdir()
-    run.trained(10, [18, 19])
-    assert ExperienceStore(tmp_path / "experience").numbers() == [16, 17, 18, 19, 20, 21]
-
-
-def test_every_use_is_on_record_and_a_rewind_takes_the_later_ones_back(tmp_path):
-    store = ExperienceStore(tmp_path / "experience")
-    for number in range(4):
-        write(store, number)
-    run = replaying(tmp_path, keep_steps=9)
-    run.trained(1, [0, 1])
-    run.trained(2, [2, 0])
-    run.trained(3, [3, 0])
-    assert read_trained(store.root) == {0: (1, 2, 3), 1: (1,), 2: (2,), 3: (3,)}
-    again = replaying(tmp_path, step=2, keep_steps=9)
-    again.rewind()
-    assert read_trained(store.root) == {0: (1, 2), 1: (1,), 2: (2,)}
-    again.trained(3, [3, 0])
-    with pytest.raises(RecordError, match=r"group 0 was trained by steps \[1, 2, 3, 4\].* 3 times"):
-        again.trained(4, [0])
-
-
-@pytest.mark.parametrize(("settings", "second"), [({}, 2), ({"max_uses": 2, "reuse_steps": 2}, 1)])
-def test_a_group_that_is_trained_once_too_often_is_an_error(tmp_path, settings, second):
-    """Without replay in another step; with it twice in one."""
-    write(ExperienceStore(tmp_path / "experience"), 0)
-    run = recovery(tmp_path, keep_steps=9, **settings)
-    run.trained(1, [0])
-    with pytest.raises(RecordError, match=rf"group 0 was trained by steps \[1, {second}\]"):
-        run.trained(second, [0])
-
-
-def test_what_cannot_be_trained_again_is_named(tmp_path):
-    told: list[str] = []
-    store = ExperienceStore(tmp_path / "experience")
-    for number in range(3):
-        write(store, number)
-    write(ExperienceStore(store.root, made_by="1" * 32), 3)
-    store.path(1).write_bytes(store.path(1).read_bytes()[:-1])
-    run = replaying(tmp_path, step=2, tell=told.append)
-    run.rewind()
-    assert run.unusable([0, 1, 2, 3, 4]) == [1, 3, 4]
-    assert [text.split(":")[0] for text in told] == [
-        "group 1 is not replayed",
-        "group 3 is not replayed",
-        "group 4 is not replayed",
-    ]
 
 
 def test_a_folder_that_cannot_be_used_is_an_error_with_its_cure(tmp_path):

@@ -7,9 +7,6 @@ import errno
 import os
 import pickle
 import sys
-from collections.abc import Mapping
-from datetime import UTC, date, datetime, time, timedelta
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +15,10 @@ import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pyarrow import parquet
 
-from rlhf_cluster.data.rows import read_rows
 from rlhf_cluster.errors import StoreError
 from rlhf_cluster.experience import arrow
 from rlhf_cluster.experience.arrow import Header
-from rlhf_cluster.experience.plain import from_text, to_text
 from rlhf_cluster.experience.store import ExperienceStore, StoredGroup, collect
 from rlhf_cluster.records import (
     ExperienceGroup,
@@ -35,7 +29,7 @@ from rlhf_cluster.records import (
     Ticket,
 )
 from tests.dying import survives
-from tests.fakes import make_group, make_prompt
+from tests.experience_cases import assert_same, sample
 
 HEADER = Header(newest_version=7, made_by="ab" * 16)
 FAST = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -127,30 +121,6 @@ def groups(draw: Any) -> ExperienceGroup:
     )
 
 
-def assert_same(left: Any, right: Any, where: str = "group") -> None:
-    """Equal field by field, arrays by type and bits, floats by bits."""
-    assert type(left) is type(right), where
-    if dataclasses.is_dataclass(left):
-        for field in dataclasses.fields(left):
-            name = field.name
-            assert_same(getattr(left, name), getattr(right, name), f"{where}.{name}")
-    elif isinstance(left, np.ndarray):
-        assert left.dtype == right.dtype, where
-        assert left.tobytes() == right.tobytes(), where
-    elif isinstance(left, Mapping):
-        assert list(left) == list(right), where
-        for key in left:
-            assert_same(left[key], right[key], f"{where}[{key!r}]")
-    elif isinstance(left, list | tuple):
-        assert len(left) == len(right), where
-        for number, (a, b) in enumerate(zip(left, right, strict=True)):
-            assert_same(a, b, f"{where}[{number}]")
-    elif isinstance(left, float):
-        assert np.float64(left).tobytes() == np.float64(right).tobytes(), where
-    else:
-        assert left == right, where
-
-
 @FAST
 @given(groups())
 def test_every_field_comes_back_to_the_bit(group):
@@ -184,11 +154,6 @@ def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def sample(number: int = 12, version: int = 3) -> ExperienceGroup:
-    ticket = Ticket(number=number, version=version)
-    return make_group(ticket, make_prompt(number), [0.0, 1.0, 0.5], version)
 
 
 def test_a_seal_in_the_data_is_no_seal():
@@ -366,52 +331,3 @@ def test_a_lost_or_stored_group_is_read_from_its_file_and_the_others_are_fetched
 
 def test_a_handle_survives_the_way_between_processes():
     assert pickle.loads(pickle.dumps(StoredGroup(3))) == StoredGroup(3)
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        {"bytes": b"\x00\xff", "when": datetime(2026, 1, 2, 3, 4, 5, 6)},
-        [datetime(2026, 1, 2, tzinfo=UTC), date(2026, 1, 2), time(1, 2, 3), timedelta(-1, 2, 3)],
-        [Decimal("1.10"), (1, ("a", b"")), {1: "x", (2,): None}, {"$dict": 1}, {"$": [], "a": {}}],
-        [float("inf"), -0.0, 10**30, True, "\ud800"],
-    ],
-)
-def test_values_of_data_files_come_back_as_they_were(value):
-    assert_same(value, from_text(to_text(value)))
-    assert to_text(value).isascii()
-
-
-def test_every_type_that_a_parquet_file_has_comes_back(tmp_path):
-    columns = {
-        "u64": pa.array([2**64 - 1], pa.uint64()),
-        "f16": pa.array([np.float16(0.1)], pa.float16()),
-        "f32": pa.array([0.1], pa.float32()),
-        "bytes": pa.array([b"abcd"], pa.binary(4)),
-        "date": pa.array([date(2020, 1, 1)], pa.date64()),
-        "time": pa.array([time(1, 2)], pa.time64("us")),
-        "zone": pa.array([datetime(2020, 1, 1, 1)], pa.timestamp("us", "Europe/Berlin")),
-        "when": pa.array([datetime(2020, 1, 1)], pa.timestamp("ns")),
-        "for": pa.array([timedelta(1)], pa.duration("us")),
-        "decimal": pa.array([Decimal("1.20")]),
-        "map": pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64())),
-        "struct": pa.array([{"x": 1, "y": [None, {"z": b""}]}]),
-        "name": pa.array(["a"]).dictionary_encode(),
-        "uuid": pa.array([bytes(range(16))], pa.uuid()),
-        "null": pa.nulls(1),
-    }
-    parquet.write_table(pa.table(columns), tmp_path / "x.parquet")
-    [row] = read_rows(tmp_path / "x.parquet")
-    found = from_text(to_text(row.columns))
-    assert found == row.columns
-    assert [type(v) for v in found.values()] == [type(v) for v in row.columns.values()]
-
-
-def test_a_value_that_cannot_be_written_is_refused_with_its_type():
-    with pytest.raises(StoreError, match=r"type pathlib\.\w+, .*buffer.durable"):
-        to_text({"where": [Path("x")]})
-
-
-def test_a_group_without_rollouts_is_refused(tmp_path):
-    with pytest.raises(StoreError, match="g00000012 has no rollouts"):
-        ExperienceStore(tmp_path).write(dataclasses.replace(sample(), scored=()))

@@ -6,27 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import TypeAdapter, ValidationError
 
 from rlhf_cluster.errors import RecordError
 from rlhf_cluster.objectives import preference
 from rlhf_cluster.objectives.preference import Labelled, Pairs
-from rlhf_cluster.objectives.preference_table import (
-    PREFERENCE_LOSSES,
-    PreferenceLoss,
-)
-
-F64 = torch.float64
-SECTION: TypeAdapter[Any] = TypeAdapter(PreferenceLoss)
-PAIRED = [name for name, section in PREFERENCE_LOSSES.items() if section.paired]
-
-
-def section(type: str, **keys: Any) -> Any:
-    return SECTION.validate_python({"type": type, **keys})
-
-
-def vector(*values: float) -> torch.Tensor:
-    return torch.tensor(values, dtype=F64)
+from tests.preference_loss_cases import F64, PAIRED, random_pairs, section, vector
 
 
 def one_pair(chosen: float, rejected: float, lengths=(1, 1), ref=(0.0, 0.0)) -> Pairs:
@@ -37,22 +21,6 @@ def one_pair(chosen: float, rejected: float, lengths=(1, 1), ref=(0.0, 0.0)) -> 
         rejected_tokens=torch.tensor([lengths[1]]),
         ref_chosen=vector(ref[0]),
         ref_rejected=vector(ref[1]),
-    )
-
-
-def random_pairs(seed: int = 0, num: int = 32, dtype: torch.dtype = F64) -> Pairs:
-    draw = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, 9, (2, num), generator=draw)
-    ref = -2.0 * lengths * (0.5 + torch.rand(2, num, generator=draw, dtype=F64))
-    # both responses drift from the reference, some up and some down, never over probability 1
-    policy = (ref + 2 * torch.randn(2, num, generator=draw, dtype=F64)).clamp(max=-0.05).to(dtype)
-    return Pairs(
-        chosen=policy[0].clone().requires_grad_(),
-        rejected=policy[1].clone().requires_grad_(),
-        chosen_tokens=lengths[0],
-        rejected_tokens=lengths[1],
-        ref_chosen=ref[0].to(dtype),
-        ref_rejected=ref[1].to(dtype),
     )
 
 
@@ -291,111 +259,3 @@ def one_side_flipped(logits: torch.Tensor, flip: float) -> torch.Tensor:
         ref_rejected=zeros,
     )
     return preference.robust_dpo_loss(pairs, 1.0, flip)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, F64])
-@pytest.mark.parametrize("name", PAIRED)
-@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "js", "alpha"])
-def test_losses_and_gradients_stay_finite_far_from_the_reference(
-    name: str, divergence: str, dtype: torch.dtype
-) -> None:
-    if name != "dpo" and divergence != "reverse_kl":
-        return
-    far = [(-3000.0, -1.0), (-1.0, -3000.0), (-3000.0, -3000.0), (0.0, 0.0)]
-    chosen, rejected = (torch.tensor(v, dtype=dtype) for v in zip(*far, strict=True))
-    pairs = Pairs(
-        chosen=chosen.requires_grad_(),
-        rejected=rejected.requires_grad_(),
-        chosen_tokens=torch.tensor([3, 3, 1, 1]),
-        rejected_tokens=torch.tensor([3, 3, 1, 1]),
-        ref_chosen=torch.full((4,), -50.0, dtype=dtype),
-        ref_rejected=torch.full((4,), -50.0, dtype=dtype),
-    )
-    keys = {"divergence": divergence} if name == "dpo" else {}
-    losses, _ = section(name, **keys).losses(pairs)
-    losses.sum().backward()
-    assert losses.isfinite().all()
-    for side in (pairs.chosen, pairs.rejected):
-        assert side.grad is not None
-        assert side.grad.isfinite().all()
-    assert pairs.chosen.grad is not None
-    assert pairs.chosen.grad[0] < 0, "a chosen response that is lost is still raised"
-
-
-# Metrics
-
-
-def test_a_falling_chosen_response_is_flagged_though_the_margin_grows() -> None:
-    pairs = Pairs(
-        chosen=vector(-6.0, -6.0, -4.0),
-        rejected=vector(-20.0, -20.0, -20.0),
-        chosen_tokens=torch.ones(3),
-        rejected_tokens=torch.ones(3),
-        ref_chosen=vector(-5.0, -5.0, -5.0),
-        ref_rejected=vector(-9.0, -9.0, -9.0),
-    )
-    _, sums = section("dpo").losses(pairs)
-    means = {name: (total / count).item() for name, (total, count) in sums.items()}
-    assert means["preference/margin"] > 0
-    assert means["preference/accuracy"] == 1.0
-    assert means["preference/chosen_fell_fraction"] == pytest.approx(2 / 3)
-    assert means["preference/chosen_logprob"] == pytest.approx(-16 / 3)
-    assert means["preference/rejected_logprob"] == -20.0
-
-
-def test_s1_metric_sums_and_losses_do_not_depend_on_micro_batches() -> None:
-    whole, loss = random_pairs(), section("dpo", nll_coef=1.0)
-    losses, sums = loss.losses(whole)
-
-    def part(rows: slice) -> Pairs:
-        assert whole.ref_chosen is not None
-        assert whole.ref_rejected is not None
-        return Pairs(
-            chosen=whole.chosen[rows],
-            rejected=whole.rejected[rows],
-            chosen_tokens=whole.chosen_tokens[rows],
-            rejected_tokens=whole.rejected_tokens[rows],
-            ref_chosen=whole.ref_chosen[rows],
-            ref_rejected=whole.ref_rejected[rows],
-        )
-
-    parts = [loss.losses(part(rows)) for rows in (slice(0, 5), slice(5, 5), slice(5, 32))]
-    torch.testing.assert_close(torch.cat([p[0] for p in parts]), losses)
-    for name, (total, count) in sums.items():
-        torch.testing.assert_close(torch.stack([p[1][name][0] for p in parts]).sum(), total)
-        assert sum(p[1][name][1].item() for p in parts) == count.item() == 32
-
-
-# Refusals
-
-
-def test_s11_shapes_that_would_broadcast_are_refused() -> None:
-    good = {"chosen": vector(-1.0, -2.0), "rejected": vector(-1.0, -2.0)}
-    tokens = {"chosen_tokens": torch.ones(2), "rejected_tokens": torch.ones(2)}
-    for name, bad in (("rejected", vector(-1.0)), ("chosen_tokens", torch.ones(2, 1))):
-        with pytest.raises(RecordError, match="all must be vectors of one length"):
-            Pairs(**{**good, **tokens, name: bad})
-    with pytest.raises(RecordError, match="have no log-probabilities of one"):
-        section("dpo").losses(Pairs(**good, **tokens))
-    section("simpo").losses(Pairs(**good, **tokens))
-    with pytest.raises(RecordError, match="one length"):
-        Labelled(policy=vector(-1.0), ref=vector(-1.0, 0.0), desirable=torch.tensor([True]))
-    labelled = Labelled(policy=vector(-1.0), ref=vector(-1.0), desirable=torch.tensor([True]))
-    with pytest.raises(RecordError, match="must be a scalar"):
-        section("kto").losses(labelled, vector(0.0))
-
-
-@pytest.mark.parametrize(
-    ("type", "keys"),
-    [
-        ("dpo", {"label_smoothing": 0.5}),
-        ("dpo", {"alpha": 1.0}),
-        ("dpo", {"beta": 0}),
-        ("robust_dpo", {"flip_probability": 0.5}),
-        ("simpo", {"divergence": "js"}),
-        ("ppo", {}),
-    ],
-)
-def test_sections_refuse_what_has_no_meaning(type: str, keys: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError):
-        section(type, **keys)
