@@ -32,17 +32,22 @@ _HEADER = struct.Struct("<II")
 _GAP = np.dtype("<u4")
 _LEVEL = 1
 _MAX_CHANGED_FRACTION = 0.5  # beyond it the payload could exceed the tensor before it is compressed
+SAMPLE = 1 << 16  # elements that are looked at first
 _local = threading.local()  # compressors hold state and serve one thread
 
 
 def encode(base: memoryview, new: memoryview, item_bytes: int) -> bytearray | None:
-    """The payload that turns `base` into `new`; empty if they are equal, None if too much changed.
+    """The payload that turns `base` into `new`; empty if they are equal, None if too much changed: of
+    all elements, or of those of a sample.
 
     Both are the bytes of contiguous elements of `item_bytes` (1, 2, 4 or 8), equally many.
     """
     was, now = _elements(base, item_bytes), _elements(new, item_bytes)
     if was.shape != now.shape:
         raise WeightError(f"a difference of {len(base)} bytes and {len(new)}: they must be equal")
+    few = slice(None, None, max(1, len(now) // SAMPLE))
+    if np.count_nonzero(was[few] != now[few]) > _MAX_CHANGED_FRACTION * len(now[few]):
+        return None
     payload = bytearray()
     num_changed = 0
     for start in range(0, len(now), BLOCK_ELEMENTS):

@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -67,6 +69,7 @@ _SAFETENSORS_TYPES = {
 _TYPE_NAMES = {name: key for key, name in _SAFETENSORS_TYPES.items()}
 _LENGTH_BYTES = 8  # a safetensors file starts with the length of its JSON header
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+_MAX_THREADS = 4  # of a rank; ranks of one machine publish at the same time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,20 +111,11 @@ def send_shard(
     """
     tensors: dict[str, Tensor] = {}
     reports: dict[str, PartReport] = {}
-    for part in parts:
-        _check_part(part, rank, reports)
-        item_bytes = ITEM_BYTES[dtype_name(part.tensor)]
-        stored, delta_bytes = _stored(part, base)
-        tensors |= stored
-        reports[part.name] = PartReport(
-            shape=tuple(part.shape),
-            dtype=dtype_name(part.tensor),
-            offset=part.offset,
-            numel=part.tensor.numel(),
-            piece_hashes=hash_pieces(tensor_bytes(part.tensor), part.offset * item_bytes),
-            delta_bytes=delta_bytes,
-            scale=part.scale,
-        )
+    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1), "shard") as threads:
+        checked = _checked(parts, rank)
+        for name, stored, report in threads.map(lambda part: _made(part, base), checked):
+            tensors |= stored
+            reports[name] = report
     number = base.version if base is not None else None
     name = f"shard-{rank:05d}-{_content_key(reports, number)}.safetensors"
     image = _image(name, tensors)
@@ -231,7 +225,15 @@ def open_shards(
     return files
 
 
-def _check_part(part: LocalPart, rank: int, seen: dict[str, PartReport]) -> None:
+def _checked(parts: Iterable[LocalPart], rank: int) -> Iterator[LocalPart]:
+    seen: set[str] = set()
+    for part in parts:
+        _check_part(part, rank, seen)
+        seen.add(part.name)
+        yield part
+
+
+def _check_part(part: LocalPart, rank: int, seen: set[str]) -> None:
     tensor = part.tensor
     where = f"rank {rank}, tensor {part.name!r}"
     if part.name in seen:
@@ -249,6 +251,22 @@ def _check_part(part: LocalPart, rank: int, seen: dict[str, PartReport]) -> None
         )
     if part.offset < 0:
         raise WeightError(f"{where}: offset {part.offset} is negative")
+
+
+def _made(part: LocalPart, base: ShardBase | None) -> tuple[str, dict[str, Tensor], PartReport]:
+    """Its name, what of it goes into the file, by name there, and what is told of it."""
+    dtype = dtype_name(part.tensor)
+    stored, delta_bytes = _stored(part, base)
+    report = PartReport(
+        shape=tuple(part.shape),
+        dtype=dtype,
+        offset=part.offset,
+        numel=part.tensor.numel(),
+        piece_hashes=hash_pieces(tensor_bytes(part.tensor), part.offset * ITEM_BYTES[dtype]),
+        delta_bytes=delta_bytes,
+        scale=part.scale,
+    )
+    return part.name, stored, report
 
 
 def _stored(part: LocalPart, base: ShardBase | None) -> tuple[dict[str, Tensor], int | None]:

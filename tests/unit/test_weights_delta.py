@@ -84,6 +84,19 @@ def test_when_most_elements_changed_there_is_no_difference() -> None:
     assert payload_of(was, was + np.uint16(1)) is None
 
 
+def test_most_elements_is_judged_by_a_sample_first_and_then_by_the_count() -> None:
+    was = np.zeros(2 * delta.SAMPLE, np.uint16)
+    sampled, beside = was.copy(), was.copy()
+    sampled[::2] = 1  # half of all, and the whole sample
+    beside[1::2] = 1  # half of all, and nothing of the sample
+    assert payload_of(was, sampled) is None
+    payload = payload_of(was, beside)
+    assert payload is not None
+    assert restored(was, payload) == beside.tobytes()
+    beside[:2] = 1
+    assert payload_of(was, beside) is None
+
+
 def test_lengths_that_differ_are_refused() -> None:
     with pytest.raises(WeightError, match="4 bytes and 6: they must be equal"):
         delta.encode(memoryview(bytes(4)), memoryview(bytes(6)), 2)
