@@ -37,10 +37,9 @@ from rlhf_cluster.learning.kept_tokens import Kept, KeptTokens
 from rlhf_cluster.learning.normalizing import Joined, RunningNormalizer
 from rlhf_cluster.learning.publishing import (
     Bases,
+    ChangedShare,
     Frozen,
     anchor_parts,
-    changed_fraction,
-    count_changed_bf16,
     frozen,
     host_copy,
     local_parts,
@@ -85,8 +84,7 @@ class LearnerRank(TrainingRank[RunConfig]):
         self._num_sft_steps = 0
         self._snapshot: tuple[int, list[LocalPart]] | None = None
         self._snapshot_lock = threading.Lock()
-        self._copied: list[LocalPart] | None = None
-        self._changed: tuple[int, int] | None = None
+        self._changed = ChangedShare(config.learner.step_timeout_s)
         self._bases = Bases(rank, config.weights.format)
         self.kept: dict[str, Kept] = {}
         self._frozen: Frozen | None = None  # where versions are adapters
@@ -168,9 +166,7 @@ class LearnerRank(TrainingRank[RunConfig]):
             if self._value_model is not None:
                 assert_float32(self._value_model)
         self._version += 1
-        if self._changed is not None:
-            metrics |= changed_fraction(self._changed, self._device)
-            self._changed = None
+        metrics |= self._changed.take(self._device)
         return StepReport(step=self._version, metrics=metrics)
 
     def snapshot(self) -> int:
@@ -180,10 +176,7 @@ class LearnerRank(TrainingRank[RunConfig]):
         """
         as_adapters = self._frozen is not None
         parts = host_copy(local_parts(self.model, as_adapters), self._publish_dtype)
-        if self._copied is not None:
-            unchanged = self._frozen.num_unadapted if self._frozen is not None else 0
-            self._changed = count_changed_bf16(self._copied, parts, unchanged)
-        self._copied = parts
+        self._changed.copied(parts, self._frozen.num_unadapted if self._frozen is not None else 0)
         with self._snapshot_lock:
             self._snapshot = (self._version, parts)
         return self._version
@@ -222,6 +215,7 @@ class LearnerRank(TrainingRank[RunConfig]):
         return tensor_shapes(self.model)
 
     def _drop(self) -> None:
+        self._changed.close()
         self._close_models([m for m in (self._value_model, self._model) if m is not None])
         self._model = self._updater = self._sft_updater = self._frozen = None
         self._value_model = self._critic = self._reference = None

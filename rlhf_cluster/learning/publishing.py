@@ -13,6 +13,7 @@ What never changes is copied only when it is written, beside a step.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlhf_cluster.errors import WeightError
+from rlhf_cluster.errors import StalledError, WeightError
 from rlhf_cluster.learning import lora, quantized
 from rlhf_cluster.learning.backend import ShardedModel
 from rlhf_cluster.learning.policy import PolicyLM, checkpoint_name
@@ -174,16 +175,49 @@ def count_changed_bf16(
     return changed, total
 
 
-def changed_fraction(counts: tuple[int, int], device: torch.device) -> dict[str, float]:
-    """`learner/params_changed_fraction_bf16` of all ranks' `count_changed_bf16`.
+class ChangedShare:
+    """`learner/params_changed_fraction_bf16`: how much of all ranks' parts differs between the last two
+    snapshots, counted in a thread, beside the step after the second of them.
 
     An update far smaller than a weight is lost when the weight is published in bfloat16: a share
-    near 0 says that generation does not see what the learner learns. Waits for all ranks.
+    near 0 says that generation does not see what the learner learns.
     """
-    summed = torch.tensor(counts, dtype=torch.int64, device=device)
-    dist.all_reduce(summed)
-    changed, total = summed.tolist()
-    return {"learner/params_changed_fraction_bf16": changed / total}
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._threads = ThreadPoolExecutor(1, "changed")
+        self._last: list[LocalPart] | None = None
+        self._counting: Future[tuple[int, int]] | None = None
+
+    def copied(self, parts: list[LocalPart], unchanged: int) -> None:
+        """A snapshot was taken: `parts`, which nobody writes to."""
+        if self._last is not None:
+            args = self._last, parts, unchanged
+            self._counting = self._threads.submit(count_changed_bf16, *args)
+        self._last = parts
+
+    def take(self, device: torch.device) -> dict[str, float]:
+        """Empty unless a second snapshot was taken since the last call. Waits for: the count, and
+        then all ranks. Raises `StalledError` after `timeout_s`."""
+        counting, self._counting = self._counting, None
+        if counting is None:
+            return {}
+        try:
+            summed = torch.tensor(
+                counting.result(self._timeout_s), dtype=torch.int64, device=device
+            )
+        except TimeoutError:
+            raise StalledError(
+                f"the elements that changed between two snapshots were not counted after "
+                f"{self._timeout_s:g} s (learner.step_timeout_s): memory that swaps, or no free core"
+            ) from None
+        dist.all_reduce(summed)
+        changed, total = summed.tolist()
+        return {"learner/params_changed_fraction_bf16": changed / total}
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._last = self._counting = None
 
 
 def _checkpoint_buffers(policy: PolicyLM) -> Iterator[tuple[str, Tensor]]:
