@@ -40,6 +40,7 @@ from rlhf_cluster.weights.sync import SyncStats
 
 log = logging.getLogger(__name__)
 
+_TRAINED = "staleness/rollouts_total/"  # and the staleness
 OWN_ROLES = (Role.CONTROLLER, Role.WEIGHTS)  # the others export their numbers themselves
 
 
@@ -63,7 +64,7 @@ class RunObserver(Observer[RunConfig]):
         self._recent: deque[dict[str, float]] = deque(maxlen=advisor.WINDOW)
         self._buffer: BufferStats | None = None
         self._num_recovered = 0
-        self._staleness: Counter[int] = Counter()  # rollouts trained, since this process began
+        self._staleness: Counter[int] = Counter()  # rollouts trained
         self.advice: advisor.Advice | None = None  # of the last steps
         first = Snapshot(
             run=config.run.name,
@@ -114,7 +115,7 @@ class RunObserver(Observer[RunConfig]):
         for group in taken:
             staleness = step - 1 - group.summary.oldest_version
             self._staleness[staleness] += group.summary.num_rollouts
-        return {f"staleness/rollouts_total/{s}": float(n) for s, n in self._staleness.items()}
+        return {f"{_TRAINED}{s}": float(n) for s, n in self._staleness.items()}
 
     def num_workers(self, kind: str) -> int:
         """Live workers of a pool."""
@@ -139,7 +140,7 @@ class RunObserver(Observer[RunConfig]):
         }
 
     def resumed(self, step: int) -> None:
-        self._read_rewards()
+        self._read_log()
         super().resumed(step)
 
     def cut_back(self, checkpoint: Checkpoint | None) -> None:
@@ -147,12 +148,17 @@ class RunObserver(Observer[RunConfig]):
         self._rewards.clear()
         self._recent.clear()
         self.advice = None
-        self._read_rewards()
+        self._read_log()
         self._update(num_steps=self._num_steps)
 
-    def _read_rewards(self) -> None:
-        records = read_metrics(self._rundir.metrics)
-        self._rewards.extend(r["reward/mean"] for r in records if r.get("reward/mean") is not None)
+    def _read_log(self) -> None:
+        """What goes on from the steps that count."""
+        self._staleness.clear()
+        for record in read_metrics(self._rundir.metrics):
+            if record.get("reward/mean") is not None:
+                self._rewards.append(record["reward/mean"])
+            trained = {k: v for k, v in record.items() if k.startswith(_TRAINED)}
+            self._staleness |= {int(k.removeprefix(_TRAINED)): int(v) for k, v in trained.items()}
 
     def warmup(self, step: int, values: dict[str, float]) -> None:
         """A step of the supervised warm-up. Its steps count for themselves."""

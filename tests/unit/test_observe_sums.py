@@ -11,6 +11,7 @@ import pytest
 
 from actors.observer import RunObserver
 from actors.vllm_requests import Totals
+from rlhf_cluster.config import RunConfig
 from rlhf_cluster.observe.metrics import Metrics
 from rlhf_cluster.observe.panels import ratio
 from rlhf_cluster.observe.resident import resident_bytes
@@ -71,20 +72,32 @@ def taken(number: int, oldest: int, rollouts: int = 2) -> Taken:
     return Taken(ticket=Ticket(number=number, version=oldest), handle=None, summary=summary)
 
 
+def observing(config: RunConfig, rundir: RunDir) -> tuple[Any, Sent]:
+    observer: Any = RunObserver(
+        config, rundir, (), SyncStats, lambda snapshot: None, 0.0, lambda: 1.0
+    )
+    sent = Sent()
+    observer._metrics = Metrics(sent)
+    return observer, sent
+
+
+def by_staleness(sent: Sent) -> dict[str, float]:
+    return {k[1]: v for k, v in sent.series.items() if k[0] == "staleness/rollouts_total"}
+
+
 def test_rollouts_are_counted_by_staleness_over_the_whole_run(tmp_path):
     config = tiny_config(run={"root": str(tmp_path)})
-    sent = Sent()
     with RunDir.create(config.run_dir, config) as rundir:
-        observer: Any = RunObserver(
-            config, rundir, (), SyncStats, lambda snapshot: None, 0.0, lambda: 1.0
-        )
-        observer._metrics = Metrics(sent)
+        observer, sent = observing(config, rundir)
         observer.step(StepReport(step=1, metrics={}), [taken(0, 0), taken(1, 0, 3)], step_times())
         observer.step(StepReport(step=3, metrics={}), [taken(2, 2), taken(3, 1)], step_times())
         observer.close()
-    name = "staleness/rollouts_total"
-    found = {key[1]: value for key, value in sent.series.items() if key[0] == name}
-    assert found == {"0": 7.0, "1": 2.0}
+        assert by_staleness(sent) == {"0": 7.0, "1": 2.0}
+        observer, sent = observing(config, rundir)
+        observer.resumed(3)
+        observer.step(StepReport(step=4, metrics={}), [taken(4, 2)], step_times())
+        observer.close()
+        assert by_staleness(sent) == {"0": 7.0, "1": 4.0}
 
 
 def test_the_memory_of_a_process_is_the_kernels_number(tmp_path):
