@@ -1,11 +1,12 @@
 """What it costs to bring weights from a learner to a generation worker.
 
-store   one rank on the CPU: bytes, snapshot, publish and pull of full versions and of differences,
-        after real AdamW steps at several learning rates, beside a plain copy of the same bytes
+store   one rank: bytes, snapshot, publish and pull of full versions and of differences, after real
+        AdamW steps at several learning rates, beside a plain copy of the same bytes
 engine  vLLM on the CPU: how long sampling stands still for a pull, and whether a request is lost,
         with full versions, differences, and INT8
 
     python benchmarks/weight_sync.py store --millions 10 100 500
+    python benchmarks/weight_sync.py store --device cuda --millions 600 1700 --rates 1e-6
     python benchmarks/weight_sync.py engine
 
 Every repeat runs all its sides, one after the other, on the same weights. Steps train float32
@@ -42,6 +43,9 @@ SHAPES = {  # millions of parameters: hidden size, layers, vocabulary
     50: (512, 12, 16384),
     100: (768, 10, 32768),
     500: (1536, 14, 32768),
+    600: (1024, 36, 151_936),
+    1700: (2048, 28, 151_936),
+    7000: (4096, 32, 32768),  # float32 with AdamW: 105 GB
 }
 
 
@@ -55,13 +59,13 @@ class Published:
     held: Any = None
 
 
-def store(millions: list[int], rates: list[float], repeats: int, root: Path) -> None:
+def store(millions: list[int], rates: list[float], repeats: int, root: Path, device: str) -> None:
     before = machine()
     runs = []
     for size in millions:
         for rate in rates:
             with tempfile.TemporaryDirectory(dir=root) as folder:
-                runs += _train_and_publish(size, rate, repeats, Path(folder))
+                runs += _train_and_publish(size, rate, repeats, Path(folder), device)
             gc.collect()
     figures: dict[str, float] = {}
     for size in millions:
@@ -85,27 +89,31 @@ def store(millions: list[int], rates: list[float], repeats: int, root: Path) -> 
         f"store_{size}M": {"machine": before, "runs": [r for r in runs if r["millions"] == size]}
         for size in millions
     }
-    write_result("weight_sync", figures, found, machine=before)
+    name = "weight_sync" if device == "cpu" else f"weight_sync_{device}"
+    write_result(name, figures, found, machine=before)
 
 
 def _train_and_publish(
-    millions: int, rate: float, repeats: int, folder: Path
+    millions: int, rate: float, repeats: int, folder: Path, device: str
 ) -> list[dict[str, float]]:
     import torch
 
-    model = _model(millions)
+    model = _model(millions).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), foreach=True)
     vocabulary = model.config.vocab_size
     published = Published(full=folder / "full", delta=folder / "delta")
     runs = []
     for step in range(WARM_UP_STEPS + repeats):
         ids = torch.randint(vocabulary, STEP_TOKENS, generator=torch.Generator().manual_seed(step))
+        ids = ids.to(device)
         start = time.perf_counter()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(device, dtype=torch.bfloat16):
             model(input_ids=ids, labels=ids).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        if device != "cpu":
+            torch.cuda.synchronize()
         step_s = time.perf_counter() - start
         if step < WARM_UP_STEPS - 1:
             continue
@@ -120,21 +128,18 @@ def _train_and_publish(
 def _publish_once(model: Any, version: int, published: Published, copy: Path) -> dict[str, float]:
     import torch
 
+    from rlhf_cluster.learning.publishing import host_copy
     from rlhf_cluster.weights import store
     from rlhf_cluster.weights.manifest import LocalPart
     from rlhf_cluster.weights.reading import Held
     from rlhf_cluster.weights.shards import ShardBase
 
-    start = time.perf_counter()
-    parts = {
-        name: LocalPart(
-            name=name,
-            shape=tuple(p.shape),
-            offset=0,
-            tensor=p.detach().to(torch.bfloat16, copy=True).reshape(-1),
-        )
+    live = [
+        LocalPart(name=name, shape=tuple(p.shape), offset=0, tensor=p.detach().reshape(-1))
         for name, p in model.named_parameters()
-    }
+    ]
+    start = time.perf_counter()
+    parts = {part.name: part for part in host_copy(live, torch.bfloat16)}
     snapshot_s = time.perf_counter() - start
 
     def publish(root: Path, base: Any) -> Any:
@@ -329,9 +334,10 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-6, 1e-5, 1e-4])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--root", type=Path, default=Path("/dev/shm"), help="where versions go")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the learner")
     given = parser.parse_args()
     if given.part == "store":
-        store(given.millions, given.rates, given.repeats, given.root)
+        store(given.millions, given.rates, given.repeats, given.root, given.device)
     else:
         engine()
 
