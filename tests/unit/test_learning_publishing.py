@@ -1,13 +1,15 @@
 """What a learner rank copies out: how much of it changed, and gradient norms by parameter group."""
 
 import math
+import threading
 from typing import Any
 
 import pytest
 import torch
 
+from rlhf_cluster.errors import StalledError
 from rlhf_cluster.learning.backend import PARAMETER_GROUPS, clip_gradients, parameter_group
-from rlhf_cluster.learning.publishing import count_changed_bf16
+from rlhf_cluster.learning.publishing import ChangedShare, count_changed_bf16
 from rlhf_cluster.weights.manifest import LocalPart
 from tests.learning_cases import (
     CHANGED,
@@ -29,6 +31,19 @@ def test_s33_an_update_that_bfloat16_rounds_away_does_not_count_as_a_change() ->
     assert count_changed_bf16([_part(before)], [_part(after)]) == (1, 4)
     integers = _part(torch.tensor([1, 2]))
     assert count_changed_bf16([integers], [_part(torch.tensor([3, 4]))]) == (0, 0)
+
+
+def test_a_snapshot_does_not_wait_for_the_count_and_a_count_that_hangs_is_told() -> None:
+    share, busy = ChangedShare(timeout_s=0.05), threading.Event()
+    share._threads.submit(busy.wait, 60.0)
+    cpu = torch.device("cpu")
+    share.copied([_part(torch.ones(2))], 0)
+    assert share.take(cpu) == {}, "of one snapshot there is nothing to tell"
+    share.copied([_part(torch.ones(2))], 0)
+    with pytest.raises(StalledError, match=r"not counted after 0.05 s \(learner.step_timeout_s\)"):
+        share.take(cpu)
+    busy.set()
+    share.close()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
