@@ -111,11 +111,16 @@ def step_times(records: Sequence[Mapping[str, float]]) -> dict[str, float]:
     }
 
 
+def results(name: str) -> dict[str, Any]:
+    """What `results/<name>.json` holds; empty without one."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def write_result(name: str, figures: Mapping[str, float], runs: Sequence[Any], **more: Any) -> Path:
     """Write `results/<name>.json`, replacing it as a whole. Figures that exist and are not given
     again stay, so that parts of a benchmark can be run apart."""
-    path = RESULTS / f"{name}.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
+    path, before = RESULTS / f"{name}.json", results(name)
     kept = before.get("figures", {}) | {key: round(value, 4) for key, value in figures.items()}
     result = {
         "machine": more.pop("machine", None) or machine(),

@@ -25,14 +25,14 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.harness import machine, spread, write_result
+from benchmarks.harness import machine, results, spread, write_result
 
 WARM_UP_STEPS = 3  # the first steps of AdamW move every weight by the whole learning rate
 STEP_TOKENS = (8, 256)  # few for a real step, which makes the stall look large
@@ -67,30 +67,31 @@ def store(millions: list[int], rates: list[float], repeats: int, root: Path, dev
             with tempfile.TemporaryDirectory(dir=root) as folder:
                 runs += _train_and_publish(size, rate, repeats, Path(folder), device)
             gc.collect()
-    figures: dict[str, float] = {}
-    for size in millions:
-        mine = [run for run in runs if run["millions"] == size]
-        figures |= {
-            f"publish_pull_over_copy_{size}M": _median(mine, "full_over_copy"),
-            f"delta_publish_pull_over_copy_{size}M": _median(mine, "delta_over_copy"),
-            f"learner_stall_fraction_{size}M": _median(mine, "stall_fraction"),
-        }
-        for rate in rates:
-            here = [run for run in mine if run["learning_rate"] == rate]
-            figures[f"delta_bytes_ratio_{size}M_lr{rate:g}"] = _median(here, "delta_bytes_ratio")
-    largest = max(millions)
-    figures |= {
-        "publish_pull_over_copy": figures[f"publish_pull_over_copy_{largest}M"],
-        "learner_stall_fraction": figures[f"learner_stall_fraction_{largest}M"],
-        "delta_bytes_ratio": figures[f"delta_bytes_ratio_{largest}M_lr{min(rates):g}"],
-    }
-    print(figures)
+    name = "weight_sync" if device == "cpu" else f"weight_sync_{device}"
     found = {
         f"store_{size}M": {"machine": before, "runs": [r for r in runs if r["millions"] == size]}
         for size in millions
     }
-    name = "weight_sync" if device == "cpu" else f"weight_sync_{device}"
+    figures = store_figures({**results(name).get("runs", {}), **found})
+    print(figures)
     write_result(name, figures, found, machine=before)
+
+
+def store_figures(found: Mapping[str, Any]) -> dict[str, float]:
+    """Medians of each size and learning rate, and of the largest model at the smallest rate."""
+    figures, here = dict[str, float](), ""
+    runs = [run for name, part in found.items() if name != "engine" for run in part["runs"]]
+    for size, rate in sorted({(run["millions"], -run["learning_rate"]) for run in runs}):
+        mine = [r for r in runs if (r["millions"], r["learning_rate"]) == (size, -rate)]
+        here = f"{size}M_lr{-rate:g}"
+        figures |= {
+            f"publish_pull_over_copy_{here}": _median(mine, "full_over_copy"),
+            f"delta_publish_pull_over_copy_{here}": _median(mine, "delta_over_copy"),
+            f"delta_bytes_ratio_{here}": _median(mine, "delta_bytes_ratio"),
+            f"learner_stall_fraction_{here}": _median(mine, "stall_fraction"),
+        }
+    headline = {key.removesuffix(f"_{here}"): v for key, v in figures.items() if key.endswith(here)}
+    return figures | headline
 
 
 def _train_and_publish(
