@@ -2,7 +2,7 @@
 
 store   one rank: bytes, snapshot, publish and pull of full versions and of differences, after real
         AdamW steps at several learning rates, beside a plain copy of the same bytes
-engine  vLLM on the CPU: how long sampling stands still for a pull, and whether a request is lost,
+engine  vLLM: how long sampling stands still for a pull, and whether a request is lost,
         with full versions, differences, and INT8
 
     python benchmarks/weight_sync.py store --millions 10 100 500
@@ -67,7 +67,7 @@ def store(millions: list[int], rates: list[float], repeats: int, root: Path, dev
             with tempfile.TemporaryDirectory(dir=root) as folder:
                 runs += _train_and_publish(size, rate, repeats, Path(folder), device)
             gc.collect()
-    name = "weight_sync" if device == "cpu" else f"weight_sync_{device}"
+    name = _result(device)
     found = {
         f"store_{size}M": {"machine": before, "runs": [r for r in runs if r["millions"] == size]}
         for size in millions
@@ -220,35 +220,39 @@ def _model(millions: int) -> Any:
     return LlamaForCausalLM(config)
 
 
-def engine() -> None:
+def engine(device: str) -> None:
     before = machine()
     context = multiprocessing.get_context("spawn")
     runs = []
     for name in FORMATS:
         # vLLM's environment must stand before it is imported: a process each.
-        with context.Pool(1, _prepare_engine_process) as pool:
-            runs.append(pool.apply(_pull_under_load, (name,)))
+        with context.Pool(1, _prepare_engine_process, (device,)) as pool:
+            runs.append(pool.apply(_pull_under_load, (name, device)))
         print(runs[-1])
     figures = {f"generation_pause_s_{run['format']}": run["pause_s"]["median"] for run in runs}
     figures |= {
         "generation_pause_s": figures["generation_pause_s_full"],
         "requests_lost": sum(run["requests_lost"] for run in runs),
     }
-    write_result("weight_sync", figures, {"engine": runs}, machine=before)
+    write_result(_result(device), figures, {"engine": runs}, machine=before)
 
 
-def _prepare_engine_process() -> None:
+def _result(device: str) -> str:
+    return "weight_sync" if device == "cpu" else f"weight_sync_{device}"
+
+
+def _prepare_engine_process(device: str) -> None:
     from actors.vllm_arguments import engine_environment
 
-    os.environ.update(engine_environment(on_gpu=False))
+    os.environ.update(engine_environment(on_gpu=device != "cpu"))
 
 
-def _pull_under_load(name: str) -> dict[str, Any]:
+def _pull_under_load(name: str, device: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        return asyncio.run(_pulls(name, Path(folder)))
+        return asyncio.run(_pulls(name, device, Path(folder)))
 
 
-async def _pulls(name: str, folder: Path) -> dict[str, Any]:
+async def _pulls(name: str, device: str, folder: Path) -> dict[str, Any]:
     from actors.vllm_engine import make_engine
     from rlhf_cluster.config import RunConfig, validate
     from rlhf_cluster.learning.make_model import make_model
@@ -259,6 +263,7 @@ async def _pulls(name: str, folder: Path) -> dict[str, Any]:
                            "intermediate_size": 1408, "max_position": 1024}},
         "data": {"task": "sort_digits", "max_prompt_tokens": 16},
         "generation": {"max_response_tokens": 400, "kv_cache_bytes": 256 << 20,
+                       "num_gpus": 0 if device == "cpu" else 1,
                        "quantization": "int8" if name == "int8" else None},
         "scoring": {"rewards": [{"type": "exact_match"}]},
         "learner": {"learning_rate": 1e-3},
@@ -335,12 +340,14 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-6, 1e-5, 1e-4])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--root", type=Path, default=Path("/dev/shm"), help="where versions go")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the learner")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="of the learner, or of the engine"
+    )
     given = parser.parse_args()
     if given.part == "store":
         store(given.millions, given.rates, given.repeats, given.root, given.device)
     else:
-        engine()
+        engine(given.device)
 
 
 if __name__ == "__main__":
