@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf_cluster.config import RunConfig
+from rlhf_cluster.config.devices import is_share, memory_share
 from rlhf_cluster.errors import ConfigError, WorkerError
 
 TESTED_VLLM = "0.32"
@@ -109,13 +110,7 @@ def engine_arguments(config: RunConfig, model_dir: str, worker_name: str) -> dic
         "weight_transfer_config": {"backend": TRANSFER_BACKEND},
         "worker_extension_cls": WORKER_EXTENSION,
     }
-    if not on_gpu:
-        arguments["kv_cache_memory_bytes"] = generation.kv_cache_bytes or _CPU_KV_CACHE_BYTES
-        arguments["block_size"] = generation.block_size or _CPU_BLOCK_SIZE
-        # A prompt that is split over steps rewinds the request's random generator, which torch's
-        # CPU generator cannot do: the step fails and takes the engine with it.
-        arguments["enable_chunked_prefill"] = False
-        arguments["max_num_batched_tokens"] = max(_CPU_BATCHED_TOKENS, config.max_sequence_tokens)
+    arguments |= _of_device(config)
     owned = sorted(set(_OWNED) & set(generation.engine_args))
     if owned:
         raise ConfigError(
@@ -125,6 +120,22 @@ def engine_arguments(config: RunConfig, model_dir: str, worker_name: str) -> dic
     _refuse_untrusted(generation.engine_args)
     given = {key: value for key, value in arguments.items() if value is not None}
     return given | generation.engine_args
+
+
+def _of_device(config: RunConfig) -> dict[str, Any]:
+    """What differs between a whole GPU, a share of one, and a CPU."""
+    generation = config.generation
+    if generation.num_gpus:
+        shared = is_share(generation.num_gpus)
+        return {"gpu_memory_utilization": memory_share(generation.num_gpus)} if shared else {}
+    return {
+        "kv_cache_memory_bytes": generation.kv_cache_bytes or _CPU_KV_CACHE_BYTES,
+        "block_size": generation.block_size or _CPU_BLOCK_SIZE,
+        # A prompt that is split over steps rewinds the request's random generator, which torch's
+        # CPU generator cannot do: the step fails and takes the engine with it.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(_CPU_BATCHED_TOKENS, config.max_sequence_tokens),
+    }
 
 
 def refuse_unknown_arguments(arguments: dict[str, Any], engine_args_class: type) -> None:

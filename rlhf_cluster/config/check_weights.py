@@ -15,9 +15,9 @@ def check_weights(c: RunConfig) -> None:
     transport = c.weights.transport
     if transport == "ipc":
         raise ValueError(
-            "weights.transport = 'ipc': CUDA shares memory only between processes that see the same "
-            "GPU, and here learner and generation have GPUs apart, which Ray hides from each other. "
-            "Use 'nccl', or on one machine 'files' with weights.root under /dev/shm"
+            "weights.transport = 'ipc': CUDA shares memory only between processes of one GPU, and it "
+            "saves nothing there, since every version goes through host memory to be verified. Use "
+            "'files' with weights.root under /dev/shm, or 'nccl' between GPUs"
         )
     if transport == "files" and c.weights.durable_every != Weights().durable_every:
         raise ValueError(

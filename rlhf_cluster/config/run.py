@@ -27,6 +27,7 @@ from rlhf_cluster.config.check_staleness import check_staleness
 from rlhf_cluster.config.check_steps import check_steps
 from rlhf_cluster.config.check_teacher import check_teacher
 from rlhf_cluster.config.check_weights import check_weights
+from rlhf_cluster.config.devices import check_devices
 from rlhf_cluster.config.pools import check_pools
 from rlhf_cluster.config.run_file import RunFile
 from rlhf_cluster.config.scoring import Scoring
@@ -128,7 +129,7 @@ class RunConfig(RunFile[Run]):
             _check_schedule,
             _check_lora,
             _check_weights,
-            _check_devices,
+            check_devices,
             _check_sampling,
             check_generation,
             check_rewards,
@@ -322,19 +323,6 @@ def _check_weights(c: RunConfig) -> None:
         raise ValueError(
             "weights.format = 'adapter' without [learner.lora]: all weights are trained, and there are "
             "no adapters to write. Add the section, or set weights.format = 'delta' or 'full'"
-        )
-
-
-def _check_devices(c: RunConfig) -> None:
-    gpus, parallel = c.generation.num_gpus, c.generation.tensor_parallel_size
-    if gpus and gpus != parallel:
-        raise ValueError(
-            f"generation.num_gpus = {gpus} and generation.tensor_parallel_size = {parallel}: a worker "
-            "needs one GPU a tensor-parallel part. Make them equal (or num_gpus = 0 for CPU)"
-        )
-    if c.learner.num_gpus not in (0.0, 1.0):
-        raise ValueError(
-            f"learner.num_gpus = {c.learner.num_gpus}: a rank drives one GPU (1) or none (0)"
         )
 
 

@@ -127,7 +127,7 @@ class Generation(Section):
     """Further vLLM engine arguments by name."""
     num_cpus: PositiveFloat = 1.0
     num_gpus: float = Field(default=0.0, ge=0)
-    """GPUs of one worker; `tensor_parallel_size` of them on a GPU machine."""
+    """GPUs of one worker: 0, or `tensor_parallel_size`, or a share of one; see `config.devices`."""
     segment_tokens: PositiveInt | None = None
     """A worker samples at most this many tokens more of each response of a group, then hands the
     group back, to be continued from there: a worker's death costs one segment. Each costs a call and,
@@ -203,6 +203,7 @@ class Learner(Section):
     """Log-probabilities are computed for this many tokens at once, never for all."""
     num_cpus: PositiveFloat = 1.0
     num_gpus: float = Field(default=0.0, ge=0)
+    """Of one rank: 0, 1, or a share of one; see `config.devices`."""
     max_restarts: int = Field(default=3, ge=0)
     """How often a run starts its ranks and the buffer again, from the newest checkpoint, after one of
     these processes was lost. The loss after that ends the run with the first cause."""

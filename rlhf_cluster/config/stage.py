@@ -11,6 +11,7 @@ from pydantic import model_validator
 
 from rlhf_cluster.config.check_checkpoint import check_checkpoint
 from rlhf_cluster.config.check_model import check_model
+from rlhf_cluster.config.devices import check_ranks
 from rlhf_cluster.config.run_file import RunFile
 from rlhf_cluster.config.sections import (
     Checkpoint,
@@ -135,10 +136,7 @@ def _check_learner(c: StageConfig) -> None:
             f"learner.spares = {learner.spares} with [stage]: nothing waits for a stage as pools do "
             "for a run. Remove it; after a loss the ranks of a stage start anew"
         )
-    if learner.num_gpus not in (0.0, 1.0):
-        raise ValueError(
-            f"learner.num_gpus = {learner.num_gpus}: a rank drives one GPU (1) or none (0)"
-        )
+    check_ranks(learner)
     if (learner.schedule == "wsd") != (learner.decay_steps is not None):
         raise ValueError(
             f"learner.schedule = {learner.schedule!r} with learner.decay_steps = "

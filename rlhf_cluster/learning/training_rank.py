@@ -24,6 +24,7 @@ from rlhf_cluster.errors import RunError
 from rlhf_cluster.learning.backend import AdamWSettings, ShardedModel
 from rlhf_cluster.learning.checkpoint import StateCopies, Stateful, load
 from rlhf_cluster.learning.critic import ValueLM, shard_value_model
+from rlhf_cluster.learning.device import keep_to_share
 from rlhf_cluster.learning.fsdp import Fsdp2Model, shard
 from rlhf_cluster.learning.lora import add_adapters
 from rlhf_cluster.learning.passes import Layout
@@ -157,6 +158,7 @@ class TrainingRank(Generic[C]):
         if self._config.learner.num_gpus:
             self._device = torch.device("cuda", self._rank % torch.cuda.device_count())
             torch.cuda.set_device(self._device)
+            keep_to_share(self._config.learner.num_gpus, self._device)
         else:
             torch.set_num_threads(1)
 

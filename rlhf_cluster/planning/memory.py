@@ -26,6 +26,7 @@ from dataclasses import dataclass
 
 from rlhf_cluster.algorithms import ALGORITHMS
 from rlhf_cluster.config import GenerateConfig, RunConfig, StageConfig
+from rlhf_cluster.config.devices import is_share, memory_share
 from rlhf_cluster.config.pools import EXACT, GENERATION, REFERENCE, TEACHER, pool_sections
 from rlhf_cluster.config.scoring import Scoring
 from rlhf_cluster.config.sections import Learner
@@ -39,7 +40,6 @@ FROZEN_BYTES = 4.0  # of one under adapters
 QUANTIZED_BYTES = 0.63
 ROUNDED_BYTES = 1  # of a parameter in 8 bits
 ACTIVATIONS, RECOMPUTED = 34, 2  # bytes of a token, hidden unit and layer, in 16 bits
-GPU_SHARE = 0.9  # of a GPU that is there to be filled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,8 +183,9 @@ def judge(
         verdict: Verdict = "ok"
         if need.gpus == 0:
             on_host += need.processes * need.num_bytes
-        elif gpus and need.num_bytes > GPU_SHARE * min(gpus):
-            verdict, cure = "wrong", f"{gib(min(gpus))} on a GPU here. {_cure(need.role)}"
+        elif gpus and need.num_bytes > memory_share(need.gpus) * min(gpus):
+            part = f"{need.gpus:g} of " if is_share(need.gpus) else ""
+            verdict, cure = "wrong", f"{part}{gib(min(gpus))} on a GPU here. {_cure(need.role)}"
         elif not gpus:
             value += "; no GPU here to compare it with"
         yield Finding(name=f"memory, {need.role}", verdict=verdict, value=value, cure=cure)

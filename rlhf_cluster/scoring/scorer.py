@@ -29,6 +29,7 @@ from rlhf_cluster.config import RunConfig
 from rlhf_cluster.config.pools import EXACT, MODELS, REFERENCE, SCORING, TEACHER
 from rlhf_cluster.data.tokenizer import load_tokenizer
 from rlhf_cluster.errors import ScoringError, WorkerError
+from rlhf_cluster.learning.device import keep_to_share
 from rlhf_cluster.records import (
     ExperienceGroup,
     Rollout,
@@ -86,6 +87,7 @@ class Scorer:
 
     def setup(self) -> None:
         """Load the tokenizer, the models and the rewards. Raises `ConfigError`, `DataError`."""
+        keep_to_share(self._scoring.num_gpus, self._device)
         tokenizer_dir = self._config.model.tokenizer or self._model_dir
         tokenizer = load_tokenizer(tokenizer_dir)
         if REFERENCE in self._served:

@@ -25,8 +25,9 @@ def test_every_shipped_configuration_is_valid(path):
 
 
 def test_the_promised_configurations_are_there():
-    promised = {"quickstart.toml", "gsm8k_cpu.toml", "qwen3_8b_8gpu.toml", "sft_cpu.toml"}
-    assert promised <= {p.name for p in CONFIGS}
+    on_cpu = {"quickstart.toml", "gsm8k_cpu.toml", "sft_cpu.toml"}
+    on_gpus = {"qwen3_8b_8gpu.toml", "qwen3_0.6b_1gpu.toml"}
+    assert on_cpu | on_gpus <= {p.name for p in CONFIGS}
 
 
 def test_an_unknown_key_gets_a_suggestion():
@@ -76,7 +77,7 @@ def test_all_problems_are_reported_at_once():
             {"weights": {"transport": "nccl"}, "learner": {"num_gpus": 1}},
             ["weights.transport = 'nccl' with generation.num_gpus = 0"],
         ),
-        ({"weights": {"transport": "ipc"}}, ["weights.transport = 'ipc'", "the same GPU"]),
+        ({"weights": {"transport": "ipc"}}, ["weights.transport = 'ipc'", "under /dev/shm"]),
         (
             {"weights": {"durable_every": 3}},
             ["weights.durable_every = 3 with weights.transport = 'files'"],
@@ -123,6 +124,28 @@ def test_all_problems_are_reported_at_once():
         (
             {"generation": {"num_gpus": 2}},
             ["generation.num_gpus = 2", "tensor_parallel_size = 1"],
+        ),
+        (
+            {"generation": {"num_gpus": 0.5, "kv_cache_bytes": None}},
+            ["generation.num_gpus = 0.5", "Set generation.kv_cache_bytes"],
+        ),
+        (
+            {"generation": {"num_gpus": 0.5, "tensor_parallel_size": 2}},
+            ["generation.num_gpus = 0.5", "tensor_parallel_size = 2"],
+        ),
+        ({"learner": {"num_gpus": 2}}, ["learner.num_gpus = 2", "Set learner.ranks"]),
+        (
+            {"learner": {"num_gpus": 0.5, "ranks": 2}},
+            ["learner.num_gpus = 0.5 with learner.ranks = 2", "NCCL"],
+        ),
+        ({"scoring": {"num_gpus": 1.5}}, ["scoring.num_gpus = 1.5", "Round it"]),
+        (
+            {
+                "weights": {"transport": "nccl"},
+                "learner": {"num_gpus": 0.5},
+                "generation": {"num_gpus": 0.5},
+            },
+            ["weights.transport = 'nccl' with learner.num_gpus = 0.5"],
         ),
         ({"generation": {"engine_args": {"top_p": 0.9}}}, ["engine_args.top_p", "replayed"]),
         (

@@ -20,7 +20,9 @@ from tests.configs import tiny_config
 from tests.stage_cases import stage_config
 
 QWEN3_8B = Shape(num_parameters=8_190_735_360, hidden_size=4096, num_layers=36, key_size=8 * 128)
+QWEN3_06B = Shape(num_parameters=596_049_920, hidden_size=1024, num_layers=28, key_size=8 * 128)
 EIGHT_GPUS = load_run("configs/qwen3_8b_8gpu.toml")
+ONE_GPU = load_run("configs/qwen3_0.6b_1gpu.toml")
 
 
 def by_role(config, shape=QWEN3_8B, frozen=None) -> dict[str, Need]:
@@ -38,6 +40,15 @@ def test_the_8_gpu_configuration_is_counted_by_the_formulas():
     assert generation.parts["KV cache"] == 2 * 2 * 36 * 1024 * (1024 + 3072)
     assert found["scoring worker"].num_bytes == 2 * QWEN3_8B.num_parameters
     assert [found[role].processes for role in found] == [3, 4, 1]
+
+
+def test_the_pools_of_the_1_gpu_configuration_fit_their_shares_of_24_gib_and_not_of_16():
+    found = of_run(ONE_GPU, QWEN3_06B, {"reference": 2.0 * QWEN3_06B.num_parameters})
+    assert sum(need.gpus * need.processes for need in found) == pytest.approx(1.0)
+    assert [f.verdict for f in judge(found, [24 * GIB], None, alone=True)] == ["ok"] * 3
+    wrong = {f.name: f for f in judge(found, [16 * GIB], None, alone=True) if f.verdict == "wrong"}
+    assert set(wrong) == {"memory, learner rank", "memory, generation worker"}
+    assert wrong["memory, learner rank"].cure.startswith("0.55 of 16 GiB on a GPU here.")
 
 
 @pytest.mark.parametrize(
@@ -71,6 +82,9 @@ def need(num_bytes: float, gpus: float = 1.0, processes: int = 1, role: str = "l
         ([need(70 * GIB)], [80 * GIB], 8 * GIB, ["ok"]),
         ([need(75 * GIB)], [80 * GIB], 8 * GIB, ["wrong"]),
         ([need(30 * GIB)], [80 * GIB, 24 * GIB], 8 * GIB, ["wrong"]),
+        ([need(35 * GIB, gpus=0.5)], [80 * GIB], 8 * GIB, ["ok"]),
+        ([need(37 * GIB, gpus=0.5)], [80 * GIB], 8 * GIB, ["wrong"]),
+        ([need(70 * GIB, gpus=2)], [80 * GIB], 8 * GIB, ["ok"]),
         ([need(75 * GIB)], [], 8 * GIB, ["ok"]),
         ([need(3 * GIB, gpus=0, processes=2)], [], 8 * GIB, ["ok", "ok"]),
         ([need(3 * GIB, gpus=0, processes=3)], [], 8 * GIB, ["ok", "wrong"]),

@@ -301,7 +301,14 @@ def test_engine_arguments_follow_the_run():
     arguments = engine_arguments(tiny_config(generation=on_gpu), "folder", "generation-0")
     assert arguments["distributed_executor_backend"] == "mp"
     assert not arguments["enforce_eager"]
-    assert "block_size" not in arguments
+    assert not {"block_size", "gpu_memory_utilization"} & set(arguments), "vLLM's own"
+
+
+def test_a_worker_with_a_share_of_a_gpu_asks_for_no_more_of_its_memory():
+    shares = {"num_gpus": 0.4, "kv_cache_bytes": 1 << 30}
+    arguments = engine_arguments(tiny_config(generation=shares), "folder", "generation-0")
+    assert arguments["gpu_memory_utilization"] == pytest.approx(0.9 * 0.4)
+    assert arguments["kv_cache_memory_bytes"] == 1 << 30
 
 
 def test_s36_engines_of_two_workers_have_different_seeds():
