@@ -25,7 +25,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 # Else every process of every test compiles again what it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart install test unit explore crosscheck component system gpu chaos soak lock audit promtool prometheus lint format clean
+.PHONY: quickstart install test unit explore crosscheck component system gpu chaos soak mutants lock audit promtool prometheus lint format clean
 
 quickstart: install
 	$(BIN)/rlhf-cluster run configs/quickstart.toml --set run.name=$(RUN) --overwrite
@@ -73,6 +73,10 @@ gpu: install
 
 chaos: install
 	$(BIN)/python -m tests.chaos.run --runs $(N) --kills 10 --total $(N) --out benchmarks/results/chaos.json
+
+# Breaks the code in many small ways and sees whether the tests notice; 20 minutes on two cores.
+mutants: install
+	$(BIN)/python -m tests.mutants.run --out benchmarks/results/mutants.json
 
 soak: install
 	$(BIN)/python -m tests.soak.run --steps $(STEPS) --out benchmarks/results/soak.json
