@@ -61,6 +61,15 @@ def test_in_flight_limit_holds_back_and_finish_frees():
     assert len(admit_all(buffer)) == 1
 
 
+def test_a_discard_frees_a_place_among_those_in_flight():
+    buffer = ExperienceBuffer(gate(max_staleness=4, pipeline_depth=4, max_in_flight_groups=3))
+    buffer.version_live(0)
+    tickets = admit_all(buffer)
+    buffer.discard(tickets[0], "ScoringError")
+    assert buffer.num_in_flight == len(buffer.stats().in_flight) == 2
+    assert len(admit_all(buffer)) == 1
+
+
 def test_groups_leave_in_admission_order_not_in_completion_order():
     buffer = ExperienceBuffer(gate())
     buffer.version_live(0)

@@ -94,6 +94,21 @@ async def test_every_step_trains_whole_batches_in_admission_order():
     assert pipeline.generation.pulled[-1] == 6, "the last weights are live when the run ends"
 
 
+async def test_every_ticket_gets_the_prompt_of_its_number():
+    pipeline = await build()
+    pipeline.first_prompt = 100
+    produced: list[tuple[int, str]] = []
+    generate = pipeline.generation.generate
+
+    async def watched(ticket, prompt, sampling):
+        produced.append((ticket.number, prompt.prompt_id))
+        return await generate(ticket, prompt, sampling)
+
+    pipeline.generation.generate = watched
+    await pipeline.run()
+    assert sorted(produced) == [(n, f"p{100 + n}") for n in range(18)]
+
+
 @pytest.mark.parametrize("max_staleness", [0, 1, 3])
 async def test_trained_staleness_stays_within_the_bound_with_slow_groups(max_staleness):
     generation = FakeGeneration(delay=lambda t: 0.02 if t.number % 4 == 0 else 0.0)

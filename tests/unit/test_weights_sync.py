@@ -136,6 +136,19 @@ async def test_a_version_that_every_reader_refuses_is_replaced_by_the_newest_wei
     ]
 
 
+async def test_a_publish_that_was_due_beside_another_one_is_made_up_for_with_the_newest_weights() -> (
+    None
+):
+    learner, generation = FakeLearner(), FakeGeneration()
+    sync = WeightSync(learner, generation, _Buffer(), 1, time.monotonic)  # type: ignore[arg-type]
+    for version in range(4):  # none of them lets the one under way go on
+        learner.version = version
+        await sync.after_step(version)
+    await sync.drain(5)
+    assert (sync.stats.skipped, sync.stats.live) == (3, 3)
+    assert generation.pulled == [0, 3]
+
+
 def test_the_first_the_last_and_every_nth_version_are_durable() -> None:
     plan = DurablePlan(every=4, last=13)
     durable = []
