@@ -84,8 +84,9 @@ def slow_losses(config: Any, case: Case, live: Sequence[float] | None = None) ->
     proximal = [_proximal(config, case, t) for t in range(len(live))]
     target = case.learner if config.proximal == "bypass" else proximal
     weights = _weights(config, case, target)
-    ratios = [_ratio(config, live[t], proximal[t]) for t in range(len(live))]
-    frozen = [_ratio(config, case.learner[t], proximal[t]) for t in range(len(live))]
+    now = case.learner
+    ratios = [_ratio(config, live[t], now[t], proximal[t]) for t in range(len(live))]
+    frozen = [_ratio(config, now[t], now[t], proximal[t]) for t in range(len(live))]
     if config.type == "gspo":
         ratios = _geometric_means(ratios, case.sequence)
     found = []
@@ -115,18 +116,19 @@ def _proximal(config: Any, case: Case, t: int) -> float:
     if config.proximal == "bypass":
         return case.sampled[t]
     if config.proximal == "interpolate":
-        alpha = 1 / case.staleness[t] if case.staleness[t] else 0.0
+        alpha = 1 / max(case.staleness[t], 1)
         # the policy that stands for the learner is the one given as proximal, or the learner
         return alpha * case.sampled[t] + (1 - alpha) * case.learner[t]
     return case.proximal[t]
 
 
-def _ratio(config: Any, learner: float, proximal: float) -> float:
-    ratio = math.exp(learner - proximal)
+def _ratio(config: Any, live: float, frozen: float, proximal: float) -> float:
+    """What is truncated is a weight, of `frozen`; the gradient flows beside it."""
+    weight = math.exp(frozen - proximal)
     for rule in config.correction.rules():
         if config.proximal == "bypass" and rule.action == "truncate":
-            ratio = min(max(ratio, rule.low), rule.high)
-    return ratio
+            weight = min(max(weight, rule.low), rule.high)
+    return weight * math.exp(live - frozen)
 
 
 def _geometric_means(ratios: Sequence[float], sequence: Sequence[int]) -> list[float]:

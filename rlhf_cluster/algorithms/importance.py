@@ -123,12 +123,14 @@ def interpolated_proximal(
 ) -> Tensor:
     """The proximal policy between sampler and learner, without a pass of its own. [N] -> [N].
 
-        log prox = alpha log mu + (1 - alpha) sg(log pi),   alpha = 1 / staleness, 0 where that is 0
+        log prox = alpha log mu + (1 - alpha) sg(log pi),   alpha = 1 / max(staleness, 1)
 
     The staler a token, the nearer the trust region's centre is to the learner: at staleness d the
     proximal policy stands one of d steps' distance from it. Li et al. 2025, arXiv 2512.06547
-    (A-3PO).
+    (A-3PO), which has alpha = 0 at staleness 0: the centre would then move with the learner, and no
+    later optimizer step of the batch would be clipped. The sampler of such a token is the policy at the
+    start of the step, which is the centre that it has here.
     """
     learner = learner_logprobs.detach()
-    alpha = (1 / staleness.clamp(min=1)).masked_fill(staleness < 1, 0.0).to(learner.dtype)
+    alpha = (1 / staleness.clamp(min=1)).to(learner.dtype)
     return alpha * sampled_logprobs + (1 - alpha) * learner

@@ -7,14 +7,15 @@ For a token t with advantage A_t:
     proximal = "recompute"     prox is the learner at the start of the step; w = prox / mu by the rule
     proximal = "interpolate"   prox lies between sampler and learner (`importance`); w likewise
     proximal = "bypass"        prox = mu, the sampler; w = 1. The ratio of the surrogate IS the
-                               importance weight: a token rule that truncates truncates the ratio, a
-                               rule that masks masks tokens or rollouts, by pi / mu
+                               importance weight: a token rule that truncates bounds its value, not
+                               its gradient; a rule that masks masks tokens or rollouts, by pi / mu
 
 where pi is the learner, mu the sampler, `correction` the rule (`importance`), KL_t the term of `kl`
 with the token's own weight, and H_t the entropy. With one optimizer step a batch the recomputed
 prox IS pi: the ratio is exactly 1 in value, carries the gradient, and is never clipped; w alone
-handles the distance to the sampler. In "bypass" truncation at the cap bounds the loss where A is
-negative; so does `dual_clip` (Ye et al. 2020, arXiv 1912.09729), with any prox.
+handles the distance to the sampler. In "bypass" a token over the cap c is trained with the weight c:
+its ratio is c sg(1 / pi) pi. Cutting its gradient would leave exactly the tokens untrained of which the
+sampler saw too few. `dual_clip` (Ye et al. 2020, arXiv 1912.09729) does cut it, where A is negative.
 
 Promises: gradients flow into `learner_logprobs` (and the entropy) only; a token's loss depends on
 its own rollout only. The three policies: Hilton et al. 2021, arXiv 2110.00641.
@@ -270,7 +271,9 @@ class PolicyGradient(ABC, Generic[C]):
         for rule in rules:
             if rule.action == "truncate":
                 low = math.log(rule.low) if rule.low else None
-                log_ratios = log_ratios.clamp(min=low, max=math.log(rule.high))
+                bounded = log_ratios.detach().clamp(min=low, max=math.log(rule.high))
+                # 0 in value, the gradient of log pi: what is truncated is the weight
+                log_ratios = bounded + (inputs.learner_logprobs - inputs.learner_logprobs.detach())
         kept = (~weighed.masked).to(weighed.weights.dtype)
         return log_ratios, replace(weighed, weights=kept)
 

@@ -31,12 +31,15 @@ def check_replay(c: RunConfig) -> None:
             "remove the section"
         )
     correction = getattr(c.algorithm, "correction", None)
-    if correction is None or correction.type == "none":
+    # with "bypass" the surrogate's own ratio is the one to the sampler, with or without a rule
+    bypass = getattr(c.algorithm, "proximal", None) == "bypass"
+    if correction is None or (correction.type == "none" and not bypass):
         has = "has no off-policy correction" if correction is None else "has correction = 'none'"
         raise ValueError(
             f"[buffer.replay] with algorithm.type = {c.algorithm.type!r}, which {has}: the policy was "
             "trained on a replayed group already, so it is never its sampler. Use a policy-gradient "
-            "algorithm with a correction such as 'token_tis', or remove the section"
+            "algorithm with a correction such as 'token_tis' or with proximal = 'bypass', or remove "
+            "the section"
         )
     _check_sizes(c, replay)
     _check_priority(c, replay)

@@ -42,17 +42,21 @@ def test_bypass_counts_clipped_tokens_and_gives_them_no_gradient() -> None:
     grad = inputs.learner_logprobs.grad
     assert grad is not None
     ratio = (inputs.learner_logprobs - inputs.sampled_logprobs).detach().exp()
+    assert (grad == 0).sum() == sums["learner/clip_fraction"][0] > 0
     truncated = (ratio > 2.0) & (inputs.advantages < 0)
     assert truncated.any()
-    assert (grad == 0).sum() - truncated.sum() == sums["learner/clip_fraction"][0] > 0
+    torch.testing.assert_close(grad[truncated], -2.0 * inputs.advantages[truncated])
 
 
-def test_bypass_truncates_the_ratio_of_a_bad_token_at_the_cap() -> None:
+def test_b2_bypass_truncates_the_weight_of_a_bad_token_at_the_cap_and_still_trains_it() -> None:
     inputs = loss_inputs(
         torch.tensor([0.0], requires_grad=True), torch.tensor([-3.0]), torch.tensor([-1.0])
     )
     loss, _ = Grpo(GrpoConfig(proximal="bypass")).loss(inputs)
     assert loss.item() == pytest.approx(2.0), "the ratio is 20, the cap is 2"
+    loss.sum().backward()
+    assert inputs.learner_logprobs.grad is not None
+    assert inputs.learner_logprobs.grad.item() == pytest.approx(2.0), "cap x A, not 0"
 
 
 def test_kl_without_reference_logprobs_is_refused() -> None:

@@ -222,8 +222,8 @@ def test_a_list_is_written_and_read_again_as_the_same_rules() -> None:
 def test_the_interpolated_policy_is_one_step_from_the_learner() -> None:
     staleness = torch.tensor([0.0, 1.0, 2.0, 5.0])
     found = interpolated_proximal(torch.full((4,), -1.0), torch.full((4,), -2.0), staleness)
-    # alpha 0, 1, 1/2, 1/5 of the sampler's -2, the rest of the learner's -1
-    torch.testing.assert_close(found, torch.tensor([-1.0, -2.0, -1.5, -1.2]))
+    # alpha 1, 1, 1/2, 1/5 of the sampler's -2, the rest of the learner's -1
+    torch.testing.assert_close(found, torch.tensor([-2.0, -2.0, -1.5, -1.2]))
 
 
 def test_s11_a_column_against_a_row_is_refused() -> None:

@@ -285,9 +285,40 @@ def test_s35_staler_tokens_have_their_trust_region_nearer_to_the_learner() -> No
     )
     wide = {"clip_high": 9.0, "correction": {"type": "none"}}
     losses, _ = build("grpo", proximal="interpolate", **wide).loss(inputs)
-    # log prox = -alpha, alpha = 0, 1, 1/2, 1/4, 1/10; the ratio is exp(alpha)
-    expected = [-math.exp(alpha) for alpha in (0, 1, 0.5, 0.25, 0.1)]
+    # log prox = -alpha, alpha = 1, 1, 1/2, 1/4, 1/10; the ratio is exp(alpha)
+    expected = [-math.exp(alpha) for alpha in (1, 1, 0.5, 0.25, 0.1)]
     torch.testing.assert_close(losses, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_b10_an_interpolated_centre_clips_fresh_tokens_too() -> None:
+    # a later optimizer step of a batch: the policy has moved by 0.5 since it sampled
+    learner = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    sampled = torch.full((1,), -0.5, dtype=torch.float64)
+    inputs = loss_inputs(learner, sampled, torch.ones(1, dtype=torch.float64))
+    algorithm = build("grpo", proximal="interpolate", correction={"type": "none"})
+    losses, sums = algorithm.loss(inputs)
+    losses.sum().backward()
+    assert sums["learner/clip_fraction"][0] == 1
+    assert learner.grad is not None
+    assert learner.grad.item() == 0
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+@pytest.mark.parametrize("distance", [-3.0, -0.1, 0.1, 3.0, 25.0])
+def test_b2_reinforce_trains_a_token_over_the_cap_with_the_cap(
+    distance: float, advantage: float
+) -> None:
+    """-min(pi / mu, cap) A grad log pi, as verl and prime-rl have it: no token loses its gradient."""
+    learner = torch.full((1,), -1.0, dtype=torch.float64, requires_grad=True)
+    inputs = loss_inputs(
+        learner, learner.detach() - distance, torch.tensor([advantage], dtype=torch.float64)
+    )
+    losses, _ = build("reinforce", proximal="bypass").loss(inputs)
+    losses.sum().backward()
+    weight = min(math.exp(distance), 2.0)
+    assert losses.item() == pytest.approx(-weight * advantage)
+    assert learner.grad is not None
+    assert learner.grad.item() == pytest.approx(-weight * advantage)
 
 
 LOGPROB = st.floats(min_value=-1e4, max_value=0.0, width=32)

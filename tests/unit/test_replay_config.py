@@ -60,6 +60,12 @@ def test_what_cannot_hold_is_refused_with_values_and_cure(changed, words):
     assert not [word for word in words if word not in str(error.value)], str(error.value)
 
 
+def test_b10_a_ratio_to_the_sampler_without_a_rule_may_replay():
+    algorithm = {"proximal": "bypass", "correction": {"type": "none"}}
+    config = validate(RunConfig, tiny_tree(**sections({}, algorithm=algorithm)), source="run.toml")
+    assert config.buffer.replay is not None
+
+
 def test_without_the_section_nothing_is_replayed_and_with_it_admission_follows_what_is_fresh():
     assert tiny_config().buffer.replay is None
     config = tiny_config(**sections({}))
