@@ -55,6 +55,7 @@ from rlhf_cluster.inputs import Inputs, check_inputs
 from rlhf_cluster.observe.live import LiveView
 from rlhf_cluster.observe.logs import configure
 from rlhf_cluster.observe.run_log import read_metrics
+from rlhf_cluster.restart_window import RestartWindow
 from rlhf_cluster.restarts import Restarts, point_of_return, with_recovery
 from rlhf_cluster.rundir import RunDir
 from rlhf_cluster.spares import rank_of
@@ -118,7 +119,10 @@ class _Run:
         self.checkpoint: Checkpoint | None = None  # from which the run goes on
         self.patience_s = 0.0  # for what an earlier process left on the cluster
         self.attempt: Attempt | None = None  # with the learner that lives
-        self.restarts = Restarts(limit=config.learner.max_restarts)
+        self.restarts = Restarts(
+            limit=config.learner.max_restarts,
+            window=RestartWindow(config.cluster.restart_window_s),
+        )
         self.num_ranks = 0
         self.lost: frozenset[int] = frozenset()  # ranks, by the attempt before
         self.spares = learner_spares(self.launcher, lambda text: self.observer.event(text))
@@ -179,7 +183,7 @@ class _Run:
                 "learner/restarts_total": float(self.restarts.used),
                 "learner/ranks": float(self.num_ranks),
                 "learner/spares_ready": float(self.spares.num_ready),
-                "control/restarts_total": float(control.num_restarts),
+                "control/restarts_total": float(control.restarts.total),
             },
         )
         for pool in self.pools:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_cluster.errors import RlhfError, WorkerError
+from rlhf_cluster.restart_window import RestartWindow
 
 PATIENCE_S = 30.0
 """How long a new actor waits for the name of the one before."""
@@ -46,12 +47,13 @@ class ControlChannel:
         ask: Ask,
         max_restarts: int,
         tell: Callable[[str], None],
+        restarts: RestartWindow | None = None,
     ) -> None:
         """`start` gives another actor, and waits for the name so many seconds; it may block."""
         self._actor = actor
         self._start, self._end, self._ask, self._tell = start, end, ask, tell
         self._max_restarts = max_restarts
-        self.num_restarts = 0
+        self.restarts = restarts or RestartWindow()
 
     @property
     def is_open(self) -> bool:
@@ -93,22 +95,23 @@ class ControlChannel:
         """Start another until one is there, or the budget is used up."""
         while self._actor is not None:
             self._end(self._actor)
-            if self.num_restarts >= self._max_restarts:
+            if self.restarts.recent >= self._max_restarts:
                 self._actor = None
                 self._tell(
-                    f"the control channel was lost {self.num_restarts + 1} times, over "
+                    f"the control channel was lost {self.restarts.recent + 1} times within "
+                    f"{self.restarts.window_s:g} s, over "
                     f"cluster.max_restarts = {self._max_restarts}: the run goes on without it, and "
                     f"cannot be scaled. Last: {error}"
                 )
                 return
-            self.num_restarts += 1
+            self.restarts.count()
             try:
                 self._actor = await asyncio.to_thread(self._start, PATIENCE_S)
             except RlhfError as again:
                 error = again
                 continue
             self._tell(
-                f"{error}: another control channel is open, restart {self.num_restarts} of "
+                f"{error}: another control channel is open, restart {self.restarts.recent} of "
                 f"{self._max_restarts}"
             )
             return

@@ -254,7 +254,7 @@ class _Generation:
         for pool in self.pools:
             values[f"pool/size/{pool.kind}"] = float(len(pool.live))
             values[f"pool/wanted/{pool.kind}"] = float(pool.wanted)
-            values[f"pool/restarts_total/{pool.kind}"] = float(pool.num_restarts)
+            values[f"pool/restarts_total/{pool.kind}"] = float(pool.restarts.total)
         self.observer.progress(
             self.progress.prompts, values, values["generate/tokens_per_s"], self.progress.prompt_s
         )

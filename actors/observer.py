@@ -201,7 +201,7 @@ class RunObserver(Observer[RunConfig]):
         for pool in self._pools:
             values[f"pool/size/{pool.kind}"] = float(len(pool.live))
             values[f"pool/wanted/{pool.kind}"] = float(pool.wanted)
-            values[f"pool/restarts_total/{pool.kind}"] = float(pool.num_restarts)
+            values[f"pool/restarts_total/{pool.kind}"] = float(pool.restarts.total)
             values[f"pool/quarantined_total/{pool.kind}"] = float(pool.num_quarantined)
             values[f"pool/autoscaled_total/{pool.kind}"] = float(pool.num_autoscaled)
         if self._buffer is not None:
@@ -215,7 +215,7 @@ class RunObserver(Observer[RunConfig]):
                 name=p.kind,
                 alive=len(p.live),
                 wanted=p.wanted,
-                restarts=p.num_restarts,
+                restarts=p.restarts.total,
                 quarantined=p.num_quarantined,
             )
             for p in self._pools

@@ -7,9 +7,14 @@ Promises:
   back) and replaced; its work is the caller's to try again elsewhere;
 - there are never more workers than `wanted`, those that start counted, however many are lost at once;
 - a worker joins only after `launch` has made it ready to serve (model loaded, weights live);
+- the pool starts once `quorum` workers are live and the others take their time; who is missing is
+  reported, and joins later;
 - scaling down drains: the worker ends when its last work has ended; so does one in quarantine
   (`rlhf_cluster.quarantine`), which is then replaced;
-- more than `max_restarts` replacements fail the pool with the first cause, not the last symptom.
+- within the window of `restarts` there are at most `max_restarts` replacements, or one for each wanted
+  worker if that is more: a rack may be lost at once, and a crash loop still ends. With none left the
+  pool goes on with the workers that it has, and replaces again when the window allows it; with fewer
+  than `quorum` of them it fails, with the first cause and not the last symptom.
 
 The pool decides nothing about Ray: launching and killing are arguments.
 """
@@ -18,14 +23,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from actors.loads import Loads, State, Worker
 from rlhf_cluster.errors import PoolLost, RlhfError, StalledError, WorkerError
+from rlhf_cluster.restart_window import RestartWindow
 from rlhf_cluster.together import together
 
 log = logging.getLogger(__name__)
@@ -33,14 +40,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolLimits:
-    """Deadlines in seconds, and how many replacements a pool may use up."""
+    """Deadlines in seconds, how many workers a pool needs, and how many it may replace."""
 
     heartbeat_s: float = 5.0
     heartbeat_timeout_s: float = 60.0
     acquire_timeout_s: float = 300.0
     drain_timeout_s: float = 600.0
     backoff_s: float = 1.0
-    max_restarts: int = 10
+    max_restarts: int = 10  # within the window of `WorkerPool.restarts`; 0: none ever
+    min_workers: int | None = None  # None: half of what is wanted, rounded up
+    join_grace_s: float = 30.0  # a start with its quorum goes on when nobody joined for so long
     max_in_flight: int | None = None  # calls that one worker takes at once; the rest wait here
 
 
@@ -58,7 +67,7 @@ class WorkerPool:
     wanted: int = 0
     workers: list[Worker] = field(default_factory=list)
     last_errors: dict[str, str] = field(default_factory=dict)
-    num_restarts: int = 0
+    restarts: RestartWindow = field(default_factory=RestartWindow)
     num_quarantined: int = 0  # of them
     num_autoscaled: int = 0  # changes of size that nobody asked for
     tell: Callable[[str], None] = lambda text: None
@@ -85,10 +94,87 @@ class WorkerPool:
         """How often a live worker came or went."""
         return self._loads.changes
 
+    @property
+    def quorum(self) -> int:
+        """How many live workers the pool needs to start, and to live on without replacements."""
+        least = self.limits.min_workers
+        return min(self.wanted, math.ceil(self.wanted / 2) if least is None else least)
+
+    @property
+    def max_restarts(self) -> int:
+        """Replacements that the window may hold."""
+        most = self.limits.max_restarts
+        return most and max(most, self.wanted)
+
     async def start(self, wanted: int) -> None:
-        """Launch `wanted` workers, as `_add_all`."""
+        """Launch `wanted` workers; return when all have joined, or `quorum` of them have and nobody
+        else did for `join_grace_s`. Those that are late join later; those that cannot start count as
+        lost, and are replaced.
+
+        Waits for: launches, each of which has deadlines of its own. Raises the first failure as soon as
+        the quorum is out of reach, and ends the other launches.
+        """
         self.wanted = wanted
-        await self._add_all(wanted)
+        self._num_starting += wanted
+        begun: list[asyncio.Task[None]] = []
+        launches = {asyncio.ensure_future(self._begin(begun)) for _ in range(wanted)}
+        try:
+            late, failures = await self._until_quorum(launches)
+        except BaseException:
+            for launch in launches:
+                launch.cancel()
+            await asyncio.gather(*launches, return_exceptions=True)
+            self._num_starting -= wanted - len(begun)
+            raise
+        if late or failures:
+            causes = "".join(f"; {error}" for error in failures)
+            self.tell(
+                f"{self.kind}: started with {self.num_live} of {wanted} workers, {len(late)} still "
+                f"starting, {len(failures)} failed{causes}"
+            )
+        for launch in late:
+            self._background(self._join_late(launch))
+        for _ in failures:
+            self.restarts.count()
+            self._background(self._replace())
+
+    async def _begin(self, begun: list[asyncio.Task[None]]) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        begun.append(task)
+        await self._add()
+
+    async def _until_quorum(
+        self, launches: set[asyncio.Task[None]]
+    ) -> tuple[set[asyncio.Task[None]], list[RlhfError]]:
+        """The launches that are late, and the failures of others. Waits as `start`."""
+        pending, failures, joined = set(launches), list[RlhfError](), 0
+        while pending:
+            grace_s = self.limits.join_grace_s if joined >= self.quorum else None
+            done, pending = await asyncio.wait(
+                pending, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            if not done:
+                break
+            for launch in done:
+                error = launch.exception()
+                if isinstance(error, RlhfError):
+                    failures.append(error)
+                elif error is not None:
+                    raise error
+                else:
+                    joined += 1
+            if len(failures) > len(launches) - self.quorum:
+                raise failures[0]
+        return pending, failures
+
+    async def _join_late(self, launch: asyncio.Task[None]) -> None:
+        """Waits for: a launch that was left behind by `start`, which has deadlines of its own."""
+        try:
+            await launch
+        except RlhfError:
+            self.restarts.count()
+            await self._replace()
 
     @asynccontextmanager
     async def acquire(
@@ -170,7 +256,7 @@ class WorkerPool:
         replace = worker.state is State.LIVE
         await self._remove(worker)
         if replace:
-            self.num_restarts += 1
+            self.restarts.count()
             self._background(self._replace())
 
     async def suspect(self, worker: Worker, error: RlhfError) -> None:
@@ -185,7 +271,7 @@ class WorkerPool:
         The last live worker, which nobody can stand in for meanwhile, is replaced at once. Where no
         restart is left it stays, unless it is `needed`: then the pool fails with the first cause.
         """
-        spent = self.num_restarts >= self.limits.max_restarts
+        spent = self.restarts.recent >= self.max_restarts
         if worker.state is not State.LIVE or (spent and not needed):
             return
         error = WorkerError(f"{worker.name}: quarantined: {reason}")
@@ -196,7 +282,7 @@ class WorkerPool:
             return
         self._note(worker.name, error)
         worker.state = State.DRAINING
-        self.num_restarts += 1
+        self.restarts.count()
         self._background(self._drain_and_replace(worker))
 
     async def _drain_and_replace(self, worker: Worker) -> None:
@@ -220,24 +306,26 @@ class WorkerPool:
 
         Waits for: the new workers to be ready, or the drained ones to be idle.
         """
-        change, before = wanted - self.wanted, self.wanted
+        change = wanted - self.wanted
         if change > 0:
             self.preflight(wanted)
         self.wanted = wanted
         if change > 0:
-            await self._grow(change, before)
+            await self._grow(change)
         for worker in sorted(self.live, key=lambda w: w.num_in_flight)[: max(0, -change)]:
             worker.state = State.DRAINING
         await asyncio.gather(*(self._drain(w) for w in self.workers if w.state is State.DRAINING))
         return f"{self.kind}: {len(self.live)} workers"
 
-    async def _grow(self, change: int, before: int) -> None:
-        kept = list(self.workers)
+    async def _grow(self, change: int) -> None:
+        """All of them join, or none. Waits for: them; where one fails, for the others to drain. A
+        replacement that joins meanwhile is none of them, and stays."""
+        added: list[Worker] = []
         try:
-            await self._add_all(change)
+            await self._add_all(change, added)
         except BaseException:
-            self.wanted = before
-            extra = [worker for worker in self.live if worker not in kept]
+            self.wanted -= change
+            extra = [worker for worker in added if worker.state is State.LIVE]
             for worker in extra:
                 worker.state = State.DRAINING
             await asyncio.gather(*(self._drain(worker) for worker in extra))
@@ -259,14 +347,16 @@ class WorkerPool:
             return f"No {self.kind} worker has reported an error"
         return "; ".join(f"{name}: last error: {text}" for name, text in self.last_errors.items())
 
-    async def _add_all(self, number: int) -> None:
-        """At once. The first failure to launch ends the others, and is raised."""
+    async def _add_all(self, number: int, added: list[Worker]) -> None:
+        """At once, those that joined in `added`. The first failure to launch ends the others, and is
+        raised."""
         num_begun = 0
 
         async def add() -> None:
             nonlocal num_begun
             num_begun += 1
-            await self._add()
+            if (worker := await self._add()) is not None:
+                added.append(worker)
 
         self._num_starting += number
         try:
@@ -274,7 +364,8 @@ class WorkerPool:
         finally:
             self._num_starting -= number - num_begun
 
-    async def _add(self) -> None:
+    async def _add(self) -> Worker | None:
+        """The worker that joined; None where the pool was closed meanwhile."""
         name = f"{self.kind}-{self._num_launched}"
         self._num_launched += 1
         try:
@@ -286,31 +377,46 @@ class WorkerPool:
             self._num_starting -= 1
         if self._closed:
             self.retire(worker)
-            return
+            return None
         self.workers.append(worker)
         worker.changed = self._worker_changed
         self._worker_changed(worker)
         self._wake(self.limits.max_in_flight or len(self._waiting))
+        return worker
+
+    @property
+    def _is_short(self) -> bool:
+        return not self._closed and len(self.live) + self._num_starting < self.wanted
 
     async def _replace(self) -> None:
-        """Launch until the pool has its size again, with what others start. Ends there, or with the
-        restart budget."""
-        while len(self.live) + self._num_starting < self.wanted:
-            if self.num_restarts > self.limits.max_restarts:
-                self._give_up()
-                return
-            await self.sleep(self.limits.backoff_s * min(self.num_restarts, 30))
-            if len(self.live) + self._num_starting >= self.wanted:
+        """Launch until the pool has its size again, with what others start.
+
+        Waits for: the backoff, which grows with the restarts a worker; a launch, which has deadlines;
+        with no restart left, the oldest one to leave the window. Ends with the pool's size, its end, or
+        its failure.
+        """
+        while self._is_short and self._failure is None:
+            recent, most = self.restarts.recent, self.max_restarts
+            if recent > most or not most:
+                if self.num_live < self.quorum:
+                    self._give_up(recent)
+                if self.num_live < self.quorum or not most:
+                    return
+                await self.sleep(max(1.0, self.restarts.until_one_leaves_s))
+                continue
+            await self.sleep(self.limits.backoff_s * min(math.ceil(recent / self.wanted), 30))
+            if not self._is_short:
                 return
             self._num_starting += 1
             try:
                 await self._add()
             except RlhfError:
-                self.num_restarts += 1
+                self.restarts.count()
 
-    def _give_up(self) -> None:
+    def _give_up(self, recent: int) -> None:
         text = (
-            f"{self.kind}: {self.num_restarts} restarts, more than {self.limits.max_restarts}. "
+            f"{self.kind}: {recent} restarts within {self.restarts.window_s:g} s, more than "
+            f"{self.max_restarts}, and {self.num_live} of at least {self.quorum} workers live. "
             f"First cause: {self._first_cause}"
         )
         self._fail_for_good(PoolLost(text), self._first_cause)
@@ -355,7 +461,7 @@ class WorkerPool:
         self.last_errors[name] = str(error)
         self._first_cause = self._first_cause or error
 
-    def _background(self, work: Any) -> None:
+    def _background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._background_ended)

@@ -29,6 +29,7 @@ from rlhf_cluster.config import RunConfig
 from rlhf_cluster.config.pools import GENERATION, pool_sections
 from rlhf_cluster.errors import RunError
 from rlhf_cluster.planning.placement import Bundle, pool_bundle
+from rlhf_cluster.restart_window import RestartWindow
 from rlhf_cluster.together import together
 
 GENERATION_CONCURRENCY = 1000
@@ -106,6 +107,7 @@ def control_channel(
         ask=ask,
         max_restarts=config.cluster.max_restarts,
         tell=tell,
+        restarts=RestartWindow(config.cluster.restart_window_s),
     )
 
 
@@ -210,6 +212,7 @@ def _pool(
         acquire_timeout_s=config.run.stall_timeout_s,
         drain_timeout_s=drain_timeout_s,
         max_restarts=section.max_restarts,
+        min_workers=pool_sections(config)[kind].min_workers,
         max_in_flight=max_in_flight,
     )
     return WorkerPool(
@@ -218,6 +221,7 @@ def _pool(
         retire=lambda worker: take_down(worker.actor, worker.placement),
         check=functools.partial(check_health, timeout_s=limits.heartbeat_timeout_s),
         limits=limits,
+        restarts=RestartWindow(section.restart_window_s),
         preflight=lambda wanted: preflight(
             [pool_bundle(config, kind, i) for i in range(wanted)], section.node_timeout_s
         ),

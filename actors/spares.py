@@ -6,8 +6,8 @@ which).
 Promises:
 - a spare has a place of its own, and is no rank and in no process group until it is hired;
 - none is started between `hire` and `resume`: room and processors belong to the ranks then;
-- one that dies, is silent or cannot start is replaced, `learner.max_restarts` times in all and after
-  the pauses of `Restarts`; it never ends the run, which goes on without, and says so;
+- one that dies, is silent or cannot start is replaced, `learner.max_restarts` times within a window
+  and after the pauses of `Restarts`; it never ends the run, which goes on without, and says so;
 - no room for one is no failure: it is asked for again;
 - nothing outlives `kept`.
 """
@@ -29,6 +29,7 @@ from actors.ranks import ACTOR_OPTIONS, NO_RANK
 from actors.services import Launcher
 from rlhf_cluster.errors import CoreLost, PlacementError, RlhfError
 from rlhf_cluster.planning.placement import spare_bundle
+from rlhf_cluster.restart_window import RestartWindow
 from rlhf_cluster.restarts import Restarts
 
 log = logging.getLogger(__name__)
@@ -191,6 +192,10 @@ def learner_spares(launcher: Launcher, tell: Callable[[str], None]) -> Spares:
         start=start,
         present=present,
         end=lambda spare: take_down(spare.actor, spare.placement),
-        restarts=Restarts(limit=config.learner.max_restarts, what="hot spares of the learner"),
+        restarts=Restarts(
+            limit=config.learner.max_restarts,
+            what="hot spares of the learner",
+            window=RestartWindow(config.cluster.restart_window_s),
+        ),
         tell=tell,
     )

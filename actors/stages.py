@@ -42,6 +42,7 @@ from rlhf_cluster.observe.run_log import read_metrics
 from rlhf_cluster.observe.stage_curve import draw_stage_curve
 from rlhf_cluster.planning.derived import total_resources
 from rlhf_cluster.planning.placement import demand
+from rlhf_cluster.restart_window import RestartWindow
 from rlhf_cluster.restarts import Restarts, point_of_return, with_recovery
 from rlhf_cluster.rundir import RunDir
 from rlhf_cluster.stages import STAGES, build_stage
@@ -96,7 +97,10 @@ class _StageRun:
         self.kind = STAGES[config.stage.type]
         self.checkpoint = checkpoint  # from which the stage goes on
         self.checkpoints: Checkpoints | None = None
-        self.restarts = Restarts(limit=config.learner.max_restarts)
+        self.restarts = Restarts(
+            limit=config.learner.max_restarts,
+            window=RestartWindow(config.cluster.restart_window_s),
+        )
         self.stopping = False
         self.before: float | None = None  # the headline of held-out units
         self.held_out: float | None = None

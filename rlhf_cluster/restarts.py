@@ -12,8 +12,8 @@ Promises:
 - only a loss is tried again; what would come again (diverged numbers, refused weights, wrong settings)
   ends the run at once;
 - going back to all ranks is no loss: it costs no restart;
-- losses are counted over the whole run, those of a start too; the one over `limit` ends the run with
-  the first of them;
+- losses are counted within a window of time, those of a start too; the one over `limit` ends the run
+  with the first of all;
 - nothing that a user asked to keep is deleted: a run that was told to write no checkpoints, or whose
   checkpoints are all damaged, is not begun anew once it has done a step.
 """
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from rlhf_cluster.checkpoint import continuing
@@ -30,6 +30,7 @@ from rlhf_cluster.checkpoint.folder import Checkpoint
 from rlhf_cluster.config.either import AnyConfig
 from rlhf_cluster.errors import CheckpointError, CoreLost, PlacementError, RlhfError
 from rlhf_cluster.observe.run_log import read_metrics
+from rlhf_cluster.restart_window import RestartWindow
 from rlhf_cluster.rundir import RunDir
 
 T = TypeVar("T")
@@ -43,25 +44,31 @@ class RoomAgain(RlhfError):
 
 @dataclass(slots=True, kw_only=True)
 class Restarts:
-    """The budget: at most `limit` restarts, the first after `pause_s`, each later one after twice
-    as long as the one before, up to `MAX_PAUSE_S`. `what` is lost, in the error."""
+    """The budget: at most `limit` restarts within a window, the first after `pause_s`, each later one
+    there after twice as long as the one before, up to `MAX_PAUSE_S`. `what` is lost, in the error."""
 
     limit: int
     what: str = "learner or buffer"
     pause_s: float = 1.0
-    used: int = 0
+    window: RestartWindow = field(default_factory=RestartWindow)
     first: str = ""
+
+    @property
+    def used(self) -> int:
+        """All since the start of the run."""
+        return self.window.total
 
     def spend(self, lost: RlhfError) -> float:
         """One restart more, because of `lost`; the seconds to wait before it. Raises `CoreLost`."""
         self.first = self.first or str(lost)
-        if self.used >= self.limit:
+        recent = self.window.recent
+        if recent >= self.limit:
             raise CoreLost(
-                f"{self.what} lost {self.used + 1} times, over learner.max_restarts = "
-                f"{self.limit}. First cause: {self.first}. Last: {lost}"
+                f"{self.what} lost {recent + 1} times within {self.window.window_s:g} s, over "
+                f"learner.max_restarts = {self.limit}. First cause: {self.first}. Last: {lost}"
             ) from lost
-        self.used += 1
-        return min(MAX_PAUSE_S, self.pause_s * 2 ** (self.used - 1))
+        self.window.count()
+        return min(MAX_PAUSE_S, self.pause_s * 2.0 ** min(recent, 30))
 
 
 async def with_recovery(

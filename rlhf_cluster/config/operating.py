@@ -34,7 +34,11 @@ class ClusterSection(Section):
     heartbeat_timeout_s: PositiveFloat = 60.0
     """A worker that does not answer for this long is replaced."""
     max_restarts: int = Field(default=10, ge=0)
-    """Replacements that one pool may use up before the run fails with the first cause."""
+    """Replacements of a pool within `restart_window_s`, or one for each of its workers if that is more.
+    With none left the pool goes on with the workers that live, until the window allows another; with
+    fewer than its `min_workers` the run fails with the first cause. 0: none is ever replaced."""
+    restart_window_s: PositiveFloat = 3600.0
+    """The time within which restarts are counted, those of `learner.max_restarts` too."""
 
     @property
     def room_timeout_s(self) -> float:

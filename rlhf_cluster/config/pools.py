@@ -40,6 +40,9 @@ class ScoringPool(Section):
     serves: list[str] = Field(min_length=1)
     """`reference`, `teacher`, `exact_logprobs`, and names of rewards."""
     workers: PositiveInt = 1
+    min_workers: PositiveInt | None = None
+    """Live workers without which the pool does not start, and cannot live on once it may replace none;
+    default: half of `workers`, rounded up. The others may join later."""
     num_cpus: PositiveFloat = 1.0
     num_gpus: float = Field(default=0.0, ge=0)
     dtype: Dtype | None = None
@@ -56,6 +59,9 @@ class PoolSection(Protocol):
     def workers(self) -> int: ...
 
     @property
+    def min_workers(self) -> int | None: ...
+
+    @property
     def num_cpus(self) -> float: ...
 
     @property
@@ -68,7 +74,14 @@ def pool_sections(config: RunConfig | GenerateConfig) -> Mapping[str, PoolSectio
 
 
 def check_pools(c: RunConfig) -> None:
-    """Raises `ValueError` where pools do not fit what is scored."""
+    """Raises `ValueError` where pools do not fit what is scored, or need more workers than they start
+    with."""
+    for pool, section in pool_sections(c).items():
+        if section.min_workers is not None and section.min_workers > section.workers:
+            raise ValueError(
+                f"{pool}.min_workers = {section.min_workers} is over {pool}.workers = "
+                f"{section.workers}: the pool would never start. Lower it, or raise workers"
+            )
     rewards = [r.name or r.type for r in c.scoring.rewards]
     configured: dict[str, bool] = dict(zip(MODELS, _configured(c), strict=True))
     owner: dict[str, str] = {}

@@ -46,6 +46,9 @@ class Scoring(Section):
     """The scoring pool: rewards, the reference model, and exact log-probabilities."""
 
     workers: PositiveInt = 1
+    min_workers: PositiveInt | None = None
+    """Live workers without which the pool does not start, and cannot live on once it may replace none;
+    default: half of `workers`, rounded up. The others may join later."""
     rewards: list[RewardConfig] = Field(min_length=1)
     objective: Objective = WeightedSum()
     """How the rewards become one; see `scoring.objective`."""

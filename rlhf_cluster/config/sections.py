@@ -105,6 +105,9 @@ class Generation(Section):
     """The generation pool: vLLM workers. Keys map onto vLLM's engine arguments."""
 
     workers: PositiveInt = 1
+    min_workers: PositiveInt | None = None
+    """Live workers without which the pool does not start, and cannot live on once it may replace none;
+    default: half of `workers`, rounded up. The others may join later."""
     max_response_tokens: PositiveInt
     temperature: PositiveFloat = 1.0
     dtype: Dtype = "bfloat16"
@@ -205,8 +208,9 @@ class Learner(Section):
     num_gpus: float = Field(default=0.0, ge=0)
     """Of one rank: 0, 1, or a share of one; see `config.devices`."""
     max_restarts: int = Field(default=3, ge=0)
-    """How often a run starts its ranks and the buffer again, from the newest checkpoint, after one of
-    these processes was lost. The loss after that ends the run with the first cause."""
+    """How often within `cluster.restart_window_s` a run starts its ranks and the buffer again, from the
+    newest checkpoint, after one of these processes was lost. The loss after that ends the run with the
+    first cause."""
     on_loss: Literal["restart", "shrink"] = "restart"
     """When a rank is lost and there is no room for all of them within `cluster.placement_timeout_s`,
     or `cluster.node_timeout_s` where that is longer. `restart`: a loss more. `shrink`: the run goes on
@@ -216,8 +220,8 @@ class Learner(Section):
     """Hot spares: processes with the place (CPUs, GPUs) of a rank each, which have imported all that a
     rank needs and wait. After a loss they become ranks, the lost ones first, before room is sought for
     new processes; others are started behind the steps that follow. All ranks begin anew after a loss,
-    so that with as many spares as ranks none has to start. `max_restarts` of them are replaced in all
-    when they die while they wait; that never ends a run."""
+    so that with as many spares as ranks none has to start. `max_restarts` of them are replaced
+    within `cluster.restart_window_s` when they die while they wait; that never ends a run."""
     min_ranks: PositiveInt = 1
     """With on_loss = "shrink" only: the fewest ranks to go on with. The fewer, the more of the model
     each of them holds."""

@@ -183,7 +183,7 @@ async def test_a_worker_that_dies_in_the_third_segment_costs_that_segment_alone(
         "tokens_resampled_total": third.num_tokens - prefix.num_tokens,
         "retries_total": 1,
     }
-    assert plant.pool.num_restarts == 1
+    assert plant.pool.restarts.total == 1
 
 
 async def test_a_whole_response_that_is_lost_costs_all_of_it():
@@ -227,7 +227,7 @@ async def test_tokens_lost_with_their_node_are_sampled_again_from_the_prompt():
     gone = plant.prefixes[2]
     assert gone is not None
     assert plant.totals()["tokens_resampled_total"] == gone.num_tokens
-    assert plant.pool.num_restarts == 0, "the worker is as good as before"
+    assert plant.pool.restarts.total == 0, "the worker is as good as before"
 
 
 async def test_tokens_that_are_lost_again_and_again_end_the_group():

@@ -153,7 +153,7 @@ async def test_two_ranks_publish_and_two_workers_pull_and_nothing_leaks(
         found = dict(store.read(version.path, source=cluster.transport.source()))
         assert torch.equal(found["w"], expected)
         assert (version.stored_bytes < num_bytes / 10) == (format == "delta")
-        assert cluster.pool.num_restarts == 0
+        assert cluster.pool.restarts.total == 0
         if (transport, format) == ("ray", "full"):
             before = object_store_free()
             for _ in range(10):
@@ -199,7 +199,7 @@ async def test_neither_dead_ranks_nor_a_refusal_cost_a_restart_and_the_learner_i
         assert sync.stats.refused in (1, 2)
         assert sync.stats.live == 1 + sync.stats.refused
         assert await cluster.versions_live() == [sync.stats.live] * 2
-        assert cluster.pool.num_restarts == 0
+        assert cluster.pool.restarts.total == 0
 
         # One of two refuses: that one is replaced by a worker that has the version.
         first = cluster.pool.live[0].name
@@ -262,4 +262,4 @@ async def test_a_fetch_that_hangs_ends_with_its_deadline_and_the_next_pull_works
         directory.publish(good.version, entry, 2, Deadline("test", 30.0))
         await cluster.generation.pull(good)
         assert await cluster.versions_live() == [1, 1]
-        assert cluster.pool.num_restarts == 0
+        assert cluster.pool.restarts.total == 0

@@ -65,7 +65,7 @@ async def test_a_worker_that_is_far_slower_than_the_others_is_drained_and_replac
 
 async def test_workers_that_are_alike_stay():
     pool = await served_by(lambda name: {"num_tokens": 10, "generate_s": 30.0}, 20)
-    assert (pool.num_quarantined, pool.num_restarts) == (0, 0)
+    assert (pool.num_quarantined, pool.restarts.total) == (0, 0)
 
 
 async def test_a_worker_whose_engine_fails_again_and_again_is_drained_though_it_is_healthy():

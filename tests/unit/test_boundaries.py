@@ -6,7 +6,7 @@ from pathlib import Path
 CORE = sorted(Path("rlhf_cluster").rglob("*.py"))
 ACTORS = sorted(Path("actors").rglob("*.py"))
 BESIDE = sorted(p for folder in ("tests", "benchmarks") for p in Path(folder).rglob("*.py"))
-MAX_FILE_LINES = 400
+MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 60
 
 

@@ -66,6 +66,10 @@ def test_all_problems_are_reported_at_once():
         ),
         ({"learner": {"spares": 2}}, ["learner.spares = 2 is over learner.ranks = 1", "Lower it"]),
         (
+            {"generation": {"workers": 2, "min_workers": 3}},
+            ["generation.min_workers = 3 is over generation.workers = 2", "would never start"],
+        ),
+        (
             {"learner": {"spares": 1, "max_restarts": 0}},
             ["learner.spares = 1 with learner.max_restarts = 0", "raise learner.max_restarts"],
         ),

@@ -4,6 +4,7 @@ import pytest
 
 from actors.pool import PoolLimits, State, Worker, WorkerPool
 from rlhf_cluster.errors import PlacementError, PoolLost, StalledError, WorkerError
+from rlhf_cluster.restart_window import RestartWindow
 
 
 class Plant:
@@ -66,7 +67,7 @@ async def test_a_failed_worker_is_retired_once_and_replaced():
     await plant.settle()
     assert plant.retired == ["generation-0"]
     assert plant.names() == ["generation-1", "generation-2"]
-    assert plant.pool.num_restarts == 1
+    assert plant.pool.restarts.total == 1
     assert "process died" in plant.pool.describe_errors()
 
 
@@ -144,6 +145,15 @@ async def test_a_draining_worker_gets_no_new_work():
             pass
 
 
+async def test_a_worker_that_drains_gets_no_work_though_a_caller_prefers_it():
+    plant = Plant()
+    await plant.pool.start(2)
+    draining, other = plant.pool.live
+    draining.state = State.DRAINING
+    async with plant.pool.acquire(prefer=draining) as worker:
+        assert worker is other
+
+
 async def test_scaling_up_beyond_the_cluster_fails_and_keeps_the_old_size():
     plant = Plant()
     await plant.pool.start(1)
@@ -196,7 +206,9 @@ async def test_a_crash_loop_ends_with_the_first_cause_and_backs_off():
     await plant.pool.start(1)
     plant.unlaunchable = True
     await plant.pool.fail(plant.pool.live[0], WorkerError("CUDA error: device lost"))
-    with pytest.raises(PoolLost, match="4 restarts, more than 3. First cause: CUDA error"):
+    with pytest.raises(
+        PoolLost, match="4 restarts within 3600 s, more than 3, and 0 of at least 1 .*: CUDA error"
+    ):
         async with plant.pool.acquire():
             pass
     assert plant.slept == sorted(plant.slept)
@@ -234,7 +246,13 @@ async def test_a_worker_in_quarantine_ends_its_work_and_is_replaced_within_the_b
     plant = Plant(max_restarts=1)
     told: list[str] = []
     plant.pool.tell = told.append
-    await plant.pool.start(2)
+    await plant.pool.start(2)  # so that two may be replaced
+    await plant.pool.fail(plant.pool.live[0], WorkerError("the process died"))
+    await plant.settle()
+    assert (plant.pool.restarts.total, plant.retired.pop(), plant.launched.pop(0)) == (
+        *(1, "generation-0"),
+        "generation-0",
+    )
     async with plant.pool.acquire() as slow:
         await plant.pool.quarantine(slow, "slow")
         await plant.settle()
@@ -244,7 +262,7 @@ async def test_a_worker_in_quarantine_ends_its_work_and_is_replaced_within_the_b
     await plant.settle()
     assert plant.retired == [slow.name]
     assert len(plant.names()) == 2
-    assert (plant.pool.num_quarantined, plant.pool.num_restarts) == (1, 1)
+    assert (plant.pool.num_quarantined, plant.pool.restarts.total) == (1, 2)
     assert told == [f"{slow.name}: quarantined: slow"]
     assert "quarantined: slow" in plant.pool.describe_errors()
     await plant.pool.quarantine(slow, "again")
@@ -255,7 +273,7 @@ async def test_a_worker_in_quarantine_ends_its_work_and_is_replaced_within_the_b
 
 
 async def test_faults_without_a_restart_left_fail_the_pool_with_the_first_cause():
-    plant = Plant(max_restarts=0, acquire_timeout_s=5.0)
+    plant = Plant(max_restarts=0, min_workers=2, acquire_timeout_s=5.0)
     await plant.pool.start(2)
     await plant.pool.quarantine(plant.pool.live[0], "5 groups failed on it", needed=True)
     await plant.settle()
@@ -282,7 +300,7 @@ async def test_a_worker_that_dies_in_quarantine_is_replaced_once():
     await plant.settle()
     assert plant.retired == [slow.name]
     assert len(plant.names()) == 2
-    assert plant.pool.num_restarts == 1
+    assert plant.pool.restarts.total == 1
 
 
 async def test_those_who_wait_for_room_get_it_in_the_order_of_their_coming():
@@ -344,3 +362,100 @@ async def test_after_its_end_a_pool_gives_no_work():
     with pytest.raises(StalledError):
         async with plant.pool.acquire():
             pass
+
+
+async def test_d09_a_refused_growth_leaves_the_replacement_of_a_worker_that_died_meanwhile():
+    plant, refuse = Plant(), asyncio.Event()
+    await plant.pool.start(2)
+
+    async def launch(name: str) -> Worker:
+        if name == "generation-2":  # the one that grows
+            await refuse.wait()
+            raise PlacementError(f"{name}: no room")
+        return await plant.launch(name)
+
+    plant.pool.launch = launch
+    growing = asyncio.create_task(plant.pool.resize(3))
+    await plant.settle()
+    await plant.pool.fail(plant.pool.live[0], WorkerError("the process died"))
+    await plant.settle()
+    assert plant.names() == ["generation-1", "generation-3"]
+    refuse.set()
+    with pytest.raises(PlacementError):
+        await growing
+    await plant.settle()
+    assert plant.names() == ["generation-1", "generation-3"]
+    assert plant.pool.wanted == 2
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def test_half_of_a_large_pool_may_be_lost_at_once():
+    plant = Plant()
+    await plant.pool.start(64)
+    for worker in plant.pool.live[:32]:
+        await plant.pool.fail(worker, WorkerError("the rack is gone"))
+    await plant.settle()
+    assert plant.pool.num_live == 64
+    assert max(plant.slept) == 1.0, "32 of 64 at once is no crash loop to back off from"
+
+
+async def test_restarts_leave_their_window():
+    plant, clock = Plant(max_restarts=2), Clock()
+    plant.pool.restarts = RestartWindow(100.0, clock)
+    await plant.pool.start(1)
+    for _ in range(10):
+        await plant.pool.fail(plant.pool.live[0], WorkerError("the process died"))
+        await plant.settle()
+        clock.now += 50.0
+    assert (plant.pool.restarts.total, plant.pool.restarts.recent) == (10, 1)
+    assert plant.pool.num_live == 1
+
+
+async def test_without_restarts_a_pool_lives_on_its_quorum_until_the_window_allows_one_more():
+    plant, clock = Plant(max_restarts=4, min_workers=2), Clock()
+
+    async def sleep(seconds: float) -> None:
+        plant.slept.append(seconds)
+        await asyncio.sleep(0)
+        if seconds > 30:
+            clock.now += seconds
+
+    plant.pool.restarts, plant.pool.sleep = RestartWindow(100.0, clock), sleep
+    await plant.pool.start(4)
+    for _ in range(4):
+        await plant.pool.fail(plant.pool.live[0], WorkerError("the process died"))
+        await plant.settle()
+    assert plant.pool.num_live == 4
+    plant.slept.clear()
+    await plant.pool.fail(plant.pool.live[0], WorkerError("the process died"))
+    await plant.settle()
+    assert plant.slept[0] == pytest.approx(100.0), "until the oldest restart is out of the window"
+    assert plant.pool.num_live == 4
+
+
+async def test_below_its_quorum_a_pool_without_restarts_fails():
+    plant = Plant(max_restarts=1, min_workers=3, acquire_timeout_s=5.0)
+    await plant.pool.start(4)
+    plant.unlaunchable = True
+    for worker in plant.pool.live[:2]:
+        await plant.pool.fail(worker, WorkerError("the process died"))
+    await plant.settle()
+    with pytest.raises(PoolLost, match="more than 4, and 2 of at least 3 workers live"):
+        await plant.pool.supervise()
+
+
+async def test_a_pool_that_may_never_restart_lives_on_its_quorum():
+    plant = Plant(max_restarts=0)
+    await plant.pool.start(3)
+    await plant.pool.fail(plant.pool.live[0], WorkerError("the process died"))
+    await plant.settle()
+    assert (plant.pool.num_live, len(plant.launched)) == (2, 3)
+    async with plant.pool.acquire():
+        pass

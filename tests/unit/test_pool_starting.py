@@ -10,7 +10,7 @@ from tests.unit.test_pool import Plant
 
 
 async def test_the_first_that_cannot_start_ends_the_start_of_the_others():
-    plant, ended = Plant(), []
+    plant, ended = Plant(min_workers=3), []
 
     async def launch(name: str) -> Worker:
         if name == "generation-0":
@@ -33,6 +33,69 @@ async def test_the_first_that_cannot_start_ends_the_start_of_the_others():
     await plant.pool.fail(plant.pool.live[0], WorkerError("the process died"))
     await plant.settle()
     assert len(plant.names()) == 3, "nobody waits for a start that is over"
+
+
+async def test_one_bad_node_does_not_end_a_start_that_has_its_quorum():
+    plant, told, broken = Plant(join_grace_s=0.0), [], True
+    plant.pool.tell = told.append
+
+    async def launch(name: str) -> Worker:
+        if broken and name == "generation-2":
+            raise PlacementError(f"{name}: no room")
+        return await plant.launch(name)
+
+    plant.pool.launch = launch
+    await plant.pool.start(4)
+    assert plant.pool.num_live == 3
+    assert told == [
+        "generation: started with 3 of 4 workers, 0 still starting, 1 failed; generation-2: no room"
+    ]
+    await plant.settle()
+    assert plant.names() == ["generation-0", "generation-1", "generation-3", "generation-4"]
+    assert plant.pool.restarts.total == 1
+
+
+async def test_a_start_leaves_slow_nodes_behind_and_they_join_later():
+    plant, gate, told = Plant(join_grace_s=0.0), asyncio.Event(), []
+    plant.pool.tell = told.append
+
+    async def launch(name: str) -> Worker:
+        if name in ("generation-0", "generation-1"):
+            await gate.wait()
+        if name == "generation-1":
+            raise PlacementError(f"{name}: no room")
+        return await plant.launch(name)
+
+    plant.pool.launch = launch
+    await plant.pool.start(4)
+    assert plant.names() == ["generation-2", "generation-3"]
+    assert told == ["generation: started with 2 of 4 workers, 2 still starting, 0 failed"]
+    await plant.pool.fail(plant.pool.live[0], WorkerError("the process died"))
+    gate.set()
+    await plant.settle()
+    assert len(plant.names()) == 4, "one joined late, two were replaced"
+    assert plant.pool.restarts.total == 2
+
+
+async def test_a_start_without_its_quorum_waits_for_it_and_ends_when_it_is_out_of_reach():
+    plant, gates = Plant(join_grace_s=0.0, min_workers=2), [asyncio.Event() for _ in range(3)]
+
+    async def launch(name: str) -> Worker:
+        number = int(name[-1])
+        await gates[number].wait()
+        if number:
+            raise PlacementError(f"{name}: no room")
+        return await plant.launch(name)
+
+    plant.pool.launch = launch
+    starting = asyncio.create_task(plant.pool.start(3))
+    for gate in gates[:2]:
+        gate.set()
+        await plant.settle()
+        assert not starting.done(), "one of two that are needed, and one may still come"
+    gates[2].set()
+    with pytest.raises(PlacementError, match="generation-1: no room"):
+        await starting
 
 
 async def test_a_worker_that_is_there_when_its_pool_is_closed_is_ended():

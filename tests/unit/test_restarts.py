@@ -26,6 +26,7 @@ from rlhf_cluster.errors import (
     WorkerError,
 )
 from rlhf_cluster.observe.run_log import RunLog, read_metrics
+from rlhf_cluster.restart_window import RestartWindow
 from rlhf_cluster.restarts import (
     MAX_PAUSE_S,
     Restarts,
@@ -88,10 +89,24 @@ async def test_a_crash_loop_ends_with_the_first_cause_and_the_last():
     run = Run([*causes, "never"])
     with pytest.raises(CoreLost) as caught:
         await run.run()
-    assert "lost 4 times, over learner.max_restarts = 3" in str(caught.value)
+    assert "lost 4 times within 3600 s, over learner.max_restarts = 3" in str(caught.value)
     assert "First cause: loss 0. Last: loss 3" in str(caught.value)
     assert run.told.count("attempt") == 4
     assert "recover from loss 3" not in run.told
+
+
+async def test_losses_far_apart_use_up_no_budget():
+    now = [0.0]
+    window = RestartWindow(100.0, lambda: now[0])
+    restarts = Restarts(limit=1, window=window)
+    for _ in range(5):
+        assert restarts.spend(LOST) == 1.0, "no pause grows from a loss that long ago"
+        now[0] += 101.0
+    assert (restarts.used, window.until_one_leaves_s) == (5, 0.0)
+    restarts.spend(LOST)
+    assert window.until_one_leaves_s == 100.0
+    with pytest.raises(CoreLost, match="lost 2 times within 100 s"):
+        restarts.spend(LOST)
 
 
 async def test_without_restarts_the_first_loss_ends_the_run():
