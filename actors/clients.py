@@ -22,11 +22,11 @@ from actors.pool import State, Worker, WorkerPool
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import (
     RlhfError,
-    ScoringError,
     StalledError,
     WeightError,
     WorkerError,
 )
+from rlhf_cluster.failures import costs_one_group, may_pass_elsewhere
 from rlhf_cluster.ports import Handle
 from rlhf_cluster.quarantine import Watch
 from rlhf_cluster.records import (
@@ -62,9 +62,10 @@ async def try_workers(
     """The answer of the first worker that gives one; the last try's error otherwise. `retried` is
     called before each further try.
 
-    A worker that died or was silent is replaced. One that answered with an error is checked first:
-    it stays when it can still serve, and `faulted` is told. A lost record is no worker's fault, and
-    raised at once.
+    A worker that died or was silent is replaced. One that answered with an error that another worker
+    may not meet (`rlhf_cluster.failures` has the table) is checked first: it stays when it can still
+    serve, and `faulted` is told. Other errors are raised at once, and so is a lost record, which is no
+    worker's fault.
     """
     last: RlhfError | None = None
     tried: list[Worker] = []
@@ -87,14 +88,15 @@ async def try_workers(
             except (WorkerDied, WorkerSilent) as error:
                 last = error
                 await pool.fail(worker, error)
-            except (WorkerError, ScoringError, StalledError, WeightError) as error:
+            except RlhfError as error:
+                if not may_pass_elsewhere(error):
+                    raise
                 last = error
                 await pool.suspect(worker, error)
                 if faulted is not None:
                     await faulted(worker)
     assert last is not None
-    ours = isinstance(last, (WorkerError, ScoringError, WeightError))
-    raise last if ours else WorkerError(str(last))
+    raise last if costs_one_group(last) else WorkerError(str(last))
 
 
 class RayGeneration:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 import time
 from typing import Any
 
@@ -55,6 +56,7 @@ from rlhf_cluster.inputs import Inputs, check_inputs
 from rlhf_cluster.observe.live import LiveView
 from rlhf_cluster.observe.logs import configure
 from rlhf_cluster.observe.run_log import read_metrics
+from rlhf_cluster.records import WeightVersion
 from rlhf_cluster.restart_window import RestartWindow
 from rlhf_cluster.restarts import Restarts, point_of_return, with_recovery
 from rlhf_cluster.rundir import RunDir
@@ -196,6 +198,7 @@ class _Run:
             generation=generation[1],
             scoring=scoring[1],
             transport=transport_of(self.config),
+            export=self._export,
             first_prompt=self.inputs.prompts.cursor,
         )
         try:
@@ -303,12 +306,15 @@ class _Run:
         step = None if self.checkpoint is None else self.checkpoint.state.step
         self.observer.recovering(lost, self.restarts.used, self.restarts.limit, step)
 
+    def _export(self, version: WeightVersion) -> None:
+        final = self.rundir.final
+        if final.exists():  # of an attempt that was lost after it had trained the last step
+            shutil.rmtree(final)
+        export_hf(version, self.inputs.model_dir, final)
+
     def _finish(self, before: float | None, after: float | None) -> dict[str, Any]:
         from rlhf_cluster.observe.curve import draw_curve
 
-        assert self.attempt is not None
-        assert self.attempt.sync.last is not None
-        export_hf(self.attempt.sync.last, self.inputs.model_dir, self.rundir.final)
         draw_curve(read_metrics(self.rundir.metrics), self.rundir.curve, self.config.run.name)
         summary = {
             "run": self.config.run.name,

@@ -32,9 +32,9 @@ from rlhf_cluster.observe.parts import part_means
 from rlhf_cluster.observe.resident import resident_bytes
 from rlhf_cluster.observe.run_log import read_metrics
 from rlhf_cluster.observe.snapshot import Pool, Snapshot, State
-from rlhf_cluster.pipeline import StepTimes
+from rlhf_cluster.pipeline import Evaluation, StepTimes
 from rlhf_cluster.ports import StepReport, Taken
-from rlhf_cluster.records import GroupSummary, Ticket
+from rlhf_cluster.records import Ticket
 from rlhf_cluster.rundir import RunDir
 from rlhf_cluster.weights.sync import SyncStats
 
@@ -165,14 +165,23 @@ class RunObserver(Observer[RunConfig]):
         self._metrics.record({k: v for k, v in values.items() if find(k).role in OWN_ROLES})
         self._update(state="warmup", step=step, num_steps=self._num_warmup_steps)
 
-    def evaluation(self, step: int, answers: Sequence[GroupSummary]) -> float:
-        """Log one evaluation, of one answer a prompt; returns its mean reward."""
-        mean = float(np.mean([answer.rewards[0] for answer in answers]))
+    def evaluation(self, step: int, found: Evaluation) -> float | None:
+        """Log one evaluation, of one answer a prompt; returns the mean reward of those that were
+        answered, None without any."""
+        answers, failures = found.answers, found.failures
+        if failures:
+            total = len(answers) + len(failures)
+            self.event(
+                f"evaluation after step {step}: {len(failures)} of {total} prompts failed, and do not "
+                f"count. The first: {failures[0]}"
+            )
         values = {
-            "evaluation/reward_mean": mean,
             "evaluation/num_prompts": float(len(answers)),
-            **part_means(answers, "evaluation/part"),
+            "evaluation/failed_prompts": float(len(failures)),
         }
+        mean = float(np.mean([answer.rewards[0] for answer in answers])) if answers else None
+        if mean is not None:
+            values |= {"evaluation/reward_mean": mean, **part_means(answers, "evaluation/part")}
         self._log.append(step, self._clock(), values)
         self._metrics.record(values)
         return mean

@@ -28,11 +28,12 @@ from rlhf_cluster.checkpoint.saving import Checkpoints
 from rlhf_cluster.checkpoint.state import RunState
 from rlhf_cluster.config import RunConfig, StageConfig
 from rlhf_cluster.config.replay import fresh_groups
-from rlhf_cluster.errors import RunError
+from rlhf_cluster.errors import RunError, StalledError
 from rlhf_cluster.experience.adaptive import DepthController, depth_controller
 from rlhf_cluster.experience.recovery import patience_of, recovery_of
 from rlhf_cluster.inputs import Inputs
 from rlhf_cluster.pipeline import Pipeline, evaluate
+from rlhf_cluster.records import WeightVersion
 from rlhf_cluster.restarts import RoomAgain
 from rlhf_cluster.rundir import RunDir
 from rlhf_cluster.weights.sync import WeightSync
@@ -55,6 +56,7 @@ class Place:
     generation: RayGeneration
     scoring: RayScoring
     transport: Transport
+    export: Callable[[WeightVersion], None]  # write the trained model; may block
     first_prompt: int  # of a run that begins with step 0
 
 
@@ -125,6 +127,7 @@ class Attempt:
                 raise RoomAgain(f"there is room for all {config.learner.ranks} learner ranks again")
             raise Stopped(stopped_text(config, self.checkpoints.stats.last))
         await self.sync.publish_last(config.run.steps, self.publish_timeout_s)
+        await self._export()  # first: nothing that an evaluation meets may cost the trained model
         after = await self._evaluate(config.run.steps)
         await self.checkpoints.copied()
         return before, after
@@ -224,8 +227,23 @@ class Attempt:
             return None
         place.observer.state("evaluating")
         max_tokens = place.config.generation.max_response_tokens
-        answers = await evaluate(place.generation, place.scoring, prompts, max_tokens, step)
-        return place.observer.evaluation(step, answers)
+        found = await evaluate(place.generation, place.scoring, prompts, max_tokens, step)
+        return place.observer.evaluation(step, found)
+
+    async def _export(self) -> None:
+        """Waits for: the last version to be written as a model folder; the deadline is a publish's."""
+        config, version = self.place.config, self.sync.last
+        assert version is not None
+        timeout_s = config.weights.publish_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                await asyncio.to_thread(self.place.export, version)
+        except TimeoutError as error:
+            raise StalledError(
+                f"{self.place.rundir.final}: the trained model was not written within "
+                f"weights.publish_timeout_s = {timeout_s:g} s. Look at that disk, or raise it; the "
+                "same command goes on"
+            ) from error
 
 
 def stopped_text(config: RunConfig | StageConfig, last: int) -> str:

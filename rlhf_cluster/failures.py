@@ -1,4 +1,6 @@
-"""Which errors of a learner rank, whose process lives on, may be over with the next attempt.
+"""What an error means for what goes on: of a learner rank, and of a call for one group.
+
+Errors of a rank whose process lives on: which may be over with the next attempt.
 
     raised in a rank                                         a run that goes on     at its first setup
     StalledError: a deadline passed                          may pass               may pass
@@ -16,16 +18,53 @@ What may pass becomes a `RankFailed`: the learner and the buffer go back to the 
 step that hangs is not here: who waits for it has a deadline, and counts the rank as gone. What comes
 again is raised as it is, and ends the run.
 
+Errors of a call for one group, which a worker raised or died of:
+
+    raised for one group                                     another worker tries   after the last try
+    WorkerError, StalledError, WeightError                   yes                    a discard
+    ScoringError: a reward failed                            yes                    a discard
+    RecordError: log-probabilities that are NaN              yes                    a discard
+    DataError: a request that the engine refuses             yes                    a discard
+    RecordLost: the rollouts are gone with a node            sampled again          a discard
+    PoolLost: no worker is left                              no                     the run ends
+    every other error (full disk, bound, configuration)      no                     the run ends
+
+A bad sample is a worker's fault first, since a broken device or engine makes such samples, and then the
+group's: one discard, counted with its reason. Too many of them end the run (`outcomes`).
+
 Classes of torch are told by their names, so that nothing here imports it.
 """
 
 from __future__ import annotations
 
-from rlhf_cluster.errors import RankFailed, RlhfError, StalledError
+from rlhf_cluster.errors import (
+    DataError,
+    PoolLost,
+    RankFailed,
+    RecordError,
+    RecordLost,
+    RlhfError,
+    ScoringError,
+    StalledError,
+    WeightError,
+    WorkerError,
+)
 
 _OF_TORCH = frozenset({"DistError", "OutOfMemoryError", "AcceleratorError"})
 _COMES_AGAIN = (NotImplementedError, RecursionError)
 MAX_TEXT = 1000
+_OF_A_GROUP = (WorkerError, ScoringError, RecordError, DataError)
+_OF_A_CALL = (*_OF_A_GROUP, StalledError, WeightError)
+
+
+def may_pass_elsewhere(error: RlhfError) -> bool:
+    """Whether another worker is asked, after one raised `error` for a group."""
+    return isinstance(error, _OF_A_CALL) and not isinstance(error, PoolLost | RecordLost)
+
+
+def costs_one_group(error: RlhfError) -> bool:
+    """Whether `error`, which outlived its retries, discards a group and lets the run go on."""
+    return isinstance(error, _OF_A_GROUP) and not isinstance(error, PoolLost)
 
 
 def may_pass(error: Exception, starting: bool = False) -> bool:

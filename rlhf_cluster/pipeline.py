@@ -24,14 +24,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from rlhf_cluster.errors import (
-    PoolLost,
     RecordLost,
     RlhfError,
-    ScoringError,
     WorkerError,
     first_failure,
 )
 from rlhf_cluster.experience.adaptive import DepthController
+from rlhf_cluster.failures import costs_one_group
 from rlhf_cluster.observe.occupancy import Occupancy
 from rlhf_cluster.outcomes import Outcomes
 from rlhf_cluster.ports import (
@@ -185,14 +184,14 @@ class Pipeline:
 
     async def produce(self, ticket: Ticket, prompt: Prompt) -> None:
         """One group from ticket to buffer. A failure that outlived its retries is a discard, and so
-        is a group that the algorithm does not train on; another one is admitted in its place. Without a
-        pool the run ends."""
+        is a group that the algorithm does not train on; another one is admitted in its place. Which
+        errors end the run instead: `rlhf_cluster.failures`."""
         try:
             found = await self._recovered(ticket, prompt)
             handle, summary = found or await self._generated(ticket, prompt)
-        except PoolLost:
-            raise
-        except (WorkerError, ScoringError) as error:
+        except RlhfError as error:
+            if not costs_one_group(error):
+                raise
             self.observer.group_discarded(ticket, error)
             await self.buffer.discard(ticket, type(error).__name__)
             self._outcomes.add(error)
@@ -281,24 +280,38 @@ class Pipeline:
             self.observer.event(str(change))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What became of each held-out prompt, in their order."""
+
+    answers: Sequence[GroupSummary]
+    failures: Sequence[RlhfError]
+
+
 async def evaluate(
     generation: GenerationPort,
     scoring: ScoringPort,
     prompts: Sequence[Prompt],
     max_tokens: int,
     version: int,
-) -> list[GroupSummary]:
+) -> Evaluation:
     """Greedy answers to held-out prompts with the weights that are live, which must be `version`.
 
-    Raises `WorkerError` when an answer came from other weights.
+    A prompt that nobody could answer or score costs itself only. Raises `WorkerError` when an answer
+    came from other weights, and what ends a run (`rlhf_cluster.failures`).
     """
     sampling = Sampling(num_samples=1, temperature=0.0, max_tokens=max_tokens)
 
-    async def one(number: int, prompt: Prompt) -> GroupSummary:
+    async def one(number: int, prompt: Prompt) -> GroupSummary | RlhfError:
         ticket = Ticket(number=number, version=version, purpose="evaluate")
-        _, summary = await scored(
-            lambda: generation.generate(ticket, prompt, sampling), scoring.score
-        )
+        try:
+            _, summary = await scored(
+                lambda: generation.generate(ticket, prompt, sampling), scoring.score
+            )
+        except RlhfError as error:
+            if not costs_one_group(error):
+                raise
+            return error
         if summary.oldest_version != version:
             raise WorkerError(
                 f"evaluation of version {version}: group {summary.group_id} was sampled with "
@@ -306,7 +319,11 @@ async def evaluate(
             )
         return summary
 
-    return await together(one(number, prompt) for number, prompt in enumerate(prompts))
+    found = await together(one(number, prompt) for number, prompt in enumerate(prompts))
+    return Evaluation(
+        answers=[each for each in found if isinstance(each, GroupSummary)],
+        failures=[each for each in found if isinstance(each, RlhfError)],
+    )
 
 
 async def scored(

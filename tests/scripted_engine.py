@@ -11,6 +11,7 @@ override the rest for single workers by name. Keys and defaults:
     start_delay_s 0, generate_delay_s 0, pull_delay_s 0
     in_turn                                             false: one group after the other
     skill 0.1, skill_per_version 0.1
+    fail_greedy                                         false: fail at temperature 0
     fail_start, fail_generate, fail_pull, fail_check    false: raise the error of that call
     hang_generate, hang_pull                            false: wait until cancelled
     hang_after_tokens                                   null: the same, with that many tokens so far
@@ -49,6 +50,7 @@ _DEFAULTS: dict[str, Any] = {
     "skill_per_version": 0.1,
     "fail_start": False,
     "fail_generate": False,
+    "fail_greedy": False,
     "fail_pull": False,
     "fail_check": False,
     "hang_generate": False,
@@ -107,7 +109,7 @@ class ScriptedEngine(Engine):
         groups_to_live = script["crash_after_groups"]
         if groups_to_live is not None and self._num_groups >= groups_to_live:
             os._exit(1)
-        if script["fail_generate"]:
+        if script["fail_generate"] or (script["fail_greedy"] and request.temperature == 0):
             raise WorkerError(f"{self._name}: scripted failure of generate")
         first_version = self._version
         self._num_requests += request.num_samples

@@ -22,7 +22,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from rlhf_cluster.config.revise import Revise
-from rlhf_cluster.errors import PoolLost, RecordLost, RlhfError, ScoringError, WorkerError
+from rlhf_cluster.errors import RecordLost, RlhfError
+from rlhf_cluster.failures import costs_one_group
 from rlhf_cluster.generating.answers import Answers, AnswersFile
 from rlhf_cluster.generating.asking import PoolAsker
 from rlhf_cluster.generating.revising import Asker, Reviser, answer_of
@@ -122,9 +123,9 @@ class Producer:
         for number in numbers:
             try:
                 answers = await self._answers(number)
-            except PoolLost:
-                raise
-            except (WorkerError, ScoringError) as error:
+            except RlhfError as error:
+                if not costs_one_group(error):
+                    raise
                 self.num_discarded[type(error).__name__] += 1
                 self.discarded(number, error)
                 self._outcomes.add(error)

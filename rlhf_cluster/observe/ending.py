@@ -55,8 +55,13 @@ def ending(
 
 def _reward(summary: Mapping[str, Any], num_prompts: int) -> str:
     before, after = summary["reward_before"], summary["reward_after"]
-    if before is None or after is None:
+    if not num_prompts:
         return "not measured on held-out prompts (evaluation.num_prompts = 0)"
+    if before is None or after is None:
+        when = (
+            "before" if after is not None else "after" if before is not None else "before or after"
+        )
+        return f"not known: no held-out prompt could be answered {when} training"
     return f"{before:.3f} -> {after:.3f} on {num_prompts:,} held-out prompts"
 
 

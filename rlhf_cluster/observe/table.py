@@ -43,6 +43,7 @@ def _rewards() -> tuple[Metric, ...]:
         gauge("evaluation/reward_mean", "reward", role, "Mean reward of greedy held-out answers"),
         gauge("evaluation/part", "reward", role, "The same of one part, or watched score", "part"),
         gauge("evaluation/num_prompts", "1", role, "Held-out prompts that were answered"),
+        gauge("evaluation/failed_prompts", "1", role, "Held-out prompts that nobody could answer"),
         gauge("response/length_mean_tokens", "tokens", role, "Mean length of the step's responses"),
         gauge("response/length_max_tokens", "tokens", role, "Longest response of the step"),
         gauge("response/stopped_fraction", "1", role, "Responses that the model ended itself"),

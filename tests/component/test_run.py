@@ -173,6 +173,22 @@ def test_dead_generation_fails_the_run_naming_worker_error_and_groups(start_run)
     assert all(any("most recent call first" in line for line in s) for s in stacks.values())
 
 
+def test_d11_the_trained_model_is_there_though_no_prompt_can_be_evaluated(start_run):
+    run = start_run(run={"steps": 1}, evaluation={"num_prompts": 2})
+    run.script(fail_greedy=True)
+    code, output = run.finish()
+    assert code == 0, output
+    summary = json.loads((run.path / "summary.json").read_text())
+    assert (summary["reward_before"], summary["reward_after"]) == (None, None)
+    assert (run.path / "final" / "model.safetensors").exists()
+    [*_, last] = [r for r in run.metrics() if "evaluation/failed_prompts" in r]
+    assert last["evaluation/failed_prompts"] == 2
+    assert "evaluation/reward_mean" not in last
+    assert (
+        "2 of 2 prompts failed, and do not count" in (run.path / "logs/controller.log").read_text()
+    )
+
+
 def test_a_crash_loop_ends_the_run_with_the_first_cause(start_run):
     run = start_run(run=LONG, cluster={"max_restarts": 1})
     run.script(**SLOW)
@@ -180,12 +196,14 @@ def test_a_crash_loop_ends_the_run_with_the_first_cause(start_run):
     run.script(fail_check=True, fail_generate=True)
     code, output = run.finish()
     assert code == 1
-    assert "more than 1. First cause" in output
+    assert "0 of at least 1 workers live. First cause" in output
     assert "scripted failure" in output
     known = json.loads((run.path / "post_mortem.json").read_text())
     assert output.strip().endswith(str(run.path / "post_mortem.json"))
     assert "scripted failure" in known["first_cause"]
-    assert known["causes"][-1]["message"].startswith("generation: 2 restarts, more than 1")
+    assert known["causes"][-1]["message"].startswith(
+        "generation: 2 restarts within 3600 s, more than 1, "
+    )
     assert known["step"] >= 1
     assert known["logs"].keys() >= {"controller", "generation-0", "learner-0"}
     assert known["stacks"]["processes"].keys() >= {"scoring-0", "learner-0", "buffer"}

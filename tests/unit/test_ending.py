@@ -52,8 +52,14 @@ def test_of_one_run_among_several_nothing_is_suggested_that_names_the_others(
 
 
 def test_a_run_without_held_out_prompts_says_so(tmp_path: Path) -> None:
-    lines = lines_of(tmp_path, tmp_path, [], reward_before=None, reward_after=None)
+    none = ["evaluation.num_prompts=0"]
+    lines = lines_of(tmp_path, tmp_path, none, reward_before=None, reward_after=None)
     assert "not measured on held-out prompts (evaluation.num_prompts = 0)" in lines[1]
+
+
+def test_a_run_whose_held_out_prompts_all_failed_says_so(tmp_path: Path) -> None:
+    lines = lines_of(tmp_path, tmp_path, [], reward_after=None)
+    assert "not known: no held-out prompt could be answered after training" in lines[1]
 
 
 @pytest.mark.parametrize("name", ["quickstart", "a" * 64])

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from rlhf_cluster.errors import (
-    DataError,
     PoolLost,
     RecordLost,
     ScoringError,
+    StoreError,
     WorkerError,
 )
 from rlhf_cluster.generating.answers import Answers, read_answers
@@ -74,7 +74,7 @@ def test_a_failed_prompt_is_counted_tried_again_the_next_time_and_never_half_the
     assert producer(tmp_path).pending == [2, 5]
 
 
-@pytest.mark.parametrize("error", [PoolLost("all gone"), DataError("other")])
+@pytest.mark.parametrize("error", [PoolLost("all gone"), StoreError("disk full")])
 def test_without_a_pool_all_ends_with_the_first_cause(tmp_path, error):
     with pytest.raises(type(error), match=str(error)):
         run(producer(tmp_path, 2, generation=Generation(fail=lambda ticket: error)))

@@ -7,11 +7,15 @@ import pytest
 from rlhf_cluster.algorithms import DapoConfig, GrpoConfig
 from rlhf_cluster.config.sections import AdaptiveDepth
 from rlhf_cluster.errors import (
+    DataError,
     PoolLost,
+    RecordError,
     RecordLost,
     RlhfError,
     ScoringError,
+    StalenessError,
     StalledError,
+    StoreError,
     WorkerError,
 )
 from rlhf_cluster.experience.adaptive import DepthController
@@ -154,6 +158,29 @@ async def test_a_failed_group_is_discarded_counted_and_replaced():
     assert pipeline.buffer.buffer.stats().discarded == {"WorkerError": 1}
 
 
+@pytest.mark.parametrize(
+    "error", [RecordError("a log-probability is nan"), DataError("the engine refuses it")]
+)
+@pytest.mark.parametrize("where", ["generation", "scoring"])
+async def test_d05_a_bad_sample_is_a_discard_with_its_reason(error, where):
+    if where == "generation":
+        part = FakeGeneration(fail=lambda t: error if t.number == 4 else None)
+    else:
+        part = FakeScoring(fail=lambda g: error if g.ticket.number == 4 else None)
+    pipeline = await build(**{where: part})
+    await pipeline.run()
+    assert pipeline.observer.discarded == [("g00000004", str(error))]
+    assert pipeline.buffer.buffer.stats().discarded == {type(error).__name__: 1}
+
+
+@pytest.mark.parametrize("error", [StoreError("disk full"), StalenessError("over the bound")])
+async def test_d05_what_no_other_group_can_be_spared_ends_the_run(error):
+    pipeline = await build(scoring=FakeScoring(fail=lambda g: error))
+    with pytest.raises(type(error), match=str(error)):
+        await pipeline.run()
+    assert pipeline.observer.discarded == []
+
+
 @dataclass
 class LosingScoring(FakeScoring):
     """The first `losses` times that a group comes, its record is gone with the node that held it."""
@@ -176,8 +203,8 @@ async def test_groups_that_a_node_takes_before_they_are_scored_are_generated_aga
     numbers = [ticket.number for ticket in pipeline.generation.requested]
     assert sorted(numbers) == [n for n in range(18) for _ in range(1 + MAX_LOSSES)]
     prompts = [make_prompt(0)]
-    answers = await evaluate(FakeGeneration(version=2), LosingScoring(), prompts, 8, 2)
-    assert len(answers) == 1
+    found = await evaluate(FakeGeneration(version=2), LosingScoring(), prompts, 8, 2)
+    assert len(found.answers) == 1
 
 
 async def test_a_group_that_is_always_lost_is_a_discard_with_its_reason():
@@ -247,11 +274,26 @@ async def test_evaluation_refuses_answers_of_another_version():
     generation = FakeGeneration()
     await generation.pull(make_version(2))
     prompts = [make_prompt(i) for i in range(3)]
-    summaries = await evaluate(generation, FakeScoring(), prompts, 8, version=2)
-    assert [s.rewards for s in summaries] == [(1.0,)] * 3
+    found = await evaluate(generation, FakeScoring(), prompts, 8, version=2)
+    assert [s.rewards for s in found.answers] == [(1.0,)] * 3
+    assert found.failures == []
     assert all(isinstance(t, Ticket) and t.purpose == "evaluate" for t in generation.requested)
     with pytest.raises(WorkerError, match="sampled with version 2"):
         await evaluate(generation, FakeScoring(), prompts, 8, version=3)
+
+
+@pytest.mark.parametrize("failing", [{1}, {0, 1, 2}])
+async def test_d11_a_prompt_that_fails_costs_an_evaluation_itself_only(failing):
+    generation = FakeGeneration(
+        version=2, fail=lambda t: DataError("too long") if t.number in failing else None
+    )
+    prompts = [make_prompt(i) for i in range(3)]
+    found = await evaluate(generation, FakeScoring(), prompts, 8, version=2)
+    assert [str(error) for error in found.failures] == ["too long"] * len(failing)
+    assert len(found.answers) == 3 - len(failing)
+    generation.fail = lambda t: PoolLost("generation: nobody left")
+    with pytest.raises(PoolLost):
+        await evaluate(generation, FakeScoring(), prompts, 8, version=2)
 
 
 @dataclass
