@@ -1,7 +1,9 @@
 r"""Runs the completion's Python program against unit tests: 1.0 when it passes all, else 0.0.
 
-The program is the last block between ``` fences (any or no language tag); an open one goes to the
-end. Without a fence it is the whole completion, unless `require_fence`.
+The program is the last block between ``` fences that is tagged python, py or python3, else the last
+one without a tag; an open one goes to the end. Blocks of other languages (output, bash) are none, nor
+is what stands between `<think>` and `</think>`. Without any fence it is the whole completion, unless
+`require_fence`.
 
 The tests are a column with a list. Each runs in a sandbox of its own (`sandbox.py`), and only its
 input goes in: the answer is compared out here.
@@ -22,7 +24,6 @@ import ast
 import json
 import logging
 import math
-import re
 import threading
 import time
 from collections import Counter
@@ -38,9 +39,12 @@ from rlhf_cluster.records import Prompt, Rollout
 from rlhf_cluster.rewards.base import RewardContext, RewardSection
 from rlhf_cluster.rewards.columns import column
 from rlhf_cluster.rewards.failure import RewardFailure
+from rlhf_cluster.rewards.fences import blocks, last_block
+from rlhf_cluster.rewards.marks import without_thinking
 from rlhf_cluster.rewards.sandbox import Limits, Outcome, Ran, Sandbox
 
-_FENCED = re.compile(r"^```[^\n`]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE)
+LANGUAGES = ("python", "py", "python3")
+"""Tags of blocks that are programs, in lower case."""
 
 log = logging.getLogger(__name__)
 
@@ -219,10 +223,10 @@ class Code:
 
 def find_program(completion: str, require_fence: bool) -> str | None:
     """The program of a completion by the rule above; None when there is none."""
-    blocks = _FENCED.findall(completion)
-    if blocks:
-        return blocks[-1]
-    return None if require_fence or not completion.strip() else completion
+    text = without_thinking(completion)
+    if any(blocks(text, may_be_open=True)):
+        return last_block(text, LANGUAGES, may_be_open=True)
+    return None if require_fence or not text.strip() else text
 
 
 def read_test(test: Any) -> Case:

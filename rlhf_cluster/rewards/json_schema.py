@@ -1,15 +1,16 @@
 """1.0 when the completion is JSON that a JSON Schema accepts, 0.0 otherwise.
 
-The JSON is the last block between ``` fences, else the whole completion. NaN and infinities are no
-JSON. `jsonschema` validates, by the draft that `$schema` names (else the newest it knows); formats
-are not checked, and references out of the schema are never fetched. Patterns of a schema may take
-for ever on some text: validation runs in a child process that is killed at the group's deadline.
+The JSON is the last block between ``` fences that is tagged json, else the last one without a tag,
+else the whole completion; what stands between `<think>` and `</think>` is left out first. NaN and
+infinities are no JSON. `jsonschema` validates, by the draft that `$schema` names (else the newest it
+knows); formats are not checked, and references out of the schema are never fetched. Patterns of a
+schema may take for ever on some text: validation runs in a child process that is killed at the group's
+deadline.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -20,9 +21,9 @@ from rlhf_cluster.records import Prompt, Rollout
 from rlhf_cluster.rewards.base import RewardContext, RewardSection
 from rlhf_cluster.rewards.columns import column
 from rlhf_cluster.rewards.failure import RewardFailure, check_scores
+from rlhf_cluster.rewards.fences import last_block
+from rlhf_cluster.rewards.marks import without_thinking
 from rlhf_cluster.rewards.process import FunctionPool
-
-_FENCED = re.compile(r"^```[^\n`]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
 class JsonSchemaConfig(RewardSection):
@@ -105,8 +106,9 @@ def accepted(schema: Any, completions: Sequence[str]) -> list[float]:
 
 def find_json(completion: str) -> str:
     """The part of a completion that should be JSON, by the rule above."""
-    blocks = _FENCED.findall(completion)
-    return blocks[-1] if blocks else completion
+    text = without_thinking(completion)
+    block = last_block(text, ("json",), may_be_open=False)
+    return text if block is None else block
 
 
 def _refuse(name: str) -> None:

@@ -1,13 +1,18 @@
 r"""1.0 when the completion's final answer equals the expected one as mathematics, 0.0 otherwise.
 
-Numbers, LaTeX expressions, equations, intervals, sets, tuples and matrices, as the library
-math-verify reads and compares them (`1/2`, `0.5` and `\frac{2}{4}` are one answer; sets in any
-order; decimals to six places).
+`marks.py` says where a text states its answer. Where the expected answer is one number
+(`quantities.py`) the completion's has to be one as well, of the same value: exactly, or to six places
+where one has decimals, and `50\%` is 50 and 0.5. Two units that are known must be the same (5 m is not
+5 cm). Everything else, such as expressions, equations, intervals, sets, tuples and matrices, the
+library math-verify reads and compares (sets in any order; decimals to six places).
 
-What is compared of a text is the first line after its last `####`; else the content of its last
-`\boxed{}`; else what the library finds (after words like "the answer is", else the last formula or
-number). An expected answer without either mark, and without words, is read as one formula. In such
-answers dollar signs do not count, and `1 1/2` and `1.5e3` are numbers.
+With `simplified`, what still has to be worked out is wrong, else restating the problem would be right:
+arithmetic in place of a number (`40 + 32`, `\gcd(144, 216)`, a fraction that is not in lowest terms),
+and in other answers such operations, and products of sums, as the expected answer does not have. An
+equation is no value, unless every side before its last is a name (`x = 72`) or has that value too.
+
+An expected answer is a number, a formula, or text with its answer after `####` or in `\boxed{}`. Prose
+without a mark is refused: which of its numbers is meant would be a guess.
 
 Comparing may take for ever or all memory (`9^{9^{9^9}}`), also in C code that no signal reaches: it
 runs in a child process that is killed. A comparison that ran out of time, or killed the child, is
@@ -17,6 +22,7 @@ completion is at fault, scores 0.0 and is counted as "undecided"; else it is a `
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -28,10 +34,18 @@ from rlhf_cluster.records import Prompt, Rollout
 from rlhf_cluster.rewards.base import RewardContext, RewardSection
 from rlhf_cluster.rewards.columns import column
 from rlhf_cluster.rewards.failure import RewardFailure
+from rlhf_cluster.rewards.marks import target_statement
 from rlhf_cluster.rewards.process import FunctionPool
+from rlhf_cluster.rewards.quantities import read_formula
 
 _FUNCTION = "rlhf_cluster.rewards.maths_child:compare"
 _OWN_FAULT = ("timeout", "died")
+_NAMES = (
+    "sin|cos|tan|cot|sec|csc|log|exp|sqrt|frac|inf|infinity|and|gcd|lcm|min|max|mod|det|percent"
+)
+_WORD = re.compile(rf"(?<![\\A-Za-z])(?!(?:{_NAMES})(?![A-Za-z]))[A-Za-z]{{3,}}")
+_TEXT = re.compile(r"\\(?:text[a-z]*|mathrm|mbox|begin|end|operatorname)\s?\{[^{}]*\}")
+_COUNTED = re.compile(r"[^A-Za-z]*(?:[A-Za-z]+\W*){1,4}")
 
 
 class MathsConfig(RewardSection):
@@ -44,6 +58,8 @@ class MathsConfig(RewardSection):
     """Deadline of comparing one completion."""
     max_answer_characters: PositiveInt = 20_000
     """Only this much of the end of a completion is read."""
+    simplified: bool = True
+    """What still has to be worked out is no answer; without it `40 + 32` is right where 72 is."""
     processes: PositiveInt = 1
     """Child processes of each scoring worker."""
     start_timeout_s: float = Field(default=60.0, gt=0)
@@ -81,6 +97,14 @@ class Maths:
     def _expected(self, prompt: Prompt) -> str:
         target: Any = column(prompt, self._config.target_column)
         usable = isinstance(target, str | int | float) and not isinstance(target, bool)
+        if isinstance(target, str) and is_prose(target):
+            raise RewardFailure(
+                f"prompt {prompt.prompt_id}, column {self._config.target_column!r}: no answer is "
+                f"marked in the text that ends with {target[-60:]!r}. Put it after #### on a line of "
+                "its own, or in \\boxed{}, or words of an answer in \\text{}, or set target_column to "
+                "the column with the answer alone",
+                "column",
+            )
         if not usable or not self._compare(str(target), None):
             raise RewardFailure(
                 f"prompt {prompt.prompt_id}, column {self._config.target_column!r}: no answer can "
@@ -105,22 +129,21 @@ class Maths:
         return 1.0 if outcome == "right" else 0.0
 
     def _compare(self, expected: str, completion: str | None) -> bool:
-        arguments = {"expected": expected, "completion": completion}
+        arguments = {
+            "expected": expected,
+            "completion": completion,
+            "simplified": self._config.simplified,
+        }
         return bool(self._pool.call(arguments, self._config.compare_s))
 
 
-def final_answer(text: str) -> str | None:
-    """The marked answer of a text by the rule above; None where nothing marks one."""
-    _, marker, after = text.rpartition("####")
-    if marker:
-        lines = after.strip().splitlines()
-        return lines[0] if lines else ""
-    _, marker, after = text.rpartition("\\boxed{")
-    if not marker:
-        return None
-    depth = 1
-    for place, character in enumerate(after):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return after[:place]
-    return after
+def is_prose(target: str) -> bool:
+    """Whether a target is words without a mark; a number with what it counts is none."""
+    if target_statement(target) is not None or not has_words(target):
+        return False
+    return not (_COUNTED.fullmatch(target.strip()) and read_formula(target, is_target=True))
+
+
+def has_words(text: str) -> bool:
+    """Whether words stand in it that are neither of mathematics nor in `\\text{}`."""
+    return _WORD.search(_TEXT.sub("", text)) is not None

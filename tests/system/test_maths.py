@@ -9,6 +9,7 @@ import pytest
 from rlhf_cluster.rewards.base import RewardContext
 from rlhf_cluster.rewards.failure import RewardFailure
 from rlhf_cluster.rewards.maths import Maths, MathsConfig
+from tests.answers import CASES
 from tests.rewarding import make_prompt, make_rollouts
 
 
@@ -30,8 +31,8 @@ def scores(reward, target, *completions):
         ("72", "#### 72", "#### 73"),
         (72, "The answer is $72.00.", "The answer is $-72$."),
         ("it is 5 #### 1,234", r"\boxed{1234}", r"\boxed{1.234}"),
-        (r"\$18", "#### about 18 eggs", "#### about 81 eggs"),
-        ("1/2", r"\boxed{\frac{2}{4}}", r"\boxed{\frac{1}{4}}"),
+        (r"\$18", "#### about 18 dollars", "#### about 81 dollars"),
+        ("1/2", r"\boxed{\frac{1}{2}}", r"\boxed{\frac{1}{4}}"),
         ("1 1/2", r"\boxed{1.5}", r"\boxed{1}"),
         ("1.5e3", "1500", "1503"),
         (0.25, "so $x = 1/4$", "so $x = 4$"),
@@ -48,9 +49,25 @@ def test_answers_are_compared_as_mathematics(maths, expected, right, wrong):
     assert scores(maths, expected, right, wrong, "no idea", "") == [1.0, 0.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("case", [c for c in CASES if c[3] is not None], ids=lambda c: c[1][:40])
+def test_b6_every_answer_of_the_table_has_its_verdict(maths, case):
+    expected, completion, _, verdict, _ = case
+    assert scores(maths, expected, completion) == [verdict]
+
+
+def test_b6_without_simplified_the_library_works_out_what_an_answer_says():
+    reward = Maths(MathsConfig(compare_s=60, simplified=False), RewardContext())
+    try:
+        undone = [r"\boxed{40+32}", r"\boxed{\gcd(144,216)}", r"\boxed{144/2}", r"\boxed{71 = 72}"]
+        assert scores(reward, "72", *undone) == [1.0, 1.0, 1.0, 0.0]
+        assert scores(reward, "x^2+2x+1", r"\boxed{(x+1)^2}") == [1.0]
+    finally:
+        reward.close()
+
+
 @pytest.mark.parametrize("target", [None, True, "", "no answer here", ["72"], "####"])
 def test_s23_a_target_that_cannot_be_read_is_an_error_and_never_a_zero(maths, target):
-    with pytest.raises(RewardFailure, match="no answer can be read") as failure:
+    with pytest.raises(RewardFailure, match="no answer (can be read|is marked)") as failure:
         scores(maths, target, "72")
     assert failure.value.reason == "column"
 
@@ -60,7 +77,8 @@ def test_a_tower_of_powers_ends_at_its_deadline_and_the_next_answer_is_compared(
     reward = Maths(MathsConfig(compare_s=6.0), RewardContext())
     try:
         tower = r"\boxed{9^{9^{9^{9}}} - 9^{9^{9^{8}}}}"
-        assert scores(reward, "72", tower, "#### 72") == [0.0, 1.0]
+        right = r"\boxed{\sqrt{2}}"
+        assert scores(reward, r"\sqrt{2}", tower, right) == [0.0, 1.0]
         assert reward.outcomes() == {"undecided": 1.0, "right": 1.0}
     finally:
         reward.close()

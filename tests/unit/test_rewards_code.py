@@ -53,7 +53,7 @@ def score(reward, tests, *completions):
 @pytest.mark.parametrize(
     ("completion", "fenced_only", "program"),
     [
-        ("a\n```python\nx = 1\n```\nb\n```\nx = 2\n```\nc", True, "x = 2\n"),
+        ("a\n```python\nx = 1\n```\nb\n```\nx = 2\n```\nc", True, "x = 1\n"),
         ("```py\nx = 1\n```", True, "x = 1\n"),
         ("```python\nx = 1", True, "x = 1"),
         ("```\ns = '``` no end'\n```", True, "s = '``` no end'\n"),
@@ -64,6 +64,26 @@ def score(reward, tests, *completions):
 )
 def test_the_program_of_a_completion(completion, fenced_only, program):
     assert find_program(completion, fenced_only) == program
+
+
+@pytest.mark.parametrize(
+    ("completion", "program"),
+    [
+        ("```python\nx = 1\n```\nIt prints:\n```\n1\n```", "x = 1\n"),
+        ("```python\nx = 1\n```\n```output\n1\n```", "x = 1\n"),
+        ("```\nx = 1\n```\nRun it:\n```bash\npython x.py\n```", "x = 1\n"),
+        ("```python\nx = 1\n```\nor\n```py\nx = 2\n```", "x = 2\n"),
+        ("```Python3\nx = 1\n```", "x = 1\n"),
+        ('``` {.python title="x"}\nx = 1\n```', "x = 1\n"),
+        ("```\nx = 1\n```\n```\nx = 2\n```", "x = 2\n"),
+        ("```bash\nls\n```", None),
+        ("<think>```python\nx = 1\n```</think>\n```python\nx = 2\n```", "x = 2\n"),
+        ("```python\nx = 1\n```</think>Done.", "Done."),
+        ("1. So:\n   ```python\n   if x:\n       y = 1\n   ```\n", "if x:\n    y = 1\n"),
+    ],
+)
+def test_b8_the_program_is_the_last_block_of_python(completion, program):
+    assert find_program(completion, require_fence=False) == program
 
 
 @pytest.mark.parametrize(

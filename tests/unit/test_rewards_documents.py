@@ -22,7 +22,7 @@ SECTIONS = {
     for config in RewardSection.__subclasses__() + RemoteSection.__subclasses__()
     if config is not RemoteSection
 }
-EXPLAINED_ELSEWHERE = {"exact_match", "numeric", "equations", "python", "reward_model"}
+EXPLAINED_ELSEWHERE = {"exact_match", "equations", "python", "reward_model"}
 
 
 def part(heading: str) -> str:

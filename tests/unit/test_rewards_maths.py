@@ -1,10 +1,10 @@
-"""The maths reward: which part of a text is its answer, and who is to blame for a hang."""
+"""The maths reward: which targets it takes, and who is to blame for a hang."""
 
 import pytest
 
 from rlhf_cluster.rewards.base import RewardContext
 from rlhf_cluster.rewards.failure import RewardFailure
-from rlhf_cluster.rewards.maths import Maths, MathsConfig, final_answer
+from rlhf_cluster.rewards.maths import Maths, MathsConfig, is_prose
 from tests.rewarding import make_prompt, make_rollouts
 
 
@@ -14,18 +14,34 @@ def scores(reward, target, *completions):
 
 
 @pytest.mark.parametrize(
-    ("text", "answer"),
+    ("target", "prose"),
     [
-        ("5 #### 72\nbecause", "72"),
-        ("#### 1\n####   2", "2"),
-        ("####", ""),
-        (r"\boxed{1} then \boxed{\frac{1}{2}} or 3", r"\frac{1}{2}"),
-        (r"\boxed{72", "72"),
-        ("the answer is 72", None),
+        ("It takes 72 hours for 3 people", True),
+        ("The answer is 72", True),
+        ("about 72", True),
+        ("even", True),
+        ("It takes 3 people #### 72", False),
+        (r"It takes 3 people \boxed{72}", False),
+        ("72", False),
+        ("72 hours", False),
+        ("$72 per day", False),
+        (r"\text{even}", False),
+        (r"\sin x", False),
+        ("sqrt(2)", False),
+        ("2x + 1", False),
     ],
 )
-def test_the_marked_answer_of_a_text(text, answer):
-    assert final_answer(text) == answer
+def test_b5_a_target_in_prose_is_refused_with_the_row_and_the_cure(target, prose):
+    assert is_prose(target) == prose
+    maths = Maths(MathsConfig(), RewardContext(), SlowChild("busy", is_broken=False))
+    if not prose:
+        assert scores(maths, target, target) == [1.0]
+        return
+    with pytest.raises(
+        RewardFailure, match=r"prompt row-0, column 'answer'.*after ####"
+    ) as failure:
+        scores(maths, target, target)
+    assert failure.value.reason == "column"
 
 
 class SlowChild:

@@ -12,12 +12,8 @@ from rlhf_cluster.records import FinishReason
 from rlhf_cluster.rewards.base import RewardContext
 from rlhf_cluster.rewards.exact_match import ExactMatch, ExactMatchConfig
 from rlhf_cluster.rewards.failure import RewardFailure
-from rlhf_cluster.rewards.numeric import (
-    MAX_NUMBER_CHARACTERS,
-    Numeric,
-    NumericConfig,
-    final_number,
-)
+from rlhf_cluster.rewards.numeric import Numeric, NumericConfig, final_number
+from rlhf_cluster.rewards.quantities import MAX_NUMBER_CHARACTERS
 from tests.rewarding import make_prompt, make_rollouts
 
 CONTEXT = RewardContext()
@@ -70,7 +66,7 @@ def test_s23_a_missing_column_is_an_error_and_never_a_zero(reward):
         ("72 is less than 73\n#### 72", 72),
         ("#### 1\n#### 72 because 5 < 6", 72),
         ("#### no idea, 5 maybe", 5),
-        ("it costs 5 ####", None),
+        ("it costs 5 ####", 5),
         ("####", None),
         (r"\boxed{72} of 100", 72),
         (r"\boxed{7} or rather \boxed{x = 72} \text{km}", 72),
@@ -81,7 +77,7 @@ def test_s23_a_missing_column_is_an_error_and_never_a_zero(reward):
         (r"unfinished \boxed{72", 72),
         ("1,234,567", 1234567),
         ("1{,}234 and more: 10\\,000", 10000),
-        ("numbers 1,2", 2),
+        ("numbers 1,2", None),
         ("$1,250.50", Fraction("1250.50")),
         (r"\$18", 18),
         ("-$5", -5),
@@ -89,12 +85,12 @@ def test_s23_a_missing_column_is_an_error_and_never_a_zero(reward):
         ("a drop of -3", -3),
         ("\u22123", -3),
         ("+3", 3),
-        ("10-3", 3),
-        ("(10)-3", 3),
-        ("5 - 3", 3),
+        ("10-3", None),
+        ("(10)-3", None),
+        ("5 - 3", None),
         ("25%", 25),
         ("3/4", Fraction(3, 4)),
-        ("1.5 / 3", Fraction(1, 2)),
+        ("1.5 / 3", None),
         ("2 1/2 cups", Fraction(5, 2)),
         ("-2 1/2", Fraction(-5, 2)),
         ("1/0", None),
@@ -132,9 +128,12 @@ def test_a_target_may_be_a_number(target, text):
     assert scores(numeric(), target, text, "5") == [1.0, 0.0]
 
 
-@pytest.mark.parametrize("target", [None, True, "none", "", float("nan"), float("inf"), [1]])
-def test_s23_a_target_without_a_number_is_an_error_and_never_a_zero(target):
-    with pytest.raises(RewardFailure, match="no number in"):
+@pytest.mark.parametrize(
+    "target",
+    [None, True, "none", "", "3:30", "2 + 2", "in 5 hours 72", float("nan"), float("inf"), [1]],
+)
+def test_s23_b5_a_target_without_one_number_is_an_error_and_never_a_zero(target):
+    with pytest.raises(RewardFailure, match="no number, or more than one, in"):
         scores(numeric(), target, "72")
 
 

@@ -30,7 +30,7 @@ def scores(reward, columns, *completions):
         ("B", "B"),
         ("(b).", "B"),
         ("**B**", "B"),
-        ("so:\n#### B\nand A", "B"),
+        ("so:\n#### B\nand A", None),
         ("#### A or B", None),
         ("#### A\n#### b", "B"),
         (r"\boxed{B}", "B"),
@@ -52,6 +52,57 @@ def scores(reward, columns, *completions):
     ],
 )
 def test_the_choice_of_a_text(text, letter):
+    assert choice(text, "ABCD") == letter
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("The answer is A great deal", None),
+        ("The answer is a", None),
+        ("The answer is A", "A"),
+        ("The answer is A because B is not", "A"),
+        ("The answer is A, which is right", "A"),
+        ("The answer is (b)", "B"),
+        ("The answer is C great", "C"),
+        (r"\textbf{(B)}", "B"),
+        (r"\boxed{\textbf{(B)}}", "B"),
+        (r"\boxed{\textbf{(B) } 12}", "B"),
+        (r"\boxed{\text{B. Paris}}", "B"),
+        (r"\boxed{\mathrm{B}}", "B"),
+        (r"\boxed{A, B}", None),
+        (r"\boxed{A or B}", None),
+        (r"\boxed{\text{not A but B}}", "B"),
+        ("Answer: (C)", "C"),
+        ("Answer: A. Paris", "A"),
+        ("**Answer: B**", "B"),
+        ("**Answer:** B", "B"),
+        ("Answer: A or B", None),
+        ("The answer is: **(B) 12**", "B"),
+        ("The correct answer is:\n\nB) Paris", "B"),
+        ("The correct option is **D**.", "D"),
+        ("Final answer\nB", "B"),
+        ("**C**", "C"),
+        ("C.", "C"),
+        ("C) because A is wrong", "C"),
+        ("(B) Paris", "B"),
+        ("A. one\nB. two\nC. three", None),
+        ("Not A but B", "B"),
+        ("The answer is not A but B", "B"),
+        ("The answer is not B", None),
+        ("<answer>C</answer>", "C"),
+        ("<answer>(c) Paris</answer>", "C"),
+        ("<think>\\boxed{A}</think> B", "B"),
+        ("<think>The answer is A", None),
+        ("The answer is A.</think>B", "B"),
+        ("#### A heading\nThe answer is B.", "B"),
+        ("\\boxed{B}\n#### A", "B"),
+        ("\u7b54\u6848\uff1aB", "B"),
+        ("\u7b54\u6848\u662f\uff22", "B"),
+        ("B is right", None),
+    ],
+)
+def test_b10_the_choice_of_what_chat_models_write(text, letter):
     assert choice(text, "ABCD") == letter
 
 
@@ -134,6 +185,20 @@ def test_json_is_accepted_by_its_schema_or_not():
     ]
     assert accepted(SCHEMA, texts) == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
     assert find_json("```\n1\n```\n```json\n2\n```") == "2\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "json"),
+    [
+        ("```json\n1\n```\nIt prints:\n```output\n2\n```", "1\n"),
+        ("```json\n1\n```\n```\n2\n```", "1\n"),
+        ("```\n1\n```\n```text\n2\n```", "1\n"),
+        ("<think>```json\n1\n```</think>```json\n2", "```json\n2"),
+        ("1. So:\n   ```JSON\n   {\n     1: 2}\n   ```\n", "{\n  1: 2}\n"),
+    ],
+)
+def test_b8_json_is_the_last_block_that_says_so(text, json):
+    assert find_json(text) == json
 
 
 def test_a_schema_may_be_json_text_and_fetches_nothing():

@@ -1,0 +1,167 @@
+r"""Finds where a text states its final answer. What the answer is worth, the verifiers decide.
+
+Of a completion the reasoning between `<think>` and `</think>` is left out first: also one that never
+ends, and everything up to a closing tag whose opening one stands in the prompt. Then the first of
+these is the statement:
+
+1. `box`: the content of the last `\boxed{}` that is not empty (`\fbox{}` is one). Boxes with nothing
+   but a comma, "and" or "or" between them are one statement, joined by commas.
+2. `tag`: one line between the last `<answer>` and `</answer>`; with more lines, the rules below
+   read those lines only.
+3. `hash`: what follows `####` on the last line that is not empty. Elsewhere `####` is a heading.
+4. `said`: what follows the last "answer is", "answer:" or heading "Answer", up to the end of the
+   line, where a value stands there.
+5. `prose`: all of the text, where nothing marks an answer.
+
+A target is read by the rules of the data sets instead: the line after its last `####` (GSM8K), else
+its last box (MATH), else none.
+
+Reading takes time linear in the text.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, NamedTuple
+
+Kind = Literal["box", "tag", "hash", "said", "prose"]
+
+MAX_STATEMENT_CHARACTERS = 400
+"""More of a line is not read: no final answer is so long."""
+
+_MAX_JOINED = 8
+_THINKING = re.compile(r"<(/?)think(?:ing)?>")
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])[ ]{0,4}")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_BARE = re.compile(r"[^\s${}]{1,64}")
+_JOINT = re.compile(
+    r"(?:[\s$,;&*]|\\[()\[\],; ]|\\quad|\\text\s?\{\s?(?:and|or)\s?\}|\b(?:and|or)\b){0,12}"
+)
+_ANSWER = re.compile(r"(?:\b[Aa]nswer|\bANSWER)\b|\u7b54\u6848")
+_SAYS = re.compile(
+    r"[^\n.?!:=\uff1a]{0,80}?(?:\b(?:is|are|be|equals|IS)\b|[:=\uff1a\u662f\u4e3a])|[ *_#]{0,8}\n"
+)
+_VALUE = re.compile(r"[\d\\$\u00bc-\u00be\u2150-\u215e]")
+_DENIAL = re.compile(r"(?:not|never)\b")
+
+
+class Statement(NamedTuple):
+    """Where a text states its answer, and by which rule it was found."""
+
+    text: str
+    kind: Kind
+
+
+def final_statement(completion: str) -> Statement:
+    """The statement of a completion by the rules above."""
+    text = without_thinking(completion)
+    content = last_box(text)
+    if content is not None:
+        return Statement(content, "box")
+    tagged = _last_tag(text)
+    if tagged is not None:
+        if len(tagged.splitlines()) == 1:
+            return Statement(_bounded(tagged), "tag")
+        text = tagged
+    lines = text.rstrip().rpartition("\n")
+    _, marker, after = lines[2].rpartition("####")
+    if marker and after.strip():
+        return Statement(_bounded(after), "hash")
+    said = _last_said(text)
+    return Statement(said, "said") if said is not None else Statement(text, "prose")
+
+
+def target_statement(target: str) -> Statement | None:
+    """The statement of a row's target by the rules of the data sets, None where none is marked."""
+    _, marker, after = target.rpartition("####")
+    if marker:
+        lines = after.strip().splitlines()
+        return Statement(lines[0].strip() if lines else "", "hash")
+    content = last_box(target)
+    return Statement(content, "box") if content is not None else None
+
+
+def without_thinking(text: str) -> str:
+    """The completion without its reasoning, by the rule above."""
+    if "think" not in text:
+        return text
+    kept: list[str] = []
+    begin, inside = 0, False
+    for tag in _THINKING.finditer(text):
+        if not tag[1]:
+            if not inside:
+                kept.append(text[begin : tag.start()])
+            inside = True
+        else:
+            if not inside:
+                kept.clear()
+            inside, begin = False, tag.end()
+    if not inside:
+        kept.append(text[begin:])
+    return "".join(kept)
+
+
+def last_box(text: str) -> str | None:
+    """The content of the last box, joined with boxes that belong to it; None without a box."""
+    found = list(_BOX.finditer(text)) if "box" in text else []
+    joined: list[str] = []
+    begin = len(text)
+    for box in reversed(found):
+        end, content = _content(text, box.end(), begin)
+        if joined:
+            apart = text[end : min(begin, end + 60)] if end <= begin else "x"
+            if begin - end > 60 or not _JOINT.fullmatch(apart) or len(joined) == _MAX_JOINED:
+                break
+        if content:
+            joined.append(content)
+            begin = box.start()
+    distinct = list(dict.fromkeys(reversed(joined)))
+    return ", ".join(distinct) if distinct else None
+
+
+def _content(text: str, start: int, stop: int) -> tuple[int, str]:
+    """End and content of the box that begins at `start`; an open one goes to the end of its line."""
+    if text[start : start + 1] != "{":
+        bare = _BARE.match(text, start)
+        return (bare.end(), bare[0]) if bare else (start, "")
+    depth = 0
+    # Boxes that lie inside another are found first, so nothing after `stop` is read twice.
+    for brace in _BRACE.finditer(text, start, stop):
+        depth += (brace[0] == "{") - (brace[0] == "}")
+        if depth == 0:
+            return brace.end(), text[start + 1 : brace.start()].strip()
+    line = text[start + 1 : stop].partition("\n")[0]
+    return stop, line.strip()
+
+
+def _last_tag(text: str) -> str | None:
+    _, marker, after = text.rpartition("<answer>")
+    if not marker:
+        return None
+    return after.partition("</answer>")[0].strip() or None
+
+
+def _last_said(text: str) -> str | None:
+    for found in reversed(list(_ANSWER.finditer(text))):
+        says = _SAYS.match(text, found.end())
+        if says is None:
+            continue
+        rest = text[says.end() : says.end() + MAX_STATEMENT_CHARACTERS].lstrip(" *_:=\uff1a")
+        line, _, below = rest.partition("\n")
+        if not line.strip(" *_.:$\\[(") or line.rstrip(" *_").endswith((":", "\uff1a")):
+            line = _first_line(below)
+        if _VALUE.search(line) and not _DENIAL.match(line):
+            return line.strip()
+    return None
+
+
+def _first_line(text: str) -> str:
+    """The first line that is more than the opening of a formula."""
+    for line in text.splitlines():
+        if line.strip(" *_\\[$`-"):
+            return line.strip()
+    return ""
+
+
+def _bounded(text: str) -> str:
+    return text.strip()[:MAX_STATEMENT_CHARACTERS]
