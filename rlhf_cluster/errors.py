@@ -42,6 +42,10 @@ class CheckpointError(RlhfError, RuntimeError):
     """A checkpoint that cannot be written, or is not whole, or does not fit the run."""
 
 
+class StorageError(CheckpointError):
+    """A storage answers with an error: what is there may be whole, and never counts as damaged."""
+
+
 class StoreError(RlhfError, RuntimeError):
     """A finished group that cannot be written to disk, or is missing or damaged there."""
 

@@ -21,6 +21,7 @@ Promises:
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -98,11 +99,17 @@ async def with_recovery(
         await sleep(pause_s)
 
 
-def point_of_return(run: RunDir, config: AnyConfig, lost: RlhfError) -> Checkpoint | None:
-    """From where the run goes on after `lost`: its newest whole checkpoint, or, with None, from the
-    beginning. Reads all of the checkpoint; changes nothing. Raises `CheckpointError`,
-    `StalledError`."""
-    found = continuing.whole(run, config.checkpoint.timeout_s)
+def point_of_return(
+    run: RunDir,
+    config: AnyConfig,
+    lost: RlhfError,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Checkpoint | None:
+    """From where the run goes on after `lost`: its newest whole checkpoint, or the copy of a newer one
+    that is damaged, or, with None, from the beginning. Reads all of the checkpoint; call while holding
+    `run`. Raises `CheckpointError`, `StorageError` and `StalledError` rather than go back further than
+    it has to."""
+    found = continuing.whole_or_copy(run, config, sleep)
     if found.checkpoint is not None:
         return found.checkpoint
     records = read_metrics(run.metrics)

@@ -2,7 +2,7 @@
 
     finished, same configuration       nothing to do
     a complete checkpoint              go on from the last one
-    none that is whole, and a copy     fetch the copy, go on from it
+    the last is damaged, and a copy    fetch the newest copy that is whole, go on from it
     none yet                           start from the beginning
     another configuration              refused with the differences, unless they are accepted
 
@@ -10,14 +10,16 @@ Promises: a run is started from the beginning only when it cannot have had a che
 checkpoints are all damaged, or were turned off, is refused, and nothing of it is deleted; what is later
 than the checkpoint is cut from the run's record, so that every step is in it once. A checkpoint is gone
 on from only after every tensor of it was read and verified (`whole`); one that is damaged is named, and
-the one before it is taken.
+its copy is taken, or the one before it. What was passed over is renamed, never deleted. A storage that
+answers with an error, or not at all, is no damage: the run is refused rather than set back.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +31,7 @@ from rlhf_cluster.checkpoint.folder import Checkpoint, Found
 from rlhf_cluster.config import GenerateConfig
 from rlhf_cluster.environment import without_secrets
 from rlhf_cluster.errors import RunError
+from rlhf_cluster.json_files import read_json
 from rlhf_cluster.observe.run_log import cut_metrics, read_metrics
 from rlhf_cluster.rundir import RunDir
 from rlhf_cluster.weights import store
@@ -80,12 +83,14 @@ class Continuation:
     kept: bool = False  # what is there stays, without a checkpoint
 
 
-def whole(run: RunDir, timeout_s: float | None = None) -> Found:
+def whole(
+    run: RunDir, timeout_s: float | None = None, sleep: Callable[[float], None] = time.sleep
+) -> Found:
     """The newest checkpoint of which every tensor is as it was written, the stored reference that it
     needs included, and what is wrong with newer ones. Reads all of it; changes nothing.
 
-    Raises `StalledError` for one that is not read within `timeout_s`: it may be whole, so that none
-    before it is taken.
+    Raises `StalledError` for one that is not read within `timeout_s`, and `StorageError` where reading
+    it fails: it may be whole, so that none before it is taken.
     """
 
     def verified(checkpoint: Checkpoint) -> None:
@@ -96,20 +101,36 @@ def whole(run: RunDir, timeout_s: float | None = None) -> Found:
         if (reference := checkpoint.state.reference) is not None:
             verify(version_dir(run.reference, reference), deadline=deadline)
 
-    return folder.newest(run.checkpoints, also=verified)
+    return folder.newest(run.checkpoints, also=verified, sleep=sleep)
 
 
-def whole_or_copy(run: RunDir, config: AnyConfig) -> Found:
-    """`whole`; where nothing is, the newest whole one of the copies at `checkpoint.copy_to`, which is
-    then in `run`. Call while holding `run`. Raises `CheckpointError`: that storage does not answer;
-    `StalledError`."""
+def whole_or_copy(
+    run: RunDir, config: AnyConfig, sleep: Callable[[float], None] = time.sleep
+) -> Found:
+    """`whole`; where that is none, or newer ones are damaged, a newer whole one of the copies at
+    `checkpoint.copy_to`, which is then in `run`. Of copies newer than all that is in `run` none is
+    taken, unless nothing in it is whole: who deleted newer checkpoints wants to go back.
+
+    Call while holding `run`. Raises `StorageError`, `StalledError`: a storage does not answer.
+    """
     timeout_s = config.checkpoint.timeout_s
-    found = whole(run, timeout_s)
+    found = whole(run, timeout_s, sleep)
     copy = copies.folder_of(config)
-    if found.checkpoint is not None or copy is None:
+    own = found.checkpoint
+    if (own is not None and not found.damaged) or copy is None:
         return found
-    fetched = copies.fetch_newest(run, copy, timeout_s, lambda run: whole(run, timeout_s))
-    return replace(fetched, damaged=[*found.damaged, *fetched.damaged])
+    last = max(folder.steps(run.checkpoints), default=-1)
+
+    def wanted(step: int) -> bool:
+        return own is None or own.state.step < step <= last
+
+    fetched = copies.fetch_newest(
+        run, copy, timeout_s, lambda run: whole(run, timeout_s, sleep), wanted, sleep
+    )
+    damaged = [*found.damaged, *(d for d in fetched.damaged if d not in found.damaged)]
+    if fetched.checkpoint is None:
+        return replace(found, damaged=damaged)
+    return replace(fetched, damaged=damaged)
 
 
 def whole_copy(run: RunDir, config: AnyConfig, overwrite: bool) -> Found:
@@ -220,13 +241,14 @@ def cut_back(run: RunDir, checkpoint: Checkpoint | None) -> None:
     """Take from the record what is later than the checkpoint; all of it, where there is none. Call
     while holding `run`."""
     step = -1 if checkpoint is None else checkpoint.state.step
-    folder.remove_after(run.checkpoints, step)
+    folder.set_aside_after(run.checkpoints, step)
     cut_metrics(run.metrics, step)
     for sample in run.samples.glob("step-*.parquet"):
         if int(sample.stem.removeprefix("step-")) > step:
             sample.unlink()
     for report in (run.path / "skipped").glob("*.json"):
-        if json.loads(report.read_text(encoding="utf-8"))["version"] >= step:
+        found = read_json(report)  # None: torn by a power cut
+        if found is None or found["version"] >= step:
             report.unlink()
     for result in (run.summary, run.curve):
         result.unlink(missing_ok=True)

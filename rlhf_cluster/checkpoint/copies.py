@@ -7,8 +7,11 @@
 Promises:
 - copying goes on behind the steps, one checkpoint at a time, the newest first; one that cannot be
   copied by its deadline is told and counted, and costs the run nothing else;
-- copies of other checkpoints than those on disk are removed once the newest is there;
-- what is fetched is verified, and appears as a checkpoint of the run directory last, and whole.
+- copies of other checkpoints than those on disk are removed once a newer one of those is there; one
+  that is newer than all on disk is of a timeline that the run left: it is set aside, and goes when a
+  copy of a later step is there;
+- what is fetched is verified, and appears as a checkpoint of the run directory last, and whole;
+- an error of the storage, or its silence, is not taken for a damaged copy: no older one is fetched.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,12 +29,21 @@ from typing import TYPE_CHECKING
 from rlhf_cluster.checkpoint import folder
 from rlhf_cluster.checkpoint.copy_folder import CHECKPOINT, RECORD, REFERENCE, CopyFolder, Told
 from rlhf_cluster.checkpoint.folder import Checkpoint, Found
-from rlhf_cluster.errors import CheckpointError, RlhfError, RunError, StalledError
+from rlhf_cluster.errors import (
+    CheckpointError,
+    RlhfError,
+    RunError,
+    StalledError,
+    StorageError,
+    WeightError,
+)
 from rlhf_cluster.observe.run_log import read_metrics
 from rlhf_cluster.rundir import RunDir
+from rlhf_cluster.storage import make_folders, passing, patiently, sync_folder, sync_tree
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.files import version_dir
 from rlhf_cluster.weights.transport import Deadline
+from rlhf_cluster.weights.verifying import verify
 
 if TYPE_CHECKING:
     from rlhf_cluster.config.either import AnyConfig
@@ -53,67 +66,90 @@ def _files(root: Path, prefix: str) -> dict[str, Path]:
     return {f"{prefix}/{path.relative_to(root).as_posix()}": path for path in paths}
 
 
-def fetch(run: RunDir, copy: CopyFolder, step: int, timeout_s: float) -> None:
+def fetch(
+    run: RunDir,
+    copy: CopyFolder,
+    step: int,
+    timeout_s: float,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
     """Put the copy of `step` into a run directory that is held, the checkpoint last.
 
     The record comes along where the directory's own is shorter. Raises `CheckpointError`,
-    `StalledError`.
+    `StalledError`; `StorageError` when nobody can tell whether it is whole, or there is no room for it.
     """
     deadline = Deadline(f"fetching step {step} from {copy.shown}", timeout_s)
-    partial = folder.begin(run.checkpoints, step, copy.num_bytes(step))
+    what = f"step {step} of {copy.shown}"
+    num_bytes = patiently(lambda: copy.num_bytes(step), what, CURE, sleep)
+    partial = folder.begin(run.checkpoints, step, num_bytes)
     try:
-        copy.get(step, partial, deadline)
+        patiently(lambda: copy.get(step, partial, deadline), what, CURE, sleep)
         checkpoint = folder.read(partial / CHECKPOINT)
         if checkpoint.state.step != step:
             raise CheckpointError(f"{copy.shown}: step {step} holds step {checkpoint.state.step}")
         for version in (partial / REFERENCE).glob("v*"):
-            _place_reference(run, version)
+            _place_reference(run, version, deadline)
         records = read_metrics(run.metrics)
         if not records or records[-1]["step"] < step:
             for path in (partial / RECORD).glob("*"):
                 path.replace(run.path / path.name)
+            sync_folder(run.path)
         folder.adopt(partial / CHECKPOINT, run.checkpoints / folder.name_of(step))
     except OSError as error:
         if isinstance(error, StalledError):
             raise
-        raise CheckpointError(
-            f"{run.path}: cannot place the copy of step {step} ({error})"
-        ) from error
+        raise StorageError(f"{run.path}: cannot place the copy of step {step} ({error})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _place_reference(run: RunDir, fetched: Path) -> None:
+CURE = "A copy that is lost for good may be deleted there: the one before it is fetched then"
+
+
+def _place_reference(run: RunDir, fetched: Path, deadline: Deadline) -> None:
+    """One that is there and whole stays: other checkpoints may need it."""
     final = run.reference / fetched.name
-    run.reference.mkdir(exist_ok=True)
-    shutil.rmtree(final, ignore_errors=True)
-    fetched.rename(final)
+    make_folders(run.reference)
+    try:
+        verify(final, deadline=deadline)
+    except WeightError as error:
+        if cause := passing(error):
+            raise StorageError(f"{final}: cannot be read ({cause!r})") from error
+        sync_tree(fetched)
+        shutil.rmtree(final, ignore_errors=True)
+        fetched.rename(final)
     store.adopt(run.reference, int(fetched.name.removeprefix("v")))
 
 
 def fetch_newest(
-    run: RunDir, copy: CopyFolder, timeout_s: float, whole: Callable[[RunDir], Found]
+    run: RunDir,
+    copy: CopyFolder,
+    timeout_s: float,
+    whole: Callable[[RunDir], Found],
+    wanted: Callable[[int], bool] = lambda step: True,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> Found:
-    """The newest copy that is whole, now in `run`, and what is wrong with newer ones.
-
-    Raises `CheckpointError` when the storage does not answer.
+    """The newest copy that is whole, of those of `wanted` steps, now in `run`, and what is wrong with
+    newer ones. Raises `StorageError`, `StalledError` when the storage does not answer.
     """
     damaged: list[str] = []
     try:
-        steps = copy.steps()
+        steps = patiently(copy.steps, copy.shown, "", sleep)
     except CheckpointError as error:
-        raise CheckpointError(
-            f"{error}. Nobody can tell whether this run has a checkpoint there: mend the storage, or "
-            "start another run with --set run.name=NEW"
+        raise StorageError(
+            f"{error}. Nobody can tell whether this run has a checkpoint there that it could go on "
+            "from: mend the storage, or start another run with --set run.name=NEW"
         ) from error
-    for step in reversed(steps):
+    for step in filter(wanted, reversed(steps)):
         try:
-            fetch(run, copy, step, timeout_s)
-        except (CheckpointError, StalledError) as error:
+            fetch(run, copy, step, timeout_s, sleep)
+        except StorageError:
+            raise
+        except CheckpointError as error:
             damaged.append(str(error))
             continue
         found = whole(run)
-        if found.checkpoint is not None:
+        if found.checkpoint is not None and found.checkpoint.state.step == step:
             origin = f"step {step} was fetched from {copy.shown}"
             return Found(checkpoint=found.checkpoint, damaged=damaged, origin=origin)
         damaged += found.damaged
@@ -171,13 +207,23 @@ class Copies:
         """Runs in a thread of its own."""
         checkpoint = folder.check(self.run.checkpoints / folder.name_of(step))
         if not self.copy.has(checkpoint):
+            there = [w for w in self._wanted if w < step and self.copy.is_complete(w)]
+            if there:
+                self._remove_older(max(there), deadline)
             self.copy.put(step, contents(self.run, checkpoint), deadline)
         self.stats.last = max(self.stats.last, step)
         if step == max(self._wanted):
+            self._remove_older(step, deadline)
             for other in self.copy.steps():
-                if other not in self._wanted:
-                    deadline.left_s("the removal of older copies")
-                    self.copy.remove(other)
+                if other > step and self.copy.is_complete(other):
+                    self.copy.set_aside(other)
+
+    def _remove_older(self, whole: int, deadline: Deadline) -> None:
+        """Copies before that of step `whole`, which is there, of checkpoints that are not on disk."""
+        for other in self.copy.steps():
+            if other < whole and other not in self._wanted:
+                deadline.left_s("the removal of older copies")
+                self.copy.remove(other)
 
     async def _in_time(self, work: Callable[[Deadline], None], step: int) -> None:
         """Waits for: a daemon thread, so that a storage that hangs does not hold up the run's end.

@@ -2,11 +2,14 @@
 
     <checkpoint.copy_to>/<run.name>/step-000050/ ...           files by their names
                                                  copied.json   written last: every file, with its hash
+                              step-000075/ ...                 of a timeline that the run left:
+                                                 set_aside.json in the place of copied.json
 
 Promises:
 - a copy counts only with `copied.json`, which goes first when a copy is removed or replaced;
 - what is read back has the hashes that were written, and names that stay below its folder;
-- whatever the storage raises becomes a `CheckpointError` without the credentials of the URL.
+- whatever the storage raises becomes a `CheckpointError` without the credentials of the URL: a
+  `StorageError`, unless it says that there is no such file, or what is read makes no sense.
 """
 
 from __future__ import annotations
@@ -23,10 +26,11 @@ from xxhash import xxh3_128, xxh3_128_hexdigest
 from rlhf_cluster.checkpoint import folder
 from rlhf_cluster.checkpoint.folder import Checkpoint
 from rlhf_cluster.environment import without_credentials
-from rlhf_cluster.errors import CheckpointError, RlhfError
+from rlhf_cluster.errors import CheckpointError, RlhfError, StorageError
 from rlhf_cluster.weights.transport import Deadline
 
 MARKER = "copied.json"
+ASIDE_MARKER = "set_aside.json"
 CHECKPOINT, RECORD, REFERENCE = "checkpoint", "record", "reference"
 _CHUNK_BYTES = 8 << 20
 
@@ -57,14 +61,20 @@ class CopyFolder:
         return sorted(folder.step_of(name) for name in names if folder.is_name(name))
 
     def has(self, checkpoint: Checkpoint) -> bool:
-        """Whether the copy of this very checkpoint is complete."""
+        """Whether the copy of this very checkpoint is complete. Raises `StorageError`."""
         try:
             files = self._marker(checkpoint.state.step)
-        except CheckpointError:  # it is put there anew, which tells what is wrong
+        except StorageError:
+            raise  # it may be whole, and is not replaced
+        except CheckpointError:  # damaged: it is put there anew
             return False
         own = (checkpoint.folder / folder.MARKER).read_bytes()
         entry = {"bytes": len(own), "hash": xxh3_128_hexdigest(own)}
         return files is not None and files.get(f"{CHECKPOINT}/{folder.MARKER}") == entry
+
+    def is_complete(self, step: int) -> bool:
+        """Whether there is a marker. Raises `CheckpointError`."""
+        return self._marker(step) is not None
 
     def num_bytes(self, step: int) -> int:
         """What is to be read of a copy, 0 where it is not complete. Raises `CheckpointError`."""
@@ -72,8 +82,17 @@ class CopyFolder:
             return sum(entry["bytes"] for entry in (self._marker(step) or {}).values())
 
     def put(self, step: int, files: Mapping[str, Path], deadline: Deadline) -> None:
-        """Copy `files`, by name, as the copy of `step`. Raises `CheckpointError`, `StalledError`."""
+        """Copy `files`, by name, as the copy of `step`. Raises `CheckpointError`, `StalledError`; what
+        a storage that is full has of it by then is removed again, or it would stay full."""
         self.remove(step)
+        try:
+            self._put(step, files, deadline)
+        except StorageError:
+            with suppress(CheckpointError):
+                self.remove(step)
+            raise
+
+    def _put(self, step: int, files: Mapping[str, Path], deadline: Deadline) -> None:
         entries = {}
         with self._told(f"write step {step} to"):
             for name, path in files.items():
@@ -92,6 +111,11 @@ class CopyFolder:
                 self._fs.rm_file(self._path(step, MARKER))
             with suppress(FileNotFoundError):
                 self._fs.rm(self._path(step, ""), recursive=True)
+
+    def set_aside(self, step: int) -> None:
+        """The copy of `step` counts no more, and all of its files stay. Raises `CheckpointError`."""
+        with self._told(f"set aside step {step} in"), suppress(FileNotFoundError):
+            self._fs.mv(self._path(step, MARKER), self._path(step, ASIDE_MARKER))
 
     def get(self, step: int, target: Path, deadline: Deadline) -> None:
         """Write the files of the copy of `step` below `target`, a folder that is there.
@@ -144,7 +168,8 @@ class Told:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, Exception) and not isinstance(error, RlhfError):
             text = without_credentials(f"{type(error).__name__}: {error}")
-            raise CheckpointError(f"{self.what} ({text})") from error
+            damaged = isinstance(error, FileNotFoundError | ValueError | LookupError | TypeError)
+            raise (CheckpointError if damaged else StorageError)(f"{self.what} ({text})") from error
 
 
 def _pump(source: Any, out: Any, deadline: Deadline) -> dict[str, int | str]:

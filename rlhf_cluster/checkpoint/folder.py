@@ -5,10 +5,13 @@
                   run.json            the run's state
                   complete.json       written last: every file's size, and all hashes but the shards'
     checkpoints/step-000100.partial/  being written, or left by a process that died
+    checkpoints/damaged-0000-step-000075/  passed over by a run that went on from an earlier one
 
 Promises:
 - a checkpoint counts only with its marker, and with every file that the marker names as it names it;
   `newest` takes the last one that does, and says what is wrong with those it passed over;
+- an error of the storage is neither damage nor absence: `newest` tries again, then refuses, and takes
+  no older checkpoint in its place; one that is passed over is renamed, the last `MAX_ASIDE` are kept;
 - `verify_tensors` reads all of the learner's tensors and compares their hashes;
 - the marker is on the disk before the folder gets its name, so a name without `.partial` stands for a
   whole checkpoint whenever any process, or the machine, stops;
@@ -23,11 +26,13 @@ tensors' hashes.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -35,15 +40,20 @@ from typing import IO, Any
 from xxhash import xxh3_128_hexdigest
 
 from rlhf_cluster.checkpoint.state import RunState
-from rlhf_cluster.errors import CheckpointError, WeightError
+from rlhf_cluster.errors import CheckpointError, StorageError, WeightError
+from rlhf_cluster.storage import PAUSES, make_folders, passing, patiently, sync_folder, sync_tree
 from rlhf_cluster.weights.transport import Deadline
 from rlhf_cluster.weights.verifying import verify
+
+log = logging.getLogger(__name__)
 
 MARKER = "complete.json"
 STATE = "run.json"
 LEARNER = "learner"
 SHARD = ".safetensors"
 SPARE_BYTES = 1 << 20  # for everything beside the learner's tensors
+ASIDE = "damaged-"
+MAX_ASIDE = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,24 +85,24 @@ def begin(
 ) -> Path:
     """An empty folder for checkpoint `step`, with room for `num_bytes` of tensors.
 
-    What earlier tries and removals left is deleted first. Raises `CheckpointError`: no space, no
-    folder.
+    What earlier tries and removals left is deleted first. Raises `StorageError`: no space, no folder.
     """
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        make_folders(root)
         for leftover in [*root.glob("*.partial"), *root.glob("*.trash")]:
             shutil.rmtree(leftover)
         free, needed = free_bytes(root), num_bytes + SPARE_BYTES
         if needed > free:
-            raise CheckpointError(
+            aside = ", ".join(path.name for path in _aside(root))
+            raise StorageError(
                 f"{root}: a checkpoint needs {needed} bytes and {free} are free. Free space, or keep "
-                "fewer with checkpoint.keep"
+                "fewer with checkpoint.keep" + f". These are kept aside: {aside}" * bool(aside)
             )
         partial = (root / name_of(step)).with_suffix(".partial")
         partial.mkdir()
         return partial
     except OSError as error:
-        raise CheckpointError(f"{root}: cannot make a checkpoint there ({error})") from error
+        raise StorageError(f"{root}: cannot make a checkpoint there ({error})") from error
 
 
 def complete(partial: Path, state: RunState) -> Checkpoint:
@@ -114,16 +124,18 @@ def complete(partial: Path, state: RunState) -> Checkpoint:
 
 
 def adopt(source: Path, final: Path) -> None:
-    """Give `source`, which holds all files of a checkpoint, its name. Raises `OSError`."""
-    _sync(source)
+    """Give `source`, which holds all files of a checkpoint, its name; one that has it goes aside.
+    Raises `OSError`."""
+    sync_tree(source)
     if final.exists():
-        _remove(final)
+        _set_aside(final)
     source.rename(final)
-    _sync(final.parent)
+    sync_folder(final.parent)
 
 
 def check(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`. Raises `CheckpointError` unless every file is as the marker says."""
+    """The checkpoint in `folder`. Raises `CheckpointError` unless every file is as the marker says,
+    `StorageError` when nobody can tell."""
     checkpoint = read(folder)
     if folder.name != name_of(checkpoint.state.step):
         step = checkpoint.state.step
@@ -146,27 +158,50 @@ def read(folder: Path) -> Checkpoint:
         raise CheckpointError(
             f"{error.filename}: missing; the checkpoint is not complete"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        if passing(error):
+            raise StorageError(f"{folder}: cannot be read ({error!r})") from error
+        raise CheckpointError(f"{folder}: cannot be read ({error!r}); damaged") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder}: cannot be read ({error!r}); damaged") from error
     if STATE not in files:
         raise CheckpointError(f"{folder / MARKER}: does not name {STATE}; damaged")
     return Checkpoint(folder=folder, state=RunState.from_json(text, str(folder / STATE)))
 
 
-def newest(root: Path, also: Callable[[Checkpoint], None] = lambda checkpoint: None) -> Found:
+def newest(
+    root: Path,
+    also: Callable[[Checkpoint], None] = lambda checkpoint: None,
+    sleep: Callable[[float], None] = time.sleep,
+    pauses: Sequence[float] = PAUSES,
+) -> Found:
     """The last checkpoint that is whole. Changes nothing.
 
-    One for which `also` raises a `CheckpointError` or a `WeightError` is passed over as well.
+    One for which `also` raises a `CheckpointError` or a `WeightError` is passed over as well. Raises
+    `StorageError` for one of which nobody can tell, after a try more for each of `pauses`.
     """
+
+    def look(folder: Path) -> Checkpoint:
+        checkpoint = check(folder)
+        also(checkpoint)
+        return checkpoint
+
     damaged = []
-    for folder in reversed(_all(root)):
+    for folder in reversed(patiently(lambda: _all(root), root, "", sleep, pauses)):
         try:
-            checkpoint = check(folder)
-            also(checkpoint)
+            checkpoint = patiently(lambda path=folder: look(path), folder, CURE, sleep, pauses)
             return Found(checkpoint=checkpoint, damaged=damaged)
+        except StorageError:
+            raise
         except (CheckpointError, WeightError) as error:
             damaged.append(f"{folder}: {str(error).removeprefix(f'{folder}: ')}")
     return Found(checkpoint=None, damaged=damaged)
+
+
+CURE = (
+    "A file that is lost for good may be deleted: its checkpoint then counts as damaged, and a copy at "
+    "checkpoint.copy_to, or the checkpoint before it, is taken"
+)
 
 
 def verify_tensors(checkpoint: Checkpoint, deadline: Deadline | None = None) -> None:
@@ -178,7 +213,8 @@ def retain(root: Path, keep: int, keep_best: int = 0) -> list[RunState]:
     """Delete all but the newest `keep` checkpoints and, with `keep_best` 1, the one of all with the
     best score; the states of those that stay, oldest first.
 
-    Raises `CheckpointError` for one that cannot be read or deleted.
+    Raises `CheckpointError` for one that cannot be read or deleted; `StorageError`, and deletes
+    nothing, when nobody can tell which is the best.
     """
     folders = _all(root)
     kept = set(folders[-keep:])
@@ -200,6 +236,8 @@ def _best(folders: list[Path]) -> Path | None:
     for folder in folders:
         try:
             score = check(folder).state.score
+        except StorageError:
+            raise
         except CheckpointError:
             continue
         if score is not None and math.isfinite(score):
@@ -207,11 +245,11 @@ def _best(folders: list[Path]) -> Path | None:
     return max(reversed(list(scores)), key=lambda path: scores[path], default=None)
 
 
-def remove_after(root: Path, step: int) -> None:
-    """Delete checkpoints of later steps: a run goes on from `step` and will write its own."""
+def set_aside_after(root: Path, step: int) -> None:
+    """Rename checkpoints of later steps: a run goes on from `step` and will write its own."""
     for folder in _all(root):
         if step_of(folder.name) > step:
-            _remove(folder)
+            _set_aside(folder)
 
 
 def steps(root: Path) -> list[int]:
@@ -244,9 +282,27 @@ def flush(file: IO[Any]) -> None:
 
 def _all(root: Path) -> list[Path]:
     """The folders that have a checkpoint's name, by step."""
-    if not root.is_dir():
+    try:
+        names = os.listdir(root)
+    except FileNotFoundError:
         return []
-    return sorted((p for p in root.iterdir() if is_name(p.name)), key=lambda p: step_of(p.name))
+    return [root / name for name in sorted(filter(is_name, names), key=step_of)]
+
+
+def _aside(root: Path) -> list[Path]:
+    """What was set aside, in that order."""
+    return sorted(root.glob(f"{ASIDE}*-step-*"))
+
+
+def _set_aside(folder: Path) -> None:
+    """Rename it; of all that were, the last `MAX_ASIDE` stay."""
+    before = _aside(folder.parent)
+    number = 1 + int(before[-1].name.removeprefix(ASIDE)[:4]) if before else 0
+    aside = folder.with_name(f"{ASIDE}{number:04d}-{folder.name}")
+    folder.rename(aside)
+    log.warning("%s is passed over, and kept as %s", folder, aside.name)
+    for path in [*before, aside][:-MAX_ASIDE]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _describe(path: Path, with_hash: bool) -> dict[str, int | str]:
@@ -268,11 +324,3 @@ def _write(path: Path, text: str) -> None:
     with path.open("w", encoding="utf-8") as file:
         file.write(text)
         flush(file)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rlhf_cluster.errors import StalledError, WeightError
+from rlhf_cluster.storage import sync_folder
 from rlhf_cluster.weights.transport import Blob, Deadline, ShardImage
 
 MANIFEST_NAME = "manifest.json"
@@ -170,12 +171,3 @@ class FileBlob:
 
     def close(self) -> None:
         os.close(self._fd)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the folder's entries survive a power cut."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

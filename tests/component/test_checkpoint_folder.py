@@ -130,8 +130,9 @@ def test_older_ones_go_and_later_ones_of_another_future(tmp_path):
     for step in (2, 4, 6, 8):
         write(tmp_path, step)
     assert [state.step for state in folder.retain(tmp_path, 3)] == [4, 6, 8]
-    folder.remove_after(tmp_path, 4)
-    assert [p.name for p in tmp_path.iterdir()] == ["step-000004"]
+    folder.set_aside_after(tmp_path, 4)
+    aside = ["damaged-0000-step-000006", "damaged-0001-step-000008"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*aside, "step-000004"]
 
 
 NAN = float("nan")

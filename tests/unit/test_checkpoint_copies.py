@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import json
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,16 +15,25 @@ import pytest
 
 from actors.checkpointing import claimed
 from rlhf_cluster.checkpoint import continuing, folder
-from rlhf_cluster.checkpoint.copies import Copies
+from rlhf_cluster.checkpoint.copies import Copies, fetch_newest
 from rlhf_cluster.checkpoint.copy_folder import MARKER, CopyFolder
 from rlhf_cluster.checkpoint.folder import verify_tensors
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.environment import without_secrets
-from rlhf_cluster.errors import CheckpointError, ConfigError, RunError, WeightError
+from rlhf_cluster.errors import (
+    CheckpointError,
+    ConfigError,
+    CoreLost,
+    RunError,
+    StorageError,
+    WeightError,
+)
 from rlhf_cluster.experience.staleness import AdmissionGate
 from rlhf_cluster.json_files import write_json
 from rlhf_cluster.observe.run_log import read_metrics
+from rlhf_cluster.restarts import point_of_return
 from rlhf_cluster.rundir import RunDir
+from rlhf_cluster.storage import PAUSES
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.transport import Deadline
 from tests.checkpoint_files import write_whole
@@ -382,3 +394,160 @@ def test_a_run_without_copies_begins_as_ever(tmp_path):
     run, outcome = claimed(config(tmp_path), [], overwrite=False, accept_changes=False)
     assert (outcome.checkpoint, outcome.finished, outcome.notes) == (None, False, [])
     run.close()
+
+
+# Copies of a run whose newest checkpoint is damaged
+
+
+def tear(run: RunDir, step: int) -> None:
+    for shard in (run.checkpoints / f"step-{step:06d}").glob("learner/*/shard-00000*"):
+        shard.write_bytes(shard.read_bytes()[:-1])
+
+
+async def test_d03_a_whole_newer_copy_goes_before_an_older_checkpoint(tmp_path):
+    run = make_run(tmp_path, 2, 4)
+    await copied(run)
+    tear(run, 4)
+    settings = config(tmp_path)
+    found = continuing.whole_or_copy(run, settings)
+    assert found.checkpoint.state.step == 4
+    assert "step 4 was fetched from memory://copies/tiny" in found.origin
+    continuing.cut_back(run, found.checkpoint)
+    made = await copied(run)
+    assert made.copy.steps() == [2, 4]
+    assert [p.name for p in run.checkpoints.glob("damaged-*")] == ["damaged-0000-step-000004"]
+
+
+async def test_d03_a_loss_inside_a_run_takes_the_newer_copy_too(tmp_path):
+    run = make_run(tmp_path, 2, 4)
+    await copied(run)
+    tear(run, 4)
+    assert point_of_return(run, config(tmp_path), CoreLost("gone")).state.step == 4
+
+
+async def test_d03_a_copy_newer_than_the_resumed_step_is_set_aside_with_all_its_files(
+    tmp_path, memory
+):
+    run = make_run(tmp_path, 2, 4)
+    await copied(run)
+    tear(run, 4)
+    damage(memory, "/step-000004/checkpoint/run.json")
+    files = [n for n in memory.store if "step-000004" in n and MARKER not in n]
+    found = continuing.whole_or_copy(run, config(tmp_path))
+    assert found.checkpoint.state.step == 2
+    continuing.cut_back(run, found.checkpoint)
+    made = await copied(run)
+    assert made.copy.steps() == [2, 4]
+    assert not made.copy.is_complete(4), "nobody goes on from a timeline that the run left"
+    assert all(name in memory.store for name in files)
+    for step in (3, 6):
+        write_whole(run.checkpoints, step)
+        await copied(run)
+        assert (4 in made.copy.steps()) is (step == 3), "it goes once a later copy is there"
+
+
+async def test_d03_storage_that_cannot_be_asked_refuses_a_run_whose_newest_is_damaged(
+    tmp_path, memory, monkeypatch
+):
+    run = make_run(tmp_path, 2, 4)
+    await copied(run)
+
+    def fail(path: str) -> None:
+        raise ConnectionError("refused")
+
+    def unreachable(settings: RunConfig) -> CopyFolder:
+        copy = CopyFolder(URL, "tiny")
+        copy._fs = Broken(memory, "ls", fail)
+        return copy
+
+    monkeypatch.setattr("rlhf_cluster.checkpoint.copies.folder_of", unreachable)
+    paused: list[float] = []
+    whole = continuing.whole_or_copy(run, config(tmp_path), paused.append)
+    assert whole.checkpoint.state.step == 4, "what is whole here needs nobody else"
+    assert paused == []
+    tear(run, 4)
+    with pytest.raises(StorageError, match=r"refused.*Nobody can tell"):
+        continuing.whole_or_copy(run, config(tmp_path), paused.append)
+    assert paused == [*PAUSES]
+    assert folder.steps(run.checkpoints) == [2, 4]
+
+
+@pytest.mark.parametrize("passes", [True, False])
+async def test_d03_an_error_while_a_copy_is_read_is_no_damage(tmp_path, memory, passes):
+    await copied(make_run(tmp_path, 2, 4))
+    new, _ = elsewhere(tmp_path)
+    paused: list[float] = []
+
+    def fail(path: str) -> None:
+        if "step-000004" in path and not (passes and paused):
+            raise ConnectionError("reset by peer")
+
+    copy = CopyFolder(URL, "tiny")
+    copy._fs = Broken(memory, "open", fail)
+    fetched = functools.partial(
+        fetch_newest, new, copy, 60.0, continuing.whole, sleep=paused.append
+    )
+    if passes:
+        assert fetched().checkpoint.state.step == 4
+        return
+    with pytest.raises(StorageError, match="reset by peer"):
+        fetched()
+    assert folder.steps(new.checkpoints) == [], "the one before it is not taken"
+
+
+async def test_d03_a_damaged_copy_of_a_whole_checkpoint_costs_the_run_nothing(tmp_path, memory):
+    run = make_run(tmp_path, 2, 4)
+    await copied(run)
+    damage(memory, "/step-000004/checkpoint/run.json")
+    found = continuing.whole_or_copy(run, config(tmp_path))
+    assert (found.checkpoint.state.step, found.damaged, found.origin) == (4, [], "")
+
+
+async def test_d03_who_deleted_newer_checkpoints_goes_back_whatever_copies_there_are(tmp_path):
+    run = make_run(tmp_path, 2, 4, 6)
+    await copied(run)
+    shutil.rmtree(run.checkpoints / "step-000006")
+    assert continuing.whole_or_copy(run, config(tmp_path)).checkpoint.state.step == 4
+    tear(run, 4)
+    found = continuing.whole_or_copy(run, config(tmp_path))
+    assert found.checkpoint.state.step == 4
+    assert found.origin, "the copy of what is damaged, not of what was deleted"
+
+
+async def test_d03_a_full_target_keeps_older_copies_and_no_part_of_the_new_one(tmp_path, memory):
+    run = make_run(tmp_path, 2, 4)
+    await copied(run)
+    write_whole(run.checkpoints, 6)
+    folder.retain(run.checkpoints, 2)
+    room = 6
+
+    def fill(path: str) -> None:
+        nonlocal room
+        if "step-000006" in path:
+            room -= 1
+            if room < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    made, told = copies(run)
+    made.copy._fs = Broken(memory, "open", fill)
+    made.follow([4, 6])
+    await made.drain()
+    assert "No space left on device" in told[0]
+    assert made.copy.steps() == [4], "that of step 2 made room: the one of step 4 is whole"
+    assert made.copy.is_complete(4)
+
+
+async def test_d03_a_marker_that_cannot_be_read_does_not_cost_the_copy(tmp_path, memory):
+    run = make_run(tmp_path, 2)
+    await copied(run)
+    before = memory.modified("/copies/tiny/step-000002/copied.json")
+
+    def fail(path: str) -> None:
+        raise PermissionError(errno.EACCES, "denied")
+
+    made, told = copies(run)
+    made.copy._fs = Broken(memory, "cat_file", fail)
+    made.follow([2])
+    await made.drain()
+    assert "denied" in told[0]
+    assert memory.modified("/copies/tiny/step-000002/copied.json") == before

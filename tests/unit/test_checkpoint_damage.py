@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import shutil
@@ -15,8 +16,17 @@ import pytest
 from rlhf_cluster.checkpoint import continuing, folder
 from rlhf_cluster.checkpoint.continuing import whole
 from rlhf_cluster.checkpoint.folder import Found, verify_tensors
-from rlhf_cluster.errors import RunError, StalledError, WeightError
+from rlhf_cluster.errors import (
+    CheckpointError,
+    CoreLost,
+    RunError,
+    StalledError,
+    StorageError,
+    WeightError,
+)
+from rlhf_cluster.restarts import point_of_return
 from rlhf_cluster.rundir import RunDir
+from rlhf_cluster.storage import PAUSES, passing, patiently
 from rlhf_cluster.weights import store, verifying
 from rlhf_cluster.weights.files import FileSource
 from rlhf_cluster.weights.transport import Blob, Deadline
@@ -227,3 +237,156 @@ def test_a_checkpoint_that_is_not_read_in_time_is_not_taken_for_a_damaged_one(tm
             write_whole(run.checkpoints, step)
         with pytest.raises(StalledError, match=r"verifying .*step-000004 was not over after"):
             continuing.whole(run, timeout_s=0.0)
+
+
+# An error of the storage is no damage
+
+
+class Disk:
+    """A file whose reads fail with EIO until `mend`: Linux gives that for address 0 of a process."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._data = path, path.read_bytes()
+        path.unlink()
+        path.symlink_to("/proc/self/mem")
+        with pytest.raises(OSError, match="Input/output error"):
+            path.read_bytes()
+
+    def mend(self) -> None:
+        self.path.unlink()
+        self.path.write_bytes(self._data)
+
+
+FAILING = ["complete.json", "run.json", "learner/v000004/manifest.json"]
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_d02_an_io_error_that_passes_costs_a_pause_and_no_checkpoint(two, name):
+    root, last = two
+    disk, paused = Disk(last / name), []
+
+    def sleep(seconds: float) -> None:
+        paused.append(seconds)
+        if len(paused) == 2:
+            disk.mend()
+
+    found = folder.newest(root, also=verify_tensors, sleep=sleep)
+    assert found.checkpoint.folder == last
+    assert found.damaged == []
+    assert paused == [*PAUSES[:2]]
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_d02_an_io_error_that_stays_refuses_the_run_and_deletes_nothing(two, name):
+    root, last = two
+    disk, paused = Disk(last / name), []
+    with pytest.raises(StorageError, match=r"Input/output error.*6 tries over 15.5 s") as refused:
+        folder.newest(root, also=verify_tensors, sleep=paused.append)
+    assert str(last) in str(refused.value)
+    assert "a copy at checkpoint.copy_to" in str(refused.value)
+    assert paused == [*PAUSES]
+    assert folder.steps(root) == [2, 4]
+    disk.path.unlink()  # the cure that the error names
+    assert newest_whole(root).checkpoint.state.step == 2
+
+
+def test_d02_an_io_error_in_a_shard_is_told_from_damage_by_its_cause(two):
+    root, last = two
+
+    class Failing(FileSource):
+        def open(
+            self, version: int, names: Sequence[str], deadline: Deadline | None = None
+        ) -> list[Blob]:
+            blobs = super().open(version, names, deadline)
+
+            def fail(target: memoryview, position: int) -> None:
+                try:
+                    raise OSError(errno.ESTALE, "Stale file handle")
+                except OSError as error:
+                    raise WeightError(f"{last}: cannot read the shard file ({error})") from error
+
+            blobs[0].read_into = fail  # type: ignore[method-assign]
+            return blobs
+
+    def also(checkpoint: folder.Checkpoint) -> None:
+        if checkpoint.state.step == 4:
+            verifying.verify(checkpoint.learner, source=Failing(checkpoint.learner.parent))
+
+    with pytest.raises(StorageError, match="Stale file handle"):
+        folder.newest(root, also=also, sleep=lambda seconds: None)
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (OSError(errno.ESTALE, "stale"), True),
+        (OSError(errno.EIO, "io"), True),
+        (PermissionError(errno.EACCES, "no"), True),
+        (TimeoutError(errno.ETIMEDOUT, "late"), True),
+        (OSError(errno.ENOSPC, "full"), True),
+        (FileNotFoundError(errno.ENOENT, "gone"), False),
+        (NotADirectoryError(errno.ENOTDIR, "a file"), False),
+        (ValueError("no JSON"), False),
+        (StalledError("late"), False),  # refused by who waits, without another try
+        (CheckpointError("hash"), False),
+        (StorageError("of a server"), True),
+    ],
+)
+def test_d02_errors_that_may_pass_are_told_from_damage_and_absence(error, passes):
+    assert (passing(error) is not None) is passes
+    wrapped = WeightError("cannot read")
+    wrapped.__cause__ = error
+    assert (passing(wrapped) is not None) is passes
+    tries: list[Exception] = []
+
+    def read() -> None:
+        tries.append(error)
+        raise wrapped
+
+    with pytest.raises(StorageError if passes else WeightError):
+        patiently(read, "it", "", lambda seconds: None, (1.0, 2.0))
+    assert len(tries) == (3 if passes else 1)
+
+
+def test_d02_a_loss_inside_a_run_is_refused_rather_than_set_back_by_an_io_error(tmp_path):
+    config = tiny_config(run={"root": str(tmp_path)})
+    with RunDir.create(tmp_path / "tiny", config) as run:
+        publish(run.reference, 0, small_model())
+        for step in (2, 4):
+            write_whole(run.checkpoints, step)
+        Disk(run.checkpoints / "step-000004" / "run.json")
+        with pytest.raises(StorageError, match="step-000004"):
+            point_of_return(run, config, CoreLost("gone"), sleep=lambda seconds: None)
+        assert folder.steps(run.checkpoints) == [2, 4]
+
+
+def test_d02_what_is_passed_over_is_renamed_and_the_last_two_are_kept(two):
+    root, last = two
+    for step in (6, 8):
+        write_whole(root, step)
+    (last / "run.json").write_text("{}")
+    folder.set_aside_after(root, 2)
+    assert sorted(p.name for p in root.iterdir()) == [
+        "damaged-0001-step-000006",
+        "damaged-0002-step-000008",
+        "step-000002",
+    ]
+    write_whole(root, 4)
+    (root / "step-000004" / "run.json").write_text("{}")
+    folder.set_aside_after(root, 2)
+    assert sorted(p.name for p in root.iterdir())[:2] == [
+        "damaged-0002-step-000008",
+        "damaged-0003-step-000004",
+    ]
+    with pytest.raises(CheckpointError, match="kept aside: damaged-0002-step-000008"):
+        folder.begin(root, 6, 100, free_bytes=lambda _: 10)
+
+
+def test_d02_an_io_error_never_costs_the_best_checkpoint(tmp_path):
+    for step, score in {2: 0.5, 4: 0.9, 6: 0.1, 8: 0.2}.items():
+        write_whole(tmp_path, step, 1, score)
+    disk = Disk(tmp_path / "step-000004" / "run.json")
+    with pytest.raises(StorageError, match="step-000004"):
+        folder.retain(tmp_path, 1, keep_best=1)
+    disk.mend()
+    assert [state.step for state in folder.retain(tmp_path, 1, keep_best=1)] == [4, 8]
