@@ -104,7 +104,7 @@ class ControlChannel:
                     f"cannot be scaled. Last: {error}"
                 )
                 return
-            self.restarts.count()
+            self.restarts.count(error)
             try:
                 self._actor = await asyncio.to_thread(self._start, PATIENCE_S)
             except RlhfError as again:

@@ -27,6 +27,28 @@ BASE_ENVIRONMENT = {
 CPU_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
+class RayPlaces:
+    """Reserving room and ending actors, as Ray does it. Tests put their own in its place."""
+
+    def reserve(self, resources: list[dict[str, float]], name: str) -> PlacementGroup:
+        return placement_group(resources, strategy="PACK", name=name)
+
+    def give_back(self, group: PlacementGroup) -> None:
+        """Fine when it is gone."""
+        remove_placement_group(group)
+
+    def kill(self, actor: Any) -> None:
+        """Fine when it is gone."""
+        ray.kill(actor, no_restart=True)
+
+    def free(self) -> dict[str, float]:
+        """What the cluster has left."""
+        return {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
+
+
+RAY_PLACES = RayPlaces()
+
+
 def resources_by_node() -> dict[str, dict[str, float]]:
     """Resources of every live node, by address, whether or not another job holds part of them."""
     return {
@@ -43,20 +65,21 @@ def preflight(bundles: Sequence[Bundle], node_timeout_s: float = 0.0) -> None:
         check_fits(bundles, resources_by_node())
 
 
-async def place(bundles: Sequence[Bundle], name: str, timeout_s: float) -> PlacementGroup:
+async def place(
+    bundles: Sequence[Bundle], name: str, timeout_s: float, places: RayPlaces = RAY_PLACES
+) -> PlacementGroup:
     """Reserve `bundles`. Waits for: room. `PlacementError` after `timeout_s`."""
-    group = placement_group([b.resources for b in bundles], strategy="PACK", name=name)
+    group = places.reserve([b.resources for b in bundles], name)
     try:
         await answer(group.ready(), timeout_s, f"placement of {name}")
     except BaseException as error:
-        remove_placement_group(group)
+        places.give_back(group)
         if not isinstance(error, WorkerSilent):
             raise
-        available = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
         raise PlacementError(
             f"no room for {', '.join(str(b) for b in bundles)} within {timeout_s:g} s, the larger of "
             "cluster.placement_timeout_s and cluster.node_timeout_s. Free in the cluster now: "
-            f"{available or 'nothing'}. Free some, or lower what the run asks for"
+            f"{places.free() or 'nothing'}. Free some, or lower what the run asks for"
         ) from error
     return group
 
@@ -89,8 +112,10 @@ def spawn(
     return remote(cls).remote(*arguments)
 
 
-def take_down(actor: Any, group: PlacementGroup | None) -> None:
-    """Kill `actor` and give its placement back. Both are fine when already gone."""
-    ray.kill(actor, no_restart=True)
-    if group is not None:
-        remove_placement_group(group)
+def take_down(actor: Any, group: PlacementGroup | None, places: RayPlaces = RAY_PLACES) -> None:
+    """Kill `actor` and give its place back, which happens whatever the kill meets."""
+    try:
+        places.kill(actor)
+    finally:
+        if group is not None:
+            places.give_back(group)

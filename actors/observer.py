@@ -211,6 +211,8 @@ class RunObserver(Observer[RunConfig]):
             values[f"pool/size/{pool.kind}"] = float(len(pool.live))
             values[f"pool/wanted/{pool.kind}"] = float(pool.wanted)
             values[f"pool/restarts_total/{pool.kind}"] = float(pool.restarts.total)
+            values[f"pool/restarts_recent/{pool.kind}"] = float(pool.restarts.recent)
+            values[f"pool/restarts_allowed/{pool.kind}"] = float(pool.max_restarts)
             values[f"pool/quarantined_total/{pool.kind}"] = float(pool.num_quarantined)
             values[f"pool/autoscaled_total/{pool.kind}"] = float(pool.num_autoscaled)
         if self._buffer is not None:

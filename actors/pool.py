@@ -5,7 +5,8 @@ Promises:
   a draining worker gets none;
 - a worker that dies, hangs or fails its health check is retired (killed, its placement group given
   back) and replaced; its work is the caller's to try again elsewhere;
-- there are never more workers than `wanted`, those that start counted, however many are lost at once;
+- there are never more live workers than `wanted`, however many are lost at once, whatever change of
+  size fails or is cancelled; one that has started for a place that is gone is ended again;
 - a worker joins only after `launch` has made it ready to serve (model loaded, weights live);
 - the pool starts once `quorum` workers are live and the others take their time; who is missing is
   reported, and joins later;
@@ -73,13 +74,13 @@ class WorkerPool:
     tell: Callable[[str], None] = lambda text: None
     _failure: RlhfError | None = None
     _closed: bool = False
-    _first_cause: RlhfError | None = None
     _num_launched: int = 0
     _num_starting: int = 0  # counted by who calls `_add`, before the call
     _loads: Loads = field(default_factory=Loads)
     _waiting: deque[asyncio.Future[None]] = field(default_factory=deque)  # for room
     _idle: dict[Worker, asyncio.Event] = field(default_factory=dict)  # of those that are drained
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # of a change of size
 
     @property
     def live(self) -> list[Worker]:
@@ -134,8 +135,8 @@ class WorkerPool:
             )
         for launch in late:
             self._background(self._join_late(launch))
-        for _ in failures:
-            self.restarts.count()
+        for error in failures:
+            self.restarts.count(error)
             self._background(self._replace())
 
     async def _begin(self, begun: list[asyncio.Task[None]]) -> None:
@@ -172,8 +173,8 @@ class WorkerPool:
         """Waits for: a launch that was left behind by `start`, which has deadlines of its own."""
         try:
             await launch
-        except RlhfError:
-            self.restarts.count()
+        except RlhfError as error:
+            self.restarts.count(error)
             await self._replace()
 
     @asynccontextmanager
@@ -256,7 +257,7 @@ class WorkerPool:
         replace = worker.state is State.LIVE
         await self._remove(worker)
         if replace:
-            self.restarts.count()
+            self.restarts.count(error)
             self._background(self._replace())
 
     async def suspect(self, worker: Worker, error: RlhfError) -> None:
@@ -282,7 +283,7 @@ class WorkerPool:
             return
         self._note(worker.name, error)
         worker.state = State.DRAINING
-        self.restarts.count()
+        self.restarts.count(error)
         self._background(self._drain_and_replace(worker))
 
     async def _drain_and_replace(self, worker: Worker) -> None:
@@ -298,38 +299,48 @@ class WorkerPool:
             await asyncio.gather(*(self._check_one(w) for w in self.live))
 
     async def resize(self, wanted: int) -> str:
-        """Add workers, or drain the least loaded ones. Returns what was done.
+        """Add workers, or drain the least loaded ones. Returns what was done. A worker that is being
+        replaced leaves before one that lives.
 
         All new workers join, or none: nothing starts before `preflight` has found room for the
         wanted size, or that nodes for it may come; the first that cannot start is raised, and those
         that were started beside it are ended again.
 
-        Waits for: the new workers to be ready, or the drained ones to be idle.
+        Waits for: the change before it; then the new workers to be ready, or the drained ones to be
+        idle. All have deadlines. Cancelled, it ends those that it started, and drains on behind.
         """
-        change = wanted - self.wanted
-        if change > 0:
-            self.preflight(wanted)
-        self.wanted = wanted
-        if change > 0:
-            await self._grow(change)
-        for worker in sorted(self.live, key=lambda w: w.num_in_flight)[: max(0, -change)]:
-            worker.state = State.DRAINING
-        await asyncio.gather(*(self._drain(w) for w in self.workers if w.state is State.DRAINING))
-        return f"{self.kind}: {len(self.live)} workers"
+        async with self._turn:
+            change = wanted - self.wanted
+            if change > 0:
+                self.preflight(wanted)
+            self.wanted = wanted
+            if change > 0:
+                await self._grow(change)
+            await self._drain_surplus()
+            return f"{self.kind}: {len(self.live)} workers"
 
     async def _grow(self, change: int) -> None:
-        """All of them join, or none. Waits for: them; where one fails, for the others to drain. A
-        replacement that joins meanwhile is none of them, and stays."""
-        added: list[Worker] = []
+        """All of them join, or none. Waits for: them; where one fails, for as many to drain as are over
+        the size before: fewer where others died meanwhile."""
         try:
-            await self._add_all(change, added)
+            await self._add_all(change)
         except BaseException:
             self.wanted -= change
-            extra = [worker for worker in added if worker.state is State.LIVE]
-            for worker in extra:
-                worker.state = State.DRAINING
-            await asyncio.gather(*(self._drain(worker) for worker in extra))
+            await self._drain_surplus()
             raise
+
+    async def _drain_surplus(self) -> None:
+        """Drain those that are over the size: the least loaded, of equals the newest.
+
+        Waits for: all that drain. A caller that is cancelled leaves them to it.
+        """
+        staying = self._staying[::-1]
+        staying.sort(key=lambda w: w.num_in_flight)
+        for worker in staying[: max(0, len(staying) - self.wanted)]:
+            worker.state = State.DRAINING
+        draining = [w for w in self.workers if w.state is State.DRAINING]
+        if tasks := [self._background(self._drain(worker)) for worker in draining]:
+            await asyncio.wait(tasks)
 
     def close(self) -> None:
         """Retire every worker, those that start as soon as they are there, and stop replacing."""
@@ -347,16 +358,14 @@ class WorkerPool:
             return f"No {self.kind} worker has reported an error"
         return "; ".join(f"{name}: last error: {text}" for name, text in self.last_errors.items())
 
-    async def _add_all(self, number: int, added: list[Worker]) -> None:
-        """At once, those that joined in `added`. The first failure to launch ends the others, and is
-        raised."""
+    async def _add_all(self, number: int) -> None:
+        """At once. The first failure to launch ends the others, and is raised."""
         num_begun = 0
 
         async def add() -> None:
             nonlocal num_begun
             num_begun += 1
-            if (worker := await self._add()) is not None:
-                added.append(worker)
+            await self._add()
 
         self._num_starting += number
         try:
@@ -364,8 +373,8 @@ class WorkerPool:
         finally:
             self._num_starting -= number - num_begun
 
-    async def _add(self) -> Worker | None:
-        """The worker that joined; None where the pool was closed meanwhile."""
+    async def _add(self) -> None:
+        """A new worker joins, unless its place is gone meanwhile: then it is ended."""
         name = f"{self.kind}-{self._num_launched}"
         self._num_launched += 1
         try:
@@ -375,18 +384,22 @@ class WorkerPool:
             raise
         finally:
             self._num_starting -= 1
-        if self._closed:
+        if self._closed or len(self._staying) >= self.wanted:
             self.retire(worker)
-            return None
+            return
         self.workers.append(worker)
         worker.changed = self._worker_changed
         self._worker_changed(worker)
         self._wake(self.limits.max_in_flight or len(self._waiting))
-        return worker
+
+    @property
+    def _staying(self) -> list[Worker]:
+        """Those that have a place."""
+        return self.live
 
     @property
     def _is_short(self) -> bool:
-        return not self._closed and len(self.live) + self._num_starting < self.wanted
+        return not self._closed and len(self._staying) + self._num_starting < self.wanted
 
     async def _replace(self) -> None:
         """Launch until the pool has its size again, with what others start.
@@ -410,16 +423,17 @@ class WorkerPool:
             self._num_starting += 1
             try:
                 await self._add()
-            except RlhfError:
-                self.restarts.count()
+            except RlhfError as error:
+                self.restarts.count(error)
 
     def _give_up(self, recent: int) -> None:
+        first = self.restarts.first_cause
         text = (
             f"{self.kind}: {recent} restarts within {self.restarts.window_s:g} s, more than "
             f"{self.max_restarts}, and {self.num_live} of at least {self.quorum} workers live. "
-            f"First cause: {self._first_cause}"
+            f"First cause: {first}"
         )
-        self._fail_for_good(PoolLost(text), self._first_cause)
+        self._fail_for_good(PoolLost(text), first)
 
     def _fail_for_good(self, failure: RlhfError, cause: BaseException | None) -> None:
         """Who waits, and the supervision, raise it."""
@@ -459,18 +473,18 @@ class WorkerPool:
     def _note(self, name: str, error: RlhfError) -> None:
         log.warning("%s: %s", name, error)
         self.last_errors[name] = str(error)
-        self._first_cause = self._first_cause or error
 
-    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+    def _background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._background_ended)
+        return task
 
     def _background_ended(self, task: asyncio.Task[None]) -> None:
         """A fault of the system there must not leave the pool short for good."""
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            text = f"{self.kind}: replacing a worker failed: {type(error).__name__}: {error}"
+            text = f"{self.kind}: a change of workers failed: {type(error).__name__}: {error}"
             self._fail_for_good(PoolLost(text), error)
 
     def _raise_failure(self) -> None:

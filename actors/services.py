@@ -22,7 +22,7 @@ from actors.control import CALL_TIMEOUT_S, NAMESPACE, ControlActor, actor_name
 from actors.control_channel import ControlChannel
 from actors.generation import DEFAULT_ENGINE
 from actors.instrumented import HEALTH_GROUP, GenerationActor, ScoringActor
-from actors.launch import place, preflight, spawn, take_down
+from actors.launch import RAY_PLACES, RayPlaces, place, preflight, spawn, take_down
 from actors.pool import PoolLimits, Worker, WorkerPool
 from actors.scoring_client import RayScoring
 from rlhf_cluster.config import RunConfig
@@ -45,6 +45,8 @@ class Launcher:
     engine_factory: str
     engine_environment: dict[str, str]
     attempt: str = ""
+    places: RayPlaces = RAY_PLACES
+    spawn: Callable[..., Any] = spawn
 
     def placement_name(self, owner: str) -> str:
         return f"rlhf-{self.config.run.name}-{owner}-{self.attempt or uuid.uuid4().hex[:8]}"
@@ -52,19 +54,24 @@ class Launcher:
     async def actor(
         self, cls: type, arguments: list[Any], bundle: Bundle, **options: Any
     ) -> tuple[Any, Any]:
-        """An actor alone in a placement group of its own."""
+        """An actor alone in a placement group of its own; no group is left where it fails."""
         environment = options.pop("environment", {})
         timeout_s = self.config.cluster.room_timeout_s
-        group = await place([bundle], self.placement_name(bundle.owner), timeout_s)
-        actor = spawn(
-            cls,
-            arguments,
-            bundle=bundle,
-            group=group,
-            index=0,
-            environment=environment,
-            options=options,
-        )
+        name = self.placement_name(bundle.owner)
+        group = await place([bundle], name, timeout_s, self.places)
+        try:
+            actor = self.spawn(
+                cls,
+                arguments,
+                bundle=bundle,
+                group=group,
+                index=0,
+                environment=environment,
+                options=options,
+            )
+        except BaseException:
+            self.places.give_back(group)
+            raise
         return actor, group
 
 

@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from rlhf_cluster.errors import RlhfError
+
 
 @dataclass(slots=True)
 class RestartWindow:
@@ -19,21 +21,28 @@ class RestartWindow:
     window_s: float = 3600.0
     clock: Callable[[], float] = time.monotonic
     total: int = 0
-    _times: deque[float] = field(default_factory=deque)
+    _counted: deque[tuple[float, RlhfError]] = field(default_factory=deque)  # when, why
 
-    def count(self) -> None:
+    def count(self, cause: RlhfError) -> None:
         """One restart more, now."""
         self.total += 1
-        self._times.append(self.clock())
+        self._counted.append((self.clock(), cause))
 
     @property
     def recent(self) -> int:
         oldest = self.clock() - self.window_s
-        while self._times and self._times[0] <= oldest:
-            self._times.popleft()
-        return len(self._times)
+        while self._counted and self._counted[0][0] <= oldest:
+            self._counted.popleft()
+        return len(self._counted)
+
+    @property
+    def first_cause(self) -> RlhfError | None:
+        """Of `recent`."""
+        return self._counted[0][1] if self.recent else None
 
     @property
     def until_one_leaves_s(self) -> float:
         """Seconds until the oldest of `recent` leaves the window; 0 without one."""
-        return max(0.0, self._times[0] + self.window_s - self.clock()) if self.recent else 0.0
+        if not self.recent:
+            return 0.0
+        return max(0.0, self._counted[0][0] + self.window_s - self.clock())

@@ -13,7 +13,7 @@ Promises:
   ends the run at once;
 - going back to all ranks is no loss: it costs no restart;
 - losses are counted within a window of time, those of a start too; the one over `limit` ends the run
-  with the first of all;
+  with the first of them;
 - nothing that a user asked to keep is deleted: a run that was told to write no checkpoints, or whose
   checkpoints are all damaged, is not begun anew once it has done a step.
 """
@@ -52,7 +52,6 @@ class Restarts:
     what: str = "learner or buffer"
     pause_s: float = 1.0
     window: RestartWindow = field(default_factory=RestartWindow)
-    first: str = ""
 
     @property
     def used(self) -> int:
@@ -61,14 +60,14 @@ class Restarts:
 
     def spend(self, lost: RlhfError) -> float:
         """One restart more, because of `lost`; the seconds to wait before it. Raises `CoreLost`."""
-        self.first = self.first or str(lost)
         recent = self.window.recent
         if recent >= self.limit:
+            first = self.window.first_cause or lost
             raise CoreLost(
                 f"{self.what} lost {recent + 1} times within {self.window.window_s:g} s, over "
-                f"learner.max_restarts = {self.limit}. First cause: {self.first}. Last: {lost}"
+                f"learner.max_restarts = {self.limit}. First cause: {first}. Last: {lost}"
             ) from lost
-        self.window.count()
+        self.window.count(lost)
         return min(MAX_PAUSE_S, self.pause_s * 2.0 ** min(recent, 30))
 
 

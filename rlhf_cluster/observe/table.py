@@ -109,7 +109,11 @@ def _keeping() -> tuple[Metric, ...]:
         gauge("pool/size", "1", role, "Live workers of a pool", "pool"),
         gauge("pool/wanted", "1", role, "Workers that a pool should have", "pool"),
         counter("pool/restarts_total", "1", role, "Workers that were replaced", "pool"),
-        counter("pool/quarantined_total", "1", role, "Of them, by a rule of quarantine", "pool"),
+        gauge(
+            "pool/restarts_recent", "1", role, "Of them, within cluster.restart_window_s", "pool"
+        ),
+        gauge("pool/restarts_allowed", "1", role, "How many that window may hold", "pool"),
+        counter("pool/quarantined_total", "1", role, "Restarts by a rule of quarantine", "pool"),
         counter("pool/autoscaled_total", "1", role, "Changes of size by [autoscale]", "pool"),
         counter(
             "learner/restarts_total", "1", role, "Learner and buffer started anew after a loss"

@@ -148,7 +148,7 @@ async def test_a_fault_of_the_system_in_a_replacement_fails_the_pool_and_wakes_w
         async with plant.pool.acquire():
             pass
 
-    with pytest.raises(PoolLost, match="replacing a worker failed: ZeroDivisionError: a bug"):
+    with pytest.raises(PoolLost, match="a change of workers failed: ZeroDivisionError: a bug"):
         async with asyncio.timeout(5):
             await use()
     with pytest.raises(PoolLost):

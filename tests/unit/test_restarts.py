@@ -103,9 +103,11 @@ async def test_losses_far_apart_use_up_no_budget():
         assert restarts.spend(LOST) == 1.0, "no pause grows from a loss that long ago"
         now[0] += 101.0
     assert (restarts.used, window.until_one_leaves_s) == (5, 0.0)
-    restarts.spend(LOST)
+    restarts.spend(CoreLost("learner-0: a new cause"))
     assert window.until_one_leaves_s == 100.0
-    with pytest.raises(CoreLost, match="lost 2 times within 100 s"):
+    with pytest.raises(
+        CoreLost, match="lost 2 times within 100 s, .* First cause: learner-0: a new"
+    ):
         restarts.spend(LOST)
 
 
