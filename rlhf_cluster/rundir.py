@@ -39,6 +39,7 @@ from rlhf_cluster.environment import describe_environment, without_secrets
 from rlhf_cluster.errors import RunError
 from rlhf_cluster.json_files import read_json, write_json
 from rlhf_cluster.observe.snapshot import Snapshot
+from rlhf_cluster.storage import make_folders, sync_folder
 
 if TYPE_CHECKING:
     from rlhf_cluster.config.either import AnyConfig
@@ -260,8 +261,8 @@ class RunDir:
         self.weights.mkdir(parents=True, exist_ok=True)
         settings = config.model_dump(mode="json")
         redaction.hide(redaction.secrets_of(settings))
-        write_json(self.resolved, without_secrets(settings))
-        write_json(self.environment, describe_environment(argv, config.run.seed))
+        write_json(self.resolved, without_secrets(settings), fsync=True)
+        write_json(self.environment, describe_environment(argv, config.run.seed), fsync=True)
 
 
 def find_run(run: str, root: str | Path = "runs") -> RunDir:
@@ -319,6 +320,8 @@ class _Claim:
         )
         os.ftruncate(self.lock, 0)
         os.pwrite(self.lock, (json.dumps(asdict(owner)) + "\n").encode(), 0)
+        os.fsync(self.lock)
+        sync_folder(self.folder)
 
     def withdraw(self) -> None:
         """Leave the folder as it was found, or marked as a run's if it was taken over."""
@@ -343,7 +346,7 @@ def _claim(folder: Path, key: str, overwrite: bool) -> _Claim:
             f"{folder}: the folder is not empty and no run made it (no {MARKER} there), so nothing "
             f"in it is touched, not even with --overwrite. Change {key}, or move its content away"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folders(folder)
     claim = _Claim(folder=folder, lock=_lock(folder / MARKER), made=made)
     owner = _owner(folder / MARKER)
     others = [entry for entry in folder.iterdir() if entry.name != MARKER]

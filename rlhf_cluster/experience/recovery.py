@@ -45,6 +45,7 @@ from rlhf_cluster.experience.store import ATTEMPT, ExperienceStore, StoredGroup,
 from rlhf_cluster.json_files import write_json
 from rlhf_cluster.records import GroupSummary, Prompt, Ticket
 from rlhf_cluster.slow_disk import Patience
+from rlhf_cluster.storage import make_folders, passing
 
 if TYPE_CHECKING:
     from rlhf_cluster.config import RunConfig
@@ -88,6 +89,8 @@ class Recovery:
         try:
             self._steps = read_trained(store.root)
         except StoreError as error:
+            if passing(error):
+                raise  # written anew, what it says would be lost
             tell(f"{error}. The run goes on without what it said")
             self._steps = {}
         self._last = -1  # the largest number that was trained
@@ -105,6 +108,8 @@ class Recovery:
                 store.adopt(number, attempt)
         kept = {n: tuple(s for s in steps if s <= step) for n, steps in self._steps.items()}
         self._steps = {number: steps for number, steps in kept.items() if steps}
+        # Syncs the folder too: names are on the disk before the number that they carry. With the
+        # number alone the next rewind would take them for those of an older attempt.
         self._write_trained()
         self._write(ATTEMPT, {"attempt": self.attempt})
 
@@ -204,6 +209,8 @@ class Recovery:
     def _write(self, name: str, values: Mapping[str, int | tuple[int, ...]]) -> None:
         path = self._store.root / name
         try:
+            if self._store.fsync:
+                make_folders(path.parent)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, values, fsync=self._store.fsync)
         except OSError as error:

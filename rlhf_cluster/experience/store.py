@@ -25,22 +25,25 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from rlhf_cluster.errors import StalledError, StoreError
+from rlhf_cluster.errors import StalledError, StorageError, StoreError
 from rlhf_cluster.experience import arrow
 from rlhf_cluster.experience.arrow import Header
 from rlhf_cluster.ports import Handle
 from rlhf_cluster.records import ExperienceGroup, Ticket
 from rlhf_cluster.slow_disk import Patience
-from rlhf_cluster.weights.files import sync_folder
+from rlhf_cluster.storage import make_folders, patiently, sync_folder
 
 Fsync = Literal["group", "never"]
 ATTEMPT = "attempt.json"
+PAUSES = (0.5, 1.0, 2.0)
+"""Seconds between tries to read a group while the storage answers with an error."""
 _NAME = re.compile(r"g(\d{8,})(?:\.a(\d+))?\.arrow")
 
 
@@ -70,6 +73,7 @@ class ExperienceStore:
         write_file: Callable[[int, memoryview], int] = os.write,
         attempt: int | None = None,
         patience: Patience | None = None,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """`patience`: how long a write may take; without it waits for the disk, however long."""
         self.root = Path(root)
@@ -78,6 +82,7 @@ class ExperienceStore:
         self.fsync = fsync == "group"
         self._write_file = write_file
         self._patience = patience
+        self._sleep = sleep
 
     def path(self, number: int, attempt: int | None = None) -> Path:
         """Of `attempt`, by default the one that is read."""
@@ -120,10 +125,10 @@ class ExperienceStore:
     def read_with_header(self, number: int) -> tuple[ExperienceGroup, Header]:
         path = self.path(number)
         try:
-            image = path.read_bytes()
+            image = patiently(path.read_bytes, path, "", self._sleep, PAUSES)
         except FileNotFoundError as error:
             raise StoreError(f"{path}: there is no such file; group {number} is lost") from error
-        except OSError as error:
+        except (OSError, StorageError) as error:
             raise StoreError(f"{path}: cannot be read ({error})") from error
         try:
             group, header = arrow.decode(image)
@@ -185,7 +190,10 @@ class ExperienceStore:
             leftover.unlink(missing_ok=True)
 
     def _replace(self, path: Path, image: bytes) -> None:
-        self.root.mkdir(parents=True, exist_ok=True)
+        if self.fsync:
+            make_folders(self.root)
+        else:
+            self.root.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.partial")
         try:
             fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)

@@ -23,6 +23,7 @@ from rlhf_cluster.observe.metrics import find
 from rlhf_cluster.observe.sinks import Sinks
 from rlhf_cluster.rundir import RunDir
 from rlhf_cluster.slow_disk import Behind, Patience
+from rlhf_cluster.storage import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -143,9 +144,7 @@ def cut_metrics(path: str | Path, last_step: int) -> None:
         for line, record in zip(lines, _read_lines(path), strict=True)
         if record["step"] <= last_step
     ]
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(b"".join(kept))
-    os.replace(partial, path)
+    write_whole(path, b"".join(kept), fsync=True)
 
 
 def read_metrics(path: str | Path) -> list[Record]:

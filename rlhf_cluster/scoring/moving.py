@@ -15,8 +15,8 @@ would be lost altogether. An average of equal weights is those weights exactly.
 
 Promises: a reference is written once, by the one process that owns the `ReferenceKeeper`, and read
 by all: workers that join later hold the same bytes, verified by digest; what it is follows from the
-versions that went live and nothing else. The last two are kept, so a worker that is loading one
-while it is replaced gets it whole, or a `WeightError`.
+versions that went live and nothing else; it survives a power cut. The last two are kept, so a worker
+that is loading one while it is replaced gets it whole, or a `WeightError`.
 
 Memory: `max_file_bytes` of one reference and one policy version. Disk: two references, of the size
 of a published version, as float32 with `ema`.
@@ -76,12 +76,13 @@ class ReferenceKeeper:
         return _tensors(live)
 
     def _write(self, live: WeightVersion, tensors: _Named) -> WeightVersion:
-        """One shard file after another, so that not all tensors are in memory at once."""
+        """One shard file after another, so that not all tensors are in memory at once. Synced: a
+        checkpoint, which survives a power cut, may need it."""
         reports = [
-            store.write_shard(self._root, live.version, number, parts)
+            store.write_shard(self._root, live.version, number, parts, fsync=True)
             for number, parts in enumerate(_files(tensors, self._max_file_bytes))
         ]
-        return store.commit(self._root, live.version, reports, keep=KEPT)
+        return store.commit(self._root, live.version, reports, keep=KEPT, fsync=True)
 
 
 def averaged(reference: _Named, policy: _Named, kept: float) -> _Named:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rlhf_cluster.errors import StalledError, WeightError
-from rlhf_cluster.storage import sync_folder
+from rlhf_cluster.storage import make_folders, sync_folder
 from rlhf_cluster.weights.transport import Blob, Deadline, ShardImage
 
 MANIFEST_NAME = "manifest.json"
@@ -60,7 +60,10 @@ class FileSink:
     def write(self, version: int, name: str, image: ShardImage) -> None:
         folder = partial_dir(self._root, version)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            if self._fsync:
+                make_folders(folder)
+            else:
+                folder.mkdir(parents=True, exist_ok=True)
             self._check_space(folder, image.num_bytes)
             self._write(folder / name, image)
         except StalledError:  # an OSError too, as every TimeoutError

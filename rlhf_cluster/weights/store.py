@@ -35,6 +35,7 @@ from pathlib import Path
 
 from rlhf_cluster.errors import StalledError, WeightError
 from rlhf_cluster.records import WeightVersion
+from rlhf_cluster.storage import passing, sync_folder, write_whole
 from rlhf_cluster.weights.assemble import assemble
 from rlhf_cluster.weights.files import (
     MANIFEST_NAME,
@@ -42,7 +43,6 @@ from rlhf_cluster.weights.files import (
     gone,
     open_files,
     partial_dir,
-    sync_folder,
     version_dir,
 )
 from rlhf_cluster.weights.manifest import (
@@ -113,7 +113,7 @@ def commit(
             newest = _step_back(final.parent, version)
             _to_trash(final)
         _remove_leftovers(final.parent, newest)
-        _write_atomically(partial / MANIFEST_NAME, encode(manifest), fsync)
+        write_whole(partial / MANIFEST_NAME, encode(manifest).encode(), fsync)
         _remove_strangers(partial, manifest)
         partial.rename(final)
         if fsync:
@@ -148,9 +148,10 @@ def versions(root: str | Path) -> list[int]:
 
 
 def pin(root: str | Path, version: int) -> None:
-    """Keep a version whatever the retention."""
+    """Keep a version whatever the retention, after a power cut too."""
     folder = version_dir(root, version)
     folder.with_suffix(".pin").touch()
+    sync_folder(folder.parent)
     if not folder.is_dir():
         unpin(root, version)
         raise WeightError(gone(str(folder)))
@@ -163,16 +164,18 @@ def unpin(root: str | Path, version: int) -> None:
 def rewind(root: str | Path, version: int, *, lock_timeout_s: float = 30.0) -> WeightVersion | None:
     """Forget every version above `version`, pinned ones too, and return what is the latest now.
 
-    For a resume from an earlier step, whose versions will be published afresh.
+    For a resume from an earlier step, whose versions will be published afresh. A latest version that a
+    power cut tore, and one that `latest` cannot name any more, is forgotten too. Raises `WeightError`
+    when the storage answers with an error.
     """
     root = Path(root).absolute()
     if not root.is_dir():
         return None
     with _commit_lock(root, lock_timeout_s):
-        newest = _pointed(root)
-        if newest is not None and newest > version:
-            _step_back(root, version + 1)
-        _remove_leftovers(root, _pointed(root))
+        newest = _pointed_or_torn(root, version)
+        while newest is not None and (newest > version or not _opens(root, newest)):
+            newest = _step_back(root, min(newest, version + 1))
+        _remove_leftovers(root, newest)
     return latest(root)
 
 
@@ -220,8 +223,30 @@ def _pointed(root: Path) -> int | None:
     return number
 
 
+def _pointed_or_torn(root: Path, version: int) -> int | None:
+    """`_pointed`; `version` + 1 where the pointer holds no name, so that all on disk up to `version` is
+    looked at."""
+    try:
+        return _pointed(root)
+    except WeightError as error:
+        if passing(error):
+            raise
+        return version + 1
+
+
+def _opens(root: Path, version: int) -> bool:
+    """False for a version that is torn or gone; raises the `WeightError` of a storage that fails."""
+    try:
+        open_version(version_dir(root, version))
+    except WeightError as error:
+        if passing(error):
+            raise
+        return False
+    return True
+
+
 def _point_at(root: Path, version: int, fsync: bool) -> None:
-    _write_atomically(root / _POINTER, version_dir(root, version).name + "\n", fsync)
+    write_whole(root / _POINTER, f"{version_dir(root, version).name}\n".encode(), fsync)
 
 
 def _number(name: str) -> int | None:
@@ -318,7 +343,9 @@ def _check_same_tensors(final: Path, manifest: Manifest) -> None:
     """Raises `WeightError` when the version in `final` has other tensors than `manifest` lists."""
     try:
         found = open_version(final)
-    except WeightError:
+    except WeightError as error:
+        if passing(error):
+            raise
         return  # damaged, so nobody can have read it
     if found.digest != manifest.digest:
         raise WeightError(
@@ -333,22 +360,10 @@ def _step_back(root: Path, version: int) -> int | None:
     earlier = [number for number in _on_disk(root) if number < version]
     if not earlier:
         (root / _POINTER).unlink()
+        sync_folder(root)
         return None
-    _point_at(root, earlier[-1], fsync=False)
+    _point_at(root, earlier[-1], fsync=True)
     return earlier[-1]
-
-
-def _write_atomically(path: Path, text: str, fsync: bool) -> None:
-    # One name for all: the lock is held, and what a killed process left is written over.
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        if fsync:
-            file.flush()
-            os.fsync(file.fileno())
-    temporary.replace(path)
-    if fsync:
-        sync_folder(path.parent)
 
 
 def describe(folder: Path, manifest: Manifest) -> WeightVersion:

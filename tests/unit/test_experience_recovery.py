@@ -302,3 +302,44 @@ def test_a_run_has_a_store_unless_it_is_turned_off(tmp_path):
     write(store, 5, version=3)
     assert found.recover(Ticket(number=5, version=3), make_prompt(5)) is not None
     assert json.loads(json.dumps(read_trained(store.root))) == {}
+
+
+def test_d02_notes_that_cannot_be_read_for_now_are_an_error_and_are_not_written_anew(tmp_path):
+    """A file that is damaged for good is told, and the run goes on without it."""
+    store = ExperienceStore(tmp_path / "experience")
+    store.root.mkdir()
+    notes = store.root / "trained.json"
+    notes.symlink_to("/proc/self/mem")  # reading gives EIO
+    with pytest.raises(StoreError, match="Input/output error"):
+        recovery(tmp_path, store=store)
+    assert notes.is_symlink()
+    notes.unlink()
+    notes.write_text("{")
+    told: list[str] = []
+    recovery(tmp_path, store=store, tell=told.append).rewind()
+    assert "goes on without" in told[0]
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_d02_a_group_is_read_again_after_an_io_error_that_passes(tmp_path, passes):
+    paused: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        paused.append(seconds)
+        if passes:
+            path.unlink()
+            path.write_bytes(data)
+
+    store = ExperienceStore(tmp_path / "experience", sleep=sleep)
+    write(store, 7)
+    path = store.path(7)
+    data = path.read_bytes()
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+    if passes:
+        assert store.read(7).ticket.number == 7
+        assert len(paused) == 1
+        return
+    with pytest.raises(StoreError, match="Input/output error"):
+        store.read(7)
+    assert len(paused) == 3

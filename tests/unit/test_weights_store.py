@@ -355,3 +355,34 @@ def test_a_durable_publish_reads_back(tmp_path: Path) -> None:
     report = store.write_shard(tmp_path, 0, 0, parts, fsync=True)
     version = store.commit(tmp_path, 0, [report], keep=1, fsync=True)
     assert dict(store.read(version.path))["w"].tolist() == [1] * 5
+
+
+@pytest.mark.parametrize("name", ["latest", "v000002/manifest.json"])
+def test_d02_a_rewind_forgets_what_is_torn_and_nothing_that_cannot_be_read_for_now(
+    tmp_path: Path, name: str
+) -> None:
+    for version in (1, 2):
+        publish(tmp_path, version, small_model(seed=version))
+    path = tmp_path / name
+    whole = path.read_bytes()
+    path.unlink()
+    path.symlink_to("/proc/self/mem")  # reading gives EIO
+    with pytest.raises(WeightError, match="Input/output error"):
+        store.rewind(tmp_path, 5)
+    path.unlink()
+    path.write_bytes(whole)
+    assert store.rewind(tmp_path, 5).version == 2, "nothing was lost"
+    path.write_bytes(b"")
+    left = 2 if name == "latest" else 1
+    assert store.rewind(tmp_path, 5).version == left
+    assert store.versions(tmp_path) == [1, 2][:left]
+
+
+def test_d02_a_version_that_cannot_be_read_for_now_is_not_replaced(tmp_path: Path) -> None:
+    publish(tmp_path, 1, small_model())
+    manifest = tmp_path / "v000001" / "manifest.json"
+    manifest.unlink()
+    manifest.symlink_to("/proc/self/mem")
+    with pytest.raises(WeightError, match="Input/output error"):
+        publish(tmp_path, 1, small_model(seed=1))
+    assert manifest.is_symlink()
