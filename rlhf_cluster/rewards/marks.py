@@ -39,7 +39,13 @@ _JOINT = re.compile(
 )
 _ANSWER = re.compile(r"(?:\b[Aa]nswer|\bANSWER)\b|\u7b54\u6848")
 _SAYS = re.compile(
-    r"[^\n.?!:=\uff1a]{0,80}?(?:\b(?:is|are|be|equals|IS)\b|[:=\uff1a\u662f\u4e3a])|[ *_#]{0,8}\n"
+    # "answer:", "answer (in cm):", "the answer to this question is", a heading; but not "write the
+    # answer as a percentage: 5" and "multiply the answer by 3, which is 5".
+    r"[ *_]{0,4}(?:\([^()\n]{1,40}\)[ *_]{0,4})?(?:[:=\uff1a\u662f\u4e3a\u2192]|->)"
+    r"|(?:[ *_]{1,4}(?:to|of|for|in|as|you)\b[^\n.,;?!:=\uff1a]{0,80}?)?"
+    r"(?:[ *_]{1,4}|, (?:then|therefore|thus|hence), )"
+    r"(?:then |therefore |thus |now |would |should |must |will ){0,2}(?:is|are|be|equals|IS)\b"
+    r"|[ *_#]{0,8}\n"
 )
 _VALUE = re.compile(r"[\d\\$\u00bc-\u00be\u2150-\u215e]")
 _DENIAL = re.compile(r"(?:not|never)\b")
@@ -158,8 +164,8 @@ def _last_said(text: str) -> str | None:
 def _first_line(text: str) -> str:
     """The first line that is more than the opening of a formula."""
     for line in text.splitlines():
-        if line.strip(" *_\\[$`-"):
-            return line.strip()
+        if line.strip(" *_\\[$`->"):
+            return line.strip(" >")
     return ""
 
 

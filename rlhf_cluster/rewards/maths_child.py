@@ -55,7 +55,7 @@ def compare(expected: str, completion: str | None, simplified: bool = True) -> b
     if completion == expected:  # asked where the machine may be at fault
         return _verify(formulas, formulas) or number is not None
     statement = final_statement(completion)
-    names = formulas and _EQUALS.search(expected) and _EQUALS.search(statement.text)
+    names = formulas and _EQUALS.search(_wanted(expected)) and _EQUALS.search(statement.text)
     if number is not None and not (names and statement.kind == "box"):  # x = 5 is not y = 5
         found = read_statement(statement)
         if found is not None:
@@ -93,9 +93,14 @@ def _close(expected: Quantity, found: Quantity, one: Fraction, other: Fraction) 
 
 @functools.lru_cache(maxsize=256)
 def _target(text: str) -> tuple[Quantity | None, list[Any]]:
-    marked = target_statement(text)
-    answer = marked.text if marked is not None else text
+    answer = _wanted(text)
     return read_target(text), _parse(answer, is_target=True) or _words(answer)
+
+
+def _wanted(expected: str) -> str:
+    """The answer of a target: what is marked in it, else all of it."""
+    marked = target_statement(expected)
+    return marked.text if marked is not None else expected
 
 
 def _formula(statement: Statement) -> str | None:
@@ -111,8 +116,7 @@ def _formula(statement: Statement) -> str | None:
 
 
 def _equal(expected: str, wanted: list[Any], answer: str, simplified: bool) -> bool:
-    marked = target_statement(expected)
-    target = marked.text if marked is not None else expected
+    target = _wanted(expected)
     if not _EQUALS.search(target):
         *names, answer = _EQUALS.split(answer)
         for name in names:

@@ -103,19 +103,27 @@ _SUBSCRIPT = re.compile(r"(?<=[A-Za-z])_(?:\{[^{}]{0,40}\}|\w)")
 _COMMANDS = (
     ("\\left", ""), ("\\right", ""), ("\\displaystyle", ""), ("\\!", ""), ("\\$", "$"),
     ("\\%", "%"), ("\\#", "#"), ("\\&", "&"), ("\\times", "*"), ("\\cdot", "*"), ("\\div", "/"),
-    ("\\approx", "\u2248"), ("\\qquad", " "), ("\\quad", " "), ("\\(", " "), ("\\)", " "),
+    ("\\approx", "\u2248"),
+    ("\\sim", "\u2248"), ("\\qquad", " "), ("\\quad", " "), ("\\(", " "), ("\\)", " "),
     ("\\[", " "), ("\\]", " "), ("\\,", " "), ("\\;", " "), ("\\:", " "), ("\\ ", " "),
     ("\\\\", " "), ("~", " "), ("**", " "), ("__", " "), ("`", " "),
     ("\u00a0", " "), ("\u202f", " "), ("\u2009", " "), ("\t", " "), ("\n", " "),
 )  # fmt: skip
 _SPACED = re.compile(r"(?<![\d.,/^*+=-])(?<![-+*/=^] )[1-9]\d{0,2}(?: \d{3})+(?![\d/,])(?! ?[/^])")
 _SPACES = re.compile(r" {2,}")
-_OPERATOR = re.compile(r"[\s()$\[\]]*[-+*/^][\s()$\[\]]*|\s?\(\s?")
+_OPERATOR = re.compile(r"[\s()$\[\]]*[-+*/^][\s()$\[\]]*|\)?\(\s?")
 _EQUALS = re.compile(r"(?<![<>!=])=(?!=)")
 _RELATION = re.compile(
     r"[<>\u2264\u2265\u2260]=?\s*$|\\(?:le|ge|leq|geq|lt|gt|neq|ne|pm|mp|sqrt)\b\s*$|!=\s*$"
 )
-_CALL = re.compile(r"(?:\\[A-Za-z]+|[A-Za-z]+)\s?\(\s?$")
+_CALL = re.compile(r"(?:\\[A-Za-z]+\s?|[A-Za-z]+)\(\s?$")
+_STYLE = re.compile(
+    r"\\(?:(?:bf|rm|it|sf|large|Large|LARGE|huge|Huge|normalsize|checkmark)(?![A-Za-z])"
+    r"|color\s?\{[A-Za-z]{1,20}\})"
+)
+_CIRCUMSTANCE = re.compile(
+    r"\b(?:in|after|for|over|with|on|at|within|during|by|if)\s[$]?$", re.IGNORECASE
+)
 _VARIABLE = re.compile(
     r"\s?(?:[xyznkijabuvqre](?![A-Za-z])|\\(?:pi|sqrt|theta|alpha|beta|infty|ln|log|sin|cos|tan|binom|mod|bmod|pmod|i)\b)"
 )
@@ -127,6 +135,7 @@ _UNIT = re.compile(
     r"\s?(%|\u00b0 ?[CF]?|[$\u20ac\u00a3\u00a2]"
     r"|(?:(?:square|cubic|sq\.?|cu\.?) )?[A-Za-z]+[\u00b2\u00b3]?(?:/[A-Za-z]+\u00b2?)?)"
 )
+_REMARK = re.compile(r"\([^()]*\)\.?")
 _BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*(?!:)")
 
 _PROSE = re.compile(r"(?=.*[A-Za-z]{2})[^\\^{}\[\]|<>=+*/]*", re.DOTALL)
@@ -194,14 +203,15 @@ def read_prose(text: str) -> Quantity | None:
     """The last number of a text that marks no answer; a bold one of its line goes before."""
     if len(text) > MAX_PROSE_CHARACTERS:
         text = text[-MAX_PROSE_CHARACTERS:].partition(" ")[2]
-    for line in reversed(text.splitlines()):
-        if not any(sign.isnumeric() for sign in line):
-            continue
+    lines = [line for line in text.splitlines() if any(sign.isnumeric() for sign in line)]
+    stated = [line for line in lines if not _REMARK.fullmatch(line.strip())]
+    for line in reversed(stated or lines):
         for bold in reversed(_BOLD.findall(line)):
             if _is_numeric(bold):
                 return read_sentence(bold)
         plain = _plain(line, spaced=False)
         tokens = _tokens(plain)
+        tokens = [token for token in tokens if not _is_remark(plain, token)] or tokens
         if tokens:
             return _last(plain, tokens)
     return None
@@ -275,6 +285,8 @@ def _read_first(text: str) -> Quantity | None:
     tokens = _tokens(text)
     if not tokens:
         return None
+    stated = [i for i, t in enumerate(tokens) if not _CIRCUMSTANCE.search(text[: t.start][-12:])]
+    tokens = tokens[stated[0] :] if stated else tokens  # "In 7 days she earns 72"
     first = tokens[0]
     if len(tokens) > 1:
         second = tokens[1]
@@ -295,6 +307,12 @@ def _last(text: str, tokens: list[_Token]) -> Quantity | None:
         if _OPERATOR.fullmatch(between) or _are_joined(tokens[-2], last, between):
             return None
     return _quantity(text, last)
+
+
+def _is_remark(text: str, token: _Token) -> bool:
+    """Whether it stands in parentheses after a word or a number: "72 kilometers (45 miles)"."""
+    opening = text.rfind(" (", 0, token.start)
+    return opening > 0 and ")" not in text[opening : token.start] and ")" in text[token.end :]
 
 
 def _are_joined(one: _Token, other: _Token, between: str) -> bool:
@@ -404,6 +422,7 @@ def _plain_latex(text: str) -> str:
         text, count = _WRAPPED.subn(r" \1 ", text)
         if not count:
             break
+    text = _STYLE.sub("", text)
     text = _REPEATING.sub(_repeating, text)
     text = _FRACTION.sub(_fraction, text)
     text = _DEGREES.sub("\u00b0", text)

@@ -161,3 +161,13 @@ def test_weights_reach_generation_within_the_bounds_of_the_store() -> None:
     assert len(stalls) == 11
     assert max(stalls.values()) < 0.01
     assert figures["requests_lost"] == 0
+
+
+def test_verifiers_are_right_about_what_chat_models_write() -> None:
+    result = json.loads(Path("benchmarks/results/verifiers.json").read_text())
+    figures, runs = result["figures"], result["runs"]
+    for kind in ("numeric", "maths"):
+        accuracies = [run["accuracy"] for run in runs[kind].values()]
+        assert figures["presentations"] == len(accuracies) >= 20
+        assert figures[f"{kind}_accuracy_min"] == min(accuracies) >= 0.999
+    assert figures["restated_problem_accepted"] == 0

@@ -25,11 +25,10 @@ pieces = [
 ]
 reads = (final_number, read_target, lambda t: choice(t, 'BC'), lambda t: find_program(t, True))
 for piece in pieces:
-    for end in ('x', '\n1'):
-        text = piece * (100_000 // len(piece)) + end
-        for read in reads:
-            read(text)
-            read('\\boxed{' + text)
+    text = piece * (100_000 // len(piece)) + '\n1'
+    for read in reads:
+        read(text)
+    final_number('\\boxed{' + text)
 """
 
 
