@@ -15,7 +15,8 @@ Promises:
 - within the window of `restarts` there are at most `max_restarts` replacements, or one for each wanted
   worker if that is more: a rack may be lost at once, and a crash loop still ends. With none left the
   pool goes on with the workers that it has, and replaces again when the window allows it; with fewer
-  than `quorum` of them it fails, with the first cause and not the last symptom.
+  than `quorum` of them it fails, with the first cause and not the last symptom;
+- a node that stays away spends no restarts while `quorum` workers live: room is looked for again.
 
 The pool decides nothing about Ray: launching and killing are arguments.
 """
@@ -32,11 +33,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from actors.loads import Loads, State, Worker
-from rlhf_cluster.errors import PoolLost, RlhfError, StalledError, WorkerError
+from rlhf_cluster.errors import PlacementError, PoolLost, RlhfError, StalledError, WorkerError
 from rlhf_cluster.restart_window import RestartWindow
 from rlhf_cluster.together import together
 
 log = logging.getLogger(__name__)
+
+ROOM_AGAIN_S = 10.0
+"""From a replacement that found no room to the next search for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -405,9 +409,10 @@ class WorkerPool:
         """Launch until the pool has its size again, with what others start.
 
         Waits for: the backoff, which grows with the restarts a worker; a launch, which has deadlines;
-        with no restart left, the oldest one to leave the window. Ends with the pool's size, its end, or
-        its failure.
+        room; with no restart left, the oldest one to leave the window. Ends with the pool's size, its
+        end, or its failure.
         """
+        told_no_room = False
         while self._is_short and self._failure is None:
             recent, most = self.restarts.recent, self.max_restarts
             if recent > most or not most:
@@ -424,7 +429,13 @@ class WorkerPool:
             try:
                 await self._add()
             except RlhfError as error:
-                self.restarts.count(error)
+                if not isinstance(error, PlacementError) or self.num_live < self.quorum:
+                    self.restarts.count(error)
+                    continue
+                if not told_no_room:
+                    self.tell(f"{self.kind}: a replacement waits for room: {error}")
+                told_no_room = True
+                await self.sleep(ROOM_AGAIN_S)
 
     def _give_up(self, recent: int) -> None:
         first = self.restarts.first_cause

@@ -168,7 +168,8 @@ def scoring_pools(launcher: Launcher) -> tuple[list[WorkerPool], RayScoring]:
 async def started_pools(
     config: RunConfig, pools: Sequence[WorkerPool]
 ) -> AsyncIterator[asyncio.Future[None]]:
-    """All pools, being started; what is yielded is done when all their workers can work."""
+    """All pools, being started; what is yielded is done when each has its quorum, and waits no more for
+    the others."""
     sections = pool_sections(config)
 
     async def start() -> None:

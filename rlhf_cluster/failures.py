@@ -27,6 +27,7 @@ Errors of a call for one group, which a worker raised or died of:
     DataError: a request that the engine refuses             yes                    a discard
     RecordLost: the rollouts are gone with a node            sampled again          a discard
     PoolLost: no worker is left                              no                     the run ends
+    CoreLost, RankFailed: learner or buffer                  no                     `restarts` decides
     every other error (full disk, bound, configuration)      no                     the run ends
 
 A bad sample is a worker's fault first, since a broken device or engine makes such samples, and then the
@@ -38,6 +39,7 @@ Classes of torch are told by their names, so that nothing here imports it.
 from __future__ import annotations
 
 from rlhf_cluster.errors import (
+    CoreLost,
     DataError,
     PoolLost,
     RankFailed,
@@ -55,16 +57,17 @@ _COMES_AGAIN = (NotImplementedError, RecursionError)
 MAX_TEXT = 1000
 _OF_A_GROUP = (WorkerError, ScoringError, RecordError, DataError)
 _OF_A_CALL = (*_OF_A_GROUP, StalledError, WeightError)
+_OF_NO_GROUP = (PoolLost, CoreLost, RankFailed)
 
 
 def may_pass_elsewhere(error: RlhfError) -> bool:
     """Whether another worker is asked, after one raised `error` for a group."""
-    return isinstance(error, _OF_A_CALL) and not isinstance(error, PoolLost | RecordLost)
+    return isinstance(error, _OF_A_CALL) and not isinstance(error, (*_OF_NO_GROUP, RecordLost))
 
 
 def costs_one_group(error: RlhfError) -> bool:
     """Whether `error`, which outlived its retries, discards a group and lets the run go on."""
-    return isinstance(error, _OF_A_GROUP) and not isinstance(error, PoolLost)
+    return isinstance(error, _OF_A_GROUP) and not isinstance(error, _OF_NO_GROUP)
 
 
 def may_pass(error: Exception, starting: bool = False) -> bool:

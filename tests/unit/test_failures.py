@@ -18,7 +18,7 @@ from rlhf_cluster.errors import (
     RlhfError,
     StalledError,
 )
-from rlhf_cluster.failures import MAX_TEXT, judged, may_pass
+from rlhf_cluster.failures import MAX_TEXT, costs_one_group, judged, may_pass, may_pass_elsewhere
 
 HashStore = dist.HashStore  # pyright: ignore[reportPrivateImportUsage]
 ProcessGroupGloo = dist.ProcessGroupGloo  # pyright: ignore[reportPrivateImportUsage]
@@ -112,3 +112,41 @@ def test_a_judged_error_stays_what_it_is_and_crosses_processes_in_bounds():
     assert str(copy).startswith("RuntimeError: first line second xxx")
     assert len(str(copy)) < MAX_TEXT + 50
     assert not isinstance(copy, CoreLost), "whether another process is gone is asked first"
+
+
+ENDS_RUN, ELSEWHERE, ONLY_ELSEWHERE, DISCARD = (
+    (False, False),
+    (True, True),
+    (True, False),
+    (False, True),
+)
+OF_A_CALL = {
+    "ConfigError": ENDS_RUN,
+    "DataError": ELSEWHERE,
+    "RecordError": ELSEWHERE,
+    "PlacementError": ENDS_RUN,
+    "StalenessError": ENDS_RUN,
+    "StalledError": ONLY_ELSEWHERE,  # a `WorkerError` after the last try
+    "WeightError": ONLY_ELSEWHERE,
+    "CheckpointError": ENDS_RUN,
+    "StoreError": ENDS_RUN,
+    "StorageError": ENDS_RUN,
+    "WorkerError": ELSEWHERE,
+    "RecordLost": DISCARD,
+    "PoolLost": ENDS_RUN,
+    "RankFailed": ENDS_RUN,
+    "CoreLost": ENDS_RUN,
+    "ScoringError": ELSEWHERE,
+    "RunError": ENDS_RUN,
+    "DivergenceError": ENDS_RUN,
+    "MetricError": ENDS_RUN,
+}
+"""Whether another worker is tried, and whether the error is a discard after the last try."""
+
+
+def test_d05_every_error_has_its_place_in_the_table_of_a_call():
+    found = {
+        kind.__name__: (may_pass_elsewhere(kind("why")), costs_one_group(kind("why")))
+        for kind in OURS
+    }
+    assert found == OF_A_CALL, "decide it here, and in the docstring of rlhf_cluster.failures"

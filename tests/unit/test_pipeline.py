@@ -222,10 +222,11 @@ async def test_without_a_pool_the_run_ends_at_once_with_its_reason():
     assert pipeline.observer.discarded == []
 
 
-async def test_too_many_failures_end_the_run_with_their_reason():
-    scoring = FakeScoring(fail=lambda g: ScoringError("reward 'mine' returned None"))
+@pytest.mark.parametrize("kind", [ScoringError, RecordError, DataError])
+async def test_d05_too_many_failures_end_the_run_with_their_reason(kind: type[RlhfError]):
+    scoring = FakeScoring(fail=lambda g: kind("reward 'mine' returned None"))
     pipeline = await build(scoring=scoring, groups=8)
-    with pytest.raises(ScoringError, match="max_error_rate = 0.5.*returned None"):
+    with pytest.raises(kind, match="max_error_rate = 0.5.*returned None"):
         await pipeline.run()
 
 

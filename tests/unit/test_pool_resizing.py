@@ -125,3 +125,26 @@ async def test_the_first_cause_is_that_of_the_restarts_that_count():
         await plant.settle()
     with pytest.raises(PoolLost, match="First cause: CUDA error: device lost"):
         await plant.pool.supervise()
+
+
+async def test_a_place_without_room_spends_no_restarts_while_the_quorum_lives():
+    plant, told = Plant(max_restarts=3, acquire_timeout_s=5.0), []
+    plant.pool.tell = told.append
+    await plant.pool.start(2)
+    plant.unlaunchable = True
+    await plant.pool.fail(plant.pool.live[0], WorkerError("the node is gone"))
+    for _ in range(10):
+        await plant.settle()
+    assert len(plant.launched) > 10
+    assert told == ["generation: a replacement waits for room: generation-2: no room"]
+    assert (plant.pool.restarts.total, plant.pool.num_live) == (1, 1)
+    plant.unlaunchable = False
+    await plant.settle()
+    assert plant.pool.num_live == 2
+    plant.unlaunchable = True
+    for worker in plant.pool.live:
+        await plant.pool.fail(worker, DIED)
+    for _ in range(10):
+        await plant.settle()
+    with pytest.raises(PoolLost, match="First cause: the node is gone"):
+        await plant.pool.supervise()
