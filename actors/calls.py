@@ -8,6 +8,9 @@ It turns
 - an argument that was lost with the node that held it into `RecordLost`,
 - a passed deadline into `WorkerSilent`.
 
+Promises: a wait takes longer than the callee may (`rlhf_cluster.deadlines`), so that what the callee
+says of its own deadline arrives; an answer that has arrived counts, however late the loop looks at it.
+
 `core_answer` is the same for a learner rank or the buffer, whose death or silence is a `CoreLost`.
 """
 
@@ -28,6 +31,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 
+from rlhf_cluster.deadlines import reply_deadline
 from rlhf_cluster.errors import CoreLost, RecordLost, RlhfError, WorkerError
 
 
@@ -40,14 +44,22 @@ class WorkerSilent(WorkerError):
 
 
 async def answer(ref: ray.ObjectRef, timeout_s: float, what: str) -> Any:
-    """The value of `ref`. `what` names the call in errors, such as "generation-0.pull"."""
+    """The value of `ref`, whose callee may take `timeout_s`. `what` names the call in errors, such as
+    "generation-0.pull"."""
+    future, wait_s = ref.future(), reply_deadline(timeout_s)
     try:
-        async with asyncio.timeout(timeout_s):
-            return await asyncio.wrap_future(ref.future())
+        try:
+            async with asyncio.timeout(wait_s):
+                return await asyncio.wrap_future(future)
+        except TimeoutError:
+            # A loop that was held up sees answer and timer at once, and the timer first.
+            if not future.done() or future.cancelled():
+                raise
+            return future.result()
     except RayError as error:  # first: Ray's copy of a StalledError is a TimeoutError too
         raise translate(error, what) from error
     except TimeoutError as error:
-        raise WorkerSilent(f"{what}: no answer within {timeout_s:g} s") from error
+        raise WorkerSilent(f"{what}: no answer within {wait_s:g} s") from error
 
 
 async def core_answer(ref: ray.ObjectRef, timeout_s: float, what: str) -> Any:
@@ -62,10 +74,11 @@ async def core_answer(ref: ray.ObjectRef, timeout_s: float, what: str) -> Any:
 
 def answer_now(ref: ray.ObjectRef, timeout_s: float, what: str) -> Any:
     """`answer` for code without an event loop."""
+    wait_s = reply_deadline(timeout_s)
     try:
-        return ray.get(ref, timeout=timeout_s)
+        return ray.get(ref, timeout=wait_s)
     except GetTimeoutError as error:
-        raise WorkerSilent(f"{what}: no answer within {timeout_s:g} s") from error
+        raise WorkerSilent(f"{what}: no answer within {wait_s:g} s") from error
     except RayError as error:
         raise translate(error, what) from error
 

@@ -37,6 +37,9 @@ from rlhf_cluster.records import (
     WeightVersion,
 )
 
+MAX_CATCH_UP = 3
+"""How often a worker that was left behind is brought to the newest version before it is replaced."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answered:
@@ -75,13 +78,14 @@ async def try_workers(
         async with pool.acquire(prefer if num_failed == 0 else None, tried) as worker:
             tried.append(worker)
             reference, handle = call(worker)
+            ends = time.monotonic() + timeout_s
             try:
                 summary = await answer(reference, timeout_s, f"{worker.name}.{what}")
                 return Answered(
                     summary=summary, handle=handle, worker=worker, num_failed=num_failed
                 )
             except asyncio.CancelledError:
-                abandoned.add(worker, reference)
+                abandoned.add(worker, reference, ends)
                 raise
             except RecordLost:
                 raise
@@ -108,7 +112,7 @@ class RayGeneration:
     def __init__(self, pool: WorkerPool, config: RunConfig) -> None:
         self._pool = pool
         self._config = config.generation
-        self._abandoned = Abandoned(pool, config.cluster.heartbeat_timeout_s)
+        self._abandoned = Abandoned(pool)
         names = ("segments", "segments_queued", "tokens_kept", "tokens_resampled", "retries")
         self._totals = dict.fromkeys(names, 0)
         self._watch = Watch(config.generation.quarantine)
@@ -189,6 +193,7 @@ class RayGeneration:
         """The watch, which knows who is live."""
         if self._pool.changes != self._seen_changes:
             self._seen_changes = self._pool.changes
+            self._watch.forget_all_but([worker.name for worker in self._pool.workers])
             self._watch.present([worker.name for worker in self._pool.live])
         return self._watch
 
@@ -198,23 +203,38 @@ class RayGeneration:
         return {f"generation/{name}_total": float(n) for name, n in self._totals.items()}
 
     async def pull(self, version: WeightVersion) -> None:
-        """Waits for: every live worker, all within one deadline.
+        """Make `version` live: every worker that is live afterwards has said that it runs it.
 
-        One that fails is replaced by one that runs `version`. One that refuses it, because it
-        could not read it whole, is asked a second time first. `WeightError`, with the first
-        worker's words, when all refused: no worker is to blame then, and none is replaced.
+        Waits for: every live worker, at most twice its deadline. A worker that refuses the version,
+        because it could not read it whole or in time, is asked a second time. One that has not taken it
+        then, and is healthy, is slow and not broken: it gets no work until it runs the newest version
+        (`_catch_up`), so that nobody samples with weights older than the live ones. A worker that died
+        or lost its weights is replaced.
+
+        `WeightError`, with a worker's words, when some did not take the version and fewer than the
+        pool's quorum did: it is not live then, no worker is to blame, and all go on with the weights
+        that they have. Without any worker it waits for one, as `WorkerPool.acquire`, which joins with
+        this version.
         """
         before, self.target = self.target, version
-        ends = time.monotonic() + self._config.pull_timeout_s
         workers = list(self._pool.live)
-        refusals = await self._ask(workers, version, ends)
-        if refusals:
-            refusals = await self._ask(list(refusals), version, ends)
-        if refusals and len(refusals) == len(workers):
+        behind = await self._ask(workers, version)
+        if behind:
+            behind = await self._ask(list(behind), version)
+        if not self._pool.live:
+            async with self._pool.acquire():
+                pass
+        # a worker that joined meanwhile runs the version too: `join` looks at the target
+        num_loaded = sum(w not in behind for w in self._pool.live)
+        if behind and num_loaded < max(1, self._pool.quorum):
             self.target = before
-            raise next(iter(refusals.values()))
-        for worker, refusal in refusals.items():
-            await self._pool.fail(worker, refusal)
+            raise WeightError(
+                f"version {version.version} is not live: {num_loaded} of {len(self._pool.live)} "
+                f"generation workers took it, {max(1, self._pool.quorum)} are needed. "
+                f"{next(iter(behind.values()))}"
+            )
+        for worker, why in behind.items():
+            self._pool.set_behind(worker, why, self._catch_up)
 
     async def begin_anew(self) -> None:
         """The learner goes back, and will publish the version that workers shall run next, whatever
@@ -226,39 +246,56 @@ class RayGeneration:
         await self._abandoned.end()
 
     async def _ask(
-        self, workers: Sequence[Worker], version: WeightVersion, ends: float
-    ) -> dict[Worker, WeightError]:
-        """Why workers that are still live refused `version`. Those that failed are retired."""
-        answers = await asyncio.gather(*(self._pull_or_fail(w, version, ends) for w in workers))
+        self, workers: Sequence[Worker], version: WeightVersion
+    ) -> dict[Worker, RlhfError]:
+        """Why workers that are still live did not take `version`. Those that failed are retired."""
+        answers = await asyncio.gather(*(self._pull_or_fail(w, version) for w in workers))
         pairs = zip(workers, answers, strict=True)
         return {w: why for w, why in pairs if why is not None and w.state is State.LIVE}
 
     async def join(self, worker: Worker) -> None:
         """Bring a new worker to the newest version before it gets work.
 
-        Waits for: its pull, again while newer versions arrive; each has its deadline.
+        Waits for: its pull, again while newer versions arrive, and once more where it was refused or
+        late; each has its deadline.
         """
         while (target := self.target) is not None:
-            await self._pull_one(worker, target, self._config.pull_timeout_s)
+            try:
+                await self._pull_one(worker, target)
+            except (WeightError, StalledError):
+                await self._pull_one(worker, target)
             if self.target is target:
                 return
 
-    async def _pull_or_fail(
-        self, worker: Worker, version: WeightVersion, ends: float
-    ) -> WeightError | None:
+    async def _catch_up(self, worker: Worker) -> None:
+        """`join` of a worker that was left behind, a few times: what it reads from may be slow.
+
+        Waits for: its pulls, each with its deadline. Raises the last try's error.
+        """
+        for num_tries in range(1, MAX_CATCH_UP + 1):
+            try:
+                await self.join(worker)
+                return
+            except (WeightError, StalledError):
+                if num_tries == MAX_CATCH_UP:
+                    raise
+
+    async def _pull_or_fail(self, worker: Worker, version: WeightVersion) -> RlhfError | None:
+        """Why a worker, which is healthy, did not take `version`; None where it did, or was retired."""
         try:
-            await self._pull_one(worker, version, max(0.0, ends - time.monotonic()))
-        except WeightError as error:
-            await self._pool.suspect(worker, error)  # its weights may be lost, not only refused
-            return error
-        except (WorkerError, StalledError) as error:
+            await self._pull_one(worker, version)
+        except WorkerDied as error:
             await self._pool.fail(worker, error)
+        except (WorkerError, StalledError, WeightError) as error:
+            # late or refused: its weights may be lost, or it may be well and its storage slow
+            await self._pool.suspect(worker, error)
+            return error
         return None
 
-    async def _pull_one(self, worker: Worker, version: WeightVersion, timeout_s: float) -> None:
+    async def _pull_one(self, worker: Worker, version: WeightVersion) -> None:
         loaded = await answer(
             worker.actor.pull.remote(version),
-            timeout_s,
+            self._config.pull_timeout_s,
             f"{worker.name}.pull(version {version.version})",
         )
         if (loaded.version, loaded.digest, loaded.num_tensors) != (

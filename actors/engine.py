@@ -81,18 +81,18 @@ class Engine(Protocol):
     async def close(self) -> None: ...
 
 
-async def read_beside(read: Callable[[], _T], deadline: Deadline) -> _T:
+async def read_beside(read: Callable[[], _T], deadline: Deadline, stop_s: float = _CANCEL_S) -> _T:
     """`read()` in a thread of its own, which looks at `deadline`.
 
     Waits for: its end. A cancelled call cancels `deadline`, and returns when the thread has stopped,
-    so that no later read meets it.
+    so that no later read meets it, or after `stop_s`: it hangs in a storage that does not answer.
     """
     reading = asyncio.ensure_future(asyncio.to_thread(read))
     try:
         return await asyncio.shield(reading)
     except asyncio.CancelledError:
         deadline.cancel()
-        done, _ = await asyncio.wait({reading}, timeout=_CANCEL_S)
+        done, _ = await asyncio.wait({reading}, timeout=stop_s)
         for stopped in done:
             stopped.exception()
         raise

@@ -15,6 +15,7 @@ from typing import Any
 
 class State(StrEnum):
     LIVE = "live"
+    BEHIND = "behind"  # healthy, and without the newest weights: it gets no work until it has them
     DRAINING = "draining"
     RETIRED = "retired"
 

@@ -10,6 +10,8 @@ Promises:
 - a worker joins only after `launch` has made it ready to serve (model loaded, weights live);
 - the pool starts once `quorum` workers are live and the others take their time; who is missing is
   reported, and joins later;
+- a healthy worker that is behind (`set_behind`) gets no work until it has caught up, and keeps its
+  place;
 - scaling down drains: the worker ends when its last work has ended; so does one in quarantine
   (`rlhf_cluster.quarantine`), which is then replaced;
 - within the window of `restarts` there are at most `max_restarts` replacements, or one for each wanted
@@ -41,6 +43,8 @@ log = logging.getLogger(__name__)
 
 ROOM_AGAIN_S = 10.0
 """From a replacement that found no room to the next search for it."""
+MAX_ERRORS = 20
+"""Workers whose last errors are kept for messages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,11 +262,33 @@ class WorkerPool:
         if worker.state is State.RETIRED:
             return
         self._note(worker.name, error)
-        replace = worker.state is State.LIVE
+        replace = worker.state in (State.LIVE, State.BEHIND)
         await self._remove(worker)
         if replace:
             self.restarts.count(error)
             self._background(self._replace())
+
+    def set_behind(
+        self, worker: Worker, why: RlhfError, catch_up: Callable[[Worker], Awaitable[None]]
+    ) -> None:
+        """Give `worker` no work until `catch_up` has brought it where the others are; its place is kept
+        meanwhile. Where that fails it is replaced."""
+        if worker.state is not State.LIVE:
+            return
+        self._note(worker.name, why)
+        worker.state = State.BEHIND
+        self._background(self._back(worker, catch_up))
+
+    async def _back(self, worker: Worker, catch_up: Callable[[Worker], Awaitable[None]]) -> None:
+        """Waits for: `catch_up`, which has deadlines."""
+        try:
+            await catch_up(worker)
+        except RlhfError as error:
+            await self.fail(worker, error)
+            return
+        if worker.state is State.BEHIND:
+            worker.state = State.LIVE
+            self._wake(self.limits.max_in_flight or len(self._waiting))
 
     async def suspect(self, worker: Worker, error: RlhfError) -> None:
         """Note an error that the worker itself reported, and retire it if it cannot serve on."""
@@ -300,7 +326,7 @@ class WorkerPool:
         while True:
             await self.sleep(self.limits.heartbeat_s)
             self._raise_failure()
-            await asyncio.gather(*(self._check_one(w) for w in self.live))
+            await asyncio.gather(*(self._check_one(w) for w in self._staying))
 
     async def resize(self, wanted: int) -> str:
         """Add workers, or drain the least loaded ones. Returns what was done. A worker that is being
@@ -334,12 +360,13 @@ class WorkerPool:
             raise
 
     async def _drain_surplus(self) -> None:
-        """Drain those that are over the size: the least loaded, of equals the newest.
+        """Drain those that are over the size: first those behind, then the least loaded, the newest of
+        equals.
 
         Waits for: all that drain. A caller that is cancelled leaves them to it.
         """
         staying = self._staying[::-1]
-        staying.sort(key=lambda w: w.num_in_flight)
+        staying.sort(key=lambda w: (w.state is State.LIVE, w.num_in_flight))
         for worker in staying[: max(0, len(staying) - self.wanted)]:
             worker.state = State.DRAINING
         draining = [w for w in self.workers if w.state is State.DRAINING]
@@ -398,8 +425,8 @@ class WorkerPool:
 
     @property
     def _staying(self) -> list[Worker]:
-        """Those that have a place."""
-        return self.live
+        """Those that have a place: live, or behind."""
+        return [w for w in self.workers if w.state in (State.LIVE, State.BEHIND)]
 
     @property
     def _is_short(self) -> bool:
@@ -483,7 +510,10 @@ class WorkerPool:
 
     def _note(self, name: str, error: RlhfError) -> None:
         log.warning("%s: %s", name, error)
+        self.last_errors.pop(name, None)
         self.last_errors[name] = str(error)
+        while len(self.last_errors) > MAX_ERRORS:  # of those that are long gone, the oldest first
+            del self.last_errors[next(iter(self.last_errors))]
 
     def _background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)

@@ -35,8 +35,7 @@ class RayScoring:
     ) -> None:
         self._pools = dict(pools)
         self._config = config.scoring
-        silence_s = config.cluster.heartbeat_timeout_s
-        self._abandoned = {name: Abandoned(pool, silence_s) for name, pool in pools.items()}
+        self._abandoned = {name: Abandoned(pool) for name, pool in pools.items()}
         self._asked = [name for name in pools if len(pools) == 1 or self._config.served_by(name)]
         self._busy = {name: Occupancy(clock, _live(pool)) for name, pool in pools.items()}
         self._load_timeout_s = config.run.start_timeout_s

@@ -32,8 +32,12 @@ from rlhf_cluster.planning.placement import Bundle, pool_bundle
 from rlhf_cluster.restart_window import RestartWindow
 from rlhf_cluster.together import together
 
-GENERATION_CONCURRENCY = 1000
-SCORING_THREADS = 8
+GENERATION_CALLS = 900
+"""Groups that one engine takes at once; further ones wait in the pool."""
+SCORING_CALLS = 8
+CONTROL_CALLS, SCORING_SPARE_THREADS = 100, 2
+"""Room of an actor besides its calls for groups, so that health checks, pulls, a new reference and
+calls that were given up never wait for a group to end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,11 +133,12 @@ def generation_pool(launcher: Launcher) -> tuple[WorkerPool, RayGeneration]:
             [config, launcher.model_dir, name, launcher.engine_factory],
             bundle,
             environment=launcher.engine_environment,
-            max_concurrency=GENERATION_CONCURRENCY,
+            max_concurrency=GENERATION_CALLS + CONTROL_CALLS,
         )
         return await _ready(Worker(name=name, actor=actor, placement=group), config, client.join)
 
-    pool = _pool("generation", launch, config.generation.request_timeout_s, config)
+    timeout_s = config.generation.request_timeout_s
+    pool = _pool("generation", launch, timeout_s, config, GENERATION_CALLS)
     client = RayGeneration(pool, config)
     return pool, client
 
@@ -148,7 +153,7 @@ def scoring_pools(launcher: Launcher) -> tuple[list[WorkerPool], RayScoring]:
             ScoringActor,
             [config, launcher.model_dir, name, kind],
             bundle,
-            max_concurrency=SCORING_THREADS,
+            max_concurrency=SCORING_CALLS + SCORING_SPARE_THREADS,
             concurrency_groups={HEALTH_GROUP: 1},
         )
         join = functools.partial(client.join, kind)
@@ -156,7 +161,7 @@ def scoring_pools(launcher: Launcher) -> tuple[list[WorkerPool], RayScoring]:
 
     timeout_s = config.scoring.request_timeout_s
     pools = {
-        kind: _pool(kind, functools.partial(launch, kind), timeout_s, config, SCORING_THREADS)
+        kind: _pool(kind, functools.partial(launch, kind), timeout_s, config, SCORING_CALLS)
         for kind in pool_sections(config)
         if kind != GENERATION
     }

@@ -28,6 +28,7 @@ from rlhf_cluster.checkpoint.saving import Checkpoints
 from rlhf_cluster.checkpoint.state import RunState
 from rlhf_cluster.config import RunConfig, StageConfig
 from rlhf_cluster.config.replay import fresh_groups
+from rlhf_cluster.deadlines import reply_deadline
 from rlhf_cluster.errors import RunError, StalledError
 from rlhf_cluster.experience.adaptive import DepthController, depth_controller
 from rlhf_cluster.experience.recovery import patience_of, recovery_of
@@ -36,7 +37,7 @@ from rlhf_cluster.pipeline import Pipeline, evaluate
 from rlhf_cluster.records import WeightVersion
 from rlhf_cluster.restarts import RoomAgain
 from rlhf_cluster.rundir import RunDir
-from rlhf_cluster.weights.sync import WeightSync
+from rlhf_cluster.weights.sync import MAX_REFUSED, WeightSync
 
 LOOK_EVERY_S = 1.0
 
@@ -90,12 +91,15 @@ class Attempt:
 
     @property
     def publish_timeout_s(self) -> float:
-        """Until a version is live on every worker."""
+        """Until a version is live, over all tries of `WeightSync`: over the deadlines of what one
+        consists of."""
         config = self.place.config
-        timeout_s = config.weights.publish_timeout_s + config.generation.pull_timeout_s
-        if config.stored_reference:
-            timeout_s += 2 * config.run.start_timeout_s  # to write and to load a reference
-        return timeout_s
+        pull_s = reply_deadline(config.generation.pull_timeout_s)
+        check_s = reply_deadline(config.cluster.heartbeat_timeout_s)
+        inner_s = [config.weights.publish_timeout_s, pull_s, check_s, pull_s, check_s]
+        if config.stored_reference:  # to write and to load a reference
+            inner_s += 2 * [config.run.start_timeout_s]
+        return MAX_REFUSED * reply_deadline(*(reply_deadline(s) for s in inner_s))
 
     async def train(self) -> tuple[float | None, float | None]:
         """Rewards on held-out prompts before and after. Raises `Stopped`, `RoomAgain`, and what ends

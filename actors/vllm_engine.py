@@ -53,6 +53,8 @@ __all__ = ["VllmEngine", "engine_environment", "make_engine"]
 
 _CLOSE_TIMEOUT_S = 30.0
 _READ_SHARE = 0.8  # of generation.pull_timeout_s; the rest is for the swap and for the answer
+_HANG_SHARE = 0.85  # of it, after which a read that looks at no deadline is given up
+_STOP_SHARE = 0.05  # of it, in which the reading thread may end
 INITIAL_VERSION = -1  # of the weights in the model folder, before the first update
 
 
@@ -150,7 +152,7 @@ class VllmEngine(Engine):
         async with self._updating:
             self.check()
             if self._read_beside_steps:
-                reports = await read_beside(lambda: self._rpc("stage_version", stage), deadline)
+                reports = await self._staged_beside(stage, deadline)
             else:
                 reports = await self._call(lambda: self._rpc("stage_version", stage))
             staged = _agreed(reports, version)
@@ -161,6 +163,23 @@ class VllmEngine(Engine):
             num_tensors=staged["num_tensors"],
             pause_s=pause_s,
         )
+
+    async def _staged_beside(self, stage: dict[str, Any], deadline: Deadline) -> Any:
+        """`WeightError` when the reading thread hangs in a storage that does not answer: nothing is
+        replaced by then, and the old weights go on to serve. Waits for: the thread, a margin longer
+        than it may read."""
+        whole_s = self._read_timeout_s / _READ_SHARE
+        limit_s, stop_s = _HANG_SHARE * whole_s, _STOP_SHARE * whole_s
+        try:
+            async with asyncio.timeout(limit_s):
+                return await read_beside(
+                    lambda: self._rpc("stage_version", stage), deadline, stop_s
+                )
+        except TimeoutError:
+            raise WeightError(
+                f"{self._name}: {stage['path']} did not answer for {limit_s:g} s while version "
+                f"{stage['version']} was read. Look at that disk, or raise generation.pull_timeout_s"
+            ) from None
 
     def stats(self) -> Mapping[str, float]:
         """Sequences sampled and queued, share of the KV cache in use, and totals since start."""

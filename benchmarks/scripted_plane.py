@@ -27,7 +27,7 @@ from actors.experience import RayBuffer, buffer_service
 from actors.observer import RunObserver
 from actors.pool import PoolLimits, Worker, WorkerPool
 from actors.scoring_client import RayScoring
-from actors.services import SCORING_THREADS
+from actors.services import SCORING_CALLS
 from rlhf_cluster.config import RunConfig, validate
 from rlhf_cluster.experience.service import BufferService
 from rlhf_cluster.pipeline import Pipeline
@@ -230,7 +230,7 @@ async def control_plane(
     def start(name: str) -> ScriptedWorker:
         return ScriptedWorker(seconds_of, lambda: told(name))
 
-    pools = (_pool("generation", start, None), _pool("scoring", start, SCORING_THREADS))
+    pools = (_pool("generation", start, None), _pool("scoring", start, SCORING_CALLS))
     generation, scoring = RayGeneration(pools[0], config), RayScoring({"scoring": pools[1]}, config)
     buffer, learner = RayBuffer(BufferProcess(buffer_service(config))), ScriptedLearner()
     sync = WeightSync(learner, generation, buffer, 1, time.monotonic)

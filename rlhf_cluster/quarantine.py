@@ -86,6 +86,11 @@ class Watch:
             f"long, {loss_s:.3g} s a group"
         )
 
+    def forget_all_but(self, workers: Collection[str]) -> None:
+        """Others never come back."""
+        for gone in (self._faults.keys() | self._served.keys()) - set(workers):
+            self.forget(gone)
+
     def forget(self, worker: str) -> None:
         """It is gone."""
         if self._counts(worker):

@@ -245,8 +245,8 @@ def _check_algorithm(c: RunConfig) -> None:
     if proximal == "interpolate" and c.staleness.bound == 0:
         raise ValueError(
             "algorithm.proximal = 'interpolate' with staleness.max_staleness = 0: between equal "
-            "policies there is nothing to interpolate, and no ratio would ever be clipped. Use "
-            "proximal = 'recompute', or allow staleness"
+            "policies there is nothing to interpolate. Use proximal = 'bypass', whose ratio is to the "
+            "sampler, or 'recompute', or allow staleness"
         )
 
 

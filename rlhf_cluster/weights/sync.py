@@ -10,9 +10,11 @@ Promises:
 - so the newest due version always becomes live in the end, and nobody waits for ever for it;
 - groups that are admitted because a version went live are scored with the reference that follows
   from it, because the reference moves first;
-- a version that every reader refuses (its shards are damaged or lost) is no worker's fault: all go
-  on with the weights they have, the learner is told why, and the newest weights are published at
-  once in its place; the `MAX_REFUSED`-th refusal in a row is a failure;
+- a version that the readers refuse (its shards are damaged or lost, or the storage is too slow) is no
+  worker's fault: all go on with the weights they have, the learner is told why, and the newest weights
+  are published in its place after a pause; so are they after a publish that failed. The
+  `MAX_REFUSED`-th of these in a row is a failure;
+- a version is live only after `GenerationPort.pull` returned;
 - a failure in the background is raised at the next call, and by `run_until_cancelled` at once.
 """
 
@@ -62,13 +64,16 @@ class WeightSync:
         publish_every: int,
         clock: Callable[[], float],
         pulled: Callable[[WeightVersion], Awaitable[None]] = _nothing_follows,
+        pause_s: float = 1.0,
     ) -> None:
+        """`pause_s`: after a version that was refused or not published; twice that after the next."""
         self._learner = learner
         self._generation = generation
         self._buffer = buffer
         self._publish_every = publish_every
         self._clock = clock
         self._pulled = pulled
+        self._pause_s = pause_s
         self._running: asyncio.Task[None] | None = None
         self._due = -1
         self.stats = SyncStats()
@@ -139,6 +144,8 @@ class WeightSync:
                 raise refusal
             if refusal is None and self._due <= snapshot:
                 return
+            if refusal is not None:
+                await asyncio.sleep(self._pause_s * num_refused)
             snapshot = await self._snapshot()
 
     async def _snapshot(self) -> int:
@@ -148,9 +155,16 @@ class WeightSync:
         return version
 
     async def _publish(self, snapshot: int) -> WeightError | None:
-        """None when the version is live; why not, when every reader refused it."""
+        """None when the version is live; why not, when it was not published or the readers refused it.
+
+        Waits for: the write, and the readers; each has its deadline.
+        """
         start = self._clock()
-        version = await self._learner.publish()
+        try:
+            version = await self._learner.publish()
+        except WeightError as failure:
+            self.stats.refused += 1
+            return failure
         self.last = version
         self.stats.published, self.stats.num_bytes = version.version, version.num_bytes
         self.stats.stored_bytes = version.stored_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -10,16 +11,25 @@ from typing import Any
 import pytest
 from ray.exceptions import RayTaskError
 
-from actors.clients import try_workers
-from actors.pool import PoolLimits, Worker, WorkerPool
+from actors.abandoned import Abandoned
+from actors.calls import WorkerSilent, answer
+from actors.clients import MAX_CATCH_UP, RayGeneration, try_workers
+from actors.instrumented import HEALTH_GROUP, ScoringActor
+from actors.pool import PoolLimits, State, Worker, WorkerPool
+from actors.services import GENERATION_CALLS, Launcher, generation_pool
+from rlhf_cluster.deadlines import reply_deadline
 from rlhf_cluster.errors import (
     DataError,
     RecordError,
     ScoringError,
     StalledError,
     StoreError,
+    WeightError,
     WorkerError,
 )
+from rlhf_cluster.records import WeightVersion
+from tests.configs import tiny_config
+from tests.fakes import make_version
 
 
 class Reference:
@@ -129,3 +139,296 @@ async def test_a_silent_worker_is_replaced_and_its_call_tried_elsewhere() -> Non
     assert found.summary == "fine"
     await asyncio.sleep(0)
     assert calls.pool.restarts.total == 1
+
+
+PULL_S = 0.2
+SLOW = WeightError("reading version 1: 3 of 9 tensors were not there within 96 s")
+
+
+class Puller:
+    """An actor: the n-th of its pulls gives `answers[n]`, the last one again and again."""
+
+    def __init__(self, *answers: Exception | str) -> None:
+        self.answers, self.healthy, self.pulled = list(answers), True, list[int]()
+        self.versions: list[int] = []  # those that it took
+        self.pull, self.health = self, self
+        self.never: list[Reference] = []
+
+    def remote(self, version: WeightVersion | None = None) -> Reference:
+        if version is None:  # health
+            return Reference(None if self.healthy else WorkerError("its weights are lost"))
+        self.pulled.append(version.version)
+        found = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if found == "never":
+            return Reference(never=True)
+        if isinstance(found, Exception):
+            return Reference(found)
+        self.versions.append(version.version)
+        return Reference(version)
+
+
+class Pulling:
+    """`RayGeneration` over `pullers`; replacements take whatever they are asked to."""
+
+    def __init__(self, *pullers: Puller, **limits: Any) -> None:
+        self.pullers, self.ended = list(pullers), list[str]()
+        self.pool = WorkerPool(
+            kind="generation",
+            launch=self._launch,
+            retire=lambda worker: self.ended.append(worker.name),
+            check=self._check,
+            limits=PoolLimits(**{"acquire_timeout_s": 5.0, "backoff_s": 0.0} | limits),
+        )
+        generation = {"pull_timeout_s": PULL_S}
+        self.client = RayGeneration(self.pool, tiny_config(generation=generation))
+
+    async def _launch(self, name: str) -> Worker:
+        number = int(name.rpartition("-")[2])
+        actor = self.pullers[number] if number < len(self.pullers) else Puller("fine")
+        worker = Worker(name=name, actor=actor, placement=None)
+        await self.client.join(worker)
+        return worker
+
+    async def _check(self, worker: Worker) -> None:
+        await answer(worker.actor.health.remote(), 1.0, f"{worker.name}.health")
+
+    async def start(self) -> None:
+        await self.pool.start(len(self.pullers))
+
+    def states(self) -> list[str]:
+        return [worker.state.value for worker in self.pool.workers]
+
+    async def settle(self) -> None:
+        for _ in range(100):
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("size", [1, 4, 16])
+@pytest.mark.parametrize("why", [SLOW, "never"])
+async def test_d01_a_slow_storage_kills_no_worker_and_makes_no_version_live(
+    size: int, why: Exception | str
+) -> None:
+    pulling = Pulling(*(Puller(why) for _ in range(size)))
+    await pulling.start()
+    with pytest.raises(WeightError, match=f"version 1 is not live: 0 of {size} generation workers"):
+        await pulling.client.pull(make_version(1))
+    assert pulling.states() == ["live"] * size, "all go on with the weights that they have"
+    assert pulling.ended == []
+    assert pulling.pool.restarts.total == 0
+    assert pulling.client.target is None, "a worker that joins now does not wait for it either"
+    assert all(puller.pulled == [1, 1] for puller in pulling.pullers), "asked twice, in full"
+
+
+@pytest.mark.parametrize("why", [SLOW, "never"])
+async def test_d01_a_worker_that_is_slow_twice_gets_no_work_until_it_has_caught_up(
+    why: Exception | str,
+) -> None:
+    slow = Puller(why, why, SLOW, "fine")
+    pulling = Pulling(*(Puller("fine") for _ in range(3)), slow)
+    await pulling.start()
+    await pulling.client.pull(make_version(1))
+    assert pulling.states() == ["live", "live", "live", "behind"]
+    assert all(puller.versions == [1] for puller in pulling.pullers[:3])
+    async with pulling.pool.acquire(prefer=pulling.pool.workers[3]) as worker:
+        assert worker.actor is not slow
+    await pulling.settle()
+    assert pulling.states() == ["live"] * 4
+    assert slow.versions == [1]
+    assert pulling.pool.restarts.total == 0
+
+
+async def test_d01_a_worker_that_never_catches_up_is_replaced() -> None:
+    pulling = Pulling(*(Puller("fine") for _ in range(3)), Puller(SLOW))
+    await pulling.start()
+    await pulling.client.pull(make_version(1))
+    await pulling.settle()
+    assert pulling.ended == ["generation-3"]
+    assert pulling.states() == ["live"] * 4
+    assert len(pulling.pullers[3].pulled) == 2 + 2 * MAX_CATCH_UP
+    assert pulling.pool.workers[-1].actor.versions == [1]
+
+
+async def test_a_storage_that_comes_back_before_the_second_try_costs_nothing() -> None:
+    pulling = Pulling(*(Puller(SLOW, "fine") for _ in range(4)))
+    await pulling.start()
+    await pulling.client.pull(make_version(1))
+    assert [p.versions for p in pulling.pullers] == [[1]] * 4
+
+
+async def test_a_worker_whose_weights_are_lost_is_replaced_by_one_that_runs_the_version() -> None:
+    broken = Puller(WeightError("half of it is replaced"))
+    pulling = Pulling(Puller("fine"), broken)
+    await pulling.start()
+    broken.healthy = False
+    await pulling.client.pull(make_version(1))
+    await pulling.settle()
+    assert pulling.ended == ["generation-1"]
+    assert [w.actor.versions for w in pulling.pool.live] == [[1], [1]]
+
+
+async def test_a_version_is_live_only_after_a_worker_that_replaces_the_only_one_runs_it() -> None:
+    broken = Puller(WeightError("half of it is replaced"))
+    pulling = Pulling(broken)
+    await pulling.start()
+    broken.healthy = False
+    await pulling.client.pull(make_version(1))
+    assert [w.actor.versions for w in pulling.pool.live] == [[1]]
+
+
+async def test_a_worker_that_joins_looks_at_the_target_again_after_its_pull() -> None:
+    pulling = Pulling(Puller("fine"))
+    await pulling.start()
+    await pulling.client.pull(make_version(1))
+    joining = Puller("fine")
+    take = joining.remote
+
+    def overtaken(version: WeightVersion | None = None) -> Reference:
+        if version is not None and version.version == 1:
+            pulling.client.target = make_version(2)  # which the other workers took meanwhile
+        return take(version)
+
+    joining.remote = overtaken  # type: ignore[method-assign]
+    pulling.pullers.append(joining)
+    await pulling.pool.resize(2)
+    assert joining.versions == [1, 2]
+
+
+class Given:
+    """A call that was given up, which ends when it is told to."""
+
+    def __init__(self) -> None:
+        self.ends: Future[Any] = Future()
+        self.cancelled = False
+
+    def future(self) -> Future[Any]:
+        return self.ends
+
+
+def given_up(size: int, clock: Callable[[], float]) -> tuple[Pulling, Abandoned]:
+    pulling = Pulling(*(Puller("fine") for _ in range(size)))
+    return pulling, Abandoned(pulling.pool, clock, lambda call: setattr(call, "cancelled", True))
+
+
+async def test_d06_busy_workers_are_waited_for_until_the_deadline_of_their_calls() -> None:
+    pulling, abandoned = given_up(12, lambda: 100.0)
+    await pulling.start()
+    calls = [Given() for _ in range(12)]
+    for worker, call in zip(pulling.pool.live, calls, strict=True):
+        abandoned.add(worker, call, ends=400.0)
+    ending = asyncio.create_task(abandoned.end())
+    await pulling.settle()
+    assert all(call.cancelled for call in calls)
+    assert not ending.done()
+    for call in calls:
+        call.ends.set_result("nobody wants it")
+    async with asyncio.timeout(5):
+        await ending
+    assert pulling.pool.restarts.total == 0
+    assert pulling.states() == ["live"] * 12
+
+
+async def test_d06_what_is_left_of_a_calls_own_deadline_is_waited_for() -> None:
+    waited: list[float] = []
+
+    async def wait(reference: Any, timeout_s: float, what: str) -> None:
+        waited.append(timeout_s)
+
+    pulling = Pulling(Puller("fine"))
+    await pulling.start()
+    abandoned = Abandoned(pulling.pool, lambda: 100.0, lambda call: None, wait)
+    for ends in (400.0, 90.0):
+        abandoned.add(pulling.pool.live[0], Given(), ends)
+    await abandoned.end()
+    assert waited == [300.0, 0.0]
+
+
+async def test_a_worker_that_is_busy_after_the_deadline_of_its_call_is_replaced() -> None:
+    pulling, abandoned = given_up(2, lambda: 100.0)
+    await pulling.start()
+    abandoned.add(pulling.pool.live[0], Given(), ends=100.01)
+    await abandoned.end()
+    assert pulling.ended == ["generation-0"]
+
+
+async def test_d15_calls_that_ended_and_dead_workers_are_not_kept() -> None:
+    pulling, abandoned = given_up(1, lambda: 0.0)
+    await pulling.start()
+    worker = pulling.pool.live[0]
+    for _ in range(50):
+        call = Given()
+        abandoned.add(worker, call, ends=10.0)
+        call.ends.set_result("ended")
+    assert len(abandoned) == 1
+    abandoned.add(worker, Given(), ends=10.0)
+    worker.state = State.RETIRED
+    abandoned.add(Worker(name="other", actor=None, placement=None), Given(), ends=10.0)
+    assert len(abandoned) == 1, "only the last one"
+
+
+@pytest.mark.parametrize("timeout_s", [0.01, 1.0, 60.0, 120.0, 600.0, 7200.0])
+def test_d07_a_caller_waits_longer_than_the_callee_may_take(timeout_s: float) -> None:
+    margin_s = reply_deadline(timeout_s) - timeout_s
+    assert margin_s >= 0.5
+    assert margin_s <= 30.0 + 1e-9
+    whole = reply_deadline(timeout_s, timeout_s)
+    assert whole > 2 * timeout_s + 0.5
+
+
+async def test_d07_a_worker_says_itself_that_a_group_is_late() -> None:
+    """Its deadline passes while the caller still waits, whose own error would have killed it."""
+    reference, timeout_s = Reference(never=True), 0.05
+
+    async def worker() -> None:
+        await asyncio.sleep(timeout_s)
+        late = StalledError("group g00000001 was not sampled")
+        reference.future().set_exception(RayTaskError("generate", "its stack", late))
+
+    task = asyncio.create_task(worker())
+    with pytest.raises(StalledError, match="g00000001 was not sampled"):
+        await answer(reference, timeout_s, "generation-0.generate")  # type: ignore[arg-type]
+    await task
+
+
+async def test_d04_an_answer_that_arrived_while_the_loop_was_held_up_wins_over_the_timer() -> None:
+    reference = Reference(never=True)
+    asked = asyncio.create_task(answer(reference, 0.01, "generation-0.health"))  # type: ignore[arg-type]
+    await asyncio.sleep(0)
+
+    def hold_up() -> None:
+        reference.future().set_result("healthy")
+        ends = time.monotonic() + reply_deadline(0.01) + 0.05
+        while time.monotonic() < ends:
+            pass
+
+    asyncio.get_running_loop().call_soon(hold_up)
+    assert await asked == "healthy"
+
+
+async def test_a_silent_worker_is_told_by_its_call_and_the_seconds_waited() -> None:
+    with pytest.raises(WorkerSilent, match=r"generation-0.health: no answer within 0.5\d* s"):
+        await answer(Reference(never=True), 0.01, "generation-0.health")  # type: ignore[arg-type]
+
+
+async def test_d08_more_groups_than_an_engine_takes_wait_in_the_pool() -> None:
+    launcher = Launcher(
+        config=tiny_config(), model_dir="", engine_factory="", engine_environment={}
+    )
+    pool, _ = generation_pool(launcher)
+    assert pool.limits.max_in_flight == GENERATION_CALLS
+    pool.launch = lambda name: asyncio.sleep(0, Worker(name=name, actor=None, placement=None))
+    await pool.start(1)
+    [worker], most, ended = pool.live, 0, 0
+
+    async def group() -> None:
+        nonlocal most, ended
+        async with pool.acquire():
+            most = max(most, worker.num_in_flight)
+            await asyncio.sleep(0)
+        ended += 1
+
+    await asyncio.gather(*(group() for _ in range(1500)))
+    assert (ended, most) == (1500, GENERATION_CALLS)
+
+
+def test_d08_health_of_a_scoring_worker_has_a_thread_of_its_own() -> None:
+    assert ScoringActor.health.__ray_concurrency_group__ == HEALTH_GROUP  # type: ignore[attr-defined]

@@ -78,12 +78,35 @@ class _Buffer:
     async def version_live(self, version: int) -> None: ...
 
 
+def sync_of(learner: FakeLearner, generation: FakeGeneration) -> WeightSync:
+    return WeightSync(learner, generation, _Buffer(), 1, time.monotonic, pause_s=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("where", ["publish", "pull"])
+async def test_a_publish_that_fails_once_is_made_up_for_within_the_run(where: str) -> None:
+    learner, generation = FakeLearner(), FakeGeneration()
+    sync = sync_of(learner, generation)
+    owner = learner if where == "publish" else generation
+    works, calls = getattr(owner, where), []
+
+    async def fails_at_first(*arguments: object) -> WeightVersion:
+        calls.append(arguments)
+        if len(calls) < MAX_REFUSED:
+            raise WeightError("no space left on device")
+        return await works(*arguments)
+
+    setattr(owner, where, fails_at_first)
+    await sync.after_step(0)
+    await sync.drain(5)
+    assert (sync.stats.live, sync.stats.refused) == (0, MAX_REFUSED - 1)
+
+
 @pytest.mark.parametrize("where", ["publish", "pull"])
 async def test_a_failed_publish_says_why_and_the_next_one_works_without_a_restart(
     where: str,
 ) -> None:
     learner, generation = FakeLearner(), FakeGeneration()
-    sync = WeightSync(learner, generation, _Buffer(), 1, time.monotonic)  # type: ignore[arg-type]
+    sync = sync_of(learner, generation)
 
     async def fails(*_: object) -> WeightVersion:
         raise WeightError("generation-1.pull: tensor 'w' is damaged")
@@ -109,7 +132,7 @@ async def test_a_version_that_every_reader_refuses_is_replaced_by_the_newest_wei
     num_refusals: int,
 ) -> None:
     learner, generation = FakeLearner(), FakeGeneration()
-    sync = WeightSync(learner, generation, _Buffer(), 1, time.monotonic)  # type: ignore[arg-type]
+    sync = sync_of(learner, generation)
     asked: list[int] = []
     works = generation.pull
 
@@ -136,11 +159,32 @@ async def test_a_version_that_every_reader_refuses_is_replaced_by_the_newest_wei
     ]
 
 
+async def test_a_version_is_live_after_it_was_pulled_and_never_when_it_was_refused() -> None:
+    told: list[str] = []
+
+    class Generation(FakeGeneration):
+        async def pull(self, version: WeightVersion) -> None:
+            told.append(f"pull {version.version}")
+            if version.version == 0:
+                raise WeightError("version 0 is not live: 0 of 4 generation workers took it")
+
+    class Buffer:
+        async def version_live(self, version: int) -> None:
+            told.append(f"live {version}")
+
+    learner = FakeLearner()
+    sync = WeightSync(learner, Generation(), Buffer(), 1, time.monotonic, pause_s=0)  # type: ignore[arg-type]
+    await sync.after_step(0)
+    learner.version = 1
+    await sync.drain(5)
+    assert told == ["pull 0", "pull 1", "live 1"]
+
+
 async def test_a_publish_that_was_due_beside_another_one_is_made_up_for_with_the_newest_weights() -> (
     None
 ):
     learner, generation = FakeLearner(), FakeGeneration()
-    sync = WeightSync(learner, generation, _Buffer(), 1, time.monotonic)  # type: ignore[arg-type]
+    sync = sync_of(learner, generation)
     for version in range(4):  # none of them lets the one under way go on
         learner.version = version
         await sync.after_step(version)
