@@ -52,6 +52,8 @@ from rlhf_cluster.checkpoint.folder import Checkpoint
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.config.pools import pool_sections
 from rlhf_cluster.errors import CoreLost, RlhfError, StalledError
+from rlhf_cluster.experience.buffer import fitted
+from rlhf_cluster.experience.staleness import gate_of
 from rlhf_cluster.inputs import Inputs, check_inputs
 from rlhf_cluster.observe.live import LiveView
 from rlhf_cluster.observe.logs import configure
@@ -248,7 +250,8 @@ class _Run:
             self.launcher, may_shrink, self.observer.event, spares=self.spares, lost=self.lost
         )
         try:
-            learner, buffer = await core.start(state and state.buffer, self._prepare)
+            buffered = state and fitted(state.buffer, gate_of(self.config))
+            learner, buffer = await core.start(buffered, self._prepare)
             self.num_ranks = core.num_ranks
             self.spares.resume()
             async with core.watched(look_at_buffer(buffer, self.observer)):

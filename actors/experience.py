@@ -16,7 +16,6 @@ from typing import Any
 from actors.calls import core_answer
 from actors.metrics import RayMetrics
 from rlhf_cluster.config import RunConfig
-from rlhf_cluster.config.replay import fresh_groups
 from rlhf_cluster.experience.buffer import (
     BufferState,
     BufferStats,
@@ -25,7 +24,7 @@ from rlhf_cluster.experience.buffer import (
 )
 from rlhf_cluster.experience.replay import replay_pool
 from rlhf_cluster.experience.service import Answer, BufferService
-from rlhf_cluster.experience.staleness import AdmissionGate
+from rlhf_cluster.experience.staleness import gate_of
 from rlhf_cluster.observe.logs import configure
 from rlhf_cluster.observe.resident import resident_bytes
 from rlhf_cluster.ports import Handle, Taken
@@ -39,16 +38,7 @@ REPLY_MARGIN_S = 60.0
 
 def buffer_service(config: RunConfig, state: BufferState | None = None) -> BufferService:
     """The buffer of a run, from the `state` of a checkpoint where it goes on from one."""
-    gate = AdmissionGate(
-        max_staleness=config.staleness.max_staleness,
-        pipeline_depth=config.staleness.pipeline_depth,
-        groups_per_step=fresh_groups(config),
-        num_steps=config.run.steps,
-        max_in_flight_groups=config.staleness.max_in_flight_groups,
-        look_ahead=config.staleness.look_ahead,
-        on_stale=config.staleness.on_stale,
-        stale_limit=config.staleness.stale_limit,
-    )
+    gate = gate_of(config)
     replay = replay_pool(config)
     buffer = (
         ExperienceBuffer.resume(gate, state, replay)

@@ -31,10 +31,12 @@ from rlhf_cluster.config.replay import fresh_groups
 from rlhf_cluster.deadlines import reply_deadline
 from rlhf_cluster.errors import RunError, StalledError
 from rlhf_cluster.experience.adaptive import DepthController, depth_controller
+from rlhf_cluster.experience.buffer import BufferState, fitted
 from rlhf_cluster.experience.recovery import patience_of, recovery_of
+from rlhf_cluster.experience.staleness import gate_of
 from rlhf_cluster.inputs import Inputs
 from rlhf_cluster.pipeline import Pipeline, evaluate
-from rlhf_cluster.records import WeightVersion
+from rlhf_cluster.records import Ticket, WeightVersion
 from rlhf_cluster.restarts import RoomAgain
 from rlhf_cluster.rundir import RunDir
 from rlhf_cluster.weights.sync import MAX_REFUSED, WeightSync
@@ -136,6 +138,17 @@ class Attempt:
         await self.checkpoints.copied()
         return before, after
 
+    def fitted_buffer(self, state: RunState) -> BufferState:
+        """The buffer's part of `state`, as the run's settings allow it now."""
+        found = fitted(state.buffer, gate_of(self.place.config))
+        if over := len(state.buffer.open) - len(found.open):
+            self.place.observer.event(
+                f"{over} of {len(state.buffer.open)} groups under way are discarded: with staleness."
+                f"max_staleness = {self.place.config.staleness.max_staleness} and look_ahead = "
+                f"{self.place.config.staleness.look_ahead} their turn comes too late"
+            )
+        return found
+
     async def grow(
         self,
         has_room: Callable[[], Awaitable[bool]],
@@ -197,6 +210,17 @@ class Attempt:
         )
         loop = asyncio.get_running_loop()
         tell = functools.partial(loop.call_soon_threadsafe, place.observer.event)
+        gate = gate_of(config)
+        open_tickets = () if state is None else self.fitted_buffer(state).open
+        places = {ticket.number: place for place, ticket in enumerate(open_tickets)}
+
+        def trainable(ticket: Ticket, oldest_version: int) -> bool:
+            place = places.get(ticket.number)
+            first_step = 0 if state is None else state.step
+            return (
+                place is None or gate.latest_step(first_step, place) - oldest_version <= gate.bound
+            )
+
         recovery = await on_disk(recovery_of, config, None if state is None else state.step, tell)
         return Pipeline(
             generation=place.generation,
@@ -218,7 +242,8 @@ class Attempt:
             checkpoints=self.checkpoints,
             first_step=0 if state is None else state.step,
             first_prompt=first_prompt,
-            open=() if state is None else state.buffer.open,
+            open=open_tickets,
+            trainable=trainable,
             replayable=() if state is None else state.buffer.replayable,
             on_disk=on_disk,
             recovery=recovery,

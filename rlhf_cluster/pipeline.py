@@ -117,6 +117,8 @@ class Pipeline:
     depth: DepthController | None = None  # None: the depth stays as it is
     checkpoints: CheckpointsPort | None = None
     recovery: RecoveryPort | None = None  # None: no group is on disk
+    trainable: Callable[[Ticket, int], bool] = lambda ticket, oldest_version: True
+    """Whether a stored group with tokens of that version keeps the bound when its turn comes."""
     on_disk: Callable[..., Awaitable[Any]] = asyncio.to_thread  # how its methods are called
     first_step: int = 0
     first_prompt: int = 0
@@ -208,8 +210,9 @@ class Pipeline:
         if self.recovery is None:
             return None
         found = await self.on_disk(self.recovery.recover, ticket, prompt)
-        if found is not None:
-            self.observer.group_recovered(ticket)
+        if found is None or not self.trainable(ticket, found[1].oldest_version):
+            return None  # it is generated again, with the weights of now
+        self.observer.group_recovered(ticket)
         return found
 
     async def _generated(self, ticket: Ticket, prompt: Prompt) -> tuple[Handle, GroupSummary]:

@@ -77,6 +77,23 @@ class BufferState:
         return tuple(each.ticket.number for each in self.used)
 
 
+def fitted(state: BufferState, gate: AdmissionGate) -> BufferState:
+    """`state`, to be resumed under `gate`, whose bound may be smaller, or its window larger, than when
+    the tickets were admitted: the newest tickets, which would be trained over the bound even if their
+    groups were generated at once, are discarded as stale. Others are admitted in their place."""
+    last = state.learner_version + gate.bound
+    kept = tuple(
+        ticket
+        for place, ticket in enumerate(state.open)
+        if gate.latest_step(state.learner_version, place) <= last
+    )
+    over = len(state.open) - len(kept)
+    if not over:
+        return state
+    discarded = {**state.discarded, STALE: state.discarded.get(STALE, 0) + over}
+    return replace(state, open=kept, discarded=discarded)
+
+
 @dataclass(slots=True)
 class ExperienceBuffer:
     """`live_version` is -1 until the first version is live; nothing is admitted before that."""

@@ -28,9 +28,13 @@ others. A window over "the first W that are left" would let a slow group be over
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from rlhf_cluster.config.replay import fresh_groups
 from rlhf_cluster.errors import StalenessError
+
+if TYPE_CHECKING:
+    from rlhf_cluster.config.run import RunConfig
 
 OnStale = Literal["wait", "drop", "reweight"]
 
@@ -83,6 +87,11 @@ class AdmissionGate:
             slots = min(slots, self.max_in_flight_groups - num_in_flight)
         return slots
 
+    def latest_step(self, learner_version: int, place: int) -> int:
+        """The learner's version when the group at `place` of those not yet taken (0 is the oldest) is
+        trained at the latest, overtaken by as many as the window allows."""
+        return learner_version + (place + self.look_ahead - 1) // self.groups_per_step
+
     def is_stale(self, oldest_version: int, learner_version: int) -> bool:
         """Whether a group is over `max_staleness`; what follows is `on_stale`."""
         return learner_version - oldest_version > self.max_staleness
@@ -111,3 +120,17 @@ def largest_look_ahead(*, max_staleness: int, publish_every: int, groups_per_ste
     s - (publish_every - 1); the bound must admit (s + 1) * groups_per_step groups then.
     """
     return (max_staleness + 1 - publish_every) * groups_per_step + 1
+
+
+def gate_of(config: RunConfig) -> AdmissionGate:
+    """The gate of a run."""
+    return AdmissionGate(
+        max_staleness=config.staleness.max_staleness,
+        pipeline_depth=config.staleness.pipeline_depth,
+        groups_per_step=fresh_groups(config),
+        num_steps=config.run.steps,
+        max_in_flight_groups=config.staleness.max_in_flight_groups,
+        look_ahead=config.staleness.look_ahead,
+        on_stale=config.staleness.on_stale,
+        stale_limit=config.staleness.stale_limit,
+    )

@@ -1,7 +1,7 @@
 import pytest
 
 from rlhf_cluster.errors import RecordError, StalenessError
-from rlhf_cluster.experience.buffer import BufferState, ExperienceBuffer
+from rlhf_cluster.experience.buffer import BufferState, ExperienceBuffer, fitted
 from rlhf_cluster.experience.staleness import AdmissionGate, largest_look_ahead
 from rlhf_cluster.records import Ticket
 from tests.fakes import make_group, make_prompt
@@ -320,6 +320,46 @@ def test_s29_counters_that_do_not_belong_to_the_version_are_refused(changes):
     rules = gate(max_staleness=2, pipeline_depth=2, groups_per_step=8, num_steps=100)
     with pytest.raises(StalenessError, match="same checkpoint"):
         ExperienceBuffer.resume(rules, counters(**changes))
+
+
+@pytest.mark.parametrize("look_ahead", [1, 3])
+@pytest.mark.parametrize("bound", [0, 1, 3])
+def test_d10_a_resume_under_a_smaller_bound_trains_nothing_over_it(bound, look_ahead):
+    wide = ExperienceBuffer(gate(max_staleness=5, pipeline_depth=5))
+    wide.version_live(0)
+    admit_all(wide)
+    for ticket in list(wide._waiting.values())[:2]:
+        finish(wide, ticket)
+    wide.take(2)
+    wide.saw_learner(1)
+    wide.version_live(1)
+    admit_all(wide)
+    state = wide.state()
+    now = gate(max_staleness=bound, pipeline_depth=bound, look_ahead=min(look_ahead, 2 * bound + 1))
+    kept = fitted(state, now)
+    assert [t.number for t in kept.open] == [t.number for t in state.open][: len(kept.open)]
+    assert len(kept.open) + kept.discarded["stale"] == len(state.open)
+    free = now.capacity(learner_version=1, live_version=1, num_kept=2, num_in_flight=0)
+    assert len(kept.open) == free, (
+        "as many as could be admitted now: what the bound's proof supposes"
+    )
+    buffer = ExperienceBuffer.resume(now, kept)
+    buffer.version_live(1)
+    *others, held = (
+        kept.open
+    )  # the last of them is slow, and overtaken by all that the window allows
+    for ticket in others:  # generated again at once, with the weights of the checkpoint
+        finish(buffer, ticket, version=1)
+    for version in range(1, 7):
+        buffer.version_live(version)
+        for ticket in admit_all(buffer):
+            finish(buffer, ticket)
+        if held is not None and not buffer.ready(2):
+            finish(buffer, held, version=1)
+            held = None
+        buffer.take(2)  # raises over the bound
+    assert held is None
+    assert fitted(kept, now) is kept
 
 
 def test_a_resumed_buffer_has_its_open_groups_in_flight_again():

@@ -31,6 +31,7 @@ from tests.fakes import (
     FakeObserver,
     FakePrompts,
     FakeScoring,
+    make_group,
     make_prompt,
     make_version,
 )
@@ -145,6 +146,35 @@ async def test_asynchronous_training_overlaps_generation_with_the_step():
     pipeline = await build(generation=Watching(), learner=learner)
     await pipeline.run()
     assert any(busy), "some group was started before the learner had finished the step before"
+
+
+class Stored:
+    """A recovery that has the first group on disk, with tokens of version 0."""
+
+    attempt = 0
+
+    def recover(self, ticket, prompt):
+        group = make_group(ticket, prompt, [0.0, 1.0], version=0)
+        return (group, group.summary()) if ticket.number == 0 else None
+
+    def trained(self, step, numbers):
+        pass
+
+
+@pytest.mark.parametrize("in_time", [True, False])
+async def test_d10_a_stored_group_whose_turn_comes_too_late_is_generated_again(in_time):
+    pipeline = await build()
+    pipeline.recovery, asked = Stored(), []
+
+    def trainable(ticket, oldest_version):
+        asked.append((ticket.number, oldest_version))
+        return in_time
+
+    pipeline.trainable = trainable
+    await pipeline.run()
+    assert asked == [(0, 0)]
+    assert pipeline.observer.recovered == [0] * in_time
+    assert (0 in [t.number for t in pipeline.generation.requested]) is not in_time
 
 
 async def test_a_failed_group_is_discarded_counted_and_replaced():
