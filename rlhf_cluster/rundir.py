@@ -20,7 +20,6 @@ Promises:
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -36,10 +35,10 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_cluster import redaction
 from rlhf_cluster.environment import describe_environment, without_secrets
-from rlhf_cluster.errors import RunError
+from rlhf_cluster.errors import RunError, StorageError
 from rlhf_cluster.json_files import read_json, write_json
 from rlhf_cluster.observe.snapshot import Snapshot
-from rlhf_cluster.storage import make_folders, sync_folder
+from rlhf_cluster.storage import make_folders, sync_folder, take_lock
 
 if TYPE_CHECKING:
     from rlhf_cluster.config.either import AnyConfig
@@ -192,12 +191,9 @@ class RunDir:
         except FileNotFoundError:
             return False
         try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+            return not take_lock(lock, self.path / MARKER, shared=True)
         finally:
             os.close(lock)
-        return False
 
     def write_status(self, snapshot: Snapshot) -> None:
         """One that cannot be written is logged, once in a row: it is a view, and no reason to end a run
@@ -366,18 +362,20 @@ def _lock(marker: Path) -> int:
     deadline = time.monotonic() + LOCK_PATIENCE_S
     while True:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        except BlockingIOError:
-            if time.monotonic() < deadline:
-                time.sleep(0.02)
-                continue
+            if take_lock(lock, marker):
+                return lock
+        except StorageError:
             os.close(lock)
-            raise RunError(
-                f"{marker.parent}: in use by {_owner(marker) or 'another process'}. Stop that run "
-                f"(rlhf-cluster stop {marker.parent.name}), or start under another name with "
-                "--set run.name=NEW"
-            ) from None
+            raise
+        if time.monotonic() < deadline:
+            time.sleep(0.02)
+            continue
+        os.close(lock)
+        raise RunError(
+            f"{marker.parent}: in use by {_owner(marker) or 'another process'}. Stop that run "
+            f"(rlhf-cluster stop {marker.parent.name}), or start under another name with "
+            "--set run.name=NEW"
+        )
 
 
 def _owner(marker: Path) -> Owner | None:

@@ -4,6 +4,8 @@ Promises:
 - `write_whole`: a reader sees the old file or the new one, never a part; with `fsync` that holds after
   a power cut too, and the new one is there when it returns;
 - a folder that `make_folders` made, and what `sync_tree` went through, is there after a power cut;
+- `take_lock` excludes other processes or says why it cannot, and which mount option is missing;
+- `share` gives a file that a library wrote for its owner alone the permissions of any new file;
 - an error that the file system answers with (EIO, ESTALE, EACCES, ETIMEDOUT, ...) never passes for a
   file that is missing or damaged: `patiently` tries again, a bounded number of times, then refuses.
 """
@@ -11,7 +13,9 @@ Promises:
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import stat
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -65,6 +69,40 @@ def patiently(
                 ) from error
         sleep(pause)
     raise AssertionError("the last try returns or raises")
+
+
+def take_lock(
+    fd: int,
+    path: Path,
+    shared: bool = False,
+    flock: Callable[[int, int], None] = fcntl.flock,
+) -> bool:
+    """Whether the lock of the open file `fd` at `path` was taken now; it ends with the file.
+
+    Raises `StorageError` on a file system that has no locks between processes.
+    """
+    try:
+        flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise StorageError(
+            f"{path}: cannot be locked, {type(error).__name__}: {error}. This file system has no locks "
+            "between processes, which keep a second run out of the same folder. Mount it with them "
+            "(Lustre: -o flock; NFS: without nolock, and with its lock service running), or give "
+            "run.root a folder on another one"
+        ) from error
+    return True
+
+
+def share(path: Path) -> None:
+    """Give the file the permissions that the umask leaves a new one. Raises `OSError`."""
+    probe = path.with_name(f".{path.name}.mode")
+    probe.unlink(missing_ok=True)
+    os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    path.chmod(mode)
 
 
 def write_whole(path: Path, data: bytes, fsync: bool = False) -> None:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from rlhf_cluster.config.sections import ModelInit
 from rlhf_cluster.errors import DataError
 from rlhf_cluster.learning.make_bpe import BOS, EOS, PAD, SPECIAL_TOKENS, UNK, make_bpe
+from rlhf_cluster.storage import share
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -80,6 +81,7 @@ def _save(model: PreTrainedModel, folder: Path) -> None:
     tied = set(model.all_tied_weights_keys)
     tensors = {n: t.contiguous() for n, t in model.state_dict().items() if n not in tied}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    share(folder / "model.safetensors")
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

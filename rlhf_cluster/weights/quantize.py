@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cluster.errors import WeightError
+from rlhf_cluster.storage import share
 from rlhf_cluster.weights.export import INDEX_NAME, copy_companions
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ def _write_weights(model_dir: Path, target: Path) -> None:
             read = ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
             tensors = dict(quantized(read, linear))
         save_file(tensors, target / path.name, metadata={"format": "pt"})
+        share(target / path.name)
         where |= dict.fromkeys(tensors, path.name)
     if missing := sorted(linear - where.keys()):
         raise WeightError(

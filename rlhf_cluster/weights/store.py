@@ -23,7 +23,6 @@ Commits exclude each other by a file lock. Readers take no lock.
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import os
 import re
@@ -35,7 +34,7 @@ from pathlib import Path
 
 from rlhf_cluster.errors import StalledError, WeightError
 from rlhf_cluster.records import WeightVersion
-from rlhf_cluster.storage import passing, sync_folder, write_whole
+from rlhf_cluster.storage import passing, sync_folder, take_lock, write_whole
 from rlhf_cluster.weights.assemble import assemble
 from rlhf_cluster.weights.files import (
     MANIFEST_NAME,
@@ -195,16 +194,14 @@ def _commit_lock(root: Path, timeout_s: float) -> Iterator[None]:
     try:
         deadline = time.monotonic() + timeout_s
         while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if take_lock(fd, root / _LOCK):
                 break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise StalledError(
-                        f"{root / _LOCK}: another commit has held the lock for {timeout_s:g} s. Is "
-                        "a second run publishing into this folder?"
-                    ) from None
-                time.sleep(_LOCK_POLL_S)
+            if time.monotonic() >= deadline:
+                raise StalledError(
+                    f"{root / _LOCK}: another commit has held the lock for {timeout_s:g} s. Is a "
+                    "second run publishing into this folder?"
+                )
+            time.sleep(_LOCK_POLL_S)
         yield
     finally:
         os.close(fd)

@@ -1,6 +1,7 @@
 """A published version as a Hugging Face folder."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,24 @@ def trained(model_dir: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     with torch.no_grad():
         return {name: (p * 1.5).to(dtype) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_the_files_of_a_model_have_the_permissions_of_the_umask(
+    tmp_path: Path, umask: int, mode: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        model_dir = make_model(ModelInit(), tmp_path / "model", seed=0)
+        version = publish(tmp_path / "store", 1, trained(model_dir, torch.bfloat16))
+        out = export_hf(version, model_dir, tmp_path / "out", max_file_bytes=100_000)
+    finally:
+        os.umask(before)
+    files = [path for folder in (model_dir, out) for path in folder.iterdir()]
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {
+        path.name: oct(mode) for path in files
+    }
+    assert sum(path.suffix == ".safetensors" for path in files) > 2
 
 
 @pytest.mark.parametrize("tied", [True, False])
