@@ -10,8 +10,8 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import ray
 
@@ -21,7 +21,7 @@ from actors.transports import transport_of
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.data.examples import SftExample
 from rlhf_cluster.data.tokenizer import load_tokenizer
-from rlhf_cluster.errors import WorkerError
+from rlhf_cluster.errors import RlhfError, WeightError, WorkerError
 from rlhf_cluster.experience.recovery import store_of
 from rlhf_cluster.experience.store import collect
 from rlhf_cluster.observe.samples import write_samples
@@ -33,6 +33,27 @@ from rlhf_cluster.weights.transport import Deadline
 log = logging.getLogger(__name__)
 
 PUBLISHING = "weights.publish_timeout_s"
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def failing_as_a_version(method: Callable[_P, _T]) -> Callable[_P, _T]:
+    """`method`, which writes a version: an error of the storage is the version's (`WeightError`), which
+    is published again, and no loss of the learner."""
+
+    @functools.wraps(method)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        try:
+            return method(*args, **kwargs)
+        except OSError as error:
+            if isinstance(error, RlhfError):  # a passed deadline is a TimeoutError too
+                raise
+            raise WeightError(
+                f"{method.__name__}: the storage of the weights failed ({type(error).__name__}: "
+                f"{error})"
+            ) from error
+
+    return call
 
 
 class LearnerActor(RankActor):
@@ -93,6 +114,7 @@ class LearnerActor(RankActor):
         return self._rank.snapshot()
 
     @judging
+    @failing_as_a_version
     def write_snapshot(self, base: int | None, durable: bool, timeout_s: float) -> Any:
         deadline = self._writing = Deadline(f"learner-{self._number}: the write", timeout_s)
         return self._patience(timeout_s, PUBLISHING).wait(
@@ -101,6 +123,7 @@ class LearnerActor(RankActor):
         )
 
     @judging
+    @failing_as_a_version
     def commit(
         self, version: int, shards: list[Any], durable: bool, timeout_s: float
     ) -> WeightVersion:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +18,7 @@ from rlhf_cluster.errors import (
     RankFailed,
     RlhfError,
     StalledError,
+    WeightError,
 )
 from rlhf_cluster.failures import MAX_TEXT, costs_one_group, judged, may_pass, may_pass_elsewhere
 
@@ -150,3 +152,28 @@ def test_d05_every_error_has_its_place_in_the_table_of_a_call():
         for kind in OURS
     }
     assert found == OF_A_CALL, "decide it here, and in the docstring of rlhf_cluster.failures"
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (OSError(errno.EIO, "Input/output error"), WeightError),
+        (OSError(errno.ENOSPC, "No space left on device"), WeightError),
+        (StalledError("the write took longer than 60 s"), RankFailed),
+        (WeightError("a shard is torn"), WeightError),
+        (RuntimeError("CUDA error"), RankFailed),
+    ],
+)
+def test_an_error_of_the_storage_costs_a_published_version_and_not_the_learner(
+    error: Exception, raised: type[Exception]
+) -> None:
+    from actors.learner import failing_as_a_version
+    from actors.ranks import judging
+
+    @judging
+    @failing_as_a_version
+    def commit() -> None:
+        raise error
+
+    with pytest.raises(raised, match=str(error).rpartition("] ")[2]):
+        commit()
