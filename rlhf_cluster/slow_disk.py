@@ -98,6 +98,19 @@ class Patience:
             timer.cancel()
 
 
+def within(limit_s: float, what: str, call: Callable[[], T]) -> T:
+    """What `call` returns or raises.
+
+    Waits for: its end, in a thread. Unblocked by: that, or `StalledError` after `limit_s`; the thread
+    is left to itself then.
+    """
+    job = _Job(call)
+    threading.Thread(target=job.run, name="disk", daemon=True).start()
+    if not job.done.wait(limit_s):
+        raise StalledError(f"{what} was not over after {limit_s:g} s: the storage does not answer")
+    return job.result()
+
+
 class _Job(Generic[T]):
     """One call, and what came of it."""
 

@@ -39,6 +39,7 @@ from rlhf_cluster.errors import (
 )
 from rlhf_cluster.observe.run_log import read_metrics
 from rlhf_cluster.rundir import RunDir
+from rlhf_cluster.slow_disk import within
 from rlhf_cluster.storage import make_folders, passing, patiently, sync_folder, sync_tree
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.files import version_dir
@@ -80,10 +81,17 @@ def fetch(
     """
     deadline = Deadline(f"fetching step {step} from {copy.shown}", timeout_s)
     what = f"step {step} of {copy.shown}"
-    num_bytes = patiently(lambda: copy.num_bytes(step), what, CURE, sleep)
+    reading = f"reading {what}"
+
+    def get() -> None:
+        within(timeout_s, reading, lambda: copy.get(step, partial, deadline))
+
+    num_bytes = patiently(
+        lambda: within(timeout_s, reading, lambda: copy.num_bytes(step)), what, CURE, sleep
+    )
     partial = folder.begin(run.checkpoints, step, num_bytes)
     try:
-        patiently(lambda: copy.get(step, partial, deadline), what, CURE, sleep)
+        patiently(get, what, CURE, sleep)
         checkpoint = folder.read(partial / CHECKPOINT)
         if checkpoint.state.step != step:
             raise CheckpointError(f"{copy.shown}: step {step} holds step {checkpoint.state.step}")
@@ -100,6 +108,7 @@ def fetch(
             raise
         raise StorageError(f"{run.path}: cannot place the copy of step {step} ({error})") from error
     finally:
+        deadline.cancel()  # a thread that hangs writes no more
         shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -134,7 +143,8 @@ def fetch_newest(
     """
     damaged: list[str] = []
     try:
-        steps = patiently(copy.steps, copy.shown, "", sleep)
+        listing = f"listing {copy.shown}"
+        steps = patiently(lambda: within(timeout_s, listing, copy.steps), copy.shown, "", sleep)
     except CheckpointError as error:
         raise StorageError(
             f"{error}. Nobody can tell whether this run has a checkpoint there that it could go on "

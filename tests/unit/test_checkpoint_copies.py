@@ -25,6 +25,7 @@ from rlhf_cluster.errors import (
     ConfigError,
     CoreLost,
     RunError,
+    StalledError,
     StorageError,
     WeightError,
 )
@@ -551,3 +552,24 @@ async def test_d03_a_marker_that_cannot_be_read_does_not_cost_the_copy(tmp_path,
     await made.drain()
     assert "denied" in told[0]
     assert memory.modified("/copies/tiny/step-000002/copied.json") == before
+
+
+@pytest.mark.parametrize("method", ["ls", "cat_file", "open"])
+async def test_d03_a_storage_that_hangs_at_a_resume_is_no_damage_and_has_a_deadline(
+    tmp_path, memory, method
+):
+    await copied(make_run(tmp_path, 2, 4))
+    new, _ = elsewhere(tmp_path)
+    let_go = threading.Event()
+
+    def hang(path: str) -> None:
+        assert let_go.wait(60)
+
+    copy = CopyFolder(URL, "tiny")
+    copy._fs = Broken(memory, method, hang)
+    try:
+        with pytest.raises(StalledError, match=r"copies/tiny was not over after 0.05 s"):
+            fetch_newest(new, copy, 0.05, continuing.whole)
+    finally:
+        let_go.set()
+    assert folder.steps(new.checkpoints) == []
