@@ -4,9 +4,11 @@
     A_i = reward_i - reward of the greedy response to the same prompt
 
 the same for every token of response i; w_t and r_t as in `policy_gradient`. The greedy response is
-generated and scored with its group and never trained; it depends on the prompt alone, so the
-gradient is unbiased whichever version answered. With one optimizer step a batch r_t is exactly 1 in
-value and the loss is REINFORCE's. A KL in the reward lowers reward_i only.
+generated and scored with its group and never trained; it depends on the prompt alone, so it biases
+nothing, whichever version answered. The gradient is that of the expected reward, up to a factor,
+with `aggregation = "fixed_length"`; the other aggregations divide by lengths that were sampled. With
+one optimizer step a batch r_t is exactly 1 in value and the loss is REINFORCE's. A KL in the reward
+lowers reward_i only.
 
 Li et al. 2023, arXiv 2310.10505.
 """
