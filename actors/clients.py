@@ -37,6 +37,8 @@ from rlhf_cluster.records import (
     WeightVersion,
 )
 
+LATE_OR_REFUSED = (WeightError, StalledError, WorkerSilent)
+"""What a pull ends with where the storage is slow or the version damaged, and the worker is well."""
 MAX_CATCH_UP = 3
 """How often a worker that was left behind is brought to the newest version before it is replaced."""
 
@@ -262,7 +264,7 @@ class RayGeneration:
         while (target := self.target) is not None:
             try:
                 await self._pull_one(worker, target)
-            except (WeightError, StalledError):
+            except LATE_OR_REFUSED:
                 await self._pull_one(worker, target)
             if self.target is target:
                 return
@@ -276,7 +278,7 @@ class RayGeneration:
             try:
                 await self.join(worker)
                 return
-            except (WeightError, StalledError):
+            except LATE_OR_REFUSED:
                 if num_tries == MAX_CATCH_UP:
                     raise
 

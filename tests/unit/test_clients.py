@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from ray.exceptions import RayTaskError
@@ -16,7 +16,7 @@ from actors.calls import WorkerSilent, answer
 from actors.clients import MAX_CATCH_UP, RayGeneration, try_workers
 from actors.instrumented import HEALTH_GROUP, ScoringActor
 from actors.pool import PoolLimits, State, Worker, WorkerPool
-from actors.services import GENERATION_CALLS, Launcher, generation_pool
+from actors.services import GENERATION_CALLS, Launcher, generation_pool, scoring_pools
 from rlhf_cluster.deadlines import reply_deadline
 from rlhf_cluster.errors import (
     DataError,
@@ -223,7 +223,7 @@ async def test_d01_a_slow_storage_kills_no_worker_and_makes_no_version_live(
 async def test_d01_a_worker_that_is_slow_twice_gets_no_work_until_it_has_caught_up(
     why: Exception | str,
 ) -> None:
-    slow = Puller(why, why, SLOW, "fine")
+    slow = Puller(why, why, why, "fine")
     pulling = Pulling(*(Puller("fine") for _ in range(3)), slow)
     await pulling.start()
     await pulling.client.pull(make_version(1))
@@ -231,7 +231,8 @@ async def test_d01_a_worker_that_is_slow_twice_gets_no_work_until_it_has_caught_
     assert all(puller.versions == [1] for puller in pulling.pullers[:3])
     async with pulling.pool.acquire(prefer=pulling.pool.workers[3]) as worker:
         assert worker.actor is not slow
-    await pulling.settle()
+    while pulling.pool._tasks:
+        await asyncio.wait(pulling.pool._tasks)
     assert pulling.states() == ["live"] * 4
     assert slow.versions == [1]
     assert pulling.pool.restarts.total == 0
@@ -428,6 +429,27 @@ async def test_d08_more_groups_than_an_engine_takes_wait_in_the_pool() -> None:
 
     await asyncio.gather(*(group() for _ in range(1500)))
     assert (ended, most) == (1500, GENERATION_CALLS)
+
+
+class Asked(Exception):
+    """The options of an actor that is about to be made."""
+
+
+class NoActors:
+    config, model_dir, engine_factory = tiny_config(), "", ""
+    engine_environment: ClassVar[dict[str, str]] = {}
+
+    async def actor(self, cls: type, arguments: list[Any], bundle: Any, **options: Any) -> None:
+        raise Asked(options)
+
+
+async def test_d08_actors_have_room_for_control_calls_beside_all_calls_for_groups() -> None:
+    launcher: Any = NoActors()
+    for pool in (generation_pool(launcher)[0], *scoring_pools(launcher)[0]):
+        with pytest.raises(Asked) as asked:
+            await pool.launch(f"{pool.kind}-0")
+        assert pool.limits.max_in_flight is not None
+        assert asked.value.args[0]["max_concurrency"] >= pool.limits.max_in_flight + 2
 
 
 def test_d08_health_of_a_scoring_worker_has_a_thread_of_its_own() -> None:
