@@ -15,6 +15,7 @@ from rlhf_cluster.errors import (
     CheckpointError,
     RlhfError,
     RunError,
+    StorageError,
     StoreError,
     WeightError,
 )
@@ -150,7 +151,7 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(disk: Disk) -> No
     root = disk.root / "checkpoints"
     write_whole(root, 2)
     why = r"needs \d+ bytes and \d+ are free"
-    refused(CheckpointError, why, lambda: folder.begin(root, 4, 1 << 21))
+    refused(StorageError, why, lambda: folder.begin(root, 4, 1 << 21))
     partial = folder.begin(root, 4, 8)
     (partial / "learner").mkdir()
     disk.fill()
@@ -162,7 +163,7 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(disk: Disk) -> No
     disk.free()
     write_whole(root, 6)
     disk.make_read_only()
-    refused(CheckpointError, READ_ONLY, lambda: folder.begin(root, 8, 8))
+    refused(StorageError, READ_ONLY, lambda: folder.begin(root, 8, 8))
     found = folder.newest(root, also=folder.verify_tensors)
     assert found.checkpoint is not None
     assert found.checkpoint.state.step == 6
