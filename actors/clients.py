@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from actors.abandoned import Abandoned
 from actors.calls import RecordLost, WorkerDied, WorkerSilent, answer
-from actors.pool import State, Worker, WorkerPool
+from actors.pool import Worker, WorkerPool
+from actors.pool_version import PoolVersion
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import (
     RlhfError,
-    StalledError,
     WeightError,
     WorkerError,
 )
@@ -36,11 +36,6 @@ from rlhf_cluster.records import (
     Ticket,
     WeightVersion,
 )
-
-LATE_OR_REFUSED = (WeightError, StalledError, WorkerSilent)
-"""What a pull ends with where the storage is slow or the version damaged, and the worker is well."""
-MAX_CATCH_UP = 3
-"""How often a worker that was left behind is brought to the newest version before it is replaced."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +114,7 @@ class RayGeneration:
         self._totals = dict.fromkeys(names, 0)
         self._watch = Watch(config.generation.quarantine)
         self._seen_changes = -1  # of the pool
-        self.target: WeightVersion | None = None
+        self._version = PoolVersion(pool, self._pull_one)
 
     async def generate(
         self,
@@ -204,39 +199,19 @@ class RayGeneration:
         failed calls did not cost, or did."""
         return {f"generation/{name}_total": float(n) for name, n in self._totals.items()}
 
+    @property
+    def target(self) -> WeightVersion | None:
+        """The version that every worker with work runs; None until the first."""
+        return self._version.target
+
     async def pull(self, version: WeightVersion) -> None:
-        """Make `version` live: every worker that is live afterwards has said that it runs it.
+        """Make `version` live, by the promises of `PoolVersion.move`: nobody samples with weights older
+        than the live ones."""
+        await self._version.move(version)
 
-        Waits for: every live worker, at most twice its deadline. A worker that refuses the version,
-        because it could not read it whole or in time, is asked a second time. One that has not taken it
-        then, and is healthy, is slow and not broken: it gets no work until it runs the newest version
-        (`_catch_up`), so that nobody samples with weights older than the live ones. A worker that died
-        or lost its weights is replaced.
-
-        `WeightError`, with a worker's words, when some did not take the version and fewer than the
-        pool's quorum did: it is not live then, no worker is to blame, and all go on with the weights
-        that they have. Without any worker it waits for one, as `WorkerPool.acquire`, which joins with
-        this version.
-        """
-        before, self.target = self.target, version
-        workers = list(self._pool.live)
-        behind = await self._ask(workers, version)
-        if behind:
-            behind = await self._ask(list(behind), version)
-        if not self._pool.live:
-            async with self._pool.acquire():
-                pass
-        # a worker that joined meanwhile runs the version too: `join` looks at the target
-        num_loaded = sum(w not in behind for w in self._pool.live)
-        if behind and num_loaded < max(1, self._pool.quorum):
-            self.target = before
-            raise WeightError(
-                f"version {version.version} is not live: {num_loaded} of {len(self._pool.live)} "
-                f"generation workers took it, {max(1, self._pool.quorum)} are needed. "
-                f"{next(iter(behind.values()))}"
-            )
-        for worker, why in behind.items():
-            self._pool.set_behind(worker, why, self._catch_up)
+    async def join(self, worker: Worker) -> None:
+        """Bring a new worker to the newest version before it gets work (`PoolVersion.join`)."""
+        await self._version.join(worker)
 
     async def begin_anew(self) -> None:
         """The learner goes back, and will publish the version that workers shall run next, whatever
@@ -244,55 +219,8 @@ class RayGeneration:
 
         Waits for: groups that were given up to be gone from the engines.
         """
-        self.target = None
+        self._version.target = None
         await self._abandoned.end()
-
-    async def _ask(
-        self, workers: Sequence[Worker], version: WeightVersion
-    ) -> dict[Worker, RlhfError]:
-        """Why workers that are still live did not take `version`. Those that failed are retired."""
-        answers = await asyncio.gather(*(self._pull_or_fail(w, version) for w in workers))
-        pairs = zip(workers, answers, strict=True)
-        return {w: why for w, why in pairs if why is not None and w.state is State.LIVE}
-
-    async def join(self, worker: Worker) -> None:
-        """Bring a new worker to the newest version before it gets work.
-
-        Waits for: its pull, again while newer versions arrive, and once more where it was refused or
-        late; each has its deadline.
-        """
-        while (target := self.target) is not None:
-            try:
-                await self._pull_one(worker, target)
-            except LATE_OR_REFUSED:
-                await self._pull_one(worker, target)
-            if self.target is target:
-                return
-
-    async def _catch_up(self, worker: Worker) -> None:
-        """`join` of a worker that was left behind, a few times: what it reads from may be slow.
-
-        Waits for: its pulls, each with its deadline. Raises the last try's error.
-        """
-        for num_tries in range(1, MAX_CATCH_UP + 1):
-            try:
-                await self.join(worker)
-                return
-            except LATE_OR_REFUSED:
-                if num_tries == MAX_CATCH_UP:
-                    raise
-
-    async def _pull_or_fail(self, worker: Worker, version: WeightVersion) -> RlhfError | None:
-        """Why a worker, which is healthy, did not take `version`; None where it did, or was retired."""
-        try:
-            await self._pull_one(worker, version)
-        except WorkerDied as error:
-            await self._pool.fail(worker, error)
-        except (WorkerError, StalledError, WeightError) as error:
-            # late or refused: its weights may be lost, or it may be well and its storage slow
-            await self._pool.suspect(worker, error)
-            return error
-        return None
 
     async def _pull_one(self, worker: Worker, version: WeightVersion) -> None:
         loaded = await answer(

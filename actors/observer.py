@@ -209,6 +209,7 @@ class RunObserver(Observer[RunConfig]):
         }
         for pool in self._pools:
             values[f"pool/size/{pool.kind}"] = float(len(pool.live))
+            values[f"pool/behind/{pool.kind}"] = float(pool.num_behind)
             values[f"pool/wanted/{pool.kind}"] = float(pool.wanted)
             values[f"pool/restarts_total/{pool.kind}"] = float(pool.restarts.total)
             values[f"pool/restarts_recent/{pool.kind}"] = float(pool.restarts.recent)

@@ -99,6 +99,11 @@ class WorkerPool:
         return len(self._loads)
 
     @property
+    def num_behind(self) -> int:
+        """Healthy workers without the newest weights, which get no work until they have them."""
+        return sum(w.state is State.BEHIND for w in self.workers)
+
+    @property
     def changes(self) -> int:
         """How often a live worker came or went."""
         return self._loads.changes

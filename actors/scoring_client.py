@@ -10,9 +10,10 @@ from actors.abandoned import Abandoned
 from actors.calls import answer
 from actors.clients import Answered, try_workers
 from actors.pool import Worker, WorkerPool
+from actors.pool_version import PoolVersion
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.config.pools import EXACT, REFERENCE, SCORING
-from rlhf_cluster.errors import StalledError, WeightError, WorkerError
+from rlhf_cluster.errors import StalledError, WorkerError
 from rlhf_cluster.observe.occupancy import Occupancy
 from rlhf_cluster.ports import Handle
 from rlhf_cluster.records import GroupSummary, WeightVersion
@@ -46,7 +47,9 @@ class RayScoring:
             if config.stored_reference
             else None
         )
-        self._reference: WeightVersion | None = None
+        self._reference = PoolVersion(
+            self._serving(REFERENCE), self._load, "the reference of version"
+        )
         self._num_retries = 0
 
     async def score(self, group: Handle) -> tuple[Handle, GroupSummary]:
@@ -67,8 +70,9 @@ class RayScoring:
     async def follow(self, version: WeightVersion) -> None:
         """The policy's `version` is on every generation worker: move the reference if it is due.
 
-        Waits for: the new reference to be written, and loaded by every live worker that has one. A
-        worker that cannot load it is replaced by one that can. Raises `WeightError`, `StalledError`.
+        Waits for: the new reference to be written, and loaded by every live worker that has one, by the
+        promises of `PoolVersion.move`. Raises `WeightError`, after which it may be called again with
+        the same version, and `StalledError`.
         """
         if self._keeper is None:
             return
@@ -80,10 +84,8 @@ class RayScoring:
                 f"the reference of version {version.version} was not written within "
                 f"run.start_timeout_s = {self._load_timeout_s:g} s"
             ) from error
-        if target != self._reference:
-            self._reference = target
-            workers = self._serving(REFERENCE).live
-            await asyncio.gather(*(self._load_or_fail(w, target) for w in workers))
+        if target != self._reference.target:
+            await self._reference.move(target)
 
     async def begin_anew(self) -> None:
         """The learner goes back: other weights will be published under numbers that were used.
@@ -97,23 +99,17 @@ class RayScoring:
             await asyncio.gather(*(self._forget_or_fail(w) for w in workers))
 
     async def join(self, pool: str, worker: Worker) -> None:
-        """Give a new worker of `pool` the reference, where it has one, before it gets work.
-
-        Waits for: its load, again where the reference moved meanwhile; each has its deadline.
-        """
-        if self._config.pool_of(REFERENCE) != pool:
-            return
-        while (target := self._reference) is not None:
-            await self._load(worker, target)
-            if self._reference is target:
-                return
+        """Give a new worker of `pool` the reference, where it has one, before it gets work
+        (`PoolVersion.join`)."""
+        if self._config.pool_of(REFERENCE) == pool:
+            await self._reference.join(worker)
 
     def metrics(self) -> Mapping[str, float]:
         """Tries after the first, and the version of the reference where one is configured."""
         found = {"scoring/retries_total": float(self._num_retries)}
         if self._config.reference:
-            version = 0 if self._reference is None else self._reference.version
-            found["scoring/reference_version"] = float(version)
+            target = self._reference.target
+            found["scoring/reference_version"] = float(0 if target is None else target.version)
         return found
 
     async def _ask(self, pool: str, method: str, *arguments: Handle) -> Answered:
@@ -140,12 +136,6 @@ class RayScoring:
             await answer(asked, self._config.request_timeout_s, f"{worker.name}.forget_versions")
         except (WorkerError, StalledError) as error:
             await self._serving(EXACT).fail(worker, error)
-
-    async def _load_or_fail(self, worker: Worker, reference: WeightVersion) -> None:
-        try:
-            await self._load(worker, reference)
-        except (WeightError, WorkerError, StalledError) as error:
-            await self._serving(REFERENCE).fail(worker, error)
 
     async def _load(self, worker: Worker, reference: WeightVersion) -> None:
         await answer(

@@ -107,6 +107,7 @@ def _keeping() -> tuple[Metric, ...]:
             "checkpoint/copies_failed_total", "1", role, "Checkpoints that could not be copied"
         ),
         gauge("pool/size", "1", role, "Live workers of a pool", "pool"),
+        gauge("pool/behind", "1", role, "Workers without the newest weights, and so work", "pool"),
         gauge("pool/wanted", "1", role, "Workers that a pool should have", "pool"),
         counter("pool/restarts_total", "1", role, "Workers that were replaced", "pool"),
         gauge(

@@ -11,14 +11,17 @@ Memory: the model, and while it is replaced one more copy of the stored weights 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import numpy as np
 
 from rlhf_cluster.config.sections import Dtype, FrozenQuantization
+from rlhf_cluster.errors import StalledError, WeightError
 from rlhf_cluster.records import Rollout, WeightVersion
 from rlhf_cluster.scoring.frozen import FrozenPolicy
 from rlhf_cluster.weights.store import read
+from rlhf_cluster.weights.transport import Deadline
 
 
 class Reference:
@@ -33,8 +36,12 @@ class Reference:
         wait_timeout_s: float = 300.0,
         quantization: FrozenQuantization | None = None,
         batch_groups: int = 1,
+        load_timeout_s: float = 600.0,
     ) -> None:
         """Loads the model of `model_dir`, the reference until `load`. Raises `ConfigError`."""
+        self._load_timeout_s = load_timeout_s
+        self._loading = threading.Lock()
+        self._num_asked = 0
         self._model = FrozenPolicy(
             "reference", model_dir, dtype, device, tokens_per_batch, wait_timeout_s, quantization
         )
@@ -43,12 +50,30 @@ class Reference:
     def load(self, version: WeightVersion) -> None:
         """Make the weights of `version` the reference.
 
-        Raises `WeightError` when they are damaged, gone or not of this model, `StalledError` when
-        groups held the model past the deadline; the reference is as before then.
+        One load runs at a time. One that hung in its storage while a later one was asked for changes
+        nothing when it goes on.
+
+        Waits for: the load before it, the storage and groups under way, `load_timeout_s` in all.
+        Raises `WeightError` when the weights are damaged, gone, not of this model or no longer
+        asked for, `StalledError` past the deadline; the reference is as before then.
         """
-        tensors = dict(read(version.path, expected_digest=version.digest))
-        with self._model.held():
-            self._model.load(f"the reference of version {version.version}", tensors)
+        what = f"the reference of version {version.version}"
+        deadline = Deadline(f"loading {what}", self._load_timeout_s)
+        self._num_asked += 1  # the thread that asks last is right whatever the order of two at once
+        asked = self._num_asked
+        if not self._loading.acquire(timeout=deadline.left_s()):
+            raise StalledError(
+                f"{what} waited {self._load_timeout_s:g} s for the load before it, which hangs in its "
+                "storage. Look at that disk, or raise run.start_timeout_s"
+            )
+        try:
+            tensors = dict(read(version.path, expected_digest=version.digest, deadline=deadline))
+            with self._model.held():
+                if asked != self._num_asked:
+                    raise WeightError(f"{what} is not loaded: another was asked for meanwhile")
+                self._model.load(what, tensors)
+        finally:
+            self._loading.release()
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
         """[T] float32 for each rollout, in nats.

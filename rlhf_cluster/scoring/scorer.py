@@ -302,6 +302,7 @@ class Scorer:
             scoring.request_timeout_s,
             scoring.quantization,
             scoring.batch_groups,
+            self._config.run.start_timeout_s,
         )
 
     def _new_exact(self) -> ExactLogprobs:

@@ -14,6 +14,8 @@ Promises:
   worker's fault: all go on with the weights they have, the learner is told why, and the newest weights
   are published in its place after a pause; so are they after a publish that failed. The
   `MAX_REFUSED`-th of these in a row is a failure;
+- a reference that its readers refuse is no worker's fault either: the version waits for it, and is
+  live only with it;
 - a version is live only after `GenerationPort.pull` returned;
 - a failure in the background is raised at the next call, and by `run_until_cancelled` at once.
 """
@@ -175,11 +177,23 @@ class WeightSync:
             self.stats.refused += 1
             await self._learner.refused(version.version, str(refusal))
             return refusal
-        await self._pulled(version)
+        await self._follow(version)
         await self._buffer.version_live(version.version)
         self.stats.live = version.version
         self.stats.publish_s, self.stats.pull_s = written - start, self._clock() - written
         return None
+
+    async def _follow(self, version: WeightVersion) -> None:
+        """What follows from `version`, which every reader has: tried again, after a pause, where its
+        storage is slow. Raises the `MAX_REFUSED`-th `WeightError`."""
+        for num_tries in range(1, MAX_REFUSED + 1):
+            try:
+                return await self._pulled(version)
+            except WeightError:
+                self.stats.refused += 1
+                if num_tries == MAX_REFUSED:
+                    raise
+            await asyncio.sleep(self._pause_s * num_tries)
 
     def _raise_failure(self) -> None:
         if self._running is not None and self._running.done():

@@ -13,7 +13,7 @@ from ray.exceptions import RayTaskError
 
 from actors.abandoned import Abandoned
 from actors.calls import WorkerSilent, answer
-from actors.clients import MAX_CATCH_UP, RayGeneration, try_workers
+from actors.clients import try_workers
 from actors.instrumented import HEALTH_GROUP, ScoringActor
 from actors.pool import PoolLimits, State, Worker, WorkerPool
 from actors.services import GENERATION_CALLS, Launcher, generation_pool, scoring_pools
@@ -24,26 +24,10 @@ from rlhf_cluster.errors import (
     ScoringError,
     StalledError,
     StoreError,
-    WeightError,
     WorkerError,
 )
-from rlhf_cluster.records import WeightVersion
 from tests.configs import tiny_config
-from tests.fakes import make_version
-
-
-class Reference:
-    """What a call returns: an answer, an error that the worker raised, or neither for ever."""
-
-    def __init__(self, found: Any = None, never: bool = False) -> None:
-        self._future: Future[Any] = Future()
-        if isinstance(found, Exception):
-            self._future.set_exception(RayTaskError("method", "its stack", found))
-        elif not never:
-            self._future.set_result(found)
-
-    def future(self) -> Future[Any]:
-        return self._future
+from tests.pullers import Puller, Pulling, Reference
 
 
 class Calls:
@@ -139,159 +123,6 @@ async def test_a_silent_worker_is_replaced_and_its_call_tried_elsewhere() -> Non
     assert found.summary == "fine"
     await asyncio.sleep(0)
     assert calls.pool.restarts.total == 1
-
-
-PULL_S = 0.2
-SLOW = WeightError("reading version 1: 3 of 9 tensors were not there within 96 s")
-
-
-class Puller:
-    """An actor: the n-th of its pulls gives `answers[n]`, the last one again and again."""
-
-    def __init__(self, *answers: Exception | str) -> None:
-        self.answers, self.healthy, self.pulled = list(answers), True, list[int]()
-        self.versions: list[int] = []  # those that it took
-        self.pull, self.health = self, self
-        self.never: list[Reference] = []
-
-    def remote(self, version: WeightVersion | None = None) -> Reference:
-        if version is None:  # health
-            return Reference(None if self.healthy else WorkerError("its weights are lost"))
-        self.pulled.append(version.version)
-        found = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-        if found == "never":
-            return Reference(never=True)
-        if isinstance(found, Exception):
-            return Reference(found)
-        self.versions.append(version.version)
-        return Reference(version)
-
-
-class Pulling:
-    """`RayGeneration` over `pullers`; replacements take whatever they are asked to."""
-
-    def __init__(self, *pullers: Puller, **limits: Any) -> None:
-        self.pullers, self.ended = list(pullers), list[str]()
-        self.pool = WorkerPool(
-            kind="generation",
-            launch=self._launch,
-            retire=lambda worker: self.ended.append(worker.name),
-            check=self._check,
-            limits=PoolLimits(**{"acquire_timeout_s": 5.0, "backoff_s": 0.0} | limits),
-        )
-        generation = {"pull_timeout_s": PULL_S}
-        self.client = RayGeneration(self.pool, tiny_config(generation=generation))
-
-    async def _launch(self, name: str) -> Worker:
-        number = int(name.rpartition("-")[2])
-        actor = self.pullers[number] if number < len(self.pullers) else Puller("fine")
-        worker = Worker(name=name, actor=actor, placement=None)
-        await self.client.join(worker)
-        return worker
-
-    async def _check(self, worker: Worker) -> None:
-        await answer(worker.actor.health.remote(), 1.0, f"{worker.name}.health")
-
-    async def start(self) -> None:
-        await self.pool.start(len(self.pullers))
-
-    def states(self) -> list[str]:
-        return [worker.state.value for worker in self.pool.workers]
-
-    async def settle(self) -> None:
-        for _ in range(100):
-            await asyncio.sleep(0)
-
-
-@pytest.mark.parametrize("size", [1, 4, 16])
-@pytest.mark.parametrize("why", [SLOW, "never"])
-async def test_d01_a_slow_storage_kills_no_worker_and_makes_no_version_live(
-    size: int, why: Exception | str
-) -> None:
-    pulling = Pulling(*(Puller(why) for _ in range(size)))
-    await pulling.start()
-    with pytest.raises(WeightError, match=f"version 1 is not live: 0 of {size} generation workers"):
-        await pulling.client.pull(make_version(1))
-    assert pulling.states() == ["live"] * size, "all go on with the weights that they have"
-    assert pulling.ended == []
-    assert pulling.pool.restarts.total == 0
-    assert pulling.client.target is None, "a worker that joins now does not wait for it either"
-    assert all(puller.pulled == [1, 1] for puller in pulling.pullers), "asked twice, in full"
-
-
-@pytest.mark.parametrize("why", [SLOW, "never"])
-async def test_d01_a_worker_that_is_slow_twice_gets_no_work_until_it_has_caught_up(
-    why: Exception | str,
-) -> None:
-    slow = Puller(why, why, why, "fine")
-    pulling = Pulling(*(Puller("fine") for _ in range(3)), slow)
-    await pulling.start()
-    await pulling.client.pull(make_version(1))
-    assert pulling.states() == ["live", "live", "live", "behind"]
-    assert all(puller.versions == [1] for puller in pulling.pullers[:3])
-    async with pulling.pool.acquire(prefer=pulling.pool.workers[3]) as worker:
-        assert worker.actor is not slow
-    while pulling.pool._tasks:
-        await asyncio.wait(pulling.pool._tasks)
-    assert pulling.states() == ["live"] * 4
-    assert slow.versions == [1]
-    assert pulling.pool.restarts.total == 0
-
-
-async def test_d01_a_worker_that_never_catches_up_is_replaced() -> None:
-    pulling = Pulling(*(Puller("fine") for _ in range(3)), Puller(SLOW))
-    await pulling.start()
-    await pulling.client.pull(make_version(1))
-    await pulling.settle()
-    assert pulling.ended == ["generation-3"]
-    assert pulling.states() == ["live"] * 4
-    assert len(pulling.pullers[3].pulled) == 2 + 2 * MAX_CATCH_UP
-    assert pulling.pool.workers[-1].actor.versions == [1]
-
-
-async def test_a_storage_that_comes_back_before_the_second_try_costs_nothing() -> None:
-    pulling = Pulling(*(Puller(SLOW, "fine") for _ in range(4)))
-    await pulling.start()
-    await pulling.client.pull(make_version(1))
-    assert [p.versions for p in pulling.pullers] == [[1]] * 4
-
-
-async def test_a_worker_whose_weights_are_lost_is_replaced_by_one_that_runs_the_version() -> None:
-    broken = Puller(WeightError("half of it is replaced"))
-    pulling = Pulling(Puller("fine"), broken)
-    await pulling.start()
-    broken.healthy = False
-    await pulling.client.pull(make_version(1))
-    await pulling.settle()
-    assert pulling.ended == ["generation-1"]
-    assert [w.actor.versions for w in pulling.pool.live] == [[1], [1]]
-
-
-async def test_a_version_is_live_only_after_a_worker_that_replaces_the_only_one_runs_it() -> None:
-    broken = Puller(WeightError("half of it is replaced"))
-    pulling = Pulling(broken)
-    await pulling.start()
-    broken.healthy = False
-    await pulling.client.pull(make_version(1))
-    assert [w.actor.versions for w in pulling.pool.live] == [[1]]
-
-
-async def test_a_worker_that_joins_looks_at_the_target_again_after_its_pull() -> None:
-    pulling = Pulling(Puller("fine"))
-    await pulling.start()
-    await pulling.client.pull(make_version(1))
-    joining = Puller("fine")
-    take = joining.remote
-
-    def overtaken(version: WeightVersion | None = None) -> Reference:
-        if version is not None and version.version == 1:
-            pulling.client.target = make_version(2)  # which the other workers took meanwhile
-        return take(version)
-
-    joining.remote = overtaken  # type: ignore[method-assign]
-    pulling.pullers.append(joining)
-    await pulling.pool.resize(2)
-    assert joining.versions == [1, 2]
 
 
 class Given:

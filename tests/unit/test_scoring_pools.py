@@ -351,7 +351,7 @@ async def test_the_first_part_that_fails_is_the_groups_failure_and_the_others_ar
 async def test_only_the_pool_that_has_the_reference_is_given_one():
     pools = {"policies": {"serves": ["reference"], "workers": 2}}
     client, made, _ = await client_of(reference=True, pools=pools)
-    version = client._reference = make_version(3)
+    version = client._reference.target = make_version(3)
     for kind, pool in made.items():
         for worker in pool.workers:
             await client.join(kind, worker)

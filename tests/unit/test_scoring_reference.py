@@ -1,6 +1,8 @@
 """The reference model against a plain transformers forward of one sequence at a time, and the
 replacement of its weights by a version of a store."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 from rlhf_cluster.errors import ScoringError, StalledError, WeightError
+from rlhf_cluster.scoring import reference as reference_module
 from rlhf_cluster.scoring.reference import Reference
 from tests import tiny_llama
 from tests.rewarding import make_prompt, make_rollouts
@@ -174,3 +177,42 @@ def test_a_reference_that_is_moved_while_a_group_holds_it_waits_for_the_group(mo
     with reference._model.held(), pytest.raises(StalledError, match=r"busy for 0\.05 s"):
         reference.load(other[1])
     assert np.array_equal(reference.logprobs(rollouts())[0], before[0])
+
+
+def test_d01_a_load_that_hung_changes_nothing_once_a_later_one_was_asked_for(
+    model_dir, other, monkeypatch
+):
+    """The driver gave it up, and asked again: two threads of one actor."""
+    hangs, goes_on = threading.Event(), threading.Event()
+    read = reference_module.read
+
+    def slow(path, **options):
+        if not hangs.is_set():
+            hangs.set()
+            assert goes_on.wait(20)
+        return read(path, **options)
+
+    monkeypatch.setattr(reference_module, "read", slow)
+    reference = Reference(str(model_dir), "float32", "cpu", 4096)
+    before = reference.logprobs(rollouts())
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(reference.load, other[1])
+        assert hangs.wait(20)
+        second = pool.submit(reference.load, replace(other[1], digest="0" * 32))
+        while reference._num_asked < 2:
+            pass
+        goes_on.set()
+        with pytest.raises(WeightError, match="another was asked for meanwhile"):
+            first.result(20)
+        with pytest.raises(WeightError, match="not the version that was announced"):
+            second.result(20)
+    assert np.array_equal(reference.logprobs(rollouts())[0], before[0])
+
+
+def test_d01_a_load_behind_one_that_hangs_ends_by_its_deadline(model_dir, other):
+    reference = Reference(str(model_dir), "float32", "cpu", 4096, load_timeout_s=0.05)
+    with (
+        reference._loading,
+        pytest.raises(StalledError, match=r"waited 0\.05 s for the load before"),
+    ):
+        reference.load(other[1])

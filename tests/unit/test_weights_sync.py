@@ -180,6 +180,34 @@ async def test_a_version_is_live_after_it_was_pulled_and_never_when_it_was_refus
     assert told == ["pull 0", "pull 1", "live 1"]
 
 
+@pytest.mark.parametrize("num_refused", [2, 3])
+async def test_d01_a_version_waits_for_a_reference_that_its_readers_refuse(
+    num_refused: int,
+) -> None:
+    asked: list[int] = []
+
+    async def follow(version: WeightVersion) -> None:
+        asked.append(version.version)
+        if len(asked) <= num_refused:
+            raise WeightError("the reference of version 0 is not live: its storage is slow")
+
+    class Buffer:
+        async def version_live(self, version: int) -> None:
+            asked.append(-1)
+
+    learner, generation = FakeLearner(), FakeGeneration()
+    sync = WeightSync(learner, generation, Buffer(), 1, time.monotonic, follow, pause_s=0)  # type: ignore[arg-type]
+    await sync.after_step(0)
+    if num_refused == MAX_REFUSED:
+        with pytest.raises(WeightError, match="its storage is slow"):
+            await sync.drain(5)
+        assert asked == [0, 0, 0], "never live"
+    else:
+        await sync.drain(5)
+        assert asked == [0, 0, 0, -1]
+    assert generation.pulled == [0], "the readers of the version itself have it"
+
+
 async def test_a_publish_that_was_due_beside_another_one_is_made_up_for_with_the_newest_weights() -> (
     None
 ):
