@@ -109,6 +109,7 @@ class RayGeneration:
     def __init__(self, pool: WorkerPool, config: RunConfig) -> None:
         self._pool = pool
         self._config = config.generation
+        self._pull_deadline_s = config.pull_deadline_s
         self._abandoned = Abandoned(pool)
         names = ("segments", "segments_queued", "tokens_kept", "tokens_resampled", "retries")
         self._totals = dict.fromkeys(names, 0)
@@ -225,7 +226,7 @@ class RayGeneration:
     async def _pull_one(self, worker: Worker, version: WeightVersion) -> None:
         loaded = await answer(
             worker.actor.pull.remote(version),
-            self._config.pull_timeout_s,
+            self._pull_deadline_s(version.num_bytes),
             f"{worker.name}.pull(version {version.version})",
         )
         if (loaded.version, loaded.digest, loaded.num_tensors) != (

@@ -24,7 +24,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, cast
 
 from actors import segments
-from actors.engine import Engine, LoadedWeights, Sample, WeightGuard
+from actors.engine import Engine, LoadedWeights, Sample, WeightGuard, read_beside
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import ConfigError, RecordError, StalledError, WeightError, WorkerError
 from rlhf_cluster.records import (
@@ -35,7 +35,11 @@ from rlhf_cluster.records import (
     Ticket,
     WeightVersion,
 )
+from rlhf_cluster.weights.mirror import Mirror
+from rlhf_cluster.weights.transport import Deadline
 
+_BRING_SHARE = 0.85  # of the seconds to bring a version to the node
+_STOP_SHARE = 0.05  # of them, in which a late thread may end
 DEFAULT_ENGINE = "actors.vllm_engine:make_engine"
 
 
@@ -48,8 +52,11 @@ class GenerationWorker:
         model_dir: str,
         name: str,
         engine_factory: str = DEFAULT_ENGINE,
+        mirror: Mirror | None = None,
     ) -> None:
-        """`engine_factory` is "module:callable", called with (config, model_dir, worker name)."""
+        """`engine_factory` is "module:callable", called with (config, model_dir, worker name). With a
+        `mirror` versions are brought to this node before the engine reads them."""
+        self._mirror = mirror
         self._config = config
         self._model_dir = model_dir
         self._name = name
@@ -127,14 +134,18 @@ class GenerationWorker:
         """Make `version` live, while requests go on.
 
         Raises `WeightError` when it cannot be read or is not what was published, `StalledError`
-        after `generation.pull_timeout_s`. Only when the engine refuses the version before it
-        replaces anything do the old weights go on to serve; otherwise they are lost.
+        after its deadline (`RunConfig.pull_deadline_s`). Only when the engine refuses the version
+        before it replaces anything do the old weights go on to serve; otherwise they are lost.
         """
-        engine, timeout_s = self._running_engine(), self._config.generation.pull_timeout_s
+        engine = self._running_engine()
+        timeout_s = self._config.generation.take_deadline_s(version.num_bytes)
+        version = await self._brought(version, timeout_s)
         try:
             async with asyncio.timeout(timeout_s):
                 loaded = await engine.load_weights(version)
         except WeightError:
+            if self._mirror is not None:
+                self._mirror.distrust(version.version)
             raise
         except BaseException as error:  # a cancelled call, too, may have replaced half of them
             self._weights.lose(f"pulling version {version.version}: {type(error).__name__} {error}")
@@ -142,8 +153,9 @@ class GenerationWorker:
                 raise
             raise StalledError(
                 f"{self._name}: version {version.version} of {version.path} was not live after "
-                f"generation.pull_timeout_s = {timeout_s:g} s. Look at that disk and the engine, or "
-                "raise it"
+                f"{timeout_s:g} s, its share of generation.pull_timeout_s = "
+                f"{self._config.generation.pull_timeout_s:g} and of pull_bytes_per_s. Look at that "
+                "disk and the engine, or raise it"
             ) from None
         for field in ("version", "digest", "num_tensors"):
             expected, found = getattr(version, field), getattr(loaded, field)
@@ -159,6 +171,24 @@ class GenerationWorker:
         self._totals["num_pulls"] += 1
         self._totals["pull_pause_s"] += loaded.pause_s
         return loaded
+
+    async def _brought(self, version: WeightVersion, timeout_s: float) -> WeightVersion:
+        """`version` as its engine reads it. Waits for: the mirror, if there is one. Raises
+        `WeightError`: it was not there in time, and nothing is replaced."""
+        if self._mirror is None:
+            return version
+        bring = self._mirror.bring
+        what = f"{self._name}: bringing version {version.version} to this node"
+        limit_s, stop_s = _BRING_SHARE * timeout_s, _STOP_SHARE * timeout_s
+        deadline = Deadline(what, limit_s)
+        try:
+            async with asyncio.timeout(limit_s + stop_s):
+                return await read_beside(lambda: bring(version, deadline), deadline, stop_s)
+        except TimeoutError as error:
+            raise WeightError(
+                f"{what} took longer than {limit_s:g} s. Look at {version.path} and the network, or "
+                "raise generation.pull_timeout_s"
+            ) from error
 
     async def health(self) -> dict[str, Any]:
         """What this worker serves. Raises `WorkerError` when it can no longer serve."""
@@ -178,6 +208,8 @@ class GenerationWorker:
         return engine | totals | {"worker/num_in_flight": float(self._num_in_flight)}
 
     async def close(self) -> None:
+        if self._mirror is not None:
+            await asyncio.to_thread(self._mirror.close)
         if self._engine is not None:
             await self._engine.close()
             self._engine = None

@@ -13,6 +13,7 @@ import ray
 from actors.engine import LoadedWeights
 from actors.generation import GenerationWorker
 from actors.metrics import RayMetrics
+from actors.mirrors import mirror_of
 from actors.scoring import ScoringWorker
 from actors.transports import transport_of
 from rlhf_cluster.config import RunConfig
@@ -51,7 +52,7 @@ ENGINE_TOTALS = {
 class GenerationActor(GenerationWorker):
     def __init__(self, config: RunConfig, model_dir: str, name: str, engine_factory: str) -> None:
         configure("generation", name, config.run_dir / "logs")
-        super().__init__(config, model_dir, name, engine_factory)
+        super().__init__(config, model_dir, name, engine_factory, mirror_of(config, name))
         self._metrics = RayMetrics("generation", {"run": config.run.name, "worker": name})
 
     async def start(self) -> dict[str, float]:

@@ -9,20 +9,17 @@ versions that were written to files stay.
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import numpy as np
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
-from actors.calls import answer_now
-from actors.control import NAMESPACE
+from actors.named import NamedActor, serving
 from rlhf_cluster.config import RunConfig
-from rlhf_cluster.errors import RunError, StalledError, WeightError, WorkerError
+from rlhf_cluster.errors import StalledError, WeightError
 from rlhf_cluster.records import WeightVersion
 from rlhf_cluster.weights.files import FileSink
 from rlhf_cluster.weights.objects import (
@@ -40,7 +37,6 @@ from rlhf_cluster.weights.transport import Deadline, ShardSink
 POLL_S = 0.2
 """How soon a wait ends after its deadline was cancelled."""
 _CALL_TIMEOUT_S = 30.0
-_NAME_TIMEOUT_S = 30.0
 
 
 class RayObjects:
@@ -73,37 +69,23 @@ class RayObjects:
         return [[memoryview(array) for array in arrays] for arrays in found]
 
 
-class _RemoteDirectory:
+class _RemoteDirectory(NamedActor):
     """The directory actor of a run, as seen by another process."""
 
     def __init__(self, run_name: str) -> None:
-        self._name = directory_name(run_name)
-        self._actor: Any = None
+        super().__init__(directory_name(run_name), "which lists the versions in memory")
 
     def publish(self, version: int, entry: Entry, keep: int, deadline: Deadline) -> None:
-        self._call(deadline.left_s("the directory"), "publish", version, entry, keep)
+        self.call(deadline.left_s("the directory"), "publish", version, entry, keep)
 
     def find(self, version: int) -> Entry | None:
-        return self._call(_CALL_TIMEOUT_S, "find", version)
+        return self.call(_CALL_TIMEOUT_S, "find", version)
 
     def clear(self) -> None:
-        self._call(_CALL_TIMEOUT_S, "clear")
+        self.call(_CALL_TIMEOUT_S, "clear")
 
     def sizes(self) -> dict[int, int]:
-        return self._call(_CALL_TIMEOUT_S, "sizes")
-
-    def _call(self, timeout_s: float, method: str, *arguments: Any) -> Any:
-        try:
-            if self._actor is None:
-                self._actor = ray.get_actor(self._name, namespace=NAMESPACE)
-            reference = getattr(self._actor, method).remote(*arguments)
-            return answer_now(reference, timeout_s, f"{self._name}.{method}")
-        except (WorkerError, ValueError) as error:
-            self._actor = None
-            raise WeightError(
-                f"{self._name}, which lists the versions in Ray's object store, cannot be reached "
-                f"({error}). Publish again when it is back"
-            ) from error
+        return self.call(_CALL_TIMEOUT_S, "sizes")
 
 
 class RayTransport:
@@ -150,30 +132,10 @@ class RayTransport:
     def source(self) -> ObjectSource:
         return self._source
 
-    @asynccontextmanager
-    async def serving(self) -> AsyncIterator[None]:
+    def serving(self) -> AbstractAsyncContextManager[None]:
         """The run's directory actor. When it dies it comes back empty, and versions that are not in
-        files are lost. Waits for: the name, where a run that was killed still holds it."""
-        ends = time.monotonic() + _NAME_TIMEOUT_S
-        while True:
-            try:
-                actor: Any = (
-                    ray.remote(num_cpus=0, max_restarts=-1)(Directory)
-                    .options(name=directory_name(self._run), namespace=NAMESPACE)
-                    .remote()
-                )
-                break
-            except ValueError as error:
-                if time.monotonic() > ends:
-                    raise RunError(
-                        f"run {self._run!r}: actor {directory_name(self._run)} of another run of this "
-                        f"name is still alive after {_NAME_TIMEOUT_S:g} s. Stop that run"
-                    ) from error
-            await asyncio.sleep(1.0)
-        try:
-            yield
-        finally:
-            ray.kill(actor)
+        files are lost."""
+        return serving(Directory, directory_name(self._run))
 
     def begin_anew(self) -> None:
         """Objects die with the rank that put them: what a lost learner published is in files or

@@ -96,7 +96,7 @@ class Attempt:
         """Until a version is live, over all tries of `WeightSync`: over the deadlines of what one
         consists of."""
         config = self.place.config
-        pull_s = reply_deadline(config.generation.pull_timeout_s)
+        pull_s = reply_deadline(config.pull_deadline_s(self.place.inputs.weights_bytes))
         check_s = reply_deadline(config.cluster.heartbeat_timeout_s)
         inner_s = [config.weights.publish_timeout_s, pull_s, check_s, pull_s, check_s]
         if config.stored_reference:  # to write and to load a reference

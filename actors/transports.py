@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
+from actors.mirrors import RemotePlanner, serving_relay
 from actors.peer_weights import PeerTransport
 from actors.ray_weights import RayTransport
 from rlhf_cluster.config import RunConfig
@@ -61,6 +62,7 @@ class FileTransport:
     def __init__(self, config: RunConfig) -> None:
         self._root = str(config.weights_dir)
         self._keep = config.staleness.oldest_in_flight + 2
+        self._config = config
 
     def write(
         self, rank: LearnerRank, base: int | None, durable: bool, deadline: Deadline
@@ -86,10 +88,11 @@ class FileTransport:
         return None
 
     def begin_anew(self) -> None:
-        return None
+        if self._config.weights.mirror is not None:
+            RemotePlanner(self._config.run.name).begin_anew()
 
     def serving(self) -> AbstractAsyncContextManager[None]:
-        return nullcontext()
+        return serving_relay(self._config) if self._config.weights.mirror else nullcontext()
 
 
 TRANSPORTS: Mapping[str, type[Transport]] = {

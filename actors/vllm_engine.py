@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 __all__ = ["VllmEngine", "engine_environment", "make_engine"]
 
 _CLOSE_TIMEOUT_S = 30.0
-_READ_SHARE = 0.8  # of generation.pull_timeout_s; the rest is for the swap and for the answer
+_READ_SHARE = 0.8  # of the deadline of a pull; the rest is for the swap and for the answer
 _HANG_SHARE = 0.85  # of it, after which a read that looks at no deadline is given up
 _STOP_SHARE = 0.05  # of it, in which the reading thread may end
 INITIAL_VERSION = -1  # of the weights in the model folder, before the first update
@@ -91,7 +91,7 @@ class VllmEngine(Engine):
         self._salted = config.generation.cache_on_update == "salt"
         self._read_beside_steps = config.generation.tensor_parallel_size == 1
         self._start_timeout_s = config.run.start_timeout_s
-        self._read_timeout_s = _READ_SHARE * config.generation.pull_timeout_s
+        self._take_deadline_s = config.generation.take_deadline_s
         self._source = _source_of(config)
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._lock = threading.Lock()  # over _failure and the decision to queue a command
@@ -141,7 +141,8 @@ class VllmEngine(Engine):
     async def load_weights(self, version: WeightVersion) -> LoadedWeights:
         """Stage `version`, then swap it in between two steps. One update at a time."""
         number = version.version
-        deadline = Deadline(f"{self._name}: reading version {number}", self._read_timeout_s)
+        whole_s = self._take_deadline_s(version.num_bytes)
+        deadline = Deadline(f"{self._name}: reading version {number}", _READ_SHARE * whole_s)
         stage = {
             "version": number,
             "path": version.path,
@@ -152,7 +153,7 @@ class VllmEngine(Engine):
         async with self._updating:
             self.check()
             if self._read_beside_steps:
-                reports = await self._staged_beside(stage, deadline)
+                reports = await self._staged_beside(stage, deadline, whole_s)
             else:
                 reports = await self._call(lambda: self._rpc("stage_version", stage))
             staged = _agreed(reports, version)
@@ -164,11 +165,12 @@ class VllmEngine(Engine):
             pause_s=pause_s,
         )
 
-    async def _staged_beside(self, stage: dict[str, Any], deadline: Deadline) -> Any:
+    async def _staged_beside(
+        self, stage: dict[str, Any], deadline: Deadline, whole_s: float
+    ) -> Any:
         """`WeightError` when the reading thread hangs in a storage that does not answer: nothing is
         replaced by then, and the old weights go on to serve. Waits for: the thread, a margin longer
         than it may read."""
-        whole_s = self._read_timeout_s / _READ_SHARE
         limit_s, stop_s = _HANG_SHARE * whole_s, _STOP_SHARE * whole_s
         try:
             async with asyncio.timeout(limit_s):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from math import prod
 from pathlib import Path
 
 from rlhf_cluster.config import RunConfig, StageConfig
@@ -21,6 +22,7 @@ from rlhf_cluster.observe.sinks import check_sinks
 from rlhf_cluster.planning.trial import try_rewards
 from rlhf_cluster.records import Prompt
 from rlhf_cluster.weights.checkpoint import checkpoint_shapes, refuse_other_draft
+from rlhf_cluster.weights.manifest import ITEM_BYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +34,7 @@ class Inputs:
     evaluation_prompts: list[Prompt]
     warmup: list[SftExample]
     warmup_batch_size: int
+    weights_bytes: int  # of a published version
 
     def warmup_batches(self) -> Iterator[list[SftExample]]:
         examples = iter(self.warmup)
@@ -64,6 +67,8 @@ def check_inputs(config: RunConfig, scratch: Path) -> Inputs:
         evaluation_prompts=evaluation_prompts(config, tokenizer, config.evaluation.num_prompts),
         warmup=warmup,
         warmup_batch_size=config.sft.batch_size,
+        weights_bytes=ITEM_BYTES[config.publish_dtype]
+        * sum(prod(shape) for shape in checkpoint_shapes(model_dir).values()),
     )
 
 

@@ -150,7 +150,7 @@ class ScriptedEngine(Engine):
         from rlhf_cluster.weights import store
         from rlhf_cluster.weights.hashing import digest_of
 
-        timeout_s = self._config.generation.pull_timeout_s
+        timeout_s = self._config.generation.take_deadline_s(version.num_bytes)
         deadline = Deadline(f"{self._name}: reading version {version.version}", timeout_s)
         source = transport_of(self._config).source()
         return await read_beside(

@@ -24,6 +24,11 @@ def check_weights(c: RunConfig) -> None:
             f"weights.durable_every = {c.weights.durable_every} with weights.transport = 'files': "
             "every version is written to files. Remove it, or set another transport"
         )
+    if c.weights.mirror is not None and transport != "files":
+        raise ValueError(
+            f"weights.mirror with weights.transport = {transport!r}: it mirrors files. Remove one "
+            "of them"
+        )
     if transport == "nccl":
         _check_gpus(c)
     if transport != "files":

@@ -87,6 +87,11 @@ class RunConfig(RunFile[Run]):
         rounded = self.learner.lora is not None and self.learner.lora.quantize_base
         return scoring.reference and (self.sft.steps > 0 or moves or rounded)
 
+    def pull_deadline_s(self, num_bytes: int) -> float:
+        """Seconds for a worker to take a version of so many bytes: to bring it to its node, where
+        `weights.mirror` is set, and then to read and apply it."""
+        return (2 if self.weights.mirror else 1) * self.generation.take_deadline_s(num_bytes)
+
     @property
     def publish_dtype(self) -> Dtype:
         return self.weights.dtype or self.generation.dtype

@@ -142,6 +142,10 @@ class Generation(Section):
     """How often a group, or one segment of it, is tried again on another worker before the group is
     discarded."""
     pull_timeout_s: PositiveFloat = 120.0
+    """Deadline for a worker to take a version, beside what its bytes take at `pull_bytes_per_s`;
+    twice as long with `weights.mirror`."""
+    pull_bytes_per_s: PositiveFloat = 2e8
+    """The slowest rate at which weights are still read for a worker; one that is slower is late."""
     quarantine: Quarantine = Quarantine()
     """[generation.quarantine]: which workers are replaced although they answer."""
     cache_on_update: Literal["recompute", "salt", "keep"] = "recompute"
@@ -153,6 +157,10 @@ class Generation(Section):
     def draft_folder(self) -> str | None:
         """Folder of the model that proposes tokens, where one does."""
         return (self.speculative or {}).get("model")
+
+    def take_deadline_s(self, num_bytes: int) -> float:
+        """Seconds for an engine to read and apply a version of so many bytes."""
+        return self.pull_timeout_s + num_bytes / self.pull_bytes_per_s
 
 
 class Lora(Section):
@@ -300,6 +308,13 @@ class Weights(Section):
     """What carries versions to their readers. `files`: the folder above, seen by every node. The others
     write only versions that have to last to files. `ray`: Ray's object store. `gloo`, `nccl`: from the
     ranks' memory to each reader's, over the network or from GPU to GPU. `ipc` is refused."""
+    mirror: str | None = None
+    """With transport = "files": a folder on every node that generates, in memory (/dev/shm) or on
+    a fast disk. Each file of a version is then brought there once a node, from another node where
+    one has it, so that the storage gives it about once whatever number of workers there is. Needs
+    room for a version as stored, twice while a new one comes, with what it builds on."""
+    mirror_streams: PositiveInt = 8
+    """Files that are read from the storage at once, over all nodes, for their mirrors."""
     durable_every: PositiveInt = 10
     """With another transport than "files": versions from one in files to the next. The first and the
     last version of a run always are. Only these outlive the learner's processes."""

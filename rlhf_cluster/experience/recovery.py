@@ -54,7 +54,8 @@ TRAINED = "trained.json"
 """The steps of every group that has a file and is trained; of one that was seen discarded, that one."""
 HARMLESS = (
     *("workers", "num_cpus", "num_gpus", "kv_cache_bytes", "max_num_seqs", "max_retries"),
-    *("request_timeout_s", "pull_timeout_s", "max_error_rate", "quarantine", "pools"),
+    *("request_timeout_s", "pull_timeout_s", "pull_bytes_per_s", "max_error_rate"),
+    *("quarantine", "pools"),
 )
 """Settings of the pools that a group does not depend on."""
 

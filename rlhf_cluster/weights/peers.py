@@ -134,18 +134,24 @@ class ShardServer:
         """The object of `handle` if this is the process that holds it. Raises `WeightError`: gone."""
         return self._find(handle.key) if hmac.compare_digest(handle.token, self._token) else None
 
+    def lend(self, chunks: Sequence[memoryview]) -> Served:
+        """Serve memory of the caller's, which does not change, until `drop`."""
+        return self._hold(tuple(chunks))
+
     def _put(self, chunks: Sequence[Any]) -> Served:
         # numpy lets other threads run while it copies, a step of the learner above all.
-        copied = tuple(np.array(np.frombuffer(c, dtype=np.uint8)).data for c in chunks)
+        return self._hold(tuple(np.array(np.frombuffer(c, dtype=np.uint8)).data for c in chunks))
+
+    def _hold(self, chunks: _Chunks) -> Served:
         with self._lock:
             self._next += 1
-            self.held[self._next] = copied
+            self.held[self._next] = chunks
             return Served(
                 server=self._name,
                 host=self._host,
                 port=self._port,
                 key=self._next,
-                sizes=tuple(len(chunk) for chunk in copied),
+                sizes=tuple(len(chunk) for chunk in chunks),
                 token=self._token,
             )
 

@@ -130,6 +130,30 @@ def test_a_run_trains_every_group_once_and_leaves_its_whole_record(start_run):
     assert not actor_pids("GenerationActor"), "nothing of the run is left on the cluster"
 
 
+def test_a_run_with_mirrors_brings_each_version_to_the_node_once_and_leaves_nothing(
+    start_run, tmp_path
+):
+    run = start_run(
+        run=LONG,
+        generation={"workers": 2},
+        weights={"mirror": str(tmp_path / "mirror"), "format": "delta", "anchor_every": 2},
+    )
+    run.script(**SLOW)
+    run.wait_for(lambda s: s.step >= 5, "five steps")
+    [mirror] = [p for p in (tmp_path / "mirror").iterdir() if p.is_dir()]
+    assert mirror.name == run.path.name
+    versions = sorted(int(p.name[1:]) for p in mirror.glob("v*"))
+    assert versions
+    assert versions[-1] >= 4, "the fifth may be under way"
+    assert len(versions) <= 3, "the newest one and what it builds on"
+    run.process.send_signal(signal.SIGTERM)
+    code, output = run.finish()
+    assert code == 1, output
+    status = json.loads((run.path / "status.json").read_text())
+    assert [pool["restarts"] for pool in status["pools"]] == [0, 0]
+    assert list((tmp_path / "mirror").iterdir()) == []
+
+
 def test_a_failed_pull_retires_the_worker_and_loses_nothing(start_run):
     run = start_run(run=LONG, generation={"workers": 2})
     run.script(**SLOW)

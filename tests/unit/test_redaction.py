@@ -19,7 +19,7 @@ from rlhf_cluster.rewards.remote import RemoteSection, Server
 from rlhf_cluster.rundir import RunDir
 from tests.configs import tiny_config
 
-VARIABLE, NAMED, PASSWORD = "unmistakable-4711", "named-by-a-setting-0815", "pass\"word'-2342"
+VARIABLE, NAMED, PASSWORD = "unmistakable-xyzzy", "named-by-a-setting-plugh", "pass\"word'-2342"
 JUDGE = {"type": "judge", "url": "http://judge/v1", "model": "m", "api_key_env": "JUDGE_LOGIN"}
 
 
@@ -72,7 +72,7 @@ def test_a_secret_is_in_no_file_of_a_run_and_not_in_its_report(
         "resolved.json", "stderr", "report",
     }  # fmt: skip
     for name, text in shown.items():
-        for secret in (VARIABLE, NAMED, PASSWORD, "word'-2342", "4711", "0815"):
+        for secret in (VARIABLE, NAMED, PASSWORD, "word'-2342", "xyzzy", "plugh"):
             assert secret not in text, f"{secret} in {name}"
     assert "refused (hidden), (hidden), (hidden) at s3://(hidden)@bucket" in shown["stderr"]
     assert "JUDGE_LOGIN" in shown[str(run.resolved)], "the variable's name is no secret"

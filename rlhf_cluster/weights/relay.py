@@ -1,0 +1,172 @@
+"""Who fetches which file of a version from whom, where hundreds of nodes want all of them.
+
+    storage --> a few nodes, a different file each --> the others, from each other, file by file
+
+A shared storage gives one version to a hundred nodes a hundred times more slowly than to one. So
+it gives each file about once, and every node passes on what it has while it fetches the rest.
+This is the plan of a swarm (Cohen 2003, BitTorrent) with one planner: the rarest file first, so
+that no file stays behind, and never more than `streams` reads of the storage at once.
+
+Promises:
+- with n nodes and p files of equal size, all nodes have all files after about p + log2(n) times
+  what one file takes over a node's network;
+- a node that dies, hangs or serves what cannot be used costs the others a lease at most: its turn
+  at the source ends by itself, and after `MAX_STRIKES` of these it serves nobody;
+- a file that no living node has comes from the storage again.
+
+Pure bookkeeping: who moves the bytes is `weights.mirror`, who carries the questions an actor.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_STRIKES = 2
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Piece:
+    """One file of a published version."""
+
+    version: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """Fetch `piece` from node `source`, at `address`; from the storage where `source` is None."""
+
+    piece: Piece
+    source: str | None
+    address: Any = None
+
+
+@dataclass(slots=True, kw_only=True)
+class RelayPlan:
+    """`uploads`: how many others a node serves at once. `lease_s`: how long a fetch holds its
+    source."""
+
+    streams: int
+    uploads: int = 1
+    lease_s: float = 120.0
+    clock: Callable[[], float] = time.monotonic
+    _holders: dict[Piece, dict[str, Any]] = field(default_factory=dict)
+    _free: dict[Piece, dict[str, None]] = field(default_factory=dict)
+    """Its holders that can serve one more, the one that waits longest first."""
+    _has: dict[str, set[Piece]] = field(default_factory=dict)
+    _uses: dict[str | None, int] = field(default_factory=dict)
+    """Fetches under way from each source."""
+    _leases: dict[tuple[str, Piece], tuple[float, str | None]] = field(default_factory=dict)
+    """(node, piece) -> when it ends, and the source; the oldest first."""
+    _strikes: Counter[str] = field(default_factory=Counter)
+
+    def next(self, node: str, wanted: Sequence[Piece]) -> Assignment | None:
+        """What `node` fetches next of `wanted`, none of which it is fetching; None: ask again
+        soon."""
+        self._end_leases()
+        by_rarity = sorted(wanted, key=lambda piece: (self._num_holders(piece), _rank(node, piece)))
+        for piece in by_rarity:
+            found = self._from_storage(piece) or self._from_a_node(piece)
+            if found is not None:
+                self._take(node, found)
+                return found
+        return None
+
+    def done(self, node: str, piece: Piece, address: Any) -> None:
+        """`node` has the piece, and serves it at `address`."""
+        self._release(node, piece)
+        if self._strikes[node] < MAX_STRIKES:
+            self._holders.setdefault(piece, {})[node] = address
+            self._has.setdefault(node, set()).add(piece)
+            if self._uses.get(node, 0) < self.uploads:
+                self._free.setdefault(piece, {})[node] = None
+
+    def failed(self, node: str, piece: Piece, source: str | None) -> None:
+        """`node` did not get the piece from `source`, which is asked for it no more."""
+        self._release(node, piece)
+        if source is None:
+            return
+        self._strikes[source] += 1
+        if self._strikes[source] >= MAX_STRIKES:
+            self.forget(source)
+        else:
+            self._drop(source, piece)
+
+    def keeps(self, node: str, versions: Collection[int]) -> None:
+        """`node` has removed its files of all other versions. Pieces of versions that are older
+        than all of these are wanted by nobody who is up to date, and forgotten."""
+        oldest = min(versions, default=0)
+        for piece in [p for p in self._has.get(node, ()) if p.version not in versions]:
+            self._drop(node, piece)
+        for piece in [p for p in self._holders if p.version < oldest]:
+            for holder in list(self._holders[piece]):
+                self._drop(holder, piece)
+
+    def forget(self, node: str) -> None:
+        """What `node` has cannot be used."""
+        for piece in list(self._has.get(node, ())):
+            self._drop(node, piece)
+
+    def begin_anew(self) -> None:
+        """Other files will have the names of versions that were published."""
+        for state in (self._holders, self._free, self._has, self._uses, self._leases):
+            state.clear()
+        self._strikes.clear()
+
+    def _from_storage(self, piece: Piece) -> Assignment | None:
+        """Where nobody has it, and nobody reads it from there."""
+        if self._num_holders(piece) or self._uses.get(None, 0) >= self.streams:
+            return None
+        if any(p == piece for (_, p), (_, source) in self._leases.items() if source is None):
+            return None
+        return Assignment(piece=piece, source=None)
+
+    def _from_a_node(self, piece: Piece) -> Assignment | None:
+        for source in self._free.get(piece, ()):
+            return Assignment(piece=piece, source=source, address=self._holders[piece][source])
+        return None
+
+    def _num_holders(self, piece: Piece) -> int:
+        return len(self._holders.get(piece, ()))
+
+    def _take(self, node: str, found: Assignment) -> None:
+        source = found.source
+        self._leases[node, found.piece] = self.clock() + self.lease_s, source
+        self._uses[source] = self._uses.get(source, 0) + 1
+        if source is not None and self._uses[source] >= self.uploads:
+            for piece in self._has[source]:
+                self._free[piece].pop(source, None)
+
+    def _release(self, node: str, piece: Piece) -> None:
+        """The turn of `node` at its source ends, if it has one."""
+        if (node, piece) not in self._leases:
+            return
+        _, source = self._leases.pop((node, piece))
+        self._uses[source] -= 1
+        if source is not None:
+            for other in self._has.get(source, ()):
+                self._free.setdefault(other, {})[source] = None
+
+    def _end_leases(self) -> None:
+        now = self.clock()
+        ended = [use for use, (ends, _) in self._leases.items() if ends <= now]
+        for node, piece in ended:
+            self._release(node, piece)
+
+    def _drop(self, node: str, piece: Piece) -> None:
+        self._has.get(node, set()).discard(piece)
+        for holders in (self._holders.get(piece, {}), self._free.get(piece, {})):
+            holders.pop(node, None)
+        if not self._num_holders(piece):
+            self._holders.pop(piece, None)
+            self._free.pop(piece, None)
+
+
+def _rank(node: str, piece: Piece) -> int:
+    """Equally rare pieces come in another order for each node."""
+    return zlib.crc32(f"{node}/{piece.version}/{piece.name}".encode())
