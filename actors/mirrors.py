@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.named import NamedActor, serving
 from rlhf_cluster.config import RunConfig
-from rlhf_cluster.weights.mirror import Mirror, sweep
+from rlhf_cluster.weights.mirror import PARALLEL, Mirror, sweep
 from rlhf_cluster.weights.peers import ShardServer
 from rlhf_cluster.weights.relay import Assignment, Piece, RelayPlan
 
@@ -32,7 +32,7 @@ class RelayActor:
     """`mirror.Planner` for all nodes, one call at a time."""
 
     def __init__(self, streams: int) -> None:
-        self._plan = RelayPlan(streams=streams)
+        self._plan = RelayPlan(streams=streams, uploads=PARALLEL)
 
     def exchange(
         self,

@@ -203,7 +203,7 @@ class Attempt:
             await self.buffer.set_pipeline_depth(depth.depth)
 
     async def _pipeline(self, depth: DepthController | None, first_prompt: int) -> Pipeline:
-        """Waits for: the store to be rewound, `buffer.write_timeout_s` at most."""
+        """Waits for: the store to be rewound, `buffer.write_timeout_s` at most for a few files."""
         place, config, state = self.place, self.place.config, self.state
         on_disk = functools.partial(
             patience_of(config).aside, f"the groups in {config.run_dir / 'experience'}"
@@ -222,6 +222,8 @@ class Attempt:
             )
 
         recovery = await on_disk(recovery_of, config, None if state is None else state.step, tell)
+        if recovery is not None:
+            await recovery.rewind_aside(on_disk)
         return Pipeline(
             generation=place.generation,
             scoring=place.scoring,

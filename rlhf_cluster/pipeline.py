@@ -49,6 +49,9 @@ from rlhf_cluster.weights.sync import WeightSync
 
 NO_SIGNAL = "no_signal"
 """The reason of a discard whose rewards the algorithm has no use for."""
+MAX_READS = 32
+"""Stored groups that are read at once, and that one look takes at most: a run may resume with
+thousands, and each look has a deadline."""
 MAX_LOSSES = 3
 """How often a group is generated again that a node took with it before it was scored."""
 
@@ -129,6 +132,7 @@ class Pipeline:
     pool_busy: Callable[[], Mapping[str, float]] = dict
     """Seconds since the last call for which each pool was busy, where several pools score."""
     clock: Callable[[], float] = time.monotonic
+    _reads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_READS))
     _outcomes: Outcomes = field(init=False)
     _generating: Occupancy = field(init=False)
     _being_scored: Occupancy = field(init=False)
@@ -209,7 +213,8 @@ class Pipeline:
     ) -> tuple[Handle, GroupSummary] | None:
         if self.recovery is None:
             return None
-        found = await self.on_disk(self.recovery.recover, ticket, prompt)
+        async with self._reads:
+            found = await self.on_disk(self.recovery.recover, ticket, prompt)
         if found is None or not self.trainable(ticket, found[1].oldest_version):
             return None  # it is generated again, with the weights of now
         self.observer.group_recovered(ticket)
@@ -233,8 +238,7 @@ class Pipeline:
         buffer's stall deadline.
         """
         if self.recovery is not None and self.replayable:
-            unusable = await self.on_disk(self.recovery.unusable, self.replayable)
-            await self.buffer.forget(unusable)
+            await self.buffer.forget(await self._unusable(self.recovery))
         for version in range(self.first_step, self.num_steps):
             start = self.clock()
             taken = await self.buffer.take(self.groups_per_step, learner_version=version)
@@ -265,6 +269,17 @@ class Pipeline:
             if self.checkpoints is not None:
                 await self.checkpoints.after_step(report.step)
         return self.num_steps
+
+    async def _unusable(self, recovery: RecoveryPort) -> list[int]:
+        """Those of `replayable` that the run cannot train again. Waits for: reading them all."""
+
+        async def look(some: Sequence[int]) -> list[int]:
+            async with self._reads:
+                return await self.on_disk(recovery.unusable, some)
+
+        numbers = self.replayable
+        parts = [numbers[at : at + MAX_READS] for at in range(0, len(numbers), MAX_READS)]
+        return [number for part in await together(map(look, parts)) for number in part]
 
     def _with_depth(self, report: StepReport) -> StepReport:
         if self.depth is None:

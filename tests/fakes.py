@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from rlhf_cluster.errors import RlhfError
+from rlhf_cluster.experience.buffer import ExperienceBuffer
+from rlhf_cluster.experience.service import Answer, BufferService
 from rlhf_cluster.observe.metric import Kind, Metric
 from rlhf_cluster.ports import Handle, StepReport, Taken
 from rlhf_cluster.records import (
@@ -155,6 +158,24 @@ class FakeLearner:
 
     async def refused(self, version: int, reason: str) -> None:
         self.refusals.append((version, reason))
+
+
+class LocalBuffer(BufferService):
+    """`BufferPort` over the service in this process."""
+
+    @property
+    def buffer(self) -> ExperienceBuffer:
+        return self._buffer
+
+    async def admit(self) -> Any:
+        while (reply := await super().admit()) is Answer.WAIT:
+            pass
+        return [] if reply is Answer.DONE else reply
+
+    async def take(self, num_groups: int, learner_version: int) -> Any:
+        while (reply := await super().take(num_groups, learner_version)) is Answer.WAIT:
+            pass
+        return [] if reply is Answer.DONE else reply
 
 
 @dataclass

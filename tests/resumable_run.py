@@ -24,14 +24,20 @@ from rlhf_cluster.errors import ScoringError
 from rlhf_cluster.experience.buffer import ExperienceBuffer
 from rlhf_cluster.experience.recovery import Recovery
 from rlhf_cluster.experience.replay import ReplayPool
-from rlhf_cluster.experience.service import Answer, BufferService
 from rlhf_cluster.experience.staleness import AdmissionGate
 from rlhf_cluster.experience.store import ExperienceStore, collect
 from rlhf_cluster.pipeline import Pipeline
 from rlhf_cluster.ports import StepReport, Taken
 from rlhf_cluster.records import ExperienceGroup, GroupSummary, RolloutGroup, Sampling
 from rlhf_cluster.weights.sync import WeightSync
-from tests.fakes import FakeGeneration, FakeLearner, FakeObserver, FakePrompts, FakeScoring
+from tests.fakes import (
+    FakeGeneration,
+    FakeLearner,
+    FakeObserver,
+    FakePrompts,
+    FakeScoring,
+    LocalBuffer,
+)
 
 FIRST_PROMPT = 100
 
@@ -69,20 +75,6 @@ class Fused:
             return result
 
         return call
-
-
-class LocalBuffer(BufferService):
-    """`BufferPort` over the service in this process."""
-
-    async def admit(self) -> Any:
-        while (reply := await super().admit()) is Answer.WAIT:
-            pass
-        return [] if reply is Answer.DONE else reply
-
-    async def take(self, num_groups: int, learner_version: int) -> Any:
-        while (reply := await super().take(num_groups, learner_version)) is Answer.WAIT:
-            pass
-        return [] if reply is Answer.DONE else reply
 
 
 @dataclass

@@ -45,8 +45,8 @@ from rlhf_cluster.weights.peers import PeerObjects, ShardServer
 from rlhf_cluster.weights.relay import Assignment, Piece
 from rlhf_cluster.weights.transport import Deadline
 
-PARALLEL = 2
-"""Files that a node fetches at once."""
+PARALLEL = 4
+"""Files that a node fetches at once, and that it gives to others at once."""
 MAX_FAILURES = 8
 """Fetches of one version that may fail in a row of any kind before the version is refused."""
 _LOCK_POLL_S = 0.05

@@ -52,7 +52,7 @@ class RelayPlan:
     source."""
 
     streams: int
-    uploads: int = 1
+    uploads: int
     lease_s: float = 120.0
     clock: Callable[[], float] = time.monotonic
     _holders: dict[Piece, dict[str, Any]] = field(default_factory=dict)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import json
 import os
+import time
 from collections.abc import Iterable
 
 import numpy as np
@@ -343,3 +345,42 @@ def test_d02_a_group_is_read_again_after_an_io_error_that_passes(tmp_path, passe
     with pytest.raises(StoreError, match="Input/output error"):
         store.read(7)
     assert len(paused) == 3
+
+
+class SlowStore(ExperienceStore):
+    """Each look at a file takes `took_s`, and counts those that are under way."""
+
+    took_s, at_once, most = 0.001, 0, 0
+
+    def header(self, number, attempt=None):
+        self.at_once += 1
+        self.most = max(self.most, self.at_once)
+        time.sleep(self.took_s)
+        self.at_once -= 1
+        return super().header(number, attempt)
+
+
+async def test_a_store_with_many_groups_is_rewound_in_parts_each_with_its_own_deadline(tmp_path):
+    store = SlowStore(tmp_path / "experience")
+    write(store, 0, version=1)
+    image = store.path(0).read_bytes()
+    for number in range(1, 500):
+        store.path(number).write_bytes(image)
+    write(store, 500, version=9)  # after the checkpoint's step
+    (store.root / "attempt.json").write_text('{"attempt": 0}')
+    calls: list[float] = []
+
+    async def on_disk(call, *arguments):
+        calls.append(len(arguments[0]) if arguments else 0)
+        return await asyncio.to_thread(call, *arguments)
+
+    resumed = recovery(tmp_path, step=4, store=store)
+    await resumed.rewind_aside(on_disk)
+    assert resumed.attempt == 1
+    assert store.numbers() == list(range(500))
+    assert store.files() == [(number, 1) for number in range(500)]
+    assert max(calls) <= 32, "a deadline is for so many files"
+    assert store.most > 1, "the storage is asked by several threads at once"
+    again = recovery(tmp_path, step=4)
+    again.rewind()
+    assert again.attempt == 2

@@ -20,7 +20,6 @@ from rlhf_cluster.errors import (
 )
 from rlhf_cluster.experience.adaptive import DepthController
 from rlhf_cluster.experience.buffer import ExperienceBuffer
-from rlhf_cluster.experience.service import Answer, BufferService
 from rlhf_cluster.experience.staleness import AdmissionGate
 from rlhf_cluster.pipeline import MAX_LOSSES, NO_SIGNAL, Pipeline, evaluate
 from rlhf_cluster.records import Sampling, Ticket
@@ -31,31 +30,11 @@ from tests.fakes import (
     FakeObserver,
     FakePrompts,
     FakeScoring,
+    LocalBuffer,
     make_group,
     make_prompt,
     make_version,
 )
-
-
-class LocalBuffer:
-    """`BufferPort` over the service in this process."""
-
-    def __init__(self, gate: AdmissionGate, stall_timeout_s: float = 30.0) -> None:
-        self.buffer = ExperienceBuffer(gate)
-        self.service = BufferService(self.buffer, stall_timeout_s, 0.05, time.monotonic)
-        self.finish, self.discard = self.service.finish, self.service.discard
-        self.version_live = self.service.version_live
-        self.set_pipeline_depth = self.service.set_pipeline_depth
-
-    async def admit(self):
-        while (reply := await self.service.admit()) is Answer.WAIT:
-            pass
-        return [] if reply is Answer.DONE else reply
-
-    async def take(self, num_groups, learner_version):
-        while (reply := await self.service.take(num_groups, learner_version)) is Answer.WAIT:
-            pass
-        return reply
 
 
 async def build(steps=6, groups=3, max_staleness=1, depth=1, publish_every=1, **parts):
@@ -68,7 +47,8 @@ async def build(steps=6, groups=3, max_staleness=1, depth=1, publish_every=1, **
         num_steps=steps,
         **parts.get("gate", {}),
     )
-    buffer = LocalBuffer(gate, parts.get("stall_timeout_s", 30.0))
+    stall_s = parts.get("stall_timeout_s", 30.0)
+    buffer = LocalBuffer(ExperienceBuffer(gate), stall_s, 0.05, time.monotonic)
     sync = WeightSync(learner, generation, buffer, publish_every, time.monotonic)
     await sync.after_step(0)
     await sync.drain(5)
@@ -422,3 +402,48 @@ def test_dynamic_sampling_is_a_switch_and_looks_at_the_spread():
     assert not DapoConfig(dynamic_sampling=True).trains_on([0.3, 0.3 + 1e-9])
     assert DapoConfig(dynamic_sampling=True).trains_on([0.0, 1.0])
     assert GrpoConfig().trains_on([1.0, 1.0])
+
+
+@dataclass
+class ManyStored:
+    """A recovery of which every ticket's group is there, and group 7 cannot be replayed."""
+
+    attempt: int = 1
+    at_once: int = 0
+    most: int = 0
+    looks: list[int] = field(default_factory=list)
+
+    def recover(self, ticket, prompt):
+        return None
+
+    def unusable(self, numbers):
+        self.looks.append(len(numbers))
+        return [number for number in numbers if number == 7]
+
+    def trained(self, step, numbers):
+        return None
+
+
+async def test_thousands_of_stored_groups_are_read_a_few_at_once():
+    pipeline = await build(steps=1, groups=400)
+    stored = pipeline.recovery = ManyStored()
+    pipeline.replayable = range(100)
+
+    async def on_disk(call, *arguments):
+        stored.at_once += 1
+        stored.most = max(stored.most, stored.at_once)
+        await asyncio.sleep(0)
+        found = call(*arguments)
+        stored.at_once -= 1
+        return found
+
+    forgotten: list[int] = []
+
+    async def forget(numbers):
+        forgotten.extend(numbers)
+
+    pipeline.on_disk, pipeline.buffer.forget = on_disk, forget
+    await pipeline.run()
+    assert 16 < stored.most <= 32 + 1, "the step's note is written beside the reads"
+    assert stored.looks == [32, 32, 32, 4]
+    assert forgotten == [7]

@@ -4,7 +4,6 @@ The real loop, buffer and worker pool; only the clock is not: the event loop jum
 """
 
 import asyncio
-import selectors
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,57 +11,22 @@ import pytest
 
 from actors.pool import PoolLimits, Worker, WorkerPool
 from rlhf_cluster.experience.buffer import ExperienceBuffer
-from rlhf_cluster.experience.service import Answer, BufferService
 from rlhf_cluster.experience.staleness import AdmissionGate
 from rlhf_cluster.pipeline import Pipeline, StepTimes
 from rlhf_cluster.records import Sampling
 from rlhf_cluster.weights.sync import WeightSync
-from tests.fakes import FakeGeneration, FakeLearner, FakeObserver, FakePrompts, FakeScoring
+from tests.fakes import (
+    FakeGeneration,
+    FakeLearner,
+    FakeObserver,
+    FakePrompts,
+    FakeScoring,
+    LocalBuffer,
+)
+from tests.virtual_time import run_jumping
 
 GROUPS, STEPS, SCALED_AT = 4, 40, 20
 TRAIN_S, GENERATE_S, SCORE_S = 1.0, 0.25, 0.75
-
-
-class JumpingSelector(selectors.DefaultSelector):
-    """Does not wait: what it is asked to wait has passed."""
-
-    now = 0.0
-
-    def select(self, timeout: float | None = None) -> Any:
-        found = super().select(0)
-        if not found:
-            assert timeout is not None, "everything waits, and nothing is going to happen"
-            self.now += timeout
-        return found
-
-
-class JumpingLoop(asyncio.SelectorEventLoop):
-    def __init__(self) -> None:
-        self._jumping = JumpingSelector()
-        super().__init__(self._jumping)
-
-    def time(self) -> float:
-        return self._jumping.now
-
-
-class LocalBuffer:
-    """`BufferPort` over the service in this process."""
-
-    def __init__(self, gate: AdmissionGate) -> None:
-        clock = asyncio.get_running_loop().time
-        self.service = BufferService(ExperienceBuffer(gate), 60.0, 0.05, clock)
-        self.finish, self.discard = self.service.finish, self.service.discard
-        self.version_live = self.service.version_live
-
-    async def admit(self) -> Any:
-        while (reply := await self.service.admit()) is Answer.WAIT:
-            pass
-        return [] if reply is Answer.DONE else reply
-
-    async def take(self, num_groups: int, learner_version: int) -> Any:
-        while (reply := await self.service.take(num_groups, learner_version)) is Answer.WAIT:
-            pass
-        return reply
 
 
 @dataclass
@@ -112,7 +76,8 @@ async def run(wanted: int) -> Scaling:
     await pool.start(1)
     gate = AdmissionGate(max_staleness=2, pipeline_depth=2, groups_per_step=GROUPS, num_steps=STEPS)
     generation, learner = FakeGeneration(lambda _: GENERATE_S), FakeLearner(step_delay_s=TRAIN_S)
-    buffer, observer = LocalBuffer(gate), Scaling(pool=pool, wanted=wanted)
+    buffer = LocalBuffer(ExperienceBuffer(gate), 60.0, 0.05, clock)
+    observer = Scaling(pool=pool, wanted=wanted)
     sync = WeightSync(learner, generation, buffer, 1, clock)
     await sync.after_step(0)
     await sync.drain(5)
@@ -139,8 +104,7 @@ async def run(wanted: int) -> Scaling:
 
 
 def simulated(wanted: int) -> list[StepTimes]:
-    with asyncio.Runner(loop_factory=JumpingLoop) as runner:
-        return runner.run(run(wanted)).times
+    return run_jumping(run(wanted)).times
 
 
 @pytest.mark.parametrize(("wanted", "waited_s"), [(1, 2.0), (2, 0.5), (3, 0.0), (6, 0.0)])

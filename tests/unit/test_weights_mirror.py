@@ -27,7 +27,7 @@ class Planner:
 
     def __init__(self) -> None:
         self.plan, self.sources, self.failures = (
-            RelayPlan(streams=2),
+            RelayPlan(streams=2, uploads=2),
             list[str | None](),
             list[Any](),
         )

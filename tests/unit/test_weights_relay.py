@@ -23,7 +23,7 @@ class Swarm:
     ) -> None:
         self.now, self.parallel = 0.0, rules.pop("parallel", 2)
         self.storage_s, self.peer_s = rules.pop("storage_s", 4.0), rules.pop("peer_s", 1.0)
-        self.plan = RelayPlan(clock=lambda: self.now, **rules)
+        self.plan = RelayPlan(clock=lambda: self.now, **{"uploads": 1, **rules})
         self.open = {f"n{i}": [Piece(1, f"f{j}") for j in range(pieces)] for i in range(nodes)}
         self.has: dict[str, set[Piece]] = {node: set() for node in self.open}
         self.broken, self.reads, self.serving = broken, Counter(), Counter()
@@ -123,7 +123,7 @@ def test_every_node_gets_everything_although_some_hang(
 
 def test_a_node_that_hangs_holds_its_source_for_a_lease_and_no_longer() -> None:
     now = [0.0]
-    plan = RelayPlan(streams=1, lease_s=10.0, clock=lambda: now[0])
+    plan = RelayPlan(streams=1, uploads=1, lease_s=10.0, clock=lambda: now[0])
     assert plan.next("hangs", [A]) == Assignment(piece=A, source=None)
     assert plan.next("n1", [A, B]) is None, "the only stream is taken"
     now[0] = 9.9
@@ -135,7 +135,7 @@ def test_a_node_that_hangs_holds_its_source_for_a_lease_and_no_longer() -> None:
 
 
 def test_a_node_that_serves_nothing_usable_is_left_alone_after_its_strikes() -> None:
-    plan = RelayPlan(streams=1)
+    plan = RelayPlan(streams=1, uploads=1)
     for piece in (A, B):
         plan.done("bad", piece, "address")
     for number, piece in enumerate([A, B][:MAX_STRIKES]):
@@ -150,7 +150,7 @@ def test_a_node_that_serves_nothing_usable_is_left_alone_after_its_strikes() -> 
 
 
 def test_a_source_that_is_busy_serves_the_next_one_when_it_is_done() -> None:
-    plan = RelayPlan(streams=1)
+    plan = RelayPlan(streams=1, uploads=1)
     plan.done("n0", A, "address of n0")
     assert plan.next("n1", [A]) == Assignment(piece=A, source="n0", address="address of n0")
     assert plan.next("n2", [A]) is None
@@ -159,14 +159,14 @@ def test_a_source_that_is_busy_serves_the_next_one_when_it_is_done() -> None:
 
 
 def test_a_failed_read_of_the_storage_gives_its_stream_back() -> None:
-    plan = RelayPlan(streams=1)
+    plan = RelayPlan(streams=1, uploads=1)
     plan.next("n0", [A])
     plan.failed("n0", A, None)
     assert plan.next("n1", [A]) == Assignment(piece=A, source=None)
 
 
 def test_what_a_node_removed_is_asked_for_elsewhere_and_old_versions_are_forgotten() -> None:
-    plan = RelayPlan(streams=1)
+    plan = RelayPlan(streams=1, uploads=1)
     old, new = Piece(1, "a"), Piece(2, "a")
     for node in ("n0", "n1"):
         plan.done(node, old, "address")
@@ -177,7 +177,7 @@ def test_what_a_node_removed_is_asked_for_elsewhere_and_old_versions_are_forgott
 
 
 def test_a_learner_that_goes_back_publishes_other_files_under_the_old_names() -> None:
-    plan = RelayPlan(streams=1)
+    plan = RelayPlan(streams=1, uploads=1)
     plan.done("n0", A, "address")
     plan.begin_anew()
     assert plan.next("n1", [A]) == Assignment(piece=A, source=None)
