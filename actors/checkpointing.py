@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -74,10 +73,11 @@ class Cutter:
     reward_before: float | None
     observer: RunObserver
 
-    def checkpoints(self, learner: RayLearner, resumed: RunState | None) -> Checkpoints:
+    async def checkpoints(self, learner: RayLearner, resumed: RunState | None) -> Checkpoints:
+        """Waits for: the names of those that are there, where they are copied."""
         settings, copies = self.config.checkpoint, self._copies()
         if copies is not None and resumed is not None:
-            copies.follow(folder.steps(self.rundir.checkpoints))
+            copies.follow(await self.observer.on_disk(folder.steps, self.rundir.checkpoints))
         return Checkpoints(
             root=self.rundir.checkpoints,
             every=settings.every,
@@ -105,16 +105,18 @@ class Cutter:
             publishes_skipped=self.sync.skipped,
             depth=None if self.depth is None else self.depth.state(),
             first_prompt=self.first_prompt,
-            reference=self._pinned_reference(),
+            reference=await self.observer.on_disk(self._pinned_reference),
             reward_before=self.reward_before,
-            packages=json.loads(self.rundir.environment.read_text())["packages"],
+            packages=self.observer.packages,
             score=self.observer.snapshot.reward_mean10,
         )
 
-    def kept(self, states: Sequence[RunState]) -> None:
+    async def kept(self, states: Sequence[RunState]) -> None:
         """These checkpoints are on disk, and no others."""
         self.observer.checkpointed(states[-1].step)
-        needed = {state.reference for state in states}
+        await self.observer.on_disk(self._unpin_all_but, {state.reference for state in states})
+
+    def _unpin_all_but(self, needed: set[int | None]) -> None:
         for pin in self.rundir.reference.glob("v*.pin"):
             if (version := int(pin.stem.removeprefix("v"))) not in needed:
                 store.unpin(self.rundir.reference, version)

@@ -20,6 +20,7 @@ import asyncio
 import logging
 import shutil
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from actors.ray_cluster import describe_demand
@@ -173,14 +174,9 @@ class _Run:
         )
         generation, scoring = generation_pool(self.launcher), scoring_pools(self.launcher)
         self.pools = (generation[0], *scoring[0])
-        observer = self.observer = RunObserver(
-            self.config,
-            self.rundir,
-            self.pools,
-            lambda: self.attempt.sync.stats if self.attempt else SyncStats(),
-            self.view.update,
-            self.started,
-            further=lambda: {
+        observer = self.observer = await asyncio.to_thread(
+            self._observer,
+            lambda: {
                 **generation[1].metrics(),
                 **scoring[1].metrics(),
                 **checkpoint_metrics(self.attempt.checkpoints if self.attempt else None),
@@ -206,7 +202,7 @@ class _Run:
         try:
             observer.state("starting")
             if self.checkpoint is not None:
-                observer.resumed(self.checkpoint.state.step)
+                await observer.resumed(self.checkpoint.state.step)
             summary = await self._trained(self._supervisor(control))
             observer.state("finished")
             return summary
@@ -214,7 +210,7 @@ class _Run:
             stopped = isinstance(error, asyncio.CancelledError | Stopped)
             observer.state("stopped" if stopped else "failed", str(error) or type(error).__name__)
             if not stopped:
-                observer.post_mortem(error)
+                await observer.post_mortem(error)
             if isinstance(error, StalledError):
                 causes = "; ".join(pool.describe_errors() for pool in self.pools)
                 raise StalledError(f"{error}. {causes}") from error
@@ -222,6 +218,17 @@ class _Run:
         finally:
             control.close()
             observer.close()
+
+    def _observer(self, further: Callable[[], Mapping[str, float]]) -> RunObserver:
+        return RunObserver(
+            self.config,
+            self.rundir,
+            self.pools,
+            lambda: self.attempt.sync.stats if self.attempt else SyncStats(),
+            self.view.update,
+            self.started,
+            further=further,
+        )
 
     def _supervisor(self, control: ControlChannel) -> Supervisor:
         config = self.config
@@ -240,7 +247,7 @@ class _Run:
             before, after = await with_recovery(
                 lambda: self._attempt(started), self._recover, self.restarts
             )
-            return self._finish(before, after)
+            return await self.observer.on_disk(self._finish, before, after)
 
     async def _attempt(self, started: asyncio.Future[None]) -> tuple[float | None, float | None]:
         """One learner and one buffer, from their start to the end of training, or of them."""

@@ -149,7 +149,7 @@ class _Generation:
             text = self._stopped_text() if stopped else str(error) or type(error).__name__
             observer.state("stopped" if stopped else "failed", text)
             if not stopped:
-                observer.post_mortem(error)
+                await observer.post_mortem(error)
             raise
         finally:
             self.file.close()

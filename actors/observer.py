@@ -36,6 +36,7 @@ from rlhf_cluster.pipeline import Evaluation, StepTimes
 from rlhf_cluster.ports import StepReport, Taken
 from rlhf_cluster.records import Ticket
 from rlhf_cluster.rundir import RunDir
+from rlhf_cluster.slow_disk import Latest
 from rlhf_cluster.weights.sync import SyncStats
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class RunObserver(Observer[RunConfig]):
         self._num_recovered = 0
         self._staleness: Counter[int] = Counter()  # rollouts trained
         self.advice: advisor.Advice | None = None  # of the last steps
+        self._disk_free = Latest(lambda: disk_free_fraction(rundir.path), math.nan)
         first = Snapshot(
             run=config.run.name,
             state="starting",
@@ -139,20 +141,14 @@ class RunObserver(Observer[RunConfig]):
             "buffer": None if self._buffer is None else asdict(self._buffer),
         }
 
-    def resumed(self, step: int) -> None:
-        self._read_log()
-        super().resumed(step)
-
-    def cut_back(self, checkpoint: Checkpoint | None) -> None:
-        super().cut_back(checkpoint)
-        self._rewards.clear()
-        self._recent.clear()
-        self.advice = None
-        self._read_log()
+    async def cut_back(self, checkpoint: Checkpoint | None) -> None:
+        await super().cut_back(checkpoint)
         self._update(num_steps=self._num_steps)
 
     def _read_log(self) -> None:
-        """What goes on from the steps that count."""
+        self._rewards.clear()
+        self._recent.clear()
+        self.advice = None
         self._staleness.clear()
         for record in read_metrics(self._rundir.metrics):
             if record.get("reward/mean") is not None:
@@ -193,7 +189,7 @@ class RunObserver(Observer[RunConfig]):
     def _counters(self) -> dict[str, float]:
         sync = self._sync()
         values = {
-            "run/disk_free_fraction": disk_free_fraction(self._rundir.path),
+            "run/disk_free_fraction": self._disk_free.value(),
             "weights/version_published": float(sync.published),
             "weights/version_live": float(sync.live),
             "weights/snapshot_s": sync.snapshot_s,

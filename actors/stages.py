@@ -17,6 +17,7 @@ import asyncio
 import functools
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from actors.opening import in_run_directory
@@ -147,7 +148,7 @@ class _StageRun:
             for note in self.inputs.notes:
                 observer.event(note)
             if self.checkpoint is not None:
-                observer.resumed(self.checkpoint.state.step)
+                await observer.resumed(self.checkpoint.state.step)
             summary = await with_recovery(self._attempt, self._recover, self.restarts)
             observer.state("finished")
             return summary
@@ -155,7 +156,7 @@ class _StageRun:
             stopped = isinstance(error, asyncio.CancelledError | Stopped)
             observer.state("stopped" if stopped else "failed", str(error) or type(error).__name__)
             if not stopped:
-                observer.post_mortem(error)
+                await observer.post_mortem(error)
             raise
         finally:
             observer.close()
@@ -187,7 +188,7 @@ class _StageRun:
             await self.checkpoints.drain()
         self.checkpoints = None
         self.checkpoint = await asyncio.to_thread(point_of_return, self.rundir, self.config, lost)
-        self.observer.cut_back(self.checkpoint)
+        await self.observer.cut_back(self.checkpoint)
         step = None if self.checkpoint is None else self.checkpoint.state.step
         self.observer.recovering(lost, self.restarts.used, self.restarts.limit, step)
 
@@ -195,7 +196,7 @@ class _StageRun:
         """Waits for: every step in turn, each with its deadline."""
         state = None if self.checkpoint is None else self.checkpoint.state
         step = 0 if state is None else state.step
-        self.checkpoints = self._checkpoints(stage, state)
+        self.checkpoints = await self._checkpoints(stage, state)
         await asyncio.to_thread(
             store.rewind, self.rundir.weights, -1
         )  # written once more at the end
@@ -229,7 +230,7 @@ class _StageRun:
         if held_out:
             kind = build_stage(config.stage, StageContext(data=config.data))
             report = await asyncio.to_thread(kind.conclude, report, held_out, rundir.path)
-        write_json(rundir.path / REPORT, report)
+        await self.observer.on_disk(write_json, rundir.path / REPORT, report)
         await self.checkpoints.drain()
         await self.checkpoints.copied()
         version = await stage.write_final(rundir.weights)
@@ -244,7 +245,10 @@ class _StageRun:
             num_values=num_values,
             tokenizer_dir=config.model.tokenizer,
         )
-        headline = self.kind.headline
+        return await self.observer.on_disk(self._write_summary, report)
+
+    def _write_summary(self, report: Mapping[str, Any]) -> dict[str, Any]:
+        config, rundir, headline = self.config, self.rundir, self.kind.headline
         draw_stage_curve(read_metrics(rundir.metrics), rundir.curve, config.run.name, headline)
         summary = {
             "run": config.run.name,
@@ -273,7 +277,7 @@ class _StageRun:
         self.held_out = self.observer.evaluation(step, found)
         return self.held_out
 
-    def _checkpoints(self, stage: RayStage, resumed: RunState | None) -> Checkpoints:
+    async def _checkpoints(self, stage: RayStage, resumed: RunState | None) -> Checkpoints:
         settings, copy = self.config.checkpoint, folder_of(self.config)
         copies = None
         if copy is not None:
@@ -282,7 +286,7 @@ class _StageRun:
                 run=self.rundir, copy=copy, timeout_s=timeout_s, tell=self.observer.event
             )
             if resumed is not None:
-                copies.follow(steps(self.rundir.checkpoints))
+                copies.follow(await self.observer.on_disk(steps, self.rundir.checkpoints))
         return Checkpoints(
             root=self.rundir.checkpoints,
             every=settings.every,
@@ -295,10 +299,13 @@ class _StageRun:
             clock=time.monotonic,
             timeout_s=settings.timeout_s,
             told_fraction=self.config.observe.slow_write_fraction,
-            kept=lambda states: self.observer.checkpointed(states[-1].step),
+            kept=self._kept,
             copies=copies,
             stats=CheckpointStats(last=-1 if resumed is None else resumed.step),
         )
+
+    async def _kept(self, states: Sequence[RunState]) -> None:
+        self.observer.checkpointed(states[-1].step)
 
     async def _cut(self, step: int, learner: LearnerState) -> RunState:
         sign = -1.0 if self.kind.lower_is_better else 1.0
@@ -306,7 +313,7 @@ class _StageRun:
             learner,
             before=self.before,
             score=None if self.held_out is None else sign * self.held_out,
-            packages=self.observer.packages(),
+            packages=self.observer.packages,
         )
 
     def _held_out_of(self, state: RunState) -> float | None:

@@ -19,7 +19,7 @@ from actors.metrics import RayMetrics
 from rlhf_cluster.checkpoint import continuing
 from rlhf_cluster.checkpoint.folder import Checkpoint
 from rlhf_cluster.config import GenerateConfig, RunConfig, StageConfig
-from rlhf_cluster.errors import RlhfError
+from rlhf_cluster.errors import RlhfError, StalledError
 from rlhf_cluster.observe import post_mortem
 from rlhf_cluster.observe.run_log import RunLog
 from rlhf_cluster.observe.sinks import open_sinks
@@ -32,6 +32,7 @@ log = logging.getLogger("actors.observer")
 
 MAX_EVENTS = 6
 
+T = TypeVar("T")
 C = TypeVar("C", RunConfig, StageConfig | GenerateConfig)
 
 
@@ -52,7 +53,7 @@ class Observer(Generic[C]):
     ) -> None:
         self._config, self._rundir, self._show = config, rundir, show
         self._clock, self._started_s = clock, started_s
-        patience = Patience(
+        self._patience = patience = Patience(
             limit_s=config.observe.write_timeout_s,
             setting="observe.write_timeout_s",
             told_fraction=config.observe.slow_write_fraction,
@@ -63,6 +64,10 @@ class Observer(Generic[C]):
         self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
         self._stacks: dict[str, list[str]] = {}  # of the other processes, at the last failure
         self.first_step_s: float | None = None
+        self.packages: dict[str, str | None] = json.loads(rundir.environment.read_text())[
+            "packages"
+        ]
+        """Versions of what the run was started with."""
         self.snapshot = first
 
     def event(self, text: str) -> None:
@@ -75,8 +80,17 @@ class Observer(Generic[C]):
             self._log.flush()
         self._update(state=state, error=error, **changes)
 
-    def resumed(self, step: int) -> None:
+    async def on_disk(self, call: Callable[..., T], *arguments: Any) -> T:
+        """What `call` gives, which reads or writes the run directory.
+
+        Waits for: its end, `observe.write_timeout_s` at most; `StalledError` then.
+        """
+        what = f"{getattr(call, '__name__', 'a file').strip('_')} in {self._rundir.path}"
+        return await self._patience.aside(what, call, *arguments)
+
+    async def resumed(self, step: int) -> None:
         """The run goes on after `step` steps, which are in its record already."""
+        await self.on_disk(self._read_log)
         self._update(step=step, checkpoint=step)
         self.event(f"continues from the checkpoint of step {step}")
 
@@ -92,18 +106,25 @@ class Observer(Generic[C]):
         text = f"{lost}: the {self.noun} goes on {where}, restart {restart} of {limit}"
         self._tell(text, state="recovering", restarts=restart)
 
-    def cut_back(self, checkpoint: Checkpoint | None) -> None:
+    async def cut_back(self, checkpoint: Checkpoint | None) -> None:
         """Take back what was told of the steps after `checkpoint`, or of all."""
-        continuing.cut_back(self._rundir, checkpoint)
-        self._log.reopen()
+        await self.on_disk(self._cut_files, checkpoint)
         step = None if checkpoint is None else checkpoint.state.step
         self._update(step=step or 0, checkpoint=step)
+
+    def _cut_files(self, checkpoint: Checkpoint | None) -> None:
+        continuing.cut_back(self._rundir, checkpoint)
+        self._log.reopen()
+        self._read_log()
+
+    def _read_log(self) -> None:
+        """What is counted over steps, from the record of those that count."""
 
     async def look_at_processes(self) -> None:
         """Keep where every process is, before what failed is taken down. Raises nothing."""
         self._stacks = await stacks.of_every_process(self._rundir.logs)
 
-    def post_mortem(self, error: BaseException) -> None:
+    async def post_mortem(self, error: BaseException) -> None:
         """Leave what is known of the run that `error` ends. Raises nothing."""
 
         def document() -> dict[str, Any]:
@@ -116,15 +137,14 @@ class Observer(Generic[C]):
                 logs=post_mortem.read_tails(self._rundir.logs),
                 stacks={**post_mortem.own_stacks(), "processes": self._stacks},
                 config=self._config.model_dump(mode="json"),
-                packages=self.packages(),
+                packages=self.packages,
                 variables=os.environ,
             )
 
-        post_mortem.write(self._rundir.path / post_mortem.NAME, document)
-
-    def packages(self) -> dict[str, str | None]:
-        """Versions of what the run was started with."""
-        return json.loads(self._rundir.environment.read_text())["packages"]
+        try:
+            await self.on_disk(post_mortem.write, self._rundir.path / post_mortem.NAME, document)
+        except StalledError as stalled:  # the error that ends the run is on its way
+            log.error("no post-mortem: %s", stalled)
 
     def close(self) -> None:
         self._log.close()

@@ -122,7 +122,7 @@ class Attempt:
             reward_before=before,
             observer=self.place.observer,
         )
-        self.checkpoints = cutter.checkpoints(self.learner, state)
+        self.checkpoints = await cutter.checkpoints(self.learner, state)
         self.pipeline = await self._pipeline(depth, cutter.first_prompt)
         done = await self.pipeline.run()
         if self.pipeline.stopped:
@@ -193,7 +193,7 @@ class Attempt:
         if self.again or state is not None:
             await asyncio.to_thread(continuing.rewind_weights, place.rundir, self.checkpoint)
         if self.again:
-            place.observer.cut_back(self.checkpoint)
+            await place.observer.cut_back(self.checkpoint)
             await asyncio.to_thread(place.transport.begin_anew)
         if state is None:
             return

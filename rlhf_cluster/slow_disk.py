@@ -158,6 +158,26 @@ async def aside(call: Callable[..., T], *arguments: Any) -> T:
     return job.result()
 
 
+class Latest(Generic[T]):
+    """The newest answer of `look`, which asks a disk that may take very long: nobody waits for it."""
+
+    def __init__(self, look: Callable[[], T], first: T) -> None:
+        """`first` is the answer until there is one. The first look begins now."""
+        self._look, self._found = look, first
+        self._looking: threading.Thread | None = None
+        self.value()
+
+    def value(self) -> T:
+        """The last answer, or the one before the look that is under way. Begins the next look."""
+        if self._looking is None or not self._looking.is_alive():
+            self._looking = threading.Thread(target=self._again, name="disk", daemon=True)
+            self._looking.start()
+        return self._found
+
+    def _again(self) -> None:
+        self._found = self._look()
+
+
 @dataclass(slots=True, eq=False)
 class Behind:
     """Writes in order, in one thread, which a caller waits for only where the disk is not slow.

@@ -43,6 +43,10 @@ class CheckpointStats:
     num_bytes: int = 0
 
 
+async def _nobody_is_told(states: Sequence[RunState]) -> None:
+    return None
+
+
 @dataclass(slots=True, kw_only=True)
 class Checkpoints:
     """`every` 0 writes none but by `save_now`. `kept` is told the states that stay on disk.
@@ -62,7 +66,7 @@ class Checkpoints:
     timeout_s: float
     keep_best: int = 0
     told_fraction: float = 0.25
-    kept: Callable[[Sequence[RunState]], None] = lambda states: None
+    kept: Callable[[Sequence[RunState]], Awaitable[None]] = _nobody_is_told
     copies: Copies | None = None
     stats: CheckpointStats = field(default_factory=CheckpointStats)
     _running: asyncio.Task[None] | None = None
@@ -147,7 +151,7 @@ class Checkpoints:
                 await aside(folder.complete, partial, state)
                 self.stats.last, self.stats.num_bytes = state.step, num_bytes
                 states = await aside(folder.retain, self.root, self.keep, self.keep_best)
-                self.kept(states)
+                await self.kept(states)
                 if self.copies is not None:
                     self.copies.follow(state.step for state in states)
         except TimeoutError:

@@ -85,7 +85,7 @@ def by_staleness(sent: Sent) -> dict[str, float]:
     return {k[1]: v for k, v in sent.series.items() if k[0] == "staleness/rollouts_total"}
 
 
-def test_rollouts_are_counted_by_staleness_over_the_whole_run(tmp_path):
+async def test_rollouts_are_counted_by_staleness_over_the_whole_run(tmp_path):
     config = tiny_config(run={"root": str(tmp_path)})
     with RunDir.create(config.run_dir, config) as rundir:
         observer, sent = observing(config, rundir)
@@ -94,7 +94,7 @@ def test_rollouts_are_counted_by_staleness_over_the_whole_run(tmp_path):
         observer.close()
         assert by_staleness(sent) == {"0": 7.0, "1": 2.0}
         observer, sent = observing(config, rundir)
-        observer.resumed(3)
+        await observer.resumed(3)
         observer.step(StepReport(step=4, metrics={}), [taken(4, 2)], step_times())
         observer.close()
         assert by_staleness(sent) == {"0": 7.0, "1": 4.0}
