@@ -91,6 +91,7 @@ class Cutter:
             timeout_s=settings.timeout_s,
             told_fraction=self.config.observe.slow_write_fraction,
             kept=self.kept,
+            check_owner=self.rundir.check_claim,
             copies=copies,
             stats=CheckpointStats(last=-1 if resumed is None else resumed.step),
         )

@@ -27,6 +27,7 @@ from rlhf_cluster.experience.store import collect
 from rlhf_cluster.observe.samples import write_samples
 from rlhf_cluster.ports import StepReport, Taken
 from rlhf_cluster.records import WeightVersion
+from rlhf_cluster.weights.fence import Writer
 from rlhf_cluster.weights.sync import BasePlan, DurablePlan
 from rlhf_cluster.weights.transport import Deadline
 
@@ -115,22 +116,26 @@ class LearnerActor(RankActor):
 
     @judging
     @failing_as_a_version
-    def write_snapshot(self, base: int | None, durable: bool, timeout_s: float) -> Any:
+    def write_snapshot(
+        self, base: int | None, durable: bool, writer: Writer, timeout_s: float
+    ) -> Any:
         deadline = self._writing = Deadline(f"learner-{self._number}: the write", timeout_s)
         return self._patience(timeout_s, PUBLISHING).wait(
             f"a shard of a version in {self._config.weights_dir}",
-            lambda: self._transport.write(self._rank, base, durable, deadline),
+            lambda: self._transport.write(self._rank, base, durable, deadline, writer),
         )
 
     @judging
     @failing_as_a_version
     def commit(
-        self, version: int, shards: list[Any], durable: bool, timeout_s: float
+        self, version: int, shards: list[Any], durable: bool, writer: Writer, timeout_s: float
     ) -> WeightVersion:
         deadline = self._writing = Deadline(f"the commit of version {version}", timeout_s)
         published = self._patience(timeout_s, PUBLISHING).wait(
             f"version {version} in {self._config.weights_dir}",
-            lambda: self._transport.commit(version, shards, self._shapes, durable, deadline),
+            lambda: self._transport.commit(
+                version, shards, self._shapes, durable, deadline, writer
+            ),
         )
         log.info(
             "version %d published: %d bytes, %d stored",
@@ -150,7 +155,9 @@ class LearnerActor(RankActor):
 
 
 class RayLearner(RayRanks):
-    """`LearnerPort` over all ranks."""
+    """`LearnerPort` over all ranks. `writer`, which every publish shows, is set before the first."""
+
+    writer: Writer
 
     def __init__(self, actors: Sequence[Any], config: RunConfig) -> None:
         super().__init__(actors, config)
@@ -169,8 +176,13 @@ class RayLearner(RayRanks):
         reports = await self._all("train_step", self._config.learner.step_timeout_s, handles)
         return reports[0]
 
+    @property
+    def snapshot_deadline_s(self) -> float:
+        """A snapshot after a publish that failed waits for the step that is under way."""
+        return 2 * self._config.learner.step_timeout_s
+
     async def snapshot(self) -> int:
-        versions = await self._all("snapshot", self._config.learner.step_timeout_s)
+        versions = await self._all("snapshot", self.snapshot_deadline_s)
         if len(set(versions)) != 1:
             raise WorkerError(f"learner ranks are at different versions {versions}; expected one")
         self._snapshot = versions[0]
@@ -187,8 +199,12 @@ class RayLearner(RayRanks):
         if durable and self._config.weights.transport != "files":
             base = None  # files hold no version that it could build on
         try:
-            shards = await self._io("write_snapshot", self._actors, ends, base, durable)
-            [version] = await self._io("commit", self._actors[:1], ends, number, shards, durable)
+            shards = await self._io(
+                "write_snapshot", self._actors, ends, base, durable, self.writer
+            )
+            [version] = await self._io(
+                "commit", self._actors[:1], ends, number, shards, durable, self.writer
+            )
         except BaseException:
             for actor in self._actors:
                 actor.cancel_publish.options(concurrency_group=IO_GROUP).remote()

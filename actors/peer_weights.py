@@ -16,10 +16,10 @@ import ray.util
 
 from actors.ray_weights import RayTransport
 from rlhf_cluster.config import RunConfig
-from rlhf_cluster.weights.files import FileSink
+from rlhf_cluster.weights.fence import Writer
 from rlhf_cluster.weights.objects import ObjectSink, ObjectSource, StoredShard
 from rlhf_cluster.weights.peers import PeerObjects, ShardServer
-from rlhf_cluster.weights.transport import Deadline, ShardSink
+from rlhf_cluster.weights.transport import Deadline
 
 
 class PeerTransport(RayTransport):
@@ -33,13 +33,15 @@ class PeerTransport(RayTransport):
         peers = PeerObjects(reader, config.weights.transport, own=lambda: self._server)
         self._source = ObjectSource(self._root, peers, self._directory.find, self._timeout_s)
 
-    def write(self, rank: Any, base: int | None, durable: bool, deadline: Deadline) -> StoredShard:
+    def write(
+        self, rank: Any, base: int | None, durable: bool, deadline: Deadline, writer: Writer
+    ) -> StoredShard:
         if self._server is None:
             host = ray.util.get_node_ip_address()
             self._server = ShardServer(f"learner on {host}", host, self._timeout_s)
         listed = self.sizes()
         deadline.left_s()
-        files: list[ShardSink] = [FileSink(self._root, deadline=deadline)] if durable else []
+        files = self._files(durable, deadline, writer)
         shelf = self._server.shelf()
         try:
             sink = ObjectSink(shelf)

@@ -23,6 +23,7 @@ import ray
 
 from actors.calls import core_answer
 from rlhf_cluster.checkpoint.state import LearnerState
+from rlhf_cluster.deadlines import callee_deadline
 from rlhf_cluster.errors import WorkerError
 from rlhf_cluster.failures import judged
 from rlhf_cluster.observe.resident import resident_bytes
@@ -33,8 +34,6 @@ log = logging.getLogger(__name__)
 IO_GROUP = "io"  # three threads: publishing, its cancelling, a checkpoint
 LIFE_GROUP = "life"
 ACTOR_OPTIONS = {"concurrency_groups": {IO_GROUP: 3, LIFE_GROUP: 1}}
-ANSWER_S = 5.0
-"""For what a rank says at the deadline of a write."""
 NO_RANK = -1
 """Of a hot spare, until `enlist`."""
 
@@ -161,8 +160,9 @@ class RayRanks:
         return replace(states[0], num_bytes=sum(state.num_bytes for state in states))
 
     async def write_state(self, folder: Path) -> None:
-        """Waits for: every rank's write, then the commit, both within one deadline."""
-        ends = time.monotonic() + self._config.checkpoint.timeout_s
+        """Waits for: every rank's write, then the commit, both within one deadline, which is under
+        `checkpoint.timeout_s`."""
+        ends = time.monotonic() + callee_deadline(self._config.checkpoint.timeout_s)
         reports = await self._io("write_state", self._actors, ends, str(folder))
         version = reports[0].version
         await self._io("commit_state", self._actors[:1], ends, str(folder), version, reports)
@@ -178,7 +178,7 @@ class RayRanks:
             getattr(a, method).options(concurrency_group=IO_GROUP).remote(*arguments, left_s)
             for a in actors
         ]
-        return await self._answers(refs, left_s + ANSWER_S, method)
+        return await self._answers(refs, left_s, method)
 
     async def _all(self, method: str, timeout_s: float, *arguments: Any) -> list[Any]:
         refs = [getattr(actor, method).remote(*arguments) for actor in self._actors]

@@ -21,6 +21,7 @@ from actors.named import NamedActor, serving
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import StalledError, WeightError
 from rlhf_cluster.records import WeightVersion
+from rlhf_cluster.weights.fence import Writer
 from rlhf_cluster.weights.files import FileSink
 from rlhf_cluster.weights.objects import (
     Directory,
@@ -75,14 +76,16 @@ class _RemoteDirectory(NamedActor):
     def __init__(self, run_name: str) -> None:
         super().__init__(directory_name(run_name), "which lists the versions in memory")
 
-    def publish(self, version: int, entry: Entry, keep: int, deadline: Deadline) -> None:
-        self.call(deadline.left_s("the directory"), "publish", version, entry, keep)
+    def publish(
+        self, version: int, entry: Entry, keep: int, attempt: int, deadline: Deadline
+    ) -> None:
+        self.call(deadline.left_s("the directory"), "publish", version, entry, keep, attempt)
 
     def find(self, version: int) -> Entry | None:
         return self.call(_CALL_TIMEOUT_S, "find", version)
 
-    def clear(self) -> None:
-        self.call(_CALL_TIMEOUT_S, "clear")
+    def clear(self, attempt: int) -> None:
+        self.call(_CALL_TIMEOUT_S, "clear", attempt)
 
     def sizes(self) -> dict[int, int]:
         return self.call(_CALL_TIMEOUT_S, "sizes")
@@ -101,9 +104,11 @@ class RayTransport:
             self._root, self._objects, self._directory.find, config.generation.pull_timeout_s
         )
 
-    def write(self, rank: Any, base: int | None, durable: bool, deadline: Deadline) -> StoredShard:
+    def write(
+        self, rank: Any, base: int | None, durable: bool, deadline: Deadline, writer: Writer
+    ) -> StoredShard:
         sink = ObjectSink(self._objects)
-        sinks: list[ShardSink] = [FileSink(self._root, deadline=deadline)] if durable else []
+        sinks = self._files(durable, deadline, writer)
         deadline.left_s()
         report = rank.write_snapshot([*sinks, sink], base)
         return sink.stored(report)
@@ -115,16 +120,28 @@ class RayTransport:
         expected_names: Mapping[str, tuple[int, ...]],
         durable: bool,
         deadline: Deadline,
+        writer: Writer,
     ) -> WeightVersion:
         if durable:
             reports = [shard.report for shard in shards]
-            commit(str(self._root), version, reports, self._keep, expected_names)
+            left_s = deadline.left_s("the commit")
+            commit(
+                str(self._root),
+                version,
+                reports,
+                self._keep,
+                expected_names,
+                lock_timeout_s=left_s,
+                writer=writer,
+            )
         return commit_objects(
             self._source,
             self._root,
             version,
             shards,
-            lambda entry: self._directory.publish(version, entry, self._keep, deadline),
+            lambda entry: self._directory.publish(
+                version, entry, self._keep, writer.attempt, deadline
+            ),
             expected_names,
             deadline,
         )
@@ -137,10 +154,15 @@ class RayTransport:
         files are lost."""
         return serving(Directory, directory_name(self._run))
 
-    def begin_anew(self) -> None:
+    def begin_anew(self, writer: Writer) -> None:
         """Objects die with the rank that put them: what a lost learner published is in files or
         nowhere. Raises `WeightError`."""
-        self._directory.clear()
+        self._directory.clear(writer.attempt)
+
+    def _files(self, durable: bool, deadline: Deadline, writer: Writer) -> list[ShardSink]:
+        if not durable:
+            return []
+        return [FileSink(self._root, deadline=deadline, attempt=writer.attempt)]
 
     def sizes(self) -> dict[int, int]:
         """Bytes of the objects of each version that is kept."""

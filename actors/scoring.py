@@ -18,6 +18,7 @@ from typing import Any
 
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.config.pools import SCORING
+from rlhf_cluster.deadlines import call_deadline
 from rlhf_cluster.errors import WorkerError
 from rlhf_cluster.experience.store import ExperienceStore
 from rlhf_cluster.records import ExperienceGroup, GroupSummary, RolloutGroup, WeightVersion
@@ -124,7 +125,8 @@ class ScoringWorker:
     def _busy(self) -> Iterator[None]:
         self._add_in_flight(1)
         try:
-            yield
+            with call_deadline(self._config.scoring.request_timeout_s):
+                yield
         finally:
             self._add_in_flight(-1)
 

@@ -40,8 +40,7 @@ class RayScoring:
         self._asked = [name for name in pools if len(pools) == 1 or self._config.served_by(name)]
         self._busy = {name: Occupancy(clock, _live(pool)) for name, pool in pools.items()}
         self._load_timeout_s = config.run.start_timeout_s
-        stored = config.buffer.write_timeout_s if isinstance(config, RunConfig) else 0.0
-        self._score_timeout_s = config.scoring.request_timeout_s + stored
+        self._score_timeout_s = score_deadline_s(config)
         self._keeper = (
             ReferenceKeeper(config.run_dir / "reference", config.scoring.reference_update)
             if config.stored_reference
@@ -143,6 +142,12 @@ class RayScoring:
             self._load_timeout_s,
             f"{worker.name}.load_reference(version {reference.version})",
         )
+
+
+def score_deadline_s(config: RunConfig) -> float:
+    """For one group: to score it, and to store it where a run stores groups."""
+    stored_s = config.buffer.write_timeout_s if isinstance(config, RunConfig) else 0.0
+    return config.scoring.request_timeout_s + stored_s
 
 
 def _live(pool: WorkerPool) -> Callable[[], int]:

@@ -24,9 +24,10 @@ from actors.generation import DEFAULT_ENGINE
 from actors.instrumented import HEALTH_GROUP, GenerationActor, ScoringActor
 from actors.launch import RAY_PLACES, RayPlaces, place, preflight, spawn, take_down
 from actors.pool import PoolLimits, Worker, WorkerPool
-from actors.scoring_client import RayScoring
+from actors.scoring_client import RayScoring, score_deadline_s
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.config.pools import GENERATION, pool_sections
+from rlhf_cluster.deadlines import reply_deadline
 from rlhf_cluster.errors import RunError
 from rlhf_cluster.planning.placement import Bundle, pool_bundle
 from rlhf_cluster.restart_window import RestartWindow
@@ -137,8 +138,8 @@ def generation_pool(launcher: Launcher) -> tuple[WorkerPool, RayGeneration]:
         )
         return await _ready(Worker(name=name, actor=actor, placement=group), config, client.join)
 
-    timeout_s = config.generation.request_timeout_s
-    pool = _pool("generation", launch, timeout_s, config, GENERATION_CALLS)
+    drain_s = reply_deadline(reply_deadline(config.generation.request_timeout_s))
+    pool = _pool("generation", launch, drain_s, config, GENERATION_CALLS)
     client = RayGeneration(pool, config)
     return pool, client
 
@@ -159,9 +160,9 @@ def scoring_pools(launcher: Launcher) -> tuple[list[WorkerPool], RayScoring]:
         join = functools.partial(client.join, kind)
         return await _ready(Worker(name=name, actor=actor, placement=group), config, join)
 
-    timeout_s = config.scoring.request_timeout_s
+    drain_s = reply_deadline(reply_deadline(score_deadline_s(config)))
     pools = {
-        kind: _pool(kind, functools.partial(launch, kind), timeout_s, config, SCORING_CALLS)
+        kind: _pool(kind, functools.partial(launch, kind), drain_s, config, SCORING_CALLS)
         for kind in pool_sections(config)
         if kind != GENERATION
     }

@@ -300,6 +300,7 @@ class _StageRun:
             timeout_s=settings.timeout_s,
             told_fraction=self.config.observe.slow_write_fraction,
             kept=self._kept,
+            check_owner=self.rundir.check_claim,
             copies=copies,
             stats=CheckpointStats(last=-1 if resumed is None else resumed.step),
         )

@@ -39,7 +39,9 @@ from rlhf_cluster.pipeline import Pipeline, evaluate
 from rlhf_cluster.records import Ticket, WeightVersion
 from rlhf_cluster.restarts import RoomAgain
 from rlhf_cluster.rundir import RunDir
-from rlhf_cluster.weights.sync import MAX_REFUSED, WeightSync
+from rlhf_cluster.slow_disk import Patience
+from rlhf_cluster.weights import store
+from rlhf_cluster.weights.sync import WeightSync, live_deadline_s
 
 LOOK_EVERY_S = 1.0
 
@@ -93,15 +95,8 @@ class Attempt:
 
     @property
     def publish_timeout_s(self) -> float:
-        """Until a version is live, over all tries of `WeightSync`: over the deadlines of what one
-        consists of."""
-        config = self.place.config
-        pull_s = reply_deadline(config.pull_deadline_s(self.place.inputs.weights_bytes))
-        check_s = reply_deadline(config.cluster.heartbeat_timeout_s)
-        inner_s = [config.weights.publish_timeout_s, pull_s, check_s, pull_s, check_s]
-        if config.stored_reference:  # to write and to load a reference
-            inner_s += 2 * [config.run.start_timeout_s]
-        return MAX_REFUSED * reply_deadline(*(reply_deadline(s) for s in inner_s))
+        """Until a version is live, over all tries of `WeightSync`."""
+        return live_deadline_s(self.place.config, self.place.inputs.weights_bytes)
 
     async def train(self) -> tuple[float | None, float | None]:
         """Rewards on held-out prompts before and after. Raises `Stopped`, `RoomAgain`, and what ends
@@ -127,7 +122,7 @@ class Attempt:
         done = await self.pipeline.run()
         if self.pipeline.stopped:
             if done:
-                await self.checkpoints.save_now(done, config.checkpoint.timeout_s)
+                await self.checkpoints.save_now(done, save_deadline_s(config))
                 await self.checkpoints.copied()
             if self.growing:
                 raise RoomAgain(f"there is room for all {config.learner.ranks} learner ranks again")
@@ -188,13 +183,27 @@ class Attempt:
             self.checkpoints.close()
 
     async def _restore(self, depth: DepthController | None) -> None:
-        """What the learner and the buffer do not restore themselves."""
+        """What the learner and the buffer do not restore themselves. From here on nothing that an
+        earlier learner has under way becomes visible.
+
+        Waits for: the weight store, `weights.publish_timeout_s` at most.
+        """
         place, state = self.place, self.state
+        config = place.config
+        patience = Patience(
+            limit_s=config.weights.publish_timeout_s, setting="weights.publish_timeout_s"
+        )
+        store_of_weights = f"the weight store {config.weights_dir}"
+        await place.observer.on_disk(place.rundir.check_claim)
+        writer = await patience.aside(store_of_weights, store.begin_attempt, config.weights_dir)
+        self.learner.writer = writer
         if self.again or state is not None:
-            await asyncio.to_thread(continuing.rewind_weights, place.rundir, self.checkpoint)
+            await patience.aside(
+                store_of_weights, continuing.rewind_weights, place.rundir, self.checkpoint
+            )
         if self.again:
             await place.observer.cut_back(self.checkpoint)
-            await asyncio.to_thread(place.transport.begin_anew)
+            await asyncio.to_thread(place.transport.begin_anew, writer)
         if state is None:
             return
         self.sync.stats.skipped = state.publishes_skipped
@@ -275,6 +284,12 @@ class Attempt:
                 f"weights.publish_timeout_s = {timeout_s:g} s. Look at that disk, or raise it; the "
                 "same command goes on"
             ) from error
+
+
+def save_deadline_s(config: RunConfig) -> float:
+    """For the checkpoint under way, and then the copy and the write of another one."""
+    one_s = config.checkpoint.timeout_s
+    return reply_deadline(one_s, reply_deadline(config.learner.step_timeout_s), one_s)
 
 
 def stopped_text(config: RunConfig | StageConfig, last: int) -> str:

@@ -16,6 +16,7 @@ from actors.peer_weights import PeerTransport
 from actors.ray_weights import RayTransport
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.records import WeightVersion
+from rlhf_cluster.weights.fence import Writer
 from rlhf_cluster.weights.files import FileSink
 from rlhf_cluster.weights.manifest import ShardReport
 from rlhf_cluster.weights.transport import Deadline, ShardSource
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 class Transport(Protocol):
     """What `write` returns goes to `commit` as it is."""
 
-    def write(self, rank: LearnerRank, base: int | None, durable: bool, deadline: Deadline) -> Any:
+    def write(
+        self, rank: LearnerRank, base: int | None, durable: bool, deadline: Deadline, writer: Writer
+    ) -> Any:
         """Bring the rank's snapshot on its way, into files too when it is to be `durable`."""
         ...
 
@@ -38,15 +41,17 @@ class Transport(Protocol):
         expected_names: Mapping[str, tuple[int, ...]],
         durable: bool,
         deadline: Deadline,
+        writer: Writer,
     ) -> WeightVersion:
-        """Check what all ranks wrote and make it visible. Raises `WeightError`, `StalledError`."""
+        """Check what all ranks wrote and make it visible. Raises `WeightError`, `StalledError`;
+        `FencedError` when a later attempt than `writer` has begun."""
         ...
 
     def source(self) -> ShardSource | None:
         """Where a process of the run reads versions. None: at their paths."""
         ...
 
-    def begin_anew(self) -> None:
+    def begin_anew(self, writer: Writer) -> None:
         """The learner that published is gone, and its successor publishes from an earlier version on;
         the versions in files are rewound already. Raises `WeightError`."""
         ...
@@ -65,9 +70,10 @@ class FileTransport:
         self._config = config
 
     def write(
-        self, rank: LearnerRank, base: int | None, durable: bool, deadline: Deadline
+        self, rank: LearnerRank, base: int | None, durable: bool, deadline: Deadline, writer: Writer
     ) -> ShardReport:
-        return rank.write_snapshot([FileSink(self._root, deadline=deadline)], base)
+        sink = FileSink(self._root, deadline=deadline, attempt=writer.attempt)
+        return rank.write_snapshot([sink], base)
 
     def commit(
         self,
@@ -76,18 +82,25 @@ class FileTransport:
         expected_names: Mapping[str, tuple[int, ...]],
         durable: bool,
         deadline: Deadline,
+        writer: Writer,
     ) -> WeightVersion:
         from rlhf_cluster.weights.store import commit
 
         left_s = deadline.left_s("the commit")
         return commit(
-            self._root, version, shards, self._keep, expected_names, lock_timeout_s=left_s
+            self._root,
+            version,
+            shards,
+            self._keep,
+            expected_names,
+            lock_timeout_s=left_s,
+            writer=writer,
         )
 
     def source(self) -> None:
         return None
 
-    def begin_anew(self) -> None:
+    def begin_anew(self, writer: Writer) -> None:
         if self._config.weights.mirror is not None:
             RemotePlanner(self._config.run.name).begin_anew()
 

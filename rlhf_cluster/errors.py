@@ -38,6 +38,10 @@ class WeightError(RlhfError, RuntimeError):
     """A weight version that is incomplete, damaged, or not the one expected."""
 
 
+class FencedError(RlhfError, RuntimeError):
+    """A learner or a run that was given up wanted to publish: another one has taken over."""
+
+
 class CheckpointError(RlhfError, RuntimeError):
     """A checkpoint that cannot be written, or is not whole, or does not fit the run."""
 

@@ -195,6 +195,18 @@ class RunDir:
         finally:
             os.close(lock)
 
+    def check_claim(self) -> None:
+        """Raises `RunError` where another process has put its name on what this one owns, which can be
+        on a file system whose locks do not reach other nodes."""
+        for claim in self._claims:
+            marker = claim.folder / MARKER
+            if (found := _owner(marker)) != claim.owner:
+                raise RunError(
+                    f"{marker.parent}: was taken by {found or 'somebody'} while this process held it. "
+                    "This file system does not lock files between nodes (mount it without localflock): "
+                    "start one run at a time there"
+                )
+
     def write_status(self, snapshot: Snapshot) -> None:
         """One that cannot be written is logged, once in a row: it is a view, and no reason to end a run
         or to hide what does."""
@@ -293,7 +305,7 @@ class _Claim:
     folder: Path
     lock: int
     made: bool  # the folder did not exist before
-    taken: bool = False
+    owner: Owner | None = None  # once our name is on it
 
     def take_over(self) -> None:
         """Empty the folder and put our name on it."""
@@ -308,8 +320,7 @@ class _Claim:
 
     def sign(self) -> None:
         """Put our name on the folder."""
-        self.taken = True
-        owner = Owner(
+        self.owner = owner = Owner(
             host=socket.gethostname(),
             pid=os.getpid(),
             started=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -321,7 +332,7 @@ class _Claim:
 
     def withdraw(self) -> None:
         """Leave the folder as it was found, or marked as a run's if it was taken over."""
-        if self.made and not self.taken:
+        if self.made and self.owner is None:
             (self.folder / MARKER).unlink()
             self.folder.rmdir()
         os.close(self.lock)

@@ -4,7 +4,7 @@
                   learner/v000050/    weights and moments, a version in the weight store's format
                   run.json            the run's state
                   complete.json       written last: every file's size, and all hashes but the shards'
-    checkpoints/step-000100.partial/  being written, or left by a process that died
+    checkpoints/step-000100.5f3a90b1.partial/  being written, or left by a process that died
     checkpoints/damaged-0000-step-000075/  passed over by a run that went on from an earlier one
 
 Promises:
@@ -32,6 +32,7 @@ import os
 import re
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -98,7 +99,8 @@ def begin(
                 f"{root}: a checkpoint needs {needed} bytes and {free} are free. Free space, or keep "
                 "fewer with checkpoint.keep" + f". These are kept aside: {aside}" * bool(aside)
             )
-        partial = (root / name_of(step)).with_suffix(".partial")
+        # A name of its own: a rank that was given up may write on into that of an earlier try.
+        partial = root / f"{name_of(step)}.{uuid.uuid4().hex[:8]}.partial"
         partial.mkdir()
         return partial
     except OSError as error:
@@ -107,7 +109,7 @@ def begin(
 
 def complete(partial: Path, state: RunState) -> Checkpoint:
     """Make what lies in `partial` the checkpoint of `state`. Raises `CheckpointError`."""
-    final = partial.with_suffix("")
+    final = partial.with_name(name_of(state.step))
     try:
         _write(partial / STATE, state.to_json())
         names = sorted(

@@ -67,6 +67,7 @@ class Checkpoints:
     keep_best: int = 0
     told_fraction: float = 0.25
     kept: Callable[[Sequence[RunState]], Awaitable[None]] = _nobody_is_told
+    check_owner: Callable[[], None] = lambda: None  # raises where the run's folder is another's now
     copies: Copies | None = None
     stats: CheckpointStats = field(default_factory=CheckpointStats)
     _running: asyncio.Task[None] | None = None
@@ -148,6 +149,7 @@ class Checkpoints:
             async with asyncio.timeout(self.timeout_s), patience.telling(what):
                 partial = await aside(folder.begin, self.root, state.step, num_bytes)
                 await self.learner.write_state(partial / folder.LEARNER)
+                await aside(self.check_owner)
                 await aside(folder.complete, partial, state)
                 self.stats.last, self.stats.num_bytes = state.step, num_bytes
                 states = await aside(folder.retain, self.root, self.keep, self.keep_best)

@@ -22,6 +22,7 @@ Several processes may write, the same group too: the last one stays. Who decides
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -77,12 +78,28 @@ class ExperienceStore:
     ) -> None:
         """`patience`: how long a write may take; without it waits for the disk, however long."""
         self.root = Path(root)
-        self.attempt = max(0, read_attempt(self.root)) if attempt is None else attempt
+        self._attempt = attempt
         self.made_by = made_by
         self.fsync = fsync == "group"
         self._write_file = write_file
         self._patience = patience
         self._sleep = sleep
+
+    @property
+    def attempt(self) -> int:
+        """Whose files are read. Read off the disk where nobody has said; `StoreError` if not."""
+        if self._attempt is None:
+            try:
+                read = functools.partial(read_attempt, self.root)
+                found = patiently(read, self.root / ATTEMPT, "", self._sleep, PAUSES)
+            except StorageError as error:
+                raise StoreError(str(error)) from error
+            self._attempt = max(0, found)
+        return self._attempt
+
+    @attempt.setter
+    def attempt(self, attempt: int) -> None:
+        self._attempt = attempt
 
     def path(self, number: int, attempt: int | None = None) -> Path:
         """Of `attempt`, by default the one that is read."""

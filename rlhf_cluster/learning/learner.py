@@ -28,6 +28,7 @@ from rlhf_cluster.algorithms import build_algorithm
 from rlhf_cluster.algorithms.base import CriticAlgorithm
 from rlhf_cluster.config.run import RunConfig
 from rlhf_cluster.data.examples import SftExample
+from rlhf_cluster.deadlines import callee_deadline
 from rlhf_cluster.errors import RunError, WeightError
 from rlhf_cluster.learning.backend import ShardedModel, assert_float32
 from rlhf_cluster.learning.checkpoint import Stateful
@@ -84,7 +85,7 @@ class LearnerRank(TrainingRank[RunConfig]):
         self._num_sft_steps = 0
         self._snapshot: tuple[int, list[LocalPart]] | None = None
         self._snapshot_lock = threading.Lock()
-        self._changed = ChangedShare(config.learner.step_timeout_s)
+        self._changed = ChangedShare(callee_deadline(config.learner.step_timeout_s) / 2)
         self._bases = Bases(rank, config.weights.format)
         self.kept: dict[str, Kept] = {}
         self._frozen: Frozen | None = None  # where versions are adapters

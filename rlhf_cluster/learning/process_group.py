@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import socket
+import time
 from urllib.parse import urlparse
 
 import torch.distributed as dist
@@ -42,16 +43,17 @@ def join_group(
     """Meet the other ranks and build the data-parallel mesh.
 
     Waits for the store at `init_method` (tcp://host:port of `serve_store`; None: a group of one) and
-    for all ranks to reach it, each at most `start_timeout_s`, so that ranks may take unequal time to
+    for all ranks to reach it, both within `start_timeout_s`, so that ranks may take unequal time to
     load. After that every collective has `collective_timeout_s`.
 
     Raises:
         ConfigError: an address that is not tcp://host:port, or none for several ranks.
         StalledError: no store, or not all ranks came; names those that did not.
     """
+    ends = time.monotonic() + start_timeout_s
     store = _store(init_method, world_size, start_timeout_s)
     try:
-        _wait_for_all(store, rank, world_size, start_timeout_s)
+        _wait_for_all(store, rank, world_size, max(0.1, ends - time.monotonic()))
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
             store=store,

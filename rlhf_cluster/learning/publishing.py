@@ -209,7 +209,8 @@ class ChangedShare:
         except TimeoutError:
             raise StalledError(
                 f"the elements that changed between two snapshots were not counted after "
-                f"{self._timeout_s:g} s (learner.step_timeout_s): memory that swaps, or no free core"
+                f"{self._timeout_s:g} s, a share of learner.step_timeout_s: memory that swaps, or no "
+                "free core"
             ) from None
         dist.all_reduce(summed)
         changed, total = summed.tolist()

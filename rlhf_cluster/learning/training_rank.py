@@ -12,6 +12,7 @@ model on data that lies there. Promises:
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from rlhf_cluster.checkpoint.state import LearnerState
+from rlhf_cluster.deadlines import callee_deadline
 from rlhf_cluster.errors import RunError
 from rlhf_cluster.learning.backend import AdamWSettings, ShardedModel
 from rlhf_cluster.learning.checkpoint import StateCopies, Stateful, load
@@ -75,7 +77,7 @@ class TrainingRank(Generic[C]):
         self._config = config
         self._model_dir = model_dir
         self._rank, self._world_size = rank, world_size
-        self._init_method = init_method
+        self._init_method, self._made_s = init_method, time.monotonic()
         self._device = torch.device("cpu")
         self._joined = False
         self._model: ShardedModel | None = None
@@ -178,13 +180,16 @@ class TrainingRank(Generic[C]):
         return policy
 
     def _join(self) -> DeviceMesh:
-        """Waits for the other ranks, at most `run.start_timeout_s`. Raises `StalledError`."""
+        """Waits for the other ranks, at most what is left of `run.start_timeout_s` since this one was
+        made. Raises `StalledError`."""
+        whole_s = callee_deadline(self._config.run.start_timeout_s)
+        left_s = max(1.0, whole_s - (time.monotonic() - self._made_s))
         mesh = join_group(
             self._init_method,
             self._rank,
             self._world_size,
             self._device.type,
-            self._config.run.start_timeout_s,
+            left_s,
             self._config.learner.collective_timeout_s,
         )
         self._joined = True

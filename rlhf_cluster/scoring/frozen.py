@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from rlhf_cluster.config.sections import Dtype, FrozenQuantization
+from rlhf_cluster.deadlines import left_of_call
 from rlhf_cluster.errors import ScoringError, StalledError
 from rlhf_cluster.learning.int8 import Linear8bit, quantize_linear
 from rlhf_cluster.learning.packing import MicroBatch, TokenSequence, collate, plan
@@ -73,7 +74,7 @@ class FrozenPolicy:
 
         Waits for: other groups' passes. Raises `StalledError` past the deadline.
         """
-        if not self._lock.acquire(timeout=self._wait_timeout_s):
+        if not self._lock.acquire(timeout=left_of_call(self._wait_timeout_s)):
             raise self._busy()
         try:
             yield

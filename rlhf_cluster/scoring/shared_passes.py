@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from rlhf_cluster.deadlines import left_of_call
 from rlhf_cluster.errors import StalledError
 
 T = TypeVar("T")
@@ -72,7 +73,7 @@ class SharedPasses(Generic[T, R]):
         for these items, and `late()` past the deadline.
         """
         call: _Call[T, R] = _Call(list(items), sum(map(self._size, items)))
-        ends_s = self._clock() + self._timeout_s
+        ends_s = self._clock() + left_of_call(self._timeout_s)
         with self._changed:
             self._waiting.append(call)
             self.num_calls += 1

@@ -25,9 +25,12 @@ def version_dir(root: str | Path, version: int) -> Path:
     return Path(root).absolute() / f"v{version:06d}"
 
 
-def partial_dir(root: str | Path, version: int) -> Path:
-    """The folder in which a version is put together."""
-    return version_dir(root, version).with_suffix(".partial")
+def partial_dir(root: str | Path, version: int, attempt: int = 0) -> Path:
+    """The folder in which an attempt puts a version together."""
+    final = version_dir(root, version)
+    return final.with_name(
+        f"{final.name}.a{attempt}.partial" if attempt else f"{final.name}.partial"
+    )
 
 
 def free_bytes(folder: Path) -> int:
@@ -51,14 +54,15 @@ class FileSink:
         fsync: bool = False,
         free_bytes: Callable[[Path], int] = free_bytes,
         deadline: Deadline | None = None,
+        attempt: int = 0,
     ) -> None:
-        self._root = root
+        self._root, self._attempt = root, attempt
         self._fsync = fsync
         self._free_bytes = free_bytes
         self._deadline = deadline
 
     def write(self, version: int, name: str, image: ShardImage) -> None:
-        folder = partial_dir(self._root, version)
+        folder = partial_dir(self._root, version, self._attempt)
         try:
             if self._fsync:
                 make_folders(folder)

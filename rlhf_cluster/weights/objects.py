@@ -27,7 +27,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
-from rlhf_cluster.errors import WeightError
+from rlhf_cluster.errors import FencedError, WeightError
 from rlhf_cluster.records import WeightVersion
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.assemble import assemble, border_ranges
@@ -83,13 +83,16 @@ class Directory:
 
     def __init__(self) -> None:
         self._entries: dict[int, Entry] = {}
+        self._attempt = 0
 
-    def publish(self, version: int, entry: Entry, keep: int) -> None:
+    def publish(self, version: int, entry: Entry, keep: int, attempt: int = 0) -> None:
         """Make `version` visible, and let go of what retention does not keep.
 
         The newest version may be published again with equal tensors: its objects are replaced.
-        Raises `WeightError`: older than the newest, or another digest.
+        Raises `WeightError`: older than the newest, or another digest. `FencedError`: a later attempt
+        has begun, or published.
         """
+        self._check(attempt)
         newest = max(self._entries, default=-1)
         if version < newest:
             raise WeightError(
@@ -106,9 +109,18 @@ class Directory:
         kept |= {number for v in kept for number in self._entries[v].builds_on}
         self._entries = {v: e for v, e in self._entries.items() if v in kept}
 
-    def clear(self) -> None:
-        """No version is here any more: the learner goes back, and publishes anew."""
+    def clear(self, attempt: int = 0) -> None:
+        """No version is here any more: the learner goes back, and `attempt` publishes anew."""
+        self._check(attempt)
         self._entries.clear()
+
+    def _check(self, attempt: int) -> None:
+        if attempt < self._attempt:
+            raise FencedError(
+                f"attempt {self._attempt} publishes, and this is attempt {attempt}: another learner "
+                "took over"
+            )
+        self._attempt = attempt
 
     def find(self, version: int) -> Entry | None:
         return self._entries.get(version)

@@ -45,6 +45,9 @@ SMALL_BYTES = 1 << 20
 HELLO_S = 30.0
 """How long a connection may take to say what it wants."""
 
+MAX_CONNECTIONS = 256
+"""Connections that one process serves at once; each has a thread."""
+
 _Chunks = tuple[memoryview, ...]
 
 
@@ -85,12 +88,14 @@ class ShardServer:
         bucket_bytes: int = BUCKET_BYTES,
         small_bytes: int = SMALL_BYTES,
         told: Callable[[str], None] = log.warning,
+        max_connections: int = MAX_CONNECTIONS,
     ) -> None:
         """`host` is the address that readers reach and the only one that is listened at. `timeout_s`
         bounds a transfer; a reader may ask for less. `told` gets the words of failed ones."""
         self._name, self._host, self._timeout_s = name, host, timeout_s
         self._bucket_bytes, self._small_bytes, self._told = bucket_bytes, small_bytes, told
         self._token = secrets.token_hex(16)
+        self._connections = threading.Semaphore(max_connections)
         self._lock = threading.Lock()
         self._next = 0
         self._closed = False
@@ -164,8 +169,11 @@ class ShardServer:
         return found
 
     def _accept(self) -> None:
-        """Waits for: readers, until `close`."""
+        """Waits for: readers, until `close`; with `max_connections` of them, for one to end, a
+        stranger's at its `HELLO_S`. Others wait in the listener's queue meanwhile."""
         while not self._closed:
+            if not self._connections.acquire(timeout=HELLO_S):
+                continue
             try:
                 connection, (host, port, *_) = self._listener.accept()
             except OSError as error:
@@ -189,6 +197,7 @@ class ShardServer:
             wire.tell_error(error)
         finally:
             wire.close()
+            self._connections.release()
 
     def _give(
         self, wire: Wire, key: int, backend: str | None, timeout_s: float, deadline: Deadline

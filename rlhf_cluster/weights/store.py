@@ -1,7 +1,8 @@
 """The versioned weight store: immutable versions in one folder that all processes see.
 
     v000042/          manifest.json and shard files; complete, never changed again
-    v000043.partial/  being written by the ranks; invisible
+    v000043.a2.partial/  being written by the ranks of attempt 2; invisible
+    writer.json       the attempt that publishes (`weights.fence`)
     v000041.pin       keeps version 41 whatever the retention
     latest            the name of the newest version
 
@@ -10,6 +11,7 @@ Promises:
 - it only moves forward (`rewind` is the one exception), and never to what was not committed;
 - a version on disk above `latest` was never visible: the next commit removes it, with every older
   half-written one;
+- a learner that was given up makes nothing visible any more;
 - retention keeps the newest `keep` versions, the pinned ones, and all that these build on, and
   never removes the latest;
 - a reader gets every tensor verified before it sees it, or a `WeightError` that names tensor and
@@ -36,6 +38,7 @@ from rlhf_cluster.errors import StalledError, WeightError
 from rlhf_cluster.records import WeightVersion
 from rlhf_cluster.storage import passing, sync_folder, take_lock, write_whole
 from rlhf_cluster.weights.assemble import assemble
+from rlhf_cluster.weights.fence import Writer, check, next_writer
 from rlhf_cluster.weights.files import (
     MANIFEST_NAME,
     FileSource,
@@ -55,6 +58,7 @@ from rlhf_cluster.weights.shards import write_shard
 from rlhf_cluster.weights.transport import ShardSource
 
 __all__ = [
+    "begin_attempt",
     "commit",
     "latest",
     "open_version",
@@ -82,6 +86,7 @@ def commit(
     fsync: bool = False,
     lock_timeout_s: float = 30.0,
     clock: Callable[[], float] = time.time,
+    writer: Writer | None = None,
 ) -> WeightVersion:
     """Check what all ranks wrote, make it visible as `version`, and apply retention.
 
@@ -91,13 +96,17 @@ def commit(
 
     Raises `WeightError`: hole, overlap, wrong names, torn file, a version older than the latest,
     ranks with different bases, a base that is gone or stands at the end of a chain of `MAX_CHAIN`.
-    `StalledError`: another commit held the lock for `lock_timeout_s`.
+    `StalledError`: another commit held the lock for `lock_timeout_s`. `FencedError`: `writer` is not
+    who publishes here.
     """
     if keep < 1:
         raise WeightError(f"keep = {keep}: retention must keep at least 1 version")
-    partial, final = partial_dir(root, version), version_dir(root, version)
+    attempt = 0 if writer is None else writer.attempt
+    partial = partial_dir(root, version, attempt)
+    final = version_dir(root, version)
     final.parent.mkdir(parents=True, exist_ok=True)
     with _commit_lock(final.parent, lock_timeout_s):
+        check(final.parent, writer)
         newest = _pointed(final.parent)
         if newest is not None and version < newest:
             raise WeightError(
@@ -118,8 +127,20 @@ def commit(
         if fsync:
             sync_folder(final.parent)
         _point_at(final.parent, version, fsync)
-        _retain(final.parent, version, keep)
+        _retain(final.parent, version, keep, attempt)
     return describe(final, manifest)
+
+
+def begin_attempt(root: str | Path, *, lock_timeout_s: float = 30.0) -> Writer:
+    """Who publishes from now on: whoever did before is refused. Raises `WeightError`,
+    `StalledError`."""
+    root = Path(root).absolute()
+    root.mkdir(parents=True, exist_ok=True)
+    with _commit_lock(root, lock_timeout_s):
+        writer = next_writer(root)
+        for partial in root.glob("v*.partial"):
+            shutil.rmtree(partial, ignore_errors=True)
+    return writer
 
 
 def latest(root: str | Path) -> WeightVersion | None:
@@ -291,15 +312,16 @@ def base_of(source: ShardSource, version: int, reports: Iterable[ShardReport]) -
     return base
 
 
-def _retain(root: Path, newest: int, keep: int) -> None:
+def _retain(root: Path, newest: int, keep: int, attempt: int) -> None:
     numbers = _on_disk(root)
     kept = {newest, *numbers[-keep:]}
     kept |= {n for n in numbers if version_dir(root, n).with_suffix(".pin").exists()}
     for number in sorted(set(numbers) - _with_bases(root, kept)):
         _remove_version(root, number)
     for partial in root.glob("v*.partial"):
-        number = _number(partial.stem)
-        if number is not None and number <= newest:
+        number = _number(partial.name.partition(".")[0])
+        given_up = number is not None and partial != partial_dir(root, number, attempt)
+        if number is not None and (number <= newest or given_up):
             shutil.rmtree(partial, ignore_errors=True)
 
 

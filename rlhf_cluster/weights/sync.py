@@ -25,12 +25,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from rlhf_cluster.deadlines import reply_deadline
 from rlhf_cluster.errors import StalledError, WeightError
 from rlhf_cluster.ports import BufferPort, GenerationPort, LearnerPort
 from rlhf_cluster.records import WeightVersion
 
+if TYPE_CHECKING:
+    from rlhf_cluster.config import RunConfig
+
 MAX_REFUSED = 3
+PAUSE_S = 1.0
+"""Before the second try; longer before the next."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -66,7 +73,7 @@ class WeightSync:
         publish_every: int,
         clock: Callable[[], float],
         pulled: Callable[[WeightVersion], Awaitable[None]] = _nothing_follows,
-        pause_s: float = 1.0,
+        pause_s: float = PAUSE_S,
     ) -> None:
         """`pause_s`: after a version that was refused or not published; twice that after the next."""
         self._learner = learner
@@ -199,6 +206,22 @@ class WeightSync:
         if self._running is not None and self._running.done():
             task, self._running = self._running, None
             task.result()
+
+
+def live_deadline_s(config: RunConfig, num_bytes: int) -> float:
+    """Seconds that all tries of `WeightSync` to make a version of `num_bytes` live may take: over the
+    deadlines of all that one try consists of."""
+    step_s, check_s = config.learner.step_timeout_s, config.cluster.heartbeat_timeout_s
+    moved_s = 2 * [reply_deadline(check_s)]  # each asks twice, and looks after who did not answer
+    snapshot_s = reply_deadline(2 * step_s)
+    publish_s = reply_deadline(config.weights.publish_timeout_s, 0.0) + reply_deadline(0.0)
+    pull_s = sum(moved_s) + 2 * reply_deadline(config.pull_deadline_s(num_bytes))
+    follow_s = 0.0
+    if config.stored_reference:  # written once a try, then loaded
+        load_s = config.run.start_timeout_s
+        follow_s = MAX_REFUSED * (load_s + sum(moved_s) + 2 * reply_deadline(load_s))
+    pauses_s = 2 * PAUSE_S * MAX_REFUSED
+    return reply_deadline(MAX_REFUSED * (snapshot_s + publish_s + pull_s + follow_s + pauses_s))
 
 
 class BasePlan:

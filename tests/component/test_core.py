@@ -28,9 +28,12 @@ from rlhf_cluster.errors import (
     WorkerError,
 )
 from rlhf_cluster.records import Sampling, Ticket
+from rlhf_cluster.weights.fence import Writer
 from tests.configs import tiny_config
 from tests.fakes import make_prompt, make_version
 from tests.references import Actor, Reference
+
+WRITER = Writer(1, "of the test")
 
 
 def core_of(silence_s: float = 60.0, **presence: Callable[[float], Reference]) -> Core:
@@ -67,7 +70,7 @@ async def test_a_death_ends_the_block_without_a_call_to_who_died(victim: str):
 async def test_a_process_that_says_nothing_at_all_is_lost():
     error = WorkerError("learner-1.train_step: RuntimeError: timed out")
     core = core_of(0.01, learner_0=lambda after_s: Reference())
-    assert str(await core.loss_behind(error)).startswith("learner-0: no answer within 0.511 s")
+    assert str(await core.loss_behind(error)).startswith("learner-0: no answer within 0.522 s")
 
 
 async def test_watching_ends_with_the_block():
@@ -123,8 +126,8 @@ def test_every_call_of_a_rank_tells_what_may_pass_from_what_comes_again(tmp_path
         lambda: rank.sft_step([]),
         lambda: rank.train_step([]),
         rank.snapshot,
-        lambda: rank.write_snapshot(None, False, 60.0),
-        lambda: rank.commit(3, [], False, 60.0),
+        lambda: rank.write_snapshot(None, False, WRITER, 60.0),
+        lambda: rank.commit(3, [], False, WRITER, 60.0),
         rank.copy_state,
         lambda: rank.write_state("", 60.0),
         lambda: rank.load_state("", None),  # type: ignore[arg-type]
@@ -159,7 +162,7 @@ async def test_the_death_of_a_rank_is_told_while_the_other_is_still_at_work():
 
 async def test_a_rank_that_is_silent_past_its_deadline_is_lost():
     config = tiny_config(learner={"step_timeout_s": 0.01})
-    with pytest.raises(CoreLost, match="no answer within 0.511 s"):
+    with pytest.raises(CoreLost, match="no answer within 0.522 s"):
         await RayLearner([Actor(snapshot=Reference)], config).snapshot()
 
 

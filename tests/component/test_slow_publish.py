@@ -10,7 +10,10 @@ import pytest
 
 from actors.learner import LearnerActor
 from rlhf_cluster.errors import RankFailed
+from rlhf_cluster.weights.fence import Writer
 from tests.configs import tiny_config
+
+WRITER = Writer(1, "of the test")
 
 
 class Hanging:
@@ -34,9 +37,13 @@ def test_what_a_rank_cannot_write_in_time_is_named_with_folder_and_setting(
         (
             "weights.publish_timeout_s",
             config.weights_dir,
-            lambda: rank.write_snapshot(0, True, 0.02),
+            lambda: rank.write_snapshot(0, True, WRITER, 0.02),
         ),
-        ("weights.publish_timeout_s", config.weights_dir, lambda: rank.commit(3, [], True, 0.02)),
+        (
+            "weights.publish_timeout_s",
+            config.weights_dir,
+            lambda: rank.commit(3, [], True, WRITER, 0.02),
+        ),
         ("checkpoint.timeout_s", checkpoint, lambda: rank.write_state(checkpoint, 0.02)),
     ):
         caplog.clear()

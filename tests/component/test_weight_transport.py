@@ -60,6 +60,7 @@ class Cluster:
             for rank in range(NUM_RANKS)
         ]
         learner = RayLearner(self.ranks, self.config)
+        learner.writer = store.begin_attempt(self.config.weights_dir)
         await learner._all("setup", 60.0, str(first_version))
         return learner
 
@@ -252,14 +253,14 @@ async def test_a_fetch_that_hangs_ends_with_its_deadline_and_the_next_pull_works
             shards=dict.fromkeys(entry.shards, hanging),
         )
         directory = cluster.transport._directory
-        directory.publish(good.version, stuck, 2, Deadline("test", 30.0))
+        directory.publish(good.version, stuck, 2, 9, Deadline("test", 30.0))
         worker = cluster.pool.live[0]
         pull = worker.actor.pull.remote(good)
         await asyncio.sleep(0)
         ray.cancel(pull)
         with pytest.raises(ray.exceptions.RayError):
             await pull
-        directory.publish(good.version, entry, 2, Deadline("test", 30.0))
+        directory.publish(good.version, entry, 2, 9, Deadline("test", 30.0))
         await cluster.generation.pull(good)
         assert await cluster.versions_live() == [1, 1]
         assert cluster.pool.restarts.total == 0

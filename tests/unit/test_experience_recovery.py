@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -264,7 +266,7 @@ def test_a_folder_that_cannot_be_used_is_an_error_with_its_cure(tmp_path):
     with pytest.raises(
         StoreError, match=r"experience/x/attempt\.json: .* Not a directory.*that disk"
     ):
-        ExperienceStore(tmp_path / "experience" / "x")
+        ExperienceStore(tmp_path / "experience" / "x", sleep=lambda seconds: None).path(0)
     gone = ExperienceStore(tmp_path / "experience" / "x", attempt=0)
     with pytest.raises(StoreError, match="experience/x: cannot be listed"):
         gone.numbers()
@@ -384,3 +386,30 @@ async def test_a_store_with_many_groups_is_rewound_in_parts_each_with_its_own_de
     again = recovery(tmp_path, step=4)
     again.rewind()
     assert again.attempt == 2
+
+
+def test_d15_a_store_that_only_writes_never_asks_for_the_attempt(tmp_path):
+    root = tmp_path / "experience"
+    root.mkdir()
+    (root / "attempt.json").write_text("{torn")
+    store = ExperienceStore(root, sleep=lambda seconds: None)
+    write(store, 3, attempt=2)
+    assert [path.name for path in root.glob("*.arrow")] == ["g00000003.a2.arrow"]
+    with pytest.raises(StoreError, match=r"attempt\.json: the number of the attempt cannot be"):
+        store.read(3)
+
+
+def test_d15_an_error_of_the_storage_that_passes_costs_no_step(tmp_path, monkeypatch):
+    write(ExperienceStore(tmp_path), 3, attempt=2)
+    (tmp_path / "attempt.json").write_text('{"attempt": 2}')
+    read, errors = Path.read_bytes, [OSError(errno.EIO, "no answer"), OSError(errno.ESTALE, "x")]
+
+    def failing(path):
+        if path.name == "attempt.json" and errors:
+            raise errors.pop()
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    pauses: list[float] = []
+    assert ExperienceStore(tmp_path, sleep=pauses.append).read(3).ticket.number == 3
+    assert pauses == [0.5, 1.0]

@@ -130,6 +130,7 @@ OF_A_CALL = {
     "StalenessError": ENDS_RUN,
     "StalledError": ONLY_ELSEWHERE,  # a `WorkerError` after the last try
     "WeightError": ONLY_ELSEWHERE,
+    "FencedError": ENDS_RUN,
     "CheckpointError": ENDS_RUN,
     "StoreError": ENDS_RUN,
     "StorageError": ENDS_RUN,

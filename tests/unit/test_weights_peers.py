@@ -220,3 +220,21 @@ def test_a_rank_that_dies_in_the_middle_fails_the_reader_with_its_name() -> None
         reader.join(GENEROUS_S)
     assert len(failures) == 1
     assert "learner-1 at 127.0.0.1" in failures[0]
+
+
+def test_d15_strangers_that_say_nothing_get_no_more_threads_than_are_allowed() -> None:
+    server = ShardServer("learner-1", "127.0.0.1", GENEROUS_S, max_connections=2)
+    handle = server.lend([memoryview(b"weights")])
+    before = threading.active_count()
+    try:
+        strangers = [socket.create_connection((handle.host, handle.port)) for _ in range(40)]
+        reader = threading.Thread(target=lambda: found.extend(fetched([handle], None)))
+        found: list[list[bytes]] = []
+        reader.start()
+        assert threading.active_count() <= before + 3, "two strangers and the reader here"
+        for stranger in strangers:
+            stranger.close()
+        reader.join(GENEROUS_S)
+        assert found == [[b"weights"]]
+    finally:
+        server.close()
