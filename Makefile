@@ -81,6 +81,10 @@ mutants: install
 soak: install
 	$(BIN)/python -m tests.soak.run --steps $(STEPS) --out benchmarks/results/soak.json
 
+# Which results are older than the code that they measured, and which aims were missed.
+results: install
+	$(BIN)/python benchmarks/listing.py
+
 # Hashes of what the locks pin, after a version was changed; asks PyPI.
 lock: install
 	$(BIN)/python deploy/lock.py $(LOCK) $(TRL)

@@ -1,7 +1,7 @@
 """What every benchmark shares: facts about the machine, runs, medians, and the result file.
 
-A result is `{"machine", "versions", "command", "date", "figures", "runs"}`: `figures` are numbers that
-may be quoted, `runs` every single repeat behind them.
+A result is `{"machine", "versions", "command", "date", "code", "figures", "runs"}`: `code` is what was
+measured (`listing`), `figures` are numbers that may be quoted, `runs` every single repeat behind them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from benchmarks.listing import code_of
 
 ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 SKIPPED_STEPS = 4  # of a run: the pipeline fills, caches warm up
@@ -127,6 +129,7 @@ def write_result(name: str, figures: Mapping[str, float], runs: Sequence[Any], *
         "versions": versions(),
         "command": "python " + " ".join(sys.argv),
         "date": datetime.now(UTC).date().isoformat(),
+        "code": code_of(name),
         "figures": kept,
         "runs": {**before.get("runs", {}), **dict(runs)},
         **more,

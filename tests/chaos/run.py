@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import ENVIRONMENT, machine, versions
+from benchmarks.listing import code_of
 from tests.chaos.checker import Report, check
 from tests.chaos.monkey import (
     ENGINE_CHILD,
@@ -220,6 +221,7 @@ def write(path: Path, commands: Sequence[str], runs: Sequence[dict[str, Any]], f
         "versions": versions(),
         "command": " && ".join(commands),
         "date": datetime.now(UTC).date().isoformat(),
+        "code": code_of(path.stem),
         "figures": figures(runs),
         "runs": list(runs),
     }

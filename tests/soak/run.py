@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import machine, versions
+from benchmarks.listing import code_of
 from tests.chaos.checker import check
 from tests.chaos.processes import descendants, of_pid
 from tests.chaos.run import local_cluster
@@ -173,6 +174,7 @@ def main(command: Sequence[str]) -> int:
         "versions": versions(),
         "command": "python -m tests.soak.run " + " ".join(command),
         "date": datetime.now(UTC).date().isoformat(),
+        "code": code_of("soak"),
         "figures": figures(samples, arguments.steps, time.monotonic() - start, len(wrong)),
         "bounds": BOUNDS,
         "violations": wrong,
