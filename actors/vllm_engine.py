@@ -31,7 +31,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from actors.engine import Engine, LoadedWeights, Request, Sample, read_beside
+from actors.engine import Engine, LoadedWeights, Request, Sample
 from actors.vllm_arguments import (
     INT8,
     engine_arguments,
@@ -54,7 +54,7 @@ __all__ = ["VllmEngine", "engine_environment", "make_engine"]
 _CLOSE_TIMEOUT_S = 30.0
 _READ_SHARE = 0.8  # of the deadline of a pull; the rest is for the swap and for the answer
 _HANG_SHARE = 0.85  # of it, after which a read that looks at no deadline is given up
-_STOP_SHARE = 0.05  # of it, in which the reading thread may end
+_POLL_S = 0.02  # between two looks at whether a version is read
 INITIAL_VERSION = -1  # of the weights in the model folder, before the first update
 
 
@@ -89,7 +89,6 @@ class VllmEngine(Engine):
         self._name = worker_name
         self._recompute = config.generation.cache_on_update == "recompute"
         self._salted = config.generation.cache_on_update == "salt"
-        self._read_beside_steps = config.generation.tensor_parallel_size == 1
         self._start_timeout_s = config.run.start_timeout_s
         self._take_deadline_s = config.generation.take_deadline_s
         self._source = _source_of(config)
@@ -152,10 +151,7 @@ class VllmEngine(Engine):
         }
         async with self._updating:
             self.check()
-            if self._read_beside_steps:
-                reports = await self._staged_beside(stage, deadline, whole_s)
-            else:
-                reports = await self._call(lambda: self._rpc("stage_version", stage))
+            reports = await self._staged(stage, _HANG_SHARE * whole_s)
             staged = _agreed(reports, version)
             pause_s = await self._call(lambda: self._apply(version.version), fatal=True)
         return LoadedWeights(
@@ -165,23 +161,32 @@ class VllmEngine(Engine):
             pause_s=pause_s,
         )
 
-    async def _staged_beside(
-        self, stage: dict[str, Any], deadline: Deadline, whole_s: float
-    ) -> Any:
-        """`WeightError` when the reading thread hangs in a storage that does not answer: nothing is
-        replaced by then, and the old weights go on to serve. Waits for: the thread, a margin longer
-        than it may read."""
-        limit_s, stop_s = _HANG_SHARE * whole_s, _STOP_SHARE * whole_s
+    async def _staged(self, stage: dict[str, Any], limit_s: float) -> list[Any]:
+        """The reports of all worker processes, each of which reads in a thread while steps go on.
+
+        Waits for: those threads, a margin longer than they may read. `WeightError` when one hangs in a
+        storage that does not answer: nothing is replaced by then, and the old weights go on to serve.
+        """
+        ended = False
         try:
             async with asyncio.timeout(limit_s):
-                return await read_beside(
-                    lambda: self._rpc("stage_version", stage), deadline, stop_s
-                )
+                refusals = await self._call(lambda: self._rpc("begin_stage", stage))
+                if any(refusals):
+                    return [refusal for refusal in refusals if refusal]
+                reports = [None]
+                while None in reports:
+                    await asyncio.sleep(_POLL_S)
+                    reports = await self._call(lambda: self._rpc("stage_report"))
+                ended = True
+                return reports
         except TimeoutError:
             raise WeightError(
                 f"{self._name}: {stage['path']} did not answer for {limit_s:g} s while version "
                 f"{stage['version']} was read. Look at that disk, or raise generation.pull_timeout_s"
             ) from None
+        finally:
+            if not ended and self._failure is None:
+                self._post(_Command(run=lambda: self._rpc("cancel_stage")))
 
     def stats(self) -> Mapping[str, float]:
         """Sequences sampled and queued, share of the KV cache in use, and totals since start."""

@@ -5,7 +5,8 @@ loaded, which is what registers the transfer backend there.
 
 An update has two phases, so that a bad version never touches a model, with any number of workers:
 
-    stage   read and verify every tensor, compare names and shapes with the model's checkpoint
+    stage   read and verify every tensor, compare names and shapes with the model's checkpoint,
+            in a thread of each worker process (`weights.staging`), while steps go on
     apply   vLLM's start_weight_update, update_weights, finish_weight_update
 
 Promises: a version that is damaged, incomplete, or not of this model fails in `stage`, and the old
@@ -55,6 +56,7 @@ from rlhf_cluster.weights.checkpoint import (
 from rlhf_cluster.weights.hashing import digest_of
 from rlhf_cluster.weights.quantize import linear_weights, quantized
 from rlhf_cluster.weights.reading import Held
+from rlhf_cluster.weights.staging import Staging
 from rlhf_cluster.weights.transport import Deadline, ShardSource
 
 
@@ -102,7 +104,12 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
         draft = checkpoint_shapes(init_info.draft) if init_info.draft else {}
         self._draft_names = frozenset(draft)
         self._held = Held() if init_info.hold_base else None
+        self.staging = Staging()
         self._linear = linear_weights(init_info.checkpoint) if init_info.int8 else frozenset()
+
+    def begin_stage(self, deadline: Deadline, **announced: Any) -> dict[str, Any] | None:
+        """Start to read a version; an `error` where an earlier read still hangs."""
+        return self.staging.begin(lambda: self.stage(deadline=deadline, **announced), deadline)
 
     def stage(
         self,
@@ -115,8 +122,6 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
         """Read version `version`; returns its digest and number of tensors, or an `error`.
 
         The digest is computed from the tensors in memory, not taken from what was announced.
-        Errors are values here: an exception would cross process borders as a bare text, and with
-        several workers one must be able to refuse before any of them applies.
         """
         self._staged = None  # shares memory with what is held, which the read changes
         try:
@@ -135,7 +140,7 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
 
     def start_weight_update(self) -> None:
         if self._staged is None:
-            raise WeightError("no version is staged; call stage_version before an update")
+            raise WeightError("no version is staged; call begin_stage before an update")
         # Moves parameters to the meta device, then loads and re-packs layer by layer. A plain
         # load_weights would miss every linear layer on CPU, whose weights live in packed form.
         initialize_layerwise_reload(self.model)
@@ -173,8 +178,14 @@ class WorkerExtension:
 
     weight_transfer_engine: StoreTransferEngine
 
-    def stage_version(self, **announced: Any) -> dict[str, Any]:
-        return self.weight_transfer_engine.stage(**announced)
+    def begin_stage(self, **announced: Any) -> dict[str, Any] | None:
+        return self.weight_transfer_engine.begin_stage(**announced)
+
+    def stage_report(self) -> dict[str, Any] | None:
+        return self.weight_transfer_engine.staging.report()
+
+    def cancel_stage(self) -> None:
+        self.weight_transfer_engine.staging.cancel()
 
 
 def _is_tied(model_config: Any) -> bool:

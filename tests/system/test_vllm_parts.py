@@ -7,10 +7,11 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from rlhf_cluster.errors import WorkerError
+from rlhf_cluster.errors import WeightError, WorkerError
 from tests import engine_process, tiny_llama
 from tests.chaos.monkey import engine_children
 from tests.chaos.processes import Process, of_pid
@@ -49,6 +50,13 @@ def parts_of(engine: engine_process.EngineProcess) -> list[Process]:
     return engine_children([parent])
 
 
+def let_reads_hang(version: Path) -> None:
+    """To open its shards takes a writer from now on."""
+    for shard in list(version.glob("*.safetensors")):
+        shard.unlink()
+        os.mkfifo(shard)
+
+
 def gone(processes: list[Process]) -> bool:
     """Waits for: their end, at most `GONE_WITHIN_S`."""
     deadline = time.monotonic() + GONE_WITHIN_S
@@ -74,6 +82,36 @@ async def test_a_part_that_is_killed_fails_every_call_and_leaves_no_other(engine
     with pytest.raises(WorkerError):
         await engine.check()
     assert gone(parts)
+
+
+async def test_a_storage_that_hangs_under_all_parts_stops_no_request_and_costs_no_weights(
+    models, tmp_path
+):
+    config = engine_config(
+        generation={"tensor_parallel_size": 2, "pull_timeout_s": 6.0}, weights={"format": "full"}
+    )
+    process = engine_process.EngineProcess(config, str(models.folder))
+    try:
+        first = tiny_llama.publish(tmp_path, 1, tiny_llama.checkpoint_tensors(models.second))
+        await process.load_weights(first)
+        hanging = tiny_llama.publish(tmp_path, 2, tiny_llama.checkpoint_tensors(models.first))
+        let_reads_hang(Path(hanging.path))
+        pull = asyncio.create_task(process.load_weights(hanging))
+        for number in range(3):
+            request = make_request(f"beside-{number}", max_tokens=16)
+            [sample] = await process.generate(request)
+            assert worst(models.second, request, sample) < TOLERANCE
+        assert not pull.done()
+        with pytest.raises(WeightError, match="did not answer"):
+            await pull
+        with pytest.raises(WeightError, match="still being read"):
+            await process.load_weights(hanging)
+        await process.check()
+        request = make_request("after", max_tokens=16)
+        [sample] = await process.generate(request)
+        assert worst(models.second, request, sample) < TOLERANCE
+    finally:
+        process.kill()
 
 
 def test_the_parts_of_an_engine_that_is_killed_end_by_themselves(
