@@ -18,10 +18,11 @@ from typing import Any, TypeVar
 from actors.ray_cluster import connected, metrics_targets
 
 # isort: split
+import ray
 from rich.console import Console
 
 from actors.checkpointing import claimed
-from actors.launch import preflight
+from actors.launch import preflight, resources_by_node
 from rlhf_cluster.checkpoint import continuing
 from rlhf_cluster.checkpoint.continuing import Continuation
 from rlhf_cluster.config.either import AnyConfig
@@ -29,6 +30,7 @@ from rlhf_cluster.inputs import Inputs
 from rlhf_cluster.json_files import write_json
 from rlhf_cluster.observe.live import LiveView
 from rlhf_cluster.observe.post_mortem import NAME, pointing_to
+from rlhf_cluster.planning.given import address_of, judge_placement
 from rlhf_cluster.planning.placement import demand
 from rlhf_cluster.rundir import RunDir
 from rlhf_cluster.stages.inputs import StageInputs
@@ -65,11 +67,24 @@ def in_run_directory(
                 facts = {"ray_address": address, "metrics": metrics_targets()}
                 write_json(rundir.path / "control.json", facts)
                 console = Console()
-                for note in [*found.notes, *notes(inputs)]:
+                for note in [*found.notes, *notes(inputs), *_waits_for(config)]:
                     console.print(note, markup=False, highlight=False, soft_wrap=True)
                 live = config.observe.live and console.is_terminal
                 with pointing_to(rundir.path / NAME), LiveView(console, live=live) as view:
                     return run(inputs, rundir, view, found)
+
+
+def _waits_for(config: AnyConfig) -> list[str]:
+    """What the run has to wait for on a cluster that it is given, if anything."""
+    if address_of(config) is None:
+        return []
+    found = judge_placement(
+        demand(config),
+        resources_by_node(),
+        ray.available_resources(),
+        config.cluster.node_timeout_s,
+    )
+    return [] if found.verdict == "ok" else [f"waiting: {found.value}. {found.cure}"]
 
 
 def _move_in(inputs: InputsT, config: AnyConfig, rundir: RunDir) -> InputsT:

@@ -78,6 +78,7 @@ def test_a_plan_is_held_against_the_nodes_and_each_role_starts_on_those_of_its_g
         run.script()
         code, output = run.finish(300)
         assert code == 0, output
+        assert "waiting: no room for learner-0 (0.25 CPU, 0.001 rlhf_training)" in output
     finally:
         for node in nodes.values():
             ray_cluster.remove_node(node)
