@@ -176,8 +176,10 @@ def submit(
 ) -> None:
     """Start CONFIG as a job on a Ray cluster."""
     from actors import jobs
+    from actors.job_calls import Waiting
 
-    job = jobs.submit(config, list(set_ or []), address, run_id)
+    waiting = Waiting(say=lambda line: typer.echo(line, err=True))
+    job = jobs.submit(config, list(set_ or []), address, run_id, waiting=waiting)
     typer.echo(f"submitted job {job}")
     if follow:
         for line in jobs.follow(job, address):
@@ -198,8 +200,11 @@ def status(
         from actors import jobs
 
         rows = jobs.status(run_, address)
+        log = rows.pop("log")
         times = {key: utc(rows.pop(f"{key}_s")) for key in ("started", "ended")}
         table({**rows, **times})
+        for line in ["the end of its log:", *log] if log else []:
+            typer.echo(f"  {line}")
         return
     from rlhf_cluster.rundir import find_run
 

@@ -2,10 +2,6 @@
 
 import os
 import shlex
-import socket
-import threading
-import tomllib
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,11 +9,12 @@ import pytest
 import tomli_w
 
 from actors import job_folder, jobs
+from actors.job_calls import ENDED
 from rlhf_cluster.config import load_run
 from rlhf_cluster.errors import ConfigError, RunError, StalledError
+from tests.job_cases import ADDRESS, FakeClient, FakeTime, make_job
 from tests.stage_cases import stage_tree
 
-ADDRESS = "http://127.0.0.1:8265"
 TOML = """
 [run]
 name = "tiny"
@@ -39,47 +36,6 @@ learning_rate = 1e-3
 """
 
 
-def make_job(job_id: str, run: str | None, status: str, start_s: int = 1) -> SimpleNamespace:
-    return SimpleNamespace(
-        submission_id=job_id,
-        metadata={jobs.RUN_KEY: run} if run else None,
-        status=status,
-        message=f"message of {job_id}",
-        start_time=start_s * 1000,
-        end_time=None,
-    )
-
-
-@dataclass
-class FakeClient:
-    """Jobs that stand still, but for `script`: what each further list of jobs changes."""
-
-    jobs: list = field(default_factory=list)
-    script: list = field(default_factory=list)
-    text: str = ""
-    submitted: list = field(default_factory=list)
-    stopped: list = field(default_factory=list)
-
-    def submit_job(self, *, entrypoint, runtime_env, metadata):
-        folder = Path(runtime_env["working_dir"])
-        files = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
-        config = tomllib.loads(files["run.toml"].read_text()) if "run.toml" in files else None
-        self.submitted.append((entrypoint, set(files), metadata, config))
-        return "job-new"
-
-    def list_jobs(self):
-        if self.script:
-            self.script.pop(0)(self)
-        return self.jobs
-
-    def get_job_logs(self, job_id):
-        return self.text
-
-    def stop_job(self, job_id):
-        self.stopped.append(job_id)
-        return True
-
-
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -91,7 +47,14 @@ def here(tmp_path, monkeypatch):
 
 
 def submit(client, *overrides, run_name=None):
-    return jobs.submit(Path("run.toml"), list(overrides), ADDRESS, run_name, client=client)
+    return jobs.submit(
+        Path("run.toml"),
+        list(overrides),
+        ADDRESS,
+        run_name,
+        client=client,
+        waiting=FakeTime().waiting,
+    )
 
 
 def test_a_job_gets_the_configuration_the_code_and_its_prompts_and_nothing_else(here):
@@ -130,7 +93,7 @@ def test_a_run_name_in_use_is_refused_until_its_job_has_ended(here):
     with pytest.raises(RunError, match=r"run 'tiny' is already running as job job-1.*--run-id"):
         submit(client)
     assert client.submitted == []
-    for ended in jobs.ENDED:
+    for ended in ENDED:
         assert submit(FakeClient(jobs=[make_job("job-1", "tiny", ended)])) == "job-new"
     assert submit(client, run_name="other") == "job-new"
 
@@ -226,6 +189,7 @@ def test_a_job_is_found_by_id_or_by_run_the_live_one_first():
     assert jobs.status("tiny", ADDRESS, client=client)["job"] == "job-1"
     found = jobs.status("job-2", ADDRESS, client=client)
     assert (found["run"], found["state"], found["started_s"]) == ("tiny", "FAILED", 2.0)
+    assert found["message"] == "message of job-2"
     with pytest.raises(RunError, match="nothing: no job"):
         jobs.status("nothing", ADDRESS, client=client)
 
@@ -234,6 +198,7 @@ def test_the_tail_of_a_log():
     client = FakeClient(jobs=[make_job("job-1", "tiny", "RUNNING")], text="a\nb\nc\n")
     assert list(jobs.logs("tiny", ADDRESS, client=client)) == ["a", "b", "c"]
     assert list(jobs.logs("tiny", ADDRESS, 2, client=client)) == ["b", "c"]
+    assert client.tails == [("job-1", "node-1", 2)], "no more than that is read"
     with pytest.raises(RunError, match=r"logs/learner-0\.log"):
         list(jobs.logs("tiny", ADDRESS, actor="learner-0", client=client))
 
@@ -310,67 +275,3 @@ def test_a_job_that_does_not_stop_is_an_error_and_not_a_wait_for_ever():
     client = FakeClient(jobs=[make_job("job-1", "tiny", "RUNNING")])
     with pytest.raises(StalledError, match="still runs"):
         jobs.stop("tiny", ADDRESS, client=client, sleep=lambda _: None)
-
-
-def test_a_silent_cluster_runs_into_the_deadline():
-    never = threading.Event()
-    with pytest.raises(StalledError, match=r"the list of jobs: no answer .* within 0\.05 s"):
-        jobs._within(0.05, "the list of jobs", never.wait)
-    never.set()
-
-
-def test_a_refusal_of_the_cluster_is_passed_on():
-    def refuse():
-        raise RuntimeError("401 unauthorized")
-
-    with pytest.raises(RunError, match="the list of jobs: the cluster answered: 401"):
-        jobs._within(5.0, "the list of jobs", refuse)
-
-
-def test_an_address_that_nobody_listens_at_is_named():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with pytest.raises(RunError, match=f"127.0.0.1:{port}: no Ray dashboard answers"):
-        jobs.connect(f"http://127.0.0.1:{port}")
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1:8265", "ray://head:10001", "auto", ""])
-def test_an_address_of_another_kind_is_refused(address):
-    with pytest.raises(RunError, match="expected the address of the Ray dashboard"):
-        jobs.connect(address)
-
-
-class YoungCluster:
-    """Refuses jobs until `start_s` on its own clock, which only `sleep` moves."""
-
-    def __init__(self, start_s: float, refusal: str) -> None:
-        self.start_s, self.refusal, self.now_s = start_s, refusal, 0.0
-
-    def send(self) -> str:
-        if self.now_s < self.start_s:
-            raise RuntimeError(f"Request failed with status code 500: {self.refusal}")
-        return "job-1"
-
-    def clock(self) -> float:
-        return self.now_s
-
-    def sleep(self, seconds: float) -> None:
-        self.now_s += seconds
-
-
-@pytest.mark.parametrize("start_s", [0.0, 2.5, 59.0])
-def test_a_job_is_sent_again_until_an_agent_is_up(start_s):
-    cluster = YoungCluster(start_s, "No available agent to submit job, please try again later.")
-    assert jobs.once_agents_are_up(cluster.send, 60.0, cluster.clock, cluster.sleep) == "job-1"
-    assert start_s <= cluster.now_s < start_s + 2
-
-
-@pytest.mark.parametrize(
-    ("refusal", "waited_s"), [("No available agent to submit job", 60.0), ("no such file", 0.0)]
-)
-def test_a_cluster_that_goes_on_refusing_a_job_is_quoted(refusal, waited_s):
-    cluster = YoungCluster(1e9, refusal)
-    with pytest.raises(RuntimeError, match=refusal):
-        jobs.once_agents_are_up(cluster.send, 60.0, cluster.clock, cluster.sleep)
-    assert cluster.now_s == waited_s
