@@ -5,14 +5,9 @@ real engine: nothing of the tests is sent with them.
 """
 
 import os
-import shutil
-import signal
 import subprocess
 import sys
-import tempfile
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,55 +18,20 @@ from rlhf_cluster.cli import main
 from rlhf_cluster.observe.snapshot import Snapshot
 from rlhf_cluster.rundir import RunDir
 from tests.configs import tiny_tree
-from tests.ports import free_ports
+from tests.job_cluster import started_head, wait_until
 
 REPOSITORY = Path(__file__).parents[2]
 OURS = {"ControlActor", "BufferActor", "LearnerActor", "GenerationActor", "ScoringActor"}
-START_S, RUN_S = 90.0, 240.0
+RUN_S = 240.0
 
 pytestmark = pytest.mark.timeout(600)
-
-
-def wait_until(found: Callable[[], object], what: str, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not found():
-        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
-        time.sleep(0.2)
 
 
 @pytest.fixture(scope="module")
 def dashboard() -> Iterator[str]:
     """The address of the dashboard of a cluster that lives as long as this module's tests."""
-    folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: Ray's sockets lie below it
-    port, client, agent, gcs = free_ports(4)
-    bin_folder = Path(sys.executable).parent
-    words = f"""{bin_folder}/ray start --head --block --disable-usage-stats --port {gcs}
-        --include-dashboard true --dashboard-host 127.0.0.1 --dashboard-port {port}
-        --ray-client-server-port {client} --dashboard-agent-listen-port {agent}
-        --min-worker-port 0 --max-worker-port 0 --num-cpus 8 --object-store-memory 268435456
-        --temp-dir {folder}/ray"""
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-    environment["PATH"] = f"{bin_folder}{os.pathsep}{os.environ['PATH']}"
-    environment.pop("RAY_ADDRESS", None)
-    with (folder / "head.log").open("w") as log:
-        head = subprocess.Popen(words.split(), env=environment, stdout=log, stderr=log)
-    url = f"http://127.0.0.1:{port}"
-
-    def answers() -> bool:
-        assert head.poll() is None, (folder / "head.log").read_text()
-        try:
-            with urllib.request.urlopen(f"{url}/api/version", timeout=2):
-                return True
-        except OSError:
-            return False
-
-    try:
-        wait_until(answers, "the dashboard answers", START_S)
-        yield url
-    finally:
-        head.send_signal(signal.SIGTERM)
-        head.wait(60)
-        shutil.rmtree(folder, ignore_errors=True)
+    with started_head({}) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
