@@ -59,9 +59,9 @@ def read(config_path: Path, overrides: Sequence[str], name: str | None) -> Work:
     )
 
 
-def entrypoint(overrides: Sequence[str]) -> str:
+def entrypoint(python: str, overrides: Sequence[str]) -> str:
     """The job's command line; it runs in the folder that `pack` filled."""
-    words = ["python", "-m", "rlhf_cluster.cli", "run", "run.toml"]
+    words = [python, "-m", "rlhf_cluster.cli", "run", "run.toml"]
     for override in overrides:
         words += ["--set", override]
     return shlex.join(words)

@@ -1,9 +1,10 @@
 """Runs as jobs of a Ray cluster, through its dashboard address.
 
 Promises: every call to the cluster has a deadline, and one that is starting is waited for; a run name
-that a live job already has is refused; a job is found by its id or by the name of its run. Only the
-dashboard has to be reachable from here: what needs the cluster itself, such as `scale`, is sent there
-as a small job of its own.
+that a live job already has is refused; a job runs with the Python of the cluster's own Ray, and is not
+sent where that cannot run it; a job is found by its id or by the name of its run. Only the dashboard
+has to be reachable from here: what needs the cluster itself, such as `scale`, is sent there as a small
+job of its own.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from actors.job_calls import (
 )
 from actors.job_ending import last_lines, log_tail, message_of
 from actors.job_folder import add_code, entrypoint, pack, read
+from actors.job_python import cluster_python
 from rlhf_cluster.errors import RunError, StalledError
 
 FOLLOW_EVERY_S = 1.0
@@ -47,9 +49,9 @@ def submit(
 ) -> str:
     """Start `config_path`, a run, a stage or a pipeline, as a job and return its id.
 
-    Waits for: a cluster that is starting. Unblocked by: its start, or `StalledError`.
+    Waits for: a cluster that is starting, and its Python. Unblocked by: these, or `StalledError`.
     Raises `ConfigError` for a configuration that cannot run there, `RunError` for a run name that
-    is taken or a cluster that cannot be reached.
+    is taken, a cluster that cannot be reached, or one whose Python cannot run this project.
     """
     work = read(config_path, overrides, run_name)
     client, waiting = client or connect(address), waiting or Waiting()
@@ -61,7 +63,9 @@ def submit(
             )
     with tempfile.TemporaryDirectory(prefix="rlhf-submit-") as folder:
         pack(Path(folder), config_path, work, Path.cwd())
-        return send(client, entrypoint(work.overrides), folder, {RUN_KEY: work.name}, waiting)
+        python = cluster_python(client, folder, address, waiting)
+        command = entrypoint(python, work.overrides)
+        return send(client, command, folder, {RUN_KEY: work.name}, waiting)
 
 
 def status(run_or_job: str, address: str, client: JobClient | None = None) -> dict[str, Any]:
@@ -176,7 +180,8 @@ def scale(
     if has_ended(job) or name is None:
         what = f"has ended: {state_of(job)}" if has_ended(job) else "is no run of rlhf-cluster"
         raise RunError(f"job {job.submission_id} {what}. Only a live run can be scaled")
-    words = ["python", "-m", "rlhf_cluster.cli", "scale", name]
+    python = shlex.split(job.entrypoint)[0]  # it was found when the run was submitted
+    words = [python, "-m", "rlhf_cluster.cli", "scale", name]
     words += [f"{pool}={size}" for pool, size in sizes.items()]
     with tempfile.TemporaryDirectory(prefix="rlhf-scale-") as folder:
         add_code(Path(folder))

@@ -39,8 +39,6 @@ pytestmark = pytest.mark.timeout(1500)
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    bin_folder = Path(sys.executable).parent  # a job runs with the `python` of the cluster
-    monkeypatch.setenv("PATH", f"{bin_folder}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     port, agent = free_ports(2)

@@ -12,7 +12,7 @@ from actors import job_folder, jobs
 from actors.job_calls import ENDED
 from rlhf_cluster.config import load_run
 from rlhf_cluster.errors import ConfigError, RunError, StalledError
-from tests.job_cases import ADDRESS, FakeClient, FakeTime, make_job
+from tests.job_cases import ADDRESS, PYTHON, FakeClient, FakeTime, make_job, told
 from tests.stage_cases import stage_tree
 
 TOML = """
@@ -61,13 +61,27 @@ def test_a_job_gets_the_configuration_the_code_and_its_prompts_and_nothing_else(
     client = FakeClient()
     assert submit(client, "run.steps=5", "data.prompt_column=be nice; rm -rf /") == "job-new"
     [(entrypoint, files, metadata, config)] = client.submitted
-    assert shlex.split(entrypoint)[:5] == ["python", "-m", "rlhf_cluster.cli", "run", "run.toml"]
+    assert shlex.split(entrypoint)[:5] == [PYTHON, "-m", "rlhf_cluster.cli", "run", "run.toml"]
     assert "data.prompt_column=be nice; rm -rf /" in shlex.split(entrypoint)
     assert metadata == {"rlhf_run": "tiny"}
     assert config["run"]["name"] == "tiny"
     assert {"rlhf_cluster/cli.py", "actors/jobs.py", "data/prompts.jsonl"} <= files
     assert "data/private.txt" not in files
     assert not any("__pycache__" in name for name in files)
+
+
+def test_nothing_is_submitted_where_the_cluster_cannot_run_it(here):
+    client = FakeClient(probe_text=told(missing="ModuleNotFoundError: No module named 'typer'"))
+    with pytest.raises(RunError, match="No module named 'typer'"):
+        submit(client)
+    assert client.submitted == []
+    assert len(client.probes) == 1
+
+
+def test_the_cluster_is_asked_for_its_python_with_the_files_that_the_job_gets(here):
+    client = FakeClient()
+    submit(client)
+    assert client.probes[0][1] == client.submitted[0][1]
 
 
 def test_the_override_of_a_job_gives_the_run_that_was_checked(here):
@@ -253,7 +267,7 @@ def test_a_run_is_scaled_by_a_job_that_asks_it_on_its_cluster():
     assert found == {"generation": "3 workers"}
     assert len(naps) == 1
     [(entrypoint, files, metadata, _)] = client.submitted
-    words = "python -m rlhf_cluster.cli scale tiny generation=3 --address auto"
+    words = "/opt/env/bin/python -m rlhf_cluster.cli scale tiny generation=3 --address auto"
     assert shlex.split(entrypoint) == words.split()
     assert {"rlhf_cluster/cli.py", "actors/control.py"} <= files
     assert metadata == {}, "it is not the run, and the run's name stays the run's"
