@@ -16,8 +16,9 @@ import math
 import os
 import shutil
 import string
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf_cluster.config.sections import ModelInit
 from rlhf_cluster.errors import DataError
@@ -34,7 +35,7 @@ HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
 
 FLAT_CONFIGS = ("llama", "mistral", "qwen2", "qwen3")
-"""Kinds of models whose config.json says itself what `sizes_of` tells."""
+"""Kinds of models whose config.json says itself what `check_fit` asks."""
 
 
 def make_model(init: ModelInit, out_dir: str | Path, seed: int) -> Path:
@@ -121,7 +122,8 @@ def check_fit(
     from rlhf_cluster.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_dir or model_dir)
-    num_embedded, max_positions = sizes_of(model_dir)
+    config = text_config(model_dir)
+    num_embedded, max_positions = config["vocab_size"], config["max_position_embeddings"]
     if len(tokenizer) > num_embedded:
         raise DataError(
             f"{model_dir}: the tokenizer has {len(tokenizer)} tokens, the model embeds "
@@ -133,15 +135,49 @@ def check_fit(
             f"{model_dir}: max_position_embeddings = {max_positions}, the run allows sequences of "
             f"{max_sequence_tokens} tokens. Lower {settings}, or take a model with more positions"
         )
+    _check_rope(model_dir, config, max_sequence_tokens, settings)
 
 
-def sizes_of(model_dir: str | Path) -> tuple[int, int | None]:
-    """How many tokens the model embeds, and its positions, None where it has no limit. Transformers,
-    which takes seconds to import, is asked where config.json does not tell. Raises `DataError`."""
+def _check_rope(
+    model_dir: str | Path, config: Mapping[str, Any], max_sequence_tokens: int, settings: str
+) -> None:
+    """Refuse rotary positions that depend on what else is in a batch.
+
+    transformers chooses their factors by the longest sequence of each batch, vLLM once: for `longrope`
+    by the longest that it admits, for `dynamic` always the same. So a packed learner and the engine
+    would compute other distributions of the same tokens.
+    """
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    nested = [part for part in rope.values() if isinstance(part, Mapping)]
+    for part in nested or [rope]:
+        kind = str(part.get("rope_type", part.get("type", "default")))
+        if "dynamic" in kind:
+            raise DataError(
+                f"{model_dir}: rope_type = {kind!r} scales positions by the longest sequence of a "
+                "batch, so that its probabilities depend on what is packed with it. Where the run's "
+                "sequences fit without it, remove it from config.json; else take another model"
+            )
+        known = ("original_max_position_embeddings", "max_position_embeddings")
+        found = [part.get(known[0]), *(config.get(name) for name in known)]
+        original = next((int(value) for value in found if value), None)
+        if kind == "longrope" and original is not None and max_sequence_tokens > original:
+            raise DataError(
+                f"{model_dir}: rope_type = 'longrope' has other factors for sequences over "
+                f"{known[0]} = {original}, by the longest of a batch; the run allows "
+                f"{max_sequence_tokens} tokens. Lower {settings} to {original} in all, or take "
+                "another model"
+            )
+
+
+def text_config(model_dir: str | Path) -> dict[str, Any]:
+    """The configuration of the language model: how many tokens it embeds, its positions, which are
+    missing where it has no limit, and how they rotate. Transformers, which takes seconds to import, is
+    asked where config.json does not tell. Raises `DataError`."""
     try:
         told = json.loads((Path(model_dir) / "config.json").read_bytes())
         if told["model_type"] in FLAT_CONFIGS:
-            return int(told["vocab_size"]), int(told["max_position_embeddings"])
+            sizes = ("vocab_size", "max_position_embeddings")
+            return {**told, **{name: int(told[name]) for name in sizes}}
     except (OSError, ValueError, KeyError, TypeError):
         pass  # a hub id, a damaged file, or values that are transformers' own
     from transformers import AutoConfig
@@ -151,7 +187,12 @@ def sizes_of(model_dir: str | Path) -> tuple[int, int | None]:
     except (OSError, ValueError) as error:
         raise DataError(f"{model_dir}: no model configuration can be read ({error})") from error
     config = found.get_text_config()
-    return config.vocab_size, getattr(config, "max_position_embeddings", None)
+    positions = getattr(config, "max_position_embeddings", None)
+    return {
+        **config.to_dict(),
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": positions,
+    }
 
 
 def _model_config(init: ModelInit, vocab_size: int) -> PretrainedConfig:

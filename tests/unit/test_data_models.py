@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -25,7 +26,7 @@ from rlhf_cluster.learning.make_model import (
     check_fit,
     make_model,
     make_tokenizer,
-    sizes_of,
+    text_config,
 )
 
 
@@ -183,9 +184,74 @@ def test_sizes_are_those_of_transformers_also_where_it_is_not_asked(
     assert sizes_of(tmp_path) == (default.vocab_size, default.max_position_embeddings)
 
 
+def sizes_of(folder: Path) -> tuple[int, int]:
+    config = text_config(folder)
+    return config["vocab_size"], config["max_position_embeddings"]
+
+
 def test_a_folder_without_a_configuration_has_no_sizes(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no model configuration can be read"):
-        sizes_of(tmp_path)
+        text_config(tmp_path)
+
+
+LONG = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("name", ["type", "rope_type"])
+def test_b3_positions_that_depend_on_the_batch_are_refused(model_dir, tmp_path, key, name):
+    def with_rope(folder: str, **rope: Any) -> Path:
+        return edited(model_dir, tmp_path / folder, "config.json", **{key: rope})
+
+    with pytest.raises(DataError, match=r"rope_type = 'dynamic' .* remove it from config.json"):
+        check_fit(with_rope("dynamic", **{name: "dynamic"}, factor=2.0), 8)
+    longrope = {name: "longrope", "original_max_position_embeddings": 32, **LONG}
+    check_fit(with_rope("short", **longrope), 32)
+    with pytest.raises(DataError, match=r"original_max_position_embeddings = 32.*allows 33 tokens"):
+        check_fit(with_rope("long", **longrope), 33)
+    layers = {"full_attention": longrope, "sliding_attention": {name: "default"}}
+    with pytest.raises(DataError, match="allows 33 tokens"):
+        check_fit(with_rope("layers", **layers), 33)
+    check_fit(with_rope("linear", **{name: "linear"}, factor=2.0), 64)
+    check_fit(with_rope("llama3", **{name: "llama3"}, factor=2.0), 64)
+
+
+def test_b3_transformers_takes_other_factors_for_a_short_sequence_beside_a_long_one():
+    """What the refusal is for. Within the original length packing changes nothing."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from rlhf_cluster.learning.policy import PolicyLM
+
+    torch.manual_seed(0)
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        **LONG,
+    }
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = LlamaConfig(
+        **sizes,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        rope_parameters=rope,
+        initializer_range=0.25,
+    )
+    policy = PolicyLM(LlamaForCausalLM(config).eval())
+
+    def logprobs(*lengths: int) -> torch.Tensor:
+        """Of the first sequence of `lengths[0]` tokens, packed with others."""
+        positions = torch.cat([torch.arange(n) for n in lengths])[None]
+        tokens = (7 * torch.arange(positions.shape[1]) % 50)[None]
+        with torch.no_grad():
+            return policy(tokens, positions, tokens)[0][0, : lengths[0]]
+
+    alone = logprobs(12)
+    torch.testing.assert_close(logprobs(12, 16), alone, rtol=1e-5, atol=1e-5)
+    assert (logprobs(12, 17) - alone).abs().max() > 1e-2
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(model_dir: Path, tmp_path: Path) -> None:
