@@ -119,7 +119,15 @@ def engine_arguments(config: RunConfig, model_dir: str, worker_name: str) -> dic
         )
     _refuse_untrusted(generation.engine_args)
     given = {key: value for key, value in arguments.items() if value is not None}
-    return given | generation.engine_args
+    own = {**given, **generation.engine_args}
+    if config.learner.head_dtype == "float32" and _has_plain_head(config):
+        own["hf_overrides"] = {"head_dtype": "float32", **own.get("hf_overrides", {})}
+    return own
+
+
+def _has_plain_head(config: RunConfig) -> bool:
+    """Whether the output projection is 16 bits wide and can be asked for float32 logits."""
+    return config.generation.dtype != "float32" and config.generation.quantization is None
 
 
 def _of_device(config: RunConfig) -> dict[str, Any]:

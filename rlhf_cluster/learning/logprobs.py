@@ -10,6 +10,8 @@ in memory that all chunks share; logits are divided by the temperature BEFORE th
 `logprobs` are those of the distribution that is sampled at that temperature; results are at least
 float32 whatever the inputs are, finite for any finite logits; gradients flow to `hidden` and
 `weight`, through `entropy` only where `entropy_gradient` asks for it, and never to a reference.
+With `float32_logits` the products of 16-bit hidden states and weights are not rounded to 16 bits:
+rounded logits of 20 are wrong by up to 0.06, and so are log-probabilities.
 Where the reference's hidden states and weight equal the policy's, `kl` and its gradient are exactly
 0. Under autocast the products are computed in its type.
 
@@ -18,7 +20,7 @@ Shapes: N tokens, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +38,7 @@ def linear_logprobs(
     entropy_gradient: bool = False,
     reference: tuple[Tensor, Tensor] | None = None,
     divergence: Divergence = REVERSE_KL,
+    float32_logits: bool = True,
 ) -> tuple[Tensor, ...]:
     """Log-probability of each label, the entropy of its distribution, and its KL, in nats.
 
@@ -48,6 +51,8 @@ def linear_logprobs(
         entropy_gradient: whether the entropy carries a gradient.
         reference: hidden states [N, G] and output projection [V, G] of another model, for the KL.
         divergence: what stands for the KL.
+        float32_logits: whether logits are at least float32 whatever the inputs are; else they have
+            the type of the inputs, as a linear layer gives them.
 
     Returns:
         (logprobs [N], entropy [N]), with a reference (logprobs [N], entropy [N], kl [N]); float32
@@ -75,9 +80,8 @@ def linear_logprobs(
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         tensors = [tensor.to(dtype) for tensor in tensors]
-    found = _LinearLogprobs.apply(
-        labels, float(temperature), int(chunk_tokens), entropy_gradient, divergence, *tensors
-    )
+    chunks = _Chunks(float(temperature), int(chunk_tokens), float32_logits)
+    found = _LinearLogprobs.apply(labels, chunks, entropy_gradient, divergence, *tensors)
     return found if reference is not None else found[:2]
 
 
@@ -96,6 +100,12 @@ def _accumulation_dtype(hidden: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
+class _Chunks(NamedTuple):
+    temperature: float
+    size: int  # rows
+    float32_logits: bool
+
+
 class _Logits:
     """The logits of one chunk after another, over the temperature, in memory that is reused.
 
@@ -103,19 +113,29 @@ class _Logits:
     as the arithmetic.
     """
 
-    def __init__(self, temperature: float, chunk: int, hidden: Tensor, weight: Tensor) -> None:
-        shape = (min(chunk, hidden.shape[0]), weight.shape[0])
-        self._hidden, self._weight, self._temperature = hidden, weight, temperature
+    def __init__(self, chunks: _Chunks, hidden: Tensor, weight: Tensor) -> None:
+        shape = (min(chunks.size, hidden.shape[0]), weight.shape[0])
+        self._hidden, self._weight, self._temperature = hidden, weight, chunks.temperature
         self._product = hidden.new_empty(shape)
         wide = _accumulation_dtype(hidden)
         self._wide = self._product if hidden.dtype == wide else hidden.new_empty(shape, dtype=wide)
+        self._unrounded = chunks.float32_logits and self._wide is not self._product
+        # a GPU adds the products up in float32 by itself, and need only not round the sum
+        widen = self._unrounded and not hidden.is_cuda
+        self._wide_weight = weight.to(wide) if widen else None
 
     def of(self, rows: slice) -> Tensor:
         """[n, V] at least float32; the caller may change it, the next call overwrites it."""
         hidden = self._hidden[rows]
-        logits = torch.mm(hidden, self._weight.t(), out=self._product[: len(hidden)])
-        if self._wide is not self._product:
-            logits = self._wide[: len(hidden)].copy_(logits)
+        wide = self._wide[: len(hidden)]
+        if self._wide_weight is not None:
+            logits = torch.mm(hidden.to(wide.dtype), self._wide_weight.t(), out=wide)
+        elif self._unrounded:
+            logits = torch.mm(hidden, self._weight.t(), out_dtype=wide.dtype, out=wide)
+        else:
+            logits = torch.mm(hidden, self._weight.t(), out=self._product[: len(hidden)])
+            if self._wide is not self._product:
+                logits = wide.copy_(logits)
         return logits if self._temperature == 1 else logits.div_(self._temperature)
 
     def narrowed(self, values: Tensor) -> Tensor:
@@ -141,8 +161,7 @@ class _LinearLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any,
         labels: Tensor,
-        temperature: float,
-        chunk: int,
+        chunks: _Chunks,
         entropy_gradient: bool,
         divergence: Divergence,
         hidden: Tensor,
@@ -157,18 +176,19 @@ class _LinearLogprobs(torch.autograd.Function):
         normaliser, entropy = torch.empty_like(logprobs), torch.empty_like(logprobs)
         kl = torch.empty_like(logprobs) if reference else logprobs.new_empty(0)
         ref_normaliser = torch.empty_like(kl)
-        chunks = _Logits(temperature, chunk, hidden, weight)
-        ref_chunks = _Logits(temperature, chunk, *reference) if reference else None
+        own = _Logits(chunks, hidden, weight)
+        others = _Logits(chunks, *reference) if reference else None
+        chunk = chunks.size
         scratch = logprobs.new_empty(min(chunk, num_tokens), weight.shape[0])
         for start in range(0, num_tokens, chunk):
             rows = slice(start, start + chunk)
             ref_logits = ref_log_total = None
-            if ref_chunks is not None:
-                ref_logits = ref_chunks.of(rows)
+            if others is not None:
+                ref_logits = others.of(rows)
                 _, ref_total, ref_largest = _shift(ref_logits, scratch)
                 ref_log_total = ref_total.log()
                 ref_normaliser[rows] = ref_largest + ref_log_total
-            logits = chunks.of(rows)
+            logits = own.of(rows)
             powers, total, largest = _shift(logits, scratch)
             log_total = total.log()
             chosen = logits.gather(-1, labels[rows, None]).squeeze(-1)
@@ -187,7 +207,7 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx.save_for_backward(
             labels, normaliser, entropy, kl, ref_normaliser, hidden, weight, *reference
         )
-        ctx.temperature, ctx.chunk, ctx.divergence = temperature, chunk, divergence
+        ctx.chunks, ctx.divergence = chunks, divergence
         if not entropy_gradient:
             ctx.mark_non_differentiable(entropy)
         return logprobs, entropy, kl
@@ -200,15 +220,15 @@ class _LinearLogprobs(torch.autograd.Function):
         #   d K / d logits       =  p (log p - log q - K) / T
         labels, normaliser, entropy, kl, ref_normaliser, *tensors = ctx.saved_tensors
         hidden, weight, *reference = tensors
-        needs_hidden, needs_weight = ctx.needs_input_grad[5:7]
-        grad_logprobs, grad_entropy, grad_kl = (g / ctx.temperature for g in grad_outputs)
+        needs_hidden, needs_weight = ctx.needs_input_grad[4:6]
+        grad_logprobs, grad_entropy, grad_kl = (g / ctx.chunks.temperature for g in grad_outputs)
         needs_entropy, needs_kl = bool(grad_entropy.any()), bool(grad_kl.any())
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = _Accumulated(weight, normaliser.dtype) if needs_weight else None
-        chunks = _Logits(ctx.temperature, ctx.chunk, hidden, weight)
-        ref_chunks = _Logits(ctx.temperature, ctx.chunk, *reference) if needs_kl else None
-        for start in range(0, hidden.shape[0], ctx.chunk):
-            rows = slice(start, start + ctx.chunk)
+        chunks = _Logits(ctx.chunks, hidden, weight)
+        ref_chunks = _Logits(ctx.chunks, *reference) if needs_kl else None
+        for start in range(0, hidden.shape[0], ctx.chunks.size):
+            rows = slice(start, start + ctx.chunks.size)
             logs = chunks.of(rows).sub_(normaliser[rows, None])
             force = grad_logprobs[rows, None]
             factor, apart = -force, None
@@ -233,7 +253,7 @@ class _LinearLogprobs(torch.autograd.Function):
             if grad_weight is not None:
                 grad_weight.add(grad_logits, hidden[rows])
         total = None if grad_weight is None else grad_weight.total.to(weight.dtype)
-        return None, None, None, None, None, grad_hidden, total, *(None for _ in reference)
+        return None, None, None, None, grad_hidden, total, *(None for _ in reference)
 
 
 class _Accumulated:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from rlhf_cluster.config.sections import HeadDtype
 from rlhf_cluster.errors import ConfigError, WeightError
 from rlhf_cluster.learning import varlen
 from rlhf_cluster.learning.divergence import REVERSE_KL, Divergence
@@ -39,6 +40,8 @@ _INDEX = "model.safetensors.index.json"
 class LogprobHead(nn.Linear):
     """An output projection that can answer with log-probabilities of labels."""
 
+    float32_logits = True
+
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         hidden: Tensor,
@@ -51,7 +54,7 @@ class LogprobHead(nn.Linear):
     ) -> Any:
         """Logits [..., V] without labels, else what `linear_logprobs` returns, shaped like them."""
         if labels is None:
-            return super().forward(hidden)
+            return self._logits(hidden)
         if reference is not None:
             other, weight = reference
             weight = self.weight.detach() if weight is None else weight
@@ -65,14 +68,25 @@ class LogprobHead(nn.Linear):
             entropy_gradient,
             reference,
             divergence,
+            self.float32_logits,
         )
         return tuple(values.view(labels.shape) for values in found)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        if not self.float32_logits:
+            return super().forward(hidden)
+        kind, weight = hidden.device.type, self.weight
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+        with torch.autocast(kind, enabled=False):
+            return nn.functional.linear(hidden.float(), weight.float())
 
 
 class PolicyLM(nn.Module):
     """Wraps a Hugging Face causal LM; the root for sharding. Takes over its output projection."""
 
-    def __init__(self, lm: PreTrainedModel) -> None:
+    def __init__(self, lm: PreTrainedModel, head_dtype: HeadDtype = "float32") -> None:
         super().__init__()
         self.lm = lm
         self.config = lm.config
@@ -85,6 +99,7 @@ class PolicyLM(nn.Module):
             )
         replacement = LogprobHead(head.in_features, head.out_features, bias=False, device="meta")
         replacement.weight = head.weight
+        replacement.float32_logits = head_dtype == "float32"
         lm.set_output_embeddings(replacement)
 
     def forward(
@@ -163,6 +178,7 @@ def load_policy(
     device: torch.device | str,
     trainable: bool,
     compute_dtype: torch.dtype | None = None,
+    head_dtype: HeadDtype = "float32",
 ) -> PolicyLM:
     """Load a causal LM, without code from the model folder, and prove that it can be packed.
 
@@ -172,6 +188,7 @@ def load_policy(
         device: where the parameters live.
         trainable: False freezes every parameter.
         compute_dtype: type of forward passes where it differs (mixed precision); default `dtype`.
+        head_dtype: type of the logits (`learner.head_dtype`).
 
     Raises:
         ConfigError: the model cannot be loaded, or does not keep the promises above.
@@ -207,7 +224,7 @@ def load_policy(
             f"{model_dir}: cannot load a causal LM ({error}). Give a folder with config.json and "
             "safetensors weights"
         ) from error
-    policy = PolicyLM(lm).to(device)
+    policy = PolicyLM(lm, head_dtype).to(device)
     policy.eval()
     policy.requires_grad_(trainable)
     check_distribution(policy, compute_dtype)

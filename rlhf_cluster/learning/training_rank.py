@@ -172,7 +172,9 @@ class TrainingRank(Generic[C]):
     def _load_policy(self) -> PolicyLM:
         """The model of the folder, with the adapters that are asked for. Raises `ConfigError`."""
         settings = self._config.learner
-        policy = load_policy(self._model_dir, torch.float32, self._device, True, self._compute)
+        policy = load_policy(
+            self._model_dir, torch.float32, self._device, True, self._compute, settings.head_dtype
+        )
         check_names(policy, self._model_dir)
         if settings.lora is not None:
             add_adapters(policy, settings.lora, self._config.run.seed)

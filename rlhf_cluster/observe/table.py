@@ -53,7 +53,12 @@ def _rewards() -> tuple[Metric, ...]:
 def _steps() -> tuple[Metric, ...]:
     role = Role.CONTROLLER
     return (
-        gauge("step/number", "1", role, "Optimizer steps done"),
+        gauge(
+            "step/number",
+            "1",
+            role,
+            "Steps done, of learner.epochs * learner.minibatches optimizer steps each",
+        ),
         gauge("step/groups", "1", role, "Groups that the step trained on"),
         gauge("step/rollouts", "1", role, "Rollouts that the step trained on"),
         gauge("step/response_tokens", "tokens", role, "Response tokens of the step"),

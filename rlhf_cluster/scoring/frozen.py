@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_cluster.config.sections import Dtype, FrozenQuantization
+from rlhf_cluster.config.sections import Dtype, FrozenQuantization, HeadDtype
 from rlhf_cluster.deadlines import left_of_call
 from rlhf_cluster.errors import ScoringError, StalledError
 from rlhf_cluster.learning.int8 import Linear8bit, quantize_linear
@@ -48,10 +48,13 @@ class FrozenPolicy:
         tokens_per_batch: int,
         wait_timeout_s: float = 300.0,
         quantization: FrozenQuantization | None = None,
+        head_dtype: HeadDtype = "float32",
     ) -> None:
         """Loads the model of `model_dir`; `name` is what errors call it. Raises `ConfigError`."""
         self._name = name
-        self._policy = load_policy(model_dir, getattr(torch, dtype), device, trainable=False)
+        self._policy = load_policy(
+            model_dir, getattr(torch, dtype), device, trainable=False, head_dtype=head_dtype
+        )
         self._device = device
         self._tokens_per_batch = tokens_per_batch
         self._wait_timeout_s = wait_timeout_s

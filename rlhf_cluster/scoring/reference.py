@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rlhf_cluster.config.sections import Dtype, FrozenQuantization
+from rlhf_cluster.config.sections import Dtype, FrozenQuantization, HeadDtype
 from rlhf_cluster.errors import StalledError, WeightError
 from rlhf_cluster.records import Rollout, WeightVersion
 from rlhf_cluster.scoring.frozen import FrozenPolicy
@@ -37,13 +37,21 @@ class Reference:
         quantization: FrozenQuantization | None = None,
         batch_groups: int = 1,
         load_timeout_s: float = 600.0,
+        head_dtype: HeadDtype = "float32",
     ) -> None:
         """Loads the model of `model_dir`, the reference until `load`. Raises `ConfigError`."""
         self._load_timeout_s = load_timeout_s
         self._loading = threading.Lock()
         self._num_asked = 0
         self._model = FrozenPolicy(
-            "reference", model_dir, dtype, device, tokens_per_batch, wait_timeout_s, quantization
+            "reference",
+            model_dir,
+            dtype,
+            device,
+            tokens_per_batch,
+            wait_timeout_s,
+            quantization,
+            head_dtype,
         )
         self._together = self._model.together(batch_groups)
 

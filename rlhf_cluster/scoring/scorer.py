@@ -303,6 +303,7 @@ class Scorer:
             scoring.quantization,
             scoring.batch_groups,
             self._config.run.start_timeout_s,
+            self._config.learner.head_dtype,
         )
 
     def _new_exact(self) -> ExactLogprobs:
@@ -317,6 +318,7 @@ class Scorer:
             self._device,
             scoring.tokens_per_batch,
             scoring.request_timeout_s,
+            head_dtype=self._config.learner.head_dtype,
         )
         folder = self._config.weights_dir
         return ExactLogprobs(model, folder, scoring.cached_versions, self._source)

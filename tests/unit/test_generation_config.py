@@ -147,3 +147,17 @@ def test_shapes_are_read_from_one_file_and_from_those_of_an_index(tmp_path: Path
     index = {"weight_map": {"a": "model-1.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert checkpoint_shapes(tmp_path) == {"a": (2, 3)}
+
+
+def test_b9_the_engine_is_asked_for_float32_logits_where_its_head_is_16_bits_wide() -> None:
+    def overrides(generation: dict[str, Any], **learner: Any) -> Any:
+        config = tiny_config(generation=generation, learner=learner)
+        return engine_arguments(config, "m", "w").get("hf_overrides")
+
+    half = {"dtype": "bfloat16"}
+    assert overrides(half) == {"head_dtype": "float32"}
+    assert overrides(half, head_dtype="model") is None
+    assert overrides({"dtype": "float32"}) is None
+    assert overrides({**half, "quantization": "int8"}) is None
+    own = {**half, "engine_args": {"hf_overrides": {"x": 1, "head_dtype": "model"}}}
+    assert overrides(own) == {"x": 1, "head_dtype": "model"}, "who says it himself is heard"

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_cluster.errors import ConfigError, RecordError
 from rlhf_cluster.learning.logprobs import linear_logprobs
+from rlhf_cluster.learning.policy import LogprobHead
 
 N, H, V = 37, 8, 48
 
@@ -339,3 +340,35 @@ def test_bfloat16_inputs_and_autocast_give_a_float32_kl() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = linear_logprobs(hidden, weight, labels, reference=reference)[2]
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_b9_float32_logits_are_not_rounded_to_16_bits() -> None:
+    """Hidden states and weights as a bfloat16 model has them, logits up to about 20."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(512, 64, generator=generator).bfloat16()
+    weight = (0.7 * torch.randn(400, 64, generator=generator)).bfloat16()
+    labels = torch.randint(0, 400, (512,), generator=generator)
+    logits = hidden.double() @ weight.double().T
+    assert 18 < logits.abs().max() < 40
+    exact = logits.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+
+    def error(float32_logits: bool) -> torch.Tensor:
+        found = linear_logprobs(hidden, weight, labels, float32_logits=float32_logits)[0]
+        return (found - exact).abs()
+
+    assert error(True).max() < 1e-4
+    assert error(False).mean() > 5e-3
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_b9_a_heads_own_logits_and_its_logprobs_are_of_one_type(autocast: bool) -> None:
+    head = LogprobHead(16, 30, bias=False, dtype=torch.float32 if autocast else torch.bfloat16)
+    hidden = torch.randn(3, 5, 16, dtype=torch.float32 if autocast else torch.bfloat16)
+    labels = torch.randint(0, 30, (3, 5))
+    for float32_logits, bound in ((True, 1e-5), (False, 0.1)):
+        head.float32_logits = float32_logits
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits, found = head(hidden), head(hidden, labels)[0]
+        assert logits.dtype == (torch.float32 if float32_logits else torch.bfloat16)
+        expected = logits.float().log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1)
+        torch.testing.assert_close(found, expected, rtol=bound, atol=bound)
