@@ -119,10 +119,21 @@ def engine_arguments(config: RunConfig, model_dir: str, worker_name: str) -> dic
         )
     _refuse_untrusted(generation.engine_args)
     given = {key: value for key, value in arguments.items() if value is not None}
-    own = {**given, **generation.engine_args}
-    if config.learner.head_dtype == "float32" and _has_plain_head(config):
-        own["hf_overrides"] = {"head_dtype": "float32", **own.get("hf_overrides", {})}
-    return own
+    return _with_head({**given, **generation.engine_args}, config)
+
+
+def _with_head(arguments: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    """`arguments`, with float32 logits where `learner.head_dtype` has them. Raises `ConfigError`."""
+    asked, head = arguments.get("hf_overrides", {}), config.learner.head_dtype
+    if asked.get("head_dtype", head) != head:
+        raise ConfigError(
+            f"generation.engine_args.hf_overrides.head_dtype = {asked['head_dtype']!r} with learner."
+            f"head_dtype = {head!r}: engine and learner would compute other logits. Set "
+            "learner.head_dtype alone"
+        )
+    if head == "float32" and _has_plain_head(config):
+        return {**arguments, "hf_overrides": {**asked, "head_dtype": head}}
+    return arguments
 
 
 def _has_plain_head(config: RunConfig) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from rlhf_cluster.config.sections import HeadDtype
 from rlhf_cluster.learning.backend import ShardedModel
 from rlhf_cluster.learning.fsdp import shards_of
 from rlhf_cluster.learning.reference import FrozenCopy
@@ -30,9 +31,12 @@ class FollowingCopy(FrozenCopy):
         mesh: DeviceMesh,
         device: torch.device,
         compute_dtype: torch.dtype,
+        head_dtype: HeadDtype = "float32",
     ) -> None:
         """Raises `ConfigError` as `policy.load_policy`."""
-        super().__init__(model_dir, mesh, device, compute_dtype, dtype=torch.float32)
+        super().__init__(
+            model_dir, mesh, device, compute_dtype, dtype=torch.float32, head_dtype=head_dtype
+        )
 
     def shards(self) -> Iterator[LocalPart]:
         """This rank's part of every weight, by its name in the policy; flat views."""

@@ -117,7 +117,9 @@ class LearnerRank(TrainingRank[RunConfig]):
             if settings.lora is not None:
                 self._reference = StartAdapters(self._model)
             else:
-                self._reference = FrozenCopy(self._model_dir, mesh, self._device, compute)
+                self._reference = FrozenCopy(
+                    self._model_dir, mesh, self._device, compute, head_dtype=settings.head_dtype
+                )
         return self._facts()
 
     def sft_step(self, examples: list[SftExample]) -> dict[str, float]:

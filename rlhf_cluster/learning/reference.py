@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
+from rlhf_cluster.config.sections import HeadDtype
 from rlhf_cluster.errors import ConfigError
 from rlhf_cluster.learning.backend import ShardedModel
 from rlhf_cluster.learning.experience import temperature_of
@@ -69,13 +70,16 @@ class FrozenCopy:
         compute_dtype: torch.dtype,
         vocabulary: int | None = None,
         dtype: torch.dtype | None = None,
+        head_dtype: HeadDtype = "float32",
     ) -> None:
         """`dtype` is the weights' where it is not that of the passes. `vocabulary` is the policy's
         where it may differ: of a larger one, whose last entries are padding, the first are used.
 
         Raises `ConfigError` as `policy.load_policy`, and for a smaller vocabulary.
         """
-        policy = load_policy(model_dir, dtype or compute_dtype, device, False, compute_dtype)
+        policy = load_policy(
+            model_dir, dtype or compute_dtype, device, False, compute_dtype, head_dtype
+        )
         found = policy.config.get_text_config().vocab_size
         self._vocabulary = found if vocabulary is None else vocabulary
         if found < self._vocabulary:

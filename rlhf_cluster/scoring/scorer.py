@@ -99,7 +99,13 @@ class Scorer:
 
             folder = self._scoring.teacher
             assert folder is not None
-            self._teacher = Teacher(folder, self._scoring, tokenizer, self._device)
+            self._teacher = Teacher(
+                folder,
+                self._scoring,
+                tokenizer,
+                self._device,
+                self._config.learner.head_dtype,
+            )
         self._rewards.build(tokenizer_dir, self._device)
         self._tokenizer = tokenizer
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rlhf_cluster.config.scoring import Scoring
+from rlhf_cluster.config.sections import HeadDtype
 from rlhf_cluster.data.tokenizer import refuse_other_tokens
 from rlhf_cluster.records import Rollout
 from rlhf_cluster.scoring.frozen import FrozenPolicy
@@ -25,7 +26,12 @@ class Teacher:
     """Several threads may call it; they take turns, `scoring.batch_groups` of them at once."""
 
     def __init__(
-        self, folder: str, scoring: Scoring, tokenizer: PreTrainedTokenizerBase, device: str
+        self,
+        folder: str,
+        scoring: Scoring,
+        tokenizer: PreTrainedTokenizerBase,
+        device: str,
+        head_dtype: HeadDtype = "float32",
     ) -> None:
         """Loads the model of `folder`. Raises `ConfigError`."""
         refuse_other_tokens("scoring.teacher", folder, tokenizer)
@@ -37,6 +43,7 @@ class Teacher:
             scoring.tokens_per_batch,
             scoring.request_timeout_s,
             scoring.quantization,
+            head_dtype,
         )
         self._together = self._model.together(scoring.batch_groups)
 

@@ -83,17 +83,27 @@ class StageRank(TrainingRank[StageConfig]):
         mesh = self._join()
         self._model = self._sharded(model, mesh)
         assert_float32(self._model)
+        head = self._config.learner.head_dtype
         if self.stage.needs_reference:
             if self._config.learner.lora is not None:
                 self._reference = StartAdapters(self._model)
             elif self.stage.reference_moves:
-                self._reference = FollowingCopy(self._model_dir, mesh, self._device, self._compute)
+                self._reference = FollowingCopy(
+                    self._model_dir, mesh, self._device, self._compute, head
+                )
             else:
-                self._reference = FrozenCopy(self._model_dir, mesh, self._device, self._compute)
+                self._reference = FrozenCopy(
+                    self._model_dir, mesh, self._device, self._compute, head_dtype=head
+                )
         if self.stage.teacher is not None:
             vocabulary = self.policy.config.get_text_config().vocab_size
             self._teacher = FrozenCopy(
-                self.stage.teacher, mesh, self._device, self._compute, vocabulary
+                self.stage.teacher,
+                mesh,
+                self._device,
+                self._compute,
+                vocabulary,
+                head_dtype=head,
             )
         return self._facts()
 

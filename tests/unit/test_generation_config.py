@@ -159,5 +159,10 @@ def test_b9_the_engine_is_asked_for_float32_logits_where_its_head_is_16_bits_wid
     assert overrides(half, head_dtype="model") is None
     assert overrides({"dtype": "float32"}) is None
     assert overrides({**half, "quantization": "int8"}) is None
-    own = {**half, "engine_args": {"hf_overrides": {"x": 1, "head_dtype": "model"}}}
-    assert overrides(own) == {"x": 1, "head_dtype": "model"}, "who says it himself is heard"
+    own = {**half, "engine_args": {"hf_overrides": {"x": 1}}}
+    assert overrides(own) == {"x": 1, "head_dtype": "float32"}
+    other = {**half, "engine_args": {"hf_overrides": {"head_dtype": "model"}}}
+    with pytest.raises(
+        ConfigError, match=r"head_dtype = 'model' with learner.head_dtype = 'float32"
+    ):
+        overrides(other)

@@ -88,6 +88,14 @@ def test_every_loss_falls_on_its_own_batch_and_prefers_what_was_chosen(
     assert {"preference/chosen_logprob", "preference/rejected_logprob"} <= set(last)
 
 
+@pytest.mark.parametrize("head_dtype", ["float32", "model"])
+def test_b9_in_bfloat16_the_policy_is_its_reference_at_the_start_whatever_its_logits_type(
+    start_stage: Any, head_dtype: str
+) -> None:
+    rank = start_stage(preference("dpo"), learner={"dtype": "bfloat16", "head_dtype": head_dtype})
+    assert rank.evaluate(random_pairs(4))["preference/chosen_log_ratio"] == 0.0
+
+
 def test_dpo_learns_what_tells_pairs_apart_that_it_has_not_seen(start_stage: Any) -> None:
     rank = start_stage(preference("dpo", beta=0.5), learner={"learning_rate": 1e-2})
     held_out = random_pairs(32, seed=99)
