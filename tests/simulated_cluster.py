@@ -210,6 +210,9 @@ class Actor:
     async def _generate(self, ticket: Any, prompt: Any, sampling: Any, partial: Any) -> Any:
         version, took_s = self.version, self.cluster.duration(ticket.number)
         self.cluster.sampled[ticket.number] = version
+        if version < ticket.version:
+            text = f"{self.name} at {version} began group {ticket.number} of {ticket.version}"
+            self.cluster.outcome.stale_starts.append(text)
         try:
             async with asyncio.timeout(self.cluster.config.generation.request_timeout_s):
                 await asyncio.sleep(took_s)
@@ -293,6 +296,9 @@ class Outcome:
     most_behind: int = 0
     live_at_end: int = 0
     refused: int = 0  # publishes
+    stale_starts: list[str] = field(default_factory=list)
+    """Groups that a worker began with older weights than those that admitted them."""
+    staleness: list[int] = field(default_factory=list)  # of each group, when it was trained
     told: list[str] = field(default_factory=list)
     live_s: list[float] = field(default_factory=list)
     storage_bytes: float = 0.0
@@ -318,6 +324,7 @@ class SimulatedCluster:
         self.sampled: dict[int, int] = {}
         self.published_s = 0.0
         self.sync: WeightSync | None = None
+        self.learner: Any = _Learner(step_delay_s=shape.train_s)
         self.actors: dict[str, Actor] = {}
         self.pool = WorkerPool(
             kind="generation",
@@ -473,6 +480,7 @@ class SimulatedCluster:
             with suppress(asyncio.CancelledError):
                 await supervising
         outcome.refused = self.sync.stats.refused if self.sync is not None else 0
+        outcome.staleness = [age for _, _, age in self.learner.trained]
         outcome.took_s = self.loop.time() - began
         outcome.live_at_end, outcome.behind = self.pool.num_live, self.pool.num_behind
         return outcome
@@ -490,7 +498,7 @@ class SimulatedCluster:
             num_steps=shape.steps,
         )
         buffer = LocalBuffer(ExperienceBuffer(gate), 7200.0, 0.5, clock)
-        learner: Any = _Learner(step_delay_s=shape.train_s)
+        learner = self.learner
         learner.cluster = self
         sync = WeightSync(learner, self.client, buffer, 1, clock, self._went_live)
         self.sync = sync

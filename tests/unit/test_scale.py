@@ -1,6 +1,8 @@
 """Many workers, in virtual time: slow storage and lost nodes end no healthy worker and no run."""
 
 import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
 from benchmarks.scale import at, hang, simulated, soon
 from tests.simulated_cluster import GB, Shape
@@ -45,3 +47,53 @@ def test_a_stall_longer_than_a_workers_deadline_costs_a_publish_and_no_worker():
     assert (outcome.steps, outcome.ended, outcome.healthy_killed) == (4, "", 0)
     assert (outcome.live_at_end, outcome.started) == (24, 24)
     assert outcome.refused > 0, "nobody could read it in time, and it was published again"
+
+
+TINY = Shape(
+    nodes=4,
+    workers_per_node=3,
+    files=6,
+    num_bytes=8 * GB,
+    steps=5,
+    groups_per_step=12,
+    group_s=90.0,
+)
+HAPPENINGS = {
+    "lose a worker": lambda cluster: cluster.lose_workers(1),
+    "lose half": lambda cluster: cluster.lose_workers(6),
+    "stall": lambda cluster: cluster.stall_storage(65.0),
+}
+
+
+# a failure is not made smaller: tasks are told apart by their addresses, so that orders differ
+@settings(
+    max_examples=15,
+    deadline=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+@given(
+    happenings=st.lists(
+        st.tuples(st.integers(0, 3), st.floats(0.0, 250.0), st.sampled_from(sorted(HAPPENINGS))),
+        max_size=3,
+        unique_by=lambda each: each[2],
+    ),
+    max_staleness=st.integers(0, 3),
+)
+def test_the_real_pool_and_client_keep_the_bound_whatever_is_lost_or_slow(
+    happenings, max_staleness
+):
+    """What the theorem of the bound supposes: nobody works, and nobody joins, with older weights than
+    those that were announced as live."""
+    shape = Shape(**{**vars(TINY), "max_staleness": max_staleness, "generation": SHORT})
+
+    def events(cluster, now):
+        for step, delay_s, name in happenings:
+            if step == now:
+                cluster.loop.call_later(delay_s, HAPPENINGS[name], cluster)
+
+    outcome = simulated(shape, events)
+    assert (outcome.steps, outcome.ended, outcome.healthy_killed) == (5, "", 0)
+    assert outcome.stale_starts == []
+    assert len(outcome.staleness) == 60
+    assert max(outcome.staleness) <= max_staleness
