@@ -70,7 +70,7 @@ async def test_a_death_ends_the_block_without_a_call_to_who_died(victim: str):
 async def test_a_process_that_says_nothing_at_all_is_lost():
     error = WorkerError("learner-1.train_step: RuntimeError: timed out")
     core = core_of(0.01, learner_0=lambda after_s: Reference())
-    assert str(await core.loss_behind(error)).startswith("learner-0: no answer within 0.522 s")
+    assert str(await core.loss_behind(error)).startswith("learner-0: no answer within 0.511 s")
 
 
 async def test_watching_ends_with_the_block():
