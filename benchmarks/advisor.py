@@ -39,15 +39,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import tomli_w
 
 from benchmarks.harness import ENVIRONMENT, machine, write_result
-from rlhf_cluster.observe.advisor import advise
-from rlhf_cluster.observe.run_log import read_metrics
-from rlhf_cluster.observe.snapshot import Snapshot
-from rlhf_cluster.rundir import RunDir
-from tests.configs import tiny_tree
-from tests.scripted_engine import SCRIPT_VARIABLE
+from rlhf_cluster.run.bottleneck_advisor import advise
+from rlhf_cluster.run.metrics_file import read_metrics
+from rlhf_cluster.run.run_directory import RunDir
+from rlhf_cluster.run.status_snapshot import Snapshot
+from tests.support.builders.run_configs import tiny_tree
+from tests.support.engines.scripted_engine import SCRIPT_VARIABLE
 
 REPOSITORY = Path(__file__).parents[1]
-ENGINE = "tests.scripted_engine:make_engine"
+ENGINE = "tests.support.engines.scripted_engine:make_engine"
 GROUPS = 8  # a step
 SETTLING = 4  # steps that are left out at the start and after the pool has its new size
 COUNTED = 16  # steps whose rate is taken, on either side
@@ -164,7 +164,13 @@ class Running:
         }
         with self._output.open("wb") as out:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.run_with_engine", str(config), ENGINE],
+                [
+                    sys.executable,
+                    "-m",
+                    "tests.support.engines.run_with_engine",
+                    str(config),
+                    ENGINE,
+                ],
                 cwd=REPOSITORY,
                 env=self._environment,
                 stdout=out,

@@ -95,7 +95,7 @@ def _sides(inputs: tuple[Tensor, Tensor, Tensor]) -> dict[str, Callable[[], list
     """Each side gives log-probabilities, entropies (reported, not trained) and both gradients."""
     import torch
 
-    from rlhf_cluster.learning.logprobs import linear_logprobs
+    from rlhf_cluster.models.logprobs import linear_logprobs
 
     hidden, weight, labels = inputs
 

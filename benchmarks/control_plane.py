@@ -147,7 +147,7 @@ def load() -> None:
 def endpoint() -> None:
     import ray
 
-    from actors.metrics import RayMetrics
+    from actors.cluster.ray_metrics import RayMetrics
 
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:

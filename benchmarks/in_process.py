@@ -23,9 +23,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from rlhf_cluster.config import RunConfig
-from rlhf_cluster.inputs import check_inputs
-from rlhf_cluster.learning.learner import LearnerRank
-from rlhf_cluster.learning.policy import checkpoint_name
+from rlhf_cluster.learner.learner_rank import LearnerRank
+from rlhf_cluster.models.policy_model import checkpoint_name
+from rlhf_cluster.planning.run_inputs import check_inputs
 from rlhf_cluster.records import (
     FinishReason,
     Prompt,

@@ -37,15 +37,21 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from benchmarks.harness import ENVIRONMENT, machine, write_result
-from rlhf_cluster.config.tokenizers import BpeTokenizer
-from rlhf_cluster.data.pairs import UnusableRow, parse_pair
+from rlhf_cluster.data.preferences import (
+    UnusableRow,
+    parse_pair,
+)
 from rlhf_cluster.data.rows import expand, read_rows
-from rlhf_cluster.learning.int8 import Linear8bit
-from rlhf_cluster.learning.make_bpe import make_bpe
+from rlhf_cluster.models.int8_linear import Linear8bit
+from rlhf_cluster.models.make_model import make_bpe
 from rlhf_cluster.records import FinishReason, Prompt, Rollout
-from rlhf_cluster.rewards.base import RewardContext
-from rlhf_cluster.rewards.reward_model import RewardModel, RewardModelConfig
-from rlhf_cluster.scoring.reference import Reference
+from rlhf_cluster.rewards.models.reward_model import (
+    RewardModel,
+    RewardModelConfig,
+)
+from rlhf_cluster.rewards.reward import RewardContext
+from rlhf_cluster.scoring.reference_policy import Reference
+from rlhf_cluster.sections.rl_run import BpeTokenizer
 
 DATA = "${RLHF_REAL_DATA}/hh-rlhf/harmless-base-2000.jsonl.gz"
 SEEDS = (0, 1, 2)

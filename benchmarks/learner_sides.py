@@ -115,7 +115,7 @@ class LearnerSide:
     """One learner rank and the batch that it trains on again and again."""
 
     def __init__(self, config: RunConfig, groups: list[ExperienceGroup]) -> None:
-        from rlhf_cluster.learning.learner import LearnerRank
+        from rlhf_cluster.learner.learner_rank import LearnerRank
 
         self._rank = LearnerRank(config, str(config.model.path), 0, 1, None)
         self._rank.setup()

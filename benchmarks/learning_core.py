@@ -40,12 +40,17 @@ from benchmarks.learner_sides import (
     long_tailed_lengths,
     make_groups,
 )
-from rlhf_cluster.learning.packing import MicroBatchPlan, TokenSequence, collate, plan
+from rlhf_cluster.data.packing import (
+    MicroBatchPlan,
+    TokenSequence,
+    collate,
+    plan,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_cluster.learning.policy import PolicyLM
+    from rlhf_cluster.models.policy_model import PolicyLM
 
 REPEATS = 5
 
@@ -109,7 +114,7 @@ def _policy(folder: str) -> PolicyLM:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from rlhf_cluster.learning.policy import load_policy
+    from rlhf_cluster.models.policy_model import load_policy
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -181,7 +181,7 @@ def _draw_algorithms(axes: Any, runs: Mapping[str, Mapping[str, Any]]) -> None:
     import numpy as np
     from matplotlib import colormaps
 
-    from rlhf_cluster.observe.curve import moving_average
+    from rlhf_cluster.observe.report.learning_curve import moving_average
 
     names = sorted({r["case"] for r in runs.values() if not r["case"].startswith("staleness-")})
     colors = colormaps["tab10"].colors + colormaps["Dark2"].colors  # type: ignore[attr-defined]

@@ -23,9 +23,14 @@ MEASURED: Mapping[str, Sequence[str]] = {
     "verifiers": ("rlhf_cluster/rewards", "benchmarks/verifiers.py", "benchmarks/presentations.py"),
     "mutants": (*PRODUCT, "tests/mutants"),
     "scale": (
-        *("rlhf_cluster/experience", "rlhf_cluster/weights", "rlhf_cluster/pipeline.py"),
-        *("actors/pool.py", "actors/pool_version.py", "actors/clients.py", "actors/loads.py"),
-        *("tests/simulated_cluster.py", "benchmarks/scale.py"),
+        *("rlhf_cluster/buffer", "rlhf_cluster/weights", "rlhf_cluster/pipeline.py"),
+        *(
+            "rlhf_cluster/run/worker_pool.py",
+            "rlhf_cluster/run/pool_version.py",
+            "actors/services/generation_client.py",
+            "rlhf_cluster/run/worker_loads.py",
+        ),
+        *("tests/support/simulation/simulated_cluster.py", "benchmarks/scale.py"),
     ),
 }
 """Files and folders by result; the whole product where nothing is said."""

@@ -76,7 +76,7 @@ class RawVllm:
 
 
 def pool() -> None:
-    from actors.ray_cluster import connected
+    from actors.cluster.ray_cluster import connected
     from rlhf_cluster.config import load_run
 
     with tempfile.TemporaryDirectory() as folder:
@@ -99,13 +99,19 @@ def pool() -> None:
 async def _pool_repeats(config: Any) -> list[dict[str, float]]:
     import ray
 
-    from actors.calls import answer
-    from actors.segments import group_seed
-    from actors.services import Launcher, generation_pool
-    from actors.vllm_arguments import engine_arguments, engine_environment
+    from actors.cluster.calls import answer
+    from actors.services.start_services import (
+        Launcher,
+        generation_pool,
+    )
+    from actors.vllm.vllm_arguments import (
+        engine_arguments,
+        engine_environment,
+    )
     from rlhf_cluster.data.prompts import PromptSource
     from rlhf_cluster.data.tokenizer import load_tokenizer
-    from rlhf_cluster.learning.make_model import make_model
+    from rlhf_cluster.generation.segments import group_seed
+    from rlhf_cluster.models.make_model import make_model
     from rlhf_cluster.planning.placement import Bundle
     from rlhf_cluster.records import Sampling, Ticket
 
@@ -114,7 +120,7 @@ async def _pool_repeats(config: Any) -> list[dict[str, float]]:
     launcher = Launcher(
         config=config,
         model_dir=str(model_dir),
-        engine_factory="actors.vllm_engine:make_engine",
+        engine_factory="actors.vllm.vllm_engine:make_engine",
         engine_environment=environment,
     )
     workers, generation = generation_pool(launcher)

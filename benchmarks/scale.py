@@ -2,8 +2,9 @@ r"""448 generation workers on 56 nodes read versions of 140 GB, in simulated tim
 with 10,000 stored groups takes to resume, in real time.
 
 The product's own pipeline, weight sync, worker pool, generation client, buffer and relay decide
-(`tests/simulated_cluster.py`); nodes, storage and network are simulated. The storage gives and takes
-10 GB/s in all, a node's network 25 GB/s, one connection 5 GB/s, a reader 25 GB/s from memory.
+(`tests/support/simulation/simulated_cluster.py`); nodes, storage and network are simulated. The storage
+gives and takes 10 GB/s in all, a node's network 25 GB/s, one connection 5 GB/s, a reader 25 GB/s from
+memory.
 
     publish_to_live_s_448_readers   from the end of a step to its version live on all: the median
     over_storage_limit              that over the limit: one write and one read of all bytes at the
@@ -30,14 +31,22 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.harness import run_parts, write_result
-from rlhf_cluster.experience.recovery import Recovery
-from rlhf_cluster.experience.store import ExperienceStore
+from rlhf_cluster.buffer.group_recovery import Recovery
+from rlhf_cluster.buffer.group_store import ExperienceStore
 from rlhf_cluster.pipeline import MAX_READS
 from rlhf_cluster.records import Ticket
-from rlhf_cluster.slow_disk import Patience
-from tests.fakes import make_group, make_prompt
-from tests.simulated_cluster import GB, Outcome, Shape, SimulatedCluster
-from tests.virtual_time import run_jumping
+from rlhf_cluster.util.slow_disk import Patience
+from tests.support.fakes.services import (
+    make_group,
+    make_prompt,
+)
+from tests.support.simulation.simulated_cluster import (
+    GB,
+    Outcome,
+    Shape,
+    SimulatedCluster,
+)
+from tests.support.simulation.virtual_time import run_jumping
 
 Events = Callable[[SimulatedCluster, int], None]
 GROUPS, DELAY_S = 10_000, 0.005

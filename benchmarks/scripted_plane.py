@@ -21,19 +21,36 @@ from typing import Any
 
 import numpy as np
 
-from actors.clients import RayGeneration, check_health
-from actors.engine import LoadedWeights
-from actors.experience import RayBuffer, buffer_service
-from actors.observer import RunObserver
-from actors.pool import PoolLimits, Worker, WorkerPool
-from actors.scoring_client import RayScoring
-from actors.services import SCORING_CALLS
+from actors.drivers.rl_observer import RunObserver
+from actors.services.buffer_actor import (
+    RayBuffer,
+    buffer_service,
+)
+from actors.services.generation_client import (
+    RayGeneration,
+    check_health,
+)
+from actors.services.scoring_client import RayScoring
+from actors.services.start_services import SCORING_CALLS
+from rlhf_cluster.buffer.buffer_service import BufferService
 from rlhf_cluster.config import RunConfig, validate
-from rlhf_cluster.experience.service import BufferService
+from rlhf_cluster.generation.engine import LoadedWeights
 from rlhf_cluster.pipeline import Pipeline
-from rlhf_cluster.ports import StepReport, Taken
-from rlhf_cluster.records import GroupSummary, Prompt, Sampling, Ticket, WeightVersion
-from rlhf_cluster.rundir import RunDir
+from rlhf_cluster.records import (
+    GroupSummary,
+    Prompt,
+    Sampling,
+    StepReport,
+    Taken,
+    Ticket,
+    WeightVersion,
+)
+from rlhf_cluster.run.run_directory import RunDir
+from rlhf_cluster.run.worker_pool import (
+    PoolLimits,
+    Worker,
+    WorkerPool,
+)
 from rlhf_cluster.weights.sync import WeightSync
 
 GROUP_SIZE = 8

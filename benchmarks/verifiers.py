@@ -29,9 +29,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.harness import write_result
 from benchmarks.presentations import ALL, Answer
 from rlhf_cluster.records import FinishReason, Prompt, Rollout
-from rlhf_cluster.rewards.base import RewardContext
-from rlhf_cluster.rewards.maths import Maths, MathsConfig
-from rlhf_cluster.rewards.numeric import Numeric, NumericConfig
+from rlhf_cluster.rewards.reward import RewardContext
+from rlhf_cluster.rewards.rules.math_answer import (
+    Maths,
+    MathsConfig,
+)
+from rlhf_cluster.rewards.rules.numeric import (
+    Numeric,
+    NumericConfig,
+)
 
 MATHS_PROBLEMS = 300
 SEED = 0

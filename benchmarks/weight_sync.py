@@ -129,10 +129,10 @@ def _train_and_publish(
 def _publish_once(model: Any, version: int, published: Published, copy: Path) -> dict[str, float]:
     import torch
 
-    from rlhf_cluster.learning.publishing import host_copy
+    from rlhf_cluster.learner.publish import host_copy
     from rlhf_cluster.weights import store
     from rlhf_cluster.weights.manifest import LocalPart
-    from rlhf_cluster.weights.reading import Held
+    from rlhf_cluster.weights.read_version import Held
     from rlhf_cluster.weights.shards import ShardBase
 
     live = [
@@ -182,7 +182,7 @@ def _publish_once(model: Any, version: int, published: Published, copy: Path) ->
 
 
 def _write(path: Path, parts: dict[str, Any]) -> None:
-    from rlhf_cluster.weights.hashing import tensor_bytes
+    from rlhf_cluster.util.tensor_hashing import tensor_bytes
 
     partial = path.with_suffix(".partial")  # a new file, as a published version is
     with partial.open("wb", buffering=0) as file:
@@ -242,7 +242,7 @@ def _result(device: str) -> str:
 
 
 def _prepare_engine_process(device: str) -> None:
-    from actors.vllm_arguments import engine_environment
+    from actors.vllm.vllm_arguments import engine_environment
 
     os.environ.update(engine_environment(on_gpu=device != "cpu"))
 
@@ -253,9 +253,9 @@ def _pull_under_load(name: str, device: str) -> dict[str, Any]:
 
 
 async def _pulls(name: str, device: str, folder: Path) -> dict[str, Any]:
-    from actors.vllm_engine import make_engine
+    from actors.vllm.vllm_engine import make_engine
     from rlhf_cluster.config import RunConfig, validate
-    from rlhf_cluster.learning.make_model import make_model
+    from rlhf_cluster.models.make_model import make_model
 
     tree = {
         "run": {"name": "pulls", "root": str(folder), "steps": 1, "groups_per_step": 1},
@@ -286,7 +286,7 @@ async def _update_while_sampling(
     import torch
     from safetensors.torch import load_file
 
-    from actors.engine import Request
+    from rlhf_cluster.generation.engine import Request
     from rlhf_cluster.weights import store
     from rlhf_cluster.weights.manifest import LocalPart
     from rlhf_cluster.weights.shards import ShardBase

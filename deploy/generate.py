@@ -25,9 +25,13 @@ from grafana_foundation_sdk.models.dashboard import (
     VariableRefresh,
 )
 
-from rlhf_cluster.observe.alerts import prometheus_files
-from rlhf_cluster.observe.dashboards import DASHBOARDS
-from rlhf_cluster.observe.panels import WIDTH, Dashboard, Panel
+from rlhf_cluster.observe.monitoring.alerts import prometheus_files
+from rlhf_cluster.observe.monitoring.grafana_dashboards import (
+    DASHBOARDS,
+    WIDTH,
+    Dashboard,
+    Panel,
+)
 from rlhf_cluster.planning.kuberay import kuberay_files
 
 DEPLOY = Path(__file__).resolve().parent

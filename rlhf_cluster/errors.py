@@ -106,3 +106,11 @@ def first_failure(failures: BaseExceptionGroup) -> BaseException:
         else:
             leaves.append(error)
     return next((leaf for leaf in leaves if isinstance(leaf, RlhfError)), leaves[0])
+
+
+class WorkerDied(WorkerError):
+    """The actor's process is gone or cannot be reached."""
+
+
+class WorkerSilent(WorkerError):
+    """The actor did not answer within the deadline."""

@@ -34,9 +34,13 @@ A bad sample is a worker's fault first, since a broken device or engine makes su
 group's: one discard, counted with its reason. Too many of them end the run (`outcomes`).
 
 Classes of torch are told by their names, so that nothing here imports it.
+
+How many of the last groups failed, and when that is too many for the run to go on.
 """
 
 from __future__ import annotations
+
+from collections import deque
 
 from rlhf_cluster.errors import (
     CoreLost,
@@ -53,10 +57,15 @@ from rlhf_cluster.errors import (
 )
 
 _OF_TORCH = frozenset({"DistError", "OutOfMemoryError", "AcceleratorError"})
+
 _COMES_AGAIN = (NotImplementedError, RecursionError)
+
 MAX_TEXT = 1000
+
 _OF_A_GROUP = (WorkerError, ScoringError, RecordError, DataError)
+
 _OF_A_CALL = (*_OF_A_GROUP, StalledError, WeightError)
+
 _OF_NO_GROUP = (PoolLost, CoreLost, RankFailed)
 
 
@@ -91,3 +100,28 @@ def judged(error: Exception, starting: bool = False) -> Exception:
     text = " ".join(str(error).split())
     shown = text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} ..."
     return RankFailed(f"{type(error).__name__}: {shown}" if shown else type(error).__name__)
+
+
+WINDOW = 100
+
+LEAST = 8
+"""Groups before which no share of failures ends the run."""
+
+
+class Outcomes:
+    """The last `WINDOW` groups. `max_error_rate` is the run's `scoring.max_error_rate`."""
+
+    def __init__(self, max_error_rate: float) -> None:
+        self._max_error_rate = max_error_rate
+        self._failed: deque[bool] = deque(maxlen=WINDOW)
+
+    def add(self, error: RlhfError | None) -> None:
+        """One more group; `error` is what it failed with. Raises an error of its kind when more than
+        `max_error_rate` of the last groups failed."""
+        self._failed.append(error is not None)
+        rate = sum(self._failed) / len(self._failed)
+        if error is not None and len(self._failed) >= LEAST and rate > self._max_error_rate:
+            raise type(error)(
+                f"{rate:.0%} of the last {len(self._failed)} groups failed, over "
+                f"scoring.max_error_rate = {self._max_error_rate:g}. The last reason: {error}"
+            )

@@ -23,28 +23,32 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from rlhf_cluster.buffer.adaptive_depth import DepthController
 from rlhf_cluster.errors import (
     RecordLost,
     RlhfError,
     WorkerError,
     first_failure,
 )
-from rlhf_cluster.experience.adaptive import DepthController
-from rlhf_cluster.failures import costs_one_group
-from rlhf_cluster.observe.occupancy import Occupancy
-from rlhf_cluster.outcomes import Outcomes
+from rlhf_cluster.failures import Outcomes, costs_one_group
+from rlhf_cluster.observe.metrics.occupancy import Occupancy
 from rlhf_cluster.ports import (
     BufferPort,
     GenerationPort,
-    Handle,
     LearnerPort,
     RecoveryPort,
     ScoringPort,
+)
+from rlhf_cluster.records import (
+    GroupSummary,
+    Handle,
+    Prompt,
+    Sampling,
     StepReport,
     Taken,
+    Ticket,
 )
-from rlhf_cluster.records import GroupSummary, Prompt, Sampling, Ticket
-from rlhf_cluster.together import together
+from rlhf_cluster.util.concurrency import together
 from rlhf_cluster.weights.sync import WeightSync
 
 NO_SIGNAL = "no_signal"

@@ -2,7 +2,7 @@
 
 A `Handle` stands for a record that the control plane passes on without looking inside: a Ray
 object reference in a cluster, the record itself in one process; a `StoredGroup`
-(`experience.store`) for a scored group that is on disk.
+(`buffer.group_store`) for a scored group that is on disk.
 
 Every method has a deadline of its own inside the implementation and raises an `RlhfError` that
 names what is missing; none waits for ever.
@@ -10,38 +10,24 @@ names what is missing; none waits for ever.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
-from rlhf_cluster.records import GroupSummary, Prompt, Sampling, Ticket, WeightVersion
+from rlhf_cluster.records import (
+    GroupSummary,
+    Handle,
+    Prompt,
+    Sampling,
+    StepReport,
+    Taken,
+    Ticket,
+    WeightVersion,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from rlhf_cluster.checkpoint.state import LearnerState
-    from rlhf_cluster.experience.buffer import BufferState
-
-Handle = Any
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Taken:
-    """One group that the buffer hands to the learner."""
-
-    ticket: Ticket
-    handle: Handle  # of an ExperienceGroup
-    summary: GroupSummary
-    uses: int = 0  # steps that trained it before; over 0 it is replayed (`experience.replay`)
-    weight: float = 1.0  # of its losses, where it is replayed
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepReport:
-    """What one step says of itself. Metric names are `area/quantity_unit`."""
-
-    step: int  # learner version after the step
-    metrics: Mapping[str, float]
+    from rlhf_cluster.records import BufferState, LearnerState
 
 
 class GenerationPort(Protocol):

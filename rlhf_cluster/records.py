@@ -58,7 +58,7 @@ class Ticket:
 
     `version` is the oldest weight version that any generation worker could have sampled with
     when the ticket was admitted. `attempt` counts the starts of the run, and its returns to a
-    checkpoint: versions of one attempt are one timeline (`experience.recovery`).
+    checkpoint: versions of one attempt are one timeline (`buffer.group_recovery`).
     """
 
     number: int
@@ -250,7 +250,7 @@ class ExperienceGroup:
 
     `greedy_reward` is the reward of the greedy response to the prompt, where one was asked for. `uses`
     and `weight` are of the step that has it: how many trained it before, and what the losses of its
-    tokens are multiplied by (`experience.replay`).
+    tokens are multiplied by (`buffer.replay_pool`).
     """
 
     ticket: Ticket
@@ -345,3 +345,92 @@ def _check_array(record: Any, name: str, dtype: Any) -> None:
         raise RecordError(
             f"{type(record).__name__}.{name} must be {np.dtype(dtype)}[n], found {found}"
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerState:
+    """The numbers of the learner, the same on every rank."""
+
+    version: int
+    num_bytes: int  # of the tensors of all ranks
+    skips: dict[str, tuple[int, int]]  # by model: `Updater.skips`
+    algorithm: dict[str, float]  # `Algorithm.state()`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BufferState:
+    """What a resumed run needs of the buffer, taken between two steps.
+
+    `open` are the tickets that are admitted, not taken and not discarded, in order. Groups that
+    were finished are among them, and not among `finished`: they finish once more. `used` are those
+    taken that may be taken again.
+    """
+
+    learner_version: int
+    admitted: int
+    finished: int
+    taken: int
+    reweighted: int
+    discarded: dict[str, int]
+    open: tuple[Ticket, ...]
+    replayed: int = 0
+    used: tuple[Used, ...] = ()
+
+    @property
+    def replayable(self) -> tuple[int, ...]:
+        """The numbers of `used`."""
+        return tuple(each.ticket.number for each in self.used)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Used:
+    """A group that `steps` trained, in order. What a checkpoint keeps of it."""
+
+    ticket: Ticket
+    summary: GroupSummary  # without what only metrics of its first step need
+    steps: tuple[int, ...]
+
+    @property
+    def spread(self) -> float:
+        """Mean absolute deviation of the rewards from their mean."""
+        rewards = np.asarray(self.summary.rewards)
+        return float(np.abs(rewards - rewards.mean()).mean())
+
+    def taken(self, weight: float) -> Taken:
+        uses = len(self.steps)
+        handle = StoredGroup(self.ticket.number, uses=uses, weight=weight)
+        return Taken(
+            ticket=self.ticket, handle=handle, summary=self.summary, uses=uses, weight=weight
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StoredGroup:
+    """The handle of a group that is read from the store; for `uses` and `weight` see
+    `records.ExperienceGroup`."""
+
+    number: int
+    uses: int = 0
+    weight: float = 1.0
+
+
+Handle = Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taken:
+    """One group that the buffer hands to the learner."""
+
+    ticket: Ticket
+    handle: Handle  # of an ExperienceGroup
+    summary: GroupSummary
+    uses: int = 0  # steps that trained it before; over 0 it is replayed (`buffer.replay_pool`)
+    weight: float = 1.0  # of its losses, where it is replayed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """What one step says of itself. Metric names are `area/quantity_unit`."""
+
+    step: int  # learner version after the step
+    metrics: Mapping[str, float]

@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from tests.learning_cases import save_llama
+    from tests.support.builders.tiny_learner import save_llama
 
     return save_llama(tmp_path_factory.mktemp("model"))
 
@@ -46,8 +46,8 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def start_learner(tiny_model_dir: str) -> Iterator[Any]:
     """start_learner(**sections) -> a rank that is set up; closed after the test."""
-    from rlhf_cluster.learning.learner import LearnerRank
-    from tests.learning_cases import learner_config
+    from rlhf_cluster.learner.learner_rank import LearnerRank
+    from tests.support.builders.tiny_learner import learner_config
 
     started: list[LearnerRank] = []
 

@@ -65,7 +65,7 @@ def measure(
     """
     import numpy as np
 
-    from rlhf_cluster.learning.learner import LearnerRank
+    from rlhf_cluster.learner.learner_rank import LearnerRank
 
     draw = np.random.default_rng(0)
     groups = make_groups(draw, lengths, shape["vocab_size"])

@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from rlhf_cluster.algorithms.base import LossInputs, Sums
+from rlhf_cluster.algorithms.algorithm import (
+    LossInputs,
+    Sums,
+)
 from rlhf_cluster.algorithms.group_relative import GroupRelative, GroupRelativeConfig
-from rlhf_cluster.algorithms.losses import cispo_policy_loss
+from rlhf_cluster.algorithms.policy_losses import cispo_policy_loss
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -24,10 +24,13 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from rlhf_cluster.algorithms.advantages import all_equal
-from rlhf_cluster.algorithms.base import LossInputs, Sums
+from rlhf_cluster.algorithms.algorithm import (
+    LossInputs,
+    Sums,
+)
 from rlhf_cluster.algorithms.group_relative import GroupRelative, GroupRelativeConfig
-from rlhf_cluster.algorithms.policy_config import ClippedConfig
 from rlhf_cluster.algorithms.policy_gradient import clipped_surrogate
+from rlhf_cluster.algorithms.policy_gradient_config import ClippedConfig
 from rlhf_cluster.errors import ConfigError
 from rlhf_cluster.records import ExperienceGroup, FinishReason, Rollout, ScoredRollout
 

@@ -20,9 +20,13 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from rlhf_cluster.algorithms.advantages import EQUAL_WITHIN, decoupled_advantages
-from rlhf_cluster.algorithms.base import LossInputs, PerToken, Sums
-from rlhf_cluster.algorithms.policy_config import ClippedConfig
+from rlhf_cluster.algorithms.algorithm import (
+    LossInputs,
+    PerToken,
+    Sums,
+)
 from rlhf_cluster.algorithms.policy_gradient import PolicyGradient, clipped_surrogate
+from rlhf_cluster.algorithms.policy_gradient_config import ClippedConfig
 from rlhf_cluster.records import ExperienceGroup
 
 if TYPE_CHECKING:

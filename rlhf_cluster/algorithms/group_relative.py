@@ -21,8 +21,8 @@ import numpy as np
 from pydantic import model_validator
 
 from rlhf_cluster.algorithms.advantages import group_advantages, process_advantages
-from rlhf_cluster.algorithms.policy_config import PolicyGradientConfig
 from rlhf_cluster.algorithms.policy_gradient import PolicyGradient
+from rlhf_cluster.algorithms.policy_gradient_config import PolicyGradientConfig
 from rlhf_cluster.errors import RecordError
 from rlhf_cluster.records import ExperienceGroup, ScoredRollout
 

@@ -17,10 +17,13 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from rlhf_cluster.algorithms.base import LossInputs, Sums
+from rlhf_cluster.algorithms.algorithm import (
+    LossInputs,
+    Sums,
+)
 from rlhf_cluster.algorithms.group_relative import GroupRelative, GroupRelativeConfig
-from rlhf_cluster.algorithms.policy_config import ClippedConfig
 from rlhf_cluster.algorithms.policy_gradient import clipped_surrogate
+from rlhf_cluster.algorithms.policy_gradient_config import ClippedConfig
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -19,12 +19,18 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from rlhf_cluster.algorithms.advantages import group_advantages
-from rlhf_cluster.algorithms.aggregation import Aggregation
-from rlhf_cluster.algorithms.base import LossInputs, Sums
-from rlhf_cluster.algorithms.correction import Correction, GeometricTis
-from rlhf_cluster.algorithms.importance import sequence_means
-from rlhf_cluster.algorithms.policy_config import ClippedConfig
+from rlhf_cluster.algorithms.algorithm import (
+    LossInputs,
+    Sums,
+)
+from rlhf_cluster.algorithms.importance_weights import sequence_means
+from rlhf_cluster.algorithms.off_policy_correction import (
+    Correction,
+    GeometricTis,
+)
 from rlhf_cluster.algorithms.policy_gradient import PolicyGradient, clipped_surrogate
+from rlhf_cluster.algorithms.policy_gradient_config import ClippedConfig
+from rlhf_cluster.algorithms.policy_losses import Aggregation
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,7 +20,7 @@ The first three descend KL(pi || q) (k1 with more noise, as E[grad log pi] = 0);
 GRPO publishes (arXiv 2402.03300) and descends KL(q || pi). v is the token's own importance weight.
 
 **In full** (`full`) nothing is estimated: K_t = sum over the vocabulary of pi (log pi - log q) at the
-place of token t, from the logits of both policies at the learner (`learning.logprobs`). In the loss it
+place of token t, from the logits of both policies at the learner (`models.logprobs`). In the loss it
 is differentiated as it stands, and needs no weight: which token was sampled there does not enter.
 
 **In the reward** a rollout's reward is lowered by coef times the sum of k over its tokens, before
@@ -40,8 +40,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from rlhf_cluster.config.base import Section
 from rlhf_cluster.errors import RecordError
+from rlhf_cluster.sections.section import Section
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -25,10 +25,13 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from rlhf_cluster.algorithms.advantages import group_advantages
-from rlhf_cluster.algorithms.base import LossInputs, Sums
+from rlhf_cluster.algorithms.algorithm import (
+    LossInputs,
+    Sums,
+)
 from rlhf_cluster.algorithms.kl import k3
-from rlhf_cluster.algorithms.policy_config import ClippedConfig
 from rlhf_cluster.algorithms.policy_gradient import PolicyGradient, clipped_surrogate
+from rlhf_cluster.algorithms.policy_gradient_config import ClippedConfig
 from rlhf_cluster.errors import RecordError
 
 if TYPE_CHECKING:

@@ -3,12 +3,12 @@
     of each group   chosen = the response with the highest reward, rejected = that with the lowest
     loss            (1 / P) sum over the P pairs of an optimizer step of L(pair)
 
-L is any loss of pairs of `objectives.preference_table`, DPO where nothing is said, computed as the
-offline stage `preference` does; log-probabilities, the reference's too, are those of the trained tokens
-at the temperature of the sampling. Guo et al. 2024, arXiv 2402.04792, compare two responses a prompt;
-of a larger group the others are not trained. Of equal rewards the earlier response is taken; a group
-whose rewards are all equal up to rounding says nothing and gives no pair. A step without a pair has
-loss 0.
+L is any loss of pairs of `algorithms.preference_loss_config`, DPO where nothing is said, computed as
+the offline stage `preference` does; log-probabilities, the reference's too, are those of the trained
+tokens at the temperature of the sampling. Guo et al. 2024, arXiv 2402.04792, compare two responses a
+prompt; of a larger group the others are not trained. Of equal rewards the earlier response is taken; a
+group whose rewards are all equal up to rounding says nothing and gives no pair. A step without a pair
+has loss 0.
 
 Nothing is corrected for staleness. A policy gradient is an expectation under the policy, so samples of
 an older one need a weight; a preference loss is none: it takes a pair as given, whatever sampled it, as
@@ -34,14 +34,19 @@ import numpy as np
 from pydantic import Field
 
 from rlhf_cluster.algorithms.advantages import all_equal
-from rlhf_cluster.algorithms.aggregation import Aggregation
-from rlhf_cluster.algorithms.base import LossInputs, PerToken, Sums
-from rlhf_cluster.algorithms.distance import derive_distance, distance_sums
-from rlhf_cluster.algorithms.policy_config import AlgorithmSection
+from rlhf_cluster.algorithms.algorithm import (
+    LossInputs,
+    PerToken,
+    Sums,
+)
+from rlhf_cluster.algorithms.off_policy_distance import (
+    derive_distance,
+    distance_sums,
+)
 from rlhf_cluster.algorithms.policy_gradient import reference_sums
-from rlhf_cluster.errors import RecordError
-from rlhf_cluster.objectives.preference import Pairs
-from rlhf_cluster.objectives.preference_table import (
+from rlhf_cluster.algorithms.policy_gradient_config import AlgorithmSection
+from rlhf_cluster.algorithms.policy_losses import Aggregation
+from rlhf_cluster.algorithms.preference_loss_config import (
     DpoConfig,
     DpopConfig,
     IpoConfig,
@@ -49,6 +54,8 @@ from rlhf_cluster.objectives.preference_table import (
     RobustDpoConfig,
     SimpoConfig,
 )
+from rlhf_cluster.algorithms.preference_losses import Pairs
+from rlhf_cluster.errors import RecordError
 from rlhf_cluster.records import ExperienceGroup, ScoredRollout
 
 if TYPE_CHECKING:
@@ -67,7 +74,7 @@ class OnlineDpoConfig(AlgorithmSection):
     group_size: int = Field(default=2, ge=2)
     """Rollouts of one prompt, of which the best and the worst are compared."""
     loss: PairLossChoice = DpoConfig()
-    """Which loss of pairs, and its keys; see `objectives.preference_table`."""
+    """Which loss of pairs, and its keys; see `algorithms.preference_loss_config`."""
     dynamic_sampling: bool = False
     """Discard groups whose rewards are all equal, and sample others in their place."""
 
@@ -93,8 +100,8 @@ class OnlineDpoConfig(AlgorithmSection):
 
 
 class OnlineDpo:
-    """Implements `algorithms.base.Algorithm`. A rollout's advantage says which of its pair it is: 1
-    the chosen, -1 the rejected, 0 neither."""
+    """Implements `algorithms.algorithm.Algorithm`. A rollout's advantage says which of its pair it is:
+    1 the chosen, -1 the rejected, 0 neither."""
 
     full_kl_in: Literal["loss", "reward"] | None = None
     trains_entropy = False

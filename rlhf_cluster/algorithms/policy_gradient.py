@@ -36,14 +36,11 @@ from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 import numpy as np
 
-from rlhf_cluster.algorithms.aggregation import Aggregation
-from rlhf_cluster.algorithms.base import LossInputs, Sums
-from rlhf_cluster.algorithms.distance import (
-    derive_distance,
-    distance_sums,
-    shares_by_staleness,
+from rlhf_cluster.algorithms.algorithm import (
+    LossInputs,
+    Sums,
 )
-from rlhf_cluster.algorithms.importance import (
+from rlhf_cluster.algorithms.importance_weights import (
     Weighed,
     interpolated_proximal,
     log_ratio,
@@ -51,8 +48,16 @@ from rlhf_cluster.algorithms.importance import (
     weigh,
 )
 from rlhf_cluster.algorithms.kl import KlController, k3, kl_loss, reward_penalty
-from rlhf_cluster.algorithms.losses import clipped_policy_loss
-from rlhf_cluster.algorithms.policy_config import ClippedConfig, PolicyGradientConfig
+from rlhf_cluster.algorithms.off_policy_distance import (
+    derive_distance,
+    distance_sums,
+    shares_by_staleness,
+)
+from rlhf_cluster.algorithms.policy_gradient_config import (
+    ClippedConfig,
+    PolicyGradientConfig,
+)
+from rlhf_cluster.algorithms.policy_losses import Aggregation, clipped_policy_loss
 from rlhf_cluster.errors import RecordError
 from rlhf_cluster.records import ExperienceGroup, ScoredRollout
 
@@ -63,7 +68,7 @@ C = TypeVar("C", bound=PolicyGradientConfig)
 
 
 class PolicyGradient(ABC, Generic[C]):
-    """Implements `algorithms.base.Algorithm` but for `surrogate` and `response_advantages`."""
+    """Implements `algorithms.algorithm.Algorithm` but for `surrogate` and `response_advantages`."""
 
     def __init__(self, config: C, max_response_tokens: int | None = None) -> None:
         self.config = config

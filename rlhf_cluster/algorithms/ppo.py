@@ -23,9 +23,14 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from rlhf_cluster.algorithms.advantages import gae, step_rewards, terminal_rewards, whiten
-from rlhf_cluster.algorithms.base import LossInputs, PerToken, Sums, ValueInputs
-from rlhf_cluster.algorithms.policy_config import ClippedConfig
+from rlhf_cluster.algorithms.algorithm import (
+    LossInputs,
+    PerToken,
+    Sums,
+    ValueInputs,
+)
 from rlhf_cluster.algorithms.policy_gradient import PolicyGradient, clipped_surrogate
+from rlhf_cluster.algorithms.policy_gradient_config import ClippedConfig
 from rlhf_cluster.errors import RecordError
 from rlhf_cluster.records import ExperienceGroup
 
@@ -55,7 +60,7 @@ class PpoConfig(ClippedConfig):
 
 
 class Ppo(PolicyGradient[PpoConfig]):
-    """Implements `algorithms.base.CriticAlgorithm`."""
+    """Implements `algorithms.algorithm.CriticAlgorithm`."""
 
     @property
     def needs_critic(self) -> bool:

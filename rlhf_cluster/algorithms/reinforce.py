@@ -18,10 +18,13 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from rlhf_cluster.algorithms.advantages import group_advantages
-from rlhf_cluster.algorithms.base import LossInputs, Sums
-from rlhf_cluster.algorithms.losses import plain_policy_loss
-from rlhf_cluster.algorithms.policy_config import PolicyGradientConfig
+from rlhf_cluster.algorithms.algorithm import (
+    LossInputs,
+    Sums,
+)
 from rlhf_cluster.algorithms.policy_gradient import PolicyGradient
+from rlhf_cluster.algorithms.policy_gradient_config import PolicyGradientConfig
+from rlhf_cluster.algorithms.policy_losses import plain_policy_loss
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -25,9 +25,13 @@ from rlhf_cluster.algorithms.advantages import (
     terminal_rewards,
     whiten,
 )
-from rlhf_cluster.algorithms.base import LossInputs, PerToken, Sums
-from rlhf_cluster.algorithms.policy_config import ClippedConfig
+from rlhf_cluster.algorithms.algorithm import (
+    LossInputs,
+    PerToken,
+    Sums,
+)
 from rlhf_cluster.algorithms.policy_gradient import PolicyGradient, clipped_surrogate
+from rlhf_cluster.algorithms.policy_gradient_config import ClippedConfig
 from rlhf_cluster.records import ExperienceGroup
 
 if TYPE_CHECKING:

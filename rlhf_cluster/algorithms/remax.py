@@ -21,9 +21,13 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from pydantic import Field
 
-from rlhf_cluster.algorithms.base import LossInputs, PerToken, Sums
-from rlhf_cluster.algorithms.policy_config import ClippedConfig
+from rlhf_cluster.algorithms.algorithm import (
+    LossInputs,
+    PerToken,
+    Sums,
+)
 from rlhf_cluster.algorithms.policy_gradient import PolicyGradient, clipped_surrogate
+from rlhf_cluster.algorithms.policy_gradient_config import ClippedConfig
 from rlhf_cluster.errors import RecordError
 from rlhf_cluster.records import ExperienceGroup
 

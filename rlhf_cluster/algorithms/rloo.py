@@ -23,9 +23,12 @@ import numpy as np
 from pydantic import Field
 
 from rlhf_cluster.algorithms.advantages import leave_one_out_advantages
-from rlhf_cluster.algorithms.base import LossInputs, Sums
-from rlhf_cluster.algorithms.policy_config import ClippedConfig
+from rlhf_cluster.algorithms.algorithm import (
+    LossInputs,
+    Sums,
+)
 from rlhf_cluster.algorithms.policy_gradient import PolicyGradient, clipped_surrogate
+from rlhf_cluster.algorithms.policy_gradient_config import ClippedConfig
 
 if TYPE_CHECKING:
     from torch import Tensor

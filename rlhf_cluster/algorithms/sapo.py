@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, PositiveFloat
 
-from rlhf_cluster.algorithms.base import LossInputs, Sums
+from rlhf_cluster.algorithms.algorithm import (
+    LossInputs,
+    Sums,
+)
 from rlhf_cluster.algorithms.group_relative import GroupRelative, GroupRelativeConfig
-from rlhf_cluster.algorithms.losses import gated_policy_loss
+from rlhf_cluster.algorithms.policy_losses import gated_policy_loss
 
 if TYPE_CHECKING:
     from torch import Tensor

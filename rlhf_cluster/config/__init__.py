@@ -1,8 +1,8 @@
 """The configuration of a run: sections, cross-checks, loading. Importing it loads no torch or ray.
 
 `RunConfig`, `StageConfig` and what loads them are imported when first used: algorithms, rewards and
-stages keep their sections beside their code and build on `config.base`, and `config.run` and
-`config.stage` in turn hold those sections.
+stages keep their sections beside their code and build on `sections.section`, and `config.run_config`
+and `config.stage_config` in turn hold those sections.
 """
 
 from __future__ import annotations
@@ -10,13 +10,20 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from rlhf_cluster.config.base import Section, load, validate
+from rlhf_cluster.sections.section import (
+    Section,
+    load,
+    validate,
+)
 
 if TYPE_CHECKING:
-    from rlhf_cluster.config.either import load_any
-    from rlhf_cluster.config.generate import GenerateConfig
-    from rlhf_cluster.config.run import RunConfig, load_run
-    from rlhf_cluster.config.stage import StageConfig
+    from rlhf_cluster.config.dataset_config import GenerateConfig
+    from rlhf_cluster.config.load import load_any
+    from rlhf_cluster.config.run_config import (
+        RunConfig,
+        load_run,
+    )
+    from rlhf_cluster.config.stage_config import StageConfig
 
 __all__ = [
     "GenerateConfig",
@@ -30,11 +37,11 @@ __all__ = [
 ]
 
 _WHERE = {
-    "GenerateConfig": "generate",
-    "RunConfig": "run",
-    "load_run": "run",
-    "StageConfig": "stage",
-    "load_any": "either",
+    "GenerateConfig": "dataset_config",
+    "RunConfig": "run_config",
+    "load_run": "run_config",
+    "StageConfig": "stage_config",
+    "load_any": "load",
 }
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlhf_cluster.data.dialogue import Messages
+from rlhf_cluster.data.dialogue_text import Messages
 from rlhf_cluster.errors import DataError
 
 if TYPE_CHECKING:

@@ -7,6 +7,8 @@ Promises: `cursor` is the number of prompts drawn, and `seek(cursor)` continues 
 constant time, in another process too. A prompt's id names its row and its epoch, whatever was drawn
 before. The whole data set is checked when the source is built; `next` cannot fail afterwards.
 Over-long prompts are refused or left out and counted, never shortened.
+
+What the supervised warm-up trains on.
 """
 
 from __future__ import annotations
@@ -19,21 +21,44 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from rlhf_cluster.data.dialogue import without_answer
-from rlhf_cluster.data.examples import SftExample
-from rlhf_cluster.data.render import check_template, render
+from rlhf_cluster.data.dialogue_text import without_answer
 from rlhf_cluster.data.rows import Row, column, expand, read_rows
 from rlhf_cluster.data.tasks import held_out_rows, train_rows
-from rlhf_cluster.errors import DataError
+from rlhf_cluster.data.tokenizer import (
+    check_template,
+    render,
+)
+from rlhf_cluster.errors import DataError, RecordError
 from rlhf_cluster.records import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rlhf_cluster.config.run import RunConfig
-    from rlhf_cluster.config.sections import Data
+    from rlhf_cluster.sections.rl_run import Data, Evaluation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SftExample:
+    """A prompt and the answer to learn. `target_ids` ends with the end token.
+
+    Prompt and target are tokenized apart, so that the border lies where it lies in generation.
+    """
+
+    prompt_ids: np.ndarray  # [P] int32
+    target_ids: np.ndarray  # [T] int32
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_ids", "target_ids"):
+            array = getattr(self, name)
+            if array.ndim != 1 or array.dtype != np.int32 or len(array) == 0:
+                raise RecordError(
+                    f"SftExample.{name} must be a non-empty int32[n], found "
+                    f"{array.dtype}{list(array.shape)}"
+                )
+
 
 _TASK_BLOCK_ROWS = 256
+
 _NAMED_ROWS = 8  # places listed in a message
 
 
@@ -133,7 +158,11 @@ def sft_examples(
 
 
 def evaluation_prompts(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, num: int
+    data: Data,
+    evaluation: Evaluation,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase,
+    num: int,
 ) -> list[Prompt]:
     """The first `num` held-out prompts: of `evaluation.path`, or of the built-in task.
 
@@ -141,16 +170,12 @@ def evaluation_prompts(
     """
     if num == 0:
         return []
-    data = config.data
     check_template(data, tokenizer)
-    if config.evaluation.path is not None:
-        path = expand(config.evaluation.path)
+    if evaluation.path is not None:
+        path = expand(evaluation.path)
         rows, name = read_rows(path), str(path)
     elif data.task is not None:
-        rows, name = (
-            _task_rows(held_out_rows(data.task, config.run.seed, num), 0),
-            f"task {data.task}",
-        )
+        rows, name = _task_rows(held_out_rows(data.task, seed, num), 0), f"task {data.task}"
     else:
         raise DataError(
             f"evaluation.num_prompts = {num} with data.path: held-out prompts need a file of their "

@@ -5,18 +5,41 @@ ranking. Two texts decide what becomes of it: on which side of the held-out spli
 `key`, so that equal keys are never on both sides; and whether it was there before, by `content`.
 
 Shapes: L tokens of a sequence.
+
+All units of a stage: read, checked, split, and in the order they are trained in.
+
+    rows of each source -> units -> too long? -> seen before? -> held out | trained, epoch after epoch
+
+Promises: the whole data set is read and checked when it is loaded; whatever is left out, shortened or
+refused is counted by its reason, never silent. The unit at a place of the endless stream depends on
+data, seed and place alone, so that the number of units drawn is all that a resumed stage needs. Epoch
+e goes over each source `weight` times: with 0.5 over one half of it, and over the other half in the
+next epoch; within an epoch the units of all sources are mixed. Held-out units are those whose key's
+hash says so, in the order of another hash: neither depends on the order or the number of the files.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from rlhf_cluster.errors import RecordError
-from rlhf_cluster.learning.packing import TokenSequence
+from rlhf_cluster.data.packing import TokenSequence
+from rlhf_cluster.data.preferences import UnusableRow
+from rlhf_cluster.data.rows import Row, expand, read_rows
+from rlhf_cluster.data.tasks import train_rows
+from rlhf_cluster.errors import DataError, RecordError
+
+if TYPE_CHECKING:
+    from rlhf_cluster.sections.offline_stage import (
+        Source,
+        StageData,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,3 +120,236 @@ def is_held_out(key: str, share: float) -> bool:
 def order_of(key: str) -> int:
     """By which held-out units are ordered, whatever the order of the files."""
     return xxh3_64_intdigest(f"order/{key}".encode())
+
+
+_NAMED_ROWS = 8
+
+
+class Reader(Protocol):
+    """What a stage makes of rows."""
+
+    def read(self, row: Row, name: str) -> Sequence[Unit]: ...
+
+    def shorten(self, unit: Unit, max_tokens: int) -> Unit | None: ...
+
+    def times(self, unit: Unit) -> int: ...
+
+
+@dataclass(slots=True, kw_only=True)
+class Counts:
+    """What became of the rows."""
+
+    rows: int = 0
+    units: int = 0  # trained and held out
+    held_out: int = 0
+    unread: int = 0  # held out, and over data.held_out_limit
+    truncated: int = 0
+    duplicates: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)  # rows or units by reason
+
+    @property
+    def notes(self) -> list[str]:
+        """For people: what is not trained as it stands in the files."""
+        found = [f"{count} left out: {reason}" for reason, count in sorted(self.skipped.items())]
+        if self.truncated:
+            found.append(f"{self.truncated} cut to data.max_tokens")
+        if self.duplicates:
+            found.append(f"{self.duplicates} left out: there before")
+        return found
+
+    def metrics(self) -> dict[str, float]:
+        return {
+            "stage/data_rows": float(self.rows),
+            "stage/data_units": float(self.units),
+            "stage/data_held_out": float(self.held_out),
+            "stage/data_truncated": float(self.truncated),
+            "stage/data_duplicates": float(self.duplicates),
+            "stage/data_skipped": float(sum(self.skipped.values())),
+        }
+
+
+class UnitStream:
+    """The trained units of all sources, endless, and the held-out ones."""
+
+    def __init__(
+        self,
+        sources: Sequence[Sequence[Unit]],
+        weights: Sequence[float],
+        seed: int,
+        shuffle: bool = True,
+        held_out: Sequence[Unit] = (),
+        counts: Counts | None = None,
+    ) -> None:
+        """Raises `DataError` for a source without units."""
+        self.held_out = list(held_out)
+        self.counts = counts or Counts()
+        self._sources, self._weights = sources, weights
+        self._seed, self._shuffle = seed, shuffle
+        for number, units in enumerate(sources):
+            if not units:
+                raise DataError(
+                    f"data.sources: source {number} has no units left to train on; see what was "
+                    "skipped and held out"
+                )
+        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+        self._order = lru_cache(maxsize=2 * len(sources))(self._make_order)
+
+    def end_of(self, epochs: int) -> int:
+        """How many units the first `epochs` epochs have."""
+        return sum(self._drawn(i, epochs) for i in range(len(self._sources)))
+
+    def batch(self, step: int, size: int, end: int | None = None) -> list[Unit]:
+        """The units of step `step` (from 0): `size` of them, fewer where the stream stops at `end`."""
+        stop = (step + 1) * size
+        return [self.at(place) for place in range(step * size, min(stop, end or stop))]
+
+    def at(self, place: int) -> Unit:
+        """The unit at a place of the endless stream."""
+        epoch = int(place / self.end_of(1)) if self.end_of(1) else 0
+        while self.end_of(epoch) > place:
+            epoch -= 1
+        while self.end_of(epoch + 1) <= place:
+            epoch += 1
+        source, drawn = self._epoch(epoch)[place - self.end_of(epoch)]
+        units = self._sources[source]
+        return units[self._order(source, drawn // len(units))[drawn % len(units)]]
+
+    def _drawn(self, source: int, epochs: int) -> int:
+        """How many units of `source` the first `epochs` epochs draw."""
+        return int(epochs * self._weights[source] * len(self._sources[source]) + 1e-9)
+
+    def _make_epoch(self, epoch: int) -> list[tuple[int, int]]:
+        """(source, place in the source's own stream) of all units of an epoch, in order."""
+        places = [
+            (source, drawn)
+            for source in range(len(self._sources))
+            for drawn in range(self._drawn(source, epoch), self._drawn(source, epoch + 1))
+        ]
+        return [places[i] for i in self._permutation(len(places), f"epoch/{epoch}")]
+
+    def _make_order(self, source: int, around: int) -> np.ndarray:
+        """In which order a source is gone over for the `around`-th time."""
+        return self._permutation(len(self._sources[source]), f"source/{source}/{around}")
+
+    def _permutation(self, size: int, name: str) -> np.ndarray:
+        if not self._shuffle:
+            return np.arange(size)
+        seed = xxh3_64_intdigest(f"{self._seed}/{name}".encode())
+        return np.random.default_rng(seed).permutation(size)
+
+
+def load_units(data: StageData, reader: Reader, seed: int) -> UnitStream:
+    """Read all sources. Raises `DataError` for the first row that cannot be used, and for data with
+    nothing to train on."""
+    counts, seen = Counts(), set[str]()
+    held_out: list[Unit] = []
+    sources = []
+    for number, source in enumerate(data.sources):
+        name, rows = _rows(source, f"{seed}/{number}")
+        counts.rows += len(rows)
+        units = _fitting(_read(rows, name, source, data, reader, counts), data, reader, counts)
+        if data.deduplicate:
+            units = _new(units, seen, counts)
+        held_out += [u for u in units if is_held_out(u.key, data.held_out)]
+        trained = [u for u in units if not is_held_out(u.key, data.held_out)]
+        sources.append([u for u in trained for _ in range(reader.times(u))])
+        if left := sum(not reader.times(u) for u in trained):
+            counts.skipped["not in the part that this member trains on"] += left
+        counts.units += len(units)
+        if not sources[-1]:
+            raise DataError(
+                f"{name}: {len(rows)} rows, and nothing left to train on. {'; '.join(counts.notes)}. "
+                "Raise data.max_tokens, lower data.held_out, or give other data"
+            )
+    held_out.sort(key=lambda unit: (order_of(unit.key), unit.content))
+    counts.unread = max(0, len(held_out) - data.held_out_limit)
+    held_out = held_out[: data.held_out_limit]
+    counts.held_out = len(held_out)
+    if data.held_out and not held_out:
+        raise DataError(
+            f"data.held_out = {data.held_out:g}: none of {counts.units} units is held out. Raise it, "
+            "or set data.held_out = 0"
+        )
+    weights = [source.weight for source in data.sources]
+    return UnitStream(sources, weights, seed, data.shuffle, held_out, counts)
+
+
+def _rows(source: Source, seed: str) -> tuple[str, list[Row]]:
+    """The source's name and rows. A task's answer is its completion."""
+    if source.path is not None:
+        path = expand(source.path)
+        return str(path), read_rows(path, source.limit)
+    assert source.task is not None
+    assert source.limit is not None
+    made = train_rows(source.task, seed, 0, source.limit)
+    rows = [Row(n, f"row {n}", {**r, "completion": r["answer"]}) for n, r in enumerate(made)]
+    return f"task {source.task}", rows
+
+
+def _read(
+    rows: Sequence[Row],
+    name: str,
+    source: Source,
+    data: StageData,
+    reader: Reader,
+    counts: Counts,
+) -> list[Unit]:
+    units: list[Unit] = []
+    for row in rows:
+        try:
+            units += reader.read(renamed(row, name, source), name)
+        except UnusableRow as error:
+            if data.on_unusable == "error":
+                raise DataError(f"{error}, or set data.on_unusable = 'skip'") from error
+            counts.skipped[error.reason] += 1
+    return units
+
+
+def renamed(row: Row, name: str, source: Source) -> Row:
+    """The row with its columns under the names of `source.columns`. Raises `DataError`."""
+    missing = [theirs for theirs in source.columns.values() if theirs not in row.columns]
+    if missing:
+        raise DataError(
+            f"{name}, {row.place}: no column {missing[0]!r}, which columns of the source names; found "
+            f"{', '.join(map(repr, row.columns))}"
+        )
+    taken = {ours: row.columns[theirs] for ours, theirs in source.columns.items()}
+    others = {k: v for k, v in row.columns.items() if k not in source.columns.values()}
+    return Row(row.number, row.place, {**others, **taken})
+
+
+def _fitting(units: Sequence[Unit], data: StageData, reader: Reader, counts: Counts) -> list[Unit]:
+    """The units whose sequences are short enough, or were made so."""
+    long = [unit for unit in units if unit.longest > data.max_tokens]
+    if long and data.on_long == "error":
+        places = ", ".join(unit.place for unit in long[:_NAMED_ROWS])
+        more = ", ..." if len(long) > _NAMED_ROWS else ""
+        raise DataError(
+            f"{len(long)} of {len(units)} units have a sequence over data.max_tokens = "
+            f"{data.max_tokens} ({places}{more}; the longest has {max(u.longest for u in long)} "
+            "tokens). Raise data.max_tokens, or set data.on_long = 'skip' or 'truncate'"
+        )
+    fitting = []
+    for unit in units:
+        kept: Unit | None = unit
+        if unit.longest > data.max_tokens:
+            kept = reader.shorten(unit, data.max_tokens) if data.on_long == "truncate" else None
+            if kept is None:
+                counts.skipped["over data.max_tokens"] += 1
+            else:
+                counts.truncated += 1
+        if kept is not None:
+            fitting.append(kept)
+    return fitting
+
+
+def _new(units: Sequence[Unit], seen: set[str], counts: Counts) -> list[Unit]:
+    """The units that were not there before; `seen` grows."""
+    found = []
+    for unit in units:
+        if unit.content in seen:
+            counts.duplicates += 1
+        else:
+            seen.add(unit.content)
+            found.append(unit)
+    return found

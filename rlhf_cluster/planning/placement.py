@@ -6,6 +6,8 @@ decreasing over whole nodes: a bundle never spans two. Pure; node sizes are argu
 With `cluster.worker_groups` each bundle also asks for a little of its group's resource, which only the
 nodes of that group offer: a service lands on nodes of its own kind, and an autoscaler that sees the
 bundle pending knows which kind to start.
+
+Numbers that follow from a configuration, for people to check before they start a run.
 """
 
 from __future__ import annotations
@@ -14,12 +16,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rlhf_cluster.config import GenerateConfig, RunConfig, StageConfig
-from rlhf_cluster.config.either import AnyConfig
-from rlhf_cluster.config.pools import GENERATION, SCORING, pool_sections
+from rlhf_cluster.config.derived import fresh_groups
+from rlhf_cluster.config.load import AnyConfig
+from rlhf_cluster.config.pool_sections import (
+    GENERATION,
+    SCORING,
+    pool_sections,
+)
 from rlhf_cluster.errors import PlacementError
 
 BUFFER_CPUS = 0.1
+
 WORKER_GROUPS = ("generation", "scoring", "training")
+
 GROUP_SHARE = 0.001
 """Of the resource of a worker group, of which a node has 1: any number of bundles fits a node."""
 
@@ -161,3 +170,41 @@ def supply(nodes: Mapping[str, Mapping[str, float]]) -> str:
 def _counts(kind: str) -> bool:
     """What a bundle can ask for, of all that Ray lists of a node."""
     return kind in ("CPU", "GPU", *map(group_resource, WORKER_GROUPS))
+
+
+def derived(config: RunConfig) -> dict[str, str]:
+    """What the settings amount to, as name and text."""
+    run, group_size = config.run, config.algorithm.group_size
+    updates = config.learner.epochs * config.learner.minibatches
+    samples = run.groups_per_step * group_size
+    longest = config.generation.max_response_tokens
+    fresh = fresh_groups(config)
+    replayed = run.groups_per_step - fresh
+    again = f", {replayed:,} of them replayed" if replayed else ""
+    return {
+        "steps": f"{run.steps:,}, with {updates:,} optimizer steps each",
+        "prompts": f"{run.steps * fresh:,} ({fresh:,} a step)",
+        "samples a step": f"{samples:,} ({run.groups_per_step:,} prompts x {group_size:,}{again})",
+        "response tokens a step": f"at most {samples * longest:,}",
+        "longest sequence": f"{config.max_sequence_tokens:,} tokens",
+        "max staleness": f"{config.staleness.bound} steps",
+        "warm-up": f"{config.sft.steps:,} steps of {config.sft.batch_size:,} examples"
+        if config.sft.steps
+        else "none",
+        "held-out prompts": f"{config.evaluation.num_prompts:,}",
+        **{
+            f"{pool} demand": total_resources(
+                [b for b in demand(config) if b.owner.rsplit("-", 1)[0] == pool]
+            )
+            for pool in (*pool_sections(config), "learner")
+        },
+        "total demand": total_resources(demand(config)),
+        "run directory": str(config.run_dir),
+    }
+
+
+def total_resources(bundles: Sequence[Bundle]) -> str:
+    """The sum of all bundles' needs, such as "4.1 CPU, 2 GPU"."""
+    kinds = sorted({kind for bundle in bundles for kind in bundle.resources})
+    sums = {kind: sum(b.resources.get(kind, 0.0) for b in bundles) for kind in kinds}
+    return ", ".join(f"{amount:g} {kind}" for kind, amount in sums.items()) or "nothing"

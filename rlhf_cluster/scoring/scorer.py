@@ -26,10 +26,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rlhf_cluster.config import RunConfig
-from rlhf_cluster.config.pools import EXACT, MODELS, REFERENCE, SCORING, TEACHER
+from rlhf_cluster.config.pool_sections import (
+    EXACT,
+    MODELS,
+    REFERENCE,
+    SCORING,
+    TEACHER,
+)
+from rlhf_cluster.data.reasoning_steps import (
+    step_ends,
+    step_spans,
+)
 from rlhf_cluster.data.tokenizer import load_tokenizer
 from rlhf_cluster.errors import ScoringError, WorkerError
-from rlhf_cluster.learning.device import keep_to_share
+from rlhf_cluster.models.gpu_share import keep_to_share
 from rlhf_cluster.records import (
     ExperienceGroup,
     Rollout,
@@ -37,19 +47,22 @@ from rlhf_cluster.records import (
     ScoredRollout,
     WeightVersion,
 )
-from rlhf_cluster.scoring.joining import InfiniteSum, Scores, joined, scorer_version, scores
-from rlhf_cluster.scoring.parts import ScorePart
-from rlhf_cluster.scoring.rewarding import Rewards
-from rlhf_cluster.scoring.steps import step_ends, step_spans
-from rlhf_cluster.scoring.totals import Totals
+from rlhf_cluster.scoring.score_parts import (
+    InfiniteSum,
+    ScorePart,
+    Scores,
+    joined,
+    scorer_version,
+    scores,
+)
+from rlhf_cluster.scoring.served_rewards import Rewards, Totals
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rlhf_cluster.scoring.exact import ExactLogprobs
-    from rlhf_cluster.scoring.reference import Reference
-    from rlhf_cluster.scoring.teacher import Teacher
-    from rlhf_cluster.weights.transport import ShardSource
+    from rlhf_cluster.scoring.exact_logprobs import ExactLogprobs
+    from rlhf_cluster.scoring.reference_policy import Reference, Teacher
+    from rlhf_cluster.weights.transports.transport import ShardSource
 
 
 class Scorer:
@@ -95,7 +108,7 @@ class Scorer:
         if EXACT in self._served:
             self._exact = self._new_exact()
         if TEACHER in self._served:
-            from rlhf_cluster.scoring.teacher import Teacher
+            from rlhf_cluster.scoring.reference_policy import Teacher
 
             folder = self._scoring.teacher
             assert folder is not None
@@ -297,7 +310,7 @@ class Scorer:
             raise self._failed(name, name, group, "sequence", str(error)) from error
 
     def _new_reference(self) -> Reference:
-        from rlhf_cluster.scoring.reference import Reference
+        from rlhf_cluster.scoring.reference_policy import Reference
 
         scoring = self._scoring
         return Reference(
@@ -313,8 +326,8 @@ class Scorer:
         )
 
     def _new_exact(self) -> ExactLogprobs:
-        from rlhf_cluster.scoring.exact import ExactLogprobs
-        from rlhf_cluster.scoring.frozen import FrozenPolicy
+        from rlhf_cluster.scoring.exact_logprobs import ExactLogprobs
+        from rlhf_cluster.scoring.frozen_policy import FrozenPolicy
 
         scoring = self._scoring
         model = FrozenPolicy(

@@ -19,8 +19,7 @@ from pydantic import ValidationError
 from xxhash import xxh3_128_digest
 
 from rlhf_cluster.errors import WeightError
-from rlhf_cluster.weights import adapter
-from rlhf_cluster.weights.hashing import (
+from rlhf_cluster.util.tensor_hashing import (
     CHUNK_BYTES,
     HASH_BYTES,
     border_pieces,
@@ -29,6 +28,7 @@ from rlhf_cluster.weights.hashing import (
     pieces,
     tensor_hash,
 )
+from rlhf_cluster.weights.formats import lora_factors
 from rlhf_cluster.weights.manifest import (
     BORDERS,
     ITEM_BYTES,
@@ -43,7 +43,7 @@ from rlhf_cluster.weights.manifest import (
     explain_problems,
 )
 from rlhf_cluster.weights.shards import ShardFile, open_shards
-from rlhf_cluster.weights.transport import Blob
+from rlhf_cluster.weights.transports.transport import Blob
 
 _Held = tuple[str, PartReport]  # the file, and what it holds of one tensor
 
@@ -70,7 +70,7 @@ def assemble(
     kept = _kept(base, held) if base is not None and is_adapter else {}
     shapes = {name: entry.shape for name, entry in kept.items()}
     shapes |= {name: parts[0][1].shape for name, parts in held.items()}
-    model = {name: shape for name, shape in shapes.items() if not adapter.is_factor(name)}
+    model = {name: shape for name, shape in shapes.items() if not lora_factors.is_factor(name)}
     check_names(f"version {version}", model, expected)
     files: dict[str, ShardFile] = {}
     try:
@@ -94,7 +94,7 @@ def assemble(
     if base is not None:
         _check_against_base(version, own_format, found, base)
     order = base.tensors if base is not None else found
-    tensors = {name: found[name] for name in order if not adapter.is_factor(name)}
+    tensors = {name: found[name] for name in order if not lora_factors.is_factor(name)}
     try:
         return Manifest(
             format=own_format,
@@ -104,7 +104,7 @@ def assemble(
             digest=combine_hashes({name: entry.hash for name, entry in tensors.items()}),
             files=entries,
             tensors=tensors,
-            factors={name: entry for name, entry in found.items() if adapter.is_factor(name)},
+            factors={name: entry for name, entry in found.items() if lora_factors.is_factor(name)},
         )
     except ValidationError as error:
         raise WeightError(f"version {version}: {explain_problems(error)}") from error
@@ -115,7 +115,7 @@ def _kept(base: Manifest, held: Mapping[str, object]) -> dict[str, TensorEntry]:
     return {
         name: entry.model_copy(update={"parts": ()})
         for name, entry in base.stored.items()
-        if name not in held and not name.endswith(adapter.TRAINED)
+        if name not in held and not name.endswith(lora_factors.TRAINED)
     }
 
 

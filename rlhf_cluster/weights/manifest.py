@@ -27,8 +27,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rlhf_cluster.errors import WeightError
-from rlhf_cluster.weights import adapter
-from rlhf_cluster.weights.hashing import HASH_SCHEME, combine_hashes
+from rlhf_cluster.util.tensor_hashing import (
+    HASH_SCHEME,
+    combine_hashes,
+)
+from rlhf_cluster.weights.formats import lora_factors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -283,9 +286,9 @@ def _check_factors(manifest: Manifest) -> None:
     for name, entry in merged.items():
         if entry.parts:
             raise ValueError(f"tensor {name!r} is both stored and merged")
-        adapter.check_factors(name, entry.shape, shapes)
+        lora_factors.check_factors(name, entry.shape, shapes)
     for name in shapes:
-        if not adapter.is_factor(name) or name.rpartition("#")[0] not in merged:
+        if not lora_factors.is_factor(name) or name.rpartition("#")[0] not in merged:
             raise ValueError(f"factor {name!r} is of no tensor")
 
 

@@ -30,15 +30,14 @@ from typing import TYPE_CHECKING
 from xxhash import xxh3_64
 
 from rlhf_cluster.errors import WeightError
-from rlhf_cluster.weights import delta
-from rlhf_cluster.weights.files import FileSink, free_bytes
-from rlhf_cluster.weights.hashing import (
+from rlhf_cluster.util.tensor_hashing import (
     border_pieces,
     dtype_name,
     hash_bytes,
     hash_pieces,
     tensor_bytes,
 )
+from rlhf_cluster.weights.formats import delta
 from rlhf_cluster.weights.manifest import (
     BORDERS,
     ITEM_BYTES,
@@ -46,7 +45,15 @@ from rlhf_cluster.weights.manifest import (
     PartReport,
     ShardReport,
 )
-from rlhf_cluster.weights.transport import Blob, ShardImage, ShardSink
+from rlhf_cluster.weights.transports.shared_files import (
+    FileSink,
+    free_bytes,
+)
+from rlhf_cluster.weights.transports.transport import (
+    Blob,
+    ShardImage,
+    ShardSink,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -36,10 +36,25 @@ from pathlib import Path
 
 from rlhf_cluster.errors import StalledError, WeightError
 from rlhf_cluster.records import WeightVersion
-from rlhf_cluster.storage import passing, sync_folder, take_lock, write_whole
+from rlhf_cluster.util.durable_files import (
+    passing,
+    sync_folder,
+    take_lock,
+    write_whole,
+)
 from rlhf_cluster.weights.assemble import assemble
-from rlhf_cluster.weights.fence import Writer, check, next_writer
-from rlhf_cluster.weights.files import (
+from rlhf_cluster.weights.manifest import (
+    MAX_CHAIN,
+    Manifest,
+    ShardReport,
+    encode,
+)
+from rlhf_cluster.weights.read_version import (
+    open_version,
+    read,
+)
+from rlhf_cluster.weights.shards import write_shard
+from rlhf_cluster.weights.transports.shared_files import (
     MANIFEST_NAME,
     FileSource,
     gone,
@@ -47,15 +62,12 @@ from rlhf_cluster.weights.files import (
     partial_dir,
     version_dir,
 )
-from rlhf_cluster.weights.manifest import (
-    MAX_CHAIN,
-    Manifest,
-    ShardReport,
-    encode,
+from rlhf_cluster.weights.transports.transport import ShardSource
+from rlhf_cluster.weights.writer_fence import (
+    Writer,
+    check,
+    next_writer,
 )
-from rlhf_cluster.weights.reading import open_version, read
-from rlhf_cluster.weights.shards import write_shard
-from rlhf_cluster.weights.transport import ShardSource
 
 __all__ = [
     "begin_attempt",

@@ -27,10 +27,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rlhf_cluster.deadlines import reply_deadline
 from rlhf_cluster.errors import StalledError, WeightError
 from rlhf_cluster.ports import BufferPort, GenerationPort, LearnerPort
 from rlhf_cluster.records import WeightVersion
+from rlhf_cluster.util.deadlines import reply_deadline
 
 if TYPE_CHECKING:
     from rlhf_cluster.config import RunConfig

@@ -100,8 +100,8 @@ def local_cluster(num_nodes: int = 0) -> Iterator[tuple[str, Nodes]]:
     import ray
     from ray.cluster_utils import Cluster
 
-    from actors.control import NAMESPACE
-    from tests.ports import free_ports
+    from actors.cluster.named_actors import NAMESPACE
+    from tests.support.processes.free_ports import free_ports
 
     arguments = {
         "num_cpus": 0 if num_nodes else 8,

@@ -20,13 +20,13 @@ import tomli_w
 
 from tests.chaos.checker import Asked
 from tests.chaos.processes import Process, marked, of_pid
-from tests.configs import tiny_tree
-from tests.scripted_engine import write_script
+from tests.support.builders.run_configs import tiny_tree
+from tests.support.engines.scripted_engine import write_script
 
 REPOSITORY = Path(__file__).parents[2]
 ENGINES = {
-    "scripted": "tests.scripted_engine:make_engine",
-    "vllm": "actors.vllm_engine:make_engine",
+    "scripted": "tests.support.engines.scripted_engine:make_engine",
+    "vllm": "actors.vllm.vllm_engine:make_engine",
 }
 GENERATE_DELAY_S = 0.5
 POLL_S = 0.02
@@ -89,7 +89,7 @@ class Subject:
             "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{self.folder}",
             "OMP_NUM_THREADS": "1",
         }
-        command = ["-m", "tests.run_with_engine", str(config), ENGINES[self.engine]]
+        command = ["-m", "tests.support.engines.run_with_engine", str(config), ENGINES[self.engine]]
         with self.output.open("ab") as out:
             self._process = subprocess.Popen(
                 [sys.executable, *command],

@@ -26,19 +26,22 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 import ray
 from ray.cluster_utils import Cluster
 
-from actors.control import NAMESPACE
-from rlhf_cluster.learning.make_model import make_model
-from rlhf_cluster.observe.run_log import read_metrics
-from rlhf_cluster.observe.samples import read_samples
-from rlhf_cluster.observe.snapshot import Snapshot
-from rlhf_cluster.rundir import RunDir
-from tests.configs import tiny_config, tiny_tree
-from tests.ports import free_ports
-from tests.scripted_engine import write_script
-from tests.stage_cases import stage_tree
+from actors.cluster.named_actors import NAMESPACE
+from rlhf_cluster.models.make_model import make_model
+from rlhf_cluster.observe.record.samples import read_samples
+from rlhf_cluster.run.metrics_file import read_metrics
+from rlhf_cluster.run.run_directory import RunDir
+from rlhf_cluster.run.status_snapshot import Snapshot
+from tests.support.builders.offline_stages import stage_tree
+from tests.support.builders.run_configs import (
+    tiny_config,
+    tiny_tree,
+)
+from tests.support.engines.scripted_engine import write_script
+from tests.support.processes.free_ports import free_ports
 
 REPOSITORY = Path(__file__).parents[2]
-SCRIPTED = "tests.scripted_engine:make_engine"
+SCRIPTED = "tests.support.engines.scripted_engine:make_engine"
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +90,8 @@ class RunProcess:
         raise AssertionError(f"not within {timeout_s} s: {what}\n{self.output()}")
 
     def script(self, **script: Any) -> None:
-        """Steer the run's engines from now on (tests/scripted_engine.py). Waits for: the model."""
+        """Steer the run's engines from now on (tests/support/engines/scripted_engine.py). Waits for:
+        the model."""
         deadline = time.monotonic() + 240
         folder = model_beside(self.path)
         if not folder.exists():
@@ -146,7 +150,9 @@ def start_run(
             found["model"] = {"path": str(folder)}
         return found
 
-    yield from starting(ray_address, tmp_path, tree, "tests.run_with_engine", SCRIPTED)
+    yield from starting(
+        ray_address, tmp_path, tree, "tests.support.engines.run_with_engine", SCRIPTED
+    )
 
 
 def model_beside(run: Path) -> Path:

@@ -1,6 +1,6 @@
 """A run that resizes itself, by the same path as `rlhf-cluster scale`."""
 
-from rlhf_cluster.rundir import RunDir
+from rlhf_cluster.run.run_directory import RunDir
 
 
 def test_a_generation_bound_run_gets_a_worker_and_is_told_why(start_run):

@@ -15,13 +15,16 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from rlhf_cluster.cli import main
-from rlhf_cluster.config.sections import ModelInit
-from rlhf_cluster.learning.make_model import make_model
-from rlhf_cluster.observe.samples import read_samples
-from rlhf_cluster.rundir import RunDir
-from tests.configs import tiny_config, tiny_tree
-from tests.ports import free_ports
+from rlhf_cluster.cli.commands import main
+from rlhf_cluster.models.make_model import make_model
+from rlhf_cluster.observe.record.samples import read_samples
+from rlhf_cluster.run.run_directory import RunDir
+from rlhf_cluster.sections.rl_run import ModelInit
+from tests.support.builders.run_configs import (
+    tiny_config,
+    tiny_tree,
+)
+from tests.support.processes.free_ports import free_ports
 
 REPOSITORY = Path(__file__).parents[2]
 REWARDS = """

@@ -5,7 +5,8 @@ from concurrent.futures import Future
 
 import pytest
 
-from actors.calls import WorkerSilent, answer
+from actors.cluster.calls import answer
+from rlhf_cluster.errors import WorkerSilent
 
 
 class Reference:

@@ -10,12 +10,20 @@ from pathlib import Path
 import pytest
 from xxhash import xxh3_128_hexdigest
 
-from rlhf_cluster.checkpoint import folder
-from rlhf_cluster.checkpoint.folder import MARKER, STATE, newest
-from rlhf_cluster.checkpoint.state import RunState
 from rlhf_cluster.errors import CheckpointError
-from tests.checkpoint_files import make_state, write, write_whole
-from tests.dying import survives
+from rlhf_cluster.run.checkpoint import checkpoint_folder
+from rlhf_cluster.run.checkpoint.checkpoint_folder import (
+    MARKER,
+    STATE,
+    newest,
+)
+from rlhf_cluster.run.checkpoint.run_state import RunState
+from tests.support.builders.checkpoint_files import (
+    make_state,
+    write,
+    write_whole,
+)
+from tests.support.processes.dying_process import survives
 
 
 @pytest.fixture
@@ -77,7 +85,7 @@ def test_s32_a_process_that_dies_between_any_two_file_operations_loses_no_checkp
 
         def write_six(root=root):
             write(root, 6)
-            folder.retain(root, 2)
+            checkpoint_folder.retain(root, 2)
 
         done = survives(root, die_at, write_six)
         assert newest(root).damaged == []
@@ -100,7 +108,7 @@ def test_a_leftover_of_the_same_step_never_lends_its_files_or_its_marker(tmp_pat
     stale = tmp_path / "step-000006.partial"
     shutil.copytree(complete, stale)
     assert found_step(tmp_path) == 4
-    partial = folder.begin(tmp_path, 6, 8)
+    partial = checkpoint_folder.begin(tmp_path, 6, 8)
     assert partial != stale, "a rank that was given up may write on into the old one"
     assert not stale.exists()
     assert list(partial.iterdir()) == []
@@ -124,14 +132,14 @@ def test_names_that_lead_out_of_the_folder_are_refused(two):
         marker["files"][name] = {"bytes": 6}
         (last / MARKER).write_text(json.dumps(marker))
         with pytest.raises(CheckpointError, match="names the file"):
-            folder.check(last)
+            checkpoint_folder.check(last)
 
 
 def test_older_ones_go_and_later_ones_of_another_future(tmp_path):
     for step in (2, 4, 6, 8):
         write(tmp_path, step)
-    assert [state.step for state in folder.retain(tmp_path, 3)] == [4, 6, 8]
-    folder.set_aside_after(tmp_path, 4)
+    assert [state.step for state in checkpoint_folder.retain(tmp_path, 3)] == [4, 6, 8]
+    checkpoint_folder.set_aside_after(tmp_path, 4)
     aside = ["damaged-0000-step-000006", "damaged-0001-step-000008"]
     assert sorted(p.name for p in tmp_path.iterdir()) == [*aside, "step-000004"]
 
@@ -153,11 +161,11 @@ NAN = float("nan")
 def test_the_best_stays_beside_the_newest(tmp_path, scores, best):
     for step, score in scores.items():
         write(tmp_path, step, score)
-    kept = [state.step for state in folder.retain(tmp_path, 2, keep_best=1)]
+    kept = [state.step for state in checkpoint_folder.retain(tmp_path, 2, keep_best=1)]
     assert kept == [*best, 6, 8]
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-{step:06d}" for step in kept]
     assert found_step(tmp_path) == 8, "a run goes on from the newest, not from the best"
-    assert [state.step for state in folder.retain(tmp_path, 1)] == [8]
+    assert [state.step for state in checkpoint_folder.retain(tmp_path, 1)] == [8]
 
 
 @pytest.mark.parametrize("text", ["NaN", "Infinity"])
@@ -171,15 +179,15 @@ def test_a_number_that_another_writer_left_is_never_the_best(tmp_path, text):
             data = (path / STATE).read_bytes()
             marker["files"][STATE] = {"bytes": len(data), "hash": xxh3_128_hexdigest(data)}
             (path / MARKER).write_text(json.dumps(marker))
-            assert not math.isfinite(folder.check(path).state.score)
-    assert [state.step for state in folder.retain(tmp_path, 1, keep_best=1)] == [2, 6]
+            assert not math.isfinite(checkpoint_folder.check(path).state.score)
+    assert [state.step for state in checkpoint_folder.retain(tmp_path, 1, keep_best=1)] == [2, 6]
 
 
 def test_a_damaged_checkpoint_is_never_the_best(tmp_path):
     for step, score in {2: 0.5, 4: 0.9, 6: 0.1}.items():
         write(tmp_path, step, score)
     (tmp_path / "step-000004" / MARKER).unlink()
-    assert [state.step for state in folder.retain(tmp_path, 1, keep_best=1)] == [2, 6]
+    assert [state.step for state in checkpoint_folder.retain(tmp_path, 1, keep_best=1)] == [2, 6]
 
 
 def test_the_best_survives_a_process_that_dies_between_any_two_file_operations(tmp_path):
@@ -189,13 +197,17 @@ def test_the_best_survives_a_process_that_dies_between_any_two_file_operations(t
     for die_at in range(1, 200):
         root = tmp_path / str(die_at)
         shutil.copytree(template, root)
-        done = survives(root, die_at, lambda root=root: folder.retain(root, 1, keep_best=1))
+        done = survives(
+            root, die_at, lambda root=root: checkpoint_folder.retain(root, 1, keep_best=1)
+        )
         assert newest(root).damaged == []
-        assert {folder.check(root / f"step-{step:06d}").state.score for step in (4, 8)} == {
+        assert {
+            checkpoint_folder.check(root / f"step-{step:06d}").state.score for step in (4, 8)
+        } == {
             0.9,
             0.2,
         }
-        assert [state.step for state in folder.retain(root, 1, keep_best=1)] == [4, 8]
+        assert [state.step for state in checkpoint_folder.retain(root, 1, keep_best=1)] == [4, 8]
         if done:
             break
     else:
@@ -206,7 +218,7 @@ def test_the_best_survives_a_process_that_dies_between_any_two_file_operations(t
 def test_no_space_is_said_before_anything_is_written(two):
     root, _ = two
     with pytest.raises(CheckpointError, match=r"needs \d+ bytes and 10 are free.*checkpoint.keep"):
-        folder.begin(root, 6, 100, free_bytes=lambda _: 10)
+        checkpoint_folder.begin(root, 6, 100, free_bytes=lambda _: 10)
     assert not list(root.glob("*.partial"))
     assert found_step(root) == 4
 

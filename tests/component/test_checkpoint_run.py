@@ -10,12 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_cluster.checkpoint.folder import check, newest
-from rlhf_cluster.config.replay import Replay
+from rlhf_cluster.buffer.group_store import ExperienceStore
+from rlhf_cluster.buffer.staleness import AdmissionGate
 from rlhf_cluster.errors import CheckpointError, StoreError
-from rlhf_cluster.experience.staleness import AdmissionGate
-from rlhf_cluster.experience.store import ExperienceStore
-from tests.resumable_run import FIRST_PROMPT, Attempt
+from rlhf_cluster.run.checkpoint.checkpoint_folder import (
+    check,
+    newest,
+)
+from rlhf_cluster.sections.rl_run import Replay
+from tests.support.simulation.resumable_run import (
+    FIRST_PROMPT,
+    Attempt,
+)
 
 STEPS, GROUPS = 5, 2
 TRAINED = [n for n in range(13) if n % 5 != 3][: STEPS * GROUPS]

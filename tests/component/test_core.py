@@ -13,25 +13,45 @@ import pytest
 import ray
 from ray.exceptions import RayTaskError
 
-from actors.calls import WorkerDied, answer, core_answer
-from actors.clients import RayGeneration
-from actors.core import Core, Member
-from actors.engine import LoadedWeights
-from actors.learner import LearnerActor, RayLearner
-from actors.pool import PoolLimits, Worker, WorkerPool
-from actors.scoring_client import RayScoring
-from actors.services import Launcher
+from actors.cluster.calls import (
+    answer,
+    core_answer,
+)
+from actors.services.generation_client import RayGeneration
+from actors.services.learner_actors import (
+    LearnerActor,
+    RayLearner,
+)
+from actors.services.learner_core import (
+    Core,
+    Member,
+)
+from actors.services.scoring_client import RayScoring
+from actors.services.start_services import Launcher
 from rlhf_cluster.errors import (
     CoreLost,
     DivergenceError,
     RankFailed,
+    WorkerDied,
     WorkerError,
 )
+from rlhf_cluster.generation.engine import LoadedWeights
 from rlhf_cluster.records import Sampling, Ticket
-from rlhf_cluster.weights.fence import Writer
-from tests.configs import tiny_config
-from tests.fakes import make_prompt, make_version
-from tests.references import Actor, Reference
+from rlhf_cluster.run.worker_pool import (
+    PoolLimits,
+    Worker,
+    WorkerPool,
+)
+from rlhf_cluster.weights.writer_fence import Writer
+from tests.support.builders.run_configs import tiny_config
+from tests.support.fakes.ray_references import (
+    Actor,
+    Reference,
+)
+from tests.support.fakes.services import (
+    make_prompt,
+    make_version,
+)
 
 WRITER = Writer(1, "of the test")
 

@@ -14,7 +14,10 @@ import yaml
 
 from rlhf_cluster.config import load_run
 from rlhf_cluster.planning.placement import WORKER_GROUPS, group_resource
-from tests.kubernetes_schemas import KUBERAY, faults
+from tests.support.checks.kubernetes_schemas import (
+    KUBERAY,
+    faults,
+)
 
 SBATCH = Path("deploy/slurm/run.sbatch")
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_cluster.checkpoint.folder import newest
-from tests.stage_cases import write_rows
+from rlhf_cluster.run.checkpoint.checkpoint_folder import newest
+from tests.support.builders.offline_stages import write_rows
 
 STEPS = 60
 

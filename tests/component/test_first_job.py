@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from rlhf_cluster.cli import main
-from tests.configs import tiny_tree
-from tests.job_cluster import started_head, wait_until
+from rlhf_cluster.cli.commands import main
+from tests.support.builders.run_configs import tiny_tree
+from tests.support.servers.job_cluster import (
+    started_head,
+    wait_until,
+)
 
 ENDS_S = 120.0
 ERROR = "error: task sort_digits: 256 of 256 prompts are over data.max_prompt_tokens = 3"

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
+from rlhf_cluster.data.reasoning_step_rows import parse_steps
+from rlhf_cluster.data.reasoning_steps import step_spans
 from rlhf_cluster.data.rows import read_rows
-from rlhf_cluster.data.step_rows import parse_steps
-from rlhf_cluster.generating.answers import read_answers
-from rlhf_cluster.scoring.steps import step_spans
+from rlhf_cluster.synthetic_data.answers_file import read_answers
 from tests.component.conftest import SCRIPTED, RunProcess, starting
-from tests.configs import tiny_tree
+from tests.support.builders.run_configs import tiny_tree
 
 PROMPTS, SAMPLES = 160, 4
 SECTIONS: dict[str, dict[str, Any]] = {
@@ -34,7 +34,9 @@ def generate_tree(**sections: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def start_generate(ray_address: str, tmp_path: Path) -> Iterator[Callable[..., RunProcess]]:
-    yield from starting(ray_address, tmp_path, generate_tree, "tests.run_with_engine", SCRIPTED)
+    yield from starting(
+        ray_address, tmp_path, generate_tree, "tests.support.engines.run_with_engine", SCRIPTED
+    )
 
 
 def test_a_killed_maker_and_the_same_command_sample_every_prompt_once(start_generate):

@@ -11,15 +11,23 @@ from typing import Any
 
 import pytest
 
-from actors.core import Core
-from actors.services import Launcher
-from actors.spares import LOOK_S, ROOM_AGAIN_S, Spare, Spares
+from actors.services.hot_spare_actors import (
+    LOOK_S,
+    ROOM_AGAIN_S,
+    Spare,
+    Spares,
+)
+from actors.services.learner_core import Core
+from actors.services.start_services import Launcher
 from rlhf_cluster.errors import CoreLost, PlacementError, RlhfError
-from rlhf_cluster.restarts import Restarts
+from rlhf_cluster.run.restarts import Restarts
 from rlhf_cluster.weights import store
 from tests.component.test_learner_loss import pids
-from tests.configs import tiny_config
-from tests.references import Actor, Reference
+from tests.support.builders.run_configs import tiny_config
+from tests.support.fakes.ray_references import (
+    Actor,
+    Reference,
+)
 
 
 class Nursery:

@@ -10,8 +10,9 @@ LIGHT = {
     "rlhf_cluster.algorithms": "torch",
     "rlhf_cluster.rewards": "torch transformers",
     "rlhf_cluster.scoring.scorer": "torch transformers",
-    "rlhf_cluster.scoring.moving": "torch",
-    "actors.generation, actors.vllm_engine, tests.scripted_engine": "torch vllm ray transformers",
+    "rlhf_cluster.scoring.moving_reference": "torch",
+    "rlhf_cluster.generation.generation_worker": "torch vllm ray transformers",
+    "actors.vllm.vllm_engine, tests.support.engines.scripted_engine": "torch vllm ray transformers",
 }
 
 
@@ -49,7 +50,7 @@ for blocked in ("ray", "vllm", "flash_attn", "deepspeed"):
     sys.modules[blocked] = None
 import rlhf_cluster
 for module in pkgutil.walk_packages(rlhf_cluster.__path__, "rlhf_cluster."):
-    if not module.name.endswith("rewards.child"):
+    if not module.name.endswith("programs.function_child"):
         importlib.import_module(module.name)
 import torch
 assert not torch.cuda.is_initialized()

@@ -21,14 +21,14 @@ import tomli_w
 from ray.cluster_utils import Cluster
 from ray.util.state import list_actors
 
-from rlhf_cluster.observe.run_log import read_metrics
-from rlhf_cluster.observe.samples import read_samples
-from rlhf_cluster.observe.snapshot import Snapshot
+from rlhf_cluster.observe.record.samples import read_samples
 from rlhf_cluster.planning.placement import group_resource
-from rlhf_cluster.rundir import RunDir
+from rlhf_cluster.run.metrics_file import read_metrics
+from rlhf_cluster.run.run_directory import RunDir
+from rlhf_cluster.run.status_snapshot import Snapshot
 from tests.chaos.nodes import Node, Nodes
-from tests.configs import tiny_tree
-from tests.ports import free_ports
+from tests.support.builders.run_configs import tiny_tree
+from tests.support.processes.free_ports import free_ports
 
 WITHIN_S = 300.0
 NAME, GROUPS = "on-nodes", 4

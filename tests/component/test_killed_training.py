@@ -11,9 +11,9 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rlhf_cluster.config.replay import Replay
-from rlhf_cluster.experience.staleness import AdmissionGate
-from tests.training_run import TrainingAttempt
+from rlhf_cluster.buffer.staleness import AdmissionGate
+from rlhf_cluster.sections.rl_run import Replay
+from tests.support.simulation.training_run import TrainingAttempt
 
 STEPS, GROUPS, EVERY = 3, 2, 2
 SECTIONS: dict[str, dict[str, Any]] = {

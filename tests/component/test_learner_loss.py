@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.util.state import list_actors
 
-from actors.control import scale
+from actors.services.control_actor import scale
 from rlhf_cluster.weights import store
 
 STEPS = 8

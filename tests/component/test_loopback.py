@@ -16,9 +16,9 @@ pytestmark = pytest.mark.timeout(300)
 
 OWNER = """
 import ray
-from actors.control import ControlActor, actor_name
-from actors.ray_cluster import connected
-from tests.configs import tiny_config
+from actors.services.control_actor import ControlActor, actor_name
+from actors.cluster.ray_cluster import connected
+from tests.support.builders.run_configs import tiny_config
 with connected(tiny_config()) as address:
     control = ray.remote(ControlActor).options(name=actor_name("here"), num_cpus=0).remote()
     ray.get(control.status.remote())
@@ -27,7 +27,7 @@ with connected(tiny_config()) as address:
 """
 OTHER = """
 import sys, ray
-from actors.control import find
+from actors.services.control_actor import find
 print("wishes", ray.get(find("here", sys.argv[1]).wishes.remote(), timeout=60))
 """
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from actors.control import scale
-from rlhf_cluster.observe.samples import read_samples
-from rlhf_cluster.observe.tracing import trace_sample
-from rlhf_cluster.rundir import RunDir
+from actors.services.control_actor import scale
+from rlhf_cluster.observe.record.samples import read_samples
+from rlhf_cluster.observe.trace.trace_rollout import trace_sample
+from rlhf_cluster.run.run_directory import RunDir
 
 SCORING = {"exact_logprobs": True, "reference": True}
 KL = {"kl_coef": 0.01}

@@ -1,6 +1,6 @@
 """Online DPO through the asynchronous loop: sampled pairs, judged by the scoring pool."""
 
-from rlhf_cluster.observe.samples import read_samples
+from rlhf_cluster.observe.record.samples import read_samples
 
 
 def test_stale_pairs_of_the_loop_are_trained_and_groups_without_one_are_counted(start_run):

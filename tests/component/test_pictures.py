@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks import learning_curves
-from rlhf_cluster.observe.curve import draw_curve
+from rlhf_cluster.observe.report.learning_curve import draw_curve
 
 
 @pytest.mark.parametrize("num_steps", [1, 40])

@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlhf_cluster.data.reasoning_steps import step_spans
 from rlhf_cluster.data.tokenizer import load_tokenizer
-from rlhf_cluster.observe.run_log import read_metrics
-from rlhf_cluster.observe.samples import read_samples
-from rlhf_cluster.scoring.steps import step_spans
+from rlhf_cluster.observe.record.samples import read_samples
+from rlhf_cluster.run.metrics_file import read_metrics
 from tests.component.conftest import SCRIPTED, RunProcess, starting
-from tests.configs import tiny_tree
-from tests.stage_cases import stage_tree, write_rows
+from tests.support.builders.offline_stages import (
+    stage_tree,
+    write_rows,
+)
+from tests.support.builders.run_configs import tiny_tree
 
 SEPARATOR = "5"
 
@@ -61,7 +64,9 @@ def pipeline_tree(**sections: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def start_pipeline(ray_address: str, tmp_path: Path) -> Iterator[Callable[..., RunProcess]]:
-    yield from starting(ray_address, tmp_path, pipeline_tree, "tests.run_with_engine", SCRIPTED)
+    yield from starting(
+        ray_address, tmp_path, pipeline_tree, "tests.support.engines.run_with_engine", SCRIPTED
+    )
 
 
 def chances(folder: Path, ids: list[int], ends: list[int]) -> np.ndarray:

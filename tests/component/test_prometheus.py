@@ -19,11 +19,18 @@ import pytest
 import ray
 import yaml
 
-from rlhf_cluster.observe.alerts import ALERTS, RECORDED
-from rlhf_cluster.observe.dashboards import DASHBOARDS
-from tests.ports import free_ports
-from tests.promql import NOT_IN_A_PLAIN_RUN, looked_at, series_behind
-from tests.promql_operands import operands
+from rlhf_cluster.observe.monitoring.alerts import (
+    ALERTS,
+    RECORDED,
+)
+from rlhf_cluster.observe.monitoring.grafana_dashboards import DASHBOARDS
+from tests.support.checks.promql import (
+    NOT_IN_A_PLAIN_RUN,
+    looked_at,
+    series_behind,
+)
+from tests.support.checks.promql_operands import operands
+from tests.support.processes.free_ports import free_ports
 
 REPOSITORY = Path(__file__).parents[2]
 FETCHED = REPOSITORY / ".venv" / "prometheus" / "usr" / "bin" / "prometheus"

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
-from rlhf_cluster.observe.inspecting import Wanted, list_groups
-from rlhf_cluster.observe.run_log import read_metrics
+from rlhf_cluster.observe.trace.list_groups import (
+    Wanted,
+    list_groups,
+)
+from rlhf_cluster.run.metrics_file import read_metrics
 from tests.chaos.monkey import Planned, find_through_ray
 from tests.chaos.run import chaotic_run
 from tests.chaos.subject import Subject

@@ -7,8 +7,8 @@ import os
 import signal
 from typing import Any
 
-from rlhf_cluster.checkpoint.folder import newest
-from rlhf_cluster.experience.store import ExperienceStore
+from rlhf_cluster.buffer.group_store import ExperienceStore
+from rlhf_cluster.run.checkpoint.checkpoint_folder import newest
 from rlhf_cluster.weights import store
 
 STEPS = 8

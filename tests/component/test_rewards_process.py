@@ -9,8 +9,14 @@ from pathlib import Path
 import pytest
 
 from rlhf_cluster.errors import ConfigError, ScoringError
-from rlhf_cluster.rewards.failure import RewardFailure, check_scores
-from rlhf_cluster.rewards.process import FunctionPool, FunctionProcess
+from rlhf_cluster.rewards.programs.function_pool import (
+    FunctionPool,
+    FunctionProcess,
+)
+from rlhf_cluster.rewards.reward_failure import (
+    RewardFailure,
+    check_scores,
+)
 
 MODULE = """
 import ctypes, os, signal, subprocess, sys, threading, time

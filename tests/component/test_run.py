@@ -12,14 +12,25 @@ import pytest
 import ray
 from ray.util.state import list_actors
 
-from actors.control import NAMESPACE, actor_name, scale
+from actors.cluster.named_actors import NAMESPACE
+from actors.services.control_actor import (
+    actor_name,
+    scale,
+)
+from rlhf_cluster.observe.record.samples import read_samples
 from rlhf_cluster.observe.report.page import page
-from rlhf_cluster.observe.report.reading import read_run
-from rlhf_cluster.observe.report.serving import served
-from rlhf_cluster.observe.samples import read_samples
-from rlhf_cluster.rundir import find_run
-from tests.browser import CHROMIUM, check, look
-from tests.promql import NOT_IN_A_PLAIN_RUN, looked_at
+from rlhf_cluster.observe.report.read_run import read_run
+from rlhf_cluster.observe.report.serve import served
+from rlhf_cluster.run.run_directory import find_run
+from tests.support.checks.promql import (
+    NOT_IN_A_PLAIN_RUN,
+    looked_at,
+)
+from tests.support.servers.browser import (
+    CHROMIUM,
+    check,
+    look,
+)
 
 LONG = {"steps": 400, "groups_per_step": 4}
 SLOW = {"generate_delay_s": 0.15}

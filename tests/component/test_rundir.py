@@ -10,16 +10,24 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_cluster.environment import describe_environment, git_commit, without_secrets
 from rlhf_cluster.errors import RunError
-from rlhf_cluster.observe.snapshot import Snapshot
-from rlhf_cluster.rundir import MARKER, RunDir, find_run
-from tests.configs import tiny_config
+from rlhf_cluster.run.run_directory import (
+    MARKER,
+    RunDir,
+    find_run,
+)
+from rlhf_cluster.run.status_snapshot import Snapshot
+from rlhf_cluster.util.provenance import (
+    describe_environment,
+    git_commit,
+    without_secrets,
+)
+from tests.support.builders.run_configs import tiny_config
 
 HOLD = """
 import sys
-from rlhf_cluster.rundir import RunDir
-from tests.configs import tiny_config
+from rlhf_cluster.run.run_directory import RunDir
+from tests.support.builders.run_configs import tiny_config
 run = RunDir.create(sys.argv[1], tiny_config(run={"root": sys.argv[2]}))
 print("held", flush=True)
 sys.stdin.read()

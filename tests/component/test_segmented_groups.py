@@ -18,16 +18,35 @@ import ray
 from ray.exceptions import ObjectReconstructionFailedError, RayActorError, RayTaskError
 from ray.util.state import list_actors
 
-from actors.clients import RayGeneration
-from actors.generation import GenerationWorker
-from actors.pool import PoolLimits, State, Worker, WorkerPool
-from actors.services import Launcher, generation_pool
+from actors.services.generation_client import RayGeneration
+from actors.services.start_services import (
+    Launcher,
+    generation_pool,
+)
 from rlhf_cluster.errors import WorkerError
+from rlhf_cluster.generation.generation_worker import GenerationWorker
 from rlhf_cluster.records import PartialGroup, Prompt, RolloutGroup
-from tests.configs import tiny_config
-from tests.fakes import make_version
-from tests.prefix_engine import PROMPT, TICKET, arrays, sampling, start_worker, to_the_end
-from tests.scripted_engine import VOCABULARY, write_script, write_tokenizer
+from rlhf_cluster.run.worker_pool import (
+    PoolLimits,
+    State,
+    Worker,
+    WorkerPool,
+)
+from tests.support.builders.run_configs import tiny_config
+from tests.support.engines.prefix_engine import (
+    PROMPT,
+    TICKET,
+    arrays,
+    sampling,
+    start_worker,
+    to_the_end,
+)
+from tests.support.engines.scripted_engine import (
+    VOCABULARY,
+    write_script,
+    write_tokenizer,
+)
+from tests.support.fakes.services import make_version
 
 SEGMENT, MAX_TOKENS = 4, 18
 HOW = sampling(8, max_tokens=MAX_TOKENS, greedy_baseline=True)
@@ -260,7 +279,7 @@ async def test_a_worker_killed_in_the_middle_of_a_response_leaves_its_tokens_to_
     launcher = Launcher(
         config=config,
         model_dir=str(tmp_path),
-        engine_factory="tests.scripted_engine:make_engine",
+        engine_factory="tests.support.engines.scripted_engine:make_engine",
         engine_environment={},
     )
     pool, client = generation_pool(launcher)

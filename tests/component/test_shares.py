@@ -9,7 +9,11 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster as RayCluster
 
-from actors.launch import place, spawn, take_down
+from actors.cluster.launch import (
+    place,
+    spawn,
+    take_down,
+)
 from rlhf_cluster.config import load_run
 from rlhf_cluster.errors import PlacementError
 from rlhf_cluster.planning.placement import Bundle, demand

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from ray.cluster_utils import Cluster as RayCluster
 
-from actors.core import Core
-from actors.services import Launcher
-from actors.training import Attempt
-from rlhf_cluster.checkpoint.saving import CheckpointStats
+from actors.drivers.training_attempt import Attempt
+from actors.services.learner_core import Core
+from actors.services.start_services import Launcher
 from rlhf_cluster.errors import PlacementError
-from rlhf_cluster.observe.snapshot import Snapshot
-from tests.configs import tiny_config
+from rlhf_cluster.run.checkpoint.background_saving import CheckpointStats
+from rlhf_cluster.run.status_snapshot import Snapshot
+from tests.support.builders.run_configs import tiny_config
 
 
 class Cluster:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from actors.learner import LearnerActor
+from actors.services.learner_actors import LearnerActor
 from rlhf_cluster.errors import RankFailed
-from rlhf_cluster.weights.fence import Writer
-from tests.configs import tiny_config
+from rlhf_cluster.weights.writer_fence import Writer
+from tests.support.builders.run_configs import tiny_config
 
 WRITER = Writer(1, "of the test")
 

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import ray
 
-from actors.stacks import ask_on, nodes_of
-from rlhf_cluster.observe import stacks
+from actors.cluster.stacks_of_nodes import (
+    ask_on,
+    nodes_of,
+)
+from rlhf_cluster.observe.record import stacks
 
 
 @ray.remote(num_cpus=0)

@@ -6,8 +6,8 @@ import json
 import signal
 from typing import Any
 
-from rlhf_cluster.checkpoint.folder import newest
-from rlhf_cluster.observe.stage_curve import held_out_name
+from rlhf_cluster.observe.report.learning_curve import held_out_name
+from rlhf_cluster.run.checkpoint.checkpoint_folder import newest
 
 STEPS = 150
 SECTIONS: dict[str, dict[str, Any]] = {

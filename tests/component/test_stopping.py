@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_cluster.cli import main
+from rlhf_cluster.cli.commands import main
+from rlhf_cluster.cli.run_control import stop_run
 from rlhf_cluster.errors import StalledError
-from rlhf_cluster.run_control import stop_run
-from rlhf_cluster.rundir import RunDir
+from rlhf_cluster.run.run_directory import RunDir
 
 
 @pytest.fixture
@@ -23,8 +23,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def hold(path: Path, on_sigterm: str) -> subprocess.Popen[str]:
     code = f"""
 import signal, sys
-from rlhf_cluster.rundir import RunDir
-from tests.configs import tiny_config
+from rlhf_cluster.run.run_directory import RunDir
+from tests.support.builders.run_configs import tiny_config
 signal.signal(signal.SIGTERM, {on_sigterm})
 run = RunDir.create({str(path)!r}, tiny_config())
 print("held", flush=True)

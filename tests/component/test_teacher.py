@@ -1,7 +1,7 @@
 """On-policy distillation through the asynchronous loop: a teacher in a pool of its own."""
 
-from rlhf_cluster.learning.make_model import make_model
-from tests.configs import tiny_config
+from rlhf_cluster.models.make_model import make_model
+from tests.support.builders.run_configs import tiny_config
 
 
 def test_a_teacher_rates_the_tokens_that_were_sampled_until_the_policy_leaves_it(

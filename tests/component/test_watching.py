@@ -13,15 +13,21 @@ from pathlib import Path
 import pytest
 
 from rlhf_cluster.errors import RunError, StalledError
-from rlhf_cluster.observe import monitor
-from rlhf_cluster.observe.alerts import ALERTS
+from rlhf_cluster.observe.monitoring import local_prometheus
+from rlhf_cluster.observe.monitoring.alerts import ALERTS
 from rlhf_cluster.observe.report.page import page
-from rlhf_cluster.observe.report.reading import read_run
-from rlhf_cluster.observe.report.serving import served
-from rlhf_cluster.rundir import find_run
-from tests.browser import CHROMIUM, WITHIN_S, check, look, texts_until
-from tests.ports import free_ports
-from tests.recorded_run import record_run
+from rlhf_cluster.observe.report.read_run import read_run
+from rlhf_cluster.observe.report.serve import served
+from rlhf_cluster.run.run_directory import find_run
+from tests.support.builders.recorded_run import record_run
+from tests.support.processes.free_ports import free_ports
+from tests.support.servers.browser import (
+    CHROMIUM,
+    WITHIN_S,
+    check,
+    look,
+    texts_until,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 FETCHED = REPOSITORY / ".venv" / "prometheus" / "usr" / "bin" / "prometheus"
@@ -123,8 +129,11 @@ def free_port() -> int:
 
 
 def test_prometheus_is_ready_in_the_block_and_gone_after_it(tmp_path, free_port):
-    configuration = monitor.write_configuration(tmp_path / "monitor", ["a:1"], None)
-    with monitor.monitoring(stand_in(tmp_path), configuration, free_port) as (address, process):
+    configuration = local_prometheus.write_configuration(tmp_path / "monitor", ["a:1"], None)
+    with local_prometheus.monitoring(stand_in(tmp_path), configuration, free_port) as (
+        address,
+        process,
+    ):
         assert address == f"http://127.0.0.1:{free_port}"
         assert get(f"{address}/-/ready") == ""
     assert process.poll() is not None
@@ -132,15 +141,15 @@ def test_prometheus_is_ready_in_the_block_and_gone_after_it(tmp_path, free_port)
 
 
 def test_one_that_ends_at_once_is_an_error_with_its_words(tmp_path, free_port):
-    configuration = monitor.write_configuration(tmp_path / "monitor", ["a:1"], None)
-    block = monitor.monitoring(stand_in(tmp_path, fails=True), configuration, free_port)
+    configuration = local_prometheus.write_configuration(tmp_path / "monitor", ["a:1"], None)
+    block = local_prometheus.monitoring(stand_in(tmp_path, fails=True), configuration, free_port)
     with pytest.raises(RunError, match="ended with code 3.*opening storage failed"), block:
         pass
 
 
 def test_one_that_does_not_get_ready_is_ended_at_the_deadline(tmp_path, free_port):
-    configuration = monitor.write_configuration(tmp_path / "monitor", ["a:1"], None)
+    configuration = local_prometheus.write_configuration(tmp_path / "monitor", ["a:1"], None)
     program = stand_in(tmp_path, ready=False)
-    block = monitor.monitoring(program, configuration, free_port, ready_timeout_s=0.3)
+    block = local_prometheus.monitoring(program, configuration, free_port, ready_timeout_s=0.3)
     with pytest.raises(StalledError, match="not ready at .* after 0.3 s"), block:
         pass

@@ -13,25 +13,42 @@ import pytest
 import ray
 import torch
 
-from actors.clients import RayGeneration, check_health
-from actors.instrumented import GenerationActor
-from actors.learner import RayLearner
-from actors.pool import PoolLimits, Worker, WorkerPool
-from actors.ranks import ACTOR_OPTIONS
-from actors.ray_weights import RayObjects, RayTransport
-from actors.transports import transport_of
+from actors.services.generation_client import (
+    RayGeneration,
+    check_health,
+)
+from actors.services.learner_actors import RayLearner
+from actors.services.rank_actors import ACTOR_OPTIONS
+from actors.services.worker_actors import GenerationActor
+from actors.weights.object_store_transport import (
+    RayObjects,
+    RayTransport,
+)
+from actors.weights.transports import transport_of
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import WeightError
 from rlhf_cluster.records import WeightVersion
+from rlhf_cluster.run.worker_pool import (
+    PoolLimits,
+    Worker,
+    WorkerPool,
+)
 from rlhf_cluster.weights import store
-from rlhf_cluster.weights.objects import Entry
 from rlhf_cluster.weights.sync import WeightSync
-from rlhf_cluster.weights.transport import Deadline
-from tests.configs import tiny_config
-from tests.rank_actors import NUM_RANKS, RankActor, weights_of
-from tests.scripted_engine import write_script, write_tokenizer
+from rlhf_cluster.weights.transports.shared_memory import Entry
+from rlhf_cluster.weights.transports.transport import Deadline
+from tests.support.builders.run_configs import tiny_config
+from tests.support.engines.scripted_engine import (
+    write_script,
+    write_tokenizer,
+)
+from tests.support.processes.rank_actors import (
+    NUM_RANKS,
+    RankActor,
+    weights_of,
+)
 
-ENGINE = "tests.scripted_engine:make_engine"
+ENGINE = "tests.support.engines.scripted_engine:make_engine"
 ENVIRONMENT = {"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}}
 READS = {"read_weights": True}
 

@@ -10,8 +10,15 @@ from pathlib import Path
 import pytest
 
 from rlhf_cluster.weights import store
-from tests.dying import in_a_child, survives
-from tests.weight_cases import assert_same, publish, small_model
+from tests.support.builders.small_weights import (
+    assert_same,
+    publish,
+    small_model,
+)
+from tests.support.processes.dying_process import (
+    in_a_child,
+    survives,
+)
 
 
 @pytest.mark.parametrize("latest_before", [None, 3])

@@ -6,8 +6,13 @@ import pytest
 import torch
 
 from rlhf_cluster.errors import WeightError
-from tests.transport_cases import STANDS, FileStand, Stand, flip
-from tests.weight_cases import assert_same
+from tests.support.builders.small_weights import assert_same
+from tests.support.builders.weight_transports import (
+    STANDS,
+    FileStand,
+    Stand,
+    flip,
+)
 
 
 @pytest.fixture(params=sorted(STANDS))

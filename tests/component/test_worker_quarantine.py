@@ -7,12 +7,19 @@ from typing import Any
 
 from ray.exceptions import RayError
 
-from actors.clients import RayGeneration
-from actors.pool import PoolLimits, Worker, WorkerPool
+from actors.services.generation_client import RayGeneration
 from rlhf_cluster.records import Sampling, Ticket
-from tests.configs import tiny_config
-from tests.fakes import make_prompt
-from tests.references import Actor, Reference
+from rlhf_cluster.run.worker_pool import (
+    PoolLimits,
+    Worker,
+    WorkerPool,
+)
+from tests.support.builders.run_configs import tiny_config
+from tests.support.fakes.ray_references import (
+    Actor,
+    Reference,
+)
+from tests.support.fakes.services import make_prompt
 
 
 async def served_by(summary: Callable[[str], Any], num_groups: int, **rules: Any) -> WorkerPool:

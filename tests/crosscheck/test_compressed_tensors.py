@@ -6,7 +6,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
 
-from rlhf_cluster.learning.int8 import Linear8bit
+from rlhf_cluster.models.int8_linear import Linear8bit
 
 
 def test_codes_and_weights_are_those_of_compressed_tensors_to_the_bit() -> None:

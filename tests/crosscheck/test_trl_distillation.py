@@ -14,9 +14,9 @@ from rlhf_cluster.algorithms.on_policy_distillation import (
     OnPolicyDistillation,
     OnPolicyDistillationConfig,
 )
-from rlhf_cluster.learning.divergence import Divergence
-from rlhf_cluster.learning.logprobs import linear_logprobs
-from tests.learning_cases import loss_inputs
+from rlhf_cluster.models.divergence import Divergence
+from rlhf_cluster.models.logprobs import linear_logprobs
+from tests.support.builders.tiny_learner import loss_inputs
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

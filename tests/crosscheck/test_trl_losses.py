@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from rlhf_cluster.algorithms import ALGORITHMS, build_algorithm
-from rlhf_cluster.algorithms.aggregation import token_weights
+from rlhf_cluster.algorithms.policy_losses import token_weights
 from rlhf_cluster.config import RunConfig, validate
-from tests.configs import tiny_tree
-from tests.learning_cases import loss_inputs
+from tests.support.builders.run_configs import tiny_tree
+from tests.support.builders.tiny_learner import loss_inputs
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -13,13 +13,22 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from rlhf_cluster.algorithms.aggregation import token_weights
+from rlhf_cluster.algorithms import preference_losses
 from rlhf_cluster.algorithms.online_dpo import OnlineDpo, OnlineDpoConfig, pair_of
-from rlhf_cluster.objectives import preference
-from rlhf_cluster.objectives.preference import Labelled, Pairs
-from rlhf_cluster.objectives.preference_table import PREFERENCE_LOSSES, PreferenceLoss
-from rlhf_cluster.objectives.ranking import bradley_terry_loss
-from tests.learning_cases import loss_inputs, random_groups
+from rlhf_cluster.algorithms.policy_losses import token_weights
+from rlhf_cluster.algorithms.preference_loss_config import (
+    PREFERENCE_LOSSES,
+    PreferenceLoss,
+)
+from rlhf_cluster.algorithms.preference_losses import (
+    Labelled,
+    Pairs,
+)
+from rlhf_cluster.offline.reward_model_losses import bradley_terry_loss
+from tests.support.builders.tiny_learner import (
+    loss_inputs,
+    random_groups,
+)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -176,7 +185,7 @@ def test_kto_and_its_baseline_are_those_of_trl(drift: float) -> None:
     batch, unmatched = Responses(CHOSEN), Responses(REJECTED, seed=1)
     desirable = torch.tensor([True, False, True, True])
     ref_unmatched = unmatched.sums("logprobs").detach() - drift
-    baseline = preference.kto_baseline(unmatched.sums("logprobs"), ref_unmatched)
+    baseline = preference_losses.kto_baseline(unmatched.sums("logprobs"), ref_unmatched)
     section = SECTION.validate_python(
         {"type": "kto", "beta": 0.3, "desirable_weight": 1.5, "undesirable_weight": 0.5}
     )
@@ -292,7 +301,7 @@ def test_simpo_is_that_of_trl(gamma: float) -> None:
 
 def test_the_odds_ratio_of_orpo_is_that_of_trl() -> None:
     batch = Responses(CHOSEN + REJECTED)
-    found = batch.gradient_of(0.3 * preference.odds_loss(batch.pairs()).mean())
+    found = batch.gradient_of(0.3 * preference_losses.odds_loss(batch.pairs()).mean())
     trainer = stand_in(beta=0.3)
     losses, *_ = orpo_trainer.ORPOTrainer.odds_ratio_loss(trainer, *means(batch))
     expected = batch.gradient_of(-losses.mean())  # TRL subtracts it from the likelihood

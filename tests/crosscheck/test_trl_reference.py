@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.learning_cases import build_llama
-from tests.preference_cases import random_pairs, stage_ranks
+from tests.support.builders.preference_ranks import (
+    random_pairs,
+    stage_ranks,
+)
+from tests.support.builders.tiny_learner import build_llama
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

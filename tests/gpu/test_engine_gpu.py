@@ -8,8 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import engine_process
-from tests.engine_cases import ERRORS, Models, build_models, check_8_bit_update, engine_config
+from tests.support.builders.engine_models import (
+    ERRORS,
+    Models,
+    build_models,
+    check_8_bit_update,
+    engine_config,
+)
+from tests.support.engines import engine_process
 
 pytestmark = [
     pytest.mark.gpu,

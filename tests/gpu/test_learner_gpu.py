@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_cluster.learning import varlen
-from rlhf_cluster.learning.logprobs import linear_logprobs
-from rlhf_cluster.learning.policy import load_policy
-from tests.learning_cases import save_llama
+from rlhf_cluster.models import varlen_attention
+from rlhf_cluster.models.logprobs import linear_logprobs
+from rlhf_cluster.models.policy_model import load_policy
+from tests.support.builders.tiny_learner import save_llama
 
 pytestmark = [
     pytest.mark.gpu,
@@ -89,7 +89,7 @@ def test_the_varlen_kernel_agrees_with_one_call_a_sequence_on_the_cpu(
         inputs = [
             t.to(device, dtype).requires_grad_() for t in _heads(lengths, query_heads, key_heads)
         ]
-        mixed, _ = varlen.attention(
+        mixed, _ = varlen_attention.attention(
             torch.nn.Identity(),
             *inputs,
             None,
@@ -104,8 +104,8 @@ def test_the_varlen_kernel_agrees_with_one_call_a_sequence_on_the_cpu(
 
 
 def test_the_probe_finds_the_varlen_kernel() -> None:
-    assert varlen.available(torch.device("cuda"), torch.bfloat16)
-    assert not varlen.available(torch.device("cuda"), torch.float32)
+    assert varlen_attention.available(torch.device("cuda"), torch.bfloat16)
+    assert not varlen_attention.available(torch.device("cuda"), torch.float32)
 
 
 def test_a_policy_on_the_gpu_scores_packed_rows_like_the_cpu(tmp_path: Path) -> None:

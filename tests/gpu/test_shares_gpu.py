@@ -12,8 +12,8 @@ pytestmark = [
 ]
 WITH_A_SHARE = """
 import torch
-from rlhf_cluster.config.devices import memory_share
-from rlhf_cluster.learning.device import keep_to_share
+from rlhf_cluster.sections.gpu_shares import memory_share
+from rlhf_cluster.models.gpu_share import keep_to_share
 
 share = {share}
 keep_to_share(share, "cuda")

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from tests.pair_readers import check_transfers
+from tests.support.processes.pair_readers import check_transfers
 
 NUM_DEVICES = torch.cuda.device_count()
 

@@ -11,8 +11,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf_cluster.observe.alerts import ALERTS
-from tests.alert_cases import CASES, HEALTHY, Case, Series
+from rlhf_cluster.observe.monitoring.alerts import ALERTS
+from tests.support.builders.alert_series import (
+    CASES,
+    HEALTHY,
+    Case,
+    Series,
+)
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "prometheus"
 FETCHED = Path(__file__).parents[2] / ".venv" / "prometheus" / "usr" / "bin" / "promtool"

@@ -11,8 +11,15 @@ import numpy as np
 import pytest
 
 from rlhf_cluster.weights import store
-from rlhf_cluster.weights.reading import open_version
-from tests.finished_run import COMMON, FLOOR, FinishedRun, load_policy, logprobs_of, run_to_the_end
+from rlhf_cluster.weights.read_version import open_version
+from tests.support.builders.finished_run import (
+    COMMON,
+    FLOOR,
+    FinishedRun,
+    load_policy,
+    logprobs_of,
+    run_to_the_end,
+)
 
 SHORT = [
     *COMMON,

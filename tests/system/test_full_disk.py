@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_cluster.checkpoint import folder
+from rlhf_cluster.buffer.group_recovery import Recovery
+from rlhf_cluster.buffer.group_store import ExperienceStore
 from rlhf_cluster.errors import (
     CheckpointError,
     RlhfError,
@@ -19,19 +20,25 @@ from rlhf_cluster.errors import (
     StoreError,
     WeightError,
 )
-from rlhf_cluster.experience.recovery import Recovery
-from rlhf_cluster.experience.store import ExperienceStore
-from rlhf_cluster.observe.run_log import RunLog, read_metrics
-from rlhf_cluster.observe.samples import write_samples
-from rlhf_cluster.observe.snapshot import Snapshot
+from rlhf_cluster.observe.record.run_log import RunLog
+from rlhf_cluster.observe.record.samples import write_samples
 from rlhf_cluster.records import ExperienceGroup, Ticket
-from rlhf_cluster.rundir import RunDir
+from rlhf_cluster.run.checkpoint import checkpoint_folder
+from rlhf_cluster.run.metrics_file import read_metrics
+from rlhf_cluster.run.run_directory import RunDir
+from rlhf_cluster.run.status_snapshot import Snapshot
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.manifest import LocalPart
-from rlhf_cluster.weights.verifying import verify
-from tests.checkpoint_files import make_state, write_whole
-from tests.configs import tiny_config
-from tests.fakes import make_group, make_prompt
+from rlhf_cluster.weights.read_version import verify
+from tests.support.builders.checkpoint_files import (
+    make_state,
+    write_whole,
+)
+from tests.support.builders.run_configs import tiny_config
+from tests.support.fakes.services import (
+    make_group,
+    make_prompt,
+)
 
 FULL = "No space left on device|are free"
 READ_ONLY = "Read-only file system"
@@ -151,20 +158,22 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(disk: Disk) -> No
     root = disk.root / "checkpoints"
     write_whole(root, 2)
     why = r"needs \d+ bytes and \d+ are free"
-    refused(StorageError, why, lambda: folder.begin(root, 4, 1 << 21))
-    partial = folder.begin(root, 4, 8)
+    refused(StorageError, why, lambda: checkpoint_folder.begin(root, 4, 1 << 21))
+    partial = checkpoint_folder.begin(root, 4, 8)
     (partial / "learner").mkdir()
     disk.fill()
-    text = refused(CheckpointError, FULL, lambda: folder.complete(partial, make_state(4)))
+    text = refused(
+        CheckpointError, FULL, lambda: checkpoint_folder.complete(partial, make_state(4))
+    )
     assert "step-000004" in text
-    found = folder.newest(root, also=folder.verify_tensors)
+    found = checkpoint_folder.newest(root, also=checkpoint_folder.verify_tensors)
     assert found.checkpoint is not None
     assert (found.checkpoint.state.step, found.damaged) == (2, [])
     disk.free()
     write_whole(root, 6)
     disk.make_read_only()
-    refused(StorageError, READ_ONLY, lambda: folder.begin(root, 8, 8))
-    found = folder.newest(root, also=folder.verify_tensors)
+    refused(StorageError, READ_ONLY, lambda: checkpoint_folder.begin(root, 8, 8))
+    found = checkpoint_folder.newest(root, also=checkpoint_folder.verify_tensors)
     assert found.checkpoint is not None
     assert found.checkpoint.state.step == 6
 

@@ -9,10 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_cluster.weights.reading import open_version, read
+from rlhf_cluster.weights.read_version import (
+    open_version,
+    read,
+)
 from rlhf_cluster.weights.store import commit, latest, write_shard
-from tests.learning_cases import full_parameters, learner_config, random_groups, save_llama
-from tests.rank_processes import run_ranks
+from tests.support.builders.tiny_learner import (
+    full_parameters,
+    learner_config,
+    random_groups,
+    save_llama,
+)
+from tests.support.processes.rank_processes import run_ranks
 
 NO_CLIPPING = {"max_grad_norm": 1e9}  # scaled gradients would fill their last bits
 QLORA = {"rank": 5, "quantize_base": True}
@@ -40,8 +48,11 @@ def train_and_write(rank: int, world_size: int, address: str | None, job: Any) -
 
     Adapters are written as such, on an anchor, and in full beside it.
     """
-    from rlhf_cluster.learning.learner import LearnerRank
-    from rlhf_cluster.learning.publishing import host_copy, local_parts
+    from rlhf_cluster.learner.learner_rank import LearnerRank
+    from rlhf_cluster.learner.publish import (
+        host_copy,
+        local_parts,
+    )
 
     model_dir, settings, root = job
     as_adapters = "lora" in settings

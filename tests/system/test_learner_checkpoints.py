@@ -12,9 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.checkpoint_cases import save, tensors, train, whole
-from tests.learning_cases import learner_config, save_llama, sft_examples
-from tests.rank_processes import run_ranks
+from tests.support.builders.rank_checkpoints import (
+    save,
+    tensors,
+    train,
+    whole,
+)
+from tests.support.builders.tiny_learner import (
+    learner_config,
+    save_llama,
+    sft_examples,
+)
+from tests.support.processes.rank_processes import run_ranks
 
 BACKENDS: dict[str, dict[str, dict[str, Any]]] = {
     "fsdp2": {"learner": {"weight_decay": 0.1}},
@@ -34,7 +43,7 @@ SAVED = {**BACKENDS, **FEATURES}
 
 
 def _learner(rank: int, world_size: int, address: str | None, model_dir: str, case: str) -> Any:
-    from rlhf_cluster.learning.learner import LearnerRank
+    from rlhf_cluster.learner.learner_rank import LearnerRank
 
     config = learner_config(model_dir, **SAVED[case])
     learner = LearnerRank(config, model_dir, rank, world_size, address)

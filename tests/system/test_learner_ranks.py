@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.learning_cases import (
+from tests.support.builders.tiny_learner import (
     full_parameters,
     learner_config,
     random_groups,
     save_llama,
     with_teacher,
 )
-from tests.rank_processes import run_ranks
+from tests.support.processes.rank_processes import run_ranks
 
 NUM_STEPS = 3
 REFERENCE = {"reference": True, "rewards": [{"type": "exact_match"}]}
@@ -144,7 +144,7 @@ AdamW makes steps of what rounding leaves of them."""
 def train(rank: int, world_size: int, address: str | None, job: Any) -> Any:
     """Trained on all batches: (metrics of each step, this rank's shards, the whole parameters, what
     each step kept of its first rollouts)."""
-    from rlhf_cluster.learning.learner import LearnerRank
+    from rlhf_cluster.learner.learner_rank import LearnerRank
 
     model_dir, sections, batches = job
     learner = LearnerRank(
@@ -263,7 +263,7 @@ def test_what_these_learn_from_reaches_every_rank(
 def test_the_weights_moved_far_more_than_the_tolerance(
     trained: dict[tuple[int, str], list[Any]], tmp_path: Path
 ) -> None:
-    from tests.learning_cases import build_llama
+    from tests.support.builders.tiny_learner import build_llama
 
     start = dict(build_llama().named_parameters())
     _, _, weights, _ = trained[2, "packed"][0]
@@ -310,7 +310,7 @@ def test_every_rank_has_what_all_ranks_kept_for_the_samples(
 def test_shards_of_all_ranks_make_up_each_checkpoint_tensor_exactly_once(
     trained: dict[tuple[int, str], list[Any]], case: str
 ) -> None:
-    from tests.learning_cases import build_llama
+    from tests.support.builders.tiny_learner import build_llama
 
     names = {n for n, _ in build_llama().named_parameters()}  # tied: no lm_head
     (_, shards_0, full, _), (_, shards_1, *_) = trained[2, case]

@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from rlhf_cluster.errors import ConfigError, DivergenceError
-from rlhf_cluster.learning.backend import assert_float32
-from rlhf_cluster.learning.learner import LearnerRank
-from rlhf_cluster.learning.zero3 import Zero3Model, partition
-from rlhf_cluster.weights.reading import read
+from rlhf_cluster.learner.learner_rank import LearnerRank
+from rlhf_cluster.learner.sharding.sharded_model import assert_float32
+from rlhf_cluster.learner.sharding.zero3 import (
+    Zero3Model,
+    partition,
+)
+from rlhf_cluster.weights.read_version import read
 from rlhf_cluster.weights.store import commit
-from tests.learning_cases import (
+from tests.support.builders.tiny_learner import (
     build_llama,
     check_changed_share,
     full_parameters,
@@ -227,7 +230,7 @@ def test_tied_and_untied_heads_train_as_with_fsdp2(
 
 
 def test_without_deepspeed_the_cure_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlhf_cluster.learning.backend import AdamWSettings
+    from rlhf_cluster.learner.sharding.sharded_model import AdamWSettings
 
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     settings = AdamWSettings(beta1=0.9, beta2=0.95, weight_decay=0.0)

@@ -3,7 +3,7 @@
 One run overlaps generation and training on two learner ranks; its record, its weights and its
 exported model are examined from every side. A second one is synchronous, its versions travel through
 the object store, and it is compared with a plain loop that has no concurrency and no store at all
-(tests/plain_loop.py): seeds belong to groups and float32
+(tests/support/simulation/plain_loop.py): seeds belong to groups and float32
 sampling does not depend on the batch around it, so the two agree to the last bit.
 """
 
@@ -15,12 +15,19 @@ import json
 import numpy as np
 import pytest
 
-from actors.engine import Request
 from rlhf_cluster.data.prompts import evaluation_prompts
+from rlhf_cluster.generation.engine import Request
 from rlhf_cluster.weights import store
-from tests import plain_loop
-from tests.engine_process import EngineProcess
-from tests.finished_run import COMMON, FLOOR, FinishedRun, load_policy, logprobs_of, run_to_the_end
+from tests.support.builders.finished_run import (
+    COMMON,
+    FLOOR,
+    FinishedRun,
+    load_policy,
+    logprobs_of,
+    run_to_the_end,
+)
+from tests.support.engines.engine_process import EngineProcess
+from tests.support.simulation import plain_loop
 
 OVERLAPPED = [
     *COMMON,
@@ -166,7 +173,10 @@ def test_the_exported_model_answers_alike_in_transformers_and_vllm(run: Finished
     model = AutoModelForCausalLM.from_pretrained(run.final).eval()
     num_prompts = run.config.evaluation.num_prompts
     max_tokens = run.config.generation.max_response_tokens
-    prompts = evaluation_prompts(run.config, tokenizer, num_prompts)
+    config = run.config
+    prompts = evaluation_prompts(
+        config.data, config.evaluation, config.run.seed, tokenizer, num_prompts
+    )
     answers = []
     for prompt in prompts:
         encoded = tokenizer(prompt.source, return_tensors="pt")

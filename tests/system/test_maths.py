@@ -6,11 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_cluster.rewards.base import RewardContext
-from rlhf_cluster.rewards.failure import RewardFailure
-from rlhf_cluster.rewards.maths import Maths, MathsConfig
-from tests.answers import CASES
-from tests.rewarding import make_prompt, make_rollouts
+from rlhf_cluster.rewards.reward import RewardContext
+from rlhf_cluster.rewards.reward_failure import RewardFailure
+from rlhf_cluster.rewards.rules.math_answer import (
+    Maths,
+    MathsConfig,
+)
+from tests.support.builders.answer_table import CASES
+from tests.support.builders.scored_groups import (
+    make_prompt,
+    make_rollouts,
+)
 
 
 @pytest.fixture(scope="module")

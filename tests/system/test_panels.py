@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import yaml
 
-from rlhf_cluster.observe.panels import ratio
+from rlhf_cluster.observe.monitoring.grafana_dashboards import ratio
 from tests.system.test_alerts import PROMTOOL, promtool
 
 pytestmark = pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed: make promtool")

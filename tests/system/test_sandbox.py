@@ -13,12 +13,29 @@ import threading
 
 import pytest
 
-from rlhf_cluster.rewards.base import RewardContext
-from rlhf_cluster.rewards.code_tests import Code, CodeConfig
-from rlhf_cluster.rewards.failure import RewardFailure
-from rlhf_cluster.rewards.sandbox import Limits, Outcome, Sandbox
-from tests.rewarding import make_prompt, make_rollouts
-from tests.sandbox_cases import KILLING, isolation, marked, processes_named, run, until
+from rlhf_cluster.rewards.programs.code_tests import (
+    Code,
+    CodeConfig,
+)
+from rlhf_cluster.rewards.programs.sandbox import (
+    Limits,
+    Outcome,
+    Sandbox,
+)
+from rlhf_cluster.rewards.reward import RewardContext
+from rlhf_cluster.rewards.reward_failure import RewardFailure
+from tests.support.builders.sandboxed_programs import (
+    KILLING,
+    isolation,
+    marked,
+    processes_named,
+    run,
+    until,
+)
+from tests.support.builders.scored_groups import (
+    make_prompt,
+    make_rollouts,
+)
 
 pytestmark = pytest.mark.usefixtures("_isolation")
 _isolation = pytest.fixture(scope="module")(isolation)
@@ -179,7 +196,7 @@ def test_everything_ends_when_the_process_that_asked_is_killed():
     mark, naming = marked()
     program = naming + "import time\ntime.sleep(1000)"
     code = (
-        "import sys; from rlhf_cluster.rewards.sandbox import Limits, Sandbox; "
+        "import sys; from rlhf_cluster.rewards.programs.sandbox import Limits, Sandbox; "
         "Sandbox(Limits(wall_s=1000)).run(sys.argv[1])"
     )
     asking = subprocess.Popen([sys.executable, "-c", code, program])
@@ -202,13 +219,15 @@ def test_a_sandbox_that_cannot_be_built_is_a_failure_and_no_outcome():
 
 AS_USER = """
 import json, sys
-from rlhf_cluster.rewards.sandbox import Limits, Sandbox
+from rlhf_cluster.rewards.programs.sandbox import Limits, Sandbox
 sandbox = Sandbox(Limits(cpu_s=60, wall_s=120))
 sandbox.check()
 ran = [sandbox.run(program) for program in json.loads(sys.argv[1])]
 print(json.dumps([[r.outcome, r.output.decode()] for r in ran]))
 """
-PROBE = "from rlhf_cluster.rewards.sandbox import *; Sandbox(Limits()).check(); print('held')"
+PROBE = (
+    "from rlhf_cluster.rewards.programs.sandbox import *; Sandbox(Limits()).check(); print('held')"
+)
 
 
 def test_a_user_without_rights_gets_the_same_isolation():

@@ -9,8 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_cluster.rewards.sandbox import Outcome
-from tests.sandbox_cases import KILLING, isolation, marked, processes_named, run
+from rlhf_cluster.rewards.programs.sandbox import Outcome
+from tests.support.builders.sandboxed_programs import (
+    KILLING,
+    isolation,
+    marked,
+    processes_named,
+    run,
+)
 
 pytestmark = pytest.mark.usefixtures("_isolation")
 _isolation = pytest.fixture(scope="module")(isolation)

@@ -7,9 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.learning_cases import full_parameters, save_llama
-from tests.rank_processes import run_ranks
-from tests.stage_cases import random_units, stage_config
+from tests.support.builders.offline_stages import (
+    random_units,
+    stage_config,
+)
+from tests.support.builders.tiny_learner import (
+    full_parameters,
+    save_llama,
+)
+from tests.support.processes.rank_processes import run_ranks
 
 STEPS = 3
 LEARNERS: dict[str, dict[str, Any]] = {
@@ -21,7 +27,7 @@ LEARNERS: dict[str, dict[str, Any]] = {
 
 def train(rank: int, world_size: int, address: str | None, job: Any) -> Any:
     """Losses, held-out loss and whole parameters after some steps on batches of unequal units."""
-    from rlhf_cluster.stages.rank import StageRank
+    from rlhf_cluster.learner.offline_rank import StageRank
 
     model_dir, learner = job
     config = stage_config(

@@ -16,8 +16,8 @@ import pytest
 
 from rlhf_cluster.errors import WorkerError
 from rlhf_cluster.records import WeightVersion
-from tests import engine_process, tiny_llama
-from tests.engine_cases import (
+from tests.support.builders import tiny_llama
+from tests.support.builders.engine_models import (
     MAX_RESPONSE,
     TOLERANCE,
     Models,
@@ -28,6 +28,7 @@ from tests.engine_cases import (
     until,
     worst,
 )
+from tests.support.engines import engine_process
 
 BLOCK_SIZE = 32
 MAX_RUNNING = 4

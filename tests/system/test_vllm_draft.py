@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests import engine_process, tiny_llama
-from tests.engine_cases import (
+from tests.support.builders import tiny_llama
+from tests.support.builders.engine_models import (
     ERRORS,
     MAX_RESPONSE,
     TOLERANCE,
@@ -28,6 +28,7 @@ from tests.engine_cases import (
     until,
     worst,
 )
+from tests.support.engines import engine_process
 
 STEP_TOKENS = engine_process.NUM_DRAFT_TOKENS + 1
 """What one step brings when the draft proposes what the policy takes."""

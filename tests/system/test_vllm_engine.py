@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from actors.engine import Engine, Sample
-from actors.generation import GenerationWorker
 from rlhf_cluster.errors import DataError, WeightError
+from rlhf_cluster.generation.engine import (
+    Engine,
+    Sample,
+)
+from rlhf_cluster.generation.generation_worker import GenerationWorker
 from rlhf_cluster.records import Prompt, Rollout, RolloutGroup, Sampling, Ticket, WeightVersion
-from tests import engine_process, tiny_llama
-from tests.engine_cases import (
+from tests.support.builders import tiny_llama
+from tests.support.builders.engine_models import (
     MAX_RESPONSE,
     TOLERANCE,
     Models,
@@ -28,6 +31,7 @@ from tests.engine_cases import (
     until,
     worst,
 )
+from tests.support.engines import engine_process
 
 
 @pytest.fixture(scope="module")

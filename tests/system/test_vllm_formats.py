@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from actors.vllm_engine import engine_environment
+from actors.vllm.vllm_engine import engine_environment
 from rlhf_cluster.errors import WeightError
-from rlhf_cluster.weights import adapter, store
+from rlhf_cluster.weights import store
+from rlhf_cluster.weights.formats import lora_factors
 from rlhf_cluster.weights.manifest import LocalPart
 from rlhf_cluster.weights.shards import ShardBase
-from tests import engine_process, tiny_llama
-from tests.engine_cases import (
+from tests.support.builders import tiny_llama
+from tests.support.builders.engine_models import (
     ERRORS,
     TOLERANCE,
     Models,
@@ -37,6 +38,7 @@ from tests.engine_cases import (
     parts_of,
     worst,
 )
+from tests.support.engines import engine_process
 
 
 @pytest.fixture(scope="module")
@@ -100,15 +102,15 @@ def adapted(model: Any, seed: int, changed: Any) -> list[LocalPart]:
     for name, weight in tiny_llama.checkpoint_tensors(model).items():
         if not name.endswith("proj.weight"):
             continue
-        shapes = {adapter.DOWN: (4, weight.shape[1]), adapter.UP: (weight.shape[0], 4)}
+        shapes = {lora_factors.DOWN: (4, weight.shape[1]), lora_factors.UP: (weight.shape[0], 4)}
         down, up = (torch.randn(shape, generator=generator) for shape in shapes.values())
-        merged = adapter.merge(weight.detach().reshape(-1), 0, down, up, 0.03)
+        merged = lora_factors.merge(weight.detach().reshape(-1), 0, down, up, 0.03)
         changed.get_parameter(name).data.copy_(merged.view(weight.shape))
         parts[name] = replace(parts[name], tensor=merged, scale=0.03)
         for kind, tensor in (
-            (adapter.BASE, weight.detach()),
-            (adapter.DOWN, down),
-            (adapter.UP, up),
+            (lora_factors.BASE, weight.detach()),
+            (lora_factors.DOWN, down),
+            (lora_factors.UP, up),
         ):
             shape, flat = tuple(tensor.shape), tensor.reshape(-1)
             parts[name + kind] = LocalPart(name=name + kind, shape=shape, offset=0, tensor=flat)
@@ -123,7 +125,9 @@ async def test_s27_adapters_pulled_in_flight_are_merged_lose_nothing_and_label_e
     for number, changed in by_version.items():
         parts, base = adapted(models.first, number, changed), None
         if versions:
-            parts = [p for p in parts if p.scale is not None or p.name.endswith(adapter.TRAINED)]
+            parts = [
+                p for p in parts if p.scale is not None or p.name.endswith(lora_factors.TRAINED)
+            ]
             base = ShardBase(version=1, parts={})
         report = store.write_shard(tmp_path, number, 0, parts, base=base)
         versions.append(store.commit(tmp_path, number, [report], keep=10))
@@ -203,7 +207,7 @@ import torch
 from vllm import _custom_ops as ops
 
 if sys.argv[1] == "mended":
-    from actors.vllm_weights import keep_scales_alive
+    from actors.vllm.vllm_weights import keep_scales_alive
     keep_scales_alive(ops)
 
 torch.manual_seed(0)

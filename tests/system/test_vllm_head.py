@@ -7,8 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import engine_process, tiny_llama
-from tests.engine_cases import build_models, engine_config, expected_logprobs, make_request
+from tests.support.builders import tiny_llama
+from tests.support.builders.engine_models import (
+    build_models,
+    engine_config,
+    expected_logprobs,
+    make_request,
+)
+from tests.support.engines import engine_process
 
 BOUND = 0.15  # nats, the mean of bfloat16 against float32; of other weights it is over 1
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from rlhf_cluster.errors import WeightError, WorkerError
-from tests import engine_process, tiny_llama
 from tests.chaos.monkey import engine_children
 from tests.chaos.processes import Process, of_pid
-from tests.engine_cases import (
+from tests.support.builders import tiny_llama
+from tests.support.builders.engine_models import (
     MAX_RESPONSE,
     TOLERANCE,
     Models,
@@ -25,6 +25,7 @@ from tests.engine_cases import (
     until,
     worst,
 )
+from tests.support.engines import engine_process
 
 GONE_WITHIN_S = 120.0
 

@@ -135,6 +135,8 @@ OF_A_CALL = {
     "StoreError": ENDS_RUN,
     "StorageError": ENDS_RUN,
     "WorkerError": ELSEWHERE,
+    "WorkerDied": ELSEWHERE,
+    "WorkerSilent": ELSEWHERE,
     "RecordLost": DISCARD,
     "PoolLost": ENDS_RUN,
     "RankFailed": ENDS_RUN,
@@ -168,8 +170,8 @@ def test_d05_every_error_has_its_place_in_the_table_of_a_call():
 def test_an_error_of_the_storage_costs_a_published_version_and_not_the_learner(
     error: Exception, raised: type[Exception]
 ) -> None:
-    from actors.learner import failing_as_a_version
-    from actors.ranks import judging
+    from actors.services.learner_actors import failing_as_a_version
+    from actors.services.rank_actors import judging
 
     @judging
     @failing_as_a_version

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from rlhf_cluster.algorithms import DapoConfig, GrpoConfig
-from rlhf_cluster.config.sections import AdaptiveDepth
+from rlhf_cluster.buffer.adaptive_depth import DepthController
+from rlhf_cluster.buffer.buffer import ExperienceBuffer
+from rlhf_cluster.buffer.staleness import AdmissionGate
 from rlhf_cluster.errors import (
     DataError,
     PoolLost,
@@ -18,13 +20,11 @@ from rlhf_cluster.errors import (
     StoreError,
     WorkerError,
 )
-from rlhf_cluster.experience.adaptive import DepthController
-from rlhf_cluster.experience.buffer import ExperienceBuffer
-from rlhf_cluster.experience.staleness import AdmissionGate
 from rlhf_cluster.pipeline import MAX_LOSSES, NO_SIGNAL, Pipeline, evaluate
 from rlhf_cluster.records import Sampling, Ticket
+from rlhf_cluster.sections.rl_run import AdaptiveDepth
 from rlhf_cluster.weights.sync import WeightSync
-from tests.fakes import (
+from tests.support.fakes.services import (
     FakeGeneration,
     FakeLearner,
     FakeObserver,

@@ -11,10 +11,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from rlhf_cluster.observe.record.samples import Row
 from rlhf_cluster.observe.report.charts import Curve, chart
-from rlhf_cluster.observe.report.reading import RunRecord
-from rlhf_cluster.observe.samples import Row
-from rlhf_cluster.observe.snapshot import who_waits
+from rlhf_cluster.observe.report.read_run import RunRecord
+from rlhf_cluster.run.status_snapshot import who_waits
 
 MAX_PARTS = 8  # colours
 GAIN = "advisor/gain/"

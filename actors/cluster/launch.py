@@ -1,0 +1,121 @@
+"""Starting actors: preflight, one placement group a replica, environment, and taking them down.
+
+Nothing starts before `preflight` has found room for every bundle, or may wait for new nodes. Every
+actor runs with the same small environment; each kind adds its own. Names carry a token of this attempt,
+so that a second attempt never meets the leftovers of a first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from actors.cluster.calls import answer
+from rlhf_cluster.errors import PlacementError, WorkerSilent
+from rlhf_cluster.planning.placement import Bundle, check_fits
+
+BASE_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+CPU_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+class RayPlaces:
+    """Reserving room and ending actors, as Ray does it. Tests put their own in its place."""
+
+    def reserve(self, resources: list[dict[str, float]], name: str) -> PlacementGroup:
+        return placement_group(resources, strategy="PACK", name=name)
+
+    def give_back(self, group: PlacementGroup) -> None:
+        """Fine when it is gone."""
+        remove_placement_group(group)
+
+    def kill(self, actor: Any) -> None:
+        """Fine when it is gone."""
+        ray.kill(actor, no_restart=True)
+
+    def free(self) -> dict[str, float]:
+        """What the cluster has left."""
+        return {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
+
+
+RAY_PLACES = RayPlaces()
+
+
+def resources_by_node() -> dict[str, dict[str, float]]:
+    """Resources of every live node, by address, whether or not another job holds part of them."""
+    return {
+        f"{node['NodeManagerAddress']}/{node['NodeID'][:6]}": dict(node["Resources"])
+        for node in ray.nodes()
+        if node["Alive"]
+    }
+
+
+def preflight(bundles: Sequence[Bundle], node_timeout_s: float = 0.0) -> None:
+    """Raise `PlacementError` before anything starts when the run cannot fit the cluster, unless it
+    may wait for nodes that are not there yet: its placement groups ask the autoscaler for them."""
+    if node_timeout_s == 0:
+        check_fits(bundles, resources_by_node())
+
+
+async def place(
+    bundles: Sequence[Bundle], name: str, timeout_s: float, places: RayPlaces = RAY_PLACES
+) -> PlacementGroup:
+    """Reserve `bundles`. Waits for: room. `PlacementError` after `timeout_s`."""
+    group = places.reserve([b.resources for b in bundles], name)
+    try:
+        await answer(group.ready(), timeout_s, f"placement of {name}")
+    except BaseException as error:
+        places.give_back(group)
+        if not isinstance(error, WorkerSilent):
+            raise
+        raise PlacementError(
+            f"no room for {', '.join(str(b) for b in bundles)} within {timeout_s:g} s, the larger of "
+            "cluster.placement_timeout_s and cluster.node_timeout_s. Free in the cluster now: "
+            f"{places.free() or 'nothing'}. Free some, or lower what the run asks for"
+        ) from error
+    return group
+
+
+def spawn(
+    cls: type,
+    arguments: Sequence[Any],
+    *,
+    bundle: Bundle,
+    group: PlacementGroup,
+    index: int,
+    environment: Mapping[str, str],
+    options: Mapping[str, Any],
+) -> Any:
+    """An actor of the plain class `cls` in bundle `index` of `group`."""
+    on_gpu = bundle.gpus > 0
+    variables = BASE_ENVIRONMENT | ({} if on_gpu else CPU_ENVIRONMENT) | dict(environment)
+    paths = [os.environ.get("PYTHONPATH", ""), os.getcwd()]  # where rewards of users are found
+    variables.setdefault("PYTHONPATH", os.pathsep.join(path for path in paths if path))
+    strategy = PlacementGroupSchedulingStrategy(
+        placement_group=group, placement_group_bundle_index=index
+    )
+    remote = ray.remote(
+        num_cpus=bundle.cpus,
+        num_gpus=bundle.gpus,
+        scheduling_strategy=strategy,
+        runtime_env={"env_vars": variables},
+        **options,
+    )
+    return remote(cls).remote(*arguments)
+
+
+def take_down(actor: Any, group: PlacementGroup | None, places: RayPlaces = RAY_PLACES) -> None:
+    """Kill `actor` and give its place back, which happens whatever the kill meets."""
+    try:
+        places.kill(actor)
+    finally:
+        if group is not None:
+            places.give_back(group)

@@ -1,0 +1,286 @@
+"""A data set from its configuration to its file: the pools of a run, without learner and buffer.
+
+    check inputs -> Ray -> preflight -> run directory
+        -> pools -> answers (groups.jsonl, prompt by prompt) -> selection -> data.jsonl -> summary
+
+Promises: a stage that is killed, stopped or fails goes on by the same command, and samples no prompt
+again whose answers are written; where nothing is missing no pool is started; whatever ends it, every
+actor and placement group of it is taken down and the run directory says how it ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from actors.drivers.open_run import in_run_directory
+
+# isort: split
+from actors.cluster.calls import answer
+from actors.cluster.signals import ended_by_signals
+from actors.drivers.offline_observer import StageObserver
+from actors.drivers.supervisor import Supervisor
+from actors.services.start_services import (
+    Launcher,
+    control_channel,
+    environment_of_engine,
+    generation_pool,
+    scoring_pools,
+    started_pools,
+)
+from rlhf_cluster.config.dataset_config import GenerateConfig
+from rlhf_cluster.data.tokenizer import load_tokenizer, render
+from rlhf_cluster.errors import RlhfError
+from rlhf_cluster.generation.generation_worker import DEFAULT_ENGINE
+from rlhf_cluster.observe.record.logs import configure
+from rlhf_cluster.observe.report.live_view import LiveView
+from rlhf_cluster.planning.placement import demand, total_resources
+from rlhf_cluster.planning.run_inputs import (
+    Inputs,
+    check_inputs,
+)
+from rlhf_cluster.records import Handle
+from rlhf_cluster.run.checkpoint.resume import Continuation
+from rlhf_cluster.run.run_directory import RunDir
+from rlhf_cluster.synthetic_data.answers_file import (
+    GROUPS,
+    Answers,
+    AnswersFile,
+    Progress,
+)
+from rlhf_cluster.synthetic_data.produce import (
+    Completions,
+    Producer,
+    Revisions,
+)
+from rlhf_cluster.synthetic_data.revise_answers import EndpointAsker
+from rlhf_cluster.synthetic_data.write_dataset import write_dataset
+from rlhf_cluster.util.json_files import write_json
+
+HEADLINE = "generate/reward_mean"
+REPORT = "report.json"
+
+
+def run_generate(
+    config: GenerateConfig,
+    argv: list[str],
+    overwrite: bool,
+    engine_factory: str = DEFAULT_ENGINE,
+    accept_changes: bool = False,
+) -> dict[str, Any]:
+    """Run `config` to its end, from the prompts that are done where there are any.
+
+    Returns the summary, at once for a stage that has finished; raises the `RlhfError` that ended it.
+    """
+    config = config.with_absolute_paths()
+    started = time.time()
+
+    def run(inputs: Inputs, rundir: RunDir, view: LiveView, found: Continuation) -> dict[str, Any]:
+        own = _Generation(config, inputs, rundir, view, engine_factory, started)
+        own.patience_s = config.cluster.placement_timeout_s if found.notes else 0.0
+        return asyncio.run(own.supervised())
+
+    return in_run_directory(
+        config,
+        argv,
+        overwrite,
+        accept_changes,
+        lambda scratch: _checked(config, scratch),
+        lambda inputs: (),
+        run,
+    )
+
+
+def _checked(config: GenerateConfig, scratch: Path) -> Inputs:
+    """As `check_inputs`; the key of an endpoint must be there too."""
+    if config.stage.revise is not None and config.stage.revise.endpoint is not None:
+        EndpointAsker.of(config.stage.revise.endpoint)
+    return check_inputs(config.as_run, scratch)
+
+
+class _Generation:
+    def __init__(
+        self,
+        config: GenerateConfig,
+        inputs: Inputs,
+        rundir: RunDir,
+        view: LiveView,
+        engine_factory: str,
+        started: float,
+    ) -> None:
+        self.config, self.inputs, self.rundir, self.started = config, inputs, rundir, started
+        configure("controller", "controller", rundir.logs)
+        self.num_prompts = inputs.prompts.epoch_size or 0
+        self.patience_s = 0.0  # for what an earlier process left on the cluster
+        self.launcher = Launcher(
+            config=config.as_run,
+            model_dir=str(inputs.model_dir),
+            engine_factory=engine_factory,
+            engine_environment=environment_of_engine(config.as_run, engine_factory),
+        )
+        self.tokenizer = load_tokenizer(config.model.tokenizer or str(inputs.model_dir))
+        self.config.data_file.unlink(missing_ok=True)  # of an earlier selection
+        self.file = AnswersFile(rundir.path / GROUPS)
+        self.observer = StageObserver(
+            config, rundir, self.num_prompts, HEADLINE, {}, view.update, started
+        )
+        self.progress = Progress(
+            self.config.run.record_every, len(self.file.done), self.config.stage.samples
+        )
+
+    async def supervised(self) -> dict[str, Any]:
+        """`_run`, ended by the first signal: what is finished is written."""
+        return await ended_by_signals(self._run(), lambda: False, 0.0, self._stopped_text)
+
+    def _stopped_text(self) -> str:
+        return (
+            f"run {self.config.run.name} was stopped by a signal: {len(self.file.done)} of "
+            f"{self.num_prompts} prompts are written, and the same command goes on with the others"
+        )
+
+    async def _run(self) -> dict[str, Any]:
+        observer = self.observer
+        try:
+            observer.state("starting")
+            if self.file.done:
+                observer.event(f"{len(self.file.done)} prompts are written already")
+            discarded: dict[str, int] = {}
+            if len(self.file.done) < self.num_prompts:
+                discarded = await self._sampled()
+            summary = await asyncio.to_thread(self._finish, discarded)
+            observer.state("finished")
+            return summary
+        except BaseException as error:
+            stopped = isinstance(error, asyncio.CancelledError)
+            text = self._stopped_text() if stopped else str(error) or type(error).__name__
+            observer.state("stopped" if stopped else "failed", text)
+            if not stopped:
+                await observer.post_mortem(error)
+            raise
+        finally:
+            self.file.close()
+            observer.close()
+
+    async def _sampled(self) -> dict[str, int]:
+        """Waits for: the answers to every prompt that is missing; the prompts discarded, by reason."""
+        launcher, observer = self.launcher, self.observer
+        control = await asyncio.to_thread(
+            control_channel, launcher.config, self.patience_s, observer.event
+        )
+        generation, scoring = generation_pool(launcher), scoring_pools(launcher)
+        self.pools, self.clients = (generation[0], *scoring[0]), (generation[1], scoring[1])
+        for pool in self.pools:
+            pool.tell = observer.event
+        producer = self._producer()
+        supervisor = Supervisor(control, self.pools, observer)  # type: ignore[arg-type]
+        try:
+            async with (
+                started_pools(launcher.config, self.pools) as started,
+                supervisor.watching(started),
+            ):
+                await asyncio.shield(started)
+                self.progress.begin(time.monotonic())
+                await producer.run()
+            if self.progress.is_open:
+                self._record()
+            return dict(producer.num_discarded)
+        finally:
+            control.close()
+
+    def _producer(self) -> Producer:
+        config = self.config
+        completions = None
+        if config.stage.completions is not None:
+            completions = Completions(
+                number=config.stage.completions,
+                separator=config.scoring.step_separator,
+                silent=frozenset(self.tokenizer.all_special_ids),
+            )
+        return Producer(
+            generation=self.clients[0],
+            scoring=self.clients[1],
+            fetch=self._fetch,
+            decode=self._text,
+            prompts=self.inputs.prompts,
+            num_prompts=self.num_prompts,
+            sampling=config.as_run.sampling,
+            completions=completions,
+            revisions=self._revisions(),
+            file=self.file,
+            max_in_flight=config.run.max_in_flight_groups,
+            max_error_rate=config.scoring.max_error_rate,
+            finished=self._finished,
+            discarded=self._discarded,
+        )
+
+    def _revisions(self) -> Revisions | None:
+        """Raises `ConfigError` where the key of an endpoint is not set."""
+        how, data = self.config.stage.revise, self.config.data
+        if how is None:
+            return None
+        return Revisions(
+            how=how,
+            asker=None if how.endpoint is None else EndpointAsker.of(how.endpoint),
+            render=lambda text: render(text, "stage.revise", data, self.tokenizer),
+            encode=self._tokens,
+            max_prompt_tokens=data.max_prompt_tokens,
+            seed=self.config.run.seed,
+        )
+
+    async def _fetch(self, handle: Handle) -> Any:
+        """Waits for: a group to be here, at most `scoring.request_timeout_s`."""
+        return await answer(handle, self.config.scoring.request_timeout_s, "a group of responses")
+
+    def _tokens(self, text: str) -> list[int]:
+        """Of a response, with its end."""
+        tokenizer: Any = self.tokenizer
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return [*ids, tokenizer.eos_token_id]
+
+    def _text(self, ids: Sequence[int]) -> str:
+        """As rewards read it."""
+        return str(
+            self.tokenizer.decode(
+                list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+
+    def _finished(self, answers: Answers) -> None:
+        if self.progress.add(answers):
+            self._record()
+
+    def _discarded(self, number: int, error: RlhfError) -> None:
+        self.progress.discard(error)
+        self.observer.event(f"prompt {number} discarded: {error}")
+
+    def _record(self) -> None:
+        values = dict(self.progress.take(time.monotonic()))
+        for client in self.clients:
+            values |= client.metrics()
+        for pool in self.pools:
+            values[f"pool/size/{pool.kind}"] = float(len(pool.live))
+            values[f"pool/wanted/{pool.kind}"] = float(pool.wanted)
+            values[f"pool/restarts_total/{pool.kind}"] = float(pool.restarts.total)
+        self.observer.progress(
+            self.progress.prompts, values, values["generate/tokens_per_s"], self.progress.prompt_s
+        )
+
+    def _finish(self, discarded: dict[str, int]) -> dict[str, Any]:
+        config, rundir = self.config, self.rundir
+        report = write_dataset(rundir.path / GROUPS, config.data_file, config.stage, discarded)
+        write_json(rundir.path / REPORT, report)
+        summary = {
+            "run": config.run.name,
+            "run_dir": str(rundir.path),
+            "stage": config.stage.type,
+            "report": report,
+            "data_file": str(config.data_file),
+            "first_step_s": self.observer.first_step_s,
+            "total_s": time.time() - self.started,
+            "demand": total_resources(demand(config)),
+        }
+        rundir.write_summary(summary)
+        return summary

@@ -1,0 +1,300 @@
+"""The driver's eyes: from step reports and counters to metrics.jsonl, status.json and the screen.
+
+Everything is written when it happens; nothing here waits for anything. The record of experience
+itself (samples) is written by the learner, so that no rollout passes through the driver.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.drivers.run_observer import Observer
+from rlhf_cluster.buffer.buffer import (
+    BufferStats,
+    buffer_metrics,
+)
+from rlhf_cluster.buffer.replay_pool import replay_metrics
+from rlhf_cluster.config import RunConfig
+from rlhf_cluster.errors import RlhfError
+from rlhf_cluster.observe.metrics.metric import Role
+from rlhf_cluster.observe.metrics.metric_sender import find
+from rlhf_cluster.observe.metrics.process_memory import resident_bytes
+from rlhf_cluster.observe.metrics.score_metrics import part_means
+from rlhf_cluster.pipeline import Evaluation, StepTimes
+from rlhf_cluster.records import (
+    StepReport,
+    Taken,
+    Ticket,
+)
+from rlhf_cluster.run import bottleneck_advisor
+from rlhf_cluster.run.checkpoint.checkpoint_folder import Checkpoint
+from rlhf_cluster.run.metrics_file import read_metrics
+from rlhf_cluster.run.run_directory import RunDir
+from rlhf_cluster.run.status_snapshot import (
+    Pool,
+    Snapshot,
+    State,
+)
+from rlhf_cluster.run.worker_pool import WorkerPool
+from rlhf_cluster.util.slow_disk import Latest
+from rlhf_cluster.weights.sync import SyncStats
+
+log = logging.getLogger(__name__)
+
+_TRAINED = "staleness/rollouts_total/"  # and the staleness
+OWN_ROLES = (Role.CONTROLLER, Role.WEIGHTS)  # the others export their numbers themselves
+
+
+class RunObserver(Observer[RunConfig]):
+    """Implements the pipeline's observer. `further` gives metrics of services that the driver knows."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        rundir: RunDir,
+        pools: Sequence[WorkerPool],
+        sync: Callable[[], SyncStats],
+        show: Callable[[Snapshot], None],
+        started_s: float,
+        clock: Callable[[], float] = time.time,
+        further: Callable[[], Mapping[str, float]] = dict,
+    ) -> None:
+        self._pools, self._sync, self._further = pools, sync, further
+        self._num_steps, self._num_warmup_steps = config.run.steps, config.sft.steps
+        self._rewards: deque[float] = deque(maxlen=10)
+        self._recent: deque[dict[str, float]] = deque(maxlen=bottleneck_advisor.WINDOW)
+        self._buffer: BufferStats | None = None
+        self._num_recovered = 0
+        self._staleness: Counter[int] = Counter()  # rollouts trained
+        self.advice: bottleneck_advisor.Advice | None = None  # of the last steps
+        self._disk_free = Latest(lambda: disk_free_fraction(rundir.path), math.nan)
+        first = Snapshot(
+            run=config.run.name,
+            state="starting",
+            step=0,
+            num_steps=config.run.steps,
+            time_s=started_s,
+        )
+        super().__init__(config, rundir, show, started_s, clock, first)
+
+    def step(self, report: StepReport, taken: Sequence[Taken], times: StepTimes) -> None:
+        now = self._clock()
+        self._stepped(now)
+        values = {
+            "staleness/pipeline_depth": float(self._config.staleness.pipeline_depth),
+            **report.metrics,
+            **group_metrics(taken, times),
+            **replay_metrics(taken, self._config),
+            **self._trained_by_staleness(report.step, taken),
+            **self._counters(),
+            "step/number": float(report.step),
+            "staleness/bound": float(self._config.staleness.bound),
+        }
+        self._recent.append(values)
+        advice = self.advice = bottleneck_advisor.advise(self._recent)
+        values |= {} if advice is None else advice.metrics()
+        self._log.append(report.step, now, values)
+        self._metrics.record({k: v for k, v in values.items() if find(k).role in OWN_ROLES})
+        self._rewards.append(values["reward/mean"])
+        log.info("step %d: reward %.4g, %.3g s", report.step, values["reward/mean"], times.step_s)
+        self._update(
+            state="running",
+            step=report.step,
+            num_steps=self._num_steps,
+            reward=values["reward/mean"],
+            reward_mean10=float(np.mean(self._rewards)),
+            staleness_mean=values.get("staleness/mean"),
+            staleness_max=values.get("staleness/max"),
+            response_length_tokens=values["response/length_mean_tokens"],
+            tokens_per_s=values["step/tokens_per_s"],
+            step_s=times.step_s,
+            learner_wait_s=times.learner_wait_s,
+            generation_wait_s=times.generation_wait_s,
+            advice=None if advice is None else advice.text,
+        )
+
+    def _trained_by_staleness(self, step: int, taken: Sequence[Taken]) -> dict[str, float]:
+        for group in taken:
+            staleness = step - 1 - group.summary.oldest_version
+            self._staleness[staleness] += group.summary.num_rollouts
+        return {f"{_TRAINED}{s}": float(n) for s, n in self._staleness.items()}
+
+    def num_workers(self, kind: str) -> int:
+        """Live workers of a pool."""
+        return sum(pool.num_live for pool in self._pools if pool.kind == kind)
+
+    def group_discarded(self, ticket: Ticket, error: RlhfError) -> None:
+        self.event(f"group {ticket.group_id} discarded: {error}")
+
+    def group_recovered(self, ticket: Ticket) -> None:
+        self._num_recovered += 1
+        log.info("group %s was on disk", ticket.group_id)
+
+    def state(self, state: State, error: str | None = None, **changes: Any) -> None:
+        if self.snapshot.state == "warmup":
+            changes |= {"step": 0, "num_steps": self._num_steps}
+        super().state(state, error, **changes)
+
+    def _services(self) -> Mapping[str, Any]:
+        return {
+            **{pool.kind: {"last_errors": pool.last_errors} for pool in self._pools},
+            "buffer": None if self._buffer is None else asdict(self._buffer),
+        }
+
+    async def cut_back(self, checkpoint: Checkpoint | None) -> None:
+        await super().cut_back(checkpoint)
+        self._update(num_steps=self._num_steps)
+
+    def _read_log(self) -> None:
+        self._rewards.clear()
+        self._recent.clear()
+        self.advice = None
+        self._staleness.clear()
+        for record in read_metrics(self._rundir.metrics):
+            if record.get("reward/mean") is not None:
+                self._rewards.append(record["reward/mean"])
+            trained = {k: v for k, v in record.items() if k.startswith(_TRAINED)}
+            self._staleness |= {int(k.removeprefix(_TRAINED)): int(v) for k, v in trained.items()}
+
+    def warmup(self, step: int, values: dict[str, float]) -> None:
+        """A step of the supervised warm-up. Its steps count for themselves."""
+        self._metrics.record({k: v for k, v in values.items() if find(k).role in OWN_ROLES})
+        self._update(state="warmup", step=step, num_steps=self._num_warmup_steps)
+
+    def evaluation(self, step: int, found: Evaluation) -> float | None:
+        """Log one evaluation, of one answer a prompt; returns the mean reward of those that were
+        answered, None without any."""
+        answers, failures = found.answers, found.failures
+        if failures:
+            total = len(answers) + len(failures)
+            self.event(
+                f"evaluation after step {step}: {len(failures)} of {total} prompts failed, and do not "
+                f"count. The first: {failures[0]}"
+            )
+        values = {
+            "evaluation/num_prompts": float(len(answers)),
+            "evaluation/failed_prompts": float(len(failures)),
+        }
+        mean = float(np.mean([answer.rewards[0] for answer in answers])) if answers else None
+        if mean is not None:
+            values |= {"evaluation/reward_mean": mean, **part_means(answers, "evaluation/part")}
+        self._log.append(step, self._clock(), values)
+        self._metrics.record(values)
+        return mean
+
+    def buffer(self, stats: BufferStats) -> None:
+        self._buffer = stats
+        self._update()
+
+    def _counters(self) -> dict[str, float]:
+        sync = self._sync()
+        values = {
+            "run/disk_free_fraction": self._disk_free.value(),
+            "weights/version_published": float(sync.published),
+            "weights/version_live": float(sync.live),
+            "weights/snapshot_s": sync.snapshot_s,
+            "weights/publish_s": sync.publish_s,
+            "weights/pull_s": sync.pull_s,
+            "weights/bytes": float(sync.num_bytes),
+            "weights/stored_bytes": float(sync.stored_bytes),
+            "weights/publishes_skipped_total": float(sync.skipped),
+            "weights/refused_total": float(sync.refused),
+            "buffer/recovered_total": float(self._num_recovered),
+            "run/sinks_dropped_total": float(self._log.num_dropped_sinks),
+            "run/resident_bytes": resident_bytes(),
+        }
+        for pool in self._pools:
+            values[f"pool/size/{pool.kind}"] = float(len(pool.live))
+            values[f"pool/behind/{pool.kind}"] = float(pool.num_behind)
+            values[f"pool/wanted/{pool.kind}"] = float(pool.wanted)
+            values[f"pool/restarts_total/{pool.kind}"] = float(pool.restarts.total)
+            values[f"pool/restarts_recent/{pool.kind}"] = float(pool.restarts.recent)
+            values[f"pool/restarts_allowed/{pool.kind}"] = float(pool.max_restarts)
+            values[f"pool/quarantined_total/{pool.kind}"] = float(pool.num_quarantined)
+            values[f"pool/autoscaled_total/{pool.kind}"] = float(pool.num_autoscaled)
+        if self._buffer is not None:
+            values |= buffer_metrics(self._buffer)
+        return {**values, **self._further()}
+
+    def _update(self, **changes: Any) -> None:
+        sync = self._sync()
+        pools = tuple(
+            Pool(
+                name=p.kind,
+                alive=len(p.live),
+                wanted=p.wanted,
+                restarts=p.restarts.total,
+                quarantined=p.num_quarantined,
+            )
+            for p in self._pools
+        )
+        if self._buffer is not None:
+            changes |= {
+                "buffer_in_flight": len(self._buffer.in_flight),
+                "buffer_ready": self._buffer.ready,
+                "buffer_discarded": self._buffer.num_discarded,
+            }
+        super()._update(
+            pools=pools,
+            version_published=sync.published if sync.published >= 0 else None,
+            version_live=sync.live if sync.live >= 0 else None,
+            **changes,
+        )
+
+
+def group_metrics(taken: Sequence[Taken], times: StepTimes) -> dict[str, float]:
+    """Rewards, lengths and times of one step, from the groups' summaries; rewards and lengths of what
+    is fresh, so that each group counts once in a run."""
+    fresh = [t for t in taken if not t.uses]
+    rewards = np.array([r for t in fresh for r in t.summary.rewards], dtype=np.float64)
+    fresh_tokens = sum(t.summary.num_tokens for t in fresh)
+    tokens = sum(t.summary.num_tokens for t in taken)
+    flat = [max(t.summary.rewards) == min(t.summary.rewards) for t in fresh]
+    steps = [r for t in fresh for r in t.summary.step_rewards]
+    of_steps = {}
+    if steps:
+        of_steps["reward/reasoning_step_mean"] = float(np.mean(steps))
+        of_steps["reward/reasoning_steps_mean"] = len(steps) / len(rewards)
+    return {
+        **of_steps,
+        **part_means([t.summary for t in fresh], "reward/part"),
+        "reward/mean": float(rewards.mean()),
+        "reward/std": float(rewards.std()),
+        "reward/min": float(rewards.min()),
+        "reward/max": float(rewards.max()),
+        "reward/zero_std_groups_fraction": float(np.mean(flat)),
+        "response/length_mean_tokens": fresh_tokens / len(rewards),
+        "response/length_max_tokens": float(max(t.summary.longest_tokens for t in fresh)),
+        "response/stopped_fraction": sum(t.summary.num_stopped for t in fresh) / len(rewards),
+        "step/groups": float(len(taken)),
+        "step/rollouts": float(sum(t.summary.num_rollouts for t in taken)),
+        "step/response_tokens": float(tokens),
+        "step/tokens_per_s": tokens / times.step_s if times.step_s > 0 else 0.0,
+        "time/step_s": times.step_s,
+        "time/learner_wait_s": times.learner_wait_s,
+        "time/generation_wait_s": times.generation_wait_s,
+        "time/train_s": times.train_s,
+        "time/publish_wait_s": times.publish_wait_s,
+        "time/generation_busy_s": times.generation_busy_s,
+        "time/scoring_busy_s": times.scoring_busy_s,
+        **{f"time/pool_busy_s/{pool}": busy for pool, busy in times.pool_busy_s.items()},
+    }
+
+
+def disk_free_fraction(path: Path) -> float:
+    """Of the file system that holds `path`; NaN where it does not say."""
+    try:
+        usage = shutil.disk_usage(path)
+    except OSError:
+        return math.nan
+    return usage.free / usage.total

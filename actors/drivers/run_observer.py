@@ -1,0 +1,180 @@
+"""What the driver of any run tells of it: metrics.jsonl, status.json, events, a post-mortem.
+
+Everything is written when it happens; nothing here waits for anything. A kind of run adds what it
+counts: `RunObserver` for reinforcement learning, `StageObserver` for an offline stage.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, Generic, TypeVar
+
+from actors.cluster import stacks_of_nodes
+from actors.cluster.ray_metrics import RayMetrics
+from rlhf_cluster.config import GenerateConfig, RunConfig, StageConfig
+from rlhf_cluster.errors import RlhfError, StalledError
+from rlhf_cluster.observe.metrics.sinks import open_sinks
+from rlhf_cluster.observe.record import post_mortem
+from rlhf_cluster.observe.record.run_log import RunLog
+from rlhf_cluster.observe.record.status_file import StatusFile
+from rlhf_cluster.run.checkpoint import resume
+from rlhf_cluster.run.checkpoint.checkpoint_folder import Checkpoint
+from rlhf_cluster.run.run_directory import RunDir
+from rlhf_cluster.run.status_snapshot import (
+    Event,
+    Snapshot,
+    State,
+)
+from rlhf_cluster.util.slow_disk import Patience
+
+log = logging.getLogger("actors.drivers.rl_observer")
+
+MAX_EVENTS = 6
+
+T = TypeVar("T")
+C = TypeVar("C", RunConfig, StageConfig | GenerateConfig)
+
+
+class Observer(Generic[C]):
+    """`show` gets every new snapshot; `first` is the first; `started_s` is the unix time at which the
+    run was asked for."""
+
+    noun = "run"
+
+    def __init__(
+        self,
+        config: C,
+        rundir: RunDir,
+        show: Callable[[Snapshot], None],
+        started_s: float,
+        clock: Callable[[], float],
+        first: Snapshot,
+    ) -> None:
+        self._config, self._rundir, self._show = config, rundir, show
+        self._clock, self._started_s = clock, started_s
+        self._patience = patience = Patience(
+            limit_s=config.observe.write_timeout_s,
+            setting="observe.write_timeout_s",
+            told_fraction=config.observe.slow_write_fraction,
+        )
+        self._log = RunLog(rundir, open_sinks(config, rundir.path, self.event), patience)
+        self._status = StatusFile(rundir, patience)
+        self._metrics = RayMetrics("controller", {"run": config.run.name})
+        self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
+        self._stacks: dict[str, list[str]] = {}  # of the other processes, at the last failure
+        self.first_step_s: float | None = None
+        self.packages: dict[str, str | None] = json.loads(rundir.environment.read_text())[
+            "packages"
+        ]
+        """Versions of what the run was started with."""
+        self.snapshot = first
+
+    def event(self, text: str) -> None:
+        """Something worth telling: a restart, a discard, a scaling."""
+        self._tell(text)
+
+    def state(self, state: State, error: str | None = None, **changes: Any) -> None:
+        log.info("%s%s", state, f": {error}" if error else "")
+        if state == "finished":
+            self._log.flush()
+        self._update(state=state, error=error, **changes)
+
+    async def on_disk(self, call: Callable[..., T], *arguments: Any) -> T:
+        """What `call` gives, which reads or writes the run directory.
+
+        Waits for: its end, `observe.write_timeout_s` at most; `StalledError` then.
+        """
+        what = f"{getattr(call, '__name__', 'a file').strip('_')} in {self._rundir.path}"
+        return await self._patience.aside(what, call, *arguments)
+
+    async def resumed(self, step: int) -> None:
+        """The run goes on after `step` steps, which are in its record already."""
+        await self.on_disk(self._read_log)
+        self._update(step=step, checkpoint=step)
+        self.event(f"continues from the checkpoint of step {step}")
+
+    def checkpointed(self, step: int) -> None:
+        """The run can be continued from `step`."""
+        log.info("checkpoint of step %d is complete", step)
+        self._update(checkpoint=step)
+
+    def recovering(self, lost: RlhfError, restart: int, limit: int, step: int | None) -> None:
+        """What trains is lost: the run goes on from the checkpoint of `step`, or, where there is none,
+        from the beginning."""
+        where = "from the beginning" if step is None else f"from its checkpoint of step {step}"
+        text = f"{lost}: the {self.noun} goes on {where}, restart {restart} of {limit}"
+        self._tell(text, state="recovering", restarts=restart)
+
+    async def cut_back(self, checkpoint: Checkpoint | None) -> None:
+        """Take back what was told of the steps after `checkpoint`, or of all."""
+        await self.on_disk(self._cut_files, checkpoint)
+        step = None if checkpoint is None else checkpoint.state.step
+        self._update(step=step or 0, checkpoint=step)
+
+    def _cut_files(self, checkpoint: Checkpoint | None) -> None:
+        resume.cut_back(self._rundir, checkpoint)
+        self._log.reopen()
+        self._read_log()
+
+    def _read_log(self) -> None:
+        """What is counted over steps, from the record of those that count."""
+
+    async def look_at_processes(self) -> None:
+        """Keep where every process is, before what failed is taken down. Raises nothing."""
+        self._stacks = await stacks_of_nodes.of_every_process(self._rundir.logs)
+
+    async def post_mortem(self, error: BaseException) -> None:
+        """Leave what is known of the run that `error` ends. Raises nothing."""
+
+        def document() -> dict[str, Any]:
+            return post_mortem.describe(
+                time_s=self._clock(),
+                run=self.snapshot.run,
+                error=error,
+                status=json.loads(self.snapshot.to_json()),
+                services=self._services(),
+                logs=post_mortem.read_tails(self._rundir.logs),
+                stacks={**post_mortem.own_stacks(), "processes": self._stacks},
+                config=self._config.model_dump(mode="json"),
+                packages=self.packages,
+                variables=os.environ,
+            )
+
+        try:
+            await self.on_disk(post_mortem.write, self._rundir.path / post_mortem.NAME, document)
+        except StalledError as stalled:  # the error that ends the run is on its way
+            log.error("no post-mortem: %s", stalled)
+
+    def close(self) -> None:
+        self._log.close()
+        self._status.close()
+
+    def _services(self) -> Mapping[str, Any]:
+        """What the services last told, by name."""
+        return {}
+
+    def _stepped(self, now: float) -> None:
+        if self.first_step_s is None:
+            self.first_step_s = now - self._started_s
+
+    def _tell(self, text: str, **changes: Any) -> None:
+        log.info(text)
+        self._events.append(Event(time_s=self._clock(), text=text))
+        self._update(**changes)
+
+    def _update(self, **changes: Any) -> None:
+        now = self._clock()
+        self.snapshot = replace(
+            self.snapshot,
+            time_s=now,
+            elapsed_s=now - self._started_s,
+            events=tuple(self._events),
+            **changes,
+        )
+        self._status.show(self.snapshot)
+        self._show(self.snapshot)

@@ -1,0 +1,307 @@
+"""Training with one learner and one buffer, from where they stand to the end of the run.
+
+    restore -> a version live -> evaluate -> pipeline -> evaluate
+
+An attempt begins with step 0, or with a checkpoint; then the weights of that step are published again.
+In a run that lost an earlier learner, what that one left beyond the checkpoint is taken back first:
+from the record and from the weight store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from actors.drivers.checkpoint_cut import Cutter
+from actors.drivers.rl_observer import RunObserver
+from actors.services.buffer_actor import RayBuffer
+from actors.services.generation_client import RayGeneration
+from actors.services.learner_actors import RayLearner
+from actors.services.scoring_client import RayScoring
+from actors.weights.transports import Transport
+from rlhf_cluster.buffer.adaptive_depth import (
+    DepthController,
+    depth_controller,
+)
+from rlhf_cluster.buffer.buffer import fitted
+from rlhf_cluster.buffer.group_recovery import (
+    patience_of,
+    recovery_of,
+)
+from rlhf_cluster.buffer.staleness import gate_of
+from rlhf_cluster.config import RunConfig, StageConfig
+from rlhf_cluster.config.derived import fresh_groups
+from rlhf_cluster.errors import RunError, StalledError
+from rlhf_cluster.pipeline import Pipeline, evaluate
+from rlhf_cluster.planning.run_inputs import Inputs
+from rlhf_cluster.records import BufferState, Ticket, WeightVersion
+from rlhf_cluster.run.checkpoint import resume as continuing
+from rlhf_cluster.run.checkpoint.background_saving import Checkpoints
+from rlhf_cluster.run.checkpoint.checkpoint_folder import Checkpoint
+from rlhf_cluster.run.checkpoint.run_state import RunState
+from rlhf_cluster.run.restarts import RoomAgain
+from rlhf_cluster.run.run_directory import RunDir
+from rlhf_cluster.util.deadlines import reply_deadline
+from rlhf_cluster.util.slow_disk import Patience
+from rlhf_cluster.weights import store
+from rlhf_cluster.weights.sync import WeightSync, live_deadline_s
+
+LOOK_EVERY_S = 1.0
+
+
+class Stopped(RunError):
+    """The run was asked to end, and did so at a boundary between two steps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """What stays for the whole run, whatever happens to learner and buffer."""
+
+    config: RunConfig
+    inputs: Inputs
+    rundir: RunDir
+    observer: RunObserver
+    generation: RayGeneration
+    scoring: RayScoring
+    transport: Transport
+    export: Callable[[WeightVersion], None]  # write the trained model; may block
+    first_prompt: int  # of a run that begins with step 0
+
+
+@dataclass(slots=True, kw_only=True)
+class Attempt:
+    """`again`: there was an attempt before it in this process."""
+
+    place: Place
+    learner: RayLearner
+    buffer: RayBuffer
+    checkpoint: Checkpoint | None
+    again: bool
+    sync: WeightSync = field(init=False)
+    checkpoints: Checkpoints | None = None
+    pipeline: Pipeline | None = None
+    growing: bool = False  # it ends at a boundary between two steps, for one with all ranks
+
+    def __post_init__(self) -> None:
+        self.sync = WeightSync(
+            self.learner,
+            self.place.generation,
+            self.buffer,
+            self.place.config.weights.publish_every,
+            time.monotonic,
+            self.place.scoring.follow,
+        )
+
+    @property
+    def state(self) -> RunState | None:
+        return None if self.checkpoint is None else self.checkpoint.state
+
+    @property
+    def publish_timeout_s(self) -> float:
+        """Until a version is live, over all tries of `WeightSync`."""
+        return live_deadline_s(self.place.config, self.place.inputs.weights_bytes)
+
+    async def train(self) -> tuple[float | None, float | None]:
+        """Rewards on held-out prompts before and after. Raises `Stopped`, `RoomAgain`, and what ends
+        training."""
+        config, state = self.place.config, self.state
+        depth = depth_controller(config.staleness)
+        await self._restore(depth)
+        first_step = 0 if state is None else state.step
+        await self.sync.publish_last(first_step, self.publish_timeout_s)
+        before = state.reward_before if state else await self._evaluate(0)
+        cutter = Cutter(
+            config=config,
+            rundir=self.place.rundir,
+            buffer=self.buffer,
+            sync=self.sync.stats,
+            depth=depth,
+            first_prompt=state.first_prompt if state else self.place.first_prompt,
+            reward_before=before,
+            observer=self.place.observer,
+        )
+        self.checkpoints = await cutter.checkpoints(self.learner, state)
+        self.pipeline = await self._pipeline(depth, cutter.first_prompt)
+        done = await self.pipeline.run()
+        if self.pipeline.stopped:
+            if done:
+                await self.checkpoints.save_now(done, save_deadline_s(config))
+                await self.checkpoints.copied()
+            if self.growing:
+                raise RoomAgain(f"there is room for all {config.learner.ranks} learner ranks again")
+            raise Stopped(stopped_text(config, self.checkpoints.stats.last))
+        await self.sync.publish_last(config.run.steps, self.publish_timeout_s)
+        await self._export()  # first: nothing that an evaluation meets may cost the trained model
+        after = await self._evaluate(config.run.steps)
+        await self.checkpoints.copied()
+        return before, after
+
+    def fitted_buffer(self, state: RunState) -> BufferState:
+        """The buffer's part of `state`, as the run's settings allow it now."""
+        found = fitted(state.buffer, gate_of(self.place.config))
+        if over := len(state.buffer.open) - len(found.open):
+            self.place.observer.event(
+                f"{over} of {len(state.buffer.open)} groups under way are discarded: with staleness."
+                f"max_staleness = {self.place.config.staleness.max_staleness} and look_ahead = "
+                f"{self.place.config.staleness.look_ahead} their turn comes too late"
+            )
+        return found
+
+    async def grow(
+        self,
+        has_room: Callable[[], Awaitable[bool]],
+        pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        """End `train` with `RoomAgain` at a boundary between two steps, once there is room.
+
+        Waits for: a checkpoint of this attempt, then room; asks again after each further checkpoint.
+        """
+        asked = -1 if self.state is None else self.state.step
+        while True:
+            await pause(LOOK_EVERY_S)
+            last = -1 if self.checkpoints is None else self.checkpoints.stats.last
+            if self.pipeline is None or last <= asked:
+                continue
+            asked = last
+            if await has_room() and not self.pipeline.stopped:
+                self.growing = True
+                await self.pipeline.stop()
+                return
+
+    async def stop(self) -> None:
+        """Asked to end for good."""
+        self.growing = False
+        if self.pipeline is not None:
+            await self.pipeline.stop()
+
+    async def abandon(self) -> None:
+        """The learner and the buffer are gone: see that nothing of this attempt goes on.
+
+        Waits for: a publish and a checkpoint under way to end, as they do without a learner; both
+        have deadlines.
+        """
+        await self.sync.abandon(self.publish_timeout_s)
+        if self.checkpoints is not None:
+            await self.checkpoints.drain()
+            self.checkpoints.close()
+
+    async def _restore(self, depth: DepthController | None) -> None:
+        """What the learner and the buffer do not restore themselves. From here on nothing that an
+        earlier learner has under way becomes visible.
+
+        Waits for: the weight store, `weights.publish_timeout_s` at most.
+        """
+        place, state = self.place, self.state
+        config = place.config
+        patience = Patience(
+            limit_s=config.weights.publish_timeout_s, setting="weights.publish_timeout_s"
+        )
+        store_of_weights = f"the weight store {config.weights_dir}"
+        await place.observer.on_disk(place.rundir.check_claim)
+        writer = await patience.aside(store_of_weights, store.begin_attempt, config.weights_dir)
+        self.learner.writer = writer
+        if self.again or state is not None:
+            await patience.aside(
+                store_of_weights, continuing.rewind_weights, place.rundir, self.checkpoint
+            )
+        if self.again:
+            await place.observer.cut_back(self.checkpoint)
+            await asyncio.to_thread(place.transport.begin_anew, writer)
+        if state is None:
+            return
+        self.sync.stats.skipped = state.publishes_skipped
+        if depth is not None and state.depth is not None:
+            depth.load_state(state.depth)
+            await self.buffer.set_pipeline_depth(depth.depth)
+
+    async def _pipeline(self, depth: DepthController | None, first_prompt: int) -> Pipeline:
+        """Waits for: the store to be rewound, `buffer.write_timeout_s` at most for a few files."""
+        place, config, state = self.place, self.place.config, self.state
+        on_disk = functools.partial(
+            patience_of(config).aside, f"the groups in {config.run_dir / 'experience'}"
+        )
+        loop = asyncio.get_running_loop()
+        tell = functools.partial(loop.call_soon_threadsafe, place.observer.event)
+        gate = gate_of(config)
+        open_tickets = () if state is None else self.fitted_buffer(state).open
+        places = {ticket.number: place for place, ticket in enumerate(open_tickets)}
+
+        def trainable(ticket: Ticket, oldest_version: int) -> bool:
+            place = places.get(ticket.number)
+            first_step = 0 if state is None else state.step
+            return (
+                place is None or gate.latest_step(first_step, place) - oldest_version <= gate.bound
+            )
+
+        recovery = await on_disk(recovery_of, config, None if state is None else state.step, tell)
+        if recovery is not None:
+            await recovery.rewind_aside(on_disk)
+        return Pipeline(
+            generation=place.generation,
+            scoring=place.scoring,
+            buffer=self.buffer,
+            learner=self.learner,
+            sync=self.sync,
+            prompts=place.inputs.prompts,
+            observer=place.observer,
+            sampling=config.sampling,
+            num_steps=config.run.steps,
+            groups_per_step=fresh_groups(config),
+            max_error_rate=config.scoring.max_error_rate,
+            live_timeout_s=self.publish_timeout_s,
+            trains_on=config.algorithm.trains_on,
+            depth=depth,
+            num_workers=place.observer.num_workers,
+            pool_busy=place.scoring.take_busy,
+            checkpoints=self.checkpoints,
+            first_step=0 if state is None else state.step,
+            first_prompt=first_prompt,
+            open=open_tickets,
+            trainable=trainable,
+            replayable=() if state is None else state.buffer.replayable,
+            on_disk=on_disk,
+            recovery=recovery,
+        )
+
+    async def _evaluate(self, step: int) -> float | None:
+        place = self.place
+        prompts = place.inputs.evaluation_prompts
+        if not prompts:
+            return None
+        place.observer.state("evaluating")
+        max_tokens = place.config.generation.max_response_tokens
+        found = await evaluate(place.generation, place.scoring, prompts, max_tokens, step)
+        return place.observer.evaluation(step, found)
+
+    async def _export(self) -> None:
+        """Waits for: the last version to be written as a model folder; the deadline is a publish's."""
+        config, version = self.place.config, self.sync.last
+        assert version is not None
+        timeout_s = config.weights.publish_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                await asyncio.to_thread(self.place.export, version)
+        except TimeoutError as error:
+            raise StalledError(
+                f"{self.place.rundir.final}: the trained model was not written within "
+                f"weights.publish_timeout_s = {timeout_s:g} s. Look at that disk, or raise it; the "
+                "same command goes on"
+            ) from error
+
+
+def save_deadline_s(config: RunConfig) -> float:
+    """For the checkpoint under way, and then the copy and the write of another one."""
+    one_s = config.checkpoint.timeout_s
+    return reply_deadline(one_s, reply_deadline(config.learner.step_timeout_s), one_s)
+
+
+def stopped_text(config: RunConfig | StageConfig, last: int) -> str:
+    """`last`: step of the last complete checkpoint, -1 where there is none."""
+    resume = f"The same command continues it from step {last}" if last >= 0 else "No checkpoint"
+    return (
+        f"run {config.run.name!r} was stopped by a signal; its metrics and published weights are in "
+        f"{config.run_dir}. {resume}"
+    )

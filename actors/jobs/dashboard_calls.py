@@ -1,0 +1,306 @@
+"""Calls to the dashboard of a Ray cluster, as `actors.jobs.jobs` makes them.
+
+Promises: every call has a deadline; a cluster that is down, or an address where no dashboard is, is an
+error at once; a cluster that is just starting is waited for, and the error at the deadline names what
+is missing.
+
+Ray's client of the jobs of a cluster, and the end of a log without the rest of it.
+
+What a job says of itself: one line of what happened, and the end of its log.
+
+Promise: never more than `LOG_LINES` lines of a log are read, however long it is. Ray keeps the end of
+the log with a job whose command failed, so that it can be read when the node is gone.
+"""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+from urllib.parse import urlencode
+
+import requests
+from ray.job_submission import JobSubmissionClient
+
+from rlhf_cluster.errors import RunError, StalledError
+from rlhf_cluster.util.addresses import refuse_open
+
+CALL_TIMEOUT_S = 30.0
+
+CONNECT_TIMEOUT_S = 10.0
+
+SUBMIT_TIMEOUT_S = 120.0
+
+AGENT_TIMEOUT_S = 60.0  # Ray itself ends a head node that is not up after 30 s
+
+AGENT_RETRY_S = 1.0
+
+STOP_GRACE_S = 60
+
+RUN_KEY = "rlhf_run"
+
+STARTING = ("No available agent", "Failed to get head node agent", "Cannot connect to host")
+"""What the dashboard says while the agent of the head node, which starts jobs, is not up."""
+
+ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+class JobClient(Protocol):
+    """What is used of Ray's JobSubmissionClient, and `get_log_tail`."""
+
+    def submit_job(
+        self, *, entrypoint: str, runtime_env: dict[str, Any], metadata: dict[str, str]
+    ) -> str: ...
+
+    def list_jobs(self) -> Sequence[Any]: ...
+
+    def get_job_logs(self, job_id: str) -> str: ...
+
+    def get_log_tail(self, job_id: str, node_id: str, num_lines: int) -> str: ...
+
+    def stop_job(self, job_id: str) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waiting:
+    """How a wait passes its time, and whom it tells that it waits."""
+
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+    say: Callable[[str], None] = lambda _: None
+
+
+def connect(address: str) -> JobClient:
+    """A client of the cluster whose dashboard is at `address`. Raises `RunError` if unreachable,
+    `ConfigError` for another machine's that asks for no token."""
+    if not address.startswith(("http://", "https://")):
+        raise RunError(
+            f"{address}: expected the address of the Ray dashboard, such as http://HOST:8265"
+        )
+    refuse_open("--address", address)
+    try:
+        urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=CONNECT_TIMEOUT_S)
+    except urllib.error.HTTPError as error:
+        if error.code == http.client.NOT_FOUND:
+            raise _no_dashboard(address, f"HTTP {error.code} {error.reason}") from error
+        # It answers; the client below explains another refusal.
+    except http.client.HTTPException as error:
+        raise _no_dashboard(address, f"no HTTP: {type(error).__name__}") from error
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{address}: no Ray dashboard answers within {CONNECT_TIMEOUT_S:g} s ({error}). Is the "
+            "cluster up, started with a dashboard, and its port reachable from here?"
+        ) from error
+    pass
+
+    logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)
+    logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.WARNING)
+    return within(CALL_TIMEOUT_S, "connecting to the cluster", lambda: DashboardClient(address))
+
+
+def _no_dashboard(address: str, answer: str) -> RunError:
+    return RunError(
+        f"{address}: what answers there is no Ray dashboard ({answer}). Give the dashboard's port, "
+        "8265 unless `ray start --dashboard-port` says another; 6379 is the cluster's own"
+    )
+
+
+def jobs_of(client: JobClient, run_or_job: str) -> list[Any]:
+    """Jobs with this id or run name, the newest first, live ones before ended ones."""
+    jobs = within(CALL_TIMEOUT_S, "the list of jobs", client.list_jobs)
+    found = [
+        job
+        for job in jobs
+        if job.submission_id
+        and run_or_job in (job.submission_id, (job.metadata or {}).get(RUN_KEY))
+    ]
+    return sorted(found, key=lambda job: (has_ended(job), -(job.start_time or 0)))
+
+
+def find(client: JobClient, run_or_job: str, address: str) -> Any:
+    found = jobs_of(client, run_or_job)
+    if not found:
+        raise RunError(f"{run_or_job}: no job with this id or run name at {address}")
+    return found[0]
+
+
+def state_of(job: Any) -> str:
+    return str(job.status)
+
+
+def has_ended(job: Any) -> bool:
+    return state_of(job) in ENDED
+
+
+def send(
+    client: JobClient,
+    command: str,
+    folder: str,
+    metadata: dict[str, str],
+    waiting: Waiting,
+    variables: Mapping[str, str] | None = None,
+) -> str:
+    """Start `command` in a copy of `folder` on the cluster. Returns the job's id.
+
+    Waits for: a cluster that is starting. Unblocked by: its start, `RunError` for any other refusal,
+    or `StalledError` after `AGENT_TIMEOUT_S`.
+    """
+    environment = {"PYTHONUNBUFFERED": "1", "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_S)}
+
+    def attempt() -> str:
+        return within(
+            SUBMIT_TIMEOUT_S,
+            "submitting the job",
+            lambda: client.submit_job(
+                entrypoint=command,
+                runtime_env={
+                    "working_dir": folder,
+                    "env_vars": environment | dict(variables or {}),
+                },
+                metadata=metadata,
+            ),
+        )
+
+    return once_agents_are_up(attempt, AGENT_TIMEOUT_S, waiting)
+
+
+def once_agents_are_up(attempt: Callable[[], str], timeout_s: float, waiting: Waiting) -> str:
+    """`attempt()`, again while the cluster is so young that its head node takes no jobs.
+
+    Waits for: the agent of the head node. Unblocked by: its start, any other error, or `StalledError`
+    at the first refusal after `timeout_s`.
+    """
+    ends = waiting.clock() + timeout_s
+    told = False
+    while True:
+        try:
+            return attempt()
+        except RunError as error:
+            if not any(text in str(error) for text in STARTING):
+                raise
+            if waiting.clock() >= ends:
+                raise _no_agent(timeout_s) from error
+        if not told:
+            waiting.say(f"the cluster takes no jobs yet; waiting for it, {timeout_s:g} s at most")
+            told = True
+        waiting.sleep(AGENT_RETRY_S)
+
+
+def _no_agent(timeout_s: float) -> StalledError:
+    return StalledError(
+        f"submitting the job: the cluster takes no jobs after {timeout_s:g} s: the agent of Ray on its "
+        "head node does not answer. If the cluster is still starting, submit again. Otherwise the "
+        "agent could not start, mostly because its port is taken (52365 unless `ray start "
+        "--dashboard-agent-listen-port` says another, such as where two clusters share a machine): "
+        "logs/dashboard_agent.log in the head node's session folder says why"
+    )
+
+
+def within(deadline_s: float, what: str, call: Callable[[], Any]) -> Any:
+    """`call()` with a deadline; Ray's client has none of its own.
+
+    Waits for: the call. Unblocked by: its end, or `StalledError` at the deadline; a call that hangs
+    stays behind on a daemon thread.
+    """
+    outcome: list[Any] = []
+    failure: list[Exception] = []
+
+    def work() -> None:
+        try:
+            outcome.append(call())
+        # Everything the client raises is handed to the caller's thread.
+        except Exception as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(deadline_s)
+    if failure:
+        said = "no answer" if isinstance(failure[0], OSError) else "the cluster answered"
+        raise RunError(f"{what}: {said}: {failure[0]}") from failure[0]
+    if not outcome:
+        raise StalledError(f"{what}: no answer from the cluster within {deadline_s:g} s")
+    return outcome[0]
+
+
+TAIL_BYTES = 16 << 20
+
+TAIL_TIMEOUT_S = 20.0
+
+
+class DashboardClient(JobSubmissionClient):
+    """What `actors.jobs.dashboard_calls.JobClient` asks for."""
+
+    def get_log_tail(self, job_id: str, node_id: str, num_lines: int) -> str:
+        """The last `num_lines` lines of a job whose driver ran on `node_id`, and of these the last
+        `TAIL_BYTES`: the node looks for them in its file, and sends no more."""
+        query = urlencode({"submission_id": job_id, "node_id": node_id, "lines": num_lines})
+        with requests.get(
+            f"{self._address}/api/v0/logs/file?{query}",
+            headers=self._headers,
+            cookies=self._cookies,
+            verify=self._verify,
+            stream=True,
+            timeout=TAIL_TIMEOUT_S,
+        ) as answer:
+            if answer.status_code != requests.codes.ok:
+                self._raise_error(answer)
+            tail = b""
+            for chunk in answer.iter_content(1 << 20):
+                tail = (tail + chunk)[-TAIL_BYTES:]
+        return tail.decode(errors="replace")
+
+
+LOG_LINES = 10
+
+LINE_CHARS = 500
+
+
+def message_of(job: Any) -> str | None:
+    """What the job says of its end: its own error, else what Ray says and the last line of the log."""
+    said, log = _parts(job)
+    errors = [line for line in log if line.startswith("error: ")]
+    if errors:
+        return errors[-1]
+    return f"{said}: {log[-1].strip()}" if log else said
+
+
+def last_lines(job: Any, client: JobClient) -> list[str]:
+    """The last lines of the log of a job that runs or failed, each cut to `LINE_CHARS`; else none."""
+    if state_of(job) not in ("RUNNING", "FAILED"):
+        return []
+    lines = _parts(job)[1]
+    if not lines and job.driver_node_id is not None:
+        try:
+            lines = log_tail(job, client, LOG_LINES)
+        except (RunError, StalledError) as error:  # a status without them is still one
+            lines = [str(error).partition("\n")[0]]
+    return [line[:LINE_CHARS] for line in lines if line.strip()][-LOG_LINES:]
+
+
+def log_tail(job: Any, client: JobClient, num_lines: int) -> list[str]:
+    """The last `num_lines` lines of a job's log; none before it has started."""
+    if job.driver_node_id is None:
+        return []
+    text = within(
+        CALL_TIMEOUT_S,
+        "the end of the job's log",
+        lambda: client.get_log_tail(job.submission_id, job.driver_node_id, num_lines),
+    )
+    return text.splitlines()[-num_lines:]
+
+
+def _parts(job: Any) -> tuple[str | None, list[str]]:
+    """Ray's words, and the end of the log where it follows them: "... exit code 1, last available logs
+    (truncated to 20,000 chars):" and the lines."""
+    lines = [line.rstrip() for line in (job.message or "").splitlines() if line.strip()]
+    if not lines:
+        return None, []
+    said, found, _ = lines[0].strip().partition(", last ")
+    return said, lines[1:] if found and lines[0].endswith(":") else []

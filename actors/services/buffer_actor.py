@@ -1,0 +1,164 @@
+"""The experience buffer as an actor, and its client.
+
+The actor holds handles (object references), never arrays. Both waits of the client end with the
+buffer's own stall deadline, or with `CoreLost` when the actor is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from actors.cluster.calls import core_answer
+from actors.cluster.ray_metrics import RayMetrics
+from rlhf_cluster.buffer.buffer import (
+    BufferStats,
+    ExperienceBuffer,
+    buffer_metrics,
+)
+from rlhf_cluster.buffer.buffer_service import (
+    Answer,
+    BufferService,
+)
+from rlhf_cluster.buffer.replay_pool import replay_pool
+from rlhf_cluster.buffer.staleness import gate_of
+from rlhf_cluster.config import RunConfig
+from rlhf_cluster.observe.metrics.process_memory import resident_bytes
+from rlhf_cluster.observe.record.logs import configure
+from rlhf_cluster.records import (
+    BufferState,
+    GroupSummary,
+    Handle,
+    Taken,
+    Ticket,
+)
+
+log = logging.getLogger(__name__)
+
+PATIENCE_S = 5.0
+REPLY_MARGIN_S = 60.0
+
+
+def buffer_service(config: RunConfig, state: BufferState | None = None) -> BufferService:
+    """The buffer of a run, from the `state` of a checkpoint where it goes on from one."""
+    gate = gate_of(config)
+    replay = replay_pool(config)
+    buffer = (
+        ExperienceBuffer.resume(gate, state, replay)
+        if state
+        else ExperienceBuffer(gate, replay=replay)
+    )
+    log.info("admitting by %s", gate)
+    return BufferService(buffer, config.run.stall_timeout_s, PATIENCE_S, time.monotonic)
+
+
+class BufferActor:
+    """`BufferService` in a process of its own. Handles arrive inside a list, so that Ray passes
+    the reference on instead of fetching what it stands for, and so they leave, replayed ones too."""
+
+    def __init__(self, config: RunConfig, state: BufferState | None = None) -> None:
+        """`state` is that of a checkpoint from which the run goes on."""
+        configure("buffer", "buffer", config.run_dir / "logs")
+        self._metrics = RayMetrics("buffer", {"run": config.run.name})
+        self._service = buffer_service(config, state)
+
+    async def admit(self) -> list[Ticket] | Answer:
+        return await self._service.admit()
+
+    async def finish(self, ticket: Ticket, handle: list[Handle], summary: GroupSummary) -> None:
+        await self._service.finish(ticket, handle, summary)
+
+    async def discard(self, ticket: Ticket, reason: str) -> None:
+        log.info("group %s discarded: %s", ticket.group_id, reason)
+        await self._service.discard(ticket, reason)
+
+    async def take(self, num_groups: int, learner_version: int) -> Sequence[Taken] | Answer:
+        found = await self._service.take(num_groups, learner_version)
+        if isinstance(found, Answer):
+            return found
+        return [replace(taken, handle=[taken.handle]) if taken.uses else taken for taken in found]
+
+    async def version_live(self, version: int) -> None:
+        log.info("version %d is live on every worker", version)
+        await self._service.version_live(version)
+
+    async def stop(self) -> None:
+        log.info("stopped: nothing is handed out any more")
+        await self._service.stop()
+
+    async def state(self, learner_version: int) -> BufferState:
+        return await self._service.state(learner_version)
+
+    async def set_pipeline_depth(self, depth: int) -> None:
+        log.info("pipeline depth: %d", depth)
+        await self._service.set_pipeline_depth(depth)
+
+    async def forget(self, numbers: Sequence[int]) -> None:
+        await self._service.forget(numbers)
+
+    async def present(self, after_s: float) -> None:
+        """Answer after so many seconds: the process lives."""
+        await asyncio.sleep(after_s)
+
+    async def stats(self) -> BufferStats:
+        stats = await self._service.stats()
+        self._metrics.record(buffer_metrics(stats))
+        self._metrics.gauge("buffer/resident_bytes", resident_bytes())
+        return stats
+
+
+class RayBuffer:
+    """`BufferPort` over a `BufferActor`."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    async def admit(self) -> list[Ticket]:
+        """Waits for: a free slot. Unblocked by: the learner, a live version; ends with the run."""
+        while True:
+            reply = await self._call("admit")
+            if not isinstance(reply, Answer):
+                return reply
+            if reply is Answer.DONE:
+                return []
+
+    async def finish(self, ticket: Ticket, handle: Handle, summary: GroupSummary) -> None:
+        await self._call("finish", ticket, [handle], summary)
+
+    async def discard(self, ticket: Ticket, reason: str) -> None:
+        await self._call("discard", ticket, reason)
+
+    async def take(self, num_groups: int, learner_version: int) -> Sequence[Taken]:
+        """Waits for: finished groups. Unblocked by: the rollout loop, `stop`, or `StalledError`."""
+        while True:
+            reply = await self._call("take", num_groups, learner_version)
+            if not isinstance(reply, Answer):
+                return reply
+            if reply is Answer.DONE:
+                return []
+
+    async def version_live(self, version: int) -> None:
+        await self._call("version_live", version)
+
+    async def stop(self) -> None:
+        await self._call("stop")
+
+    async def state(self, learner_version: int) -> BufferState:
+        return await self._call("state", learner_version)
+
+    async def set_pipeline_depth(self, depth: int) -> None:
+        await self._call("set_pipeline_depth", depth)
+
+    async def forget(self, numbers: Sequence[int]) -> None:
+        await self._call("forget", numbers)
+
+    async def stats(self) -> BufferStats:
+        return await self._call("stats")
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        ref = getattr(self._actor, method).remote(*arguments)
+        return await core_answer(ref, PATIENCE_S + REPLY_MARGIN_S, f"buffer.{method}")

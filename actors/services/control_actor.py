@@ -1,0 +1,140 @@
+"""A run's control channel: a small named actor that other processes can find.
+
+The run's driver reads wishes from it and leaves its status there. It holds no decision: the sizes
+it is given are checked, then carried out by the driver, which answers with what happened. When it dies
+the driver starts another (`rlhf_cluster.run.control_channel`); who asked meanwhile gets an error that
+says so.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from actors.cluster.named_actors import NAMESPACE
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
+import ray
+
+from actors.cluster import loopback
+from actors.cluster.calls import answer_now
+from rlhf_cluster.errors import RunError, WorkerError
+from rlhf_cluster.util.addresses import refuse_open
+
+CALL_TIMEOUT_S = 30.0
+SCALE_TIMEOUT_S = 900.0
+
+
+def actor_name(run_name: str) -> str:
+    return f"control:{run_name}"
+
+
+class ControlActor:
+    """Wishes in, answers and status out. Each wish has a number; answers are kept by number."""
+
+    def __init__(self) -> None:
+        self._wishes: list[tuple[int, dict[str, int]]] = []
+        self._answers: dict[int, dict[str, str]] = {}
+        self._status: dict[str, Any] = {}
+        self._next = 0
+
+    def ask_scale(self, sizes: dict[str, int]) -> int:
+        self._next += 1
+        self._wishes.append((self._next, sizes))
+        return self._next
+
+    def wishes(self) -> list[tuple[int, dict[str, int]]]:
+        taken, self._wishes = self._wishes, []
+        return taken
+
+    def answer(self, number: int, results: dict[str, str]) -> None:
+        self._answers[number] = results
+
+    def result(self, number: int) -> dict[str, str] | None:
+        return self._answers.get(number)
+
+    def set_status(self, status: dict[str, Any]) -> None:
+        self._status = status
+
+    def status(self) -> dict[str, Any]:
+        return self._status
+
+
+def scale(run_dir: Path, sizes: Mapping[str, int], address: str | None) -> dict[str, str]:
+    """Ask the running job to change its pools. Returns what was done, by pool.
+
+    Waits for: the run to add or drain the workers. `RunError` after `SCALE_TIMEOUT_S`, when the run
+    cannot be found, or when its control channel is lost meanwhile.
+    """
+    for pool, size in sizes.items():
+        if size < 1:
+            raise RunError(f"scale {pool}={size}: expected a size of at least 1")
+    where = address or _address_of(run_dir)
+    control = find(run_dir.name, where)
+    try:
+        return _scaled(control, run_dir.name, sizes)
+    except WorkerError as error:
+        raise RunError(
+            f"{run_dir.name}: the run's control channel was lost while it was asked to scale "
+            f"{dict(sizes)} ({error}). The run goes on and opens another within a minute: look at its "
+            "status for what was done, and ask again"
+        ) from error
+
+
+def _scaled(control: Any, run: str, sizes: Mapping[str, int]) -> dict[str, str]:
+    """Raises `WorkerError` when `control` is gone, `RunError` after `SCALE_TIMEOUT_S`."""
+    number = answer_now(control.ask_scale.remote(dict(sizes)), CALL_TIMEOUT_S, "control.ask_scale")
+    deadline = time.monotonic() + SCALE_TIMEOUT_S
+    while time.monotonic() < deadline:
+        result = answer_now(control.result.remote(number), CALL_TIMEOUT_S, "control.result")
+        if result is not None:
+            return result
+        time.sleep(0.5)
+    raise RunError(
+        f"{run}: no answer to scale {dict(sizes)} within {SCALE_TIMEOUT_S:g} s. It may still be under "
+        "way, waiting for nodes or for workers to drain: look at the run's status"
+    )
+
+
+def find(run_name: str, address: str) -> Any:
+    """The control actor of a running job, after joining its cluster.
+
+    Raises `RunError`; `ConfigError` for another machine's cluster that asks for no token.
+    """
+    refuse_open("address", address)
+    try:
+        loopback.refuse_silent(address)
+        if not ray.is_initialized():
+            loopback.follow(address)
+            ray.init(
+                address=address,
+                namespace=NAMESPACE,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise RunError(f"{run_name}: cannot join the Ray cluster at {address}: {error}") from error
+    try:
+        return ray.get_actor(actor_name(run_name), namespace=NAMESPACE)
+    except ValueError as error:
+        raise RunError(
+            f"{run_name}: no such run on the cluster at {address}; it has ended, runs elsewhere, or is "
+            "about to open its control channel again: look at its status"
+        ) from error
+
+
+def _address_of(run_dir: Path) -> str:
+    path = run_dir / "control.json"
+    try:
+        return json.loads(path.read_text())["ray_address"]
+    except (OSError, json.JSONDecodeError, KeyError) as error:
+        raise RunError(
+            f"{path}: cannot read it ({type(error).__name__}: {error}). Give the run directory of "
+            "a running job, or its cluster's address"
+        ) from error

@@ -1,0 +1,203 @@
+"""Hot spares of the learner: warm processes that wait to become ranks
+(`rlhf_cluster.learner.hot_spares` decides which).
+
+    resume -> [place, start, import, wait] for each -> hire -> the ranks are started -> resume -> ...
+
+Promises:
+- a spare has a place of its own, and is no rank and in no process group until it is hired;
+- none is started between `hire` and `resume`: room and processors belong to the ranks then;
+- one that dies, is silent or cannot start is replaced, `learner.max_restarts` times within a window
+  and after the pauses of `Restarts`; it never ends the run, which goes on without, and says so;
+- no room for one is no failure: it is asked for again;
+- nothing outlives `kept`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+from actors.cluster.calls import core_answer
+from actors.cluster.launch import take_down
+from actors.services.learner_actors import LearnerActor
+from actors.services.rank_actors import (
+    ACTOR_OPTIONS,
+    NO_RANK,
+)
+from actors.services.start_services import Launcher
+from rlhf_cluster.errors import CoreLost, PlacementError, RlhfError
+from rlhf_cluster.planning.placement import spare_bundle
+from rlhf_cluster.run.restarts import Restarts, RestartWindow
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 1.0
+"""How long a spare takes for an answer that only says that it is there; `hire` may wait as long."""
+ROOM_AGAIN_S = 10.0
+"""From a search for room that found none to the next."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Spare:
+    """One process. `where` says which, as in "process 77 on 10.0.0.1"."""
+
+    name: str
+    actor: Any
+    placement: Any
+    where: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.where})"
+
+
+class Spares:
+    """All of a run; `wanted` may be 0. All methods run on one event loop.
+
+    `start` makes one, or leaves nothing behind; `present` answers after so many seconds, or raises
+    what says that the spare is gone; `end` kills it.
+    """
+
+    def __init__(
+        self,
+        wanted: int,
+        start: Callable[[int], Awaitable[Spare]],
+        present: Callable[[Spare, float], Awaitable[None]],
+        end: Callable[[Spare], None],
+        restarts: Restarts,
+        tell: Callable[[str], None],
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._wanted = wanted
+        self._start, self._present, self._end = start, present, end
+        self._restarts, self._tell, self._sleep = restarts, tell, sleep
+        self._numbers = count()
+        self._ready: list[Spare] = []
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def num_ready(self) -> int:
+        """Spares that wait to be hired."""
+        return len(self._ready)
+
+    @asynccontextmanager
+    async def kept(self) -> AsyncIterator[None]:
+        """While the block runs there may be spares; after it there are none."""
+        try:
+            yield
+        finally:
+            await self._pause()
+            while self._ready:
+                self._end(self._ready.pop())
+
+    def resume(self) -> None:
+        """From now on there are to be as many as wanted. Nothing when it is so already."""
+        if self._tasks:
+            return
+        held: list[Spare | None] = [*self._ready]
+        held += [None] * (self._wanted - len(held))
+        self._tasks = [asyncio.create_task(self._keep(spare)) for spare in held]
+
+    async def hire(self, most: int) -> list[Spare]:
+        """At most so many of those that are ready and answer. They are the caller's from now on, who
+        may give them back; the others stay.
+
+        Waits for: starts under way to be given up, then an answer of each, each with its deadline.
+        """
+        await self._pause()
+        answers = await asyncio.gather(
+            *(self._present(spare, 0.0) for spare in self._ready), return_exceptions=True
+        )
+        for spare, found in zip(tuple(self._ready), answers, strict=True):
+            if found is not None:
+                self._ready.remove(spare)
+                self._end(spare)
+                self._tell(f"a hot spare was no help: {found}")
+        hired, self._ready = self._ready[:most], self._ready[most:]
+        return hired
+
+    def give_back(self, spares: list[Spare]) -> None:
+        """They were not needed after all."""
+        self._ready = [*spares, *self._ready]
+
+    async def _pause(self) -> None:
+        """Give up starts under way, and watching. Waits for: what they began to be taken down."""
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        for found in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(found, Exception):
+                log.error("keeping a hot spare failed", exc_info=found)
+
+    async def _keep(self, spare: Spare | None) -> None:
+        """One spare after the other, each to its end. Waits for: room, a start, and the end of the
+        process. Ends by cancellation, or without a restart left."""
+        told_no_room = False
+        while True:
+            try:
+                if spare is None:
+                    spare = await self._start(next(self._numbers))
+                    self._ready.append(spare)
+                    self._tell(f"hot spare {spare} of the learner is ready")
+                while True:
+                    await self._present(spare, LOOK_S)
+            except PlacementError as error:
+                if not told_no_room:
+                    self._tell(f"a hot spare of the learner waits for room: {error}")
+                told_no_room = True
+                await self._sleep(ROOM_AGAIN_S)
+                continue
+            except RlhfError as error:
+                lost = error
+            told_no_room = False
+            if spare is not None:
+                self._ready.remove(spare)
+                self._end(spare)
+                spare = None
+            try:
+                pause_s = self._restarts.spend(lost)
+            except CoreLost as error:
+                self._tell(f"the run goes on with {self.num_ready} hot spares: {error}")
+                return
+            used, limit = self._restarts.used, self._restarts.limit
+            self._tell(f"{lost}: another hot spare is started, {used} of {limit}")
+            await self._sleep(pause_s)
+
+
+def learner_spares(launcher: Launcher, tell: Callable[[str], None]) -> Spares:
+    """Those of `learner.spares`; none are started yet."""
+    config = launcher.config
+
+    async def start(number: int) -> Spare:
+        bundle = spare_bundle(config, number)
+        actor, group = await launcher.actor(
+            LearnerActor, [config, launcher.model_dir, NO_RANK], bundle, **ACTOR_OPTIONS
+        )
+        try:
+            timeout_s = config.run.start_timeout_s
+            where = await core_answer(actor.warm.remote(), timeout_s, f"{bundle.owner}.warm")
+        except BaseException:
+            take_down(actor, group)
+            raise
+        return Spare(name=bundle.owner, actor=actor, placement=group, where=where)
+
+    async def present(spare: Spare, after_s: float) -> None:
+        silence_s = after_s + config.cluster.heartbeat_timeout_s
+        await core_answer(spare.actor.present.remote(after_s), silence_s, spare.name)
+
+    return Spares(
+        wanted=config.learner.spares,
+        start=start,
+        present=present,
+        end=lambda spare: take_down(spare.actor, spare.placement),
+        restarts=Restarts(
+            limit=config.learner.max_restarts,
+            what="hot spares of the learner",
+            window=RestartWindow(config.cluster.restart_window_s),
+        ),
+        tell=tell,
+    )

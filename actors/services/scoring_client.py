@@ -1,0 +1,163 @@
+"""The scoring port over the pools of actors that score."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+
+from actors.cluster.calls import answer
+from actors.services.generation_client import (
+    Abandoned,
+    Answered,
+    try_workers,
+)
+from rlhf_cluster.config import RunConfig
+from rlhf_cluster.config.pool_sections import (
+    EXACT,
+    REFERENCE,
+    SCORING,
+)
+from rlhf_cluster.errors import StalledError, WorkerError
+from rlhf_cluster.observe.metrics.occupancy import Occupancy
+from rlhf_cluster.records import GroupSummary, Handle, WeightVersion
+from rlhf_cluster.run.pool_version import PoolVersion
+from rlhf_cluster.run.worker_pool import (
+    Worker,
+    WorkerPool,
+)
+from rlhf_cluster.scoring.moving_reference import ReferenceKeeper
+from rlhf_cluster.util.concurrency import together
+
+
+class RayScoring:
+    """`ScoringPort` over the pools of `ScoringWorker` actors. It owns the reference that they share.
+
+    Where several pools score, each is asked for its part of a group at the same time, and a worker of
+    `[scoring]` joins them. The group fails with the first part that does, once.
+    """
+
+    def __init__(
+        self,
+        pools: Mapping[str, WorkerPool],
+        config: RunConfig,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._pools = dict(pools)
+        self._config = config.scoring
+        self._abandoned = {name: Abandoned(pool) for name, pool in pools.items()}
+        self._asked = [name for name in pools if len(pools) == 1 or self._config.served_by(name)]
+        self._busy = {name: Occupancy(clock, _live(pool)) for name, pool in pools.items()}
+        self._load_timeout_s = config.run.start_timeout_s
+        self._score_timeout_s = score_deadline_s(config)
+        self._keeper = (
+            ReferenceKeeper(config.run_dir / "reference", config.scoring.reference_update)
+            if config.stored_reference
+            else None
+        )
+        self._reference = PoolVersion(
+            self._serving(REFERENCE), self._load, "the reference of version"
+        )
+        self._num_retries = 0
+
+    async def score(self, group: Handle) -> tuple[Handle, GroupSummary]:
+        """Waits for: the parts of all pools, then for them to be joined; each call has a deadline."""
+        if len(self._pools) == 1:
+            given = await self._ask(SCORING, "score", group)
+            return given.handle, given.summary
+        parts = await together(self._ask(name, "score_part", group) for name in self._asked)
+        given = await self._ask(SCORING, "join", group, *(part.handle for part in parts))
+        return given.handle, given.summary
+
+    def take_busy(self) -> Mapping[str, float]:
+        """Seconds since the last call for which each pool was busy; nothing of a pool that is alone,
+        which its caller sees as well."""
+        spent = {name: busy.take().busy_s for name, busy in self._busy.items()}
+        return spent if len(spent) > 1 else {}
+
+    async def follow(self, version: WeightVersion) -> None:
+        """The policy's `version` is on every generation worker: move the reference if it is due.
+
+        Waits for: the new reference to be written, and loaded by every live worker that has one, by the
+        promises of `PoolVersion.move`. Raises `WeightError`, after which it may be called again with
+        the same version, and `StalledError`.
+        """
+        if self._keeper is None:
+            return
+        try:
+            async with asyncio.timeout(self._load_timeout_s):
+                target = await asyncio.to_thread(self._keeper.follow, version)
+        except TimeoutError as error:
+            raise StalledError(
+                f"the reference of version {version.version} was not written within "
+                f"run.start_timeout_s = {self._load_timeout_s:g} s"
+            ) from error
+        if target != self._reference.target:
+            await self._reference.move(target)
+
+    async def begin_anew(self) -> None:
+        """The learner goes back: other weights will be published under numbers that were used.
+
+        Waits for: groups that were given up, then for every live worker to forget what it keeps by
+        number. One that fails is replaced.
+        """
+        await asyncio.gather(*(calls.end() for calls in self._abandoned.values()))
+        if self._config.exact_logprobs:
+            workers = self._serving(EXACT).live
+            await asyncio.gather(*(self._forget_or_fail(w) for w in workers))
+
+    async def join(self, pool: str, worker: Worker) -> None:
+        """Give a new worker of `pool` the reference, where it has one, before it gets work
+        (`PoolVersion.join`)."""
+        if self._config.pool_of(REFERENCE) == pool:
+            await self._reference.join(worker)
+
+    def metrics(self) -> Mapping[str, float]:
+        """Tries after the first, and the version of the reference where one is configured."""
+        found = {"scoring/retries_total": float(self._num_retries)}
+        if self._config.reference:
+            target = self._reference.target
+            found["scoring/reference_version"] = float(0 if target is None else target.version)
+        return found
+
+    async def _ask(self, pool: str, method: str, *arguments: Handle) -> Answered:
+        with self._busy[pool].call():
+            return await try_workers(
+                self._pools[pool],
+                self._abandoned[pool],
+                lambda w: getattr(w.actor, method).options(num_returns=2).remote(*arguments),
+                method,
+                self._score_timeout_s,
+                self._config.max_retries,
+                self._retried,
+            )
+
+    def _serving(self, model: str) -> WorkerPool:
+        return self._pools[self._config.pool_of(model)]
+
+    def _retried(self) -> None:
+        self._num_retries += 1
+
+    async def _forget_or_fail(self, worker: Worker) -> None:
+        asked = worker.actor.forget_versions.remote()
+        try:
+            await answer(asked, self._config.request_timeout_s, f"{worker.name}.forget_versions")
+        except (WorkerError, StalledError) as error:
+            await self._serving(EXACT).fail(worker, error)
+
+    async def _load(self, worker: Worker, reference: WeightVersion) -> None:
+        await answer(
+            worker.actor.load_reference.remote(reference),
+            self._load_timeout_s,
+            f"{worker.name}.load_reference(version {reference.version})",
+        )
+
+
+def score_deadline_s(config: RunConfig) -> float:
+    """For one group: to score it, and to store it where a run stores groups."""
+    stored_s = config.buffer.write_timeout_s if isinstance(config, RunConfig) else 0.0
+    return config.scoring.request_timeout_s + stored_s
+
+
+def _live(pool: WorkerPool) -> Callable[[], int]:
+    return lambda: pool.num_live

@@ -1,0 +1,271 @@
+"""Starting the pools and the control actor of a run: which class runs where, with which options.
+
+Learner and buffer are in `actors.services.learner_core`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from actors.cluster.calls import answer
+from actors.cluster.launch import (
+    RAY_PLACES,
+    RayPlaces,
+    place,
+    preflight,
+    spawn,
+    take_down,
+)
+from actors.cluster.named_actors import NAMESPACE
+from actors.services.control_actor import (
+    CALL_TIMEOUT_S,
+    ControlActor,
+    actor_name,
+)
+from actors.services.generation_client import (
+    RayGeneration,
+    check_health,
+)
+from actors.services.scoring_client import (
+    RayScoring,
+    score_deadline_s,
+)
+from actors.services.worker_actors import (
+    HEALTH_GROUP,
+    GenerationActor,
+    ScoringActor,
+)
+from rlhf_cluster.config import RunConfig
+from rlhf_cluster.config.pool_sections import (
+    GENERATION,
+    pool_sections,
+)
+from rlhf_cluster.errors import RunError
+from rlhf_cluster.generation.generation_worker import DEFAULT_ENGINE
+from rlhf_cluster.planning.placement import Bundle, pool_bundle
+from rlhf_cluster.run.control_channel import ControlChannel
+from rlhf_cluster.run.restarts import RestartWindow
+from rlhf_cluster.run.worker_pool import (
+    PoolLimits,
+    Worker,
+    WorkerPool,
+)
+from rlhf_cluster.util.concurrency import together
+from rlhf_cluster.util.deadlines import reply_deadline
+
+GENERATION_CALLS = 900
+"""Groups that one engine takes at once; further ones wait in the pool."""
+SCORING_CALLS = 8
+CONTROL_CALLS, SCORING_SPARE_THREADS = 100, 2
+"""Room of an actor besides its calls for groups, so that health checks, pulls, a new reference and
+calls that were given up never wait for a group to end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launcher:
+    """What every start needs: the run, its model folder, and a token of this attempt."""
+
+    config: RunConfig
+    model_dir: str
+    engine_factory: str
+    engine_environment: dict[str, str]
+    attempt: str = ""
+    places: RayPlaces = RAY_PLACES
+    spawn: Callable[..., Any] = spawn
+
+    def placement_name(self, owner: str) -> str:
+        return f"rlhf-{self.config.run.name}-{owner}-{self.attempt or uuid.uuid4().hex[:8]}"
+
+    async def actor(
+        self, cls: type, arguments: list[Any], bundle: Bundle, **options: Any
+    ) -> tuple[Any, Any]:
+        """An actor alone in a placement group of its own; no group is left where it fails."""
+        environment = options.pop("environment", {})
+        timeout_s = self.config.cluster.room_timeout_s
+        name = self.placement_name(bundle.owner)
+        group = await place([bundle], name, timeout_s, self.places)
+        try:
+            actor = self.spawn(
+                cls,
+                arguments,
+                bundle=bundle,
+                group=group,
+                index=0,
+                environment=environment,
+                options=options,
+            )
+        except BaseException:
+            self.places.give_back(group)
+            raise
+        return actor, group
+
+
+def start_control(config: RunConfig, patience_s: float = 0.0) -> Any:
+    """The control actor. `RunError` when a run of this name is alive on the cluster.
+
+    Waits for: Ray to end what an earlier attempt of the run left there, at most `patience_s`.
+    """
+    name, ends = actor_name(config.run.name), time.monotonic() + patience_s
+    while True:
+        try:
+            return (
+                ray.remote(ControlActor)
+                .options(name=name, namespace=NAMESPACE, num_cpus=0, max_concurrency=1)
+                .remote()
+            )
+        except ValueError as error:
+            if time.monotonic() < ends:
+                time.sleep(0.2)
+                continue
+            raise RunError(
+                f"run {config.run.name!r} is already alive on this cluster (actor {name}). Stop it, "
+                "or choose another run.name"
+            ) from error
+
+
+def control_channel(
+    config: RunConfig, patience_s: float, tell: Callable[[str], None]
+) -> ControlChannel:
+    """The run's control channel, open. Raises and waits as `start_control`."""
+
+    async def ask(actor: Any, method: str, *arguments: Any) -> Any:
+        called = getattr(actor, method).remote(*arguments)
+        return await answer(called, CALL_TIMEOUT_S, f"control.{method}")
+
+    return ControlChannel(
+        start_control(config, patience_s),
+        start=functools.partial(start_control, config),
+        end=lambda actor: ray.kill(actor, no_restart=True),
+        ask=ask,
+        max_restarts=config.cluster.max_restarts,
+        tell=tell,
+        restarts=RestartWindow(config.cluster.restart_window_s),
+    )
+
+
+def generation_pool(launcher: Launcher) -> tuple[WorkerPool, RayGeneration]:
+    """An empty pool whose workers join with the newest weights live."""
+    config = launcher.config
+
+    async def launch(name: str) -> Worker:
+        bundle = pool_bundle(config, "generation", int(name.rsplit("-", 1)[1]))
+        actor, group = await launcher.actor(
+            GenerationActor,
+            [config, launcher.model_dir, name, launcher.engine_factory],
+            bundle,
+            environment=launcher.engine_environment,
+            max_concurrency=GENERATION_CALLS + CONTROL_CALLS,
+        )
+        return await _ready(Worker(name=name, actor=actor, placement=group), config, client.join)
+
+    drain_s = reply_deadline(reply_deadline(config.generation.request_timeout_s))
+    pool = _pool("generation", launch, drain_s, config, GENERATION_CALLS)
+    client = RayGeneration(pool, config)
+    return pool, client
+
+
+def scoring_pools(launcher: Launcher) -> tuple[list[WorkerPool], RayScoring]:
+    """Empty pools of all that scores."""
+    config = launcher.config
+
+    async def launch(kind: str, name: str) -> Worker:
+        bundle = pool_bundle(config, kind, int(name.rsplit("-", 1)[1]))
+        actor, group = await launcher.actor(
+            ScoringActor,
+            [config, launcher.model_dir, name, kind],
+            bundle,
+            max_concurrency=SCORING_CALLS + SCORING_SPARE_THREADS,
+            concurrency_groups={HEALTH_GROUP: 1},
+        )
+        join = functools.partial(client.join, kind)
+        return await _ready(Worker(name=name, actor=actor, placement=group), config, join)
+
+    drain_s = reply_deadline(reply_deadline(score_deadline_s(config)))
+    pools = {
+        kind: _pool(kind, functools.partial(launch, kind), drain_s, config, SCORING_CALLS)
+        for kind in pool_sections(config)
+        if kind != GENERATION
+    }
+    client = RayScoring(pools, config)
+    return list(pools.values()), client
+
+
+@asynccontextmanager
+async def started_pools(
+    config: RunConfig, pools: Sequence[WorkerPool]
+) -> AsyncIterator[asyncio.Future[None]]:
+    """All pools, being started; what is yielded is done when each has its quorum, and waits no more for
+    the others."""
+    sections = pool_sections(config)
+
+    async def start() -> None:
+        await together(pool.start(sections[pool.kind].workers) for pool in pools)
+
+    started = asyncio.ensure_future(start())
+    try:
+        yield started
+    finally:
+        started.cancel()
+        await asyncio.gather(started, return_exceptions=True)
+        for pool in pools:
+            pool.close()
+
+
+def environment_of_engine(config: RunConfig, engine_factory: str) -> dict[str, str]:
+    """Environment variables of every process with an engine."""
+    if engine_factory != DEFAULT_ENGINE:
+        return {}
+    from actors.vllm.vllm_arguments import engine_environment
+
+    return engine_environment(config.generation.num_gpus > 0)
+
+
+async def _ready(worker: Worker, config: RunConfig, join: Callable[..., Any]) -> Worker:
+    """Start the worker, and let it join. It is taken down when either fails."""
+    try:
+        timeout_s = config.run.start_timeout_s
+        await answer(worker.actor.start.remote(), timeout_s, f"{worker.name}.start")
+        await join(worker)
+    except BaseException:
+        take_down(worker.actor, worker.placement)
+        raise
+    return worker
+
+
+def _pool(
+    kind: str,
+    launch: Callable[[str], Any],
+    drain_timeout_s: float,
+    config: RunConfig,
+    max_in_flight: int | None = None,
+) -> WorkerPool:
+    section = config.cluster
+    limits = PoolLimits(
+        heartbeat_s=section.heartbeat_s,
+        heartbeat_timeout_s=section.heartbeat_timeout_s,
+        acquire_timeout_s=config.run.stall_timeout_s,
+        drain_timeout_s=drain_timeout_s,
+        max_restarts=section.max_restarts,
+        min_workers=pool_sections(config)[kind].min_workers,
+        max_in_flight=max_in_flight,
+    )
+    return WorkerPool(
+        kind=kind,
+        launch=launch,
+        retire=lambda worker: take_down(worker.actor, worker.placement),
+        check=functools.partial(check_health, timeout_s=limits.heartbeat_timeout_s),
+        limits=limits,
+        restarts=RestartWindow(section.restart_window_s),
+        preflight=lambda wanted: preflight(
+            [pool_bundle(config, kind, i) for i in range(wanted)], section.node_timeout_s
+        ),
+    )

@@ -1,0 +1,149 @@
+"""The mirrors of a run's generation workers, and the actor that plans who fetches what from whom."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.cluster.named_actors import (
+    NamedActor,
+    serving,
+)
+from rlhf_cluster.config import RunConfig
+from rlhf_cluster.weights.transports.node_mirror import (
+    PARALLEL,
+    Mirror,
+    sweep,
+)
+from rlhf_cluster.weights.transports.rank_memory import ShardServer
+from rlhf_cluster.weights.transports.relay_plan import (
+    Assignment,
+    Piece,
+    RelayPlan,
+)
+
+log = logging.getLogger(__name__)
+
+_CALL_TIMEOUT_S = 10.0
+_GONE_TIMEOUT_S = 15.0
+_CLEAR_TIMEOUT_S = 20.0
+
+
+class RelayActor:
+    """`mirror.Planner` for all nodes, one call at a time."""
+
+    def __init__(self, streams: int) -> None:
+        self._plan = RelayPlan(streams=streams, uploads=PARALLEL)
+
+    def exchange(
+        self,
+        node: str,
+        wanted: Sequence[Piece],
+        done: Sequence[tuple[Piece, Any]],
+        failed: Sequence[tuple[Piece, str | None]],
+    ) -> Assignment | None:
+        for piece, address in done:
+            self._plan.done(node, piece, address)
+        for piece, source in failed:
+            self._plan.failed(node, piece, source)
+        return self._plan.next(node, wanted) if wanted else None
+
+    def keeps(self, node: str, versions: Sequence[int]) -> None:
+        self._plan.keeps(node, versions)
+
+    def begin_anew(self) -> None:
+        self._plan.begin_anew()
+
+
+class RemotePlanner(NamedActor):
+    """`mirror.Planner` of the run, from a worker's process."""
+
+    def __init__(self, run_name: str) -> None:
+        super().__init__(_name(run_name), "which plans who fetches which weights from whom")
+
+    def exchange(
+        self,
+        node: str,
+        wanted: Sequence[Piece],
+        done: Sequence[tuple[Piece, Any]],
+        failed: Sequence[tuple[Piece, str | None]],
+    ) -> Assignment | None:
+        arguments = (node, list(wanted), list(done), list(failed))
+        return self.call(_CALL_TIMEOUT_S, "exchange", *arguments)
+
+    def keeps(self, node: str, versions: Sequence[int]) -> None:
+        self.call(_CALL_TIMEOUT_S, "keeps", node, list(versions))
+
+    def begin_anew(self) -> None:
+        self.call(_CALL_TIMEOUT_S, "begin_anew")
+
+
+def mirror_of(config: RunConfig, worker: str) -> Mirror | None:
+    """The mirror of this process, where the run has mirrors."""
+    if config.weights.mirror is None:
+        return None
+    host = ray.util.get_node_ip_address()
+    server = ShardServer(f"{worker} on {host}", host, config.generation.pull_timeout_s)
+    local = Path(config.weights.mirror) / config.run.name
+    name = f"{worker} ({host}, process {os.getpid()})"
+    return Mirror(config.weights_dir, local, name, RemotePlanner(config.run.name), server)
+
+
+@asynccontextmanager
+async def serving_relay(config: RunConfig) -> AsyncIterator[None]:
+    """The planner lives inside the block; after it no node has a mirror of the run any more.
+
+    Waits for: the name, as `serving`; in the end for every node to remove its files, at most
+    `_CLEAR_TIMEOUT_S`. Those of a node that does not answer are removed by the next run there.
+    """
+    streams = config.weights.mirror_streams
+
+    class Relay(RelayActor):
+        def __init__(self) -> None:
+            super().__init__(streams)
+
+    try:
+        async with serving(Relay, _name(config.run.name)):
+            yield
+    finally:
+        await asyncio.to_thread(_clear_nodes, str(config.weights.mirror), config.run.name)
+
+
+def _clear_nodes(folder: str, run_name: str) -> None:
+    clear = ray.remote(num_cpus=0, max_retries=0)(_clear)
+    try:
+        tasks = [
+            clear.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            ).remote(folder, run_name)
+            for node in ray.nodes()
+            if node["Alive"]
+        ]
+        _, late = ray.wait(tasks, num_returns=len(tasks), timeout=_CLEAR_TIMEOUT_S)
+    except RayError as error:  # the run has ended, one way or the other
+        log.warning("the copies in %s are left to the next run there (%s)", folder, error)
+        return
+    if late:
+        log.warning("%d nodes did not say that %s is removed there", len(late), folder)
+
+
+def _clear(folder: str, run_name: str) -> None:
+    """Remove the run's files on this node, as soon as its workers, which were killed, are gone."""
+    ends = time.monotonic() + _GONE_TIMEOUT_S
+    while (Path(folder) / run_name).exists() and time.monotonic() < ends:
+        sweep(Path(folder))
+        time.sleep(0.1)
+
+
+def _name(run_name: str) -> str:
+    return f"relay:{run_name}"

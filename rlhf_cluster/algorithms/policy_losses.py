@@ -1,0 +1,174 @@
+"""Surrogates: pure functions from log-ratios to the loss of each token, not weighted, not summed.
+
+    clipped     -min(r A, clip(r, 1 - low, 1 + high) A)
+    gated       -f(r) A,  f(r) = (4 / tau) sigmoid(tau (r - 1)),  tau by the sign of A
+    cispo       -sg(clip(r, 1 - low, 1 + high)) A log pi
+    plain       -r A
+
+with r = exp(log ratio). Promises: shapes are checked, so nothing broadcasts; no gradient flows into
+advantages; where a bound was taken the gradient is exactly zero.
+
+Shapes: N trained tokens.
+
+How token losses become one number: the weight of every token in the loss of an optimizer step.
+
+    token_mean      w = 1 / (trained tokens of all R rollouts)           every token counts the same
+    sequence_mean   w = 1 / (R * trained tokens of its rollout)          every rollout counts the same
+    fixed_length    w = 1 / (R * max_response_tokens)                    no weight follows a length
+
+Weights depend on the whole optimizer step and are computed before anything is laid into
+micro-batches; the loss is the plain sum of weight times token loss, so micro-batch size, ranks,
+order and packing cannot change it. Rollouts without a trained token count in no denominator.
+
+token_mean: Yu et al. 2025, arXiv 2503.14476 (DAPO). sequence_mean: Shao et al. 2024, arXiv
+2402.03300 (GRPO). fixed_length: Liu et al. 2025, arXiv 2503.20783 (Dr. GRPO).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from rlhf_cluster.errors import RecordError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def clipped_policy_loss(
+    log_ratio: Tensor,
+    advantages: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The clipped objective, negated, one value a token (Schulman et al. 2017, arXiv 1707.06347).
+
+    Unequal bounds are those of DAPO (Yu et al. 2025, arXiv 2503.14476). With `dual_clip` c, where
+    A < 0 the loss is at most c |A| (Ye et al. 2020, arXiv 1912.09729).
+
+    Args:
+        log_ratio: [N], carries the gradient.
+        advantages: [N].
+
+    Returns:
+        (loss [N], clipped [N] bool: where a bound was taken, so that the gradient is zero).
+
+    Raises:
+        RecordError: shapes that differ.
+    """
+    _check(log_ratio, advantages)
+    advantages = advantages.detach()
+    ratio = log_ratio.exp()
+    free = ratio * advantages
+    bounded = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    loss, clipped = -free.minimum(bounded), bounded < free
+    if dual_clip is not None:
+        largest = dual_clip * advantages.abs()
+        beyond = loss > largest  # only where A < 0: elsewhere the loss is not positive
+        loss, clipped = loss.where(~beyond, largest), clipped | beyond
+    return loss, clipped.detach()
+
+
+def gated_policy_loss(
+    log_ratio: Tensor, advantages: Tensor, positive_temperature: float, negative_temperature: float
+) -> Tensor:
+    """A soft gate instead of a clip, one value a token (Gao et al. 2025, arXiv 2511.20347, SAPO).
+
+    f(1) = 2 / tau and f'(1) = 1: near r = 1 the gradient is that of r A, and it fades as r leaves.
+
+    Args:
+        log_ratio: [N], carries the gradient.
+        advantages: [N]; those over 0 take `positive_temperature`, others `negative_temperature`.
+
+    Raises:
+        RecordError: shapes that differ.
+    """
+    _check(log_ratio, advantages)
+    advantages = advantages.detach()
+    tau = (advantages > 0).to(log_ratio.dtype)
+    tau = tau * positive_temperature + (1 - tau) * negative_temperature
+    gate = (tau * (log_ratio.exp() - 1)).sigmoid() * 4 / tau
+    return -gate * advantages
+
+
+def cispo_policy_loss(
+    log_ratio: Tensor,
+    learner_logprobs: Tensor,
+    advantages: Tensor,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[Tensor, Tensor]:
+    """REINFORCE with a clipped ratio as its weight (MiniMax 2025, arXiv 2506.13585, CISPO).
+
+    No token loses its gradient: a clipped ratio bounds the weight only.
+
+    Args:
+        log_ratio: [N], its gradient is stopped.
+        learner_logprobs: [N], carries the gradient.
+        advantages: [N].
+
+    Returns:
+        (loss [N], clipped [N] bool: where the weight is a bound).
+
+    Raises:
+        RecordError: shapes that differ.
+    """
+    _check(log_ratio, advantages)
+    _check(learner_logprobs, advantages)
+    ratio = log_ratio.detach().exp()
+    weight = ratio.clamp(1 - clip_low, 1 + clip_high)
+    return -weight * advantages.detach() * learner_logprobs, weight != ratio
+
+
+def plain_policy_loss(log_ratio: Tensor, advantages: Tensor) -> Tensor:
+    """-r A, one value a token: where r = 1 its gradient is -A grad log pi (Williams 1992).
+
+    Args:
+        log_ratio: [N], carries the gradient.
+        advantages: [N].
+
+    Raises:
+        RecordError: shapes that differ.
+    """
+    _check(log_ratio, advantages)
+    return -log_ratio.exp() * advantages.detach()
+
+
+def _check(log_ratio: Tensor, advantages: Tensor) -> None:
+    if log_ratio.shape != advantages.shape or log_ratio.ndim != 1:
+        raise RecordError(
+            f"log_ratio {list(log_ratio.shape)} and advantages {list(advantages.shape)} must both "
+            "be [N]"
+        )
+
+
+Aggregation = Literal["token_mean", "sequence_mean", "fixed_length"]
+
+
+def token_weights(
+    num_tokens: Sequence[int], aggregation: Aggregation, max_tokens: int
+) -> list[float]:
+    """The weight of each token of each rollout.
+
+    Args:
+        num_tokens: trained tokens of each rollout of the optimizer step, 0 allowed.
+        aggregation: see the module.
+        max_tokens: `generation.max_response_tokens`, the divisor of `fixed_length`.
+
+    Returns:
+        One weight a rollout (all its tokens share it); 0 for a rollout without trained tokens.
+
+    Raises:
+        RecordError: more trained tokens than `max_tokens` with fixed_length.
+    """
+    total, num_rollouts = sum(num_tokens), sum(n > 0 for n in num_tokens)
+    if aggregation == "token_mean":
+        return [1 / total if n else 0.0 for n in num_tokens]
+    if aggregation == "sequence_mean":
+        return [1 / (num_rollouts * n) if n else 0.0 for n in num_tokens]
+    if max(num_tokens, default=0) > max_tokens:
+        raise RecordError(
+            f"a rollout has {max(num_tokens)} trained tokens, over the fixed length {max_tokens}"
+        )
+    return [1 / (num_rollouts * max_tokens) if n else 0.0 for n in num_tokens]

@@ -1,0 +1,340 @@
+"""The experience buffer as a state machine: no clock, no waiting, no transport.
+
+A group's life: admit -> finish -> take, or a discard before it is taken; where there is a `replay`, it
+may be handed out again after that. Promises:
+- every admitted ticket ends exactly once: taken, or discarded with a reason that is counted;
+- `take` hands out whole groups, the oldest finished first, within the look-ahead window that starts
+  at the oldest group (see `staleness`), and nothing before its turn; then those that are replayed,
+  which no counter of admission or of what was taken counts;
+- a group over `gate.bound` is never handed out: with on_stale = "drop" one over `max_staleness` is
+  discarded with the reason "stale" as soon as it is known, otherwise `take` raises
+  `StalenessError`;
+- versions never go back.
+
+`Handle`s are kept as they are; the buffer never looks inside.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from rlhf_cluster.buffer.replay_pool import ReplayPool
+from rlhf_cluster.buffer.staleness import AdmissionGate
+from rlhf_cluster.errors import RecordError, StalenessError
+from rlhf_cluster.records import (
+    BufferState,
+    GroupSummary,
+    Handle,
+    Taken,
+    Ticket,
+)
+
+STALE = "stale"
+"""The reason of a discard for age."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BufferStats:
+    """Counters since the start, and what stands in the buffer now."""
+
+    admitted: int
+    finished: int
+    taken: int
+    reweighted: int  # taken over max_staleness, with on_stale = "reweight"
+    discarded: dict[str, int]
+    in_flight: tuple[str, ...]  # ids of groups admitted and not yet finished, oldest first
+    ready: int  # finished and not yet taken
+    learner_version: int
+    live_version: int
+    replayed: int | None = None  # groups handed out again; None without a replay
+    replayable: int = 0  # groups that may be, as it stands
+    oldest_age_s: float = 0.0  # since the admission of the oldest group that is not taken
+
+    @property
+    def num_discarded(self) -> int:
+        return sum(self.discarded.values())
+
+
+def fitted(state: BufferState, gate: AdmissionGate) -> BufferState:
+    """`state`, to be resumed under `gate`, whose bound may be smaller, or its window larger, than when
+    the tickets were admitted: the newest tickets, which would be trained over the bound even if their
+    groups were generated at once, are discarded as stale. Others are admitted in their place."""
+    last = state.learner_version + gate.bound
+    kept = tuple(
+        ticket
+        for place, ticket in enumerate(state.open)
+        if gate.latest_step(state.learner_version, place) <= last
+    )
+    over = len(state.open) - len(kept)
+    if not over:
+        return state
+    discarded = {**state.discarded, STALE: state.discarded.get(STALE, 0) + over}
+    return replace(state, open=kept, discarded=discarded)
+
+
+@dataclass(slots=True)
+class ExperienceBuffer:
+    """`live_version` is -1 until the first version is live; nothing is admitted before that."""
+
+    gate: AdmissionGate
+    learner_version: int = 0
+    live_version: int = -1
+    replay: ReplayPool | None = None  # None: a group is handed out once
+    _waiting: OrderedDict[int, Taken | Ticket] = field(default_factory=OrderedDict)
+    _num_in_flight: int = 0
+    _admitted: int = 0
+    _finished: int = 0
+    _taken: int = 0
+    _reweighted: int = 0
+    _discarded: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def resume(
+        cls, gate: AdmissionGate, state: BufferState, replay: ReplayPool | None = None
+    ) -> ExperienceBuffer:
+        """The buffer of a run that goes on from `state`.
+
+        Open tickets are in flight again: the caller finishes each once more, or discards it. They
+        keep their numbers and versions, so the bound holds for them as for any other. `replay`, an
+        empty one, goes on from the checkpoint's.
+
+        Raises `StalenessError` when counters and version do not belong together: a counter that
+        started from zero would admit a whole run's worth of groups at once.
+        """
+        groups = state.learner_version * gate.groups_per_step
+        kept = state.admitted - sum(state.discarded.values())
+        if state.taken != groups or kept != state.taken + len(state.open):
+            raise StalenessError(
+                f"resume at learner version {state.learner_version} with {state.taken} groups "
+                f"taken, {len(state.open)} open and {kept} admitted and not discarded; "
+                f"{state.learner_version} steps of {gate.groups_per_step} groups have taken "
+                f"{groups}, and taken + open must be those kept. Counters, groups_per_step and "
+                "learner must come from the same checkpoint"
+            )
+        if replay is not None:
+            replay.load_state(state.used, state.replayed)
+        return cls(
+            gate,
+            learner_version=state.learner_version,
+            replay=replay,
+            _waiting=OrderedDict((ticket.number, ticket) for ticket in state.open),
+            _num_in_flight=len(state.open),
+            _admitted=state.admitted,
+            _finished=state.finished,
+            _taken=state.taken,
+            _reweighted=state.reweighted,
+            _discarded=Counter(state.discarded),
+        )
+
+    def state(self) -> BufferState:
+        """What `resume` takes; call between two steps."""
+        tickets = [e if isinstance(e, Ticket) else e.ticket for e in self._waiting.values()]
+        return BufferState(
+            learner_version=self.learner_version,
+            admitted=self._admitted,
+            finished=self._finished - self.num_ready,
+            taken=self._taken,
+            reweighted=self._reweighted,
+            discarded=dict(self._discarded),
+            open=tuple(tickets),
+            replayed=0 if self.replay is None else self.replay.replayed,
+            used=() if self.replay is None else self.replay.state(self.learner_version),
+        )
+
+    @property
+    def num_in_flight(self) -> int:
+        return self._num_in_flight
+
+    @property
+    def num_ready(self) -> int:
+        return len(self._waiting) - self._num_in_flight
+
+    @property
+    def oldest(self) -> int | None:
+        """The number of the oldest group that is not taken."""
+        return next(iter(self._waiting), None)
+
+    @property
+    def num_kept(self) -> int:
+        return self._admitted - self._discarded.total()
+
+    @property
+    def complete(self) -> bool:
+        """All groups of the run have been taken, so none will ever be admitted again."""
+        return self._taken >= self.gate.total_groups
+
+    def admit(self) -> Ticket | None:
+        """A ticket, or None while there is no free slot."""
+        if self.live_version < 0:
+            return None
+        capacity = self.gate.capacity(
+            learner_version=self.learner_version,
+            live_version=self.live_version,
+            num_kept=self.num_kept,
+            num_in_flight=self.num_in_flight,
+        )
+        if capacity <= 0:
+            return None
+        ticket = Ticket(number=self._admitted, version=self.live_version)
+        self._waiting[ticket.number] = ticket
+        self._admitted += 1
+        self._num_in_flight += 1
+        return ticket
+
+    def finish(self, ticket: Ticket, handle: Handle, summary: GroupSummary) -> bool:
+        """Whether the group was kept: with on_stale = "drop" one that is too old is discarded."""
+        self._open(ticket, "finish")
+        if summary.oldest_version < ticket.version:
+            raise StalenessError(
+                f"group {ticket.group_id} was admitted at version {ticket.version} and holds "
+                f"tokens of version {summary.oldest_version}: a worker sampled with weights older "
+                "than those reported live"
+            )
+        self._waiting[ticket.number] = Taken(ticket=ticket, handle=handle, summary=summary)
+        self._finished += 1
+        self._num_in_flight -= 1
+        self._drop_stale([ticket.number])
+        return ticket.number in self._waiting
+
+    def discard(self, ticket: Ticket, reason: str) -> None:
+        self._open(ticket, "discard")
+        del self._waiting[ticket.number]
+        self._num_in_flight -= 1
+        self._discarded[reason] += 1
+
+    def ready(self, num_groups: int) -> bool:
+        """Whether `num_groups` groups can be taken."""
+        if self.num_ready < num_groups:
+            return False
+        return len(self._next(num_groups)) == num_groups
+
+    def saw_learner(self, version: int) -> None:
+        """The learner has done `version` steps."""
+        self.learner_version = self._advance("learner", self.learner_version, version)
+        self._drop_stale()
+
+    def version_live(self, version: int) -> None:
+        """Every worker samples with `version` or later, so the learner has done that many steps."""
+        self.live_version = self._advance("live", self.live_version, version)
+        self.saw_learner(max(self.learner_version, version))
+
+    def set_pipeline_depth(self, depth: int) -> None:
+        """Pace admission anew. The bound does not depend on it."""
+        self.gate = replace(self.gate, pipeline_depth=depth)
+
+    def take(self, num_groups: int) -> list[Taken]:
+        """The next `num_groups` groups, and those that are replayed; call only when `ready`.
+
+        Raises `StalenessError`.
+        """
+        groups = self._next(num_groups)
+        if len(groups) < num_groups:
+            raise RecordError(
+                f"take({num_groups}) with {len(self._waiting)} groups waiting, of which "
+                f"{len(groups)} can be taken; ask ready() first"
+            )
+        again = [] if self.replay is None else self.replay.take(self.learner_version)
+        for group in (*groups, *again):
+            self.gate.check(
+                group_id=group.ticket.group_id,
+                oldest_version=group.summary.oldest_version,
+                learner_version=self.learner_version,
+            )
+        for group in groups:
+            del self._waiting[group.ticket.number]
+            self._reweighted += self._is_stale(group)
+        self._taken += num_groups
+        if self.replay is not None:
+            self.replay.trained(groups, self.learner_version)
+        return [*groups, *again]
+
+    def forget(self, numbers: Iterable[int]) -> None:
+        """Hand out these groups no more, which were taken before."""
+        if self.replay is not None:
+            self.replay.forget(numbers)
+
+    def stats(self) -> BufferStats:
+        open_tickets = [entry for entry in self._waiting.values() if isinstance(entry, Ticket)]
+        return BufferStats(
+            admitted=self._admitted,
+            finished=self._finished,
+            taken=self._taken,
+            reweighted=self._reweighted,
+            discarded=dict(self._discarded),
+            in_flight=tuple(ticket.group_id for ticket in open_tickets),
+            ready=self.num_ready,
+            learner_version=self.learner_version,
+            live_version=self.live_version,
+            replayed=None if self.replay is None else self.replay.replayed,
+            replayable=0
+            if self.replay is None
+            else len(self.replay.candidates(self.learner_version)),
+        )
+
+    def _next(self, num_groups: int) -> list[Taken]:
+        """Up to `num_groups` finished groups in the window, the oldest first.
+
+        The window starts at the oldest group that is not taken, the ones picked here counted as
+        taken: at the first that is not finished.
+        """
+        found: list[Taken] = []
+        head: int | None = None
+        for number, entry in self._waiting.items():
+            if len(found) == num_groups:
+                break
+            if head is not None and number >= head + self.gate.look_ahead:
+                break
+            if isinstance(entry, Taken):
+                found.append(entry)
+            elif head is None:
+                head = number
+        return found
+
+    def _drop_stale(self, among: Iterable[int] | None = None) -> None:
+        """Of the groups with these numbers, or of all."""
+        if self.gate.on_stale != "drop":
+            return
+        waiting = self._waiting
+        entries = waiting.values() if among is None else [waiting[number] for number in among]
+        ready = [entry for entry in entries if isinstance(entry, Taken)]
+        for group in filter(self._is_stale, ready):
+            del self._waiting[group.ticket.number]
+            self._discarded[STALE] += 1
+
+    def _is_stale(self, group: Taken) -> bool:
+        return self.gate.is_stale(group.summary.oldest_version, self.learner_version)
+
+    def _open(self, ticket: Ticket, action: str) -> None:
+        if not isinstance(self._waiting.get(ticket.number), Ticket):
+            raise RecordError(
+                f"{action} of group {ticket.group_id}, which is not in flight: never admitted, or "
+                "already finished, taken or discarded. A group ends exactly once"
+            )
+
+    @staticmethod
+    def _advance(whose: str, current: int, version: int) -> int:
+        if version < current:
+            raise StalenessError(
+                f"the {whose} version would go back from {current} to {version}; versions only rise"
+            )
+        return version
+
+
+def buffer_metrics(stats: BufferStats) -> dict[str, float]:
+    """The counters under their names in the table of metrics."""
+    values = {
+        "buffer/admitted_total": float(stats.admitted),
+        "buffer/finished_total": float(stats.finished),
+        "buffer/taken_total": float(stats.taken),
+        "buffer/reweighted_total": float(stats.reweighted),
+        "buffer/in_flight": float(len(stats.in_flight)),
+        "buffer/ready": float(stats.ready),
+        "buffer/oldest_age_s": stats.oldest_age_s,
+    }
+    if stats.replayed is not None:
+        values["buffer/replayed_total"] = float(stats.replayed)
+        values["buffer/replayable"] = float(stats.replayable)
+    discarded = {f"buffer/discarded_total/{k}": float(v) for k, v in stats.discarded.items()}
+    return values | discarded

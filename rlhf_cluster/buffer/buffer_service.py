@@ -1,0 +1,169 @@
+"""The buffer with waiting: what its actor runs, and what tests run in one process.
+
+Every wait ends: at its condition, or after `patience_s`, when it answers `WAIT` and the caller asks
+again. So a call never outlives its caller's deadline by more than `patience_s`, and a caller that
+died leaves no waiter behind. `take` raises `StalledError` when no group was finished and kept for
+`stall_timeout_s` while the learner waited; the message names the groups that are missing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from enum import StrEnum
+
+from rlhf_cluster.buffer.buffer import (
+    BufferStats,
+    ExperienceBuffer,
+)
+from rlhf_cluster.errors import StalledError
+from rlhf_cluster.records import (
+    BufferState,
+    GroupSummary,
+    Handle,
+    Taken,
+    Ticket,
+)
+
+
+class Answer(StrEnum):
+    """What a wait says when it has no result."""
+
+    WAIT = "wait"  # nothing yet: ask again
+    DONE = "done"  # the run needs no further group, or was stopped
+
+
+class BufferService:
+    """Async front of one `ExperienceBuffer`; all methods run on one event loop."""
+
+    def __init__(
+        self,
+        buffer: ExperienceBuffer,
+        stall_timeout_s: float,
+        patience_s: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._buffer = buffer
+        self._stall_timeout_s = stall_timeout_s
+        self._patience_s = patience_s
+        self._clock = clock
+        self._changed = asyncio.Condition()
+        self._last_progress_s = self._began_s = clock()
+        self._admitted_s: deque[tuple[int, float]] = deque()  # (number, when), from the oldest on
+        self._learner_waits = False
+        self._stopped = False
+
+    async def admit(self) -> list[Ticket] | Answer:
+        """All slots that are free. Waits for: one. Unblocked by: `take`, `discard`,
+        `version_live`."""
+        tickets: list[Ticket] = []
+
+        def free_or_done() -> bool:
+            while not self._stopped and (ticket := self._buffer.admit()) is not None:
+                tickets.append(ticket)
+            return bool(tickets) or self._buffer.complete or self._stopped
+
+        await self._wait(free_or_done)
+        if tickets:
+            now = self._clock()
+            self._oldest_age_s()
+            self._admitted_s.extend((ticket.number, now) for ticket in tickets)
+            return tickets
+        return Answer.DONE if self._buffer.complete or self._stopped else Answer.WAIT
+
+    async def finish(self, ticket: Ticket, handle: Handle, summary: GroupSummary) -> None:
+        async with self._changed:
+            if self._buffer.finish(ticket, handle, summary):
+                self._last_progress_s = self._clock()
+            self._changed.notify_all()
+
+    async def discard(self, ticket: Ticket, reason: str) -> None:
+        async with self._changed:
+            self._buffer.discard(ticket, reason)
+            self._changed.notify_all()
+
+    async def take(self, num_groups: int, learner_version: int) -> Sequence[Taken] | Answer:
+        """Waits for: the next groups to finish. Unblocked by: `finish`, `discard`, `stop`."""
+        async with self._changed:
+            self._buffer.saw_learner(learner_version)
+            self._changed.notify_all()
+        if not self._learner_waits:
+            self._learner_waits = True
+            self._last_progress_s = self._clock()
+        if await self._wait(lambda: self._stopped or self._buffer.ready(num_groups)):
+            self._learner_waits = False
+            if self._stopped:
+                return Answer.DONE
+            async with self._changed:
+                groups = self._buffer.take(num_groups)
+                self._changed.notify_all()
+            return groups
+        self._check_stall(num_groups)
+        return Answer.WAIT
+
+    async def stop(self) -> None:
+        """From now on `admit` and `take` answer `DONE`. What is in the buffer stays."""
+        async with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    async def state(self, learner_version: int) -> BufferState:
+        """What `ExperienceBuffer.resume` takes; call between two steps of the learner."""
+        async with self._changed:
+            self._buffer.saw_learner(learner_version)
+            self._changed.notify_all()
+            return self._buffer.state()
+
+    async def version_live(self, version: int) -> None:
+        async with self._changed:
+            self._buffer.version_live(version)
+            self._changed.notify_all()
+
+    async def set_pipeline_depth(self, depth: int) -> None:
+        async with self._changed:
+            self._buffer.set_pipeline_depth(depth)
+            self._changed.notify_all()
+
+    async def forget(self, numbers: Sequence[int]) -> None:
+        async with self._changed:
+            self._buffer.forget(numbers)
+
+    async def stats(self) -> BufferStats:
+        return replace(self._buffer.stats(), oldest_age_s=self._oldest_age_s())
+
+    def _oldest_age_s(self) -> float:
+        """0 without a group. One that was open at a resume counts from then."""
+        oldest, admitted = self._buffer.oldest, self._admitted_s
+        while admitted and (oldest is None or admitted[0][0] < oldest):
+            admitted.popleft()
+        if oldest is None:
+            return 0.0
+        known = admitted and admitted[0][0] == oldest
+        return self._clock() - (admitted[0][1] if known else self._began_s)
+
+    async def _wait(self, condition: Callable[[], bool]) -> bool:
+        async with self._changed:
+            try:
+                async with asyncio.timeout(self._patience_s):
+                    await self._changed.wait_for(condition)
+            except TimeoutError:
+                return False
+            return True
+
+    def _check_stall(self, num_groups: int) -> None:
+        waited_s = self._clock() - self._last_progress_s
+        if waited_s < self._stall_timeout_s:
+            return
+        stats = self._buffer.stats()
+        missing = ", ".join(stats.in_flight[:8]) or "none admitted"
+        more = f" and {len(stats.in_flight) - 8} more" if len(stats.in_flight) > 8 else ""
+        raise StalledError(
+            f"no group finished for {waited_s:.1f} s (run.stall_timeout_s = "
+            f"{self._stall_timeout_s:g}) while the learner waited for {num_groups} groups at "
+            f"version {stats.learner_version}. "
+            f"Buffer: {stats.ready} ready, {len(stats.in_flight)} in flight, "
+            f"{stats.num_discarded} discarded {stats.discarded or ''}. Live version: "
+            f"{stats.live_version}. Pending groups: {missing}{more}"
+        )

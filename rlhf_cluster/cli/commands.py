@@ -1,0 +1,407 @@
+"""The command line.
+
+Promises: `--help` answers at once, since everything heavy is imported inside the commands; an error
+that this project raises on purpose ends as "error: message" on standard error with exit code 1, a
+wrong use of the command line with 2, an interrupt with 130; RLHF_DEBUG=1 shows the traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rlhf_cluster.cli import inspect_commands
+from rlhf_cluster.cli.inspect_commands import (
+    Deep,
+    table,
+    utc,
+)
+from rlhf_cluster.errors import RlhfError, RunError
+
+if TYPE_CHECKING:
+    from rlhf_cluster.config import RunConfig
+    from rlhf_cluster.config.load import AnyConfig
+
+STOP_TIMEOUT_S = 120.0
+
+app = typer.Typer(
+    name="rlhf-cluster",
+    help="Decoupled, distributed RLHF for language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A run file (TOML).")]
+RunArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN",
+        help="A run directory, a name below ./runs, or with --address a job id or run name.",
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as run.steps=10."),
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option("--address", metavar="URL", help="Ray dashboard, such as http://HOST:8265."),
+]
+
+
+@app.command()
+def run(
+    config: ConfigArgument,
+    set_: SetOption = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete what an earlier run of this name left.")
+    ] = False,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Continue a run with another configuration.")
+    ] = False,
+) -> None:
+    """Run CONFIG to its end, on this machine or on the Ray cluster it names.
+
+    A run that was interrupted continues from its last checkpoint.
+    """
+    options = {"--overwrite": overwrite, "--accept-changes": accept_changes}
+    argv = ["rlhf-cluster", "run", str(config)]
+    argv += [word for override in set_ or [] for word in ("--set", override)]
+    argv += [option for option, given in options.items() if given]
+    found = _load(config, set_)
+    for loaded in found:
+        absolute, again = loaded.with_absolute_paths(), (overwrite, accept_changes)
+        for line in _run(absolute, config, set_ or [], argv, len(found) == 1, *again):
+            typer.echo(line)
+
+
+def _run(
+    loaded: AnyConfig,
+    config: Path,
+    overrides: Sequence[str],
+    argv: list[str],
+    alone: bool,
+    overwrite: bool,
+    accept_changes: bool,
+) -> list[str]:
+    """Run one of what CONFIG holds, or the one; what there is to read then."""
+    from rlhf_cluster.config import GenerateConfig, StageConfig
+    from rlhf_cluster.run.checkpoint.resume import standing
+
+    there = standing(loaded, overwrite, accept_changes)  # before anything slow
+    if there is not None and there.finished:
+        return there.notes
+    if isinstance(loaded, StageConfig):
+        from actors.drivers.offline_driver import run_stage
+        from rlhf_cluster.cli.stage_text import stage_ending
+
+        summary = run_stage(loaded, argv, overwrite, accept_changes)
+        return stage_ending(summary, _own_name(), Path.cwd())
+    if isinstance(loaded, GenerateConfig):
+        from actors.drivers.dataset_driver import run_generate
+        from rlhf_cluster.cli.stage_text import generation_ending
+
+        _check_engine(loaded.as_run)
+        summary = run_generate(loaded, argv, overwrite, accept_changes=accept_changes)
+        return generation_ending(summary, _own_name(), Path.cwd())
+    _check_engine(loaded)
+    from actors.drivers.rl_driver import run_config
+    from rlhf_cluster.cli.run_text import ending
+
+    summary = run_config(loaded, argv, overwrite, accept_changes=accept_changes)
+    return ending(summary, loaded, config, overrides, _own_name(), Path.cwd(), alone)
+
+
+@app.command()
+def validate(config: ConfigArgument, set_: SetOption = None, deep: Deep = False) -> None:
+    """Check CONFIG, the files it names, tokenizer and data, and show what follows from it."""
+    loaded = _load(config, set_)
+    from rlhf_cluster.cli.validate_command import checked
+    from rlhf_cluster.config import GenerateConfig, StageConfig
+    from rlhf_cluster.config.chain import needs
+
+    for number, each in enumerate(loaded):
+        if not isinstance(each, StageConfig):
+            _check_engine(each.as_run if isinstance(each, GenerateConfig) else each)
+        missing = needs(each, loaded[:number])
+        where = f"{config}, {each.run.name}" if len(loaded) > 1 else str(config)
+        if missing:
+            typer.echo(f"{where}: valid, but for what {missing[0]} leaves, which is yet to come")
+        else:
+            facts, notes = checked(each)
+            typer.echo(f"{where}: valid")
+            table(facts)
+            for note in notes:
+                typer.echo(f"note: {note}")
+        if deep:
+            from actors.cluster.cluster_place import placement
+
+            inspect_commands.look_deep(each, loaded[:number], placement)
+
+
+@app.command()
+def plan(config: ConfigArgument, set_: SetOption = None) -> None:
+    """Show what the run needs of a cluster: one line a bundle. Needs no cluster."""
+    loaded = _load(config, set_)
+    from rlhf_cluster.planning.placement import demand, total_resources
+
+    for each in loaded:
+        if len(loaded) > 1:
+            typer.echo(f"{each.run.name}:")
+        bundles = demand(each)
+        for bundle in bundles:
+            amounts = ", ".join(f"{amount:g} {kind}" for kind, amount in bundle.resources.items())
+            typer.echo(f"{bundle.owner:<16} {amounts}")
+        typer.echo(f"{'total':<16} {total_resources(bundles)} in {len(bundles)} bundles")
+
+
+@app.command()
+def submit(
+    config: ConfigArgument,
+    address: Annotated[
+        str, typer.Option("--address", metavar="URL", help="Ray dashboard, http://HOST:8265.")
+    ],
+    set_: SetOption = None,
+    run_id: Annotated[
+        str | None, typer.Option("--run-id", metavar="NAME", help="Name of the run (run.name).")
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Show the job's output until it ends.")
+    ] = False,
+) -> None:
+    """Start CONFIG as a job on a Ray cluster."""
+    from actors.jobs import jobs
+    from actors.jobs.dashboard_calls import Waiting
+
+    waiting = Waiting(say=lambda line: typer.echo(line, err=True))
+    job = jobs.submit(config, list(set_ or []), address, run_id, waiting=waiting)
+    typer.echo(f"submitted job {job}")
+    if follow:
+        for line in jobs.follow(job, address):
+            typer.echo(line)
+        state = jobs.status(job, address)
+        if state["state"] != "SUCCEEDED":
+            raise RunError(f"job {job} ended: {state['state']}. {state['message'] or ''}".strip())
+
+
+@app.command()
+def status(
+    run_: RunArgument,
+    address: AddressOption = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print status.json as it is.")] = False,
+) -> None:
+    """Show where a run stands."""
+    if address is not None:
+        from actors.jobs import jobs
+
+        rows = jobs.status(run_, address)
+        log = rows.pop("log")
+        times = {key: utc(rows.pop(f"{key}_s")) for key in ("started", "ended")}
+        table({**rows, **times})
+        for line in ["the end of its log:", *log] if log else []:
+            typer.echo(f"  {line}")
+        return
+    from rlhf_cluster.run.run_directory import find_run
+
+    found = find_run(run_)
+    snapshot = found.read_status()
+    if snapshot is None:
+        held = found.is_held()
+        typer.echo(f"{run_}: {'starting' if held else 'ended before it wrote a status'}")
+        return
+    if json_:
+        typer.echo(snapshot.to_json(), nl=False)
+        return
+    from rich.console import Console
+
+    from rlhf_cluster.observe.report.live_view import render
+
+    Console().print(render(snapshot))
+    if snapshot.is_active and not found.is_held():
+        typer.echo(f"its process is gone ({found.owner()}): the run has crashed", err=True)
+
+
+@app.command()
+def logs(
+    run_: RunArgument,
+    actor: Annotated[
+        str | None, typer.Option("--actor", metavar="NAME", help="One process, generation-0.")
+    ] = None,
+    tail: Annotated[
+        int | None, typer.Option("--tail", metavar="N", min=1, help="Only the last N lines.")
+    ] = None,
+    address: AddressOption = None,
+) -> None:
+    """Print the logs of a run, all processes by time or one of them."""
+    if address is not None:
+        from actors.jobs import jobs
+
+        lines = jobs.logs(run_, address, tail, actor)
+    else:
+        from rlhf_cluster.cli.run_control import read_run_logs
+        from rlhf_cluster.run.run_directory import find_run
+
+        lines = read_run_logs(find_run(run_), actor, tail)
+    for line in lines:
+        typer.echo(line)
+
+
+@app.command()
+def inspect(
+    run_: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run directory, or a name below ./runs.")
+    ],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", metavar="ID", help="Only groups of this prompt.")
+    ] = None,
+    version: Annotated[
+        int | None, typer.Option("--version", metavar="V", help="With tokens of this version.")
+    ] = None,
+    min_reward: Annotated[
+        float | None, typer.Option("--min-reward", metavar="X", help="Mean reward at least this.")
+    ] = None,
+    max_reward: Annotated[
+        float | None, typer.Option("--max-reward", metavar="X", help="Mean reward at most this.")
+    ] = None,
+    step: Annotated[
+        int | None, typer.Option("--step", metavar="N", help="Trained at this step.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", min=1, help="Only the first N groups.")
+    ] = None,
+) -> None:
+    """List a run's groups: those on disk, verified, and its samples. Damaged files end in an error."""
+    from rlhf_cluster.errors import StoreError
+    from rlhf_cluster.observe.trace.list_groups import (
+        Wanted,
+        list_groups,
+        table,
+    )
+    from rlhf_cluster.run.run_directory import find_run
+
+    wanted = Wanted(
+        prompt=prompt, version=version, min_reward=min_reward, max_reward=max_reward, step=step
+    )
+    listing = list_groups(find_run(run_).path, wanted, limit)
+    for line in table(listing.rows):
+        typer.echo(line)
+    if listing.damaged:
+        raise StoreError("\n".join(["damaged files:", *listing.damaged]))
+
+
+@app.command()
+def stop(run_: RunArgument, address: AddressOption = None) -> None:
+    """End a run, keeping what it has written."""
+    if address is not None:
+        from actors.jobs import jobs
+
+        jobs.stop(run_, address)
+    else:
+        from rlhf_cluster.cli.run_control import stop_run
+        from rlhf_cluster.run.run_directory import find_run
+
+        stop_run(find_run(run_), STOP_TIMEOUT_S)
+    typer.echo(f"{run_}: stopped")
+
+
+@app.command()
+def scale(
+    run_: RunArgument,
+    sizes: Annotated[
+        list[str], typer.Argument(metavar="POOL=WORKERS...", help="Such as generation=3 scoring=2.")
+    ],
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            metavar="ADDRESS",
+            help="Ray dashboard, http://HOST:8265, or cluster, HOST:6379; default: the run's own.",
+        ),
+    ] = None,
+) -> None:
+    """Change the number of workers of a running run's pools."""
+    from rlhf_cluster.cli.run_control import parse_sizes
+    from rlhf_cluster.run.run_directory import find_run
+
+    wanted = parse_sizes(sizes)
+    if address is not None and address.startswith(("http://", "https://")):
+        from actors.jobs import jobs
+
+        results = jobs.scale(run_, wanted, address)
+    else:
+        path = find_run(run_).path if address is None else Path(run_)
+        from actors.services.control_actor import scale as scale_run
+
+        results = scale_run(path, wanted, address)
+    results = {pool: text.removeprefix(f"{pool}: ") for pool, text in results.items()}
+    refused = {pool: text for pool, text in results.items() if text.startswith("refused")}
+    table({pool: text for pool, text in results.items() if pool not in refused})
+    if refused:
+        raise RunError("; ".join(f"{run_}: {pool} {text}" for pool, text in refused.items()))
+
+
+inspect_commands.add_to(app)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line (default: this process's) and return the exit code."""
+    try:
+        app(args=list(sys.argv[1:] if arguments is None else arguments), prog_name="rlhf-cluster")
+    except SystemExit as exit_:
+        return exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        return 130
+    # The last line of defence: whatever went wrong becomes one line, and a traceback on request.
+    except Exception as error:
+        if os.environ.get("RLHF_DEBUG") == "1":
+            traceback.print_exc()
+        typer.echo(f"error: {explain(error)}", err=True)
+        return 1
+    return 0
+
+
+def explain(error: Exception) -> str:
+    """What the user reads of an error: its message, then its notes, a line each. No secret is in it."""
+    from rlhf_cluster.util.redaction import of_process
+
+    return of_process("\n".join([_message(error), *getattr(error, "__notes__", [])]))
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, RlhfError):
+        return str(error)
+    where = "" if os.environ.get("RLHF_DEBUG") == "1" else " (RLHF_DEBUG=1 shows where)"
+    return f"unexpected {type(error).__name__}: {error}{where}"
+
+
+def _load(config: Path, overrides: Sequence[str] | None) -> list[AnyConfig]:
+    from rlhf_cluster.config.chain import load_all
+
+    return load_all(config, overrides or ())
+
+
+def _check_engine(config: RunConfig) -> None:
+    """Refuse now what every generation worker would refuse when it starts."""
+    from actors.vllm.vllm_arguments import engine_arguments
+
+    engine_arguments(config, model_dir="", worker_name="generation-0")
+
+
+def _own_name() -> str:
+    """How this program was called, if that can be typed again."""
+    called = Path(sys.argv[0])
+    found = called.name == "rlhf-cluster" and shutil.which("rlhf-cluster") != str(called.absolute())
+    return sys.argv[0] if found else "rlhf-cluster"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""What a person reads of a stage before it starts and when it has finished.
+
+What a person reads of a data set before it is made and when it is there.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf_cluster.config.dataset_config import GenerateConfig
+from rlhf_cluster.config.stage_config import StageConfig
+from rlhf_cluster.planning.placement import demand, total_resources
+from rlhf_cluster.planning.run_inputs import StageInputs
+from rlhf_cluster.synthetic_data.revise_answers import PROBLEMS
+from rlhf_cluster.synthetic_data.select_rows import LEFT_OUT
+
+
+def derived_stage(config: StageConfig, inputs: StageInputs) -> dict[str, str]:
+    """What the settings amount to, as name and text."""
+    counts = inputs.stream.counts
+    epoch = inputs.stream.end_of(1)
+    drawn = inputs.end or inputs.num_steps * inputs.units_per_step
+    return {
+        "stage": config.stage.type,
+        "steps": f"{inputs.num_steps:,}, of {inputs.units_per_step:,} units each",
+        "data": f"{counts.rows:,} rows, {counts.units:,} units",
+        "epochs": f"{drawn / epoch:.3g} of {epoch:,} units",
+        "held out": f"{counts.held_out:,} units"
+        + (f", {counts.unread:,} more are not used" if counts.unread else ""),
+        "longest sequence": f"at most {config.data.max_tokens:,} tokens",
+        "row": f"{config.tokens_per_row:,} tokens",
+        "total demand": total_resources(demand(config)),
+        "run directory": str(config.run_dir),
+    }
+
+
+def stage_ending(summary: Mapping[str, Any], command: str, here: Path) -> list[str]:
+    """The last lines of a finished stage. `command` calls this program, `here` is the folder."""
+    folder, final = (_shown(Path(summary[k]), here) for k in ("run_dir", "final_model"))
+    before, after = summary["before"], summary["after"]
+    result = "not measured (data.held_out = 0)"
+    if before is not None and after is not None:
+        result = f"{before:.4g} -> {after:.4g} on held-out units"
+    rows = {
+        summary["metric"]: result,
+        **_accuracies(summary["report"]),
+        **{f"note {i}": note for i, note in enumerate(summary["data_notes"], start=1)},
+        **{f"warning {i}": w for i, w in enumerate(summary["report"].get("warnings", ()), start=1)},
+        "run directory": folder,
+        "learning curve": f"{folder}/curve.png",
+        "trained model": final,
+    }
+    return [
+        f"Stage {summary['run']} ({summary['stage']}) finished: {summary['steps']:,} steps in "
+        f"{summary['total_s']:.0f} s",
+        *(f"  {name:<14}  {text}" for name, text in rows.items()),
+        "",
+        "Try next",
+        f"  {'Where it ended':<14}  {shlex.join([command, 'status', folder])}",
+    ]
+
+
+def _accuracies(report: Mapping[str, Any]) -> dict[str, str]:
+    """Of a scorer, and of the ensemble that it completes, with their intervals."""
+    whole = report.get("ensemble")
+    named = {"accuracy": report, "of all members": whole if isinstance(whole, Mapping) else {}}
+    return {
+        name: f"{own['accuracy']:.3f} [{own['accuracy_low']:.3f}, {own['accuracy_high']:.3f}]"
+        for name, own in named.items()
+        if "accuracy_low" in own
+    }
+
+
+def _shown(path: Path, here: Path) -> str:
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def derived_generation(config: GenerateConfig, num_prompts: int) -> dict[str, str]:
+    """What the settings amount to, as name and text."""
+    stage, longest = config.stage, config.generation.max_response_tokens
+    samples = num_prompts * stage.samples
+    facts = {
+        "stage": f"{stage.type}, {stage.select}",
+        "prompts": f"{num_prompts:,}, {stage.samples:,} samples each",
+        "response tokens": f"at most {samples * longest:,}",
+        "rows": f"at most {num_prompts * stage.rows_per_prompt:,}",
+    }
+    if stage.completions is not None:
+        facts["completions"] = f"{stage.completions:,} from each reasoning step but the last"
+    if (revise := stage.revise) is not None:
+        facts["revisions"] = f"{revise.rounds} of each sample; principles: {len(revise.principles)}"
+    return facts | {
+        "total demand": total_resources(demand(config)),
+        "run directory": str(config.run_dir),
+    }
+
+
+def generation_ending(summary: Mapping[str, Any], command: str, here: Path) -> list[str]:
+    """The last lines of a finished stage. `command` calls this program, `here` is the folder."""
+    report = summary["report"]
+    rows = {
+        "rows": f"{report['rows']:,} of {report['samples']:,} samples",
+        "reward": f"{_number(report['reward_mean'])} of all, "
+        f"{_number(report['selected_reward_mean'])} of what was selected",
+    }
+    if report["label_mean"] is not None:
+        rows["step labels"] = f"{report['labels']:,}, mean {_number(report['label_mean'])}"
+    if (revisions := report["revisions"]) is not None:
+        better = _number(revisions["better_fraction"])
+        rows["revisions"] = f"{revisions['revised']:,}, better than their response: {better}"
+    left = {LEFT_OUT[name]: count for name, count in report["left_out"].items() if count}
+    lost = {f"prompts discarded by {name}": n for name, n in report["discarded"].items()}
+    failed = (revisions or {}).get("unrevised", {})
+    given_up = {f"without a revision: {PROBLEMS[name]}": count for name, count in failed.items()}
+    notes = [f"{count:,} {text}" for text, count in {**left, **given_up, **lost}.items()]
+    folder = _shown(Path(summary["run_dir"]), here)
+    return [
+        f"Stage {summary['run']} ({summary['stage']}) finished: {report['prompts']:,} prompts in "
+        f"{summary['total_s']:.0f} s",
+        *(f"  {name:<14}  {text}" for name, text in rows.items()),
+        *(f"  {'left out':<14}  {note}" for note in notes),
+        f"  {'data set':<14}  {_shown(Path(summary['data_file']), here)}",
+        "",
+        "Try next",
+        f"  {'Where it ended':<14}  {shlex.join([command, 'status', folder])}",
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

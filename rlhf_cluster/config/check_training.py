@@ -1,0 +1,207 @@
+"""What the ranks of `[learner]` must agree on; called by `config.run_config`.
+
+What `[model]` must agree on; called by `config.run_config` and `config.stage_config`.
+
+What `[weights]` must agree on with the other sections; called by `config.run_config`.
+
+What `[checkpoint]` must agree on with the other sections; called by `config.run_config` and
+`config.stage_config`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf_cluster.sections.gpu_shares import is_share
+from rlhf_cluster.sections.rl_run import Learner, Weights
+from rlhf_cluster.util.provenance import without_credentials
+
+if TYPE_CHECKING:
+    from rlhf_cluster.config.run_config import RunConfig
+    from rlhf_cluster.config.stage_config import StageConfig
+    from rlhf_cluster.sections.rl_run import Learner
+
+
+def check_learner(c: RunConfig) -> None:
+    """Raises `ValueError` for spares that nothing would use, and for a smallest number of ranks that
+    nothing would go by."""
+    _check_spares(c.learner)
+    least, ranks, on_loss = c.learner.min_ranks, c.learner.ranks, c.learner.on_loss
+    if least > ranks:
+        raise ValueError(
+            f"learner.min_ranks = {least} is over learner.ranks = {ranks}: no number of ranks is both. "
+            "Lower it, or raise learner.ranks"
+        )
+    if on_loss == "restart" and least != Learner.model_fields["min_ranks"].default:
+        raise ValueError(
+            f"learner.min_ranks = {least} with learner.on_loss = 'restart': a run never goes on with "
+            "fewer ranks then. Remove it, or set on_loss = 'shrink'"
+        )
+
+
+def _check_spares(learner: Learner) -> None:
+    if learner.spares > learner.ranks:
+        raise ValueError(
+            f"learner.spares = {learner.spares} is over learner.ranks = {learner.ranks}: as many "
+            "are used after a loss as there are ranks, and the others would never be. Lower it"
+        )
+    if learner.spares and not learner.max_restarts:
+        raise ValueError(
+            f"learner.spares = {learner.spares} with learner.max_restarts = 0: the first loss ends the "
+            "run, and no spare would ever be used. Remove it, or raise learner.max_restarts"
+        )
+
+
+def check_model(c: RunConfig | StageConfig) -> None:
+    """Raises `ValueError` for no model, two of them, or one that cannot be made."""
+    if (c.model.path is None) == (c.model.init is None):
+        found = "both" if c.model.path else "neither"
+        raise ValueError(
+            f"model.path and model.init: {found} given. Give model.path (a Hugging Face folder) or "
+            "a [model.init] section (a small model made from numbers), not both"
+        )
+    if c.model.init is not None:
+        init = c.model.init
+        if c.model.tokenizer is not None:
+            raise ValueError(
+                "model.tokenizer with [model.init]: a made model has a tokenizer of its own. "
+                "Remove model.tokenizer, or give model.path"
+            )
+        if init.hidden_size % init.num_heads:
+            raise ValueError(
+                f"model.init.hidden_size = {init.hidden_size} is not a multiple of "
+                f"model.init.num_heads = {init.num_heads}. Change one of them"
+            )
+        if init.num_heads % (init.num_kv_heads or init.num_heads):
+            raise ValueError(
+                f"model.init.num_heads = {init.num_heads} is not a multiple of "
+                f"model.init.num_kv_heads = {init.num_kv_heads}. Change one of them"
+            )
+
+
+def check_weights(c: RunConfig) -> None:
+    """Raises `ValueError` for a transport that cannot carry this run's versions."""
+    transport = c.weights.transport
+    if transport == "ipc":
+        raise ValueError(
+            "weights.transport = 'ipc': CUDA shares memory only between processes of one GPU, and it "
+            "saves nothing there, since every version goes through host memory to be verified. Use "
+            "'files' with weights.root under /dev/shm, or 'nccl' between GPUs"
+        )
+    if transport == "files" and c.weights.durable_every != Weights().durable_every:
+        raise ValueError(
+            f"weights.durable_every = {c.weights.durable_every} with weights.transport = 'files': "
+            "every version is written to files. Remove it, or set another transport"
+        )
+    if c.weights.mirror is not None and transport != "files":
+        raise ValueError(
+            f"weights.mirror with weights.transport = {transport!r}: it mirrors files. Remove one "
+            "of them"
+        )
+    if transport == "nccl":
+        _check_gpus(c)
+    if transport != "files":
+        _check_single_processes(c)
+
+
+def _check_gpus(c: RunConfig) -> None:
+    gpus = {"learner": c.learner.num_gpus, "generation": c.generation.num_gpus}
+    for section, num_gpus in gpus.items():
+        if num_gpus < 1:
+            raise ValueError(
+                f"weights.transport = 'nccl' with {section}.num_gpus = {num_gpus:g}: NCCL connects "
+                f"whole GPUs, one for each process. Set {section}.num_gpus, or transport = 'ray'"
+            )
+
+
+def _check_single_processes(c: RunConfig) -> None:
+    transport = c.weights.transport
+    parallel, update = c.generation.tensor_parallel_size, c.scoring.reference_update.type
+    if parallel > 1:
+        raise ValueError(
+            f"weights.transport = {transport!r} with generation.tensor_parallel_size = {parallel}: "
+            "vLLM runs the parts of a worker in processes of its own, which cannot ask Ray for "
+            "versions. Use 'files' (weights.root under /dev/shm on one machine), or one GPU a worker"
+        )
+    if update != "fixed":
+        raise ValueError(
+            f"weights.transport = {transport!r} with scoring.reference_update.type = {update!r}: a "
+            "reference that moves is made from files of any version, and most have none. Use "
+            "'files', or a fixed reference"
+        )
+
+
+def check_checkpoint(c: RunConfig | StageConfig) -> None:
+    """Raises `ValueError` for a second copy that cannot be written or would go with the first."""
+    url = c.checkpoint.copy_to
+    if url is None:
+        return
+    from fsspec import available_protocols, get_filesystem_class
+
+    shown = without_credentials(url)
+    protocol, separator, _ = url.partition("://")
+    if not separator or "::" in url:
+        raise ValueError(
+            f"checkpoint.copy_to = {shown!r}: not the URL of one storage. Give one such as "
+            "file:///mnt/copies or s3://bucket/runs"
+        )
+    if protocol not in available_protocols():
+        raise ValueError(
+            f"checkpoint.copy_to = {shown!r}: unknown protocol {protocol!r}. fsspec knows "
+            f"{', '.join(sorted(available_protocols()))}"
+        )
+    try:
+        kind = get_filesystem_class(protocol)
+    except ImportError as error:
+        raise ValueError(f"checkpoint.copy_to = {shown!r}: {error}") from None
+    if protocol in ("file", "local"):
+        path, run_dir = Path(kind._strip_protocol(url)), c.run_dir.absolute()
+        if path == run_dir or run_dir in path.parents:
+            raise ValueError(
+                f"checkpoint.copy_to = {shown!r} is in the run directory {run_dir}: what deletes the "
+                "checkpoints would delete their copies too. Give a folder elsewhere"
+            )
+
+
+def check_ranks(learner: Learner) -> None:
+    """Raises `ValueError` for GPUs that ranks cannot use."""
+    if learner.num_gpus > 1:
+        raise ValueError(
+            f"learner.num_gpus = {learner.num_gpus:g}: a rank drives one GPU (1), a share of one, or "
+            "none (0). Set learner.ranks for more GPUs"
+        )
+    if is_share(learner.num_gpus) and learner.ranks > 1:
+        raise ValueError(
+            f"learner.num_gpus = {learner.num_gpus:g} with learner.ranks = {learner.ranks}: NCCL "
+            "connects whole GPUs, one for each rank. Set learner.ranks = 1, or learner.num_gpus = 1"
+        )
+
+
+def check_devices(c: RunConfig) -> None:
+    """Raises `ValueError` for GPUs that the processes of a run cannot use."""
+    check_ranks(c.learner)
+    generation = c.generation
+    gpus, parallel = generation.num_gpus, generation.tensor_parallel_size
+    shared = is_share(gpus) and parallel == 1
+    if gpus and gpus != parallel and not shared:
+        raise ValueError(
+            f"generation.num_gpus = {gpus:g} and generation.tensor_parallel_size = {parallel}: a "
+            "worker needs one GPU a tensor-parallel part. Make them equal (or num_gpus = 0 for CPU, or "
+            "a share of a GPU with one part)"
+        )
+    if shared and generation.kv_cache_bytes is None:
+        raise ValueError(
+            f"generation.num_gpus = {gpus:g} without generation.kv_cache_bytes: vLLM measures what is "
+            "free for its cache, and finds what other processes of the GPU have not taken yet. Set "
+            "generation.kv_cache_bytes, so that weights and cache fit this share"
+        )
+    sections = {
+        "scoring": c.scoring,
+        **{f"scoring.pools.{n}": p for n, p in c.scoring.pools.items()},
+    }
+    for name, section in sections.items():
+        if section.num_gpus > 1 and section.num_gpus % 1:
+            raise ValueError(
+                f"{name}.num_gpus = {section.num_gpus:g}: a share of a GPU, or whole ones. Round it"
+            )

@@ -1,0 +1,199 @@
+"""The run file of a stage that makes a data set: a model samples, the scoring pool scores, rows stay.
+
+    [stage] type = "generate"        how many samples a prompt, and which of them become rows
+    [run], [data], [generation], [scoring]       prompts and pools as in reinforcement learning
+
+Promises: what the pools would refuse is refused here (`as_run` is what they are started with); a
+setting that the selection does not read is refused.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from rlhf_cluster.algorithms.ppo import PpoConfig
+from rlhf_cluster.config.revision_section import Revise
+from rlhf_cluster.config.run_config import RunConfig
+from rlhf_cluster.config.scoring_section import Scoring
+from rlhf_cluster.sections.every_run import (
+    RunFile,
+    RunSection,
+)
+from rlhf_cluster.sections.rl_run import (
+    Buffer,
+    Checkpoint,
+    Data,
+    Generation,
+    Learner,
+    Model,
+    Run,
+)
+from rlhf_cluster.sections.section import Section
+
+Select = Literal[
+    "all", "best_of_n", "threshold", "pairs", "step_labels", "revisions", "revision_pairs"
+]
+READ_BY: dict[str, tuple[Select, ...]] = {
+    "keep": ("best_of_n", "threshold", "pairs"),
+    "threshold": ("best_of_n", "threshold", "step_labels"),
+    "min_margin": ("pairs", "revision_pairs"),
+    "completions": ("step_labels",),
+    "revise": ("revisions", "revision_pairs"),
+    "prefer": ("revision_pairs",),
+}
+"""Settings of `[stage]`, and the selections that read them."""
+
+
+class GenerateSection(Section):
+    """How many samples each prompt gets, and which of them become rows of the data set."""
+
+    type: Literal["generate"] = "generate"
+    samples: PositiveInt
+    """Responses to each prompt."""
+    select: Select
+    """`all`: every response. `best_of_n`: the `keep` of highest reward. `threshold`: those whose reward
+    is at least `threshold`. `pairs`: better ones against worse ones. `step_labels`: how often
+    `completions` from the end of each reasoning step reach `threshold`. `revisions`: each response
+    after critique and revision. `revision_pairs`: that against the response."""
+    keep: PositiveInt | None = None
+    """Rows of one prompt at most. Default: 1, with select = "threshold" all."""
+    threshold: float | None = None
+    """Least reward of a response that is kept, or that counts as right. Optional with `best_of_n`."""
+    min_margin: PositiveFloat | None = None
+    """With pairs by reward: the least difference of the rewards of a pair; default: any over 0."""
+    completions: PositiveInt | None = None
+    """With select = "step_labels": completions from each step."""
+    revise: Revise | None = None
+    """With revisions: by which principles, and who is asked."""
+    prefer: Literal["revision", "reward"] | None = None
+    """With select = "revision_pairs": which of the two is chosen, the revision (default), or the one
+    of higher reward."""
+    cut: Literal["skip", "keep"] = "skip"
+    """A response that reached `generation.max_response_tokens` without its end: left out and counted,
+    or taken as it is."""
+    deduplicate: bool = True
+    """Of equal responses to one prompt only the first becomes a row; the others are counted."""
+
+    @property
+    def rows_per_prompt(self) -> int:
+        """At most."""
+        if self.keep is not None:
+            return self.keep
+        return 1 if self.select in ("best_of_n", "pairs") else self.samples
+
+    @model_validator(mode="after")
+    def _check(self) -> GenerateSection:
+        for name, selections in READ_BY.items():
+            value = getattr(self, name)
+            if value is not None and self.select not in selections:
+                shown = "a section" if isinstance(value, Section) else repr(value)
+                raise ValueError(
+                    f"{name} = {shown} with select = {self.select!r}, which does not read it. Remove "
+                    f"it, or use {' or '.join(map(repr, selections))}"
+                )
+        if self.select == "revision_pairs" and self.min_margin and self.prefer != "reward":
+            raise ValueError(
+                f"min_margin = {self.min_margin:g} with select = 'revision_pairs', whose pairs are not "
+                "by reward. Remove it, or set prefer = 'reward'"
+            )
+        needed = {"threshold": ("threshold",), "step_labels": ("threshold", "completions")}
+        needed |= dict.fromkeys(READ_BY["revise"], ("revise",))
+        for name in needed.get(self.select, ()):
+            if getattr(self, name) is None:
+                raise ValueError(f"select = {self.select!r} without {name}. Set stage.{name}")
+        least = {"pairs": 2 * self.rows_per_prompt, "best_of_n": self.rows_per_prompt}
+        if self.samples < (bound := least.get(self.select, 1)):
+            raise ValueError(
+                f"samples = {self.samples} with select = {self.select!r} and keep = "
+                f"{self.rows_per_prompt}: {bound} samples are needed. Raise samples, or lower keep"
+            )
+        return self
+
+
+class GenerateRun(RunSection):
+    """Where the data set is made, and how fast."""
+
+    max_in_flight_groups: PositiveInt = 64
+    """Prompts being sampled or scored at once."""
+    record_every: PositiveInt = 16
+    """Finished prompts from one line of metrics.jsonl to the next."""
+    stall_timeout_s: PositiveFloat = 300.0
+    """The stage fails when a pool had no live worker for this long."""
+
+
+class GenerateConfig(RunFile[GenerateRun]):
+    """One stage that makes a data set."""
+
+    stage: GenerateSection
+    model: Model
+    data: Data
+    generation: Generation
+    scoring: Scoring
+
+    @property
+    def data_file(self) -> Path:
+        """What the stage leaves: JSONL, there as a whole once all prompts are done."""
+        return self.run_dir / "data.jsonl"
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """There are none: what is finished is in the run directory, prompt by prompt."""
+        return Checkpoint(every=0)
+
+    @property
+    def as_run(self) -> RunConfig:
+        """What the pools are started with: a run that trains nothing. Raises `ValueError`."""
+        longest = self.data.max_prompt_tokens + self.generation.max_response_tokens
+        return RunConfig(
+            run=Run(
+                steps=1,
+                groups_per_step=1,
+                **self.run.model_dump(exclude={"max_in_flight_groups", "record_every"}),
+            ),
+            model=self.model,
+            data=self.data,
+            algorithm=PpoConfig(group_size=self.stage.samples),
+            generation=self.generation,
+            scoring=self.scoring,
+            learner=Learner(learning_rate=1e-6, tokens_per_micro_batch=max(16384, longest)),
+            buffer=Buffer(durable=False),
+            checkpoint=self.checkpoint,
+            cluster=self.cluster,
+            observe=self.observe,
+        )
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> GenerateConfig:
+        _check_frozen(self)
+        _check_number_of_prompts(self)
+        try:
+            _ = self.as_run
+        except ValidationError as error:
+            problems = (problem["msg"] for problem in error.errors(include_url=False))
+            raise ValueError("; ".join(p.removeprefix("Value error, ") for p in problems)) from None
+        return self
+
+
+def _check_frozen(c: GenerateConfig) -> None:
+    for name, off in (("reference", False), ("exact_logprobs", False), ("teacher", None)):
+        if (found := getattr(c.scoring, name)) != off:
+            raise ValueError(
+                f"scoring.{name} = {found!r} with stage.type = 'generate': nothing is trained, and "
+                "nobody reads its log-probabilities. Remove it"
+            )
+    if c.generation.quantization == "int8":
+        raise ValueError(
+            "generation.quantization = 'int8' with stage.type = 'generate': that form is made of "
+            "published versions, and none is published. Remove it, or use one of vLLM's own"
+        )
+
+
+def _check_number_of_prompts(c: GenerateConfig) -> None:
+    if c.data.task is not None and c.data.limit is None:
+        raise ValueError(
+            f"data.task = {c.data.task!r} without data.limit: a task has no end. Give the number of "
+            "prompts with data.limit"
+        )

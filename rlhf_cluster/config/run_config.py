@@ -1,0 +1,343 @@
+"""A whole run file, and what its sections must agree on.
+
+Cross-checks live here and in the check_*.py beside it, nowhere else. Each message names both keys,
+their values and the cure.
+Values that follow from others are properties, so that every value has one owner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from pydantic import model_validator
+
+from rlhf_cluster.algorithms import ALGORITHMS, AlgorithmConfig, GrpoConfig
+from rlhf_cluster.config.autoscale_section import (
+    Autoscale,
+    check_autoscale,
+)
+from rlhf_cluster.config.check_rollouts import check_generation, check_replay, check_staleness
+from rlhf_cluster.config.check_scoring import check_kl, check_rewards, check_steps, check_teacher
+from rlhf_cluster.config.check_training import (
+    check_checkpoint,
+    check_devices,
+    check_learner,
+    check_model,
+    check_weights,
+)
+from rlhf_cluster.config.pool_sections import check_pools
+from rlhf_cluster.config.scoring_section import Scoring
+from rlhf_cluster.records import Sampling
+from rlhf_cluster.sections.every_run import RunFile
+from rlhf_cluster.sections.rl_run import (
+    Buffer,
+    Checkpoint,
+    Critic,
+    Data,
+    Evaluation,
+    Generation,
+    Learner,
+    Model,
+    Run,
+    Sft,
+    Staleness,
+    Weights,
+)
+from rlhf_cluster.sections.section import load
+from rlhf_cluster.sections.values import Dtype
+
+
+class RunConfig(RunFile[Run]):
+    """One reinforcement-learning run."""
+
+    model: Model
+    data: Data
+    algorithm: AlgorithmConfig = GrpoConfig()
+    generation: Generation
+    scoring: Scoring
+    learner: Learner
+    critic: Critic = Critic()
+    sft: Sft = Sft()
+    evaluation: Evaluation = Evaluation()
+    staleness: Staleness = Staleness()
+    weights: Weights = Weights()
+    buffer: Buffer = Buffer()
+    checkpoint: Checkpoint = Checkpoint()
+    autoscale: Autoscale | None = None
+
+    @property
+    def weights_dir(self) -> Path:
+        root = self.weights.root
+        return Path(root) / self.run.name if root else self.run_dir / "weights"
+
+    def with_absolute_paths(self) -> Self:
+        here, root = super().with_absolute_paths(), self.weights.root
+        if root is None:
+            return here
+        weights = self.weights.model_copy(update={"root": str(Path(root).absolute())})
+        return here.model_copy(update={"weights": weights})
+
+    @property
+    def stored_reference(self) -> bool:
+        """The reference is not the model folder's policy but one written during the run."""
+        scoring = self.scoring
+        moves = scoring.reference_update.type != "fixed"
+        rounded = self.learner.lora is not None and self.learner.lora.quantize_base
+        return scoring.reference and (self.sft.steps > 0 or moves or rounded)
+
+    def pull_deadline_s(self, num_bytes: int) -> float:
+        """Seconds for a worker to take a version of so many bytes: to bring it to its node, where
+        `weights.mirror` is set, and then to read and apply it."""
+        return (2 if self.weights.mirror else 1) * self.generation.take_deadline_s(num_bytes)
+
+    @property
+    def publish_dtype(self) -> Dtype:
+        return self.weights.dtype or self.generation.dtype
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        return self.data.max_prompt_tokens + self.generation.max_response_tokens
+
+    @property
+    def tokens_per_row(self) -> int:
+        """Capacity of a row of the learner, which holds what must share a micro-batch."""
+        return self.learner.tokens_per_row or self.max_unit_tokens
+
+    @property
+    def max_unit_tokens(self) -> int:
+        return self.max_sequence_tokens * self.algorithm.unit_size
+
+    @property
+    def sampling(self) -> Sampling:
+        """How every group of the run is sampled."""
+        return Sampling(
+            num_samples=self.algorithm.group_size,
+            temperature=self.generation.temperature,
+            max_tokens=self.generation.max_response_tokens,
+            greedy_baseline=ALGORITHMS[self.algorithm.type](self.algorithm).needs_greedy,
+        )
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> RunConfig:
+        for check in (
+            check_model,
+            _check_data,
+            _check_lengths,
+            check_staleness,
+            _check_batch,
+            check_kl,
+            _check_scoring,
+            _check_critic,
+            _check_algorithm,
+            _check_schedule,
+            _check_lora,
+            _check_weights,
+            check_devices,
+            _check_sampling,
+            check_generation,
+            check_rewards,
+            check_steps,
+            check_teacher,
+            check_pools,
+            check_weights,
+            check_checkpoint,
+            check_learner,
+            check_replay,
+            check_autoscale,
+        ):
+            check(self)
+        return self
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read and validate a run file. Raises `ConfigError`."""
+    return load(RunConfig, path, overrides)
+
+
+def _check_data(c: RunConfig) -> None:
+    if (c.data.task is None) == (c.data.path is None):
+        found = "both" if c.data.path else "neither"
+        raise ValueError(
+            f"data.task and data.path: {found} given. Give data.path (a .jsonl or .parquet file) or "
+            "data.task (a built-in task), not both"
+        )
+    if c.data.system_prompt is not None and c.data.template != "chat":
+        raise ValueError(
+            f"data.system_prompt needs data.template = 'chat', found {c.data.template!r}. Set the "
+            "template, or remove the system prompt"
+        )
+    if c.data.drop_answer and c.data.template != "chat":
+        raise ValueError(
+            f"data.drop_answer = true with data.template = {c.data.template!r}: what is left is "
+            "messages. Set data.template = 'chat'"
+        )
+    if c.data.template == "chat" and c.model.init is not None:
+        raise ValueError(
+            "data.template = 'chat' with [model.init]: the made character tokenizer has no chat "
+            "template. Use data.template = 'none', or give model.path"
+        )
+    if c.evaluation.num_prompts and c.data.path and c.evaluation.path is None:
+        raise ValueError(
+            f"evaluation.num_prompts = {c.evaluation.num_prompts} with data.path: held-out prompts "
+            "need a file of their own. Set evaluation.path, or evaluation.num_prompts = 0"
+        )
+
+
+def _check_lengths(c: RunConfig) -> None:
+    longest = c.max_sequence_tokens
+    terms = (
+        f"data.max_prompt_tokens + generation.max_response_tokens = {c.data.max_prompt_tokens} + "
+        f"{c.generation.max_response_tokens} = {longest}"
+    )
+    if c.model.init is not None and longest > c.model.init.max_position:
+        raise ValueError(
+            f"{terms} is over model.init.max_position = {c.model.init.max_position}. Lower the "
+            "lengths, or raise max_position"
+        )
+    segment, response = c.generation.segment_tokens, c.generation.max_response_tokens
+    if segment is not None and segment >= response:
+        raise ValueError(
+            f"generation.segment_tokens = {segment} is not under generation.max_response_tokens = "
+            f"{response}: no response would be cut. Lower it, or remove it"
+        )
+    if c.max_unit_tokens > c.tokens_per_row:
+        several = f", {c.algorithm.unit_size} times (a pair)" if c.algorithm.unit_size > 1 else ""
+        raise ValueError(
+            f"{terms}{several} is over learner.tokens_per_row = {c.learner.tokens_per_row}: the "
+            "longest sequence would fit no row. Raise tokens_per_row or lower the lengths"
+        )
+    if c.tokens_per_row > c.learner.tokens_per_micro_batch:
+        raise ValueError(
+            f"learner.tokens_per_row = {c.tokens_per_row} (default: the longest sequence) is over "
+            f"learner.tokens_per_micro_batch = {c.learner.tokens_per_micro_batch}. Raise the latter"
+        )
+    if longest > c.scoring.tokens_per_batch:
+        raise ValueError(
+            f"{terms} is over scoring.tokens_per_batch = {c.scoring.tokens_per_batch}: the longest "
+            "sequence would fit no batch. Raise tokens_per_batch or lower the lengths"
+        )
+
+
+def _check_batch(c: RunConfig) -> None:
+    learner = c.learner
+    if c.algorithm.unit_size > 1 and c.run.groups_per_step < learner.ranks * learner.minibatches:
+        raise ValueError(
+            f"run.groups_per_step = {c.run.groups_per_step} is under learner.ranks * "
+            f"learner.minibatches = {learner.ranks} * {learner.minibatches}, and with algorithm.type = "
+            f"{c.algorithm.type!r} a group is one pair: some ranks would have nothing to train on. "
+            "Raise the batch, or lower the ranks or the minibatches"
+        )
+    if c.run.groups_per_step * c.algorithm.group_size < learner.ranks * learner.minibatches:
+        raise ValueError(
+            f"run.groups_per_step * algorithm.group_size = {c.run.groups_per_step} * "
+            f"{c.algorithm.group_size} is under learner.ranks * learner.minibatches = "
+            f"{learner.ranks} * {learner.minibatches}: some ranks would have nothing to train on. "
+            "Raise the batch, or lower the ranks or the minibatches"
+        )
+
+
+def _check_algorithm(c: RunConfig) -> None:
+    algorithm, longest = c.algorithm, c.generation.max_response_tokens
+    if algorithm.type == "dapo" and algorithm.overlong_buffer_tokens > longest:
+        raise ValueError(
+            f"algorithm.overlong_buffer_tokens = {algorithm.overlong_buffer_tokens} is over "
+            f"generation.max_response_tokens = {longest}: the buffer is its last part. Lower the "
+            "buffer, or allow longer responses"
+        )
+    proximal = getattr(algorithm, "proximal", None)
+    if proximal == "interpolate" and c.staleness.bound == 0:
+        raise ValueError(
+            "algorithm.proximal = 'interpolate' with staleness.max_staleness = 0: between equal "
+            "policies there is nothing to interpolate. Use proximal = 'bypass', whose ratio is to the "
+            "sampler, or 'recompute', or allow staleness"
+        )
+
+
+def _check_scoring(c: RunConfig) -> None:
+    update = c.scoring.reference_update
+    if update.type != "fixed" and not c.scoring.reference:
+        raise ValueError(
+            f"scoring.reference_update.type = {update.type!r} with scoring.reference = false: there "
+            "is no reference to move. Set scoring.reference = true, or remove reference_update"
+        )
+    if c.scoring.quantization and not (c.scoring.reference or c.scoring.teacher):
+        raise ValueError(
+            f"scoring.quantization = {c.scoring.quantization!r} with scoring.reference = false and no "
+            "scoring.teacher: it is of these two. Remove it, or set quantization on the reward models"
+        )
+    if getattr(c.algorithm, "sampler", None) == "exact" and not c.scoring.exact_logprobs:
+        raise ValueError(
+            "algorithm.sampler = 'exact' with scoring.exact_logprobs = false: nobody computes the "
+            "exact log-probabilities. Set scoring.exact_logprobs = true, or sampler = 'sampled'"
+        )
+
+
+def _check_schedule(c: RunConfig) -> None:
+    settings = c.learner
+    if (settings.schedule == "wsd") != (settings.decay_steps is not None):
+        raise ValueError(
+            f"learner.schedule = {settings.schedule!r} with learner.decay_steps = "
+            f"{settings.decay_steps}: the steps of the decay belong to schedule = 'wsd', and it needs "
+            "them. Set both, or neither"
+        )
+    total = c.run.steps * settings.epochs * settings.minibatches
+    if settings.decay_steps is not None and settings.warmup_steps + settings.decay_steps > total:
+        raise ValueError(
+            f"learner.warmup_steps + learner.decay_steps = {settings.warmup_steps} + "
+            f"{settings.decay_steps} are over run.steps * learner.epochs * learner.minibatches = "
+            f"{total} optimizer steps. Lower them, or train longer"
+        )
+
+
+def _check_critic(c: RunConfig) -> None:
+    needed = ALGORITHMS[c.algorithm.type](c.algorithm).needs_critic
+    if c.critic != Critic() and not needed:
+        raise ValueError(
+            f"[critic] with algorithm.type = {c.algorithm.type!r}: that algorithm learns no values. "
+            "Remove the section, or set algorithm.type = 'ppo'"
+        )
+    if c.critic.kind == "head" and c.learner.backend != "fsdp2":
+        raise ValueError(
+            f"critic.kind = 'head' with learner.backend = {c.learner.backend!r}: the head's "
+            "passes run inside the policy's backward pass, which a DeepSpeed engine runs for its own "
+            "module alone. Set learner.backend = 'fsdp2', or critic.kind = 'separate'"
+        )
+    if c.critic.kind == "separate" and c.critic.coef != Critic().coef:
+        raise ValueError(
+            f"critic.coef = {c.critic.coef:g} with critic.kind = 'separate': a separate critic has "
+            "a learning rate instead of a weight. Remove it, or set critic.kind = 'head'"
+        )
+
+
+def _check_lora(c: RunConfig) -> None:
+    lora = c.learner.lora
+    if lora is None:
+        return
+    needs_critic = ALGORITHMS[c.algorithm.type](c.algorithm).needs_critic
+    if needs_critic and c.critic.kind == "separate":
+        raise ValueError(
+            f"[learner.lora] with algorithm.type = {c.algorithm.type!r}: the critic starts as a copy "
+            "of the policy's own weights. Remove the section, or use an algorithm without a critic"
+        )
+
+
+def _check_weights(c: RunConfig) -> None:
+    if c.weights.format == "adapter" and c.learner.lora is None:
+        raise ValueError(
+            "weights.format = 'adapter' without [learner.lora]: all weights are trained, and there are "
+            "no adapters to write. Add the section, or set weights.format = 'delta' or 'full'"
+        )
+
+
+def _check_sampling(c: RunConfig) -> None:
+    owned = {"logprobs_mode", "seed", "model", "max_model_len"}
+    refused = {"top_p", "top_k", "min_p", "repetition_penalty", *owned}
+    found = sorted(refused & set(c.generation.engine_args))
+    if found:
+        raise ValueError(
+            f"generation.engine_args.{found[0]}: not allowed here. Truncated or penalised sampling "
+            "cannot be replayed by the learner, and model, max_model_len, seed and logprobs_mode are "
+            "set by the run. Remove it"
+        )

@@ -1,0 +1,207 @@
+"""The reference policy in a learner rank, for the KL over the whole vocabulary.
+
+    hidden states of the reference, and its output projection -> chunks of logits (`logprobs`)
+
+The reference is the policy as reinforcement learning begins, and never moves. Without adapters it is
+a second model beside the policy, frozen, sharded by FSDP2 like it and in the type of the passes, so
+that each rank holds its share. With adapters it is the policy itself with the adapters as they were
+at the start, put in place for the reference's pass: the weights under them never change, so it costs
+a second set of adapters and no model.
+
+Promises: it is held only where the algorithm asks for it; it gets no gradient and is not published;
+a policy equal to it has a KL of exactly 0; every rank makes the same passes.
+
+Shapes: B rows, S positions, H hidden size, V vocabulary, T response tokens of one rollout.
+
+A reference that follows the policy: TR-DPO (Gorbatovski et al. 2024, arXiv 2404.09656).
+
+    soft   reference <- (1 - share) reference + share policy, weight by weight
+    hard   share = 1: reference <- policy, to the bit
+
+Promises: its weights are float32 whatever the passes compute in, so that small moves are not lost, and
+a policy equal to it still has a KL of exactly 0; its shards are all that a checkpoint needs of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+
+from rlhf_cluster.data.packing import TokenSequence
+from rlhf_cluster.errors import ConfigError
+from rlhf_cluster.learner.sharding.fsdp2 import shard, shards_of
+from rlhf_cluster.learner.sharding.sharded_model import ShardedModel
+from rlhf_cluster.learner.step.passes import (
+    Layout,
+    on_every_rank,
+    score,
+)
+from rlhf_cluster.learner.step.training_batch import temperature_of
+from rlhf_cluster.models.policy_model import (
+    LogprobHead,
+    load_policy,
+)
+from rlhf_cluster.records import ExperienceGroup
+from rlhf_cluster.sections.values import HeadDtype
+from rlhf_cluster.weights.manifest import LocalPart
+
+
+class Reference(Protocol):
+    """A frozen model of the policy's architecture."""
+
+    def outputs(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Last hidden states [B, S, H] and output projection [V, H], None where it is the policy's.
+
+        Every rank must take part. Both are there until `release`.
+        """
+        ...
+
+    def release(self) -> None:
+        """Free what was gathered; call after the last backward pass that used `outputs`."""
+        ...
+
+    def as_policy(self) -> AbstractContextManager[Any]:
+        """A model that answers as a `PolicyLM`, for passes without gradient. Every rank must take
+        part."""
+        ...
+
+
+class FrozenCopy:
+    """The model of a folder, loaded a second time: a `Reference`."""
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        mesh: DeviceMesh,
+        device: torch.device,
+        compute_dtype: torch.dtype,
+        vocabulary: int | None = None,
+        dtype: torch.dtype | None = None,
+        head_dtype: HeadDtype = "float32",
+    ) -> None:
+        """`dtype` is the weights' where it is not that of the passes. `vocabulary` is the policy's
+        where it may differ: of a larger one, whose last entries are padding, the first are used.
+
+        Raises `ConfigError` as `policy.load_policy`, and for a smaller vocabulary.
+        """
+        policy = load_policy(
+            model_dir, dtype or compute_dtype, device, False, compute_dtype, head_dtype
+        )
+        found = policy.config.get_text_config().vocab_size
+        self._vocabulary = found if vocabulary is None else vocabulary
+        if found < self._vocabulary:
+            raise ConfigError(
+                f"{model_dir}: has {found} logits, the model that is compared with it "
+                f"{self._vocabulary}: the last ones would have no probability. Use a model with as "
+                "many, or resize its embedding"
+            )
+        self._policy = shard(policy, mesh, compute_dtype, gradient_checkpointing=False)
+
+    @torch.no_grad()
+    def outputs(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        hidden = self._policy(input_ids, position_ids)
+        # the root's parameters stay gathered after a pass
+        head = cast(LogprobHead, self._policy.lm.get_output_embeddings())
+        return hidden, head.weight[: self._vocabulary]
+
+    def release(self) -> None:
+        cast(FSDPModule, self._policy).reshard()
+
+    @contextmanager
+    def as_policy(self) -> Iterator[Any]:
+        yield self._policy
+        self.release()
+
+
+class StartAdapters:
+    """A policy that trains adapters, with those that it has now: a `Reference`."""
+
+    def __init__(self, model: ShardedModel) -> None:
+        self._model = model
+        self._start = self._copies()
+
+    @torch.no_grad()
+    def outputs(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        with self.as_policy() as model:
+            return model(input_ids, position_ids), None
+
+    @contextmanager
+    def as_policy(self) -> Iterator[Any]:
+        self.release()
+        current = self._copies()
+        self._model.assign(self._start)
+        try:
+            yield self._model
+        finally:
+            self.release()
+            self._model.assign(current)
+
+    def release(self) -> None:
+        # a pass without a backward pass leaves the root's parameters gathered
+        cast(FSDPModule, self._model.module).reshard()
+
+    def _copies(self) -> list[LocalPart]:
+        trained = {n for n, p in self._model.module.named_parameters() if p.requires_grad}
+        return [
+            replace(part, tensor=part.tensor.clone())
+            for part in self._model.shards()
+            if part.name in trained
+        ]
+
+
+def with_reference_kl(
+    policy: ShardedModel, reference: Reference, groups: Sequence[ExperienceGroup], layout: Layout
+) -> list[ExperienceGroup]:
+    """The groups with `reference_kl`, the KL of the policy as it is now, on every rank alike."""
+    rollouts = [s.rollout for g in groups for s in g.scored]
+    sequences = [
+        TokenSequence(prompt_ids=r.prompt_ids, target_ids=r.response_ids) for r in rollouts
+    ]
+    own = score(policy, sequences, temperature_of(rollouts), layout, reference)
+    values = iter(on_every_rank(own, [len(r.response_ids) for r in rollouts], layout))
+    return [
+        replace(group, scored=tuple(replace(s, reference_kl=next(values)) for s in group.scored))
+        for group in groups
+    ]
+
+
+class FollowingCopy(FrozenCopy):
+    """The model of a folder, loaded a second time, which `follow` moves: a `Reference`."""
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        mesh: DeviceMesh,
+        device: torch.device,
+        compute_dtype: torch.dtype,
+        head_dtype: HeadDtype = "float32",
+    ) -> None:
+        """Raises `ConfigError` as `policy.load_policy`."""
+        super().__init__(
+            model_dir, mesh, device, compute_dtype, dtype=torch.float32, head_dtype=head_dtype
+        )
+
+    def shards(self) -> Iterator[LocalPart]:
+        """This rank's part of every weight, by its name in the policy; flat views."""
+        return shards_of(self._policy)
+
+    @torch.no_grad()
+    def follow(self, policy: ShardedModel, share: float) -> None:
+        """Become (1 - share) of what it is and `share`, in (0, 1], of the policy.
+
+        The policy is FSDP2's, whole, and sharded over the same ranks.
+        """
+        own = {part.name: part.tensor for part in self.shards()}
+        for part in policy.shards():
+            if share == 1:
+                own[part.name].copy_(part.tensor)
+            else:
+                own[part.name].mul_(1 - share).add_(part.tensor, alpha=share)

@@ -1,0 +1,32 @@
+"""What a process can do for a learner rank before it is known which one: imports, most of its start.
+
+No weights are read, no device is touched and no group is joined: who waits warm takes nothing but
+memory of the host.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from rlhf_cluster.sections.rl_run import Learner
+
+
+def warm(settings: Learner, model_dir: str | Path) -> None:
+    """Import what a rank of `settings` runs on, and the code of the model in `model_dir`."""
+    importlib.import_module("rlhf_cluster.learner.learner_rank")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    if settings.lora is not None:
+        importlib.import_module("peft")
+    if settings.backend == "zero3":
+        from rlhf_cluster.learner.sharding.zero3 import import_deepspeed
+
+        import_deepspeed(torch.device("cuda" if settings.num_gpus else "cpu"))

@@ -1,0 +1,312 @@
+"""The critic: a value model beside the policy, with an optimizer of its own.
+
+    values[t] = value_head(decoder(prompt, response[:t]))       before response token t is sampled
+
+The decoder is the policy's architecture, a separate sharded model that starts as the policy is when
+reinforcement learning begins; the head starts at 0, so the first values are exactly 0.
+
+Promises: the values of ALL rollouts of a step are known on every rank before anything is estimated
+from them, so statistics over the step (whitening, explained variance) are those of one rank; a
+token's value depends on the tokens before it only; the gradient of the value loss is that of its
+weighted sum over the tokens of the optimizer step, with the policy's weights, whatever the number
+of ranks, the micro-batches and the packing; the policy gets none of it. The head and its output are
+float32 also when the decoder's passes are bfloat16.
+
+Shapes: B rows, S positions, T response tokens of one rollout, N trained tokens of a micro-batch.
+
+The critic as a head on the policy's own trunk: one pass gives log-probabilities and values.
+
+    values[t] = value_head(last hidden state of the policy at (prompt, response[:t]))
+
+    loss of an optimizer step = policy loss + critic.coef * value loss
+
+Promises: those of `critic`, but that the trunk receives both gradients, clipped together with the
+policy's; the head has an optimizer, a learning rate and a clip of its own (`[critic]`), which see the
+gradient of the value loss times `critic.coef`. The head is a sharded module beside the policy and no
+part of it, so it is never published. It starts at 0: so do the values, and the trunk's first value
+gradient.
+
+The head's passes run inside the policy's backward pass, which torch's FSDP2 allows and a DeepSpeed
+engine, which runs the backward pass of its own module alone, does not.
+
+Shapes: B rows, S positions, N trained tokens of a micro-batch, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+
+from rlhf_cluster.algorithms.algorithm import (
+    CriticAlgorithm,
+    PerToken,
+    Sums,
+    ValueInputs,
+)
+from rlhf_cluster.algorithms.micro_batch_loss import TrainedTokens, TrainedValues
+from rlhf_cluster.data.packing import TokenSequence
+from rlhf_cluster.errors import RunError
+from rlhf_cluster.learner.sharding.fsdp2 import shard
+from rlhf_cluster.learner.sharding.sharded_model import ShardedModel
+from rlhf_cluster.learner.step import passes
+from rlhf_cluster.learner.step.metric_sums import MetricSums
+from rlhf_cluster.learner.step.optimizer_step import Schedule, Updater
+from rlhf_cluster.learner.step.passes import (
+    Layout,
+    on_every_rank,
+    run_value_passes,
+)
+from rlhf_cluster.learner.step.training_batch import TrainingBatch
+from rlhf_cluster.models.policy_model import (
+    PolicyLM,
+    hidden_states,
+    load_policy,
+)
+from rlhf_cluster.records import ExperienceGroup
+from rlhf_cluster.sections.rl_run import Critic as CriticSection
+
+_STREAMS = ("start_values", "returns", "weight")
+
+
+class ValueHead(nn.Linear):
+    """Computes in float32, whatever the types of its input and of its weights in a pass. Starts at
+    0."""
+
+    def __init__(
+        self, hidden_size: int, device: torch.device, num_values: int = 1, bias: bool = True
+    ) -> None:
+        super().__init__(hidden_size, num_values, bias=bias, device=device)
+        nn.init.zeros_(self.weight)
+        if bias:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return nn.functional.linear(input.float(), self.weight.float(), bias)
+
+
+class ValueLM(nn.Module):
+    """A decoder with a head of values; the root for sharding. Takes over the policy's decoder."""
+
+    def __init__(self, policy: PolicyLM, num_values: int = 1, bias: bool = True) -> None:
+        super().__init__()
+        self.lm = policy.lm.base_model
+        self.config = policy.config
+        self.num_values = num_values
+        device = next(self.lm.parameters()).device
+        hidden_size = self.config.get_text_config().hidden_size
+        self.value_head = ValueHead(hidden_size, device, num_values, bias)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """The value after each position, [B, S] float32, or [B, S, num_values] of several.
+        [B, S], [B, S] int64."""
+        hidden = hidden_states(self.lm, input_ids, position_ids)
+        values = self.value_head(hidden.reshape(-1, hidden.shape[-1]))
+        several = () if self.num_values == 1 else (self.num_values,)
+        # FSDP hooks the outputs and warns of views
+        return values.view(*input_ids.shape, *several).clone()
+
+
+def load_value_model(
+    model_dir: str | Path, device: torch.device, compute_dtype: torch.dtype
+) -> ValueLM:
+    """A trainable value model from a causal LM's folder, with float32 weights.
+
+    Raises:
+        ConfigError: as `policy.load_policy`, which proves that sequences can be packed.
+    """
+    return ValueLM(load_policy(model_dir, torch.float32, device, True, compute_dtype))
+
+
+def shard_value_model(
+    model: ValueLM, mesh: DeviceMesh, compute_dtype: torch.dtype, gradient_checkpointing: bool
+) -> ValueLM:
+    """Shard in place as the policy is, the head apart from the rest and in float32."""
+    fully_shard(model.value_head, mesh=mesh)
+    return shard(model, mesh, compute_dtype, gradient_checkpointing)
+
+
+def start_as(policy: ShardedModel, model: ShardedModel) -> None:
+    """Copy the policy's decoder into the critic's: this rank's shards, sharded alike."""
+    prefix = f"lm.{cast(PolicyLM, policy.module).lm.base_model_prefix}."
+    model.assign(
+        replace(part, name=f"lm.{part.name.removeprefix(prefix)}")
+        for part in policy.shards()
+        if part.name.startswith(prefix)
+    )
+
+
+class Critic:
+    """One rank's critic. Every rank makes the same calls with the same arguments."""
+
+    def __init__(self, model: ShardedModel, updater: Updater, algorithm: CriticAlgorithm) -> None:
+        self._model = model
+        self.updater = updater
+        self._algorithm = algorithm
+
+    def estimate(
+        self, groups: Sequence[ExperienceGroup], layout: Layout
+    ) -> tuple[PerToken, PerToken, PerToken]:
+        """(advantages, values, returns) of all rollouts, the same on every rank."""
+        values = score_values(self._model, groups, layout)
+        advantages, returns = self._algorithm.estimate(groups, values)
+        return advantages, values, returns
+
+    def backward(
+        self, sequences: Sequence[TokenSequence], layout: Layout, sums: MetricSums
+    ) -> None:
+        """Accumulate this rank's share of the value loss's gradient, and its metrics in `sums`.
+
+        `sequences` are those of all ranks, with the streams that `attach` and the step gave them.
+        """
+
+        def loss(found: TrainedValues) -> tuple[Tensor, Sums]:
+            streams = dict(found.streams)
+            weight = streams.pop("weight")
+            losses, metrics = self._algorithm.value_loss(
+                ValueInputs(values=found.values, **streams)
+            )
+            count = losses.new_tensor(losses.numel())
+            return (losses * weight).sum(), {**metrics, "critic/loss": (losses.sum(), count)}
+
+        run_value_passes(self._model, sequences, _STREAMS, layout, loss, sums)
+
+    def apply(self, update: int) -> dict[str, float]:
+        """The optimizer step of number `update`; `Updater.apply` without the norms of its parts."""
+        found = self.updater.apply(update, area="critic")
+        return {name: value for name, value in found.items() if "_part/" not in name}
+
+
+def attach(batch: TrainingBatch, values: PerToken, returns: PerToken) -> TrainingBatch:
+    """The batch with the streams `start_values` and `returns` in its sequences."""
+    flat = zip(
+        batch.sequences,
+        (v for group in values for v in group),
+        (r for group in returns for r in group),
+        strict=True,
+    )
+    sequences = [
+        None
+        if sequence is None
+        else replace(sequence, streams={**sequence.streams, "start_values": v, "returns": r})
+        for sequence, v, r in flat
+    ]
+    return replace(batch, sequences=sequences)
+
+
+def value_metrics(
+    groups: Sequence[ExperienceGroup], values: PerToken, returns: PerToken
+) -> dict[str, float]:
+    """How well the values at the start of the step foretold the returns, over trained tokens.
+
+    `critic/explained_variance` is 1 - var(returns - values) / var(returns): 1 is perfect, 0 no
+    better than a constant; left out where all returns are equal.
+    """
+    masks = [s.rollout.response_mask for g in groups for s in g.scored]
+    value, target = (
+        np.concatenate([a[m].astype(np.float64) for a, m in zip(_flat(arrays), masks, strict=True)])
+        for arrays in (values, returns)
+    )
+    found = {"critic/value_mean": float(value.mean()), "critic/return_mean": float(target.mean())}
+    if np.ptp(target) > 0:
+        found["critic/explained_variance"] = float(1 - (target - value).var() / target.var())
+    return found
+
+
+def score_values(
+    model: Callable[..., Tensor], groups: Sequence[ExperienceGroup], layout: Layout
+) -> PerToken:
+    """The value before each response token, [T] float32 of every rollout, on every rank.
+
+    Each rank computes its share; one collective adds the shares up, and each token's value is in
+    exactly one of them.
+    """
+    rollouts = [s.rollout for g in groups for s in g.scored]
+    sequences = [
+        TokenSequence(prompt_ids=r.prompt_ids, target_ids=r.response_ids) for r in rollouts
+    ]
+    own = passes.score_values(model, sequences, layout)
+    per_rollout = iter(on_every_rank(own, [len(r.response_ids) for r in rollouts], layout))
+    return [[next(per_rollout) for _ in group.scored] for group in groups]
+
+
+def _flat(arrays: PerToken) -> list[np.ndarray]:
+    return [a for group in arrays for a in group]
+
+
+STREAMS = ("start_values", "returns")
+"""Streams that `HeadCritic.loss` needs in the policy's passes."""
+
+
+def sharded_head(policy: PolicyLM, mesh: DeviceMesh) -> ValueHead:
+    """A head for this policy's hidden states, sharded over the ranks, in float32."""
+    head = ValueHead(policy.config.get_text_config().hidden_size, next(policy.parameters()).device)
+    fully_shard(head, mesh=mesh)
+    return head
+
+
+class HeadCritic(Critic):
+    """A `Critic` whose value loss is part of the policy's passes."""
+
+    def __init__(
+        self,
+        policy: ShardedModel,
+        head: ShardedModel,
+        updater: Updater,
+        algorithm: CriticAlgorithm,
+        coef: float,
+    ) -> None:
+        super().__init__(head, updater, algorithm)
+        self._policy = policy
+        self._coef = coef
+
+    def estimate(
+        self, groups: Sequence[ExperienceGroup], layout: Layout
+    ) -> tuple[PerToken, PerToken, PerToken]:
+        """(advantages, values, returns) of all rollouts, the same on every rank."""
+
+        def values_of(input_ids: Tensor, position_ids: Tensor) -> Tensor:
+            return self._model(self._policy(input_ids, position_ids)).squeeze(-1)
+
+        values = score_values(values_of, groups, layout)
+        advantages, returns = self._algorithm.estimate(groups, values)
+        return advantages, values, returns
+
+    def loss(self, tokens: TrainedTokens) -> tuple[Tensor, Sums]:
+        """This micro-batch's share of the weighted value loss, a scalar, and metric sums."""
+        if tokens.hidden is None:
+            raise RunError("a value head needs the hidden states of the pass; ask for them")
+        inputs = ValueInputs(
+            values=self._model(tokens.hidden).squeeze(-1),
+            start_values=tokens.streams["start_values"],
+            returns=tokens.streams["returns"],
+        )
+        losses, metrics = self._algorithm.value_loss(inputs)
+        count = losses.new_tensor(losses.numel())
+        share = self._coef * (losses * tokens.streams["weight"]).sum()
+        return share, {**metrics, "critic/loss": (losses.sum(), count)}
+
+    def backward(
+        self, sequences: Sequence[TokenSequence], layout: Layout, sums: MetricSums
+    ) -> None:
+        """Nothing: the policy's passes did it."""
+
+
+def new_critic(
+    settings: CriticSection, policy: ShardedModel, model: ShardedModel, algorithm: CriticAlgorithm
+) -> Critic:
+    """The critic around `model`, a head or a value model that begins as the policy is."""
+    schedule = Schedule(peak=settings.learning_rate, warmup_steps=settings.warmup_steps)
+    updater = Updater(model, schedule, settings.max_grad_norm)
+    if settings.kind == "head":
+        return HeadCritic(policy, model, updater, algorithm, settings.coef)
+    start_as(policy, model)
+    return Critic(model, updater, algorithm)

@@ -1,0 +1,63 @@
+"""Two reasons why a ratio is not 1, told apart by the exact log-probabilities of the scoring pool.
+
+With mu the engine's probability of a token at sampling, e the exact one (same weights, learner
+numerics; see `scoring.exact`) and p the proximal policy's (the learner at the start of the step):
+
+    engine mismatch    |log mu - log e|      the same weights, in the engine and in the learner
+    staleness effect   |log p  - log e|      the same numerics, with later weights
+
+    |log p - log mu|  <=  engine mismatch + staleness effect
+
+The first is a property of engine, types and quantisation and does not grow with staleness (but for
+KV caches that an update left in place); the second is 0 at staleness 0 when weights are published
+in the type that the learner computes in. Where an algorithm spends no pass on the proximal policy
+and a batch has several optimizer steps, p is the policy of the pass.
+
+Mean and largest are exact; the 95th percentile comes from the histogram of
+`algorithms.off_policy_distance`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from rlhf_cluster.algorithms.algorithm import Sums
+from rlhf_cluster.algorithms.off_policy_distance import (
+    NUM_BINS,
+    histogram,
+    quantile,
+)
+
+EFFECTS = ("engine_mismatch", "staleness_effect")
+
+
+def effect_sums(sampled: Tensor, proximal: Tensor, exact: Tensor) -> Sums:
+    """Sums over the tokens of a micro-batch. Each argument [N] log-probabilities; N may be 0."""
+    exact = exact.detach()
+    return {
+        **_sums("engine_mismatch", (sampled.detach() - exact).abs().double()),
+        **_sums("staleness_effect", (proximal.detach() - exact).abs().double()),
+    }
+
+
+def derive_effects(means: Mapping[str, float]) -> dict[str, float]:
+    """The metrics that are no mean of tokens, from the reduced sums."""
+    return {
+        f"importance/{name}_p95": quantile(
+            [means[f"_{name}_bin/{i}"] for i in range(NUM_BINS)], 0.95
+        )
+        for name in EFFECTS
+        if f"importance/{name}_mean" in means
+    }
+
+
+def _sums(name: str, sizes: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    count = sizes.new_tensor(sizes.numel())
+    largest = sizes.max() if sizes.numel() else sizes.new_tensor(0.0)
+    return {
+        f"importance/{name}_mean": (sizes.sum(), count),
+        f"importance/{name}_max": (largest, count),
+        f"_{name}_bin": (histogram(sizes), count),
+    }

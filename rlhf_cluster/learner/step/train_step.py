@@ -1,0 +1,349 @@
+"""One step of reinforcement learning, for any algorithm: a batch, and its optimizer steps.
+
+    staleness gate -> [values, KL] -> advantages -> sequences -> [proximal log-probabilities]
+        -> for each epoch and part of the batch: passes -> clip -> optimizer step [critic likewise]
+        -> metrics reduced
+
+Every rank is given ALL groups of the step and computes its own share by the same plan; the only
+communication is that of the sharded models, one reduction of metric sums, the gradient norms, one sum
+of what is kept for the samples, and one of values where there is a critic, or of KLs where they are in
+the reward.
+Promises: a batch that breaks the staleness bound raises before a weight is touched; the weight of a
+token in the loss follows from all rollouts of its optimizer step (`algorithms.policy_losses`), those
+that are left out of the passes because their loss is zero among them, times the group's own; metrics of
+tokens are over those computed. With one optimizer step a batch the current policy is the proximal one,
+and no pass is spent on it; with more, its log-probabilities are computed before the first of them.
+
+The optimizer steps of one batch: which units each of them computes with (numpy).
+
+A unit is what must be trained together: a rollout, or those of a group. Promises: the parts depend on
+the seed, the batch's number and its size alone, so every rank cuts alike and the number of ranks
+changes nothing; in each epoch every unit is in exactly one part; parts differ in size by at most one.
+Parts keep their members over epochs, only their order changes, so that each rank meets the same
+sequences again and what it computed for them stays with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import Tensor
+
+from rlhf_cluster.algorithms.algorithm import (
+    Algorithm,
+    LossInputs,
+    Sums,
+)
+from rlhf_cluster.algorithms.micro_batch_loss import TrainedTokens
+from rlhf_cluster.algorithms.policy_losses import token_weights
+from rlhf_cluster.config.run_config import RunConfig
+from rlhf_cluster.data.packing import TokenSequence
+from rlhf_cluster.learner.learner_reference import (
+    Reference,
+    with_reference_kl,
+)
+from rlhf_cluster.learner.sharding.sharded_model import ShardedModel
+from rlhf_cluster.learner.step.critic import (
+    STREAMS,
+    Critic,
+    HeadCritic,
+    attach,
+    value_metrics,
+)
+from rlhf_cluster.learner.step.metric_sums import MetricSums
+from rlhf_cluster.learner.step.optimizer_step import Updater
+from rlhf_cluster.learner.step.passes import (
+    Layout,
+    on_every_rank,
+    run_passes,
+    score,
+)
+from rlhf_cluster.learner.step.train_inference_mismatch import (
+    derive_effects,
+    effect_sums,
+)
+from rlhf_cluster.learner.step.training_batch import (
+    TrainingBatch,
+    check_staleness,
+    training_batch,
+)
+from rlhf_cluster.learner.token_samples import (
+    COLUMNS,
+    KeptTokens,
+)
+from rlhf_cluster.records import ExperienceGroup
+
+
+def minibatches(num_units: int, count: int, seed: int, number: int) -> list[list[int]]:
+    """Cut units 0 .. num_units - 1 into `count` random parts, each in rising order."""
+    if count == 1:
+        return [list(range(num_units))]
+    shuffled = np.random.default_rng((seed, number)).permutation(num_units)
+    return [sorted(int(i) for i in part) for part in np.array_split(shuffled, count)]
+
+
+def order_of_parts(count: int, epochs: int, seed: int, number: int) -> list[int]:
+    """The parts in the order they are trained in, every one once an epoch: [count * epochs]."""
+    if count == 1:
+        return [0] * epochs
+    random = np.random.default_rng((seed, number, 1))
+    return [int(i) for _ in range(epochs) for i in random.permutation(count)]
+
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSettings:
+    """What a step needs to know of the run."""
+
+    max_staleness: int
+    max_response_tokens: int
+    epochs: int
+    minibatches: int
+    seed: int
+
+    @classmethod
+    def of(cls, config: RunConfig) -> StepSettings:
+        return cls(
+            max_staleness=config.staleness.bound,
+            max_response_tokens=config.generation.max_response_tokens,
+            epochs=config.learner.epochs,
+            minibatches=config.learner.minibatches,
+            seed=config.run.seed,
+        )
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer steps of one batch."""
+        return self.epochs * self.minibatches
+
+
+def train_step(
+    policy: ShardedModel,
+    updater: Updater,
+    algorithm: Algorithm,
+    groups: Sequence[ExperienceGroup],
+    version: int,
+    settings: StepSettings,
+    layout: Layout,
+    clock: Clock,
+    kept: KeptTokens,
+    report_skipped: Callable[[int, list[str]], None] = lambda update, rollout_ids: None,
+    critic: Critic | None = None,
+    reference: Reference | None = None,
+) -> dict[str, float]:
+    """Train on `groups`; the learner's version before the step is `version`.
+
+    `report_skipped` is told the number and the rollouts' ids of each step that was skipped. `kept`
+    sees every pass, and has `found` in the end.
+
+    Returns:
+        Metrics, the same on every rank but for the phases' seconds (`learner/prepare_s`,
+        `learner/forward_backward_s`, `learner/optimizer_s`).
+
+    Raises:
+        StalenessError: a trained token breaks the bound. No weight was touched.
+        RecordError: experience that cannot be trained on.
+        DivergenceError: gradients were not finite for several optimizer steps in a row.
+    """
+    started = clock()
+    metrics = check_staleness(groups, version, settings.max_staleness)
+    groups = _rated(policy, algorithm, reference, algorithm.trained_groups(groups), layout)
+    batch, estimated = _batch(algorithm, critic, groups, version, layout)
+    metrics |= estimated
+    parts = _parts(policy, algorithm, batch, version, settings, layout)
+    prepared = clock()
+    sums, optimizer_s, norms = MetricSums(), 0.0, dict[str, list[float]]()
+    order = order_of_parts(len(parts), settings.epochs, settings.seed, version)
+    for update, index in enumerate(order, start=version * settings.num_updates):
+        _backward(policy, algorithm, parts[index], batch, layout, sums, critic, reference, kept)
+        if critic is not None:
+            critic.backward(parts[index].sequences, layout, sums)
+        computed = clock()
+        skipped_before = updater.num_skipped
+        applied = updater.apply(update) | (critic.apply(update) if critic is not None else {})
+        for name in (n for n in applied if "grad_norm" in n):
+            norms.setdefault(name, []).append(applied[name])
+        metrics |= applied
+        optimizer_s += clock() - computed
+        if updater.num_skipped > skipped_before:
+            report_skipped(update, [batch.rollout_ids[i] for i in parts[index].members])
+    metrics |= _reduced(algorithm, sums, batch, settings)
+    metrics |= {name: float(np.mean(values)) for name, values in norms.items()}
+    metrics |= {
+        "learner/prepare_s": prepared - started,
+        "learner/forward_backward_s": clock() - prepared - optimizer_s,
+        "learner/optimizer_s": optimizer_s,
+    }
+    kept.join(groups, lambda own, n: on_every_rank(own, n, layout, width=(COLUMNS,)))
+    algorithm.finish_step(metrics)
+    return metrics
+
+
+def _rated(
+    policy: ShardedModel,
+    algorithm: Algorithm,
+    reference: Reference | None,
+    groups: Sequence[ExperienceGroup],
+    layout: Layout,
+) -> Sequence[ExperienceGroup]:
+    """The groups with their KL to the reference, where it is in the reward."""
+    if reference is None or algorithm.full_kl_in != "reward":
+        return groups
+    return with_reference_kl(policy, reference, groups, layout)
+
+
+def _batch(
+    algorithm: Algorithm,
+    critic: Critic | None,
+    groups: Sequence[ExperienceGroup],
+    version: int,
+    layout: Layout,
+) -> tuple[TrainingBatch, dict[str, float]]:
+    """What the step computes with, and how well the critic foretold it."""
+    drop = algorithm.zero_advantage_is_zero_loss
+    if critic is None:
+        return training_batch(groups, algorithm.advantages(groups), version, drop), {}
+    advantages, values, returns = critic.estimate(groups, layout)
+    batch = attach(training_batch(groups, advantages, version, drop), values, returns)
+    return batch, value_metrics(groups, values, returns)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """The rollouts of one optimizer step, and the sequences computed for it."""
+
+    members: list[int]
+    sequences: list[TokenSequence]
+    computed: list[int]  # [sequences] which rollout each is of
+    unit_sizes: list[int]  # of the sequences
+
+
+def _parts(
+    policy: ShardedModel,
+    algorithm: Algorithm,
+    batch: TrainingBatch,
+    version: int,
+    settings: StepSettings,
+    layout: Layout,
+) -> list[_Part]:
+    """Cut the batch, weigh its tokens, and score it with the proximal policy if it is to be used."""
+    parts, units = [], _units(batch, algorithm.keeps_groups)
+    for picked in minibatches(len(units), settings.minibatches, settings.seed, version):
+        members = [i for number in picked for i in units[number]]
+        present = [sum(batch.sequences[i] is not None for i in units[n]) for n in picked]
+        unit_sizes = [size for size in present if size]
+        computed = [i for i in members if batch.sequences[i] is not None]
+        weights = token_weights(
+            [batch.num_tokens[i] for i in members],
+            algorithm.aggregation,
+            settings.max_response_tokens,
+        )
+        sequences = [
+            _with_stream(
+                sequence, "weight", np.full(len(sequence.target_ids), weight * batch.weights[i])
+            )
+            for i, weight in zip(members, weights, strict=True)
+            if (sequence := batch.sequences[i]) is not None
+        ]
+        if settings.num_updates > 1 and algorithm.needs_proximal:
+            found = score(policy, sequences, batch.temperature, layout, unit_sizes=unit_sizes)
+            for i, values in found.items():
+                sequences[i] = _with_stream(sequences[i], "proximal_logprobs", values)
+        parts.append(
+            _Part(members=members, sequences=sequences, computed=computed, unit_sizes=unit_sizes)
+        )
+    return parts
+
+
+def _units(batch: TrainingBatch, whole_groups: bool) -> list[range]:
+    """The rollouts that are trained together: those of each group, or each alone."""
+    sizes = batch.group_sizes if whole_groups else [1] * len(batch.sequences)
+    ends = np.cumsum(sizes).tolist()
+    return [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
+def _with_stream(sequence: TokenSequence, name: str, values: np.ndarray) -> TokenSequence:
+    return replace(sequence, streams={**sequence.streams, name: values.astype(np.float32)})
+
+
+def _backward(
+    policy: ShardedModel,
+    algorithm: Algorithm,
+    part: _Part,
+    batch: TrainingBatch,
+    layout: Layout,
+    sums: MetricSums,
+    critic: Critic | None,
+    reference: Reference | None,
+    kept: KeptTokens,
+) -> None:
+    head = critic if isinstance(critic, HeadCritic) else None
+
+    def loss(tokens: TrainedTokens) -> tuple[Tensor, Sums]:
+        streams = tokens.streams
+        proximal = streams.get("proximal_logprobs", tokens.logprobs.detach())
+        inputs = LossInputs(
+            learner_logprobs=tokens.logprobs,
+            proximal_logprobs=proximal,
+            sampled_logprobs=streams["sampled_logprobs"],
+            ref_logprobs=streams.get("ref_logprobs"),
+            advantages=streams["advantages"],
+            entropy=tokens.entropy,
+            staleness=streams["staleness"],
+            sequence=tokens.sequence,
+            num_sequences=tokens.num_sequences,
+            unit_sizes=tokens.unit_sizes,
+            teacher_logprobs=streams.get("teacher_logprobs"),
+            exact_logprobs=streams.get("exact_logprobs"),
+            reference_kl=streams.get("reference_kl", tokens.kl),
+        )
+        losses, metrics = algorithm.loss(inputs)
+        kept.see([part.computed[member] for member in tokens.members], inputs, algorithm)
+        total = (losses * streams["weight"]).sum()
+        count = total.new_tensor(losses.numel())
+        own = {"learner/loss": (total, count), "learner/entropy": (tokens.entropy.sum(), count)}
+        if inputs.exact_logprobs is not None:
+            own |= effect_sums(inputs.sampled_logprobs, proximal, inputs.exact_logprobs)
+        if head is not None:
+            value_loss, of_values = head.loss(tokens)
+            total, own = total + value_loss, own | dict(of_values)
+        return total, {**metrics, **own}
+
+    scored = any("proximal_logprobs" in s.streams for s in part.sequences)
+    names = (*batch.streams, "weight", *(["proximal_logprobs"] if scored else []))
+    names = names if head is None else (*names, *STREAMS)
+    run_passes(
+        policy,
+        part.sequences,
+        names,
+        batch.temperature,
+        layout,
+        loss,
+        sums,
+        algorithm.trains_entropy,
+        with_hidden=head is not None,
+        reference=reference if algorithm.full_kl_in == "loss" else None,
+        unit_sizes=part.unit_sizes,
+    )
+
+
+def _reduced(
+    algorithm: Algorithm, sums: MetricSums, batch: TrainingBatch, settings: StepSettings
+) -> dict[str, float]:
+    reduced = sums.reduce()
+    means = dict(algorithm.derive(reduced)) | derive_effects(reduced)
+    # the mean over tokens of their shares of the loss becomes the mean loss of an optimizer step
+    computed = sum(
+        n for n, s in zip(batch.num_tokens, batch.sequences, strict=True) if s is not None
+    )
+    share = computed / settings.minibatches
+    return means | {
+        "learner/loss": means.get("learner/loss", 0.0) * share,
+        "learner/tokens": float(sum(batch.num_tokens)),
+        "learner/rollouts": float(len(batch.rollout_ids)),
+        "learner/dropped_rollouts": float(batch.num_left_out),
+    }

@@ -1,0 +1,281 @@
+"""What every rank that trains a sharded model has, whatever it trains it for.
+
+    loading -> meeting the others -> sharding -> passes and steps -> copies of its state -> end
+
+`learner.LearnerRank` trains a policy by reinforcement learning on it, `learner.offline_rank.StageRank`
+any model on data that lies there. Promises:
+- master weights, gradients and moments are float32;
+- `copy_state` is all that a checkpoint needs between two steps, and `load_state` goes on from what
+  `write_state` wrote as if there had been no interruption (`learner.rank_checkpoint`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from rlhf_cluster.errors import RunError
+from rlhf_cluster.learner.rank_checkpoint import (
+    StateCopies,
+    Stateful,
+    load,
+)
+from rlhf_cluster.learner.sharding.fsdp2 import (
+    Fsdp2Model,
+    shard,
+)
+from rlhf_cluster.learner.sharding.lora import add_adapters
+from rlhf_cluster.learner.sharding.qlora import stands_for
+from rlhf_cluster.learner.sharding.sharded_model import (
+    AdamWSettings,
+    ShardedModel,
+)
+from rlhf_cluster.learner.sharding.zero3 import (
+    leave_group,
+    partition,
+)
+from rlhf_cluster.learner.step.critic import (
+    ValueLM,
+    shard_value_model,
+)
+from rlhf_cluster.learner.step.optimizer_step import Schedule, Updater
+from rlhf_cluster.learner.step.passes import Layout
+from rlhf_cluster.models.gpu_share import keep_to_share
+from rlhf_cluster.models.policy_model import (
+    PolicyLM,
+    check_distribution,
+    check_names,
+    load_policy,
+)
+from rlhf_cluster.records import LearnerState
+from rlhf_cluster.util.deadlines import callee_deadline
+from rlhf_cluster.util.process_group import join_group
+from rlhf_cluster.weights.manifest import LocalPart, ShardReport
+
+if TYPE_CHECKING:
+    from rlhf_cluster.sections.rl_run import Learner
+
+
+class RunSection(Protocol):
+    """What a rank reads of `[run]`."""
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def start_timeout_s(self) -> float: ...
+
+
+class TrainingConfig(Protocol):
+    """What a rank reads of a run file, of reinforcement learning or of a stage."""
+
+    @property
+    def run(self) -> RunSection: ...
+
+    @property
+    def learner(self) -> Learner: ...
+
+    @property
+    def tokens_per_row(self) -> int: ...
+
+
+C = TypeVar("C", bound=TrainingConfig)
+
+
+class TrainingRank(Generic[C]):
+    """Rank `rank` of `world_size`; all meet at `init_method` (see `process_group.join_group`)."""
+
+    def __init__(
+        self, config: C, model_dir: str, rank: int, world_size: int, init_method: str | None
+    ) -> None:
+        self._config = config
+        self._model_dir = model_dir
+        self._rank, self._world_size = rank, world_size
+        self._init_method, self._made_s = init_method, time.monotonic()
+        self._device = torch.device("cpu")
+        self._joined = False
+        self._model: ShardedModel | None = None
+        self._copies = StateCopies(rank)
+        self._version = 0
+
+    @property
+    def version(self) -> int:
+        """Steps that were taken."""
+        return self._version
+
+    @property
+    def model(self) -> ShardedModel:
+        if self._model is None:
+            raise RunError(f"learner rank {self._rank} is not set up; call setup first")
+        return self._model
+
+    @property
+    def policy(self) -> PolicyLM:
+        return cast(PolicyLM, self.model.module)
+
+    def copy_state(self) -> LearnerState:
+        """Copy all that training goes on from to host memory; see `checkpoint.StateCopies`."""
+        return self._copies.copy(self._updaters, self._stateful, self._version, self._further)
+
+    def write_state(self, root: str) -> ShardReport:
+        """Write the last copy of the state as this rank's shard. May run beside a step."""
+        return self._copies.write(root)
+
+    def load_state(self, folder: str, state: LearnerState) -> None:
+        """Go on from what all ranks' `write_state` made; see `checkpoint.load`.
+
+        Raises:
+            RunError: a step was taken.
+        """
+        if self._updaters:
+            raise RunError(f"load_state after version {self._version}: it comes before any step")
+        self._begin()
+        load(folder, state, self._updaters, self._stateful, self._further)
+        self._version = state.version
+
+    def close(self) -> None:
+        """Leave the group and drop the model. Safe to call twice."""
+        self._drop()
+        if self._joined and dist.is_initialized():
+            dist.destroy_process_group()
+        self._joined = False
+
+    @property
+    def _updaters(self) -> dict[str, Updater]:
+        """Those whose state is saved, by model; none before the first step."""
+        raise NotImplementedError
+
+    @property
+    def _stateful(self) -> Stateful:
+        """What else has a state to save."""
+        raise NotImplementedError
+
+    @property
+    def _further(self) -> Iterable[LocalPart]:
+        """Other tensors to save, as `learner.rank_checkpoint` names them: views into live memory."""
+        return ()
+
+    def _begin(self) -> Updater:
+        """The updater of the steps that are saved, made before the first of them."""
+        raise NotImplementedError
+
+    def _drop(self) -> None:
+        """Give back all models."""
+        self._close_models([] if self._model is None else [self._model])
+        self._model = None
+
+    def _close_models(self, models: list[ShardedModel]) -> None:
+        for model in models:
+            model.close()
+        if models and self._config.learner.backend == "zero3":
+            leave_group()
+
+    def _use_device(self) -> None:
+        if self._config.learner.num_gpus:
+            self._device = torch.device("cuda", self._rank % torch.cuda.device_count())
+            torch.cuda.set_device(self._device)
+            keep_to_share(self._config.learner.num_gpus, self._device)
+        else:
+            torch.set_num_threads(1)
+
+    @property
+    def _compute(self) -> torch.dtype:
+        """Type of the passes."""
+        return torch.bfloat16 if self._config.learner.dtype == "bfloat16" else torch.float32
+
+    def _load_policy(self) -> PolicyLM:
+        """The model of the folder, with the adapters that are asked for. Raises `ConfigError`."""
+        settings = self._config.learner
+        policy = load_policy(
+            self._model_dir, torch.float32, self._device, True, self._compute, settings.head_dtype
+        )
+        check_names(policy, self._model_dir)
+        if settings.lora is not None:
+            add_adapters(policy, settings.lora, self._config.run.seed)
+            check_distribution(policy, self._compute)
+        return policy
+
+    def _join(self) -> DeviceMesh:
+        """Waits for the other ranks, at most what is left of `run.start_timeout_s` since this one was
+        made. Raises `StalledError`."""
+        whole_s = callee_deadline(self._config.run.start_timeout_s)
+        left_s = max(1.0, whole_s - (time.monotonic() - self._made_s))
+        mesh = join_group(
+            self._init_method,
+            self._rank,
+            self._world_size,
+            self._device.type,
+            left_s,
+            self._config.learner.collective_timeout_s,
+        )
+        self._joined = True
+        return mesh
+
+    def _sharded(self, model: PolicyLM | ValueLM, mesh: DeviceMesh) -> ShardedModel:
+        settings, compute = self._config.learner, self._compute
+        if settings.backend == "zero3":
+            if settings.gradient_checkpointing:
+                cast(Any, model.lm).gradient_checkpointing_enable({"use_reentrant": False})
+            timeout_s = settings.collective_timeout_s
+            return partition(model, self._adamw, self._device, compute, timeout_s)
+        if isinstance(model, ValueLM):
+            shard_value_model(model, mesh, compute, settings.gradient_checkpointing)
+        else:
+            shard(model, mesh, compute, settings.gradient_checkpointing)
+        return Fsdp2Model(model, self._adamw)
+
+    def _facts(self) -> dict[str, Any]:
+        module: Any = self.model.module
+        weights = (stands_for(module, part) for part in self.model.shards())
+        sizes = {name: math.prod(shape) for name, shape in weights}
+        return {
+            "rank": self._rank,
+            "world_size": self._world_size,
+            "device": str(self._device),
+            "attention": module.config._attn_implementation,
+            "num_parameters": sum(sizes.values()),
+            "num_trained_parameters": sum(
+                sizes[name] for name, p in module.named_parameters() if p.requires_grad
+            ),
+        }
+
+    def _new_updater(self, schedule: Schedule) -> Updater:
+        return Updater(self.model, schedule, self._config.learner.max_grad_norm)
+
+    @property
+    def _adamw(self) -> AdamWSettings:
+        settings = self._config.learner
+        return AdamWSettings(
+            beta1=settings.beta1, beta2=settings.beta2, weight_decay=settings.weight_decay
+        )
+
+    def _schedule_over(self, num_updates: int) -> Schedule:
+        """The learning rate of `[learner]` over so many optimizer steps."""
+        settings = self._config.learner
+        return Schedule(
+            peak=settings.learning_rate,
+            kind=settings.schedule,
+            warmup_steps=settings.warmup_steps,
+            total_steps=num_updates,
+            minimum=settings.min_learning_rate,
+            decay_steps=settings.decay_steps or 0,
+        )
+
+    @property
+    def _layout(self) -> Layout:
+        settings = self._config.learner
+        return Layout(
+            rank=self._rank,
+            ranks=self._world_size,
+            device=self._device,
+            batching=settings.batching,
+            tokens_per_micro_batch=settings.tokens_per_micro_batch,
+            tokens_per_row=self._config.tokens_per_row,
+            logprob_chunk_tokens=settings.logprob_chunk_tokens,
+        )

@@ -1,0 +1,74 @@
+"""Frozen linear layers in 8 bits: one scale an output channel, weights only.
+
+    W[o, i] = code[o, i] * scale[o]        code int8, scale = max |row| / 127, float32
+
+rounded as the generation pool rounds (`weights.quantize`), in compressed-tensors' format.
+
+Promises: a product is in the type of its input. The codes are exact in bfloat16 as in float32, so W
+is not rounded a second time: the scale is applied to the product, in float32. Embeddings, norms, the
+output projection and a score head stay as they are. No gradient reaches W.
+
+Memory: a byte a weight and four a row; W's codes in the type of the input exist for one product at a
+time.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from rlhf_cluster.errors import ConfigError
+from rlhf_cluster.models.int8_rounding import rounded
+
+
+class Linear8bit(nn.Module):
+    """A frozen linear layer that stands for another one, whose weights it rounds to 8 bits."""
+
+    codes: Tensor
+    scale: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        codes, scale = rounded(linear.weight.detach())
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale.squeeze(1))
+        self.register_parameter("bias", linear.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """A copy of W, [out, in] float32."""
+        return self.codes * self.scale[:, None]
+
+    def replace(self, weight: Tensor) -> None:
+        """Round `weight` [out, in], on any device, in the place of what is here."""
+        codes, scale = rounded(weight.detach().to(self.codes.device))
+        self.codes.copy_(codes)
+        self.scale.copy_(scale.squeeze(1))
+
+    def forward(self, input: Tensor) -> Tensor:
+        product = nn.functional.linear(input, self.codes.to(input.dtype)) * self.scale
+        if self.bias is not None:
+            product = product + self.bias
+        return product.to(input.dtype)
+
+
+def quantize_linear(decoder: nn.Module, what: str) -> None:
+    """Replace every plain linear layer under `decoder`, in place. `what` names the model in errors.
+
+    Raises:
+        ConfigError: it has fused experts, which are no linear layers and hold most of the weights,
+            or no linear layer at all.
+    """
+    fused = next((name for name, p in decoder.named_parameters() if p.ndim > 2), None)
+    plain = [(name, layer) for name, layer in decoder.named_modules() if type(layer) is nn.Linear]
+    if fused is not None or not plain:
+        reason = (
+            "no plain linear layer" if fused is None else f"{fused} of more than two dimensions"
+        )
+        raise ConfigError(
+            f"{what}: {type(decoder).__name__} has {reason}, and quantization = 'int8' rounds the "
+            "linear layers of dense models. Remove quantization"
+        )
+    for name, layer in plain:
+        decoder.set_submodule(name, Linear8bit(layer))

@@ -1,0 +1,249 @@
+"""Where metrics go besides metrics.jsonl: TensorBoard, W&B, MLflow, through one small interface.
+
+Promises: a package that is missing is an error before anything starts (`check_sinks`); a sink that
+fails to open, raises, or falls behind is counted, told of once and dropped, and never ends or delays
+the run: each has a thread of its own, and what it is given is a queue. Values that are not finite are
+left out. To add one: a class with `log` and `close`, and a row in `SINKS`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import math
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rlhf_cluster.errors import ConfigError
+from rlhf_cluster.util.provenance import without_secrets
+
+if TYPE_CHECKING:
+    from rlhf_cluster.config.load import AnyConfig
+
+CLOSE_TIMEOUT_S = 15.0
+MAX_BEHIND = 1000  # records that wait for one sink
+
+
+class Sink(Protocol):
+    """Called from one thread."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Finite values by the names of `rlhf_cluster.observe.metrics.metric_table`. Steps may be given
+        again."""
+        ...
+
+    def close(self) -> None:
+        """Everything logged is where it belongs when this returns."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class About:
+    """The run that is logged. `folder` is the sink's own, and may not exist yet."""
+
+    name: str
+    folder: Path
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SinkKind:
+    """`package` is imported by `build` alone."""
+
+    package: str
+    build: Callable[[About], Sink]
+
+
+class _TensorBoard:
+    def __init__(self, about: About) -> None:
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._writer = EventFileWriter(str(about.folder))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[reportAttributeAccessIssue]
+
+        event = Event(wall_time=time.time(), step=step)
+        for name, value in values.items():
+            event.summary.value.add(tag=name, simple_value=value)
+        self._writer.add_event(event)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    """A run that goes on is the same W&B run."""
+
+    def __init__(self, about: About) -> None:
+        import wandb  # type: ignore[reportMissingImports]
+
+        about.folder.mkdir(parents=True, exist_ok=True)
+        self._run = wandb.init(
+            name=about.name,
+            id=hashlib.sha256(str(about.folder).encode()).hexdigest()[:16],
+            resume="allow",
+            dir=str(about.folder),
+            mode=os.environ.get("WANDB_MODE", "offline"),
+            config=dict(about.settings),
+        )
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({**values, "step": step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _Mlflow:
+    _BATCH = 1000  # metrics of one request
+
+    def __init__(self, about: About) -> None:
+        from mlflow.tracking import MlflowClient  # type: ignore[reportMissingImports]
+
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or about.folder.absolute().as_uri()
+        self._client = MlflowClient(tracking_uri=uri)
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "rlhf-cluster")
+        found = self._client.get_experiment_by_name(name)
+        experiment = found.experiment_id if found else self._client.create_experiment(name)
+        self._id = self._client.create_run(experiment, run_name=about.name).info.run_id
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        from mlflow.entities import Metric  # type: ignore[reportMissingImports]
+
+        now_ms = int(time.time() * 1000)
+        rows = [Metric(name, value, now_ms, step) for name, value in values.items()]
+        for first in range(0, len(rows), self._BATCH):
+            self._client.log_batch(self._id, metrics=rows[first : first + self._BATCH])
+
+    def close(self) -> None:
+        self._client.set_terminated(self._id)
+
+
+SINKS: Mapping[str, SinkKind] = MappingProxyType(
+    {
+        "tensorboard": SinkKind(package="tensorboard", build=_TensorBoard),
+        "wandb": SinkKind(package="wandb", build=_Wandb),
+        "mlflow": SinkKind(package="mlflow", build=_Mlflow),
+    }
+)
+
+
+def check_sinks(names: Sequence[str], kinds: Mapping[str, SinkKind] = SINKS) -> None:
+    """Raises `ConfigError` for a sink whose package is not installed."""
+    for name in names:
+        if importlib.util.find_spec(kinds[name].package) is None:
+            raise ConfigError(
+                f"observe.sinks: {name!r} needs the package {kinds[name].package}, which is not "
+                f"installed. pip install 'rlhf-cluster[{name}]', or leave it out"
+            )
+
+
+@dataclass(slots=True, eq=False)
+class _Carried:
+    """A sink and its thread. `failure` is set by the thread, or by who finds it too far behind."""
+
+    name: str
+    build: Callable[[], Sink]
+    waiting: queue.Queue[tuple[int, dict[str, float]] | None]  # None ends it
+    failure: str | None = None
+    told: bool = False
+    thread: threading.Thread = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.thread = threading.Thread(target=self._run, name=f"sink-{self.name}", daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        """Waits for: the next record. Unblocked by: it, or the end that `Sinks.close` sends."""
+        try:
+            sink = self.build()
+            while self.failure is None:
+                given = self.waiting.get()
+                if given is None:
+                    sink.close()
+                    return
+                sink.log(*given)
+        # Whatever a foreign package raises costs this sink, not the run.
+        except Exception as error:
+            self.failure = f"{type(error).__name__}: {error}"
+
+
+class Sinks:
+    """Those of one run. All methods belong to one thread."""
+
+    def __init__(
+        self,
+        builds: Mapping[str, Callable[[], Sink]],
+        tell: Callable[[str], None],
+        max_behind: int = MAX_BEHIND,
+    ) -> None:
+        self._tell = tell
+        self._carried = [
+            _Carried(name=name, build=build, waiting=queue.Queue(max_behind))
+            for name, build in builds.items()
+        ]
+
+    @property
+    def num_dropped(self) -> int:
+        return sum(each.failure is not None for each in self._carried)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Returns at once. Raises nothing."""
+        finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
+        for each in self._carried:
+            if each.failure is None:
+                try:
+                    each.waiting.put_nowait((step, finite))
+                except queue.Full:
+                    each.failure = f"it is {each.waiting.maxsize} records behind"
+        self._tell_of_failures()
+
+    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Waits for: every sink to write what it has, at most `timeout_s` for all. Raises nothing."""
+        ends = time.monotonic() + timeout_s
+        for each in self._carried:
+            if each.failure is None:
+                try:
+                    each.waiting.put(None, timeout=max(0.0, ends - time.monotonic()))
+                except queue.Full:
+                    each.failure = f"it is {each.waiting.maxsize} records behind"
+        for each in self._carried:
+            if each.failure is None:
+                each.thread.join(max(0.0, ends - time.monotonic()))
+                if each.thread.is_alive():
+                    each.failure = f"it has not written all within {timeout_s:g} s"
+        self._tell_of_failures()
+
+    def _tell_of_failures(self) -> None:
+        for each in self._carried:
+            if each.failure is not None and not each.told:
+                each.told = True
+                self._tell(
+                    f"observe.sinks: {each.name} is dropped: {each.failure}. metrics.jsonl has it all"
+                )
+
+
+def open_sinks(
+    config: AnyConfig,
+    run_dir: Path,
+    tell: Callable[[str], None],
+    kinds: Mapping[str, SinkKind] = SINKS,
+) -> Sinks:
+    """Those that `observe.sinks` names, each with a folder below `sinks` in the run directory."""
+    settings = without_secrets(config.model_dump(mode="json"))
+
+    def build(name: str) -> Sink:
+        about = About(name=config.run.name, folder=run_dir / "sinks" / name, settings=settings)
+        return kinds[name].build(about)
+
+    return Sinks({name: lambda name=name: build(name) for name in config.observe.sinks}, tell)

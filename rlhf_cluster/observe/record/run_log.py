@@ -1,0 +1,131 @@
+"""The run's own record of its steps: metrics.jsonl.
+
+Promises: a line of metrics.jsonl is one JSON object with `step`, `time_s` and metrics by name, each
+a finite number or null, and is on its way to the disk when `append` returns, or, where the disk is
+slow, waits its turn in memory, at most for the deadline of `patience`; steps never go back; a file
+whose last line was torn by a crash is read without it, and mended before the next line.
+Several lines of one step (an evaluation beside a training step) read as one record.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping
+
+from rlhf_cluster.errors import RunError, StalledError
+from rlhf_cluster.observe.metrics.metric_sender import find
+from rlhf_cluster.observe.metrics.sinks import Sinks
+from rlhf_cluster.run.metrics_file import _cut_torn_line, read_metrics
+from rlhf_cluster.run.run_directory import RunDir
+from rlhf_cluster.util.slow_disk import (
+    Behind,
+    Patience,
+)
+
+log = logging.getLogger(__name__)
+
+
+PATIENCE = Patience(limit_s=60.0, setting="observe.write_timeout_s")
+
+
+class RunLog:
+    """Writer of one run's record. One process, one at a time. `sinks` get what it gets; `write` is
+    replaced by tests."""
+
+    def __init__(
+        self,
+        run: RunDir,
+        sinks: Sinks | None = None,
+        patience: Patience = PATIENCE,
+        write: Callable[[int, memoryview], int] = os.write,
+    ) -> None:
+        self._run, self._sinks, self._write_file = run, sinks, write
+        self._lines = Behind(f"a line of {run.metrics}", patience)
+        self._open()
+
+    def _open(self) -> None:
+        run = self._run
+        _cut_torn_line(run.metrics)
+        records = read_metrics(run.metrics)
+        self._last_step = records[-1]["step"] if records else 0
+        self._file = run.metrics.open("ab", buffering=0)
+
+    def append(self, step: int, time_s: float, values: Mapping[str, float]) -> None:
+        """One line. `time_s` is unix time. `MetricError` for a name that is not in the table,
+        `RunError` when the line is not in the file as a whole: the run has no record then."""
+        if step < self._last_step:
+            raise RunError(
+                f"{self._run.metrics}: step {step} after step {self._last_step}; steps never go "
+                "back. Is another run writing here?"
+            )
+        for name in values:
+            find(name)
+        line = {"step": step, "time_s": time_s}
+        line |= {k: float(v) if math.isfinite(v) else None for k, v in values.items()}
+        self._write(json.dumps(line, allow_nan=False).encode() + b"\n")
+        self._last_step = step
+        if self._sinks is not None:
+            self._sinks.log(step, values)
+
+    @property
+    def num_dropped_sinks(self) -> int:
+        return 0 if self._sinks is None else self._sinks.num_dropped
+
+    def flush(self) -> None:
+        """Waits for: every line to be in the file, at most the deadline. Raises `RunError`."""
+        try:
+            self._lines.flush()
+        except StalledError as error:  # an OSError too, as every TimeoutError
+            raise self._too_slow(error) from error
+
+    def _write(self, line: bytes) -> None:
+        """Raises `RunError`, also for a line before it."""
+        try:
+            self._lines.put(functools.partial(self._write_now, self._file.fileno(), line))
+        except StalledError as error:
+            raise self._too_slow(error) from error
+
+    def _too_slow(self, error: StalledError) -> RunError:
+        return RunError(
+            f"{error}. Look at that disk, or give run.root a faster one, and give the same command "
+            "again: it goes on from the last checkpoint"
+        )
+
+    def _write_now(self, fd: int, line: bytes) -> None:
+        rest = memoryview(line)
+        try:
+            while rest:
+                rest = rest[self._write_file(fd, rest) :]
+        except OSError as error:
+            raise RunError(
+                f"{self._run.metrics}: a line of {len(line)} bytes cannot be written ({error}). Free "
+                "space there, and give the same command again: it goes on from the last checkpoint"
+            ) from error
+
+    def reopen(self) -> None:
+        """Go on behind what the file holds now, after `cut_metrics`."""
+        self.flush()
+        self._file.close()
+        self._open()
+
+    def close(self) -> None:
+        """Waits for: lines that wait, at most the deadline; the sinks, at most `sinks.CLOSE_TIMEOUT_S`.
+        Lines that are not written by then are logged, and hide no error: `flush` raises."""
+        try:
+            self.flush()
+        except RunError as error:
+            log.error("the record is not whole: %s", error)
+        else:
+            self._file.close()
+        if self._sinks is not None:
+            self._sinks.close()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,139 @@
+"""Samples of experience for people and tools: one Parquet file a step.
+
+Promises: token ids, log-probabilities, versions and step rewards are those that were trained on; a
+file appears as a whole; `learner_logprobs` and `correction_weights` are those of the step's first pass
+(`learner.token_samples`), null where there are none, and at a token that is not trained. Written by
+the process that holds the experience, so that none of that travels for this.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rlhf_cluster.errors import StoreError
+from rlhf_cluster.records import ExperienceGroup, ScoredRollout
+
+if TYPE_CHECKING:
+    from rlhf_cluster.learner.token_samples import Kept
+
+Row = dict[str, Any]
+
+
+def write_samples(
+    folder: str | Path,
+    step: int,
+    groups: Sequence[ExperienceGroup],
+    learner_version: int,
+    decode: Callable[[np.ndarray], str],
+    limit: int,
+    kept: Mapping[str, Kept] | None = None,
+) -> Path | None:
+    """Write the first `limit` rollouts of a step, whole groups first. None when there are none.
+
+    `learner_version` is the version before the step. `decode` turns token ids into text for people;
+    the ids themselves are written as sampled. `kept` is by rollout id. Raises `StoreError`, and
+    leaves nothing half written.
+    """
+    pairs = [(group, scored) for group in groups for scored in group.scored][:limit]
+    if not pairs:
+        return None
+    rows = [
+        _row(group, scored, learner_version, decode) | _learnt(scored, kept or {})
+        for group, scored in pairs
+    ]
+    path = Path(folder) / f"step-{step:06d}.parquet"
+    _write_parquet(path, rows)
+    return path
+
+
+def read_samples(path: str | Path) -> list[Row]:
+    """Rows of one samples file."""
+    import pyarrow.parquet as parquet
+
+    return parquet.read_table(Path(path)).to_pylist()
+
+
+def _row(
+    group: ExperienceGroup,
+    scored: ScoredRollout,
+    learner_version: int,
+    decode: Callable[[np.ndarray], str],
+) -> Row:
+    rollout, source = scored.rollout, group.prompt.source
+    return {
+        "rollout_id": rollout.rollout_id,
+        "group_id": group.group_id,
+        "prompt_id": rollout.prompt_id,
+        "prompt": source if isinstance(source, str) else json.dumps(source, ensure_ascii=False),
+        "response": decode(rollout.response_ids),
+        "reward": float(scored.reward),
+        "reward_parts": json.dumps({k: float(v) for k, v in scored.reward_parts.items()}),
+        "watched": json.dumps({k: float(v) for k, v in scored.watched.items()}),
+        "version_min": rollout.oldest_version,
+        "version_max": int(rollout.versions.max()),
+        "staleness": learner_version - rollout.oldest_version,
+        "finish_reason": str(rollout.finish_reason),
+        "worker": rollout.worker,
+        "scorer": scored.scorer,
+        "scorer_version": scored.scorer_version,
+        "generate_s": rollout.finished_s - rollout.started_s,
+        "prompt_ids": rollout.prompt_ids.tolist(),
+        "response_ids": rollout.response_ids.tolist(),
+        "sampled_logprobs": rollout.sampled_logprobs.tolist(),
+        "step_ends": None if scored.step_ends is None else scored.step_ends.tolist(),
+        "step_rewards": None if scored.step_rewards is None else scored.step_rewards.tolist(),
+    }
+
+
+def _learnt(scored: ScoredRollout, kept: Mapping[str, Kept]) -> Row:
+    found = kept.get(scored.rollout.rollout_id)
+    weights = None if found is None else found.correction_weights
+    return {
+        "learner_logprobs": None if found is None else _nulled(found.learner_logprobs, found),
+        "correction_weights": None if found is None or weights is None else _nulled(weights, found),
+    }
+
+
+def _nulled(values: np.ndarray, kept: Kept) -> list[float | None]:
+    pairs = zip(values.tolist(), kept.trained.tolist(), strict=True)
+    return [value if trained else None for value, trained in pairs]
+
+
+def _write_parquet(path: Path, rows: Sequence[Row]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    types = {
+        "reward": pa.float64(),
+        "generate_s": pa.float64(),
+        "version_min": pa.int32(),
+        "version_max": pa.int32(),
+        "staleness": pa.int32(),
+        "prompt_ids": pa.list_(pa.int32()),
+        "response_ids": pa.list_(pa.int32()),
+        "sampled_logprobs": pa.list_(pa.float32()),
+        "learner_logprobs": pa.list_(pa.float32()),
+        "correction_weights": pa.list_(pa.float32()),
+        "step_ends": pa.list_(pa.int32()),
+        "step_rewards": pa.list_(pa.float64()),
+    }
+    schema = pa.schema([(name, types.get(name, pa.string())) for name in rows[0]])
+    partial = path.with_name(f".{path.name}.partial")
+    image = pa.BufferOutputStream()  # pyarrow leaves a file open that it cannot write
+    parquet.write_table(pa.Table.from_pylist(list(rows), schema=schema), image)
+    data = image.getvalue()
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise StoreError(
+            f"{path}: {len(rows)} samples of {data.size} bytes cannot be written ({error}). Free "
+            "space there, or do without them: observe.samples_per_step = 0"
+        ) from error

@@ -1,0 +1,217 @@
+"""The learning curve of a run as a picture: did it learn, how stale, how long, how fast.
+
+Drawn from records alone, so that a finished, running or copied run can be drawn anywhere. Missing
+and null values leave gaps.
+
+The learning curve of an offline stage as a picture, drawn from its record alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rlhf_cluster.errors import RunError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+Records = Sequence[Mapping[str, Any]]
+
+BLUE, ORANGE, GREEN, GREY, RED = "#2b6cb0", "#dd6b20", "#2f855a", "#a0aec0", "#c53030"
+
+WAITS = (
+    ("time/learner_wait_s", "learner waits for groups", ORANGE),
+    ("time/train_s", "training", BLUE),
+    ("time/publish_wait_s", "copy of the weights", GREEN),
+)
+
+
+def draw_curve(records: Records, path: str | Path, title: str) -> None:
+    """Write a PNG of `records` (as `read_metrics` gives them) to `path`.
+
+    Raises `RunError` when no record holds a reward.
+    """
+    if not np.isfinite(series(records, "reward/mean")[1]).any():
+        raise RunError("no step with a reward yet: there is no curve to draw")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 8.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)  # type: ignore[union-attr]
+    grid = figure.add_gridspec(3, 2, height_ratios=(2.0, 1.0, 1.0))
+    panels: tuple[tuple[Any, Callable[[Axes, Records], None]], ...] = (
+        (grid[0, :], _reward),
+        (grid[1, 0], _staleness),
+        (grid[1, 1], _length),
+        (grid[2, 0], _time),
+        (grid[2, 1], _entropy),
+    )
+    shared = None
+    for place, panel in panels:
+        axes = figure.add_subplot(place, sharex=shared)
+        shared = shared or axes
+        panel(axes, records)
+        _tidy(axes)
+    figure.suptitle(title, fontsize=14, fontweight="bold")
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format="png")
+    os.replace(partial, path)
+
+
+def series(records: Records, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of one metric, each [n] float64; what is missing is NaN."""
+    steps = np.array([record["step"] for record in records], dtype=np.float64)
+    found = [record.get(name) for record in records]
+    return steps, np.array([np.nan if v is None else v for v in found], dtype=np.float64)
+
+
+def moving_average(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of the last `window` values up to each, NaNs left out. [n] -> [n]."""
+    known = np.isfinite(values)
+    sums = np.cumsum(np.where(known, values, 0.0))
+    counts = np.cumsum(known).astype(np.float64)
+    sums[window:] -= sums[:-window].copy()
+    counts[window:] -= counts[:-window].copy()
+    return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
+
+
+def _reward(axes: Axes, records: Records) -> None:
+    steps, reward = series(records, "reward/mean")
+    known = np.isfinite(reward)
+    steps, reward = steps[known], reward[known]
+    window = max(2, min(20, len(reward) // 8))
+    axes.plot(steps, reward, color=GREY, lw=1, marker="." if len(steps) < 60 else "", ms=4)
+    axes.lines[-1].set_label("mean of the step")
+    axes.plot(steps, moving_average(reward, window), color=BLUE, lw=2.4)
+    axes.lines[-1].set_label(f"mean of {window} steps")
+    at, evaluation = series(records, "evaluation/reward_mean")
+    points = np.isfinite(evaluation)
+    if points.any():
+        axes.plot(at[points], evaluation[points], ls="", color=RED, marker="D", ms=8, zorder=5)
+        axes.lines[-1].set_label("held-out prompts, greedy")
+        for x, y in zip(at[points], evaluation[points], strict=True):
+            axes.annotate(
+                f"{y:.3g}",
+                (x, y),
+                textcoords="offset points",
+                xytext=(8, 8) if x < steps[-1] else (-8, 8),
+                ha="left" if x < steps[-1] else "right",
+                color=RED,
+                fontweight="bold",
+            )
+    axes.set_ylabel("reward")
+    axes.margins(y=0.12)
+    axes.legend(loc="best", frameon=False)
+
+
+def _staleness(axes: Axes, records: Records) -> None:
+    steps, largest = series(records, "staleness/max")
+    _, mean = series(records, "staleness/mean")
+    axes.plot(steps, largest, color=ORANGE, lw=1.4, label="largest", drawstyle="steps-mid")
+    axes.plot(steps, mean, color=BLUE, lw=1.8, label="mean")
+    axes.set_ylabel("staleness [steps]")
+    axes.set_ylim(bottom=-0.08, top=max(1.25, 1.25 * float(np.nanmax([0, *largest]))))
+    axes.legend(loc="best", frameon=False, ncols=2)
+
+
+def _length(axes: Axes, records: Records) -> None:
+    steps, length = series(records, "response/length_mean_tokens")
+    axes.plot(steps, length, color=BLUE, lw=1.8, label="mean length")
+    axes.set_ylabel("response [tokens]")
+    axes.set_ylim(bottom=0, top=1.25 * max(1.0, float(np.nanmax([0, *length]))))
+    _, stopped = series(records, "response/stopped_fraction")
+    if np.isfinite(stopped).any():
+        right = axes.twinx()
+        right.plot(steps, 100 * stopped, color=GREEN, lw=1.4)
+        right.set_ylim(0, 125)
+        right.set_yticks([0, 50, 100])
+        right.set_ylabel("ended itself [%]", color=GREEN)
+        right.spines[["top"]].set_visible(False)
+
+
+def _time(axes: Axes, records: Records) -> None:
+    steps, total = series(records, "time/step_s")
+    parts = [(np.nan_to_num(series(records, n)[1]), label, c) for n, label, c in WAITS]
+    axes.stackplot(
+        steps,
+        *[values for values, _, _ in parts],
+        labels=[label for _, label, _ in parts],
+        colors=[color for _, _, color in parts],
+        alpha=0.75,
+        lw=0,
+    )
+    axes.plot(steps, total, color="#2d3748", lw=1.2, label="whole step")
+    known = total[np.isfinite(total)]
+    axes.set_ylim(0, 1.8 * float(np.percentile(known, 98)) if len(known) else 1.0)
+    axes.set_ylabel("step time [s]")
+    axes.legend(loc="upper left", frameon=False, fontsize=8, ncols=2)
+
+
+def _entropy(axes: Axes, records: Records) -> None:
+    steps, entropy = series(records, "learner/entropy")
+    axes.plot(steps, entropy, color=BLUE, lw=1.8, label="entropy")
+    _, kl = series(records, "learner/kl_ref")
+    if np.isfinite(kl).any():
+        axes.plot(steps, kl, color=ORANGE, lw=1.8, label="KL to the reference")
+    axes.set_ylabel("policy [nats]")
+    axes.set_ylim(bottom=min(0.0, float(np.nanmin([0, *entropy, *kl]))))
+    axes.margins(y=0.25)
+    axes.legend(loc="best", frameon=False, ncols=2)
+
+
+def _tidy(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25, lw=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def held_out_name(metric: str) -> str:
+    """Under which name the record has the held-out value of a metric."""
+    return f"stage/held_out/{metric.replace('/', '.')}"
+
+
+def draw_stage_curve(records: Records, path: str | Path, title: str, headline: str) -> None:
+    """Write a PNG: the metric `headline` of steps and of held-out units, gradient norm, speed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    top, left, right = figure.subplot_mosaic([["top", "top"], ["left", "right"]]).values()
+    steps, values = series(records, headline)
+    known = np.isfinite(values)
+    top.plot(steps[known], values[known], color=GREY, lw=1, label="of the step")
+    average = moving_average(values[known], 10)
+    top.plot(steps[known], average, color=BLUE, lw=2, label="mean of 10 steps")
+    at, held_out = series(records, held_out_name(headline))
+    points = np.isfinite(held_out)
+    top.plot(at[points], held_out[points], color=ORANGE, marker="D", ms=5, lw=1, label="held out")
+    top.set_ylabel(headline)
+    top.legend(loc="best", frameon=False)
+    for axes, name, color in (
+        (left, "learner/grad_norm", BLUE),
+        (right, "stage/tokens_per_s", GREEN),
+    ):
+        axes.plot(*series(records, name), color=color, lw=1.4)
+        axes.set_ylabel(name)
+        axes.set_ylim(bottom=0)
+    for axes in (top, left, right):
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.25, lw=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=14, fontweight="bold")
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format="png")
+    os.replace(partial, path)

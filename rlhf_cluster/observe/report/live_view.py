@@ -1,0 +1,192 @@
+"""The live view of a run: a panel on a terminal, one plain line a step elsewhere.
+
+`render` and `line` are pure; only `LiveView` writes.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from rlhf_cluster.run.status_snapshot import (
+    Snapshot,
+    who_waits,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.live import Live
+
+NUM_EVENTS = 5
+_STATE_STYLE = {"running": "green", "finished": "bold green", "failed": "bold red"}
+
+
+def line(snapshot: Snapshot) -> str:
+    """One step in one line of plain text."""
+    s = snapshot
+    parts = [
+        f"step {s.step}/{s.num_steps}",
+        f"reward {_number(s.reward)} (mean10 {_number(s.reward_mean10)})",
+        f"staleness {_number(s.staleness_mean, 2)} max {_number(s.staleness_max, 0)}",
+        f"{_number(s.tokens_per_s, 0)} tokens/s",
+        f"{_number(s.step_s, 2)} s",
+        who_waits(s.learner_wait_s, s.generation_wait_s, s.step_s),
+    ]
+    if s.reward is None:
+        del parts[1:]
+    if s.metric_value is not None:
+        parts += [
+            _watched(s),
+            f"{_number(s.tokens_per_s, 0)} tokens/s",
+            f"{_number(s.step_s, 2)} s",
+        ]
+    if s.state != "running":
+        parts.insert(0, s.standing)
+    if s.error:
+        parts.append(f"error: {s.error.splitlines()[0]}")
+    return " | ".join(parts)
+
+
+def render(snapshot: Snapshot) -> RenderableType:
+    """The whole view as a rich renderable."""
+    from rich.console import Group
+    from rich.panel import Panel
+    from rich.text import Text
+
+    s = snapshot
+    style = _STATE_STYLE.get(s.state, "yellow")
+    blocks: list[RenderableType] = [_progress(s), _facts(s)]
+    if s.events:
+        blocks.append(Text("\nlast events", style="bold"))
+        blocks += [_event(e.time_s, e.text) for e in s.events[-NUM_EVENTS:]]
+    if s.error:
+        blocks.append(Text(f"\n{s.error}", style="red"))
+    title = Text.assemble((s.run, "bold"), "  ", (s.standing, style))
+    return Panel(Group(*blocks), title=title, title_align="left", border_style=style)
+
+
+class LiveView:
+    """Shows snapshots as they come. Use as a context manager.
+
+    With `live` and a terminal the view is redrawn in place; otherwise a line is printed whenever
+    the step or the state changes.
+    """
+
+    def __init__(self, console: Console, live: bool) -> None:
+        self._console = console
+        self._wanted = live and console.is_terminal
+        self._live: Live | None = None
+        self._last: tuple[str, int] | None = None
+
+    def __enter__(self) -> LiveView:
+        if self._wanted:
+            from rich.live import Live
+
+            self._live = Live(console=self._console, refresh_per_second=4)
+            self._live.start()
+        return self
+
+    def update(self, snapshot: Snapshot) -> None:
+        if self._live is not None:
+            self._live.update(render(snapshot))
+            return
+        now = (snapshot.state, snapshot.step)
+        if now != self._last:
+            self._last = now
+            self._console.print(line(snapshot), markup=False, highlight=False, soft_wrap=True)
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+def _progress(s: Snapshot) -> RenderableType:
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+
+    row = Table.grid(padding=(0, 1), expand=True)
+    row.add_column(no_wrap=True)
+    row.add_column(ratio=1)
+    row.add_column(no_wrap=True)
+    left = (s.num_steps - s.step) * s.step_s if s.step_s and s.state == "running" else None
+    remaining = f", about {_duration(left)} left" if left is not None else ""
+    row.add_row(
+        f"step {s.step} of {s.num_steps}",
+        ProgressBar(total=max(1, s.num_steps), completed=s.step),
+        f"{_duration(s.elapsed_s)}{remaining}",
+    )
+    return row
+
+
+def _facts(s: Snapshot) -> RenderableType:
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 3))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    if s.stage is not None:
+        table.add_row(s.stage, _watched(s))
+        speed = f"{_number(s.tokens_per_s, 0)} tokens/s, {_number(s.step_s, 2)} s a step"
+        table.add_row("speed", speed)
+        return table
+    table.add_row("reward", f"{_number(s.reward)} now, {_number(s.reward_mean10)} mean of 10 steps")
+    table.add_row(
+        "staleness", f"{_number(s.staleness_mean, 2)} mean, {_number(s.staleness_max, 0)} largest"
+    )
+    table.add_row(
+        "speed",
+        f"{_number(s.tokens_per_s, 0)} tokens/s, {_number(s.step_s, 2)} s a step, "
+        f"{_number(s.response_length_tokens, 1)} tokens a response",
+    )
+    table.add_row("waiting", who_waits(s.learner_wait_s, s.generation_wait_s, s.step_s))
+    if s.advice is not None:
+        table.add_row("bottleneck", s.advice)
+    table.add_row("workers", _pools(s))
+    table.add_row(
+        "buffer",
+        f"{s.buffer_in_flight} in flight, {s.buffer_ready} ready, {s.buffer_discarded} discarded",
+    )
+    table.add_row(
+        "weights", f"{_version(s.version_published)} published, {_version(s.version_live)} live"
+    )
+    return table
+
+
+def _watched(s: Snapshot) -> str:
+    held_out = "" if s.metric_held_out is None else f" (held out {_number(s.metric_held_out, 4)})"
+    return f"{s.metric or 'metric'} {_number(s.metric_value, 4)}{held_out}"
+
+
+def _pools(s: Snapshot) -> RenderableType:
+    from rich.text import Text
+
+    text = Text("" if s.pools else "-")
+    for i, pool in enumerate(s.pools):
+        restarts = f" ({pool.restarts} restarts)" if pool.restarts else ""
+        text.append("   " if i else "")
+        text.append(
+            f"{pool.name} {pool.alive}/{pool.wanted}{restarts}",
+            style="" if pool.alive >= pool.wanted else "bold red",
+        )
+    return text
+
+
+def _event(time_s: float, text: str) -> RenderableType:
+    from rich.text import Text
+
+    clock = time.strftime("%H:%M:%S", time.localtime(time_s))
+    return Text.assemble((f"{clock}  ", "dim"), text, overflow="ellipsis", no_wrap=True)
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def _version(value: int | None) -> str:
+    return "-" if value is None or value < 0 else f"v{value}"
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(max(0.0, seconds))))

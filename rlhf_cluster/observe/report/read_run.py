@@ -1,0 +1,175 @@
+"""What a run directory has at this moment, as far as a report shows it.
+
+Everything but the directory itself may be missing, half written by a run that is going, or damaged;
+what cannot be read is named in `problems` and left out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf_cluster.errors import RlhfError
+from rlhf_cluster.observe.record import post_mortem
+from rlhf_cluster.observe.record.samples import (
+    Row,
+    read_samples,
+)
+from rlhf_cluster.run.bottleneck_advisor import advise
+from rlhf_cluster.run.metrics_file import read_metrics
+from rlhf_cluster.run.run_directory import RunDir
+from rlhf_cluster.run.status_snapshot import (
+    Event,
+    Snapshot,
+)
+
+MAX_STEPS_SHOWN = 8
+SAMPLES_OF_A_STEP = 6
+MAX_EVENTS = 200
+_TOLD = re.compile(
+    r"^(\S+Z) \w+ controller controller actors\.(?:observer|drivers\.rl_observer): (.*)$"
+)
+_ROUTINE = re.compile(r"step \d+: reward |group \S+ was on disk|checkpoint of step \d+ is complete")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """An event, and when, as the log has it (UTC, ISO 8601)."""
+
+    time: str
+    text: str
+
+
+@dataclass(slots=True, kw_only=True)
+class RunRecord:
+    """`samples` are by step. `active`: a process holds the run now."""
+
+    path: Path
+    active: bool
+    snapshot: Snapshot | None = None
+    records: list[dict[str, Any]] = field(default_factory=list)
+    samples: dict[int, list[Row]] = field(default_factory=dict)
+    events: list[Told] = field(default_factory=list)
+    advice: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    first_cause: str | None = None
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.snapshot.run if self.snapshot else self.path.name
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """Records of training steps."""
+        return [record for record in self.records if record.get("reward/mean") is not None]
+
+    @property
+    def watched(self) -> list[str]:
+        """Metrics of an offline stage: the number that it is watched by."""
+        s = self.snapshot
+        return [s.metric] if s is not None and s.stage is not None and s.metric else []
+
+    @property
+    def parts(self) -> list[str]:
+        """Metrics of the reward's parts and of what is watched beside it; of what is told of them, only
+        how far an ensemble disagrees."""
+        found = {n for r in self.records for n in r if n.startswith("reward/part/")}
+        return sorted(n for n in found if "." not in n or n.endswith(".disagreement"))
+
+    @property
+    def evaluations(self) -> list[tuple[int, float]]:
+        found = ((r["step"], r.get("evaluation/reward_mean")) for r in self.records)
+        return [(step, value) for step, value in found if value is not None]
+
+    def points(self, name: str) -> list[tuple[float, float]]:
+        """Step and value of one metric, where it has one."""
+        found = ((r["step"], r.get(name)) for r in self.records)
+        return [(float(step), float(value)) for step, value in found if value is not None]
+
+
+def read_run(run: RunDir) -> RunRecord:
+    """All of it. Raises nothing but `OSError` of a directory that goes away meanwhile."""
+    found = RunRecord(path=run.path, active=run.is_held())
+    try:
+        found.snapshot = run.read_status()
+    except RlhfError as error:
+        found.problems.append(str(error))
+    try:
+        found.records = read_metrics(run.metrics)
+    except RlhfError as error:
+        found.problems.append(str(error))
+    found.config = run.read_resolved() or {}
+    found.events = _events(run)
+    found.first_cause = _first_cause(run.path / post_mortem.NAME)
+    advice = advise(found.records)
+    found.advice = None if advice is None else advice.text
+    _read_samples(run, found)
+    return found
+
+
+def _read_samples(run: RunDir, found: RunRecord) -> None:
+    paths = sorted(run.samples.glob("step-*.parquet"))
+    for path in _spread(paths, MAX_STEPS_SHOWN):
+        try:
+            rows = read_samples(path)
+        except (OSError, ValueError) as error:
+            found.problems.append(f"{path}: cannot be read as samples ({error})")
+        else:
+            step = int(path.stem.removeprefix("step-"))
+            ranked = sorted(rows, key=lambda row: row["reward"], reverse=True)
+            found.samples[step] = _ends(ranked, SAMPLES_OF_A_STEP)
+
+
+def _spread(paths: Sequence[Path], limit: int) -> list[Path]:
+    """The first, the last, and some between them, evenly."""
+    if len(paths) <= limit:
+        return list(paths)
+    return [paths[round(i * (len(paths) - 1) / (limit - 1))] for i in range(limit)]
+
+
+def _ends(rows: Sequence[Row], limit: int) -> list[Row]:
+    """The best and the worst."""
+    if len(rows) <= limit:
+        return list(rows)
+    return [*rows[: limit - limit // 2], *rows[-(limit // 2) :]]
+
+
+def _events(run: RunDir) -> list[Told]:
+    """From the controller's log, or, without one, the few that status.json keeps."""
+    try:
+        text = (run.logs / "controller.log").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return [_of_status(event) for event in _last_events(run)]
+    told = [
+        Told(time=match[1], text=match[2])
+        for line in text.splitlines()
+        if (match := _TOLD.match(line)) and not _ROUTINE.match(match[2])
+    ]
+    return told[-MAX_EVENTS:]
+
+
+def _last_events(run: RunDir) -> Sequence[Event]:
+    try:
+        snapshot = run.read_status()
+    except RlhfError:
+        return ()
+    return () if snapshot is None else snapshot.events
+
+
+def _of_status(event: Event) -> Told:
+    from datetime import UTC, datetime
+
+    time = datetime.fromtimestamp(event.time_s, UTC).isoformat(timespec="milliseconds")
+    return Told(time=f"{time.removesuffix('+00:00')}Z", text=event.text)
+
+
+def _first_cause(path: Path) -> str | None:
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["first_cause"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

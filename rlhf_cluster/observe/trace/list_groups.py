@@ -1,0 +1,140 @@
+"""What a run has of its experience, one line a group: for `rlhf-cluster inspect`.
+
+    stored groups    experience/*.arrow        whole groups of the last steps, and open ones
+    samples          samples/step-*.parquet    of each step the first rollouts, whole run
+
+Promises: every stored group is read whole and verified; a file that is damaged is named and not shown.
+A group that is in both is shown once, from the store. Nothing is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from pathlib import Path
+
+from rlhf_cluster.buffer.group_recovery import read_trained
+from rlhf_cluster.buffer.group_store import ExperienceStore
+from rlhf_cluster.errors import StoreError
+from rlhf_cluster.observe.record.samples import read_samples
+from rlhf_cluster.records import ExperienceGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupRow:
+    """`steps` are those that trained the group: several where it was replayed, none while it is open.
+    `source` is "store" or "sample"."""
+
+    group_id: str
+    prompt_id: str
+    oldest_version: int
+    newest_version: int
+    reward: float  # mean of the rollouts shown
+    num_rollouts: int
+    num_tokens: int
+    steps: tuple[int, ...]
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """Which groups. What is None does not matter; `version` is from a group's oldest to its newest."""
+
+    prompt: str | None = None
+    version: int | None = None
+    min_reward: float | None = None
+    max_reward: float | None = None
+    step: int | None = None
+
+    def has(self, row: GroupRow) -> bool:
+        return (
+            self.prompt in (None, row.prompt_id)
+            and (self.version is None or row.oldest_version <= self.version <= row.newest_version)
+            and (self.min_reward is None or row.reward >= self.min_reward)
+            and (self.max_reward is None or row.reward <= self.max_reward)
+            and (self.step is None or self.step in row.steps)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """By group id. `damaged` has a message for each file that cannot be used."""
+
+    rows: list[GroupRow] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
+
+
+def list_groups(run_dir: Path, wanted: Wanted, limit: int | None = None) -> Listing:
+    """The first `limit` groups that are `wanted`, by group id. Every stored file is looked at."""
+    found = Listing()
+    store = ExperienceStore(run_dir / "experience")
+    steps = read_trained(store.root)
+    rows: dict[str, GroupRow] = {}
+    for number in store.numbers():
+        try:
+            row = _row(store.read(number), steps.get(number, ()))
+        except StoreError as error:
+            found.damaged.append(str(error))
+        else:
+            rows[row.group_id] = row
+    for path in sorted((run_dir / "samples").glob("step-*.parquet")):
+        try:
+            sampled = list(_sampled(path))
+        except (OSError, ValueError, KeyError) as error:
+            found.damaged.append(f"{path}: cannot be read as samples ({error})")
+        else:
+            for row in sampled:
+                known = rows.setdefault(row.group_id, row)
+                steps_of_both = tuple(sorted({*known.steps, *row.steps}))
+                rows[row.group_id] = replace(known, steps=steps_of_both)
+    found.rows.extend([rows[name] for name in sorted(rows) if wanted.has(rows[name])][:limit])
+    return found
+
+
+def table(rows: Sequence[GroupRow]) -> list[str]:
+    """A heading and a line a row. A group that no step trained is open, or was discarded; one that was
+    replayed has the steps of all its uses."""
+    cells = [("group", "prompt", "versions", "reward", "rollouts", "tokens", "step", "from")]
+    for row in rows:
+        versions = f"{row.oldest_version}..{row.newest_version}"
+        step = ",".join(map(str, row.steps)) or "open"
+        numbers = (f"{row.reward:.4g}", str(row.num_rollouts), str(row.num_tokens))
+        cells.append((row.group_id, row.prompt_id, versions, *numbers, step, row.source))
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in cells
+    ]
+
+
+def _row(group: ExperienceGroup, steps: tuple[int, ...]) -> GroupRow:
+    rollouts = [scored.rollout for scored in group.scored]
+    return GroupRow(
+        group_id=group.group_id,
+        prompt_id=group.prompt.prompt_id,
+        oldest_version=min(int(r.versions.min()) for r in rollouts),
+        newest_version=max(int(r.versions.max()) for r in rollouts),
+        reward=sum(s.reward for s in group.scored) / len(rollouts),
+        num_rollouts=len(rollouts),
+        num_tokens=sum(len(r.response_ids) for r in rollouts),
+        steps=steps,
+        source="store",
+    )
+
+
+def _sampled(path: Path) -> Iterator[GroupRow]:
+    samples = sorted(read_samples(path), key=lambda sample: sample["group_id"])
+    for group_id, own in groupby(samples, key=lambda sample: sample["group_id"]):
+        rollouts = list(own)
+        yield GroupRow(
+            group_id=group_id,
+            prompt_id=rollouts[0]["prompt_id"],
+            oldest_version=min(r["version_min"] for r in rollouts),
+            newest_version=max(r["version_max"] for r in rollouts),
+            reward=sum(r["reward"] for r in rollouts) / len(rollouts),
+            num_rollouts=len(rollouts),
+            num_tokens=sum(len(r["response_ids"]) for r in rollouts),
+            steps=(int(path.stem.removeprefix("step-")),),
+            source="sample",
+        )

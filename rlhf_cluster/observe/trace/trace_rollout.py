@@ -1,0 +1,488 @@
+"""What was recorded of one rollout, and of all of one step: for `rlhf-cluster trace`.
+
+    stored groups    every field, token by token; of the last steps (`buffer.keep_steps`)
+    samples          text, rewards, sampled log-probabilities, first and last version, and the
+                     learner's log-probabilities and correction weights; whole run
+
+Promises: a stored file is verified before it is used, and one that is damaged is named; what was not
+recorded says so and is not guessed. The advantage is not recorded: it is computed again, by the
+algorithm, from all groups of the step, where all are still stored and nothing but them decides it.
+
+What the learner made of a traced rollout: its log-probabilities and correction weights, from the
+samples of the step (`observe.samples`), or the reason why there are none.
+
+Promise: a column is shown only where it is of this very response, from a step that trained it.
+
+When a stored group was at each station of its way, from what was recorded of it and of its step.
+
+    sampled   from the rollout's first to its last token              the record itself
+    stored    scored, and whole on disk                               the time of its file
+    trained   from the learner's taking the batch to the step's end   the step's line in metrics.jsonl
+
+A file that was copied or written again has another time: one that does not lie between sampling and
+training is not shown.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rlhf_cluster.buffer.group_recovery import read_trained
+from rlhf_cluster.buffer.group_store import ExperienceStore
+from rlhf_cluster.errors import RlhfError, RunError, StoreError
+from rlhf_cluster.observe.record.samples import (
+    Row,
+    read_samples,
+)
+from rlhf_cluster.records import ExperienceGroup
+from rlhf_cluster.run.metrics_file import read_metrics
+from rlhf_cluster.run.run_directory import RunDir
+
+if TYPE_CHECKING:
+    from rlhf_cluster.config import RunConfig
+
+
+Column = list[float | None]
+
+
+def learner_facts(
+    row: Row | None, step: int | None, uses: Sequence[int], response_ids: Sequence[int]
+) -> tuple[dict[str, str], dict[str, Column]]:
+    """The facts `learner` and `correction`, and their columns [T], None at tokens that are not trained.
+
+    Args:
+        row: of the samples, None where they have none of the rollout.
+        step: whose samples the row is of.
+        uses: the steps that trained the rollout, in order.
+        response_ids: [T] of the rollout that is traced.
+    """
+    why = _reason(row, step, uses, response_ids)
+    if row is None or why:
+        return {"learner": why, "correction": why}, {}
+    logprobs, weights = row["learner_logprobs"], row["correction_weights"]
+    untrained = ", - at a token that is not trained" if None in logprobs else ""
+    columns = {"learner_logprob": logprobs}
+    told = "none: the algorithm's loss has no weight for the distance to the sampler"
+    if weights is not None:
+        columns["correction_weight"] = weights
+        told = f"{_range(weights)}, the weight at the first pass of step {step}"
+    return {
+        "learner": f"log-probabilities at the first pass of step {step}{untrained}",
+        "correction": told,
+    }, columns
+
+
+def _reason(
+    row: Row | None, step: int | None, uses: Sequence[int], response_ids: Sequence[int]
+) -> str:
+    """Why nothing can be shown; empty where something can."""
+    if not uses:
+        return "not known: no step has trained it"
+    if row is None:
+        return (
+            f"not recorded: not among the samples of step {uses[-1]}, which are of the first rollouts "
+            "of a step (observe.samples_per_step)"
+        )
+    if step not in uses:
+        return f"not recorded: the sample is of step {step}, which no longer counts as its training"
+    if list(row["response_ids"]) != list(response_ids):
+        return f"not known: the sample of step {step} is of another response"
+    if "learner_logprobs" not in row:
+        return f"not recorded: the samples of step {step} have no such column"
+    if row["learner_logprobs"] is None:
+        return (
+            f"none: step {step} left it out of its passes, since no token of it is trained or all its "
+            "advantages are 0, and so its loss"
+        )
+    return ""
+
+
+def _range(weights: Column) -> str:
+    found = [weight for weight in weights if weight is not None]
+    low, high = min(found), max(found)
+    return f"{low:.6g}" if low == high else f"{low:.6g} to {high:.6g}"
+
+
+SLACK_S = 1.0
+"""By so much the clocks of two machines of a run may differ before a time is not believed."""
+
+
+def stored_at(path: Path, finished_s: float, trained_from_s: float | None) -> float | None:
+    """Unix time at which the group's file was whole; None where that is not known."""
+    written_s = path.stat().st_mtime
+    latest = float("inf") if trained_from_s is None else trained_from_s
+    return written_s if finished_s - SLACK_S <= written_s <= latest + SLACK_S else None
+
+
+def trained_between(
+    records: Sequence[Mapping[str, Any]], step: int | None
+) -> tuple[float, float] | None:
+    """Unix times between which the learner trained `step`; None where its line is not there."""
+    for record in records:
+        if record["step"] == step and record.get("time/train_s") is not None:
+            end = record["time_s"] - (record.get("time/publish_wait_s") or 0.0)
+            return end - record["time/train_s"], end
+    return None
+
+
+def station_facts(
+    path: Path,
+    finished_s: float,
+    records: Sequence[Mapping[str, Any]],
+    step: int | None,
+    shown: Callable[[float], str],
+) -> dict[str, str]:
+    """For people. `finished_s`: end of sampling; `step`: the first that trained it; None: none did."""
+    trained = trained_between(records, step)
+    stored_s = stored_at(path, finished_s, None if trained is None else trained[0])
+    facts = {"scored and stored": "not known" if stored_s is None else shown(stored_s)}
+    if step is not None:
+        facts["trained"] = (
+            "not known" if trained is None else f"{shown(trained[0])} to {shown(trained[1])}"
+        )
+    return facts
+
+
+OPEN = "none did: it is open, or was discarded"
+
+Value = float | int | bool | None
+
+_ID = re.compile(r"g(\d{8,})/\d+")
+
+_OF_STEP = (
+    *("reward/mean", "learner/loss", "learner/grad_norm", "learner/entropy", "learner/kl_ref"),
+    *("importance/effective_sample_size", "staleness/max", "time/step_s", "time/learner_wait_s"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traced:
+    """`facts` in order, and the columns of the token table, each [T], None where a token has no value.
+    `step` is the last that trained it; None: none did."""
+
+    rollout_id: str
+    step: int | None
+    facts: dict[str, str]
+    prompt: str
+    response: str | None
+    tokens: Mapping[str, Sequence[Value]] = field(default_factory=dict)
+
+    def lines(self, places: range | None = None) -> Iterator[str]:
+        """For people. `places`: only these tokens of the table, and no texts. Raises `RunError` where
+        it has none of them."""
+        width = max(len(name) for name in self.facts)
+        for name, value in self.facts.items():
+            yield f"{name:<{width}}  {value}"
+        for name, text in (("prompt", self.prompt), ("response", self.response)):
+            if text is not None and places is None:
+                yield f"{name}:"
+                yield from (f"    {line}" for line in shown(text).splitlines() or [""])
+        yield from _table(self.tokens, self._chosen(places))
+
+    def _chosen(self, places: range | None) -> range:
+        num_tokens = min((len(column) for column in self.tokens.values()), default=0)
+        if places is None:
+            return range(num_tokens)
+        found = range(num_tokens)[places.start : places.stop]
+        if not found:
+            raise RunError(
+                f"{self.rollout_id} has no token {places.start}: its {num_tokens} response tokens are "
+                "counted from 0"
+            )
+        return found
+
+
+def trace_sample(run: RunDir, rollout_id: str) -> Traced:
+    """Raises `RunError` for a rollout of which nothing is kept, `StoreError` for a damaged file."""
+    found = _ID.fullmatch(rollout_id)
+    if found is None:
+        raise RunError(
+            f"{rollout_id!r} is no id of a rollout, such as g00000012/3: group and number in it. "
+            "rlhf-cluster inspect lists the groups"
+        )
+    sampled = _sampled(run, rollout_id)
+    store = ExperienceStore(run.path / "experience")
+    number = int(found[1])
+    if store.has(number):
+        group = store.read(number)
+        steps = read_trained(store.root)
+        for index, scored in enumerate(group.scored):
+            if scored.rollout.rollout_id == rollout_id:
+                return _stored(run, store, group, index, steps, sampled)
+        raise RunError(f"group {group.group_id} has {len(group.scored)} rollouts, no {rollout_id}")
+    if sampled is None:
+        raise RunError(
+            f"{rollout_id}: neither among the stored groups of {store.root} (buffer.keep_steps) nor "
+            f"among the samples (observe.samples_per_step). rlhf-cluster inspect lists what is kept"
+        )
+    return _of_samples(*sampled)
+
+
+def trace_step(run: RunDir, step: int) -> list[str]:
+    """The metrics of a step and a line for each rollout of it that is kept. Raises `RunError`."""
+    records = [record for record in read_metrics(run.metrics) if record["step"] == step]
+    store = ExperienceStore(run.path / "experience")
+    rows = {row["rollout_id"]: row for row in _rows(run, step)}
+    for number, trained_at in read_trained(store.root).items():
+        if step in trained_at and store.has(number):
+            rows |= {row["rollout_id"]: row for row in _stored_rows(store.read(number), step)}
+    if not records and not rows:
+        last = max((record["step"] for record in read_metrics(run.metrics)), default=0)
+        raise RunError(f"{run.path}: nothing is recorded of step {step}; the last one is {last}")
+    lines = [f"step {step}"]
+    for record in records:
+        lines.append(f"  ended at {_time(record['time_s'])}")
+        lines += [f"  {name:<34} {record[name]:.6g}" for name in _OF_STEP if _has(record, name)]
+    cells = [("rollout", "reward", "versions", "staleness", "tokens", "ended by", "worker")]
+    for name in sorted(rows):
+        row = rows[name]
+        cells.append(
+            (
+                name,
+                f"{row['reward']:.4g}",
+                f"{row['version_min']}..{row['version_max']}",
+                str(row["staleness"]),
+                str(len(row["response_ids"])),
+                row["finish_reason"],
+                row["worker"],
+            )
+        )
+    lines.append(f"  {len(rows)} rollouts are kept; rlhf-cluster trace RUN --sample ID shows one")
+    return [*lines, *_aligned(cells)]
+
+
+def shown(text: str) -> str:
+    """`text` as a terminal may have it: control characters are written out."""
+    return re.sub(
+        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]",
+        lambda match: f"\\x{ord(match[0]):02x}",
+        text,
+    )
+
+
+def _stored(
+    run: RunDir,
+    store: ExperienceStore,
+    group: ExperienceGroup,
+    index: int,
+    steps: dict[int, tuple[int, ...]],
+    sampled: tuple[Row, int] | None,
+) -> Traced:
+    scored = group.scored[index]
+    rollout, uses = scored.rollout, steps.get(group.ticket.number, ())
+    step = uses[-1] if uses else None
+    advantages, why = _advantages(run, store, group, step, steps)
+    row, row_step = sampled or (None, None)
+    learnt, columns = learner_facts(row, row_step, uses, rollout.response_ids.tolist())
+    facts = {
+        "rollout": rollout.rollout_id,
+        "group": f"{group.group_id}, admitted with version {group.ticket.version}",
+        "prompt id": rollout.prompt_id,
+        "trained at step": ", ".join(map(str, uses)) or OPEN,
+        "worker": rollout.worker,
+        "sampled": f"{_time(rollout.started_s)}, {rollout.finished_s - rollout.started_s:.3g} s",
+        **station_facts(
+            store.path(group.ticket.number),
+            rollout.finished_s,
+            read_metrics(run.metrics),
+            uses[0] if uses else None,
+            _time,
+        ),
+        "versions": f"{rollout.oldest_version}..{int(rollout.versions.max())}",
+        "staleness": ", ".join(str(s - 1 - rollout.oldest_version) for s in uses) or "-",
+        "temperature": f"{rollout.temperature:g}",
+        "ended by": str(rollout.finish_reason),
+        "reward": f"{scored.reward:.6g}, {_parts(scored.reward_parts)}",
+        "watched": _parts(scored.watched),
+        "scorer": f"{scored.scorer}, version {scored.scorer_version or '-'}",
+        "advantage": why or f"{_of_all(advantages[index])} (computed again)",
+        **learnt,
+        "kept in": str(store.path(group.ticket.number)),
+    }
+    tokens: dict[str, Any] = {
+        "token": rollout.response_ids,
+        "trained": rollout.response_mask,
+        "version": rollout.versions,
+        "sampled_logprob": rollout.sampled_logprobs,
+        "exact_logprob": scored.exact_logprobs,
+        "ref_logprob": scored.ref_logprobs,
+        "teacher_logprob": scored.teacher_logprobs,
+        "advantage": advantages[index] if advantages else None,
+    }
+    source = group.prompt.source
+    return Traced(
+        rollout_id=rollout.rollout_id,
+        step=step,
+        facts=facts,
+        prompt=source if isinstance(source, str) else json.dumps(source, ensure_ascii=False),
+        response=None if sampled is None else sampled[0]["response"],
+        tokens={n: column.tolist() for n, column in tokens.items() if column is not None} | columns,
+    )
+
+
+def _of_samples(row: Row, step: int) -> Traced:
+    """Less is known: versions only as a range, no reference, no exact log-probabilities."""
+    learnt, columns = learner_facts(row, step, (step,), row["response_ids"])
+    facts = {
+        "rollout": row["rollout_id"],
+        "group": row["group_id"],
+        "prompt id": row["prompt_id"],
+        "trained at step": str(step),
+        "worker": row["worker"],
+        "sampled": f"in {row['generate_s']:.3g} s",
+        "versions": f"{row['version_min']}..{row['version_max']}",
+        "staleness": str(row["staleness"]),
+        "ended by": row["finish_reason"],
+        "reward": f"{row['reward']:.6g}, {row['reward_parts']}",
+        "watched": row.get("watched", "-"),
+        "scorer": f"{row['scorer']}, version {row.get('scorer_version') or '-'}",
+        **learnt,
+        "kept in": f"the samples of step {step}; its group is no longer stored",
+    }
+    tokens: dict[str, Any] = {
+        "token": row["response_ids"],
+        "sampled_logprob": row["sampled_logprobs"],
+        **columns,
+    }
+    return Traced(
+        rollout_id=row["rollout_id"],
+        step=step,
+        facts=facts,
+        prompt=row["prompt"],
+        response=row["response"],
+        tokens=tokens,
+    )
+
+
+def _advantages(
+    run: RunDir,
+    store: ExperienceStore,
+    group: ExperienceGroup,
+    step: int | None,
+    steps: dict[int, tuple[int, ...]],
+) -> tuple[list[np.ndarray], str]:
+    """Of the rollouts of `group`, each [T], or none and the reason."""
+    if step is None:
+        return [], "not trained"
+    from rlhf_cluster.algorithms import build_algorithm
+    from rlhf_cluster.config import RunConfig, validate
+
+    numbers = sorted(number for number, at in steps.items() if step in at)
+    try:
+        config = validate(RunConfig, run.read_resolved() or {}, str(run.resolved))
+        algorithm = build_algorithm(config.algorithm, config.generation.max_response_tokens)
+        if algorithm.needs_critic or algorithm.full_kl_in == "reward":
+            return [], "not recorded: the learner's own values decide it"
+        if any(reward.normalize == "running" for reward in config.scoring.rewards):
+            return [], "not recorded: what the learner saw before the step decides it"
+        if len(numbers) != _num_groups(run, config, step) or not all(map(store.has, numbers)):
+            return [], "not known: groups of the same step are no longer stored"
+        groups = [group if n == group.ticket.number else store.read(n) for n in numbers]
+        found = algorithm.advantages(algorithm.trained_groups(groups))
+    except RlhfError as error:
+        return [], f"not known: {error}"
+    return found[numbers.index(group.ticket.number)], ""
+
+
+def _num_groups(run: RunDir, config: RunConfig, step: int) -> int:
+    """That a step trained: with replay there may be fewer than asked for."""
+    if config.buffer.replay is None:
+        return config.run.groups_per_step
+    records = [r for r in read_metrics(run.metrics) if r["step"] == step]
+    return int(records[0].get("step/groups", 0)) if records else 0
+
+
+def _of_all(values: np.ndarray) -> str:
+    if len(values) == 0:
+        return "no token"
+    low, high = float(values.min()), float(values.max())
+    return f"{low:.6g}" if low == high else f"{low:.6g} to {high:.6g}"
+
+
+def _parts(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.6g}" for name, value in values.items()) or "-"
+
+
+def _rows(run: RunDir, step: int) -> list[Row]:
+    path = run.samples / f"step-{step:06d}.parquet"
+    return _read(path) if path.exists() else []
+
+
+def _sampled(run: RunDir, rollout_id: str) -> tuple[Row, int] | None:
+    """The row of a rollout and its step: the last one, where a resumed run has it twice."""
+    for path in sorted(run.samples.glob("step-*.parquet"), reverse=True):
+        for row in _read(path):
+            if row["rollout_id"] == rollout_id:
+                return row, int(path.stem.removeprefix("step-"))
+    return None
+
+
+def _read(path: Path) -> list[Row]:
+    try:
+        return read_samples(path)
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path}: cannot be read as samples ({error})") from error
+
+
+def _stored_rows(group: ExperienceGroup, step: int) -> Iterator[dict[str, Any]]:
+    for scored in group.scored:
+        rollout = scored.rollout
+        yield {
+            "rollout_id": rollout.rollout_id,
+            "reward": scored.reward,
+            "version_min": rollout.oldest_version,
+            "version_max": int(rollout.versions.max()),
+            "staleness": step - 1 - rollout.oldest_version,
+            "response_ids": rollout.response_ids,
+            "finish_reason": str(rollout.finish_reason),
+            "worker": rollout.worker,
+        }
+
+
+def parse_places(text: str) -> range:
+    """ "17" is one token, "10:20" those from 10 on before 20. Raises `RunError`."""
+    found = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+    if found is None or (found[2] is not None and int(found[2]) <= int(found[1])):
+        raise RunError(f"--token {text}: expected a place such as 17, or a range such as 10:20")
+    return range(int(found[1]), int(found[2]) if found[2] else int(found[1]) + 1)
+
+
+def _table(columns: Mapping[str, Sequence[Value]], places: range) -> list[str]:
+    if not columns:
+        return []
+    cells = [("", *columns)]
+    for place in places:
+        cells.append((str(place), *(_cell(column[place]) for column in columns.values())))
+    return ["tokens:", *_aligned(cells)]
+
+
+def _cell(value: Value) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value) if isinstance(value, int) else f"{value:.5f}"
+
+
+def _aligned(cells: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    return [
+        "  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    ]
+
+
+def _has(record: dict[str, Any], name: str) -> bool:
+    return record.get(name) is not None
+
+
+def _time(time_s: float) -> str:
+    return datetime.fromtimestamp(time_s, UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3] + " UTC"

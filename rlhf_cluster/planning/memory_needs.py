@@ -1,0 +1,256 @@
+"""What memory the roles of a run or stage need, by formulas; pure. For `validate --deep`.
+
+The estimate, in bytes, for P parameters of w bytes each and R ranks:
+
+    learner rank   16 P / R       float32 weights, gradients and two moments, and the same for a critic;
+                                  with adapters 4 P / R, in 4 bits 0.63 P / R
+                   34 w/2 T H L   passes: T tokens of a micro-batch, hidden size H, L layers;
+                                  2 w/2 T H L with gradient checkpointing (Korthikanti et al. 2022,
+                                  arXiv 2205.05198, without the attention scores)
+                   w P / R        of each frozen model beside it: a stage's teacher, its reference,
+                                  and that of an algorithm whose KL is over the whole vocabulary;
+                                  4 P / R of a stage's reference that moves, none under adapters
+    generation     w P / t        of each of t tensor-parallel parts, and the KV cache, of which a token
+                                  takes 2 w L times the size of its keys
+    scoring pools  w P            of each frozen model that a pool serves: reference, teacher, exact
+                                  log-probabilities, reward models; w = 1 where they are quantized
+
+It leaves out what libraries keep for themselves, so it is what a role needs at least. Hosts hold
+12 P / R more for each rank while a checkpoint is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from rlhf_cluster.algorithms import ALGORITHMS
+from rlhf_cluster.config import GenerateConfig, RunConfig, StageConfig
+from rlhf_cluster.config.pool_sections import (
+    EXACT,
+    GENERATION,
+    REFERENCE,
+    TEACHER,
+    pool_sections,
+)
+from rlhf_cluster.config.scoring_section import Scoring
+from rlhf_cluster.offline import build_stage
+from rlhf_cluster.offline.stage import StageContext
+from rlhf_cluster.planning.doctor import (
+    GIB,
+    Finding,
+    Verdict,
+)
+from rlhf_cluster.sections.gpu_shares import (
+    is_share,
+    memory_share,
+)
+from rlhf_cluster.sections.rl_run import Learner
+
+BYTES = {"float32": 4, "bfloat16": 2}
+STATE_BYTES = 16  # of a trained parameter
+FROZEN_BYTES = 4.0  # of one under adapters
+QUANTIZED_BYTES = 0.63
+ROUNDED_BYTES = 1  # of a parameter in 8 bits
+ACTIVATIONS, RECOMPUTED = 34, 2  # bytes of a token, hidden unit and layer, in 16 bits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """Of the model that is trained or sampled from. `key_size` is heads of keys times their size."""
+
+    num_parameters: int
+    hidden_size: int
+    num_layers: int
+    key_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frozen:
+    """A model that is not trained: its folder (None: the policy's), the bytes of a parameter, and the
+    pool that has it."""
+
+    path: str | None
+    width: int
+    pool: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Need:
+    """Bytes of one process of a role on its device. `parts` say of what."""
+
+    role: str
+    processes: int
+    gpus: float  # of one process
+    parts: Mapping[str, float]
+
+    @property
+    def num_bytes(self) -> float:
+        return sum(self.parts.values())
+
+
+def of_run(config: RunConfig, shape: Shape, frozen: Mapping[str, float]) -> list[Need]:
+    """What each role needs. `frozen`: bytes of the scoring pool's models, by what they are."""
+    critic = ALGORITHMS[config.algorithm.type](config.algorithm).needs_critic
+    group = config.algorithm.group_size * config.max_sequence_tokens
+    learner = _learner(
+        config.learner,
+        shape,
+        batch_tokens=config.run.groups_per_step * group,
+        models=2 if critic and config.critic.kind == "separate" else 1,
+        beside={"reference": shape.num_parameters * BYTES[config.learner.dtype]}
+        if config.algorithm.full_kl_in is not None and config.learner.lora is None
+        else {},
+    )
+    return [learner, *of_pools(config, shape, frozen)]
+
+
+def of_stage(config: StageConfig, shape: Shape, teacher_parameters: int = 0) -> list[Need]:
+    """What the ranks of an offline stage need."""
+    stage = build_stage(config.stage, StageContext(data=config.data))
+    width = BYTES[config.learner.dtype]
+    beside = {}
+    if stage.needs_reference and config.learner.lora is None:
+        moving = BYTES["float32"] if stage.reference_moves else width
+        beside["reference"] = moving * shape.num_parameters
+    if stage.teacher is not None:
+        beside["teacher"] = width * teacher_parameters
+    unit = config.stage.max_unit_size * config.data.max_tokens
+    return [_learner(config.learner, shape, config.run.units_per_step * unit, 1, beside)]
+
+
+def of_pools(
+    config: RunConfig | GenerateConfig, shape: Shape, frozen: Mapping[str, float]
+) -> list[Need]:
+    """What a worker of each pool needs; `frozen` as in `of_run`."""
+    generation = config.generation
+    pool_of = {name: model.pool for name, model in frozen_models(config).items()}
+    longest = config.data.max_prompt_tokens + generation.max_response_tokens
+    width = ROUNDED_BYTES if generation.quantization is not None else BYTES[generation.dtype]
+    cache = BYTES[generation.dtype] * 2 * shape.num_layers * shape.key_size
+    one_sequence = cache * longest / generation.tensor_parallel_size
+    return [
+        Need(
+            role="generation worker",
+            processes=generation.workers,
+            gpus=generation.num_gpus,
+            parts={
+                "weights": width * shape.num_parameters / generation.tensor_parallel_size,
+                "KV cache": generation.kv_cache_bytes or one_sequence,  # at the least
+            },
+        ),
+        *(
+            Need(
+                role=f"{pool} worker",
+                processes=section.workers,
+                gpus=section.num_gpus,
+                parts={name: size for name, size in frozen.items() if pool_of[name] == pool},
+            )
+            for pool, section in pool_sections(config).items()
+            if pool != GENERATION
+        ),
+    ]
+
+
+def frozen_models(config: RunConfig | GenerateConfig) -> dict[str, Frozen]:
+    """The models of the scoring pools by what they are; each is of its own type and precision. The
+    reference is a second policy, and so is the model of exact log-probabilities."""
+    scoring = config.scoring
+    found: dict[str, Frozen] = {}
+    if scoring.reference:
+        found["reference"] = _frozen(scoring, REFERENCE, None)
+    if scoring.teacher is not None:
+        found["teacher"] = _frozen(scoring, TEACHER, scoring.teacher)
+    if scoring.exact_logprobs and isinstance(config, RunConfig):
+        width = BYTES[config.learner.dtype]
+        found["exact log-probabilities"] = Frozen(
+            path=None, width=width, pool=scoring.pool_of(EXACT)
+        )
+    for reward in scoring.rewards:
+        rounded = getattr(reward, "quantization", None) is not None
+        width = ROUNDED_BYTES if rounded else BYTES[getattr(reward, "dtype", scoring.dtype)]
+        for number, path in enumerate(reward.model_paths):
+            name = f"{reward.name or reward.type} {number}".removesuffix(" 0")
+            pool = scoring.pool_of(reward.name or reward.type)
+            found[name] = Frozen(path=path, width=width, pool=pool)
+    return found
+
+
+def _frozen(scoring: Scoring, name: str, path: str | None) -> Frozen:
+    """The reference or the teacher, with the precision of its pool."""
+    pool = scoring.pool_of(name)
+    own = scoring.of_pool(pool)
+    width = ROUNDED_BYTES if own.quantization is not None else BYTES[own.dtype]
+    return Frozen(path=path, width=width, pool=pool)
+
+
+def judge(
+    needs: Sequence[Need], gpus: Sequence[int], host_bytes: int | None, alone: bool
+) -> Iterator[Finding]:
+    """A finding a role, against the smallest GPU here or, without GPUs, all roles against this host,
+    where the run is `alone` on it."""
+    on_host = 0.0
+    for need in needs:
+        value = f"{gib(need.num_bytes)} each ({_parts(need)}), {need.processes} of them"
+        cure = ""
+        verdict: Verdict = "ok"
+        if need.gpus == 0:
+            on_host += need.processes * need.num_bytes
+        elif gpus and need.num_bytes > memory_share(need.gpus) * min(gpus):
+            part = f"{need.gpus:g} of " if is_share(need.gpus) else ""
+            verdict, cure = "wrong", f"{part}{gib(min(gpus))} on a GPU here. {_cure(need.role)}"
+        elif not gpus:
+            value += "; no GPU here to compare it with"
+        yield Finding(name=f"memory, {need.role}", verdict=verdict, value=value, cure=cure)
+    if on_host and host_bytes is not None and alone:
+        full = on_host > host_bytes
+        yield Finding(
+            name="memory of this host",
+            verdict="wrong" if full else "ok",
+            value=f"{gib(on_host)} of {gib(host_bytes)} that are free, for what runs without a GPU",
+            cure="Fewer workers or ranks, a smaller model, or a larger machine" if full else "",
+        )
+
+
+def gib(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.3g} GiB"
+
+
+def _cure(role: str) -> str:
+    return _CURES.get(role, _CURES["scoring worker"])
+
+
+_CURES = {
+    "learner rank": "More learner.ranks, fewer learner.tokens_per_micro_batch, "
+    "learner.gradient_checkpointing = true, or [learner.lora]",
+    "generation worker": "A larger generation.tensor_parallel_size, fewer "
+    "generation.kv_cache_bytes, or generation.quantization",
+    "scoring worker": "scoring.dtype = 'bfloat16', scoring.quantization = 'int8', smaller reward "
+    "models, a pool of [scoring.pools] for one of them, or larger GPUs",
+}
+
+
+def _learner(
+    learner: Learner, shape: Shape, batch_tokens: int, models: int, beside: Mapping[str, float]
+) -> Need:
+    """`batch_tokens`: the most that a step can have. `beside`: bytes of whole frozen models."""
+    state = float(STATE_BYTES)
+    if learner.lora is not None:
+        state = QUANTIZED_BYTES if learner.lora.quantize_base else FROZEN_BYTES
+    of_a_token = RECOMPUTED if learner.gradient_checkpointing else ACTIVATIONS
+    tokens = min(learner.tokens_per_micro_batch, batch_tokens)
+    half = BYTES[learner.dtype] / 2
+    return Need(
+        role="learner rank",
+        processes=learner.ranks,
+        gpus=learner.num_gpus,
+        parts={
+            "state": models * state * shape.num_parameters / learner.ranks,
+            "passes": of_a_token * half * tokens * shape.hidden_size * shape.num_layers,
+            **{name: size / learner.ranks for name, size in beside.items()},
+        },
+    )
+
+
+def _parts(need: Need) -> str:
+    return ", ".join(f"{name} {gib(size)}" for name, size in need.parts.items()) or "no model"

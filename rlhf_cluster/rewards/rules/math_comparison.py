@@ -1,0 +1,228 @@
+"""Compares two mathematical answers, in the child process of `math_answer.py`; what no number is, with
+math-verify. Its advice for rewards is taken: malformed operators of a completion are not mended
+(`x^(10)`), and equations are not taken for values."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+import resource
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any
+
+import sympy
+from latex2sympy2_extended import NormalizationConfig
+from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+from rlhf_cluster.rewards.rules.final_answer import (
+    Statement,
+    final_statement,
+    target_statement,
+)
+from rlhf_cluster.rewards.rules.math_answer import has_words
+from rlhf_cluster.rewards.rules.quantities import (
+    Quantity,
+    read_statement,
+    read_target,
+)
+
+_PLACES = 6
+_FORMULA = re.compile(
+    r"\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\]|\$\$(.{1,400}?)\$\$"
+    r"|(?<!\\)\$(?! )([^$\n]{1,400}?)(?<![\\ ])\$(?!\d)",
+    re.DOTALL,
+)
+_MIXED = re.compile(r"(?<![\w.])(\d{1,15})\s+(\d{1,15})/(\d{1,15})(?![\w.])")
+_POWER = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([-+]?\d{1,3})(?!\w)")
+_PI = re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])")
+_ROOT = re.compile(r"\\sqrt\s?(\d)")
+_SHORT_FRACTION = re.compile(
+    r"\\[dtc]?frac\s?(\{(?:[^{}]|\{[^{}]*\})*\}|\d)\s?(\{(?:[^{}]|\{[^{}]*\})*\}|\d)"
+)
+_EQUALS = re.compile(r"(?<![\\<>!=:])=(?!=)")
+_COMMAND = re.compile(r"\\[A-Za-z]+")
+_LETTER = re.compile(r"[A-Za-z]")
+_TO_WORK_OUT = (
+    r"\gcd", r"\lcm", "gcd", "lcm", r"\binom", r"\choose", "!", r"\sum", r"\prod", r"\int", r"\lim",
+    r"\log", r"\ln", r"\sin", r"\cos", r"\tan", r"\cot", r"\sec", r"\csc", r"\arc", r"\lfloor",
+    r"\lceil", "|", r"\vert", r"\mod", r"\bmod", r"\pmod", r"\det", r"\max", r"\min", r"\frac{d}",
+)  # fmt: skip
+
+MEMORY_BYTES = 2 << 30
+"""Address space of the child: a comparison that would take more fails."""
+
+
+def compare(expected: str, completion: str | None, simplified: bool = True) -> bool:
+    """Whether the completion's answer equals the expected one; None: whether that can be read."""
+    _prepare()
+    number, formulas = _target(expected)
+    if completion is None:
+        return number is not None or bool(formulas)
+    if completion == expected:  # asked where the machine may be at fault
+        return _verify(formulas, formulas) or number is not None
+    statement = final_statement(completion)
+    names = formulas and _EQUALS.search(_wanted(expected)) and _EQUALS.search(statement.text)
+    if number is not None and not (names and statement.kind == "box"):  # x = 5 is not y = 5
+        found = read_statement(statement)
+        if found is not None:
+            return _same(number, found)
+        if simplified:
+            return False
+    answer = _formula(statement)
+    if answer is None or not formulas:
+        return False
+    return _equal(expected, formulas, answer, simplified)
+
+
+@functools.cache
+def _prepare() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, hard))
+
+
+def _same(expected: Quantity, found: Quantity) -> bool:
+    if expected.unit and found.unit and expected.unit != found.unit:
+        return False
+    if _close(expected, found, expected.value, found.value):
+        return True
+    if (expected.unit == "%") == (found.unit == "%"):
+        return False
+    shares = [q.value / 100 if q.unit == "%" else q.value for q in (expected, found)]
+    return _close(expected, found, *shares)
+
+
+def _close(expected: Quantity, found: Quantity, one: Fraction, other: Fraction) -> bool:
+    if expected.is_decimal or found.is_decimal:
+        return round(one, _PLACES) == round(other, _PLACES)
+    return one == other
+
+
+@functools.lru_cache(maxsize=256)
+def _target(text: str) -> tuple[Quantity | None, list[Any]]:
+    answer = _wanted(text)
+    return read_target(text), _parse(answer, is_target=True) or _words(answer)
+
+
+def _wanted(expected: str) -> str:
+    """The answer of a target: what is marked in it, else all of it."""
+    marked = target_statement(expected)
+    return marked.text if marked is not None else expected
+
+
+def _formula(statement: Statement) -> str | None:
+    """The formula of a statement: all of a box, the first one in words, the last one of prose."""
+    if statement.kind == "box":
+        return statement.text
+    text = statement.text[-2000:] if statement.kind == "prose" else statement.text
+    found = list(_FORMULA.finditer(text))
+    if found:
+        chosen = found[-1] if statement.kind == "prose" else found[0]
+        return next(part for part in chosen.groups() if part is not None)
+    return text.strip().rstrip(".").strip("*_ ") if statement.kind != "prose" else None
+
+
+def _equal(expected: str, wanted: list[Any], answer: str, simplified: bool) -> bool:
+    target = _wanted(expected)
+    if not _EQUALS.search(target):
+        *names, answer = _EQUALS.split(answer)
+        for name in names:
+            if not _LETTER.search(_COMMAND.sub("", name)) and not _verify(wanted, _parse(name)):
+                return False
+    found = _parse(answer) or _words(answer)
+    if not _verify(wanted, found):
+        return False
+    return not simplified or _to_work_out(answer, found) <= _to_work_out(target, wanted)
+
+
+def _verify(wanted: list[Any], found: list[Any]) -> bool:
+    # The library's own time-outs are signals, which a loop in C code defeats: the parent kills.
+    return bool(wanted and found and verify(wanted, found, timeout_seconds=None))
+
+
+def _to_work_out(text: str, parsed: list[Any]) -> set[str]:
+    """Operations of an answer that a simplified one has only where the expected one has them."""
+    kinds = {sign for sign in _TO_WORK_OUT if sign in text}
+    for node in (node for tree in parsed for node in _nodes(tree)):
+        numbers = [arg for arg in node.args if arg.is_Rational and arg not in (1, -1)]
+        if isinstance(node, sympy.Add) and sum(a.is_Rational for a in node.args) > 1:
+            kinds.add("sum of numbers")
+        elif isinstance(node, sympy.Mul):
+            if len(numbers) > 1:
+                kinds.add("product of numbers")
+            if _is_expandable(node):
+                kinds.add("product of sums")
+        elif isinstance(node, sympy.Pow):
+            base, power = node.args
+            if base.is_Integer and power.is_Integer and power > 1:
+                kinds.add("power of a number")
+            if base.is_Integer and power == sympy.Rational(1, 2) and sympy.sqrt(base).is_Integer:
+                kinds.add("root of a square")
+            if base.is_Add and base.free_symbols and power.is_Integer and power > 1:
+                kinds.add("product of sums")
+    if "product of sums" not in kinds and any(
+        n.is_Add and n.free_symbols for t in parsed for n in _nodes(t)
+    ):
+        kinds.add("sum of products")
+    return kinds
+
+
+def _is_expandable(node: Any) -> bool:
+    factors = [arg for arg in node.args if arg.free_symbols]
+    return len(factors) > 1 and any(arg.is_Add for arg in factors)
+
+
+def _nodes(tree: Any) -> Iterator[Any]:
+    entries = tree.flat() if isinstance(tree, sympy.MatrixBase) else [tree]
+    for entry in entries:
+        if isinstance(entry, sympy.Basic):
+            yield from (
+                node for node in sympy.preorder_traversal(entry) if isinstance(node, sympy.Expr)
+            )
+
+
+def _words(text: str) -> list[Any]:
+    """An answer in words that the library reads as one: "about $x$", or its last number."""
+    return _library(text, is_target=False) if has_words(text) else []
+
+
+@functools.lru_cache(maxsize=256)
+def _parse(text: str, is_target: bool = False) -> list[Any]:
+    """Sympy expressions, or nothing. Texts that are no mathematics are none."""
+    return _library(f"${_plain(text)}$", is_target)
+
+
+def _plain(answer: str) -> str:
+    """What the library does not read by itself, in LaTeX."""
+    answer = answer.replace("\\$", "").strip().strip("$").strip()
+    answer = _MIXED.sub(r"\1\\frac{\2}{\3}", answer)
+    answer = _POWER.sub(r"\1\\cdot 10^{\2}", answer)
+    answer = _PI.sub(r"\\pi ", answer)
+    answer = _ROOT.sub(r"\\sqrt{\1}", answer)
+    return _SHORT_FRACTION.sub(_whole_fraction, answer)
+
+
+def _whole_fraction(match: re.Match[str]) -> str:
+    parts = [part if part.startswith("{") else f"{{{part}}}" for part in match.groups()]
+    return r"\frac" + "".join(parts)
+
+
+def _library(text: str, is_target: bool) -> list[Any]:
+    # A cut box is the whole answer already: the library's own search for boxes is off.
+    normal = NormalizationConfig(
+        basic_latex=True, units=True, malformed_operators=is_target, nits=False, boxed="none"
+    )
+    config = [
+        LatexExtractionConfig(boxed_match_priority=-1, normalization_config=normal),
+        ExprExtractionConfig(),
+    ]
+    # Silences a type that the library gives too narrowly: None turns its signals off.
+    options: dict[str, Any] = {"parsing_timeout": None, "fallback_mode": "no_fallback"}
+    return parse(text, extraction_config=config, **options)
+
+
+# The library warns once that its own time-outs are off, which is on purpose.
+logging.getLogger("math_verify").setLevel(logging.ERROR)
+# The library's first formula may take seconds on a busy machine: that is part of the child's start.
+_library("$\\frac{1}{2}$", is_target=True)

@@ -1,0 +1,171 @@
+"""Writing checkpoints behind the steps that follow.
+
+    step k done -> copy of the learner's state, cut of the run   (the learner waits for these only)
+                     -> ranks write -> run.json -> marker -> older ones removed     (beside step k+1)
+
+Promises:
+- a checkpoint is one cut: everything in it is of the moment between step k and step k + 1;
+- at most one is written at a time; one that falls due meanwhile is left out, and counted, unless
+  it is that of the last step;
+- one that cannot be written, or not within `timeout_s`, costs the checkpoint, not the run: it is told
+  and counted, and the last complete one stays. Only `save_now` raises. A slow one is told of before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rlhf_cluster.errors import RlhfError, StalledError
+from rlhf_cluster.ports import LearnerPort
+from rlhf_cluster.records import LearnerState
+from rlhf_cluster.run.checkpoint import checkpoint_folder
+from rlhf_cluster.run.checkpoint.remote_copies import Copies
+from rlhf_cluster.run.checkpoint.run_state import RunState
+from rlhf_cluster.util.slow_disk import (
+    Patience,
+    aside,
+)
+
+SETTING = "checkpoint.timeout_s"
+Cut = Callable[[int, LearnerState], Awaitable[RunState]]
+"""The state of the run after a step, given the learner's."""
+
+
+@dataclass(slots=True, kw_only=True)
+class CheckpointStats:
+    """`last` is the step of the last complete checkpoint, -1 before the first. Seconds are those of
+    the last one."""
+
+    last: int = -1
+    skipped: int = 0
+    failed: int = 0
+    wait_s: float = 0.0  # the learner waited for the copy
+    write_s: float = 0.0
+    num_bytes: int = 0
+
+
+async def _nobody_is_told(states: Sequence[RunState]) -> None:
+    return None
+
+
+@dataclass(slots=True, kw_only=True)
+class Checkpoints:
+    """`every` 0 writes none but by `save_now`. `kept` is told the states that stay on disk.
+
+    `timeout_s` is the deadline of writing one, and `told_fraction` the share of it after which it is
+    told of as slow.
+    """
+
+    root: Path
+    every: int
+    keep: int
+    num_steps: int
+    learner: LearnerPort
+    cut: Cut
+    tell: Callable[[str], None]
+    clock: Callable[[], float]
+    timeout_s: float
+    keep_best: int = 0
+    told_fraction: float = 0.25
+    kept: Callable[[Sequence[RunState]], Awaitable[None]] = _nobody_is_told
+    check_owner: Callable[[], None] = lambda: None  # raises where the run's folder is another's now
+    copies: Copies | None = None
+    stats: CheckpointStats = field(default_factory=CheckpointStats)
+    _running: asyncio.Task[None] | None = None
+
+    async def after_step(self, step: int) -> None:
+        """Call between steps. Waits for: the copy and the cut where one is due, no more; after the
+        last step, whose checkpoint is never left out, for one under way."""
+        if not self.every or (step % self.every and step != self.num_steps):
+            return
+        if self._running is not None:
+            if not self._running.done() and step != self.num_steps:
+                self.stats.skipped += 1
+                return
+            await self._running
+        try:
+            state = await self._copy(step)
+        except RlhfError as error:
+            self._failed(step, error)
+            return
+        self._running = asyncio.create_task(self._write_or_tell(state))
+
+    async def save_now(self, step: int, timeout_s: float) -> None:
+        """See that step `step`, at which the learner stands, has a complete checkpoint.
+
+        Waits for: one under way, then its own. Raises what ends it, `StalledError` after `timeout_s`.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.drain()
+                if self.stats.last != step:
+                    await self._write(await self._copy(step))
+        except TimeoutError:
+            raise StalledError(
+                f"the checkpoint of step {step} was not complete after {timeout_s:g} s; the last "
+                f"complete one is {self.describe_last()}"
+            ) from None
+
+    async def drain(self) -> None:
+        """Waits for: the checkpoint under way. Unblocked by: its end, the learner's deadline."""
+        if self._running is not None:
+            await self._running
+
+    async def copied(self) -> None:
+        """Waits for: copies under way and due. Unblocked by: their ends, their deadlines. Raises
+        nothing: one that failed is told and counted."""
+        if self.copies is not None:
+            await self.copies.drain()
+
+    def close(self) -> None:
+        """Copies under way end, unfinished, soon after."""
+        if self.copies is not None:
+            self.copies.close()
+
+    def describe_last(self) -> str:
+        return f"that of step {self.stats.last}" if self.stats.last >= 0 else "none"
+
+    async def _copy(self, step: int) -> RunState:
+        start = self.clock()
+        state = await self.cut(step, await self.learner.copy_state())
+        self.stats.wait_s = self.clock() - start
+        return state
+
+    async def _write_or_tell(self, state: RunState) -> None:
+        try:
+            await self._write(state)
+        except RlhfError as error:
+            self._failed(state.step, error)
+
+    async def _write(self, state: RunState) -> None:
+        start, num_bytes = self.clock(), state.learner.num_bytes
+        patience = Patience(
+            limit_s=self.timeout_s,
+            setting=SETTING,
+            told_fraction=self.told_fraction,
+            tell=self.tell,
+        )
+        what = f"the checkpoint of step {state.step} in {self.root}, {num_bytes} bytes,"
+        try:
+            async with asyncio.timeout(self.timeout_s), patience.telling(what):
+                partial = await aside(checkpoint_folder.begin, self.root, state.step, num_bytes)
+                await self.learner.write_state(partial / checkpoint_folder.LEARNER)
+                await aside(self.check_owner)
+                await aside(checkpoint_folder.complete, partial, state)
+                self.stats.last, self.stats.num_bytes = state.step, num_bytes
+                states = await aside(checkpoint_folder.retain, self.root, self.keep, self.keep_best)
+                await self.kept(states)
+                if self.copies is not None:
+                    self.copies.follow(state.step for state in states)
+        except TimeoutError:
+            raise StalledError(
+                f"{patience.over(what)}. Give run.root a faster disk, or raise {SETTING}"
+            ) from None
+        self.stats.write_s = self.clock() - start
+
+    def _failed(self, step: int, error: RlhfError) -> None:
+        self.stats.failed += 1
+        self.tell(f"no checkpoint of step {step}; the last is {self.describe_last()}: {error}")

@@ -1,0 +1,474 @@
+"""A second copy of every checkpoint, and the way back from it.
+
+    step-000050/ checkpoint/   the checkpoint's own files
+                 record/       metrics.jsonl, resolved.json
+                 reference/    the stored reference that it needs
+
+Promises:
+- copying goes on behind the steps, one checkpoint at a time, the newest first; one that cannot be
+  copied by its deadline is told and counted, and costs the run nothing else;
+- copies of other checkpoints than those on disk are removed once a newer one of those is there; one
+  that is newer than all on disk is of a timeline that the run left: it is set aside, and goes when a
+  copy of a later step is there;
+- what is fetched is verified, and appears as a checkpoint of the run directory last, and whole;
+- an error of the storage, or its silence, is not taken for a damaged copy: no older one is fetched.
+
+Checkpoints of one run in a storage that fsspec can write.
+
+    <checkpoint.copy_to>/<run.name>/step-000050/ ...           files by their names
+                                                 copied.json   written last: every file, with its hash
+                              step-000075/ ...                 of a timeline that the run left:
+                                                 set_aside.json in the place of copied.json
+
+Promises:
+- a copy counts only with `copied.json`, which goes first when a copy is removed or replaced;
+- what is read back has the hashes that were written, and names that stay below its folder;
+- whatever the storage raises becomes a `CheckpointError` without the credentials of the URL: a
+  `StorageError`, unless it says that there is no such file, or what is read makes no sense.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xxhash import xxh3_128, xxh3_128_hexdigest
+
+from rlhf_cluster.errors import (
+    CheckpointError,
+    RlhfError,
+    RunError,
+    StalledError,
+    StorageError,
+    WeightError,
+)
+from rlhf_cluster.run.checkpoint import checkpoint_folder
+from rlhf_cluster.run.checkpoint.checkpoint_folder import (
+    Checkpoint,
+    Found,
+)
+from rlhf_cluster.run.metrics_file import read_metrics
+from rlhf_cluster.run.run_directory import RunDir
+from rlhf_cluster.util.durable_files import (
+    make_folders,
+    passing,
+    patiently,
+    sync_folder,
+    sync_tree,
+)
+from rlhf_cluster.util.provenance import without_credentials
+from rlhf_cluster.util.slow_disk import within
+from rlhf_cluster.weights import store
+from rlhf_cluster.weights.read_version import verify
+from rlhf_cluster.weights.transports.shared_files import version_dir
+from rlhf_cluster.weights.transports.transport import Deadline
+
+if TYPE_CHECKING:
+    from rlhf_cluster.config.load import AnyConfig
+
+
+MARKER = "copied.json"
+
+ASIDE_MARKER = "set_aside.json"
+
+CHECKPOINT, RECORD, REFERENCE = "checkpoint", "record", "reference"
+
+_CHUNK_BYTES = 8 << 20
+
+
+class CopyFolder:
+    """The copies of one run below a URL. Serves one thread at a time."""
+
+    def __init__(self, url: str, run_name: str) -> None:
+        """Raises `CheckpointError` for a storage that cannot be opened."""
+        import fsspec.core
+
+        self.shown = f"{without_credentials(url).rstrip('/')}/{run_name}"
+        with self._told("open"):
+            fs, path = fsspec.core.url_to_fs(url)
+        self._fs: Any = fs
+        self._root = f"{str(path).rstrip('/')}/{run_name}"
+
+    def steps(self) -> list[int]:
+        """The steps that have a copy, complete or not, in order. Raises `CheckpointError`."""
+        with self._told("list"):
+            self._fs.invalidate_cache()
+            try:
+                names = [
+                    entry.rstrip("/").rpartition("/")[2] for entry in self._fs.ls(self._root, False)
+                ]
+            except FileNotFoundError:
+                return []
+        return sorted(
+            checkpoint_folder.step_of(name) for name in names if checkpoint_folder.is_name(name)
+        )
+
+    def has(self, checkpoint: Checkpoint) -> bool:
+        """Whether the copy of this very checkpoint is complete. Raises `StorageError`."""
+        try:
+            files = self._marker(checkpoint.state.step)
+        except StorageError:
+            raise  # it may be whole, and is not replaced
+        except CheckpointError:  # damaged: it is put there anew
+            return False
+        own = (checkpoint.folder / checkpoint_folder.MARKER).read_bytes()
+        entry = {"bytes": len(own), "hash": xxh3_128_hexdigest(own)}
+        return files is not None and files.get(f"{CHECKPOINT}/{checkpoint_folder.MARKER}") == entry
+
+    def is_complete(self, step: int) -> bool:
+        """Whether there is a marker. Raises `CheckpointError`."""
+        return self._marker(step) is not None
+
+    def num_bytes(self, step: int) -> int:
+        """What is to be read of a copy, 0 where it is not complete. Raises `CheckpointError`."""
+        with self._told(f"read step {step} from"):
+            return sum(entry["bytes"] for entry in (self._marker(step) or {}).values())
+
+    def put(self, step: int, files: Mapping[str, Path], deadline: Deadline) -> None:
+        """Copy `files`, by name, as the copy of `step`. Raises `CheckpointError`, `StalledError`; what
+        a storage that is full has of it by then is removed again, or it would stay full."""
+        self.remove(step)
+        try:
+            self._put(step, files, deadline)
+        except StorageError:
+            with suppress(CheckpointError):
+                self.remove(step)
+            raise
+
+    def _put(self, step: int, files: Mapping[str, Path], deadline: Deadline) -> None:
+        entries = {}
+        with self._told(f"write step {step} to"):
+            for name, path in files.items():
+                target = self._path(step, name)
+                self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+                with path.open("rb") as source, self._fs.open(target, "wb") as out:
+                    entries[name] = _pump(source, out, deadline)
+            deadline.left_s("its marker")
+            text = json.dumps({"files": entries}, indent=1) + "\n"
+            self._fs.pipe_file(self._path(step, MARKER), text.encode())
+
+    def remove(self, step: int) -> None:
+        """Remove what there is of the copy of `step`, its marker first. Raises `CheckpointError`."""
+        with self._told(f"remove step {step} from"):
+            with suppress(FileNotFoundError):
+                self._fs.rm_file(self._path(step, MARKER))
+            with suppress(FileNotFoundError):
+                self._fs.rm(self._path(step, ""), recursive=True)
+
+    def set_aside(self, step: int) -> None:
+        """The copy of `step` counts no more, and all of its files stay. Raises `CheckpointError`."""
+        with self._told(f"set aside step {step} in"), suppress(FileNotFoundError):
+            self._fs.mv(self._path(step, MARKER), self._path(step, ASIDE_MARKER))
+
+    def get(self, step: int, target: Path, deadline: Deadline) -> None:
+        """Write the files of the copy of `step` below `target`, a folder that is there.
+
+        Raises `CheckpointError`: no complete copy, or damaged; `StalledError`.
+        """
+        files = self._marker(step)
+        if files is None:
+            raise CheckpointError(f"{self.shown}: the copy of step {step} is not complete")
+        with self._told(f"read step {step} from"):
+            for name, entry in files.items():
+                if not checkpoint_folder.is_plain(name):
+                    raise CheckpointError(
+                        f"{self.shown}: step {step} names the file {name!r}; damaged"
+                    )
+                path = target / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with self._fs.open(self._path(step, name), "rb") as source, path.open("wb") as out:
+                    found = _pump(source, out, deadline)
+                    checkpoint_folder.flush(out)
+                if found != entry:
+                    raise CheckpointError(
+                        f"{self.shown}: {name} of step {step} is {found}, expected {entry}; damaged"
+                    )
+
+    def _marker(self, step: int) -> dict[str, Any] | None:
+        """The files that a copy consists of; None when it is not complete."""
+        with self._told(f"read step {step} from"):
+            try:
+                return dict(json.loads(self._fs.cat_file(self._path(step, MARKER)))["files"])
+            except FileNotFoundError:
+                return None
+
+    def _path(self, step: int, name: str) -> str:
+        return f"{self._root}/{checkpoint_folder.name_of(step)}/{name}".rstrip("/")
+
+    def _told(self, what: str) -> Told:
+        return Told(f"cannot {what} {self.shown}")
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """Turns whatever a storage raises into a `CheckpointError` without credentials."""
+
+    what: str
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Exception) and not isinstance(error, RlhfError):
+            text = without_credentials(f"{type(error).__name__}: {error}")
+            damaged = isinstance(error, FileNotFoundError | ValueError | LookupError | TypeError)
+            raise (CheckpointError if damaged else StorageError)(f"{self.what} ({text})") from error
+
+
+def _pump(source: Any, out: Any, deadline: Deadline) -> dict[str, int | str]:
+    """Copy all of `source`; its length and hash."""
+    hashed, num_bytes = xxh3_128(), 0
+    while chunk := source.read(_CHUNK_BYTES):
+        deadline.left_s("its files")
+        out.write(chunk)
+        hashed.update(chunk)
+        num_bytes += len(chunk)
+    return {"bytes": num_bytes, "hash": hashed.hexdigest()}
+
+
+def contents(run: RunDir, checkpoint: Checkpoint) -> dict[str, Path]:
+    """The files of a copy by their names in it."""
+    found = _files(checkpoint.folder, CHECKPOINT)
+    if (reference := checkpoint.state.reference) is not None:
+        version = version_dir(run.reference, reference)
+        found |= _files(version, f"{REFERENCE}/{version.name}")
+    found |= {
+        f"{RECORD}/{path.name}": path for path in (run.metrics, run.resolved) if path.exists()
+    }
+    return found
+
+
+def _files(root: Path, prefix: str) -> dict[str, Path]:
+    paths = sorted(path for path in root.rglob("*") if path.is_file())
+    return {f"{prefix}/{path.relative_to(root).as_posix()}": path for path in paths}
+
+
+def fetch(
+    run: RunDir,
+    copy: CopyFolder,
+    step: int,
+    timeout_s: float,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Put the copy of `step` into a run directory that is held, the checkpoint last.
+
+    The record comes along where the directory's own is shorter. Raises `CheckpointError`,
+    `StalledError`; `StorageError` when nobody can tell whether it is whole, or there is no room for it.
+    """
+    deadline = Deadline(f"fetching step {step} from {copy.shown}", timeout_s)
+    what = f"step {step} of {copy.shown}"
+    reading = f"reading {what}"
+
+    def get() -> None:
+        within(timeout_s, reading, lambda: copy.get(step, partial, deadline))
+
+    num_bytes = patiently(
+        lambda: within(timeout_s, reading, lambda: copy.num_bytes(step)), what, CURE, sleep
+    )
+    partial = checkpoint_folder.begin(run.checkpoints, step, num_bytes)
+    try:
+        patiently(get, what, CURE, sleep)
+        checkpoint = checkpoint_folder.read(partial / CHECKPOINT)
+        if checkpoint.state.step != step:
+            raise CheckpointError(f"{copy.shown}: step {step} holds step {checkpoint.state.step}")
+        for version in (partial / REFERENCE).glob("v*"):
+            _place_reference(run, version, deadline)
+        records = read_metrics(run.metrics)
+        if not records or records[-1]["step"] < step:
+            for path in (partial / RECORD).glob("*"):
+                path.replace(run.path / path.name)
+            sync_folder(run.path)
+        checkpoint_folder.adopt(
+            partial / CHECKPOINT, run.checkpoints / checkpoint_folder.name_of(step)
+        )
+    except OSError as error:
+        if isinstance(error, StalledError):
+            raise
+        raise StorageError(f"{run.path}: cannot place the copy of step {step} ({error})") from error
+    finally:
+        deadline.cancel()  # a thread that hangs writes no more
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+CURE = "A copy that is lost for good may be deleted there: the one before it is fetched then"
+
+
+def _place_reference(run: RunDir, fetched: Path, deadline: Deadline) -> None:
+    """One that is there and whole stays: other checkpoints may need it."""
+    final = run.reference / fetched.name
+    make_folders(run.reference)
+    try:
+        verify(final, deadline=deadline)
+    except WeightError as error:
+        if cause := passing(error):
+            raise StorageError(f"{final}: cannot be read ({cause!r})") from error
+        sync_tree(fetched)
+        shutil.rmtree(final, ignore_errors=True)
+        fetched.rename(final)
+    store.adopt(run.reference, int(fetched.name.removeprefix("v")))
+
+
+def fetch_newest(
+    run: RunDir,
+    copy: CopyFolder,
+    timeout_s: float,
+    whole: Callable[[RunDir], Found],
+    wanted: Callable[[int], bool] = lambda step: True,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Found:
+    """The newest copy that is whole, of those of `wanted` steps, now in `run`, and what is wrong with
+    newer ones. Raises `StorageError`, `StalledError` when the storage does not answer.
+    """
+    damaged: list[str] = []
+    try:
+        listing = f"listing {copy.shown}"
+        steps = patiently(lambda: within(timeout_s, listing, copy.steps), copy.shown, "", sleep)
+    except CheckpointError as error:
+        raise StorageError(
+            f"{error}. Nobody can tell whether this run has a checkpoint there that it could go on "
+            "from: mend the storage, or start another run with --set run.name=NEW"
+        ) from error
+    for step in filter(wanted, reversed(steps)):
+        try:
+            fetch(run, copy, step, timeout_s, sleep)
+        except StorageError:
+            raise
+        except CheckpointError as error:
+            damaged.append(str(error))
+            continue
+        found = whole(run)
+        if found.checkpoint is not None and found.checkpoint.state.step == step:
+            origin = f"step {step} was fetched from {copy.shown}"
+            return Found(checkpoint=found.checkpoint, damaged=damaged, origin=origin)
+        damaged += found.damaged
+    return Found(checkpoint=None, damaged=damaged)
+
+
+@dataclass(slots=True, kw_only=True)
+class CopyStats:
+    """`last` is the step of the newest checkpoint that has a copy, -1 for none."""
+
+    last: int = -1
+    failed: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class Copies:
+    """Keeps copies of the checkpoints on disk. `find` gives a checkpoint by its step."""
+
+    run: RunDir
+    copy: CopyFolder
+    timeout_s: float
+    tell: Callable[[str], None]
+    stats: CopyStats = field(default_factory=CopyStats)
+    _wanted: frozenset[int] = frozenset()
+    _running: asyncio.Task[None] | None = None
+
+    def follow(self, steps: Iterable[int]) -> None:
+        """The checkpoints of `steps` are on disk, and no others. Returns at once."""
+        self._wanted = frozenset(steps)
+        if self._running is None or self._running.done():
+            self._running = asyncio.create_task(self._catch_up())
+
+    async def drain(self) -> None:
+        """Waits for: copies under way and due. Unblocked by: their ends or their deadlines."""
+        if self._running is not None:
+            await self._running
+
+    def close(self) -> None:
+        """Nothing is copied any more; one under way ends, without its marker, soon after."""
+        if self._running is not None:
+            self._running.cancel()
+
+    async def _catch_up(self) -> None:
+        tried: set[int] = set()
+        while due := self._wanted - tried:
+            step = max(due)
+            tried.add(step)
+            try:
+                await self._in_time(lambda deadline, step=step: self._copy(step, deadline), step)
+            except RlhfError as error:
+                self.stats.failed += 1
+                self.tell(f"no copy of the checkpoint of step {step}: {error}")
+
+    def _copy(self, step: int, deadline: Deadline) -> None:
+        """Runs in a thread of its own."""
+        checkpoint = checkpoint_folder.check(self.run.checkpoints / checkpoint_folder.name_of(step))
+        if not self.copy.has(checkpoint):
+            there = [w for w in self._wanted if w < step and self.copy.is_complete(w)]
+            if there:
+                self._remove_older(max(there), deadline)
+            self.copy.put(step, contents(self.run, checkpoint), deadline)
+        self.stats.last = max(self.stats.last, step)
+        if step == max(self._wanted):
+            self._remove_older(step, deadline)
+            for other in self.copy.steps():
+                if other > step and self.copy.is_complete(other):
+                    self.copy.set_aside(other)
+
+    def _remove_older(self, whole: int, deadline: Deadline) -> None:
+        """Copies before that of step `whole`, which is there, of checkpoints that are not on disk."""
+        for other in self.copy.steps():
+            if other < whole and other not in self._wanted:
+                deadline.left_s("the removal of older copies")
+                self.copy.remove(other)
+
+    async def _in_time(self, work: Callable[[Deadline], None], step: int) -> None:
+        """Waits for: a daemon thread, so that a storage that hangs does not hold up the run's end.
+        Unblocked by: its end, or the deadline, after which the thread writes no marker."""
+        deadline = Deadline(f"the copy of step {step} to {self.copy.shown}", self.timeout_s)
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+
+        def finish(error: BaseException | None) -> None:
+            if not done.done():
+                done.set_result(None) if error is None else done.set_exception(error)
+
+        def run() -> None:
+            error = None
+            try:
+                with Told(f"cannot copy step {step} to {self.copy.shown}"):
+                    work(deadline)
+            except Exception as caught:
+                error = caught
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(finish, error)
+
+        threading.Thread(target=run, name=f"copy-{step}", daemon=True).start()
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                await done
+        except TimeoutError as error:
+            if isinstance(error, StalledError):
+                raise
+            raise StalledError(
+                f"{self.copy.shown}: not copied within checkpoint.timeout_s = {self.timeout_s:g} s"
+            ) from None
+        finally:
+            deadline.cancel()
+
+
+def folder_of(config: AnyConfig) -> CopyFolder | None:
+    """Where the run's copies go, where they are asked for. Raises `CheckpointError`."""
+    url = config.checkpoint.copy_to
+    return None if url is None else CopyFolder(url, config.run.name)
+
+
+def forget(copy: CopyFolder) -> None:
+    """Remove the copies of an earlier run of this name. Raises `RunError`."""
+    try:
+        for step in copy.steps():
+            copy.remove(step)
+    except CheckpointError as error:
+        raise RunError(
+            f"{error}. Copies of an earlier run of this name cannot be removed; a later resume could "
+            "take them for this run's. Mend the storage, or change run.name or checkpoint.copy_to"
+        ) from error

@@ -1,0 +1,161 @@
+"""A run goes on after a learner rank or the buffer is lost: how often, after which pause, from what.
+
+    attempt --CoreLost--> recover, pause --> attempt, from the newest checkpoint --> ...
+            --RoomAgain--> recover --> attempt, with all ranks, from the checkpoint just written
+            --any other failure--> the end of the run
+
+Learner ranks and buffer hold one cut of the run between them, so all of them go back to a cut that
+was written down. Generation and scoring hold nothing of it, and stay. A loss is a process that died, or
+is silent past a deadline, and an error of a rank that lives which may pass (`failures` has the table).
+
+Promises:
+- only a loss is tried again; what would come again (diverged numbers, refused weights, wrong settings)
+  ends the run at once;
+- going back to all ranks is no loss: it costs no restart;
+- losses are counted within a window of time, those of a start too; the one over `limit` ends the run
+  with the first of them;
+- nothing that a user asked to keep is deleted: a run that was told to write no checkpoints, or whose
+  checkpoints are all damaged, is not begun anew once it has done a step.
+
+Restarts counted within a sliding window of time, so that a budget of them is a rate.
+
+A run of weeks loses a process now and then, whatever its budget over all of its life would be; a crash
+loop loses many within the window.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from rlhf_cluster.config.load import AnyConfig
+from rlhf_cluster.errors import CheckpointError, CoreLost, PlacementError, RlhfError
+from rlhf_cluster.run.checkpoint import resume
+from rlhf_cluster.run.checkpoint.checkpoint_folder import Checkpoint
+from rlhf_cluster.run.metrics_file import read_metrics
+from rlhf_cluster.run.run_directory import RunDir
+
+
+@dataclass(slots=True)
+class RestartWindow:
+    """`total` counts since the start, `recent` those of the last `window_s` seconds of `clock`."""
+
+    window_s: float = 3600.0
+    clock: Callable[[], float] = time.monotonic
+    total: int = 0
+    _counted: deque[tuple[float, RlhfError]] = field(default_factory=deque)  # when, why
+
+    def count(self, cause: RlhfError) -> None:
+        """One restart more, now."""
+        self.total += 1
+        self._counted.append((self.clock(), cause))
+
+    @property
+    def recent(self) -> int:
+        oldest = self.clock() - self.window_s
+        while self._counted and self._counted[0][0] <= oldest:
+            self._counted.popleft()
+        return len(self._counted)
+
+    @property
+    def first_cause(self) -> RlhfError | None:
+        """Of `recent`."""
+        return self._counted[0][1] if self.recent else None
+
+    @property
+    def until_one_leaves_s(self) -> float:
+        """Seconds until the oldest of `recent` leaves the window; 0 without one."""
+        if not self.recent:
+            return 0.0
+        return max(0.0, self._counted[0][0] + self.window_s - self.clock())
+
+
+T = TypeVar("T")
+
+MAX_PAUSE_S = 60.0
+
+
+class RoomAgain(RlhfError):
+    """An attempt with fewer ranks than asked ended at a checkpoint, since there is room for all."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Restarts:
+    """The budget: at most `limit` restarts within a window, the first after `pause_s`, each later one
+    there after twice as long as the one before, up to `MAX_PAUSE_S`. `what` is lost, in the error."""
+
+    limit: int
+    what: str = "learner or buffer"
+    pause_s: float = 1.0
+    window: RestartWindow = field(default_factory=RestartWindow)
+
+    @property
+    def used(self) -> int:
+        """All since the start of the run."""
+        return self.window.total
+
+    def spend(self, lost: RlhfError) -> float:
+        """One restart more, because of `lost`; the seconds to wait before it. Raises `CoreLost`."""
+        recent = self.window.recent
+        if recent >= self.limit:
+            first = self.window.first_cause or lost
+            raise CoreLost(
+                f"{self.what} lost {recent + 1} times within {self.window.window_s:g} s, over "
+                f"learner.max_restarts = {self.limit}. First cause: {first}. Last: {lost}"
+            ) from lost
+        self.window.count(lost)
+        return min(MAX_PAUSE_S, self.pause_s * 2.0 ** min(recent, 30))
+
+
+async def with_recovery(
+    attempt: Callable[[], Awaitable[T]],
+    recover: Callable[[RlhfError], Awaitable[None]],
+    restarts: Restarts,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> T:
+    """What `attempt` returns. After a loss `recover` brings all else to a state to go on from.
+
+    That there is no room counts as a loss once there was one: what died may still hold it.
+    """
+    while True:
+        try:
+            return await attempt()
+        except RoomAgain as error:
+            await recover(error)
+            continue
+        except CoreLost as error:
+            lost: RlhfError = error
+        except PlacementError as error:
+            if not restarts.used:
+                raise
+            lost = error
+        pause_s = restarts.spend(lost)
+        await recover(lost)
+        await sleep(pause_s)
+
+
+def point_of_return(
+    run: RunDir,
+    config: AnyConfig,
+    lost: RlhfError,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Checkpoint | None:
+    """From where the run goes on after `lost`: its newest whole checkpoint, or the copy of a newer one
+    that is damaged, or, with None, from the beginning. Reads all of the checkpoint; call while holding
+    `run`. Raises `CheckpointError`, `StorageError` and `StalledError` rather than go back further than
+    it has to."""
+    found = resume.whole_or_copy(run, config, sleep)
+    if found.checkpoint is not None:
+        return found.checkpoint
+    records = read_metrics(run.metrics)
+    done = records[-1]["step"] if records else 0
+    if found.damaged or (done and not config.checkpoint.every):
+        why = "; ".join(found.damaged) or "checkpoint.every = 0"
+        raise CheckpointError(
+            f"{lost}. {done} steps are done, and there is no checkpoint to go on from: {why}"
+        ) from lost
+    return None

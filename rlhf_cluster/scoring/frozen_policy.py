@@ -1,0 +1,203 @@
+"""A policy that is not trained: log-probabilities of response tokens under any version's weights.
+
+Promises: the distribution is the one of the rollout's temperature; the model goes through the same
+code as the learner's (`PolicyLM`, `packing`), so that with the same weights and type both give the
+same values; one entry comes back for every response token, in the order of the rollouts; weights
+are replaced by name, all of them or none, and a tensor that is missing, extra or of another shape
+is refused before one is touched. With `quantization` the linear layers hold those weights, in the
+model's type, rounded to 8 bits (`models.int8_linear`), those that are given later alike; the values are
+then near the learner's, and not the same.
+
+Shapes: T response tokens.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf_cluster.data.packing import (
+    MicroBatch,
+    TokenSequence,
+    collate,
+    plan,
+)
+from rlhf_cluster.errors import ScoringError, StalledError
+from rlhf_cluster.models.int8_linear import (
+    Linear8bit,
+    quantize_linear,
+)
+from rlhf_cluster.models.policy_model import (
+    checkpoint_name,
+    load_policy,
+)
+from rlhf_cluster.models.shared_passes import SharedPasses
+from rlhf_cluster.records import Rollout
+from rlhf_cluster.sections.values import (
+    Dtype,
+    FrozenQuantization,
+    HeadDtype,
+)
+from rlhf_cluster.util.deadlines import left_of_call
+from rlhf_cluster.weights.assemble import check_names
+
+Array = np.ndarray
+
+
+class FrozenPolicy:
+    """Serves one thread at a time: its owner enters `held()` around every use."""
+
+    def __init__(
+        self,
+        name: str,
+        model_dir: str,
+        dtype: Dtype,
+        device: str,
+        tokens_per_batch: int,
+        wait_timeout_s: float = 300.0,
+        quantization: FrozenQuantization | None = None,
+        head_dtype: HeadDtype = "float32",
+    ) -> None:
+        """Loads the model of `model_dir`; `name` is what errors call it. Raises `ConfigError`."""
+        self._name = name
+        self._policy = load_policy(
+            model_dir, getattr(torch, dtype), device, trainable=False, head_dtype=head_dtype
+        )
+        self._device = device
+        self._tokens_per_batch = tokens_per_batch
+        self._wait_timeout_s = wait_timeout_s
+        self._lock = threading.Lock()
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._rounded: dict[str, Linear8bit] = {}
+        stored = cast("dict[str, Tensor]", self._policy.lm.state_dict(keep_vars=True))
+        buffers = {checkpoint_name(n): b for n, b in self._policy.named_buffers()}
+        # of tensors that are tied, the parameters name one
+        self._targets: dict[str, Tensor] = {
+            checkpoint_name(n): p for n, p in self._policy.named_parameters()
+        } | {n: b for n, b in buffers.items() if n in stored}
+        self._shapes = {n: tuple(target.shape) for n, target in self._targets.items()}
+        if quantization is not None:
+            self._quantize()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Nobody else uses the model inside the block.
+
+        Waits for: other groups' passes. Raises `StalledError` past the deadline.
+        """
+        if not self._lock.acquire(timeout=left_of_call(self._wait_timeout_s)):
+            raise self._busy()
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    @torch.no_grad()
+    def load(self, what: str, tensors: Mapping[str, Tensor]) -> None:
+        """Replace all weights by the checkpoint `tensors`; `what` names them in errors.
+
+        Raises `WeightError` when names or shapes are not the model's; nothing has changed then.
+        """
+        check_names(
+            what,
+            {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+            self._shapes,
+        )
+        for name, tensor in tensors.items():
+            if name in self._rounded:
+                self._rounded[name].replace(tensor.to(self._dtype))
+            else:
+                self._targets[name].copy_(tensor)
+
+    def check(self, rollouts: Sequence[Rollout]) -> None:
+        """Raise `ScoringError` on a rollout without a distribution (temperature 0), or one that is
+        longer than the token budget."""
+        for rollout in rollouts:
+            if not rollout.temperature > 0:
+                raise ScoringError(
+                    f"rollout {rollout.rollout_id} was sampled at temperature "
+                    f"{rollout.temperature:g}: greedy sampling has no distribution to compare "
+                    f"with. Score it without the {self._name} model"
+                )
+            num_inputs = _num_inputs(rollout)
+            if num_inputs > self._tokens_per_batch:
+                raise ScoringError(
+                    f"rollout {rollout.rollout_id} has {num_inputs} positions, over "
+                    f"scoring.tokens_per_batch = {self._tokens_per_batch}. Raise it"
+                )
+
+    def logprobs(self, rollouts: Sequence[Rollout]) -> list[Array]:
+        """[T] float32 for each rollout, in nats. `check` and `held` are the caller's."""
+        by_temperature = sorted(range(len(rollouts)), key=lambda i: rollouts[i].temperature)
+        found: dict[int, Array] = {}
+        for temperature, group in groupby(by_temperature, lambda i: rollouts[i].temperature):
+            indices = list(group)
+            values = self._forward([rollouts[i] for i in indices], temperature)
+            found.update(zip(indices, values, strict=True))
+        return [found[i] for i in range(len(rollouts))]
+
+    def together(self, max_groups: int) -> SharedPasses[Rollout, Array]:
+        """`logprobs` of groups that wait for the model at the same time, held for all of them; `check`
+        is the caller's."""
+
+        def compute(rollouts: list[Rollout]) -> list[Array]:
+            with self.held():
+                return self.logprobs(rollouts)
+
+        return SharedPasses(
+            compute,
+            size=_num_inputs,
+            budget=self._tokens_per_batch,
+            max_calls=max_groups,
+            timeout_s=self._wait_timeout_s,
+            late=self._busy,
+        )
+
+    def _busy(self) -> StalledError:
+        return StalledError(
+            f"the {self._name} model was busy for {self._wait_timeout_s:g} s; add scoring workers"
+        )
+
+    def _quantize(self) -> None:
+        quantize_linear(self._policy.lm.base_model, f"the {self._name} model")
+        for name, layer in self._policy.named_modules():
+            if isinstance(layer, Linear8bit):
+                weight = checkpoint_name(f"{name}.weight")
+                self._rounded[weight] = layer
+                del self._targets[weight]
+
+    def _forward(self, rollouts: Sequence[Rollout], temperature: float) -> list[Array]:
+        sequences = [
+            TokenSequence(prompt_ids=r.prompt_ids, target_ids=r.response_ids) for r in rollouts
+        ]
+        lengths = [sequence.num_inputs for sequence in sequences]
+        budget = self._tokens_per_batch
+        found: dict[int, Array] = {}
+        for planned in plan(lengths, 1, budget, budget, "padded")[0]:
+            batch = collate(planned, sequences)
+            values = self._scores(batch, temperature)
+            for span in batch.spans:
+                found[span.sequence] = values[span.row, span.start : span.stop].copy()
+        return [found[i] for i in range(len(rollouts))]
+
+    @torch.inference_mode()
+    def _scores(self, batch: MicroBatch, temperature: float) -> Array:
+        logprobs, _ = self._policy(
+            *(
+                torch.from_numpy(array).to(self._device)
+                for array in (batch.input_ids, batch.position_ids, batch.labels)
+            ),
+            temperature=temperature,
+        )
+        return logprobs.float().cpu().numpy()
+
+
+def _num_inputs(rollout: Rollout) -> int:
+    return len(rollout.prompt_ids) + len(rollout.response_ids) - 1

@@ -1,0 +1,148 @@
+"""The reference policy: log-probabilities of response tokens, for a KL that holds on to it.
+
+Promises: those of `FrozenPolicy`, so that a policy equal to the reference has KL 0 (not when it is
+quantized, where each version it becomes is rounded anew from the stored one); a group is
+scored with one reference, also while it is replaced; its weights are read and verified beside the
+scoring and copied in between two groups. Which weights it has, and when it moves, is decided in
+`scoring.moving`.
+
+Memory: the model, and while it is replaced one more copy of the stored weights on the host.
+
+The teacher: a frozen policy of its own folder that rates every sampled token.
+
+Promises: those of `FrozenPolicy`; its tokenizer has the policy's tokens, or it is refused before a
+group is scored. It never moves. Its vocabulary may be padded further than the policy's: a sampled
+token's probability is then lower by what it gives to the padding, which is nothing in a trained model.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rlhf_cluster.config.scoring_section import Scoring
+from rlhf_cluster.data.tokenizer import refuse_other_tokens
+from rlhf_cluster.errors import StalledError, WeightError
+from rlhf_cluster.records import Rollout, WeightVersion
+from rlhf_cluster.scoring.frozen_policy import FrozenPolicy
+from rlhf_cluster.sections.values import (
+    Dtype,
+    FrozenQuantization,
+    HeadDtype,
+)
+from rlhf_cluster.weights.store import read
+from rlhf_cluster.weights.transports.transport import Deadline
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Reference:
+    """Several threads may call it; they take turns, `batch_groups` of them at once."""
+
+    def __init__(
+        self,
+        model_dir: str,
+        dtype: Dtype,
+        device: str,
+        tokens_per_batch: int,
+        wait_timeout_s: float = 300.0,
+        quantization: FrozenQuantization | None = None,
+        batch_groups: int = 1,
+        load_timeout_s: float = 600.0,
+        head_dtype: HeadDtype = "float32",
+    ) -> None:
+        """Loads the model of `model_dir`, the reference until `load`. Raises `ConfigError`."""
+        self._load_timeout_s = load_timeout_s
+        self._loading = threading.Lock()
+        self._num_asked = 0
+        self._model = FrozenPolicy(
+            "reference",
+            model_dir,
+            dtype,
+            device,
+            tokens_per_batch,
+            wait_timeout_s,
+            quantization,
+            head_dtype,
+        )
+        self._together = self._model.together(batch_groups)
+
+    def load(self, version: WeightVersion) -> None:
+        """Make the weights of `version` the reference.
+
+        One load runs at a time. One that hung in its storage while a later one was asked for changes
+        nothing when it goes on.
+
+        Waits for: the load before it, the storage and groups under way, `load_timeout_s` in all.
+        Raises `WeightError` when the weights are damaged, gone, not of this model or no longer
+        asked for, `StalledError` past the deadline; the reference is as before then.
+        """
+        what = f"the reference of version {version.version}"
+        deadline = Deadline(f"loading {what}", self._load_timeout_s)
+        self._num_asked += 1  # the thread that asks last is right whatever the order of two at once
+        asked = self._num_asked
+        if not self._loading.acquire(timeout=deadline.left_s()):
+            raise StalledError(
+                f"{what} waited {self._load_timeout_s:g} s for the load before it, which hangs in its "
+                "storage. Look at that disk, or raise run.start_timeout_s"
+            )
+        try:
+            tensors = dict(read(version.path, expected_digest=version.digest, deadline=deadline))
+            with self._model.held():
+                if asked != self._num_asked:
+                    raise WeightError(f"{what} is not loaded: another was asked for meanwhile")
+                self._model.load(what, tensors)
+        finally:
+            self._loading.release()
+
+    def logprobs(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
+        """[T] float32 for each rollout, in nats.
+
+        Raises:
+            ScoringError: a rollout without a distribution (temperature 0), or longer than the
+                token budget.
+            StalledError: other groups held the model past the deadline.
+        """
+        self._model.check(rollouts)
+        return self._together(rollouts)
+
+
+class Teacher:
+    """Several threads may call it; they take turns, `scoring.batch_groups` of them at once."""
+
+    def __init__(
+        self,
+        folder: str,
+        scoring: Scoring,
+        tokenizer: PreTrainedTokenizerBase,
+        device: str,
+        head_dtype: HeadDtype = "float32",
+    ) -> None:
+        """Loads the model of `folder`. Raises `ConfigError`."""
+        refuse_other_tokens("scoring.teacher", folder, tokenizer)
+        self._model = FrozenPolicy(
+            "teacher",
+            folder,
+            scoring.dtype,
+            device,
+            scoring.tokens_per_batch,
+            scoring.request_timeout_s,
+            scoring.quantization,
+            head_dtype,
+        )
+        self._together = self._model.together(scoring.batch_groups)
+
+    def logprobs(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
+        """[T] float32 for each rollout, in nats, at its temperature.
+
+        Raises:
+            ScoringError: a rollout without a distribution (temperature 0), or longer than the
+                token budget.
+            StalledError: other groups held the model past the deadline.
+        """
+        self._model.check(rollouts)
+        return self._together(rollouts)

@@ -1,0 +1,188 @@
+"""From the rewards' answers to the parts and the reward of each rollout; pure.
+
+    answers --clip--> parts --objective--> reward
+       |
+       +--> watched: what is shown and never optimised
+
+Promises:
+- `parts` has exactly the rewards that are optimised, as the objective sees them. What is watched can
+  reach neither it nor the reward;
+- `watched` has the scores of rewards with `watch = true`, the details of all (`<name>.<detail>`), a
+  score before it was clipped (`<name>.unclipped`), and what a part adds to the reward
+  (`<name>.counted`) where that is not its weight times itself. The reward is the sum of what its parts
+  add;
+- nothing depends on which pool gave an answer: rewards count in the order of the configuration, and
+  `scorer_version` is equal where the rewards' settings, their models and the objective are;
+- an answer that is missing, twice there, or of another number of rollouts raises.
+
+Shapes: R answers (`scoring.parts`), S steps.
+
+What one scoring worker found out about a group: a part, of which several are joined.
+
+Each pool of a run serves some rewards and models (`Scoring.served_by`) and gives their answers as they
+are, unweighted. `scoring.joining` makes rewards of them.
+
+Shapes: B rollouts, R = B or, with a greedy response, B + 1; S steps; T tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+from xxhash import xxh3_128_hexdigest
+
+from rlhf_cluster.config.scoring_section import Scoring
+from rlhf_cluster.errors import RecordError, ScoringError
+
+Row = tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardAnswer:
+    """What one reward gave: [R] rows of its score and its details; [R][S] the scores of steps."""
+
+    rows: Sequence[Row]
+    steps: Sequence[Sequence[float]] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScorePart:
+    """`rewards` by name, None of one that is only watched and failed; `versions` of these rewards.
+    `logprobs` by model (`config.pool_sections.MODELS`): [B] arrays [T] float32, in nats.
+    `reference_version` is of the newest reference that these can be of, -1 without one."""
+
+    rewards: Mapping[str, RewardAnswer | None] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    logprobs: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict)
+    reference_version: int = -1
+
+
+V = TypeVar("V")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """Of one rollout; see the module."""
+
+    reward: float
+    parts: dict[str, float]
+    watched: dict[str, float]
+    step_rewards: np.ndarray  # [S] float64, weighted
+
+
+class InfiniteSum(ScoringError):
+    """A group whose rewards add up to no number."""
+
+
+def joined(
+    parts: Sequence[ScorePart], scoring: Scoring, group_id: str, with_logprobs: bool
+) -> ScorePart:
+    """All that the pools found. Raises `RecordError` where one is missing, or came twice."""
+    everything = ScorePart(
+        rewards=_union([part.rewards for part in parts], group_id),
+        versions=_union([part.versions for part in parts], group_id),
+        logprobs=_union([part.logprobs for part in parts], group_id),
+        reference_version=max((part.reference_version for part in parts), default=-1),
+    )
+    there = everything.rewards.keys() | everything.logprobs.keys()
+    wanted = {reward.name or reward.type for reward in scoring.rewards}
+    if missing := sorted((wanted | scoring.models if with_logprobs else wanted) - there):
+        raise RecordError(
+            f"group {group_id}: no pool gave {missing[0]!r}; there are {sorted(there)}. This is a "
+            "fault of the system"
+        )
+    return everything
+
+
+def scores(
+    found: ScorePart, scoring: Scoring, num_steps: Sequence[int], group_id: str
+) -> list[Scores]:
+    """[R], from all answers; `num_steps` are the reasoning steps of each response.
+
+    Raises `InfiniteSum`; `RecordError` for answers of another number of responses or steps.
+    """
+    parts: list[dict[str, float]] = [{} for _ in num_steps]
+    watched: list[dict[str, float]] = [{} for _ in num_steps]
+    step_rewards = [np.zeros(size) for size in num_steps]
+    for config in scoring.rewards:
+        name = config.name or config.type
+        answer = found.rewards[name]
+        if answer is None:
+            continue
+        _check_shape(answer, name, num_steps, group_id)
+        for index, (score, *details) in enumerate(answer.rows):
+            named = zip(config.details, details, strict=True)
+            watched[index] |= {f"{name}.{detail}": value for detail, value in named}
+            if config.clip is not None:
+                watched[index][f"{name}.unclipped"] = score
+                score = min(max(score, config.clip[0]), config.clip[1])
+            (watched if config.watch else parts)[index][name] = score
+        if answer.steps is not None and not config.watch:
+            for total, own in zip(step_rewards, answer.steps, strict=True):
+                total += config.weight * np.array(own)
+    return [
+        _scores(scoring, group_id, *one) for one in zip(parts, watched, step_rewards, strict=True)
+    ]
+
+
+def scorer_version(scoring: Scoring, versions: Mapping[str, str]) -> str:
+    """A digest of all that decides a reward; `versions` of every reward by name."""
+    rewards = {
+        name: [versions[name], config.weight, config.clip, config.watch]
+        for config in scoring.rewards
+        for name in (config.name or config.type,)
+    }
+    return digest([rewards, scoring.objective.model_dump(mode="json"), scoring.step_separator])
+
+
+def digest(value: Any) -> str:
+    """16 characters of a value of JSON."""
+    return xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())[:16]
+
+
+def _scores(
+    scoring: Scoring,
+    group_id: str,
+    parts: dict[str, float],
+    watched: dict[str, float],
+    step_rewards: np.ndarray,
+) -> Scores:
+    weights = {r.name or r.type: r.weight for r in scoring.rewards if not r.watch}
+    counted = scoring.objective.counted(parts, weights)
+    try:
+        reward = math.fsum(counted.values())
+    except (OverflowError, ValueError):  # sums that overflow, infinities of both signs
+        reward = math.nan
+    if not math.isfinite(reward):
+        raise InfiniteSum(
+            f"the sum of rewards, group {group_id}: [infinite] the sum of {counted}, of the "
+            f"parts {parts}, is not finite; lower the weights"
+        )
+    if scoring.objective.type != "weighted_sum":
+        watched |= {f"{name}.counted": value for name, value in counted.items()}
+    return Scores(reward=reward, parts=parts, watched=watched, step_rewards=step_rewards)
+
+
+def _check_shape(answer: RewardAnswer, name: str, num_steps: Sequence[int], group_id: str) -> None:
+    steps = None if answer.steps is None else [len(own) for own in answer.steps]
+    if len(answer.rows) != len(num_steps) or steps not in (None, list(num_steps)):
+        raise RecordError(
+            f"group {group_id}: the reward {name!r} has {len(answer.rows)} rows with steps {steps}; "
+            f"the responses have {list(num_steps)} steps. This is a fault of the system"
+        )
+
+
+def _union(mappings: Sequence[Mapping[str, V]], group_id: str) -> dict[str, V]:
+    found: dict[str, V] = {}
+    for mapping in mappings:
+        if twice := sorted(found.keys() & mapping.keys()):
+            raise RecordError(
+                f"group {group_id}: {twice[0]!r} came from two pools. This is a fault of the system"
+            )
+        found |= mapping
+    return found

@@ -1,0 +1,139 @@
+"""One scoring worker: a scorer behind plain methods that several threads may call at once.
+
+Where one pool serves everything it is asked to `score`. Where several do, each is asked for its
+`score_part`, and a worker of `[scoring]` to `join` them. Only what is whole is stored, once.
+
+No ray here. Each method returns something small first and the record second, so that as two return
+values only the first has to be fetched by the control plane.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from rlhf_cluster.buffer.group_store import ExperienceStore
+from rlhf_cluster.config import RunConfig
+from rlhf_cluster.config.pool_sections import SCORING
+from rlhf_cluster.errors import WorkerError
+from rlhf_cluster.records import ExperienceGroup, GroupSummary, RolloutGroup, WeightVersion
+from rlhf_cluster.scoring.score_parts import ScorePart
+from rlhf_cluster.scoring.scorer import Scorer
+from rlhf_cluster.util.deadlines import call_deadline
+from rlhf_cluster.weights.transports.transport import ShardSource
+
+
+class ScoringWorker:
+    """Call `start` first; `close` when done."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model_dir: str,
+        name: str,
+        source: ShardSource | None = None,
+        store: ExperienceStore | None = None,
+        pool: str = SCORING,
+    ) -> None:
+        """`source` is where the policy's versions are read from; default: their files. `store`
+        gets every scored group but held-out ones. It serves what `pool` does."""
+        self._pool = pool
+        self._config = config
+        self._source = source
+        self._model_dir = model_dir
+        self._name = name
+        self._scorer: Scorer | None = None
+        self._store = store
+        self._reference_version = -1
+        self._num_in_flight = 0
+        self._counting = threading.Lock()  # held for an addition only
+
+    def start(self) -> dict[str, float]:
+        """Load models and rewards; returns how long it took. Raises `ConfigError`, `DataError`."""
+        started = time.perf_counter()
+        scorer = Scorer(self._config, self._model_dir, self._name, self._source, self._pool)
+        scorer.setup()
+        self._scorer = scorer
+        return {"start_s": time.perf_counter() - started}
+
+    def load_reference(self, version: WeightVersion) -> None:
+        """Raises `WeightError`, `StalledError`, and `WorkerError` as `Scorer.load_reference`."""
+        self._reference_version = version.version  # groups under way may have it or the one before
+        self._running_scorer().load_reference(version)
+
+    def forget_versions(self) -> None:
+        """Other weights than before will have the numbers of the policy's versions."""
+        self._running_scorer().forget_versions()
+
+    def score(self, group: RolloutGroup) -> tuple[GroupSummary, ExperienceGroup]:
+        """Score one group and store it. Held-out groups get rewards only: nothing is trained on them.
+
+        Raises `ScoringError`, `StalledError`, `WeightError`, `StoreError`, and `WorkerError` when the
+        worker is not running.
+        """
+        with self._busy():
+            return self._joined(group, [self._part(group)])
+
+    def score_part(self, group: RolloutGroup) -> tuple[int, ScorePart]:
+        """What this worker's pool serves, for `join`; first the number of rollouts. Raises as
+        `score`."""
+        with self._busy():
+            return len(group.rollouts), self._part(group)
+
+    def join(self, group: RolloutGroup, *parts: ScorePart) -> tuple[GroupSummary, ExperienceGroup]:
+        """Of the parts of all pools, and store it. Raises as `score`."""
+        with self._busy():
+            return self._joined(group, parts)
+
+    def _part(self, group: RolloutGroup) -> ScorePart:
+        part = self._running_scorer().part(group, with_logprobs=_is_trained(group))
+        return replace(part, reference_version=self._reference_version)
+
+    def _joined(
+        self, group: RolloutGroup, parts: Sequence[ScorePart]
+    ) -> tuple[GroupSummary, ExperienceGroup]:
+        is_trained = _is_trained(group)
+        experience = self._running_scorer().join(group, parts, with_logprobs=is_trained)
+        if self._store is not None and is_trained:
+            self._store.write(experience, max(part.reference_version for part in parts))
+        return experience.summary(), experience
+
+    def health(self) -> dict[str, Any]:
+        """Raises `WorkerError` when this worker cannot serve."""
+        self._running_scorer()
+        return {"worker": self._name, "num_in_flight": self._num_in_flight}
+
+    def stats(self) -> dict[str, float]:
+        """The scorer's totals."""
+        return self._running_scorer().stats() | {"num_in_flight": float(self._num_in_flight)}
+
+    def close(self) -> None:
+        scorer, self._scorer = self._scorer, None
+        if scorer is not None:
+            scorer.close()
+
+    def _running_scorer(self) -> Scorer:
+        if self._scorer is None:
+            raise WorkerError(f"{self._name}: not running; call start first")
+        return self._scorer
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        self._add_in_flight(1)
+        try:
+            with call_deadline(self._config.scoring.request_timeout_s):
+                yield
+        finally:
+            self._add_in_flight(-1)
+
+    def _add_in_flight(self, change: int) -> None:
+        with self._counting:
+            self._num_in_flight += change
+
+
+def _is_trained(group: RolloutGroup) -> bool:
+    return group.ticket.purpose == "train"

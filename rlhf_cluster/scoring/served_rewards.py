@@ -1,0 +1,213 @@
+"""The rewards that one worker serves: asked in turn, their answers checked, failures told apart.
+
+Promises:
+- a reward that gives no score fails the whole group with a `ScoringError` that names the reward, the
+  group and the reason: an error is never a score. One that is watched costs the group nothing: it is
+  counted, told, and its answer is None;
+- a score is kept and given again only for rewards that say it is the same every time
+  (`scoring.cache`);
+- `versions` are equal where the rewards' settings and their models are.
+
+What becomes of the answers is decided in `scoring.joining`. Several threads may call `answers` at once.
+Shapes: B rollouts, S steps.
+
+Totals that several threads add to.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+from rlhf_cluster.config.scoring_section import Scoring
+from rlhf_cluster.errors import RlhfError, ScoringError
+from rlhf_cluster.records import RolloutGroup
+from rlhf_cluster.rewards import RewardConfig, build_rewards
+from rlhf_cluster.rewards.reward import (
+    CountsOutcomes,
+    Detailed,
+    Reward,
+    StepReward,
+    Versioned,
+)
+from rlhf_cluster.rewards.reward_failure import (
+    RewardFailure,
+    check_scores,
+    check_step_scores,
+)
+from rlhf_cluster.scoring.score_cache import (
+    ScoreCache,
+    content_key,
+)
+from rlhf_cluster.scoring.score_parts import (
+    RewardAnswer,
+    Row,
+    digest,
+)
+
+
+class Totals:
+    def __init__(self) -> None:
+        self._values: defaultdict[str, float] = defaultdict(float)
+        self._adding = threading.Lock()  # held for an addition only
+
+    def add(self, name: str, amount: float = 1.0) -> None:
+        with self._adding:
+            self._values[name] += amount
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add to `seconds/<name>` the time that the block takes, also where it fails."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(f"seconds/{name}", time.perf_counter() - started)
+
+    def read(self) -> dict[str, float]:
+        with self._adding:
+            return dict(self._values)
+
+
+log = logging.getLogger(__name__)
+
+_NO_PART_OF_VERSION = {"name", "timeout_s", "weight", "watch", "clip"}
+
+_PLACES = {"path", "paths"}
+
+
+class Rewards:
+    """Call `build` first; `close` when done."""
+
+    def __init__(
+        self, scoring: Scoring, totals: Totals, served: Collection[str] | None = None
+    ) -> None:
+        """`served`: names of those that this worker has; None: all."""
+        self._scoring, self._totals = scoring, totals
+        named = {r.name or r.type: r for r in scoring.rewards}
+        self._configs = {n: r for n, r in named.items() if served is None or n in served}
+        self._built: dict[str, Reward | StepReward] = {}
+        self._cache = ScoreCache(scoring.cache_entries)
+        self.versions: dict[str, str] = {}
+
+    def build(self, tokenizer_dir: str, device: str) -> None:
+        """Load the models and start what the rewards need. Raises `ConfigError`, `DataError`."""
+        scoring = self._scoring
+        built = build_rewards(
+            list(self._configs.values()),
+            tokenizer_dir,
+            device,
+            scoring.request_timeout_s,
+            scoring.step_separator,
+            scoring.batch_groups,
+        )
+        self._built = {name: reward for name, (reward, _) in built.items()}
+        self.versions = {n: reward_version(self._configs[n], r) for n, r in self._built.items()}
+
+    def answers(
+        self, group: RolloutGroup, completions: Sequence[str], steps: Sequence[Sequence[str]]
+    ) -> dict[str, RewardAnswer | None]:
+        """By name, of [B] rollouts. `steps` are the reasoning steps of each of `completions`. Raises
+        `ScoringError`."""
+        return {name: self._answer(name, group, completions, steps) for name in self._configs}
+
+    def stats(self) -> dict[str, float]:
+        """`outcomes/<reward>/<outcome>`, and where scores are kept `cache_hits`, `cache_misses`."""
+        totals: dict[str, float] = {}
+        if self._scoring.cache_entries:
+            totals |= {"cache_hits": self._cache.hits, "cache_misses": self._cache.misses}
+        for name, reward in self._built.items():
+            if isinstance(reward, CountsOutcomes):
+                totals |= {f"outcomes/{name}/{own}": n for own, n in reward.outcomes().items()}
+        return totals
+
+    def close(self) -> None:
+        built, self._built = self._built, {}
+        for reward in built.values():
+            reward.close()
+
+    def _answer(
+        self,
+        name: str,
+        group: RolloutGroup,
+        completions: Sequence[str],
+        steps: Sequence[Sequence[str]],
+    ) -> RewardAnswer | None:
+        """None: it is only watched, and failed."""
+        try:
+            with self._totals.timed(name):
+                if self._configs[name].scores_steps:
+                    return self._of_steps(name, group, completions, steps)
+                return RewardAnswer(rows=self._of_responses(name, group, completions))
+        except RlhfError as error:
+            reason = error.reason if isinstance(error, RewardFailure) else type(error).__name__
+            text = f"reward {name!r}, group {group.group_id}: [{reason}] {error}"
+            self._totals.add(f"errors/{name}/{reason}")
+            if self._configs[name].watch:
+                self._totals.add(f"watched_errors/{name}")
+                log.warning("watched %s", text)
+                return None
+            raise ScoringError(text) from error
+
+    def _of_steps(
+        self,
+        name: str,
+        group: RolloutGroup,
+        completions: Sequence[str],
+        steps: Sequence[Sequence[str]],
+    ) -> RewardAnswer:
+        reward = cast("StepReward", self._built[name])
+        found = reward.score_steps(group.prompt, group.rollouts, completions, steps)
+        checked = check_step_scores(found, [len(own) for own in steps])
+        return RewardAnswer(rows=[(sum(own),) for own in checked], steps=checked)
+
+    def _of_responses(
+        self, name: str, group: RolloutGroup, completions: Sequence[str]
+    ) -> Sequence[Row]:
+        config, reward = self._configs[name], cast("Reward", self._built[name])
+
+        def ask(places: Sequence[int]) -> list[Row]:
+            rollouts = [group.rollouts[place] for place in places]
+            return _rows(reward, config, group, rollouts, [completions[place] for place in places])
+
+        if not (self._scoring.cache_entries and config.scores_alone):
+            return ask(range(len(completions)))
+        version = f"{name}/{self.versions[name]}"
+        keys = [
+            content_key(version, group.prompt, rollout, text)
+            for rollout, text in zip(group.rollouts, completions, strict=True)
+        ]
+        return self._cache.through(keys, ask)
+
+
+def reward_version(config: RewardConfig, reward: Any) -> str:
+    """A digest of what decides the reward's scores: its settings, and its own version where it has
+    one, then without the folders that its models came from."""
+    left_out = _NO_PART_OF_VERSION | (_PLACES if isinstance(reward, Versioned) else set())
+    settings = config.model_dump(mode="json", exclude=left_out)
+    return digest([settings, reward.version if isinstance(reward, Versioned) else ""])
+
+
+def _rows(
+    reward: Reward,
+    config: RewardConfig,
+    group: RolloutGroup,
+    rollouts: Sequence[Any],
+    completions: Sequence[str],
+) -> list[Row]:
+    """[B], each number checked."""
+    if not isinstance(reward, Detailed):
+        found = reward.score(group.prompt, rollouts, completions)
+        return [(score,) for score in check_scores(found, len(rollouts))]
+    found, details = reward.score_in_detail(group.prompt, rollouts, completions)
+    if details.keys() != set(config.details):
+        raise RewardFailure(
+            f"told {sorted(details)} beside its scores, expected {sorted(config.details)}", "reply"
+        )
+    columns = [found, *(details[name] for name in config.details)]
+    return [*zip(*(check_scores(column, len(rollouts)) for column in columns), strict=True)]

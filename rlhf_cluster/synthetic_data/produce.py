@@ -1,0 +1,278 @@
+"""Prompts through the generation pool and the scoring pool into the file of answers.
+
+    prompts --number--> GENERATION --rollouts--> SCORING --scored--> answers, one line a prompt
+                              ^                     |
+                              +-- from each step ---+          with `completions` only
+                              +--> critiques and revisions --> SCORING       with `revisions` only
+
+Promises: every prompt asked for is written, or discarded with a counted reason; at most
+`max_in_flight` groups are sampled or scored at once; what is sampled for a prompt follows from the seed
+and its place in the stream alone, so that one that was lost is the same the next time; nothing is
+written in parts. Without a pool, or when too many groups fail, all ends with the first cause.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from rlhf_cluster.config.revision_section import Revise
+from rlhf_cluster.data.reasoning_steps import (
+    step_ends,
+    step_spans,
+)
+from rlhf_cluster.errors import RecordLost, RlhfError
+from rlhf_cluster.failures import Outcomes, costs_one_group
+from rlhf_cluster.pipeline import MAX_LOSSES, PromptsPort, scored
+from rlhf_cluster.ports import ScoringPort
+from rlhf_cluster.records import (
+    ExperienceGroup,
+    GroupSummary,
+    Handle,
+    PartialGroup,
+    PartialResponse,
+    Prompt,
+    Rollout,
+    RolloutGroup,
+    Sampling,
+    ScoredRollout,
+    Ticket,
+)
+from rlhf_cluster.synthetic_data.answers_file import (
+    Answers,
+    AnswersFile,
+)
+from rlhf_cluster.synthetic_data.revise_answers import (
+    Asker,
+    PoolAsker,
+    Reviser,
+    answer_of,
+)
+from rlhf_cluster.util.concurrency import together
+
+T = TypeVar("T")
+FOLDER_VERSION = -1
+"""Of weights that no run published: the model folder's."""
+
+
+class ContinuingPort(Protocol):
+    async def generate(
+        self,
+        ticket: Ticket,
+        prompt: Prompt,
+        sampling: Sampling,
+        start: PartialGroup | None = None,
+    ) -> Handle:
+        """As `GenerationPort.generate`; the responses go on from those of `start`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completions:
+    """How responses are completed from the ends of their steps. `silent` ids have no text."""
+
+    number: int
+    separator: str
+    silent: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Revisions:
+    """How responses are criticised and revised. Without an `asker` the generation pool is asked, with
+    requests as `render` makes token ids of them, `max_prompt_tokens` at most. `encode` gives the
+    tokens, an end token last, of a revision that only came as text."""
+
+    how: Revise
+    asker: Asker | None
+    render: Callable[[str], np.ndarray]
+    encode: Callable[[str], Sequence[int]]
+    max_prompt_tokens: int
+    seed: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Producer:
+    """`fetch` gets a group from its handle, `decode` gives the text of token ids; `finished` and
+    `discarded` are told of every prompt that is done."""
+
+    generation: ContinuingPort
+    scoring: ScoringPort
+    fetch: Callable[[Handle], Awaitable[Any]]
+    decode: Callable[[Sequence[int]], str]
+    prompts: PromptsPort
+    num_prompts: int
+    sampling: Sampling
+    completions: Completions | None
+    revisions: Revisions | None
+    file: AnswersFile
+    max_in_flight: int
+    max_error_rate: float
+    finished: Callable[[Answers], None]
+    discarded: Callable[[int, RlhfError], None]
+    num_discarded: Counter[str] = field(default_factory=Counter)
+    _outcomes: Outcomes = field(init=False)
+    _slots: asyncio.Semaphore = field(init=False)
+
+    @property
+    def pending(self) -> list[int]:
+        return [number for number in range(self.num_prompts) if number not in self.file.done]
+
+    async def run(self) -> None:
+        """Waits for: all prompts that are not in the file. Raises the first failure."""
+        self._outcomes = Outcomes(self.max_error_rate)
+        self._slots = asyncio.Semaphore(self.max_in_flight)
+        numbers = iter(self.pending)
+        await together(self._work(numbers) for _ in range(self.max_in_flight))
+
+    async def _work(self, numbers: Iterator[int]) -> None:
+        for number in numbers:
+            try:
+                answers = await self._answers(number)
+            except RlhfError as error:
+                if not costs_one_group(error):
+                    raise
+                self.num_discarded[type(error).__name__] += 1
+                self.discarded(number, error)
+                self._outcomes.add(error)
+            else:
+                self.file.append(answers)
+                self.finished(answers)
+                self._outcomes.add(None)
+
+    async def _answers(self, number: int) -> Answers:
+        self.prompts.seek(number)
+        prompt = self.prompts.next()
+        ticket = Ticket(number=number, version=FOLDER_VERSION)
+        if self.revisions is not None:
+            first = await self._sampled(ticket, prompt, self.sampling)
+            return await self._reviser(self.revisions).answers(first)
+        group = await self._group(ticket, prompt, self.sampling)
+        further: list[tuple[tuple[float, ...], ...] | None] = [None] * len(group.scored)
+        if self.completions is not None:
+            found = await together(
+                self._step_rewards(number, index, prompt, own, self.completions)
+                for index, own in enumerate(group.scored)
+            )
+            further = [*found]
+        return Answers(
+            number=number,
+            prompt_id=prompt.prompt_id,
+            prompt=prompt.source,
+            answers=tuple(
+                answer_of(own, self.decode, steps)
+                for own, steps in zip(group.scored, further, strict=True)
+            ),
+            scorer_version=group.scored[0].scorer_version,
+        )
+
+    async def _group(
+        self, ticket: Ticket, prompt: Prompt, sampling: Sampling, start: PartialGroup | None = None
+    ) -> ExperienceGroup:
+        async def score(rollouts: Handle) -> tuple[ExperienceGroup, GroupSummary]:
+            handle, summary = await self.scoring.score(rollouts)
+            return await self.fetch(handle), summary
+
+        async with self._slots:
+            group, _ = await scored(
+                lambda: self.generation.generate(ticket, prompt, sampling, start), score
+            )
+        return group
+
+    def _reviser(self, how: Revisions) -> Reviser:
+        own = PoolAsker(
+            sample=self._sampled,
+            encode=how.render,
+            decode=self.decode,
+            sampling=replace(self.sampling, num_samples=1),
+            max_prompt_tokens=how.max_prompt_tokens,
+            version=FOLDER_VERSION,
+        )
+        return Reviser(
+            how=how.how,
+            asker=how.asker or own,
+            score=self._scored,
+            decode=self.decode,
+            encode=how.encode,
+            seed=how.seed,
+            first_stream=self.num_prompts,
+            version=FOLDER_VERSION,
+        )
+
+    async def _sampled(self, ticket: Ticket, prompt: Prompt, sampling: Sampling) -> RolloutGroup:
+        """Without a score."""
+
+        async def sampled() -> RolloutGroup:
+            return await self.fetch(await self.generation.generate(ticket, prompt, sampling))
+
+        async with self._slots:
+            return await _unless_lost(sampled)
+
+    async def _scored(self, group: RolloutGroup) -> ExperienceGroup:
+        """Of responses that are here."""
+
+        async def scores() -> ExperienceGroup:
+            handle, _ = await self.scoring.score(group)
+            return await self.fetch(handle)
+
+        async with self._slots:
+            return await _unless_lost(scores)
+
+    async def _step_rewards(
+        self, number: int, index: int, prompt: Prompt, own: ScoredRollout, how: Completions
+    ) -> tuple[tuple[float, ...], ...]:
+        """Of the completions from the end of each step; of the last step the response's own."""
+        ids = own.rollout.response_ids.tolist()
+        text = self.decode(ids)
+        ends = step_ends(self.decode, ids, how.silent, text, step_spans(text, how.separator))
+        last = len(ids) - 1
+        inner = sorted({int(end) for end in ends if end < last})
+        sampling = Sampling(
+            num_samples=how.number,
+            temperature=self.sampling.temperature,
+            max_tokens=self.sampling.max_tokens,
+        )
+        place = number * self.sampling.num_samples + index
+
+        async def from_step(end: int) -> tuple[float, ...]:
+            ticket = Ticket(
+                number=self.num_prompts + place * self.sampling.max_tokens + end,
+                version=FOLDER_VERSION,
+            )
+            start = beginning(ticket, own.rollout, end + 1, how.number)
+            group = await self._group(ticket, prompt, sampling, start)
+            return tuple(float(each.reward) for each in group.scored)
+
+        rewards = dict(zip(inner, await together(map(from_step, inner)), strict=True))
+        rewards[last] = (float(own.reward),)
+        return tuple(rewards[int(end)] for end in ends)
+
+
+def beginning(ticket: Ticket, rollout: Rollout, num_tokens: int, number: int) -> PartialGroup:
+    """`number` responses that each go on after the first `num_tokens` tokens of `rollout`, with random
+    streams of their own."""
+    responses = tuple(
+        PartialResponse(
+            rollout_id=f"{ticket.group_id}/{index}",
+            response_ids=rollout.response_ids[:num_tokens],
+            sampled_logprobs=rollout.sampled_logprobs[:num_tokens],
+            versions=rollout.versions[:num_tokens],
+            temperature=rollout.temperature,
+        )
+        for index in range(number)
+    )
+    return PartialGroup(group_id=ticket.group_id, responses=responses, started_s=rollout.started_s)
+
+
+async def _unless_lost(get: Callable[[], Awaitable[T]]) -> T:
+    """What `get` gives; again while the record is lost before it is here."""
+    for _ in range(MAX_LOSSES):
+        try:
+            return await get()
+        except RecordLost:
+            continue
+    return await get()

@@ -1,0 +1,29 @@
+"""JSON files that are written as a whole.
+
+Promises: a reader sees the old file or the new one, never a part; no secret of this process is in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf_cluster.util import redaction
+from rlhf_cluster.util.durable_files import write_whole
+
+
+def write_json(path: Path, value: Mapping[str, Any], fsync: bool = False) -> None:
+    """`fsync`: what is written survives a power cut. Raises `OSError`."""
+    text = json.dumps(redaction.of_process(value), indent=2, default=str) + "\n"
+    write_whole(path, text.encode(), fsync)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """None where there is no such file, or one that is not JSON. Raises `OSError` for any other error
+    of the storage: the file may be there."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None

@@ -1,0 +1,146 @@
+"""INT8 weights for generation, while training and publishing stay in full precision.
+
+The format is W8A8 of compressed-tensors, which vLLM loads on CPUs and GPUs:
+
+    scale = max |row| / 127 (float32, one a row)      weight = round(row / scale), int8
+
+for every linear layer but the output's; the engine quantises activations itself, token by token.
+
+Where this happens: in the generation worker, after a version was read and verified. The store then
+holds one kind of tensors, and the digest that was published is the one that every reader checks,
+whatever precision it goes on with.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_cluster.errors import WeightError
+from rlhf_cluster.models.int8_rounding import rounded
+from rlhf_cluster.util.durable_files import share
+from rlhf_cluster.weights.formats.huggingface import (
+    INDEX_NAME,
+    copy_companions,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCALE_SUFFIX = "_scale"
+"""After the name of a quantised weight: the name of its scales."""
+_WEIGHTS_8_BITS = {
+    "num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False,
+}  # fmt: skip
+_INPUTS_8_BITS = {**_WEIGHTS_8_BITS, "strategy": "token", "dynamic": True}
+
+
+def linear_weights(model_dir: str | Path) -> frozenset[str]:
+    """Names of the weights that are quantised: of all linear layers but the output's.
+
+    Reads the configuration only. Raises `WeightError` for a model with fused experts.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    fused = [name for name, parameter in model.named_parameters() if parameter.ndim > 2]
+    if fused:
+        raise WeightError(
+            f"{model_dir}: {fused[0]} has more than two dimensions; INT8 generation knows dense "
+            "models only. Remove generation.quantization"
+        )
+    head = model.get_output_embeddings()
+    return frozenset(
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    )
+
+
+def quantized(
+    tensors: Iterable[tuple[str, Tensor]], linear: frozenset[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """The same tensors, each one named in `linear` as INT8 [out, in] and its scales [out, 1]."""
+    for name, tensor in tensors:
+        if name not in linear:
+            yield name, tensor
+            continue
+        codes, scale = rounded(tensor)
+        yield name, codes
+        yield name + SCALE_SUFFIX, scale
+
+
+def write_start_folder(model_dir: str | Path, out_dir: str | Path) -> Path:
+    """Write the model of `model_dir` in INT8, as an engine that will be updated must start.
+
+    Any number of processes may call this at once: the folder appears whole, once. A folder that is
+    there is taken as it is. Memory: one file's worth of tensors. Raises `WeightError`.
+    """
+    model_dir, out_dir = Path(model_dir), Path(out_dir)
+    if out_dir.is_dir():
+        return out_dir
+    partial = out_dir.with_name(f"{out_dir.name}.partial-{uuid.uuid4().hex}")
+    try:
+        partial.mkdir(parents=True)
+        _write_weights(model_dir, partial)
+        copy_companions(model_dir, partial)
+        config = json.loads((model_dir / "config.json").read_bytes())
+        config["quantization_config"] = _quantization_config()
+        (partial / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        partial.rename(out_dir)
+    except OSError as error:
+        if not out_dir.is_dir():  # else another process was first
+            raise WeightError(f"{out_dir}: cannot write the INT8 model ({error})") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out_dir
+
+
+def _write_weights(model_dir: Path, target: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    linear, where = linear_weights(model_dir), {}
+    files = sorted(model_dir.glob("*.safetensors"))
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            # A safetensors file has keys and is no mapping.
+            read = ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+            tensors = dict(quantized(read, linear))
+        save_file(tensors, target / path.name, metadata={"format": "pt"})
+        share(target / path.name)
+        where |= dict.fromkeys(tensors, path.name)
+    if missing := sorted(linear - where.keys()):
+        raise WeightError(
+            f"{model_dir}: no .safetensors file has {missing[0]} and {len(missing) - 1} more of "
+            "the model's linear weights. Save the model in safetensors format"
+        )
+    if len(files) > 1:
+        index = {"metadata": {}, "weight_map": where}
+        (target / INDEX_NAME).write_text(json.dumps(index), encoding="utf-8")
+
+
+def _quantization_config() -> dict[str, Any]:
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": _WEIGHTS_8_BITS,
+                "input_activations": _INPUTS_8_BITS,
+                "output_activations": None,
+            }
+        },
+    }

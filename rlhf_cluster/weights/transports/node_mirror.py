@@ -1,0 +1,374 @@
+"""A copy of the newest version in a folder of this node, for all its readers.
+
+    storage or another node --> local folder --> every reader of this node, and other nodes
+
+Which file comes from where is the plan of `weights.relay`: the storage gives each file about
+once, however many nodes there are. Readers then read the local folder as they would the storage,
+and verify as much.
+
+Promises:
+- a node brings each file once, whatever number of readers it has: one of them brings, the others
+  wait;
+- a file has its name only when it is whole, and is as long as the manifest says; what is in it is
+  verified by who reads it, and a version that was found damaged (`distrust`) is brought again,
+  from the storage;
+- a planner that cannot be asked costs the relay and not the version: all comes from the storage
+  then;
+- every wait ends with the deadline; a fetch from a node that hangs ends with its lease, and goes on
+  elsewhere;
+- files of runs that have ended are removed by the next run that has readers on this node.
+
+Space: the files of the newest version and those that it builds on, and while it comes those of
+the one before. Bytes between nodes are not encrypted, as in `weights.peers`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from rlhf_cluster.errors import StalledError, WeightError
+from rlhf_cluster.records import WeightVersion
+from rlhf_cluster.util.durable_files import take_lock
+from rlhf_cluster.weights.manifest import Manifest, decode
+from rlhf_cluster.weights.transports.rank_memory import (
+    PeerObjects,
+    ShardServer,
+)
+from rlhf_cluster.weights.transports.relay_plan import (
+    Assignment,
+    Piece,
+)
+from rlhf_cluster.weights.transports.shared_files import (
+    MANIFEST_NAME,
+    gone,
+    version_dir,
+)
+from rlhf_cluster.weights.transports.transport import Deadline
+
+PARALLEL = 4
+"""Files that a node fetches at once, and that it gives to others at once."""
+MAX_FAILURES = 8
+"""Fetches of one version that may fail in a row of any kind before the version is refused."""
+_LOCK_POLL_S = 0.05
+_ASK_AGAIN_S = (0.01, 0.5)  # the first pause where there is no turn, and the longest
+_CALL_BYTES = 16 << 20
+
+
+class Planner(Protocol):
+    """`RelayPlan`, wherever it is. Raises `WeightError` when it cannot be asked."""
+
+    def exchange(
+        self,
+        node: str,
+        wanted: Sequence[Piece],
+        done: Sequence[tuple[Piece, Any]],
+        failed: Sequence[tuple[Piece, str | None]],
+    ) -> Assignment | None: ...
+
+    def keeps(self, node: str, versions: Sequence[int]) -> None: ...
+
+
+@dataclass(slots=True)
+class _Wanted:
+    """The pieces that a node still needs, for the threads that fetch them."""
+
+    sizes: dict[Piece, int | None]
+    open: list[Piece] = field(default_factory=list)
+    failures: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Mirror:
+    """The versions of store `root` in folder `local` of this node. Serves one call at a time."""
+
+    def __init__(
+        self,
+        root: str | Path,
+        local: str | Path,
+        node: str,
+        planner: Planner,
+        server: ShardServer,
+        lease_s: float = 120.0,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """`node` names this process among all; `server` gives others what it has brought."""
+        self._root, self._local, self._node = Path(root), Path(local), node
+        self._planner, self._server, self._lease_s = planner, server, lease_s
+        self._peers = PeerObjects(node, None, own=lambda: server)
+        self._sleep = sleep
+        self._lent: dict[Piece, int] = {}
+        self._seen: tuple[int, int] | None = None  # (version, when it came), of the last one
+        self._distrusted: tuple[int, int] | None = None
+        self._use: int | None = None
+
+    def bring(self, version: WeightVersion, deadline: Deadline) -> WeightVersion:
+        """`version`, with its path in the local folder, where all its files are, and those of the
+        versions that it builds on.
+
+        Waits for: another reader of this node that brings it; its turn at a source; bytes. Raises
+        `WeightError`, `StalledError`; other versions are as before then.
+        """
+        with self._locked(deadline):
+            number = version.version
+            if self._distrusted is not None and self._distrusted == self._here(number):
+                self._remove(number)  # by nobody else of this node meanwhile
+            else:
+                self._distrusted = None
+            manifest = self._manifest(number, version.digest, deadline)
+            chain = [self._manifest(n.version, n.digest, deadline) for n in manifest.chain]
+            sizes: dict[Piece, int | None] = {
+                Piece(m.version, name): entry.num_bytes
+                for m in (*chain, manifest)
+                for name, entry in m.files.items()
+            }
+            self._fetch({p: n for p, n in sizes.items() if not self._path(p).exists()}, deadline)
+            self._distrusted, self._seen = None, self._here(number)
+            kept = [link.version for link in manifest.chain] + [number]
+            self._remove_all_but(kept)
+        return replace(version, path=str(version_dir(self._local, number)))
+
+    def distrust(self, version: int) -> None:
+        """`version` did not come out as published: bring it again next time, from the storage, unless
+        another reader of this node did."""
+        if self._seen is not None and self._seen[0] == version:
+            self._distrusted = self._seen
+
+    def close(self) -> None:
+        """Serve nobody any more, and remove the files where this was the node's last reader."""
+        self._server.close()
+        if self._use is not None:
+            os.close(self._use)
+            self._use = None
+        sweep(self._local.parent)
+
+    # What is here
+
+    def _path(self, piece: Piece) -> Path:
+        return version_dir(self._local, piece.version) / piece.name
+
+    def _here(self, number: int) -> tuple[int, int] | None:
+        """Which copy of a version is here."""
+        try:
+            return number, self._path(Piece(number, MANIFEST_NAME)).stat().st_mtime_ns
+        except FileNotFoundError:
+            return None
+
+    def _manifest(self, number: int, digest: str, deadline: Deadline) -> Manifest:
+        """Of a version, in the local folder afterwards, with the digest that was announced."""
+        piece = Piece(number, MANIFEST_NAME)
+        for again in (False, True):
+            if not self._path(piece).exists():
+                self._fetch({piece: None}, deadline, from_storage=again)
+            manifest = decode(self._path(piece).read_bytes(), str(self._path(piece)))
+            if manifest.digest == digest:
+                return manifest
+            # a version of this number was published before, by a learner that was lost
+            self._remove(number)
+        raise WeightError(
+            f"{version_dir(self._root, number)}: digest {manifest.digest}, expected {digest}: not the "
+            "version that was announced. Pull the latest version again"
+        )
+
+    def _remove(self, number: int) -> None:
+        for piece in [p for p in self._lent if p.version == number]:
+            self._server.drop([self._lent.pop(piece)])
+        shutil.rmtree(version_dir(self._local, number), ignore_errors=True)
+
+    def _remove_all_but(self, kept: Sequence[int]) -> None:
+        for folder in self._local.glob("v*"):
+            if folder.name[1:].isdigit() and int(folder.name[1:]) not in kept:
+                self._remove(int(folder.name[1:]))
+        with contextlib.suppress(WeightError):  # it only saves others a question in vain
+            self._planner.keeps(self._node, kept)
+
+    @contextlib.contextmanager
+    def _locked(self, deadline: Deadline) -> Iterator[None]:
+        """No other reader of this node brings anything inside the block; the folder is in use."""
+        fd = None
+        try:
+            self._begin_use(deadline)
+            path = self._local / ".lock"
+            fd = _open(path)
+            while not take_lock(fd, path):
+                deadline.left_s(f"{path}, which another reader of this node holds")
+                self._sleep(_LOCK_POLL_S)
+            yield
+        except OSError as error:
+            if isinstance(error, StalledError):
+                raise
+            raise WeightError(
+                f"{self._local}: the node's copy of the weights cannot be written ({error}). Free "
+                "space there, or give weights.mirror another folder"
+            ) from error
+        finally:
+            if fd is not None:
+                os.close(fd)
+
+    def _begin_use(self, deadline: Deadline) -> None:
+        """Until `close`, or the end of this process, `sweep` leaves the folder alone."""
+        use = _use_file(self._local)
+        use.parent.mkdir(parents=True, exist_ok=True)
+        if self._use is None:
+            sweep(use.parent)
+        while self._use is None:
+            fd = _open(use)
+            if take_lock(fd, use, shared=True) and os.fstat(fd).st_nlink:
+                self._use = fd
+            else:  # a sweep is at it, or has just removed it
+                os.close(fd)
+                deadline.left_s(f"{use}, which a reader that starts on this node holds")
+                self._sleep(_LOCK_POLL_S)
+        self._local.mkdir(exist_ok=True)
+
+    # Fetching
+
+    def _fetch(
+        self, sizes: dict[Piece, int | None], deadline: Deadline, from_storage: bool = False
+    ) -> None:
+        """All of these, `PARALLEL` at once. Raises the first failure that no other source can
+        mend."""
+        if not sizes:
+            return
+        wanted = _Wanted(sizes, open=list(sizes))
+        direct = from_storage or self._distrusted is not None
+        with ThreadPoolExecutor(min(PARALLEL, len(sizes)), f"{self._node}-mirror") as threads:
+            running = [threads.submit(self._fetch_some, wanted, direct, deadline) for _ in sizes]
+            try:
+                for fetching in running:
+                    fetching.result()
+            except BaseException:
+                wanted.open.clear()
+                raise
+
+    def _fetch_some(self, wanted: _Wanted, direct: bool, deadline: Deadline) -> None:
+        """Piece after piece until none is left. Waits for: its turn, and each piece."""
+        pause_s, longest_s = _ASK_AGAIN_S
+        while True:
+            with wanted.lock:
+                if not wanted.open:
+                    return
+                found = self._ask(wanted.open, direct)
+                if found is not None:
+                    wanted.open.remove(found.piece)
+            if found is None:
+                self._sleep(min(pause_s, deadline.left_s("its turn at a source of the weights")))
+                pause_s = min(longest_s, 2 * pause_s)
+                continue
+            pause_s = _ASK_AGAIN_S[0]
+            self._fetch_one(wanted, found, direct, deadline)
+
+    def _ask(self, wanted: Sequence[Piece], direct: bool) -> Assignment | None:
+        if direct:
+            return Assignment(piece=wanted[0], source=None)
+        try:
+            return self._planner.exchange(self._node, wanted, (), ())
+        except WeightError:
+            return Assignment(piece=wanted[0], source=None)
+
+    def _fetch_one(
+        self, wanted: _Wanted, found: Assignment, direct: bool, deadline: Deadline
+    ) -> None:
+        piece = found.piece
+        try:
+            self._bring_one(found, wanted.sizes[piece], deadline)
+        except (WeightError, StalledError):
+            if not direct:
+                self._report(failed=[(piece, found.source)])
+            deadline.left_s(f"{piece.name} of version {piece.version}")
+            with wanted.lock:
+                wanted.failures += 1
+                if found.source is None or wanted.failures > MAX_FAILURES:
+                    raise
+                wanted.open.append(piece)
+            return
+        if not direct:
+            self._report(done=[(piece, self._lend(piece))])
+
+    def _report(self, done: Sequence[Any] = (), failed: Sequence[Any] = ()) -> None:
+        with contextlib.suppress(WeightError):  # its lease ends by itself
+            self._planner.exchange(self._node, (), done, failed)
+
+    def _bring_one(self, found: Assignment, size: int | None, deadline: Deadline) -> None:
+        piece, path = found.piece, self._path(found.piece)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        with partial.open("wb", buffering=0) as file:
+            if found.source is None:
+                self._copy(version_dir(self._root, piece.version) / piece.name, file, deadline)
+            else:
+                what = f"{piece.name} of version {piece.version} from {found.source}"
+                lease = Deadline(what, min(self._lease_s, deadline.left_s(what)))
+                for chunk in self._peers.fetch([found.address], lease)[0]:
+                    _write_all(file, chunk)
+            num_bytes = file.tell()
+        if size is not None and num_bytes != size:
+            raise WeightError(
+                f"{piece.name} of version {piece.version} has {num_bytes} bytes in "
+                f"{found.source or self._root}, expected {size}. Publish the version again"
+            )
+        partial.replace(path)
+
+    def _copy(self, path: Path, file: Any, deadline: Deadline) -> None:
+        with contextlib.ExitStack() as stack:
+            try:
+                stored = stack.enter_context(path.open("rb", buffering=0))
+            except FileNotFoundError as error:
+                raise WeightError(gone(str(path.parent))) from error
+            except OSError as error:
+                raise WeightError(f"{path}: cannot be opened ({error})") from error
+            while True:
+                deadline.left_s(str(path))
+                try:
+                    chunk = stored.read(_CALL_BYTES)
+                except OSError as error:
+                    raise WeightError(f"{path}: cannot be read ({error})") from error
+                if not chunk:
+                    return
+                _write_all(file, chunk)
+
+    def _lend(self, piece: Piece) -> Any:
+        """The handle of a piece that is here. It is mapped, not copied: it is removed, never
+        cut."""
+        with self._path(piece).open("rb") as file:
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        handle = self._server.lend([data])
+        self._lent[piece] = handle.key
+        return handle
+
+
+def sweep(folder: Path) -> None:
+    """Remove the copies of runs in `folder` that no process of this node uses."""
+    for use in folder.glob(".*.use"):
+        with contextlib.suppress(OSError):
+            fd = _open(use)
+            try:
+                if take_lock(fd, use):
+                    shutil.rmtree(folder / use.name[1 : -len(".use")], ignore_errors=True)
+                    use.unlink(missing_ok=True)
+            finally:
+                os.close(fd)
+
+
+def _use_file(local: Path) -> Path:
+    return local.with_name(f".{local.name}.use")
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+
+
+def _write_all(file: Any, data: bytes | memoryview) -> None:
+    view = memoryview(data).cast("B")
+    done = 0
+    while done < len(view):
+        done += file.write(view[done:])

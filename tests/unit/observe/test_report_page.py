@@ -1,0 +1,236 @@
+"""The HTML report: complete, self-contained, and safe whatever the samples hold."""
+
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
+from rlhf_cluster.cli.commands import main
+from rlhf_cluster.observe.report.charts import MAX_POINTS, Curve, chart, ticks
+from rlhf_cluster.observe.report.page import page, text
+from rlhf_cluster.observe.report.read_run import read_run
+from rlhf_cluster.run.run_directory import RunDir
+from tests.support.builders.recorded_run import record_run
+from tests.support.builders.run_configs import tiny_config
+
+HOSTILE = (
+    "</pre><script>alert(1)</script><img src=x onerror='alert(2)'>\" & \u202e \x1b[31m {{7*7}}"
+)
+VOID = {"meta", "path", "circle"}
+
+
+class Elements(HTMLParser):
+    """Every element of a page, and whether all of them are closed in order."""
+
+    def __init__(self, content: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.feed(content)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    return record_run(tmp_path_factory.mktemp("runs"), hostile=HOSTILE)
+
+
+@pytest.fixture(scope="module")
+def content(recorded):
+    return page([read_run(RunDir.open(recorded))], now_s=1.7e9)
+
+
+def test_hostile_text_stays_text(content):
+    elements = Elements(content)
+    tags = {tag for tag, _ in elements.found}
+    assert tags & {"script", "img", "iframe", "object", "link", "form", "input", "a"} == set()
+    assert "".join(elements.text).count("<script>alert(1)</script>") > 10, "shown as it is"
+    assert not [name for _, attributes in elements.found for name in attributes if name[:2] == "on"]
+    assert "\u202e" not in content
+    assert "\x1b" not in content
+
+
+def test_the_page_loads_nothing(content):
+    elements = Elements(content)
+    assert not [
+        attributes
+        for _, attributes in elements.found
+        if {"src", "href", "srcset"} & set(attributes)
+    ]
+    assert "url(" not in content
+    assert "@import" not in content
+    policy = next(
+        a for tag, a in elements.found if a.get("http-equiv") == "Content-Security-Policy"
+    )
+    assert "default-src 'none'" in str(policy["content"])
+    assert "script-src" not in str(policy["content"])
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "generation-bound: learner waits 50 % of the time; one more generation worker (2 -&gt; 3)",
+        "0.1 -&gt; 0.6",
+        "0.25 (step 0)",
+        "Who waits for whom",
+        "step 6: 3 samples",
+        "g00000010/1 | reward 1 |",
+        "versions 4..4 | staleness 1 | ended by stop | generation-0, fake",
+        "generation-1 died: ",
+        "6 of 8",
+        "prefers-color-scheme:dark",
+        'name="viewport"',
+    ],
+)
+def test_the_page_has(content, part):
+    assert part in content
+
+
+def test_the_parts_of_the_reward_are_drawn_beside_what_is_watched(recorded, content):
+    run = read_run(RunDir.open(recorded))
+    for record in run.steps:
+        for part in ("gold", "proxy", "ens.0", "ens.disagreement"):
+            record[f"reward/part/{part}"] = 0.5
+    drawn = page([run], now_s=1.7e9)
+    for shown in ("Parts of the reward", "gold", "proxy", "ens.disagreement"):
+        assert shown in drawn
+    assert "ens.0" not in drawn, "members are told by how far they disagree"
+    assert "Parts of the reward" not in content, "nothing is drawn where no parts were recorded"
+
+
+def test_routine_lines_of_the_log_are_no_events(content):
+    assert "step 1: reward 0.5, 1 s" not in content
+    assert "not an event" not in content
+
+
+def test_several_runs_are_compared(recorded, tmp_path):
+    other = record_run(tmp_path, "other", steps=4, learner={"learning_rate": 5e-4})
+    found = page([read_run(RunDir.open(path)) for path in (recorded, other)], now_s=1.7e9)
+    Elements(found)
+    assert "recorded: mean of the step" in found
+    assert "other: mean of the step" in found
+    row = "<tr><th>learner.learning_rate</th><td>0.001</td><td>0.0005</td></tr>"
+    assert row in found
+    assert "algorithm.group_size" not in found, "only what differs"
+
+
+def test_a_run_that_has_just_started_gives_a_page(tmp_path):
+    config = tiny_config(run={"root": str(tmp_path), "name": "young"})
+    with RunDir.create(tmp_path / "young", config) as run:
+        found = page([read_run(RunDir.open(run.path))], now_s=1.7e9)
+    Elements(found)
+    assert "starting" in found
+    assert "nothing recorded" in found
+
+
+def test_an_offline_stage_shows_what_it_is_watched_by(tmp_path):
+    path = record_run(tmp_path, "stage", steps=1)
+    run = RunDir.open(path)
+    status = run.read_status()
+    assert status is not None
+    run.write_status(replace(status, stage="sft", metric="sft/loss", metric_value=1.25))
+    (path / "metrics.jsonl").write_text('{"step": 1, "time_s": 1.0, "sft/loss": 1.25}\n')
+    found = page([read_run(run)], now_s=1.7e9)
+    Elements(found)
+    assert "<figcaption>sft/loss</figcaption>" in found
+    assert "<td>1.25, held-out -</td>" in found
+    assert "Who waits for whom" not in found, "nothing of it is recorded"
+    assert "bottleneck" not in found
+
+
+def test_what_is_damaged_is_named_and_the_rest_shown(tmp_path):
+    path = record_run(tmp_path)
+    (path / "samples" / "step-000002.parquet").write_bytes(b"PAR1")
+    (path / "status.json").write_text("{")
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "rew')  # being written
+    (path / "post_mortem.json").write_text('{"first_cause": "WorkerError: <b>"}')
+    found = page([read_run(RunDir.open(path))], now_s=1.7e9)
+    Elements(found)
+    assert "step-000002.parquet: cannot be read as samples" in found
+    assert "not a run&#x27;s status" in found
+    assert "step 1: 3 samples" in found
+    assert "WorkerError: &lt;b&gt;" in found
+
+
+def test_the_command_writes_into_the_run_or_where_it_is_told(recorded, tmp_path, capsys):
+    assert main(["report", str(recorded)]) == 0
+    assert capsys.readouterr().out == f"{recorded / 'report.html'}\n"
+    assert (recorded / "report.html").read_text().startswith("<!doctype html>")
+    target = tmp_path / "two.html"
+    assert main(["report", str(recorded), str(recorded), "--out", str(target)]) == 0
+    assert target.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["two.html"]
+    assert main(["report", str(tmp_path)]) == 1
+    assert "no such run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.0, 1.0, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (0.0, 119.0, [0.0, 50.0, 100.0]),
+        (-1.0, 1.0, [-1.0, -0.5, 0.0, 0.5, 1.0]),
+        (1e-7, 3e-7, [1e-7, 1.5e-7, 2e-7, 2.5e-7, 3e-7]),
+        (3.2, 9.9, [4.0, 6.0, 8.0]),
+    ],
+)
+def test_ticks_are_round_numbers_inside(low, high, expected):
+    assert ticks(low, high) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        [(1, 1.0)],
+        [(1, 2.0), (2, 2.0)],
+        [(1, 0.0), (2, 0.0)],
+        [(0, -3e9), (5, 4e9)],
+        [(k, math.sin(k)) for k in range(5000)],
+        [(1, math.nan), (2, 1.0), (3, math.inf), (4, 2.0)],
+    ],
+)
+def test_a_curve_stays_inside_its_picture(points):
+    drawn = chart("a < b", [Curve(label="<i>", points=points)])
+    picture = re.search(r"<svg.*</svg>", drawn, re.S)
+    assert picture is not None
+    root = ElementTree.fromstring(picture[0])
+    width, height = (float(x) for x in root.attrib["viewBox"].split()[2:])
+    numbers = [
+        tuple(map(float, pair))
+        for node in root.iter("path")
+        if "line" in node.attrib["class"]
+        for pair in re.findall(r"([-\d.]+) ([-\d.]+)", node.attrib["d"])
+    ]
+    numbers += [(float(n.attrib["cx"]), float(n.attrib["cy"])) for n in root.iter("circle")]
+    assert 1 <= len(numbers) <= MAX_POINTS
+    assert all(0 <= x <= width and 0 <= y <= height for x, y in numbers)
+    assert "&lt;i&gt;" in drawn
+
+
+def test_a_chart_without_values_says_so():
+    assert "nothing recorded" in chart("x", [Curve(label="a", points=[(1, math.nan)])])
+
+
+def test_text_is_safe_in_attributes_too():
+    assert text("\" ' < > &") == "&quot; &#x27; &lt; &gt; &amp;"
+    assert text("a\nb\tc\x00\u202e") == "a\nb\tc\ufffd\ufffd"

@@ -1,0 +1,167 @@
+"""What README and docs state: commands that parse, files that exist, figures that were measured."""
+
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import typer
+
+from rlhf_cluster.cli.commands import app
+from rlhf_cluster.observe.metrics.metric_sender import docs_table
+from tests.support.builders.run_configs import tiny_config
+
+README = Path("README.md").read_text()
+COMMANDS = [
+    line.split("#")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    for line in block.splitlines()
+    if line.strip()
+]
+FIGURES = json.loads(Path("benchmarks/results/loop.json").read_text())["figures"]
+
+
+def test_the_readme_has_the_two_commands():
+    assert {"make quickstart", "make test"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])
+def test_every_make_target_of_the_readme_exists(command):
+    done = subprocess.run([*shlex.split(command), "--dry-run"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "rlhf-cluster" in c])
+def test_every_command_of_the_readme_parses_and_names_real_files(command):
+    words = [w for w in shlex.split(command) if not re.fullmatch(r"[A-Z0-9_]+=\S*", w)]
+    assert words[0] == "rlhf-cluster"
+    group = typer.main.get_command(app)
+    name, parsed, rest = group.resolve_command(group.make_context("x", words[1:]), words[1:])
+    assert name == words[1]
+    parsed.make_context(name, list(rest))
+    for word in words:
+        if word.startswith("configs/"):
+            assert Path(word).exists()
+
+
+def test_every_figure_of_the_readme_is_the_measured_one():
+    rows = re.findall(r"^\| [^|]+ \| ([\d.]+)[^|]*\| `(\w+)` \|$", README, flags=re.MULTILINE)
+    assert len(rows) >= 8
+    for shown, name in rows:
+        digits = len(shown.partition(".")[2])
+        assert float(shown) == round(FIGURES[name], digits), name
+
+
+def test_every_key_for_who_comes_from_another_system_is_one_of_ours():
+    text = Path("docs/algorithms.md").read_text()
+    table = text.partition("## For who comes from")[2]
+    rows = re.findall(r"^\| (`[^|]+) \|", table, flags=re.MULTILINE)
+    keys = [key for row in rows for key in re.findall(r"`([\w.]+)`", row)]
+    assert len(keys) >= 18
+    config = tiny_config(algorithm={"type": "grpo"})
+    for key in keys:
+        section, _, name = key.partition(".")
+        assert name in type(getattr(config, section)).model_fields, key
+
+
+def test_what_the_documents_say_of_learning_is_what_was_measured():
+    found = json.loads(Path("benchmarks/results/learning_curves.json").read_text())["figures"]
+    mean = {name.split("/")[1]: value for name, value in found.items() if name.endswith("/mean")}
+    section = README.partition("## What it learns")[2].partition("\n## ")[0]
+    rows = re.findall(r"([A-Z]{3,5})\s([\d.]+\d)", section)
+    assert len(rows) == 6
+    for name, shown in rows:
+        assert all(f"reward_after/{name.lower()}/{seed}" in found for seed in range(3))
+        assert float(shown) == pytest.approx(mean[name.lower()], abs=0.0051), name
+
+
+def test_what_the_documents_say_of_staleness_is_what_was_measured():
+    found = json.loads(Path("benchmarks/results/staleness_study.json").read_text())
+    text = Path("docs/algorithms.md").read_text()
+    rows = re.findall(
+        r"^\| (\d) \| ([\d.]+) \| clip ([\d.]+) / [\d.]+, learning rate (\S+) \|$", text, re.M
+    )
+    assert [int(staleness) for staleness, *_ in rows] == [0, 2, 4, 8]
+    clips = {"clip": "0.2", "wide": "0.4"}
+    for staleness, reward, low, rate in rows:
+        name = f"best_at_{staleness}" if staleness != "0" else "sync"
+        assert float(reward) == pytest.approx(found["figures"][name], abs=0.00051), name
+        setting, _, searched = found["settings"][name].partition("@")
+        assert (clips[setting], float(searched)) == (low, float(rate)), name
+    shown = re.findall(r"([\d.]+) with `bypass` and at ([\d.]+) with `recompute`", text)
+    runs = [found["runs"][f"{name}@0.0003/4/0"] for name in ("clip_tis", "decoupled_tis")]
+    expected = [run["reward_after"] for run in runs]
+    assert [tuple(map(float, pair)) for pair in shown] == [pytest.approx(expected, abs=0.0051)]
+
+
+def test_what_the_documents_say_of_int8_is_what_was_measured():
+    runs = json.loads(Path("benchmarks/results/int8_scoring.json").read_text())["runs"].values()
+    section = Path("docs/rewards.md").read_text().partition("## Frozen models in 8 bits")[2]
+    found = re.findall(
+        r"^\| .+ against .+ \| ([\d.]+) \| ([\d.]+) % \| ([\d.]+) \| ([\d.]+) \|$", section, re.M
+    )
+    compared = (
+        "bfloat16_vs_float32",
+        "int8_vs_float32",
+        "int8_vs_bfloat16",
+        "int8_float32_vs_float32",
+    )
+    for shown, name in zip(found, compared, strict=True):
+        means = [run[f"reference/mean_abs_difference/{name}"] for run in runs]
+        expected = (
+            round(min(run[f"reward/spearman/{name}"] for run in runs), 5),
+            round(100 * max(run[f"reward/order_changed/{name}"] for run in runs), 2),
+            round(sum(means) / len(means), 4),
+            round(max(run[f"reference/max_abs_difference/{name}"] for run in runs), 3),
+        )
+        assert tuple(map(float, shown)) == expected, name
+
+
+def test_the_result_names_machine_versions_and_command():
+    result = json.loads(Path("benchmarks/results/loop.json").read_text())
+    assert {"machine", "versions", "command", "date", "figures", "runs"} <= set(result)
+    assert {
+        "pool_over_raw_vllm",
+        "async_over_slower_side",
+        "async_over_sync",
+        "install_s",
+        "first_step_s",
+        "quickstart_s",
+        "reward_before",
+        "reward_after",
+    } <= set(result["figures"])
+
+
+def test_the_table_of_metrics_is_the_one_in_the_code():
+    assert Path("docs/metrics.md").read_text().endswith(docs_table())
+
+
+def test_files_that_the_documents_name_exist():
+    for document in [Path("README.md"), *Path("docs").glob("*.md")]:
+        for name in re.findall(
+            r"`((?:rlhf_cluster|actors|tests|configs|docs|benchmarks)/[\w./]+)`",
+            document.read_text(),
+        ):
+            assert Path(name).exists(), f"{document}: {name}"
+        for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", document.read_text()):
+            assert Path(name).exists(), f"{document}: {name}"
+
+
+def test_every_test_that_the_documents_name_exists():
+    named = [
+        found
+        for document in [Path("README.md"), *Path("docs").glob("*.md")]
+        for found in re.findall(r"(tests/[\w/]+\.py)::(\w+)", document.read_text())
+    ]
+    assert len(named) > 40
+    missing = [
+        f"{file}::{name}"
+        for file, name in named
+        if not Path(file).exists()
+        or not re.search(
+            rf"^ *(async )?(def|class) {name}\b|^{name} =", Path(file).read_text(), re.M
+        )
+    ]
+    assert missing == []

@@ -1,0 +1,102 @@
+"""Many workers, in virtual time: slow storage and lost nodes end no healthy worker and no run."""
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from benchmarks.scale import at, hang, simulated, soon
+from tests.support.simulation.simulated_cluster import (
+    GB,
+    Shape,
+)
+
+SMALL = Shape(nodes=6, workers_per_node=4, files=24, steps=4, groups_per_step=24)
+SHORT = {"pull_timeout_s": 20.0, "pull_bytes_per_s": 1 * GB}
+
+
+def test_the_storage_gives_each_file_once_and_24_readers_wait_little_longer_than_one():
+    outcome = simulated(SMALL)
+    assert (outcome.steps, outcome.ended) == (4, "")
+    assert outcome.storage_bytes == pytest.approx(5 * SMALL.num_bytes), "five versions"
+    one_copy_s = SMALL.num_bytes / SMALL.storage
+    memory_s = SMALL.num_bytes / SMALL.reader
+    assert max(outcome.live_s) < 2 * one_copy_s + memory_s + 0.5 * one_copy_s
+    alone = simulated(Shape(**{**vars(SMALL), "relay": False}))
+    assert min(alone.live_s) > 10 * one_copy_s
+
+
+@pytest.mark.parametrize(
+    ("events", "live", "started"),
+    [
+        (soon(60.0, lambda c: c.lose_workers(12)), 24, 36),
+        (soon(18.0, lambda c: c.lose_nodes(0, 1)), 16, 24),
+        (at(0, hang), 20, None),
+        (soon(5.0, lambda c: c.stall_storage(65.0)), 24, 24),
+        (soon(18.0, lambda c: c.stall_storage(65.0)), 24, 24),
+    ],
+    ids=["half", "rack", "bad node", "stalled write", "stalled read"],
+)
+def test_lost_nodes_and_stalls_cost_neither_the_run_nor_a_healthy_worker(events, live, started):
+    outcome = simulated(SMALL, events)
+    assert (outcome.steps, outcome.ended, outcome.healthy_killed) == (4, "", 0)
+    assert outcome.live_at_end == live
+    assert started is None or outcome.started == started
+    assert outcome.behind == 0
+
+
+def test_a_stall_longer_than_a_workers_deadline_costs_a_publish_and_no_worker():
+    shape = Shape(**{**vars(SMALL), "num_bytes": 8 * GB, "generation": SHORT})
+    outcome = simulated(shape, soon(1.0, lambda c: c.stall_storage(250.0)))
+    assert (outcome.steps, outcome.ended, outcome.healthy_killed) == (4, "", 0)
+    assert (outcome.live_at_end, outcome.started) == (24, 24)
+    assert outcome.refused > 0, "nobody could read it in time, and it was published again"
+
+
+TINY = Shape(
+    nodes=4,
+    workers_per_node=3,
+    files=6,
+    num_bytes=8 * GB,
+    steps=5,
+    groups_per_step=12,
+    group_s=90.0,
+)
+HAPPENINGS = {
+    "lose a worker": lambda cluster: cluster.lose_workers(1),
+    "lose half": lambda cluster: cluster.lose_workers(6),
+    "stall": lambda cluster: cluster.stall_storage(65.0),
+}
+
+
+# a failure is not made smaller: tasks are told apart by their addresses, so that orders differ
+@settings(
+    max_examples=15,
+    deadline=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+@given(
+    happenings=st.lists(
+        st.tuples(st.integers(0, 3), st.floats(0.0, 250.0), st.sampled_from(sorted(HAPPENINGS))),
+        max_size=3,
+        unique_by=lambda each: each[2],
+    ),
+    max_staleness=st.integers(0, 3),
+)
+def test_the_real_pool_and_client_keep_the_bound_whatever_is_lost_or_slow(
+    happenings, max_staleness
+):
+    """What the theorem of the bound supposes: nobody works, and nobody joins, with older weights than
+    those that were announced as live."""
+    shape = Shape(**{**vars(TINY), "max_staleness": max_staleness, "generation": SHORT})
+
+    def events(cluster, now):
+        for step, delay_s, name in happenings:
+            if step == now:
+                cluster.loop.call_later(delay_s, HAPPENINGS[name], cluster)
+
+    outcome = simulated(shape, events)
+    assert (outcome.steps, outcome.ended, outcome.healthy_killed) == (5, "", 0)
+    assert outcome.stale_starts == []
+    assert len(outcome.staleness) == 60
+    assert max(outcome.staleness) <= max_staleness

@@ -1,0 +1,93 @@
+"""Where a text states its answer."""
+
+import pytest
+
+from rlhf_cluster.rewards.rules.final_answer import (
+    final_statement,
+    target_statement,
+    without_thinking,
+)
+from rlhf_cluster.rewards.rules.numeric import final_number
+
+
+@pytest.mark.parametrize(
+    ("text", "statement"),
+    [
+        ("#### Step 1\n48\n#### Step 2\nso \\boxed{72}", ("72", "box")),
+        ("so \\boxed{72}\n#### 48", ("72", "box")),
+        ("\\boxed{1} then \\boxed{\\frac{1}{2}} or 3", ("\\frac{1}{2}", "box")),
+        ("\\boxed{1}, \\boxed{2}", ("1, 2", "box")),
+        ("$\\boxed{1}$ and $\\boxed{2}$", ("1, 2", "box")),
+        ("\\boxed{1} or \\boxed{2}", ("1, 2", "box")),
+        ("\\boxed{2}\n\\[\\boxed{2}\\]", ("2", "box")),
+        ("\\boxed{2} of \\boxed{}", ("2", "box")),
+        ("\\boxed{\\boxed{2}}", ("2", "box")),
+        ("\\boxed {2}", ("2", "box")),
+        ("\\boxed{\\text{a}\\}b}", ("\\text{a}\\}b", "box")),
+        ("\\boxed{72\nand so on", ("72", "box")),
+        ("<answer>a\n#### 72</answer>", ("72", "hash")),
+        ("<answer> 72 </answer>", ("72", "tag")),
+        ("<answer>It is \\boxed{72}</answer>", ("72", "box")),
+        ("so\n#### 72\n\n", ("72", "hash")),
+        ("so #### 72", ("72", "hash")),
+        ("#### 72\nso", ("#### 72\nso", "prose")),
+        ("#### 72\nso\n####", ("#### 72\nso\n####", "prose")),
+        ("the answer is 72\nCheck: 5", ("72", "said")),
+        ("Answer: 71\nno, the answer is 72.", ("72.", "said")),
+        ("**Final Answer**\n\n72 eggs\n", ("72 eggs", "said")),
+        ("The final answer is:\n\\[\n72\n\\]\nDone 5.", ("72", "said")),
+        ("The answer is 72. The answer is right.", ("72. The answer is right.", "said")),
+        ("What is the answer? 72", ("What is the answer? 72", "prose")),
+        ("The answer is not 71", ("The answer is not 71", "prose")),
+        ("It is 72", ("It is 72", "prose")),
+    ],
+)
+def test_b1_the_statement_of_a_completion(text, statement):
+    assert final_statement(text) == statement
+
+
+@pytest.mark.parametrize(
+    ("text", "rest"),
+    [
+        ("<think>a</think>b", "b"),
+        ("a</think>b", "b"),
+        ("b<think>a", "b"),
+        ("<think>a</think>b<think>c</think>d", "bd"),
+        ("<think>a<think>b</think>c</think>d", "d"),
+        ("<thinking>a</thinking>b", "b"),
+        ("I think so", "I think so"),
+        ("<think>", ""),
+        ("</think>", ""),
+    ],
+)
+def test_b1_reasoning_is_left_out(text, rest):
+    assert without_thinking(text) == rest
+
+
+@pytest.mark.parametrize(
+    ("text", "statement"),
+    [
+        ("so 5\n#### 72\nmore", ("72", "hash")),
+        ("#### 1\n####   2", ("2", "hash")),
+        ("####", ("", "hash")),
+        ("\\boxed{5}\n#### 72", ("72", "hash")),
+        ("so \\boxed{72}.", ("72", "box")),
+        ("the answer is 72", None),
+    ],
+)
+def test_b1_a_target_keeps_the_rules_of_the_data_sets(text, statement):
+    assert target_statement(text) == statement
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "#### 1. Solve\nso \\boxed{72}",
+        "so \\boxed{72}\n#### Check 5",
+        "so\n#### 72",
+        "<think>\\boxed{5}</think>\\boxed{72}",
+        "\\boxed{5}</think>#### Step 1\n\\boxed{72}\n#### 2. Check",
+    ],
+)
+def test_b1_a_heading_never_hides_a_box(text):
+    assert final_number(text) == 72

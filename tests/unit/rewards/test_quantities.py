@@ -1,0 +1,52 @@
+"""What number an answer is: the table of `tests/support/builders/answer_table.py`, and texts that are
+made to be slow."""
+
+import subprocess
+import sys
+
+import pytest
+
+from rlhf_cluster.rewards.rules.numeric import final_number
+from rlhf_cluster.rewards.rules.quantities import read_target
+from tests.support.builders.answer_table import CASES
+
+NUMERIC = [case for case in CASES if case[2] is not None]
+
+HOSTILE = r"""
+from rlhf_cluster.rewards.programs.code_tests import find_program
+from rlhf_cluster.rewards.rules.multiple_choice import choice
+from rlhf_cluster.rewards.rules.numeric import final_number
+from rlhf_cluster.rewards.rules.quantities import read_target
+pieces = [
+    '1', '1,111', '1,11', '1/', '1 1/', '1 ', '-', '.', '1.', '1e', '1 234 ', '1^', '1*10^', '1 or ',
+    '(1', '=', '1=', '1+', '1:2', '\\boxed{', '\\boxed{1}', '\\boxed{}', '\\boxed{1}, ', '\\frac{1}{',
+    '\\text{', '\\text{{', '0.\\overline{1}', 'x_1', 'x^2', '{', '}', '$1$', '**1** ', '#', '#### ',
+    'answer ', '\\(', 'answer is ', 'Answer:\n', '<think>', '</think>', '<answer>', '```', ' ', '\n',
+    '```python\n', '\u7b54\u6848', 'A or ', 'not A but ', 'A) ', 'answer: A', '\u00bd', '\u00b2',
+]
+reads = (final_number, read_target, lambda t: choice(t, 'BC'), lambda t: find_program(t, True))
+for piece in pieces:
+    text = piece * (100_000 // len(piece)) + '\n1'
+    for read in reads:
+        read(text)
+    final_number('\\boxed{' + text)
+"""
+
+
+def test_b4_the_table_has_enough_of_both_verdicts():
+    assert len(CASES) >= 250
+    assert min(sum(case[2] == verdict for case in NUMERIC) for verdict in (0, 1)) >= 80
+
+
+@pytest.mark.parametrize("case", NUMERIC, ids=lambda case: case[1][:40])
+def test_b4_every_answer_of_the_table_has_its_verdict(case):
+    expected, completion, verdict, _, _ = case
+    target = read_target(expected)
+    assert target is not None
+    assert (final_number(completion) == target.value) == verdict
+
+
+@pytest.mark.timeout(300)
+def test_a_hostile_completion_costs_time_in_proportion_to_its_length():
+    """One quadratic step over 100,000 characters would take minutes, an exponential one for ever."""
+    subprocess.run([sys.executable, "-c", HOSTILE], check=True, timeout=240)

@@ -1,0 +1,227 @@
+"""A node's copy of the versions: brought once a node, from others where they have it, and whole."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_cluster.errors import StalledError, WeightError
+from rlhf_cluster.records import WeightVersion
+from rlhf_cluster.weights import store
+from rlhf_cluster.weights.transports.node_mirror import (
+    Mirror,
+    sweep,
+)
+from rlhf_cluster.weights.transports.rank_memory import ShardServer
+from rlhf_cluster.weights.transports.relay_plan import (
+    Assignment,
+    Piece,
+    RelayPlan,
+)
+from rlhf_cluster.weights.transports.shared_files import MANIFEST_NAME
+from rlhf_cluster.weights.transports.transport import Deadline
+from tests.support.builders.small_weights import (
+    assert_same,
+    publish,
+    small_model,
+)
+
+
+class Planner:
+    """The plan in this process; it counts where files came from, and can be out of reach."""
+
+    def __init__(self) -> None:
+        self.plan, self.sources, self.failures = (
+            RelayPlan(streams=2, uploads=2),
+            list[str | None](),
+            list[Any](),
+        )
+        self.lock, self.gone = threading.Lock(), False
+
+    def exchange(
+        self, node: str, wanted: Sequence[Piece], done: Sequence[Any], failed: Sequence[Any]
+    ) -> Assignment | None:
+        if self.gone:
+            raise WeightError("the planner cannot be reached")
+        with self.lock:
+            for piece, address in done:
+                self.plan.done(node, piece, address)
+            for piece, source in failed:
+                self.failures.append((piece, source))
+                self.plan.failed(node, piece, source)
+            found = self.plan.next(node, wanted) if wanted else None
+            if found is not None:
+                self.sources.append(found.source)
+            return found
+
+    def keeps(self, node: str, versions: Sequence[int]) -> None:
+        with self.lock:
+            self.plan.keeps(node, versions)
+
+
+class Node:
+    def __init__(self, folder: Path, name: str, planner: Planner, host: str | None = None) -> None:
+        self.server = ShardServer(name, "127.0.0.1", 30.0, told=lambda text: None)
+        self.local = folder / (host or name) / "run"
+        self.mirror = Mirror(folder / "weights", self.local, name, planner, self.server)
+
+    def bring(self, version: WeightVersion, seconds: float = 30.0) -> WeightVersion:
+        return self.mirror.bring(version, Deadline(f"bringing {version.version}", seconds))
+
+    def read(self, version: WeightVersion) -> dict[str, Any]:
+        here = self.bring(version)
+        assert Path(here.path).is_relative_to(self.local)
+        return dict(store.read(here.path, expected_digest=version.digest))
+
+
+@pytest.fixture
+def planner() -> Planner:
+    return Planner()
+
+
+@pytest.fixture
+def node(tmp_path: Path, planner: Planner) -> Iterator[Callable[..., Node]]:
+    with contextlib.ExitStack() as stack:
+
+        def build(name: str, host: str | None = None) -> Node:
+            node = Node(tmp_path, name, planner, host)
+            stack.callback(node.mirror.close)
+            return node
+
+        yield build
+
+
+def test_nodes_read_what_was_published_and_the_storage_gives_each_file_once(
+    tmp_path: Path, node, planner: Planner
+) -> None:
+    version = publish(tmp_path / "weights", 1, small_model(seed=1))
+    for name in ("a", "b", "c"):
+        assert_same(node(name).read(version), small_model(seed=1))
+    assert planner.sources.count(None) == 3, "two shards and the manifest"
+    assert len(planner.sources) == 9
+
+
+def test_readers_of_one_node_bring_a_version_once(tmp_path: Path, node, planner: Planner) -> None:
+    version = publish(tmp_path / "weights", 1, small_model(seed=1))
+    readers = [node(f"reader {i}", host="one") for i in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        for found in threads.map(lambda reader: reader.read(version), readers):
+            assert_same(found, small_model(seed=1))
+    assert len(planner.sources) == 3
+
+
+def test_a_chain_is_brought_whole_and_only_what_is_new_and_what_is_not_needed_is_removed(
+    tmp_path: Path, node, planner: Planner
+) -> None:
+    first, second = small_model(seed=1), small_model(seed=1)
+    second["model.norm.weight"] = second["model.norm.weight"] + 1
+    root, one = tmp_path / "weights", node("a")
+    one.read(publish(root, 1, first))
+    planner.sources.clear()
+    version = publish(root, 2, second, base=(1, first))
+    assert_same(one.read(version), second)
+    assert len(planner.sources) == 3, "of the second version alone"
+    assert sorted(f.name for f in one.local.glob("v*")) == ["v000001", "v000002"]
+    one.read(publish(root, 3, first))
+    assert sorted(f.name for f in one.local.glob("v*")) == ["v000003"]
+    assert_same(node("late").read(publish(root, 4, second, base=(3, first))), second)
+
+
+def test_a_damaged_copy_is_brought_again_from_the_storage_once_a_node(
+    tmp_path: Path, node, planner: Planner
+) -> None:
+    version = publish(tmp_path / "weights", 1, small_model(seed=1))
+    readers = [node(f"reader {i}", host="one") for i in range(2)]
+    for reader in readers:
+        reader.bring(version)
+    [shard, *_] = sorted(readers[0].local.glob("v000001/*.safetensors"))
+    damaged = bytearray(shard.read_bytes())
+    damaged[-1] ^= 1
+    shard.write_bytes(damaged)
+    for reader in readers:
+        with pytest.raises(WeightError, match="damaged"):
+            reader.read(version)
+        reader.mirror.distrust(1)
+    planner.sources.clear()
+    for reader in readers:
+        assert_same(reader.read(version), small_model(seed=1))
+    assert planner.sources == [], "the plan is not asked: others may have the damage too"
+
+
+def test_a_version_of_the_same_number_by_another_learner_replaces_the_copy(
+    tmp_path: Path, node, planner: Planner
+) -> None:
+    one = node("a")
+    one.read(publish(tmp_path / "weights", 1, small_model(seed=1)))
+    (tmp_path / "weights").rename(tmp_path / "lost")
+    version = publish(tmp_path / "weights", 1, small_model(seed=2))
+    assert_same(one.read(version), small_model(seed=2))
+    assert_same(node("b").read(version), small_model(seed=2))
+
+
+def test_a_peer_that_is_gone_costs_nothing_but_its_tries(tmp_path: Path, node, planner) -> None:
+    version = publish(tmp_path / "weights", 1, small_model(seed=1))
+    gone = node("gone")
+    gone.read(version)
+    gone.server.close()
+    assert_same(node("b").read(version), small_model(seed=1))
+    assert planner.failures
+    assert {source for _, source in planner.failures} == {"gone"}
+
+
+def test_without_its_planner_a_node_reads_the_storage(tmp_path: Path, node, planner) -> None:
+    planner.gone = True
+    version = publish(tmp_path / "weights", 1, small_model(seed=1))
+    assert_same(node("a").read(version), small_model(seed=1))
+
+
+def test_a_version_that_is_gone_is_refused_and_a_truncated_file_named(
+    tmp_path: Path, node, planner
+) -> None:
+    one = node("a")
+    first = publish(tmp_path / "weights", 1, small_model(seed=1))
+    one.bring(first)
+    second = publish(tmp_path / "weights", 2, small_model(seed=2))
+    [shard, *_] = sorted((tmp_path / "weights" / "v000002").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-4])
+    with pytest.raises(
+        WeightError, match=r"\.safetensors of version 2 has \d+ bytes in .*expected"
+    ):
+        one.bring(second)
+    assert_same(one.read(first), small_model(seed=1))
+    missing = WeightVersion(
+        version=9,
+        path=str(tmp_path / "weights/v000009"),
+        digest="0" * 32,
+        num_tensors=3,
+        num_bytes=9,
+    )
+    with pytest.raises(WeightError, match="there is no such version"):
+        one.bring(missing)
+
+
+def test_a_turn_that_never_comes_ends_with_the_deadline(tmp_path: Path, node, planner) -> None:
+    version = publish(tmp_path / "weights", 1, small_model(seed=1))
+    planner.plan.next("hangs", [Piece(1, MANIFEST_NAME)])
+    with pytest.raises(StalledError, match="waiting for its turn at a source of the weights"):
+        node("a").bring(version, seconds=0.1)
+
+
+def test_files_of_runs_that_have_ended_are_removed_and_those_in_use_are_not(
+    tmp_path: Path, node, planner
+) -> None:
+    version = publish(tmp_path / "weights", 1, small_model(seed=1))
+    one, other = node("a", host="one"), node("b", host="one")
+    one.bring(version)
+    other.bring(version)
+    one.mirror.close()
+    sweep(one.local.parent)
+    assert other.local.is_dir(), "another reader of the node uses them"
+    other.mirror.close()
+    assert list(one.local.parent.iterdir()) == []
