@@ -10,9 +10,11 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
@@ -119,6 +121,12 @@ def results(name: str) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def without_machine_paths(text: str) -> str:
+    """Shorten absolute paths: of this repository to what is below it, of temporary folders to `TMP`."""
+    root, temporary = str(RESULTS.parents[1].absolute()), re.escape(tempfile.gettempdir())
+    return re.sub(rf"{temporary}/[^/\"\s]+", "TMP", text.replace(f"{root}/", ""))
+
+
 def write_result(name: str, figures: Mapping[str, float], runs: Sequence[Any], **more: Any) -> Path:
     """Write `results/<name>.json`, replacing it as a whole. Figures that exist and are not given
     again stay, so that parts of a benchmark can be run apart."""
@@ -136,6 +144,6 @@ def write_result(name: str, figures: Mapping[str, float], runs: Sequence[Any], *
     }
     RESULTS.mkdir(exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=2) + "\n")
+    partial.write_text(without_machine_paths(json.dumps(result, indent=2)) + "\n")
     partial.replace(path)
     return path

@@ -429,6 +429,15 @@ class Taken:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenSample:
+    """What the learner computed for the tokens of one rollout; NaN at tokens that are not trained."""
+
+    learner_logprobs: np.ndarray  # [T] float32
+    correction_weights: np.ndarray | None  # [T] float32
+    trained: np.ndarray  # [T] bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
     """What one step says of itself. Metric names are `area/quantity_unit`."""
 

@@ -33,7 +33,6 @@ from rlhf_cluster.buffer.group_recovery import (
 )
 from rlhf_cluster.buffer.staleness import gate_of
 from rlhf_cluster.config import RunConfig, StageConfig
-from rlhf_cluster.config.derived import fresh_groups
 from rlhf_cluster.errors import RunError, StalledError
 from rlhf_cluster.pipeline import Pipeline, evaluate
 from rlhf_cluster.planning.run_inputs import Inputs
@@ -54,6 +53,17 @@ LOOK_EVERY_S = 1.0
 
 class Stopped(RunError):
     """The run was asked to end, and did so at a boundary between two steps."""
+
+
+def publish_deadline_s(config: RunConfig, num_bytes: int) -> float:
+    """Seconds until a version of `num_bytes` is live, over all tries of `WeightSync`."""
+    return live_deadline_s(
+        snapshot_s=2 * config.learner.step_timeout_s,
+        publish_s=config.weights.publish_timeout_s,
+        heartbeat_s=config.cluster.heartbeat_timeout_s,
+        pull_s=config.pull_deadline_s(num_bytes),
+        reference_s=config.run.start_timeout_s if config.stored_reference else None,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +112,7 @@ class Attempt:
     @property
     def publish_timeout_s(self) -> float:
         """Until a version is live, over all tries of `WeightSync`."""
-        return live_deadline_s(self.place.config, self.place.inputs.weights_bytes)
+        return publish_deadline_s(self.place.config, self.place.inputs.weights_bytes)
 
     async def train(self) -> tuple[float | None, float | None]:
         """Rewards on held-out prompts before and after. Raises `Stopped`, `RoomAgain`, and what ends
@@ -249,7 +259,7 @@ class Attempt:
             observer=place.observer,
             sampling=config.sampling,
             num_steps=config.run.steps,
-            groups_per_step=fresh_groups(config),
+            groups_per_step=config.fresh_groups,
             max_error_rate=config.scoring.max_error_rate,
             live_timeout_s=self.publish_timeout_s,
             trains_on=config.algorithm.trains_on,

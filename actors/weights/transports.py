@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from actors.weights.node_mirrors import (
     RemotePlanner,
@@ -24,19 +24,33 @@ from rlhf_cluster.weights.manifest import ShardReport
 from rlhf_cluster.weights.transports.shared_files import FileSink
 from rlhf_cluster.weights.transports.transport import (
     Deadline,
+    ShardSink,
     ShardSource,
 )
 from rlhf_cluster.weights.writer_fence import Writer
 
-if TYPE_CHECKING:
-    from rlhf_cluster.learner.learner_rank import LearnerRank
+
+class WritesSnapshots(Protocol):
+    """Learner rank, as a transport sees it."""
+
+    def write_snapshot(self, to: Sequence[ShardSink], base: int | None) -> ShardReport:
+        """Send the last snapshot to all sinks, as a difference to the version `base` if one is given.
+
+        Raises `WeightError`, `StalledError`.
+        """
+        ...
 
 
 class Transport(Protocol):
     """What `write` returns goes to `commit` as it is."""
 
     def write(
-        self, rank: LearnerRank, base: int | None, durable: bool, deadline: Deadline, writer: Writer
+        self,
+        rank: WritesSnapshots,
+        base: int | None,
+        durable: bool,
+        deadline: Deadline,
+        writer: Writer,
     ) -> Any:
         """Bring the rank's snapshot on its way, into files too when it is to be `durable`."""
         ...
@@ -77,7 +91,12 @@ class FileTransport:
         self._config = config
 
     def write(
-        self, rank: LearnerRank, base: int | None, durable: bool, deadline: Deadline, writer: Writer
+        self,
+        rank: WritesSnapshots,
+        base: int | None,
+        durable: bool,
+        deadline: Deadline,
+        writer: Writer,
     ) -> ShardReport:
         sink = FileSink(self._root, deadline=deadline, attempt=writer.attempt)
         return rank.write_snapshot([sink], base)

@@ -44,7 +44,6 @@ from rlhf_cluster.buffer.group_store import (
     ExperienceStore,
     read_attempt,
 )
-from rlhf_cluster.config.derived import fresh_groups
 from rlhf_cluster.config.pool_sections import (
     REFERENCE,
     TEACHER,
@@ -317,7 +316,7 @@ def recovery_of(
         store,
         config.run_dir / "checkpoints",
         every=config.checkpoint.every,
-        span=staleness.oldest_in_flight + 2 + -(-staleness.look_ahead // fresh_groups(config)),
+        span=staleness.oldest_in_flight + 2 + -(-staleness.look_ahead // config.fresh_groups),
         look_ahead=staleness.look_ahead,
         keep_steps=config.buffer.keep_steps,
         step=step,

@@ -30,7 +30,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rlhf_cluster.config.derived import fresh_groups
 from rlhf_cluster.errors import StalenessError
 from rlhf_cluster.sections.values import OnStale
 
@@ -117,7 +116,7 @@ def gate_of(config: RunConfig) -> AdmissionGate:
     return AdmissionGate(
         max_staleness=config.staleness.max_staleness,
         pipeline_depth=config.staleness.pipeline_depth,
-        groups_per_step=fresh_groups(config),
+        groups_per_step=config.fresh_groups,
         num_steps=config.run.steps,
         max_in_flight_groups=config.staleness.max_in_flight_groups,
         look_ahead=config.staleness.look_ahead,

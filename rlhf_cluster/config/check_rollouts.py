@@ -13,14 +13,8 @@ The reasons are in docs/replay.md.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from rlhf_cluster.config.derived import fresh_groups, largest_look_ahead
+from rlhf_cluster.config.run_sections import RunSections
 from rlhf_cluster.sections.rl_run import Replay
-
-if TYPE_CHECKING:
-    from rlhf_cluster.config.run_config import RunConfig
-
 
 _WEIGHTLESS = ("ngram", "ngram_gpu", "suffix")
 
@@ -33,7 +27,7 @@ _KEYS_OF_THEIR_OWN = {
 }
 
 
-def check_generation(c: RunConfig) -> None:
+def check_generation(c: RunSections) -> None:
     """Raises `ValueError` for settings under which an engine would serve other weights, caches or
     probabilities than the rest of the run takes them for."""
     _check_caches(c)
@@ -46,7 +40,7 @@ def check_generation(c: RunConfig) -> None:
             )
 
 
-def _check_caches(c: RunConfig) -> None:
+def _check_caches(c: RunSections) -> None:
     how = c.generation.cache_on_update
     if how == "salt" and not c.generation.prefix_caching:
         raise ValueError(
@@ -62,7 +56,7 @@ def _check_caches(c: RunConfig) -> None:
         )
 
 
-def _check_speculation(c: RunConfig) -> None:
+def _check_speculation(c: RunSections) -> None:
     settings = c.generation.speculative
     if settings is None:
         return
@@ -87,9 +81,9 @@ def _check_speculation(c: RunConfig) -> None:
         )
 
 
-def check_staleness(c: RunConfig) -> None:
+def check_staleness(c: RunSections) -> None:
     """Raises `ValueError` for settings under which the bound or the run cannot hold."""
-    settings, publish_every, groups = c.staleness, c.weights.publish_every, fresh_groups(c)
+    settings, publish_every, groups = c.staleness, c.weights.publish_every, c.fresh_groups
     if publish_every > settings.max_staleness + 1:
         raise ValueError(
             f"weights.publish_every = {publish_every} is over staleness.max_staleness + 1 = "
@@ -115,7 +109,7 @@ def check_staleness(c: RunConfig) -> None:
         _check_adaptive(c)
 
 
-def _check_on_stale(c: RunConfig) -> None:
+def _check_on_stale(c: RunSections) -> None:
     settings = c.staleness
     on_stale, limit, bound = settings.on_stale, settings.stale_limit, settings.max_staleness
     if on_stale != "wait" and bound == 0:
@@ -150,7 +144,7 @@ def _check_on_stale(c: RunConfig) -> None:
         )
 
 
-def _check_adaptive(c: RunConfig) -> None:
+def _check_adaptive(c: RunSections) -> None:
     settings, adaptive = c.staleness, c.staleness.adaptive
     assert adaptive is not None
     if not settings.pipeline_depth <= settings.max_staleness or settings.max_staleness == 0:
@@ -166,7 +160,7 @@ def _check_adaptive(c: RunConfig) -> None:
         )
 
 
-def check_replay(c: RunConfig) -> None:
+def check_replay(c: RunSections) -> None:
     """Raises `ValueError` for replay that could never happen, or would train on the wrong thing."""
     replay = c.buffer.replay
     if replay is None:
@@ -198,8 +192,8 @@ def check_replay(c: RunConfig) -> None:
     _check_priority(c, replay)
 
 
-def _check_sizes(c: RunConfig, replay: Replay) -> None:
-    groups, learner, fresh = c.run.groups_per_step, c.learner, fresh_groups(c)
+def _check_sizes(c: RunSections, replay: Replay) -> None:
+    groups, learner, fresh = c.run.groups_per_step, c.learner, c.fresh_groups
     numbers = (
         f"buffer.replay.fraction = {replay.fraction:g} of run.groups_per_step = {groups} is "
         f"{groups - fresh} replayed groups and {fresh} fresh ones a step"
@@ -218,7 +212,7 @@ def _check_sizes(c: RunConfig, replay: Replay) -> None:
         )
 
 
-def _check_priority(c: RunConfig, replay: Replay) -> None:
+def _check_priority(c: RunSections, replay: Replay) -> None:
     if replay.priority == "uniform":
         if (replay.alpha, replay.beta) != (Replay().alpha, Replay().beta):
             raise ValueError(
@@ -231,3 +225,12 @@ def _check_priority(c: RunConfig, replay: Replay) -> None:
             "buffer.replay.priority = 'reward_spread' with algorithm.group_size = 1: a single reward "
             "has no spread. Use priority = 'uniform', or larger groups"
         )
+
+
+def largest_look_ahead(*, max_staleness: int, publish_every: int, groups_per_step: int) -> int:
+    """The largest window with which the learner always gets a whole step of groups.
+
+    While it waits at version s, the newest version that gets live is at least
+    s - (publish_every - 1); the bound must admit (s + 1) * groups_per_step groups then.
+    """
+    return (max_staleness + 1 - publish_every) * groups_per_step + 1

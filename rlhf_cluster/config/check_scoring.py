@@ -9,15 +9,21 @@ The teacher of the scoring pool, and the algorithm that learns from it; called b
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 from rlhf_cluster.algorithms.kl import LinearKl
+from rlhf_cluster.config.pool_sections import (
+    MODELS,
+    REFERENCE,
+    RESERVED,
+    TEACHER,
+    ScoringPool,
+    pool_sections,
+)
+from rlhf_cluster.config.run_sections import RunSections
 
-if TYPE_CHECKING:
-    from rlhf_cluster.config.run_config import RunConfig
 
-
-def check_kl(c: RunConfig) -> None:
+def check_kl(c: RunSections) -> None:
     """Raises `ValueError` where nobody would hold the reference that the KL is to."""
     if c.algorithm.full_kl_in is not None:
         _check_full_kl(c)
@@ -36,7 +42,7 @@ def check_kl(c: RunConfig) -> None:
         )
 
 
-def _check_full_kl(c: RunConfig) -> None:
+def _check_full_kl(c: RunSections) -> None:
     key, update = "algorithm.kl_estimator = 'full'", c.scoring.reference_update.type
     if update != "fixed":
         raise ValueError(
@@ -57,7 +63,7 @@ def _check_full_kl(c: RunConfig) -> None:
         )
 
 
-def check_rewards(c: RunConfig) -> None:
+def check_rewards(c: RunSections) -> None:
     """Raises `ValueError` where names do not fit, or a setting would have no effect."""
     rewards = {r.name or r.type: r for r in c.scoring.rewards}
     _check_names(c)
@@ -86,7 +92,7 @@ def check_rewards(c: RunConfig) -> None:
             )
 
 
-def _check_names(c: RunConfig) -> None:
+def _check_names(c: RunSections) -> None:
     names = [r.name or r.type for r in c.scoring.rewards]
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
@@ -105,7 +111,7 @@ def _check_names(c: RunConfig) -> None:
             )
 
 
-def _check_objective(c: RunConfig) -> None:
+def _check_objective(c: RunSections) -> None:
     kind = c.scoring.objective.type
     running = [r.name or r.type for r in c.scoring.rewards if r.normalize == "running"]
     if running and kind != "weighted_sum":
@@ -137,7 +143,7 @@ def _check_objective(c: RunConfig) -> None:
         )
 
 
-def check_steps(c: RunConfig) -> None:
+def check_steps(c: RunSections) -> None:
     """Raises `ValueError` where step rewards would lose their places, or are not there."""
     names = [r.name or r.type for r in c.scoring.rewards if r.scores_steps and not r.watch]
     reason = c.algorithm.no_steps
@@ -155,7 +161,7 @@ def check_steps(c: RunConfig) -> None:
         )
 
 
-def check_teacher(c: RunConfig) -> None:
+def check_teacher(c: RunSections) -> None:
     """Raises `ValueError` for an algorithm without its teacher, and for a teacher of nobody."""
     teacher, needed = c.scoring.teacher, c.algorithm.needs_teacher
     if needed and teacher is None:
@@ -168,3 +174,65 @@ def check_teacher(c: RunConfig) -> None:
             f"scoring.teacher = {teacher!r} with algorithm.type = {c.algorithm.type!r}: that algorithm "
             "does not learn from a teacher. Remove it, or use 'on_policy_distillation'"
         )
+
+
+def check_pools(c: RunSections) -> None:
+    """Raises `ValueError` where pools do not fit what is scored, or need more workers than they start
+    with."""
+    for pool, section in pool_sections(c).items():
+        if section.min_workers is not None and section.min_workers > section.workers:
+            raise ValueError(
+                f"{pool}.min_workers = {section.min_workers} is over {pool}.workers = "
+                f"{section.workers}: the pool would never start. Lower it, or raise workers"
+            )
+    rewards = [r.name or r.type for r in c.scoring.rewards]
+    configured: dict[str, bool] = dict(zip(MODELS, _configured(c), strict=True))
+    owner: dict[str, str] = {}
+    for pool, section in c.scoring.pools.items():
+        if pool in RESERVED:
+            raise ValueError(
+                f"scoring.pools.{pool}: a run has processes of that name. Choose another one"
+            )
+        for name in section.serves:
+            if name in owner:
+                raise ValueError(
+                    f"scoring.pools.{pool}.serves names {name!r}, which {owner[name]!r} serves. Leave "
+                    "it in one of them; a pool grows by its workers"
+                )
+            owner[name] = pool
+            _check_served(pool, name, configured, rewards)
+        if not {REFERENCE, TEACHER} & {*section.serves}:
+            _refuse_precision(pool, section)
+
+
+def _configured(c: RunSections) -> tuple[bool, bool, bool]:
+    return c.scoring.reference, c.scoring.teacher is not None, c.scoring.exact_logprobs
+
+
+def _check_served(pool: str, name: str, configured: Mapping[str, bool], rewards: list[str]) -> None:
+    if name in configured and name in rewards:
+        raise ValueError(
+            f"scoring.pools.{pool}.serves names {name!r}, and a reward has that name too. Give the "
+            "reward another name"
+        )
+    if name not in configured and name not in rewards:
+        known = ", ".join(map(repr, (*(m for m in MODELS if configured[m]), *rewards)))
+        raise ValueError(
+            f"scoring.pools.{pool}.serves names {name!r}, and this run scores with {known}. Use one of "
+            "these"
+        )
+    if name in configured and not configured[name]:
+        raise ValueError(
+            f"scoring.pools.{pool}.serves names {name!r}, and scoring.{name} is not set: the pool "
+            f"would have nothing to do. Set scoring.{name}, or remove the name"
+        )
+
+
+def _refuse_precision(pool: str, section: ScoringPool) -> None:
+    for key in ("dtype", "quantization"):
+        if (found := getattr(section, key)) is not None:
+            raise ValueError(
+                f"scoring.pools.{pool}.{key} = {found!r} with serves = {section.serves}: it is of the "
+                "reference and of the teacher. Remove it; reward models have their own in "
+                "scoring.rewards, exact log-probabilities have learner.dtype"
+            )

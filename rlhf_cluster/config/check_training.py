@@ -11,19 +11,14 @@ What `[checkpoint]` must agree on with the other sections; called by `config.run
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from rlhf_cluster.config.run_sections import RunSections
 from rlhf_cluster.sections.gpu_shares import is_share
-from rlhf_cluster.sections.rl_run import Learner, Weights
+from rlhf_cluster.sections.rl_run import Checkpoint, Learner, Model, Weights
 from rlhf_cluster.util.provenance import without_credentials
 
-if TYPE_CHECKING:
-    from rlhf_cluster.config.run_config import RunConfig
-    from rlhf_cluster.config.stage_config import StageConfig
-    from rlhf_cluster.sections.rl_run import Learner
 
-
-def check_learner(c: RunConfig) -> None:
+def check_learner(c: RunSections) -> None:
     """Raises `ValueError` for spares that nothing would use, and for a smallest number of ranks that
     nothing would go by."""
     _check_spares(c.learner)
@@ -53,17 +48,17 @@ def _check_spares(learner: Learner) -> None:
         )
 
 
-def check_model(c: RunConfig | StageConfig) -> None:
+def check_model(model: Model) -> None:
     """Raises `ValueError` for no model, two of them, or one that cannot be made."""
-    if (c.model.path is None) == (c.model.init is None):
-        found = "both" if c.model.path else "neither"
+    if (model.path is None) == (model.init is None):
+        found = "both" if model.path else "neither"
         raise ValueError(
             f"model.path and model.init: {found} given. Give model.path (a Hugging Face folder) or "
             "a [model.init] section (a small model made from numbers), not both"
         )
-    if c.model.init is not None:
-        init = c.model.init
-        if c.model.tokenizer is not None:
+    if model.init is not None:
+        init = model.init
+        if model.tokenizer is not None:
             raise ValueError(
                 "model.tokenizer with [model.init]: a made model has a tokenizer of its own. "
                 "Remove model.tokenizer, or give model.path"
@@ -80,7 +75,7 @@ def check_model(c: RunConfig | StageConfig) -> None:
             )
 
 
-def check_weights(c: RunConfig) -> None:
+def check_weights(c: RunSections) -> None:
     """Raises `ValueError` for a transport that cannot carry this run's versions."""
     transport = c.weights.transport
     if transport == "ipc":
@@ -105,7 +100,7 @@ def check_weights(c: RunConfig) -> None:
         _check_single_processes(c)
 
 
-def _check_gpus(c: RunConfig) -> None:
+def _check_gpus(c: RunSections) -> None:
     gpus = {"learner": c.learner.num_gpus, "generation": c.generation.num_gpus}
     for section, num_gpus in gpus.items():
         if num_gpus < 1:
@@ -115,7 +110,7 @@ def _check_gpus(c: RunConfig) -> None:
             )
 
 
-def _check_single_processes(c: RunConfig) -> None:
+def _check_single_processes(c: RunSections) -> None:
     transport = c.weights.transport
     parallel, update = c.generation.tensor_parallel_size, c.scoring.reference_update.type
     if parallel > 1:
@@ -132,9 +127,9 @@ def _check_single_processes(c: RunConfig) -> None:
         )
 
 
-def check_checkpoint(c: RunConfig | StageConfig) -> None:
+def check_checkpoint(checkpoint: Checkpoint, run_dir: Path) -> None:
     """Raises `ValueError` for a second copy that cannot be written or would go with the first."""
-    url = c.checkpoint.copy_to
+    url = checkpoint.copy_to
     if url is None:
         return
     from fsspec import available_protocols, get_filesystem_class
@@ -156,7 +151,7 @@ def check_checkpoint(c: RunConfig | StageConfig) -> None:
     except ImportError as error:
         raise ValueError(f"checkpoint.copy_to = {shown!r}: {error}") from None
     if protocol in ("file", "local"):
-        path, run_dir = Path(kind._strip_protocol(url)), c.run_dir.absolute()
+        path, run_dir = Path(kind._strip_protocol(url)), run_dir.absolute()
         if path == run_dir or run_dir in path.parents:
             raise ValueError(
                 f"checkpoint.copy_to = {shown!r} is in the run directory {run_dir}: what deletes the "
@@ -178,7 +173,7 @@ def check_ranks(learner: Learner) -> None:
         )
 
 
-def check_devices(c: RunConfig) -> None:
+def check_devices(c: RunSections) -> None:
     """Raises `ValueError` for GPUs that the processes of a run cannot use."""
     check_ranks(c.learner)
     generation = c.generation

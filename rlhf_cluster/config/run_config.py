@@ -2,24 +2,25 @@
 
 Cross-checks live here and in the check_*.py beside it, nowhere else. Each message names both keys,
 their values and the cure.
-Values that follow from others are properties, so that every value has one owner.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
 
 from pydantic import model_validator
 
-from rlhf_cluster.algorithms import ALGORITHMS, AlgorithmConfig, GrpoConfig
-from rlhf_cluster.config.autoscale_section import (
-    Autoscale,
-    check_autoscale,
-)
+from rlhf_cluster.algorithms import ALGORITHMS
+from rlhf_cluster.config.check_autoscale import check_autoscale
 from rlhf_cluster.config.check_rollouts import check_generation, check_replay, check_staleness
-from rlhf_cluster.config.check_scoring import check_kl, check_rewards, check_steps, check_teacher
+from rlhf_cluster.config.check_scoring import (
+    check_kl,
+    check_pools,
+    check_rewards,
+    check_steps,
+    check_teacher,
+)
 from rlhf_cluster.config.check_training import (
     check_checkpoint,
     check_devices,
@@ -27,102 +28,18 @@ from rlhf_cluster.config.check_training import (
     check_model,
     check_weights,
 )
-from rlhf_cluster.config.pool_sections import check_pools
-from rlhf_cluster.config.scoring_section import Scoring
-from rlhf_cluster.records import Sampling
-from rlhf_cluster.sections.every_run import RunFile
-from rlhf_cluster.sections.rl_run import (
-    Buffer,
-    Checkpoint,
-    Critic,
-    Data,
-    Evaluation,
-    Generation,
-    Learner,
-    Model,
-    Run,
-    Sft,
-    Staleness,
-    Weights,
-)
+from rlhf_cluster.config.run_sections import RunSections
+from rlhf_cluster.sections.rl_run import Critic
 from rlhf_cluster.sections.section import load
-from rlhf_cluster.sections.values import Dtype
 
 
-class RunConfig(RunFile[Run]):
+class RunConfig(RunSections):
     """One reinforcement-learning run."""
-
-    model: Model
-    data: Data
-    algorithm: AlgorithmConfig = GrpoConfig()
-    generation: Generation
-    scoring: Scoring
-    learner: Learner
-    critic: Critic = Critic()
-    sft: Sft = Sft()
-    evaluation: Evaluation = Evaluation()
-    staleness: Staleness = Staleness()
-    weights: Weights = Weights()
-    buffer: Buffer = Buffer()
-    checkpoint: Checkpoint = Checkpoint()
-    autoscale: Autoscale | None = None
-
-    @property
-    def weights_dir(self) -> Path:
-        root = self.weights.root
-        return Path(root) / self.run.name if root else self.run_dir / "weights"
-
-    def with_absolute_paths(self) -> Self:
-        here, root = super().with_absolute_paths(), self.weights.root
-        if root is None:
-            return here
-        weights = self.weights.model_copy(update={"root": str(Path(root).absolute())})
-        return here.model_copy(update={"weights": weights})
-
-    @property
-    def stored_reference(self) -> bool:
-        """The reference is not the model folder's policy but one written during the run."""
-        scoring = self.scoring
-        moves = scoring.reference_update.type != "fixed"
-        rounded = self.learner.lora is not None and self.learner.lora.quantize_base
-        return scoring.reference and (self.sft.steps > 0 or moves or rounded)
-
-    def pull_deadline_s(self, num_bytes: int) -> float:
-        """Seconds for a worker to take a version of so many bytes: to bring it to its node, where
-        `weights.mirror` is set, and then to read and apply it."""
-        return (2 if self.weights.mirror else 1) * self.generation.take_deadline_s(num_bytes)
-
-    @property
-    def publish_dtype(self) -> Dtype:
-        return self.weights.dtype or self.generation.dtype
-
-    @property
-    def max_sequence_tokens(self) -> int:
-        return self.data.max_prompt_tokens + self.generation.max_response_tokens
-
-    @property
-    def tokens_per_row(self) -> int:
-        """Capacity of a row of the learner, which holds what must share a micro-batch."""
-        return self.learner.tokens_per_row or self.max_unit_tokens
-
-    @property
-    def max_unit_tokens(self) -> int:
-        return self.max_sequence_tokens * self.algorithm.unit_size
-
-    @property
-    def sampling(self) -> Sampling:
-        """How every group of the run is sampled."""
-        return Sampling(
-            num_samples=self.algorithm.group_size,
-            temperature=self.generation.temperature,
-            max_tokens=self.generation.max_response_tokens,
-            greedy_baseline=ALGORITHMS[self.algorithm.type](self.algorithm).needs_greedy,
-        )
 
     @model_validator(mode="after")
     def _sections_agree(self) -> RunConfig:
+        check_model(self.model)
         for check in (
-            check_model,
             _check_data,
             _check_lengths,
             check_staleness,
@@ -142,12 +59,12 @@ class RunConfig(RunFile[Run]):
             check_teacher,
             check_pools,
             check_weights,
-            check_checkpoint,
             check_learner,
             check_replay,
             check_autoscale,
         ):
             check(self)
+        check_checkpoint(self.checkpoint, self.run_dir)
         return self
 
 
@@ -156,7 +73,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return load(RunConfig, path, overrides)
 
 
-def _check_data(c: RunConfig) -> None:
+def _check_data(c: RunSections) -> None:
     if (c.data.task is None) == (c.data.path is None):
         found = "both" if c.data.path else "neither"
         raise ValueError(
@@ -185,7 +102,7 @@ def _check_data(c: RunConfig) -> None:
         )
 
 
-def _check_lengths(c: RunConfig) -> None:
+def _check_lengths(c: RunSections) -> None:
     longest = c.max_sequence_tokens
     terms = (
         f"data.max_prompt_tokens + generation.max_response_tokens = {c.data.max_prompt_tokens} + "
@@ -220,7 +137,7 @@ def _check_lengths(c: RunConfig) -> None:
         )
 
 
-def _check_batch(c: RunConfig) -> None:
+def _check_batch(c: RunSections) -> None:
     learner = c.learner
     if c.algorithm.unit_size > 1 and c.run.groups_per_step < learner.ranks * learner.minibatches:
         raise ValueError(
@@ -238,7 +155,7 @@ def _check_batch(c: RunConfig) -> None:
         )
 
 
-def _check_algorithm(c: RunConfig) -> None:
+def _check_algorithm(c: RunSections) -> None:
     algorithm, longest = c.algorithm, c.generation.max_response_tokens
     if algorithm.type == "dapo" and algorithm.overlong_buffer_tokens > longest:
         raise ValueError(
@@ -255,7 +172,7 @@ def _check_algorithm(c: RunConfig) -> None:
         )
 
 
-def _check_scoring(c: RunConfig) -> None:
+def _check_scoring(c: RunSections) -> None:
     update = c.scoring.reference_update
     if update.type != "fixed" and not c.scoring.reference:
         raise ValueError(
@@ -274,7 +191,7 @@ def _check_scoring(c: RunConfig) -> None:
         )
 
 
-def _check_schedule(c: RunConfig) -> None:
+def _check_schedule(c: RunSections) -> None:
     settings = c.learner
     if (settings.schedule == "wsd") != (settings.decay_steps is not None):
         raise ValueError(
@@ -291,7 +208,7 @@ def _check_schedule(c: RunConfig) -> None:
         )
 
 
-def _check_critic(c: RunConfig) -> None:
+def _check_critic(c: RunSections) -> None:
     needed = ALGORITHMS[c.algorithm.type](c.algorithm).needs_critic
     if c.critic != Critic() and not needed:
         raise ValueError(
@@ -311,7 +228,7 @@ def _check_critic(c: RunConfig) -> None:
         )
 
 
-def _check_lora(c: RunConfig) -> None:
+def _check_lora(c: RunSections) -> None:
     lora = c.learner.lora
     if lora is None:
         return
@@ -323,7 +240,7 @@ def _check_lora(c: RunConfig) -> None:
         )
 
 
-def _check_weights(c: RunConfig) -> None:
+def _check_weights(c: RunSections) -> None:
     if c.weights.format == "adapter" and c.learner.lora is None:
         raise ValueError(
             "weights.format = 'adapter' without [learner.lora]: all weights are trained, and there are "
@@ -331,7 +248,7 @@ def _check_weights(c: RunConfig) -> None:
         )
 
 
-def _check_sampling(c: RunConfig) -> None:
+def _check_sampling(c: RunSections) -> None:
     owned = {"logprobs_mode", "seed", "model", "max_model_len"}
     refused = {"top_p", "top_k", "min_p", "repetition_penalty", *owned}
     found = sorted(refused & set(c.generation.engine_args))

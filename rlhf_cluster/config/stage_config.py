@@ -43,8 +43,8 @@ class StageConfig(RunFile[StageRun]):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> StageConfig:
+        check_model(self.model)
         for check in (
-            check_model,
             _check_length_of_run,
             _check_sources,
             _check_template,
@@ -53,9 +53,9 @@ class StageConfig(RunFile[StageRun]):
             _check_reference,
             _check_teacher,
             _check_evaluation,
-            check_checkpoint,
         ):
             check(self)
+        check_checkpoint(self.checkpoint, self.run_dir)
         return self
 
 

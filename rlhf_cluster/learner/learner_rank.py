@@ -67,11 +67,10 @@ from rlhf_cluster.learner.step.train_step import (
 )
 from rlhf_cluster.learner.step.warmup_step import sft_step
 from rlhf_cluster.learner.token_samples import (
-    Kept,
     KeptTokens,
 )
 from rlhf_cluster.learner.training_rank import TrainingRank
-from rlhf_cluster.records import ExperienceGroup, StepReport
+from rlhf_cluster.records import ExperienceGroup, StepReport, TokenSample
 from rlhf_cluster.util.deadlines import callee_deadline
 from rlhf_cluster.weights.manifest import LocalPart, ShardReport
 from rlhf_cluster.weights.shards import send_shard
@@ -105,7 +104,7 @@ class LearnerRank(TrainingRank[RunConfig]):
         self._snapshot_lock = threading.Lock()
         self._changed = ChangedShare(callee_deadline(config.learner.step_timeout_s) / 2)
         self._bases = Bases(rank, config.weights.format)
-        self.kept: dict[str, Kept] = {}
+        self.kept: dict[str, TokenSample] = {}
         self._frozen: Frozen | None = None  # where versions are adapters
 
     def setup(self) -> dict[str, Any]:

@@ -25,10 +25,10 @@ a policy equal to it still has a KL of exactly 0; its shards are all that a chec
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ from rlhf_cluster.learner.sharding.fsdp2 import shard, shards_of
 from rlhf_cluster.learner.sharding.sharded_model import ShardedModel
 from rlhf_cluster.learner.step.passes import (
     Layout,
+    Reference,
     on_every_rank,
     score,
 )
@@ -52,26 +53,6 @@ from rlhf_cluster.models.policy_model import (
 from rlhf_cluster.records import ExperienceGroup
 from rlhf_cluster.sections.values import HeadDtype
 from rlhf_cluster.weights.manifest import LocalPart
-
-
-class Reference(Protocol):
-    """A frozen model of the policy's architecture."""
-
-    def outputs(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Last hidden states [B, S, H] and output projection [V, H], None where it is the policy's.
-
-        Every rank must take part. Both are there until `release`.
-        """
-        ...
-
-    def release(self) -> None:
-        """Free what was gathered; call after the last backward pass that used `outputs`."""
-        ...
-
-    def as_policy(self) -> AbstractContextManager[Any]:
-        """A model that answers as a `PolicyLM`, for passes without gradient. Every rank must take
-        part."""
-        ...
 
 
 class FrozenCopy:

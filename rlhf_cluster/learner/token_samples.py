@@ -26,7 +26,7 @@ from rlhf_cluster.algorithms.algorithm import (
     Algorithm,
     LossInputs,
 )
-from rlhf_cluster.records import ExperienceGroup
+from rlhf_cluster.records import ExperienceGroup, TokenSample
 
 _SEEN, _WEIGHED = 1.0, 2.0
 COLUMNS = 3
@@ -34,15 +34,6 @@ COLUMNS = 3
 Gather = Callable[[Mapping[int, np.ndarray], Sequence[int]], list[np.ndarray]]
 """gather(this rank's tables [n, COLUMNS] by rollout, n of every rollout) -> the tables of all ranks, in
 order, 0 where no rank has one (`passes.on_every_rank`)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kept:
-    """Of one rollout; NaN at tokens that are not trained."""
-
-    learner_logprobs: np.ndarray  # [T] float32
-    correction_weights: np.ndarray | None  # [T] float32
-    trained: np.ndarray  # [T] bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +52,7 @@ class KeptTokens:
         self._limit = limit
         self._seen: set[int] = set()
         self._passes: list[_Pass] = []
-        self.found: dict[str, Kept] = {}
+        self.found: dict[str, TokenSample] = {}
 
     @torch.no_grad()
     def see(self, rollouts: Sequence[int], inputs: LossInputs, algorithm: Algorithm) -> None:
@@ -113,11 +104,11 @@ class KeptTokens:
         return own
 
 
-def _spread(values: np.ndarray, mask: np.ndarray) -> Kept:
+def _spread(values: np.ndarray, mask: np.ndarray) -> TokenSample:
     columns = np.full((2, len(mask)), np.nan, dtype=np.float32)
     columns[:, mask] = values[:, :2].T
     weighed = values[0, 2] == _WEIGHED
-    return Kept(
+    return TokenSample(
         learner_logprobs=columns[0],
         correction_weights=columns[1] if weighed else None,
         trained=mask,

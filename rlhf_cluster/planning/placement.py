@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rlhf_cluster.config import GenerateConfig, RunConfig, StageConfig
-from rlhf_cluster.config.derived import fresh_groups
 from rlhf_cluster.config.load import AnyConfig
 from rlhf_cluster.config.pool_sections import (
     GENERATION,
@@ -178,7 +177,7 @@ def derived(config: RunConfig) -> dict[str, str]:
     updates = config.learner.epochs * config.learner.minibatches
     samples = run.groups_per_step * group_size
     longest = config.generation.max_response_tokens
-    fresh = fresh_groups(config)
+    fresh = config.fresh_groups
     replayed = run.groups_per_step - fresh
     again = f", {replayed:,} of them replayed" if replayed else ""
     return {

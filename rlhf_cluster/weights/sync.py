@@ -25,15 +25,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from rlhf_cluster.errors import StalledError, WeightError
 from rlhf_cluster.ports import BufferPort, GenerationPort, LearnerPort
 from rlhf_cluster.records import WeightVersion
 from rlhf_cluster.util.deadlines import reply_deadline
-
-if TYPE_CHECKING:
-    from rlhf_cluster.config import RunConfig
 
 MAX_REFUSED = 3
 PAUSE_S = 1.0
@@ -208,20 +204,30 @@ class WeightSync:
             task.result()
 
 
-def live_deadline_s(config: RunConfig, num_bytes: int) -> float:
-    """Seconds that all tries of `WeightSync` to make a version of `num_bytes` live may take: over the
-    deadlines of all that one try consists of."""
-    step_s, check_s = config.learner.step_timeout_s, config.cluster.heartbeat_timeout_s
-    moved_s = 2 * [reply_deadline(check_s)]  # each asks twice, and looks after who did not answer
-    snapshot_s = reply_deadline(2 * step_s)
-    publish_s = reply_deadline(config.weights.publish_timeout_s, 0.0) + reply_deadline(0.0)
-    pull_s = sum(moved_s) + 2 * reply_deadline(config.pull_deadline_s(num_bytes))
-    follow_s = 0.0
-    if config.stored_reference:  # written once a try, then loaded
-        load_s = config.run.start_timeout_s
-        follow_s = MAX_REFUSED * (load_s + sum(moved_s) + 2 * reply_deadline(load_s))
+def live_deadline_s(
+    *,
+    snapshot_s: float,
+    publish_s: float,
+    heartbeat_s: float,
+    pull_s: float,
+    reference_s: float | None,
+) -> float:
+    """Seconds that all tries of `WeightSync` to make a version live may take.
+
+    One try consists of a snapshot, a publish, a pull with `heartbeat_s` for a look at the workers that
+    did not answer, and, where a reference moves with the policy, its own writes and loads of
+    `reference_s` each.
+    """
+    moved_s = 2 * reply_deadline(heartbeat_s)  # each asks twice, and looks after who did not answer
+    committed_s = reply_deadline(publish_s, 0.0) + reply_deadline(0.0)
+    pulled_s = moved_s + 2 * reply_deadline(pull_s)
+    followed_s = 0.0
+    if reference_s is not None:  # written once a try, then loaded
+        followed_s = MAX_REFUSED * (reference_s + moved_s + 2 * reply_deadline(reference_s))
     pauses_s = 2 * PAUSE_S * MAX_REFUSED
-    return reply_deadline(MAX_REFUSED * (snapshot_s + publish_s + pull_s + follow_s + pauses_s))
+    return reply_deadline(
+        MAX_REFUSED * (reply_deadline(snapshot_s) + committed_s + pulled_s + followed_s + pauses_s)
+    )
 
 
 class BasePlan:

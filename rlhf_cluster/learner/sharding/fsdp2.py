@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +24,9 @@ from rlhf_cluster.learner.sharding.sharded_model import (
     adamw,
     adamw_state,
 )
-from rlhf_cluster.models.policy_model import PolicyLM
 from rlhf_cluster.weights.manifest import LocalPart
 
-if TYPE_CHECKING:
-    from rlhf_cluster.learner.step.critic import ValueLM
-
-M = TypeVar("M", "PolicyLM", "ValueLM")
+M = TypeVar("M", bound=nn.Module)
 
 
 class Fsdp2Model:
@@ -106,16 +102,17 @@ def shard(
     compute_dtype: torch.dtype,
     gradient_checkpointing: bool,
 ) -> M:
-    """Shard every decoder layer, then the rest, in place; returns the model in training mode.
+    """Shard every decoder layer of `model.lm`, then the rest, in place; return it in training mode.
 
     With `compute_dtype` bfloat16 the passes run in it and gradients are reduced in float32.
 
     Raises:
         ConfigError: the model's decoder layers cannot be found.
     """
-    layers = _decoder_layers(model)
+    lm = cast(Any, model.lm)
+    layers = _decoder_layers(lm)
     if gradient_checkpointing:
-        cast(Any, model.lm).gradient_checkpointing_enable({"use_reentrant": False})
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
     precision = MixedPrecisionPolicy()
     if compute_dtype != torch.float32:
         precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
@@ -125,12 +122,12 @@ def shard(
     return model.train()
 
 
-def _decoder_layers(model: PolicyLM | ValueLM) -> list[torch.nn.Module]:
-    names = set(cast(Any, model.lm)._no_split_modules or ())
-    layers = [m for m in model.lm.modules() if type(m).__name__ in names]
+def _decoder_layers(lm: nn.Module) -> list[nn.Module]:
+    names = set(cast(Any, lm)._no_split_modules or ())
+    layers = [m for m in lm.modules() if type(m).__name__ in names]
     if not layers:
         raise ConfigError(
-            f"{type(model.lm).__name__} names no decoder layers to shard by (_no_split_modules = "
+            f"{type(lm).__name__} names no decoder layers to shard by (_no_split_modules = "
             f"{sorted(names)}). Use another model"
         )
     return layers

@@ -12,8 +12,9 @@ Shapes: N trained tokens of one micro-batch, K values a position of a model of v
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -42,8 +43,25 @@ from rlhf_cluster.models.divergence import (
     Divergence,
 )
 
-if TYPE_CHECKING:
-    from rlhf_cluster.learner.learner_reference import Reference
+
+class Reference(Protocol):
+    """A frozen model of the policy's architecture."""
+
+    def outputs(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Last hidden states [B, S, H] and output projection [V, H], None where it is the policy's.
+
+        Every rank must take part. Both are there until `release`.
+        """
+        ...
+
+    def release(self) -> None:
+        """Free what was gathered; call after the last backward pass that used `outputs`."""
+        ...
+
+    def as_policy(self) -> AbstractContextManager[Any]:
+        """A model that answers as a `PolicyLM`, for passes without gradient. Every rank must take
+        part."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

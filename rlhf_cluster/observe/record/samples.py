@@ -12,15 +12,12 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from rlhf_cluster.errors import StoreError
-from rlhf_cluster.records import ExperienceGroup, ScoredRollout
-
-if TYPE_CHECKING:
-    from rlhf_cluster.learner.token_samples import Kept
+from rlhf_cluster.records import ExperienceGroup, ScoredRollout, TokenSample
 
 Row = dict[str, Any]
 
@@ -32,7 +29,7 @@ def write_samples(
     learner_version: int,
     decode: Callable[[np.ndarray], str],
     limit: int,
-    kept: Mapping[str, Kept] | None = None,
+    kept: Mapping[str, TokenSample] | None = None,
 ) -> Path | None:
     """Write the first `limit` rollouts of a step, whole groups first. None when there are none.
 
@@ -91,7 +88,7 @@ def _row(
     }
 
 
-def _learnt(scored: ScoredRollout, kept: Mapping[str, Kept]) -> Row:
+def _learnt(scored: ScoredRollout, kept: Mapping[str, TokenSample]) -> Row:
     found = kept.get(scored.rollout.rollout_id)
     weights = None if found is None else found.correction_weights
     return {
@@ -100,7 +97,7 @@ def _learnt(scored: ScoredRollout, kept: Mapping[str, Kept]) -> Row:
     }
 
 
-def _nulled(values: np.ndarray, kept: Kept) -> list[float | None]:
+def _nulled(values: np.ndarray, kept: TokenSample) -> list[float | None]:
     pairs = zip(values.tolist(), kept.trained.tolist(), strict=True)
     return [value if trained else None for value, trained in pairs]
 

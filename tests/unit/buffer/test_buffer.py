@@ -5,7 +5,7 @@ from rlhf_cluster.buffer.buffer import (
     fitted,
 )
 from rlhf_cluster.buffer.staleness import AdmissionGate
-from rlhf_cluster.config.derived import largest_look_ahead
+from rlhf_cluster.config.check_rollouts import largest_look_ahead
 from rlhf_cluster.errors import RecordError, StalenessError
 from rlhf_cluster.records import BufferState, Ticket
 from tests.support.fakes.services import (

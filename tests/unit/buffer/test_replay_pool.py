@@ -30,7 +30,6 @@ from rlhf_cluster.buffer.replay_pool import (
     replay_pool,
 )
 from rlhf_cluster.buffer.staleness import AdmissionGate
-from rlhf_cluster.config.derived import fresh_groups
 from rlhf_cluster.errors import RecordError, StalenessError
 from rlhf_cluster.records import BufferState, GroupSummary, StoredGroup, Taken, Ticket, Used
 from rlhf_cluster.sections.rl_run import Replay
@@ -342,6 +341,6 @@ def test_the_settings_of_a_run_make_its_pool():
     found = replay_pool(config)
     assert found is not None
     assert (found.num, found.max_staleness, found.settings.max_uses) == (2, 3, 4)
-    assert fresh_groups(config) == 2
+    assert config.fresh_groups == 2
     assert replay_pool(tiny_config()) is None
-    assert fresh_groups(tiny_config()) == 4
+    assert tiny_config().fresh_groups == 4

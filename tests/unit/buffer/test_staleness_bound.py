@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_cluster.buffer.staleness import AdmissionGate
-from rlhf_cluster.config.derived import largest_look_ahead
+from rlhf_cluster.config.check_rollouts import largest_look_ahead
 from tests.support.simulation.simulated_run import SimulatedRun
 
 STEPS = 12

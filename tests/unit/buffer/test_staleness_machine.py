@@ -18,7 +18,7 @@ from hypothesis.stateful import (
 from rlhf_cluster.buffer.buffer import ExperienceBuffer
 from rlhf_cluster.buffer.replay_pool import ReplayPool
 from rlhf_cluster.buffer.staleness import AdmissionGate
-from rlhf_cluster.config.derived import largest_look_ahead
+from rlhf_cluster.config.check_rollouts import largest_look_ahead
 from rlhf_cluster.records import BufferState, GroupSummary, Ticket
 from rlhf_cluster.sections.rl_run import Replay
 

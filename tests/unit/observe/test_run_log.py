@@ -9,13 +9,12 @@ import pyarrow.parquet as parquet
 import pytest
 
 from rlhf_cluster.errors import MetricError, RunError
-from rlhf_cluster.learner.token_samples import Kept
 from rlhf_cluster.observe.record.run_log import RunLog
 from rlhf_cluster.observe.record.samples import (
     read_samples,
     write_samples,
 )
-from rlhf_cluster.records import Ticket
+from rlhf_cluster.records import Ticket, TokenSample
 from rlhf_cluster.run.metrics_file import read_metrics
 from rlhf_cluster.run.run_directory import RunDir
 from tests.support.builders.run_configs import tiny_config
@@ -134,10 +133,10 @@ def test_samples_hold_what_the_learner_made_of_each_trained_token(run):
     values = np.where(trained, np.float32(-0.25), np.nan).astype(np.float32)
     whole = np.full(len(second.response_ids), np.nan, np.float32)
     kept = {
-        first.rollout_id: Kept(
+        first.rollout_id: TokenSample(
             learner_logprobs=values, correction_weights=-2 * values, trained=trained
         ),
-        second.rollout_id: Kept(
+        second.rollout_id: TokenSample(
             learner_logprobs=whole, correction_weights=None, trained=np.ones_like(whole, bool)
         ),
     }

@@ -12,7 +12,6 @@ import pytest
 from rlhf_cluster.buffer.group_store import ExperienceStore
 from rlhf_cluster.cli.commands import main
 from rlhf_cluster.errors import RunError, StoreError
-from rlhf_cluster.learner.token_samples import Kept
 from rlhf_cluster.observe.record.samples import (
     read_samples,
     write_samples,
@@ -31,6 +30,7 @@ from rlhf_cluster.observe.trace.trace_rollout import (
     trace_sample,
     trace_step,
 )
+from rlhf_cluster.records import TokenSample
 from rlhf_cluster.run.run_directory import RunDir
 from tests.support.builders.recorded_run import (
     START_S,
@@ -137,7 +137,7 @@ def test_a_sample_whose_group_is_gone_is_told_from_the_samples(run):
 
 
 TRAINED = np.array([True, False, True])
-LEARNT = Kept(
+LEARNT = TokenSample(
     learner_logprobs=np.array([-0.25, np.nan, -1.0], np.float32),
     correction_weights=np.array([1.5, np.nan, 0.0], np.float32),
     trained=TRAINED,

@@ -1,6 +1,8 @@
 """Committed results say which code they measured."""
 
 import json
+import re
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -20,6 +22,24 @@ def test_every_result_names_the_code_that_it_measured_and_older_ones_are_listed(
             old.append(path.stem)
     if old:
         warnings.warn(f"results that are older than their code: {', '.join(old)}", stacklevel=1)
+
+
+MACHINE_PATH = re.compile(r"(?<![\w./:-])/(?:home|root|work|tmp|mnt|Users|var|opt|scratch)/\S+")
+
+
+def test_no_result_names_a_path_of_the_machine_that_made_it():
+    found = {
+        path.name: MACHINE_PATH.findall(path.read_text())
+        for path in sorted(RESULTS.rglob("*"))
+        if path.suffix in (".json", ".jsonl", ".md", ".csv", ".svg")
+    }
+    assert {name: paths for name, paths in found.items() if paths} == {}
+
+
+def test_a_result_is_written_without_the_paths_of_this_machine(tmp_path: Path):
+    folder = tempfile.mkdtemp()
+    written = harness.without_machine_paths(f"python {ROOT.absolute()}/tests/x.py {folder}/clone")
+    assert written == "python tests/x.py TMP/clone"
 
 
 def test_what_is_measured_is_there():

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.drivers.training_attempt import save_deadline_s
+from actors.drivers.training_attempt import publish_deadline_s, save_deadline_s
 from actors.services.learner_actors import RayLearner
 from actors.services.scoring_client import score_deadline_s
 from actors.services.start_services import (
@@ -24,7 +24,7 @@ from rlhf_cluster.util.deadlines import (
     left_of_call,
     reply_deadline,
 )
-from rlhf_cluster.weights.sync import MAX_REFUSED, PAUSE_S, live_deadline_s
+from rlhf_cluster.weights.sync import MAX_REFUSED, PAUSE_S
 from tests.support.builders.run_configs import tiny_config
 
 SHORT = {
@@ -85,7 +85,7 @@ def pairs(c: RunConfig) -> dict[str, tuple[float, float]]:
             reply_deadline(callee_deadline(c.run.start_timeout_s)),
         ),
         "a live version over its tries": (
-            live_deadline_s(c, NUM_BYTES),
+            publish_deadline_s(c, NUM_BYTES),
             MAX_REFUSED * one_try_s,
         ),
     }

@@ -1,0 +1,108 @@
+"""The sections of a run file, and the values that follow from several of them.
+
+The checks of a run (`check_*.py`) read these; `run_config` calls the checks. Values that follow from
+others are properties, so that every value has one owner.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+from rlhf_cluster.algorithms import ALGORITHMS, AlgorithmConfig, GrpoConfig
+from rlhf_cluster.config.autoscale_section import Autoscale
+from rlhf_cluster.config.scoring_section import Scoring
+from rlhf_cluster.records import Sampling
+from rlhf_cluster.sections.every_run import RunFile
+from rlhf_cluster.sections.rl_run import (
+    Buffer,
+    Checkpoint,
+    Critic,
+    Data,
+    Evaluation,
+    Generation,
+    Learner,
+    Model,
+    Run,
+    Sft,
+    Staleness,
+    Weights,
+)
+from rlhf_cluster.sections.values import Dtype
+
+
+class RunSections(RunFile[Run]):
+    """The sections of one reinforcement-learning run, each valid by itself."""
+
+    model: Model
+    data: Data
+    algorithm: AlgorithmConfig = GrpoConfig()
+    generation: Generation
+    scoring: Scoring
+    learner: Learner
+    critic: Critic = Critic()
+    sft: Sft = Sft()
+    evaluation: Evaluation = Evaluation()
+    staleness: Staleness = Staleness()
+    weights: Weights = Weights()
+    buffer: Buffer = Buffer()
+    checkpoint: Checkpoint = Checkpoint()
+    autoscale: Autoscale | None = None
+
+    @property
+    def weights_dir(self) -> Path:
+        root = self.weights.root
+        return Path(root) / self.run.name if root else self.run_dir / "weights"
+
+    def with_absolute_paths(self) -> Self:
+        here, root = super().with_absolute_paths(), self.weights.root
+        if root is None:
+            return here
+        weights = self.weights.model_copy(update={"root": str(Path(root).absolute())})
+        return here.model_copy(update={"weights": weights})
+
+    @property
+    def stored_reference(self) -> bool:
+        """The reference is not the model folder's policy but one written during the run."""
+        scoring = self.scoring
+        moves = scoring.reference_update.type != "fixed"
+        rounded = self.learner.lora is not None and self.learner.lora.quantize_base
+        return scoring.reference and (self.sft.steps > 0 or moves or rounded)
+
+    @property
+    def fresh_groups(self) -> int:
+        """Groups of each step that no step has trained before. Admission and the bound count these."""
+        groups, replay = self.run.groups_per_step, self.buffer.replay
+        return groups if replay is None else groups - replay.num_replayed(groups)
+
+    def pull_deadline_s(self, num_bytes: int) -> float:
+        """Seconds for a worker to take a version of so many bytes: to bring it to its node, where
+        `weights.mirror` is set, and then to read and apply it."""
+        return (2 if self.weights.mirror else 1) * self.generation.take_deadline_s(num_bytes)
+
+    @property
+    def publish_dtype(self) -> Dtype:
+        return self.weights.dtype or self.generation.dtype
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        return self.data.max_prompt_tokens + self.generation.max_response_tokens
+
+    @property
+    def tokens_per_row(self) -> int:
+        """Capacity of a row of the learner, which holds what must share a micro-batch."""
+        return self.learner.tokens_per_row or self.max_unit_tokens
+
+    @property
+    def max_unit_tokens(self) -> int:
+        return self.max_sequence_tokens * self.algorithm.unit_size
+
+    @property
+    def sampling(self) -> Sampling:
+        """How every group of the run is sampled."""
+        return Sampling(
+            num_samples=self.algorithm.group_size,
+            temperature=self.generation.temperature,
+            max_tokens=self.generation.max_response_tokens,
+            greedy_baseline=ALGORITHMS[self.algorithm.type](self.algorithm).needs_greedy,
+        )
