@@ -90,7 +90,7 @@ class FrozenCopy:
         """`dtype` is the weights' where it is not that of the passes. `vocabulary` is the policy's
         where it may differ: of a larger one, whose last entries are padding, the first are used.
 
-        Raises `ConfigError` as `policy.load_policy`, and for a smaller vocabulary.
+        Raises `ConfigError` as `policy_model.load_policy`, and for a smaller vocabulary.
         """
         policy = load_policy(
             model_dir, dtype or compute_dtype, device, False, compute_dtype, head_dtype
@@ -184,7 +184,7 @@ class FollowingCopy(FrozenCopy):
         compute_dtype: torch.dtype,
         head_dtype: HeadDtype = "float32",
     ) -> None:
-        """Raises `ConfigError` as `policy.load_policy`."""
+        """Raises `ConfigError` as `policy_model.load_policy`."""
         super().__init__(
             model_dir, mesh, device, compute_dtype, dtype=torch.float32, head_dtype=head_dtype
         )

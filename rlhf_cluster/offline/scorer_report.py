@@ -24,7 +24,7 @@ the standard deviation of each member over all responses.
 
 Promises:
 - pairs in any order give the same report, and every pair is used: scores that are not finite are
-  refused, and so are members that scored other pairs;
+  refused, also members that scored other pairs;
 - an undefined figure, such as the correlation with a constant, is None.
 
 Shapes: P pairs, M members, N numbers.

@@ -366,7 +366,7 @@ class Staleness(Section):
     @property
     def oldest_in_flight(self) -> int:
         """How far a version that sampled a token of a group in flight can be behind the learner's;
-        see `scoring.exact`."""
+        see `scoring.exact_logprobs`."""
         return 2 * self.max_staleness if self.on_stale == "drop" else self.bound
 
 

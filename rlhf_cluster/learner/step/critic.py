@@ -116,7 +116,7 @@ def load_value_model(
     """A trainable value model from a causal LM's folder, with float32 weights.
 
     Raises:
-        ConfigError: as `policy.load_policy`, which proves that sequences can be packed.
+        ConfigError: as `policy_model.load_policy`, which proves that sequences can be packed.
     """
     return ValueLM(load_policy(model_dir, torch.float32, device, True, compute_dtype))
 
