@@ -10,7 +10,7 @@ Whole responses:
 Process reward models estimate the probability that each reasoning step is right:
 
     loss      of a step -y log p - (1 - y) log(1 - p), p = sigmoid(logit), y the label in [0, 1]
-    reduce    from the steps' p to one score of a response:
+    reduce    from the steps' p to one score of a response (`data.reasoning_steps.reduced`):
               min      the weakest step
               product  the probability that all are right, if they were independent
               last     the last step, read as the probability that the answer is right

@@ -2,7 +2,7 @@
 
     reduce = "none"     every step is scored, a reward of steps (`data.reasoning_steps`)
     reduce = "min" ...  one score a response from its steps' chances
-    (`offline.reward_model_losses.reduced`)
+    (`data.reasoning_steps.reduced`)
 
 Steps are cut and their last tokens found as everywhere (`data.reasoning_steps`), among the ids that
 were sampled; the model must have the policy's vocabulary. It is a sequence-classification model
