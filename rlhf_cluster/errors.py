@@ -71,7 +71,7 @@ class RankFailed(WorkerError):
 
 
 class CoreLost(WorkerError):
-    """A learner rank or the buffer is gone: a run can go on from a checkpoint (`restarts`).
+    """A learner rank or the buffer is gone: a run can go on from a checkpoint (`run.restarts`).
 
     `process` says who, such as "learner-1"; "" where it is no single one.
     """

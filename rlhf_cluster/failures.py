@@ -1,22 +1,22 @@
-"""What an error means for what goes on: of a learner rank, and of a call for one group.
+"""Consequences of an error in a learner rank, in a call for one group, and in many groups.
 
-Errors of a rank whose process lives on: which may be over with the next attempt.
+Errors of a rank whose process lives. "Retry" means that another attempt may succeed:
 
-    raised in a rank                                         a run that goes on     at its first setup
-    StalledError: a deadline passed                          may pass               may pass
-    DistError and below (NCCL, store, network of ranks)      may pass               may pass
-    OutOfMemoryError, AcceleratorError (CUDA), MemoryError   may pass               may pass
-    OSError: network, host, file system                      may pass               comes again
-    RuntimeError itself: gloo, CUDA and torch raise it       may pass               comes again
-    NotImplementedError, RecursionError                      comes again            comes again
+    raised in a rank                                         a resumed run          at its first setup
+    StalledError: a deadline passed                          retry                  retry
+    DistError and below (NCCL, store, network of ranks)      retry                  retry
+    OutOfMemoryError, AcceleratorError (CUDA), MemoryError   retry                  retry
+    OSError: network, host, file system                      retry                  final
+    RuntimeError itself: gloo, CUDA and torch raise it       retry                  final
+    NotImplementedError, RecursionError                      final                  final
     every other RlhfError (configuration, records, bound,
-    divergence, damaged or other weights, full disk)         comes again            comes again
-    anything else (TypeError, ValueError, KeyError, ...)     comes again            comes again
+    divergence, damaged or other weights, full disk)         final                  final
+    anything else (TypeError, ValueError, KeyError, ...)     final                  final
 
-What may pass becomes a `RankFailed`: the learner and the buffer go back to the newest checkpoint
-(`restarts`), whose budget ends a run that meets the same error over and over, with the first cause. A
-step that hangs is not here: who waits for it has a deadline, and counts the rank as gone. What comes
-again is raised as it is, and ends the run.
+A "retry" error becomes a `RankFailed`: the learner and the buffer return to the newest checkpoint
+(`run.restarts`). The restart budget ends a run that hits the same error repeatedly, with the first
+cause. A "final" error is raised unchanged and ends the run. A step that hangs raises nothing here:
+the process that waits for the rank has a deadline, and treats the rank as dead.
 
 Errors of a call for one group, which a worker raised or died of:
 
@@ -25,17 +25,16 @@ Errors of a call for one group, which a worker raised or died of:
     ScoringError: a reward failed                            yes                    a discard
     RecordError: log-probabilities that are NaN              yes                    a discard
     DataError: a request that the engine refuses             yes                    a discard
-    RecordLost: the rollouts are gone with a node            sampled again          a discard
+    RecordLost: a node died with the rollouts                sampled again          a discard
     PoolLost: no worker is left                              no                     the run ends
-    CoreLost, RankFailed: learner or buffer                  no                     `restarts` decides
+    CoreLost, RankFailed: learner or buffer                  no                     restart budget
     every other error (full disk, bound, configuration)      no                     the run ends
 
-A bad sample is a worker's fault first, since a broken device or engine makes such samples, and then the
-group's: one discard, counted with its reason. Too many of them end the run (`outcomes`).
+A bad sample is blamed on the worker first, since a broken device or engine makes such samples, and
+then on the group: one discard, counted with its reason. `Outcomes` ends the run when too many of
+the last groups failed.
 
-Classes of torch are told by their names, so that nothing here imports it.
-
-How many of the last groups failed, and when that is too many for the run to go on.
+Classes of torch are recognised by their names, so this module does not import torch.
 """
 
 from __future__ import annotations

@@ -178,7 +178,7 @@ class ScoredRollout:
     part that scores reasoning steps is the sum of its steps' scores. `step_rewards` are the weighted
     sums of such parts step by step, so `reward` is `outcome_reward` and all of them together. No
     algorithm reads `watched`: scores that are shown only, and what is told of the parts (see
-    `scoring.joining`). Log-probabilities are at the rollout's temperature:
+    `scoring.score_parts`). Log-probabilities are at the rollout's temperature:
     `ref_logprobs` the reference policy's, `teacher_logprobs` the teacher's, `exact_logprobs` those of
     the version that sampled each token, as the learner computes. `reference_kl` is the learner's own:
     the KL of its policy to the reference, over the whole vocabulary, at the start of the step. Absent

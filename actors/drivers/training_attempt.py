@@ -37,7 +37,7 @@ from rlhf_cluster.errors import RunError, StalledError
 from rlhf_cluster.pipeline import Pipeline, evaluate
 from rlhf_cluster.planning.run_inputs import Inputs
 from rlhf_cluster.records import BufferState, Ticket, WeightVersion
-from rlhf_cluster.run.checkpoint import resume as continuing
+from rlhf_cluster.run.checkpoint import resume
 from rlhf_cluster.run.checkpoint.background_saving import Checkpoints
 from rlhf_cluster.run.checkpoint.checkpoint_folder import Checkpoint
 from rlhf_cluster.run.checkpoint.run_state import RunState
@@ -215,7 +215,7 @@ class Attempt:
         self.learner.writer = writer
         if self.again or state is not None:
             await patience.aside(
-                store_of_weights, continuing.rewind_weights, place.rundir, self.checkpoint
+                store_of_weights, resume.rewind_weights, place.rundir, self.checkpoint
             )
         if self.again:
             await place.observer.cut_back(self.checkpoint)
@@ -310,8 +310,8 @@ def save_deadline_s(config: RunConfig) -> float:
 
 def stopped_text(config: RunConfig | StageConfig, last: int) -> str:
     """`last`: step of the last complete checkpoint, -1 where there is none."""
-    resume = f"The same command continues it from step {last}" if last >= 0 else "No checkpoint"
+    next_step = f"The same command continues it from step {last}" if last >= 0 else "No checkpoint"
     return (
         f"run {config.run.name!r} was stopped by a signal; its metrics and published weights are in "
-        f"{config.run_dir}. {resume}"
+        f"{config.run_dir}. {next_step}"
     )

@@ -1,15 +1,12 @@
-"""Calls to the dashboard of a Ray cluster, as `actors.jobs.jobs` makes them.
+"""Calls to the dashboard of a Ray cluster, and the outcome of a job from the end of its log.
 
-Promises: every call has a deadline; a cluster that is down, or an address where no dashboard is, is an
-error at once; a cluster that is just starting is waited for, and the error at the deadline names what
-is missing.
+`actors.jobs.jobs` uses these calls. Each of them has a deadline; Ray's client of the jobs of a
+cluster has none.
 
-Ray's client of the jobs of a cluster, and the end of a log without the rest of it.
-
-What a job says of itself: one line of what happened, and the end of its log.
-
-Promise: never more than `LOG_LINES` lines of a log are read, however long it is. Ray keeps the end of
-the log with a job whose command failed, so that it can be read when the node is gone.
+- A cluster that is down, or an address without a dashboard, is an error at once.
+- A cluster that is still starting is waited for; the error at the deadline names what is missing.
+- At most `LOG_LINES` lines of a log are read, however long it is. Ray stores the end of the log
+  with a job whose command failed, so it can be read after its node has died.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""The generation port over a pool of actors, and how any pool is asked.
+"""Generation port over a pool of actors, with the retries that every pool's client uses.
 
-A group whose worker dies or hangs is tried again on another worker, at most `max_retries` times;
-its random streams do not depend on the worker, so the new attempt draws what the old one would have.
-With `generation.segment_tokens` what is tried again is one segment, after the tokens so far; the next
-one goes to the worker that has their caches, while it lives.
-The records stay in the object store: each call returns (small summary, record) as two references,
-and only the first is fetched here.
-
-Calls of a pool's workers that nobody waits for any more.
+- If a worker dies or hangs, its group is tried on another worker, at most `max_retries` times.
+  Random streams do not depend on the worker, so the new attempt draws the same tokens.
+- With `generation.segment_tokens` the unit of a retry is one segment, after the tokens so far. The
+  next segment goes to the worker that has the caches of the group, while that worker lives.
+- Records stay in the object store: each call returns (small summary, record) as two references,
+  and only the summary is fetched here.
+- A call that timed out or was cancelled is kept as `Abandoned` while its worker may still compute
+  it.
 """
 
 from __future__ import annotations

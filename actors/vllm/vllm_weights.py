@@ -6,7 +6,7 @@ loaded, which is what registers the transfer backend there.
 An update has two phases, so that a bad version never touches a model, with any number of workers:
 
     stage   read and verify every tensor, compare names and shapes with the model's checkpoint,
-            in a thread of each worker process (`weights.staging`), while steps go on
+            in a thread of each worker process (`weights.read_version`), while steps go on
     apply   vLLM's start_weight_update, update_weights, finish_weight_update
 
 Promises: a version that is damaged, incomplete, or not of this model fails in `stage`, and the old

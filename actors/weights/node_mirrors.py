@@ -40,7 +40,7 @@ _CLEAR_TIMEOUT_S = 20.0
 
 
 class RelayActor:
-    """`mirror.Planner` for all nodes, one call at a time."""
+    """`node_mirror.Planner` for all nodes, one call at a time."""
 
     def __init__(self, streams: int) -> None:
         self._plan = RelayPlan(streams=streams, uploads=PARALLEL)
@@ -66,7 +66,7 @@ class RelayActor:
 
 
 class RemotePlanner(NamedActor):
-    """`mirror.Planner` of the run, from a worker's process."""
+    """`node_mirror.Planner` of the run, from a worker's process."""
 
     def __init__(self, run_name: str) -> None:
         super().__init__(_name(run_name), "which plans who fetches which weights from whom")

@@ -1,7 +1,7 @@
 """Off-policy correction: the weight of a token whose sampler is not the policy that is trained.
 
-What the rules are, and which may be combined, is in `correction`. The weight of a token is the
-product of the weights that the rules give it.
+What the rules are, and which may be combined, is in `off_policy_correction`. The weight of a token
+is the product of the weights that the rules give it.
 
 Promises: everything is computed in log space from log-ratios clamped to [-20, 20], sums of them too,
 so weights and their squares are finite for any finite log-probabilities and any length; weights
@@ -75,7 +75,7 @@ def weigh(
     """Apply all rules to all tokens of a micro-batch; without one each token weighs 1.
 
     Args:
-        rules: see `correction`.
+        rules: see `off_policy_correction`.
         logprobs: [N] of the policy that the weights lead to.
         sampled_logprobs: [N] of the sampler.
         sequence: [N] int64 in [0, num_sequences), whose rollout a token is of.

@@ -5,17 +5,18 @@ For a token t with advantage A_t:
     loss_t = w_t surrogate(log pi_t - log prox_t, A_t) + kl_coef KL_t - entropy_coef H_t
 
     proximal = "recompute"     prox is the learner at the start of the step; w = prox / mu by the rule
-    proximal = "interpolate"   prox lies between sampler and learner (`importance`); w likewise
+    proximal = "interpolate"   prox lies between sampler and learner (`importance_weights`); w likewise
     proximal = "bypass"        prox = mu, the sampler; w = 1. The ratio of the surrogate IS the
                                importance weight: a token rule that truncates bounds its value, not
                                its gradient; a rule that masks masks tokens or rollouts, by pi / mu
 
-where pi is the learner, mu the sampler, `correction` the rule (`importance`), KL_t the term of `kl`
-with the token's own weight, and H_t the entropy. With one optimizer step a batch the recomputed
-prox IS pi: the ratio is exactly 1 in value, carries the gradient, and is never clipped; w alone
-handles the distance to the sampler. In "bypass" a token over the cap c is trained with the weight c:
-its ratio is c sg(1 / pi) pi. Cutting its gradient would leave exactly the tokens untrained of which the
-sampler saw too few. `dual_clip` (Ye et al. 2020, arXiv 1912.09729) does cut it, where A is negative.
+where pi is the learner, mu the sampler, `correction` the rule (`importance_weights`), KL_t the term
+of `kl` with the token's own weight, and H_t the entropy. With one optimizer step a batch the
+recomputed prox IS pi: the ratio is exactly 1 in value, carries the gradient, and is never clipped;
+w alone handles the distance to the sampler. In "bypass" a token over the cap c is trained with the
+weight c: its ratio is c sg(1 / pi) pi. Cutting its gradient would leave exactly the tokens
+untrained of which the sampler saw too few. `dual_clip` (Ye et al. 2020, arXiv 1912.09729) does cut
+it, where A is negative.
 
 Promises: gradients flow into `learner_logprobs` (and the entropy) only; a token's loss depends on
 its own rollout only. The three policies: Hilton et al. 2021, arXiv 2110.00641.
@@ -344,7 +345,7 @@ def correction_sums(weighed: Weighed, staleness: Tensor) -> Sums:
 def clipped_surrogate(
     log_ratios: Tensor, inputs: LossInputs, config: ClippedConfig
 ) -> tuple[Tensor, Sums]:
-    """The clipped objective of `losses.clipped_policy_loss`, and how many tokens were clipped."""
+    """The objective of `policy_losses.clipped_policy_loss`, and how many tokens were clipped."""
     losses, clipped = clipped_policy_loss(
         log_ratios, inputs.advantages, config.clip_low, config.clip_high, config.dual_clip
     )

@@ -1,6 +1,6 @@
 """Configuration that algorithms share, and the combinations that are refused.
 
-What the keys do is in `policy_gradient`, `importance`, `correction` and `kl`.
+What the keys do is in `policy_gradient`, `importance_weights`, `off_policy_correction` and `kl`.
 """
 
 from __future__ import annotations

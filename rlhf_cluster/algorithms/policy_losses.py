@@ -1,27 +1,30 @@
-"""Surrogates: pure functions from log-ratios to the loss of each token, not weighted, not summed.
+"""Policy losses: the loss of each token from log-ratios, and the weight of each token.
+
+Losses are pure functions, neither weighted nor summed, of r = exp(log ratio) and the advantage A:
 
     clipped     -min(r A, clip(r, 1 - low, 1 + high) A)
     gated       -f(r) A,  f(r) = (4 / tau) sigmoid(tau (r - 1)),  tau by the sign of A
     cispo       -sg(clip(r, 1 - low, 1 + high)) A log pi
     plain       -r A
 
-with r = exp(log ratio). Promises: shapes are checked, so nothing broadcasts; no gradient flows into
-advantages; where a bound was taken the gradient is exactly zero.
+Token weights turn them into the loss of an optimizer step, the plain sum of weight times token
+loss:
+
+    token_mean      w = 1 / (trained tokens of all R rollouts)           every token has equal weight
+    sequence_mean   w = 1 / (R * trained tokens of its rollout)          every rollout has equal weight
+    fixed_length    w = 1 / (R * max_response_tokens)                    no weight depends on a length
+
+Promises:
+- shapes are checked, so nothing broadcasts;
+- no gradient flows into advantages; where a bound applies, the gradient is exactly zero;
+- weights are computed from the whole optimizer step before tokens are packed into micro-batches,
+  so micro-batch size, ranks, order and packing cannot change the loss;
+- rollouts without a trained token are in no denominator.
+
+Sources: token_mean, Yu et al. 2025, arXiv 2503.14476 (DAPO); sequence_mean, Shao et al. 2024,
+arXiv 2402.03300 (GRPO); fixed_length, Liu et al. 2025, arXiv 2503.20783 (Dr. GRPO).
 
 Shapes: N trained tokens.
-
-How token losses become one number: the weight of every token in the loss of an optimizer step.
-
-    token_mean      w = 1 / (trained tokens of all R rollouts)           every token counts the same
-    sequence_mean   w = 1 / (R * trained tokens of its rollout)          every rollout counts the same
-    fixed_length    w = 1 / (R * max_response_tokens)                    no weight follows a length
-
-Weights depend on the whole optimizer step and are computed before anything is laid into
-micro-batches; the loss is the plain sum of weight times token loss, so micro-batch size, ranks,
-order and packing cannot change it. Rollouts without a trained token count in no denominator.
-
-token_mean: Yu et al. 2025, arXiv 2503.14476 (DAPO). sequence_mean: Shao et al. 2024, arXiv
-2402.03300 (GRPO). fixed_length: Liu et al. 2025, arXiv 2503.20783 (Dr. GRPO).
 """
 
 from __future__ import annotations

@@ -168,8 +168,8 @@ class KtoConfig(Section):
     undesirable_weight: PositiveFloat = 1.0
 
     def losses(self, labelled: Labelled, baseline: Tensor) -> tuple[Tensor, Sums]:
-        """(loss of each response [N], metric sums); `baseline` is `preference.kto_baseline` of the
-        whole optimizer step."""
+        """(loss of each response [N], metric sums); `baseline` is `preference_losses.kto_baseline`
+        of the whole optimizer step."""
         losses = preference_losses.kto_loss(
             labelled, baseline, self.beta, self.desirable_weight, self.undesirable_weight
         )

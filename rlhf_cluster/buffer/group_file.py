@@ -1,18 +1,20 @@
-"""A group as the bytes of one Arrow IPC file, and back.
+"""Format of a group on disk: one Arrow IPC file, encoded and decoded.
 
-One row a rollout; a column `record.field` for every field of `Ticket`, `Prompt`, `Rollout`,
-`ScoredRollout` and `ExperienceGroup`, but for what is of one step alone. Any Arrow reader opens it.
+The file has one row per rollout and a column `record.field` for every field of `Ticket`, `Prompt`,
+`Rollout`, `ScoredRollout` and `ExperienceGroup`, except those that belong to one step alone. Any
+Arrow reader opens it.
 
-Promises: what comes back equals what went in, arrays bit by bit, absent ones absent. The file carries
-a seal, with a checksum of all its other bytes. `decode` looks at it before it parses anything, so
-that a torn, cut or changed file is an error with its reason, never a group. `read_header` needs the
-first `HEADER_BYTES` alone; it trusts them, and is for choosing, not for use.
+Values of data files are JSON text, of the same types when read. JSON's own kinds are written as
+they are. The kinds that only Parquet has, and dictionaries with keys that are not plain text,
+become an object with one key that starts with "$": {"$bytes": "aGk="}. A value of any other type
+raises `StoreError`; none is turned into text silently.
 
-Values of data files as JSON text, and back: the same values of the same types.
-
-JSON's own kinds are written as they are. What Parquet has beside them, and a dictionary whose keys are
-not plain text, becomes an object with one key that starts with "$": {"$bytes": "aGk="}. Nothing else
-is written: a value of any other type raises `StoreError`, none is turned into text silently.
+Promises:
+- a decoded group equals the encoded one: arrays bitwise, absent ones absent;
+- the file carries a seal with a checksum of all its other bytes. `decode` checks it before it
+  parses anything, so a truncated or changed file is an error with its reason, never a group;
+- `read_header` needs the first `HEADER_BYTES` alone. It trusts them: use it to choose a file, not
+  to read a group.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""What a person reads of a stage before it starts and when it has finished.
+"""Terminal summaries of an offline stage and of a stage that makes a data set.
 
-What a person reads of a data set before it is made and when it is there.
+Each kind has one summary before it starts (what its settings result in) and one after it has
+finished.
 """
 
 from __future__ import annotations

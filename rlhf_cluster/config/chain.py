@@ -1,21 +1,21 @@
-"""A pipeline: several runs and stages in one file, one after the other.
+"""Pipeline files: several runs and stages in one file, and the members of an ensemble stage.
 
     [pipeline]               name and root
-    [stages.sft]             each table a whole run file, without run.name and run.root
-    [stages.dpo]             "{stages.sft.final}" in any text is the model that sft leaves,
+    [stages.sft]             each table a complete run file, without run.name and run.root
+    [stages.dpo]             "{stages.sft.final}" in any text is the model that sft exports,
                              "{stages.NAME-0.final}" that of the first member of an ensemble, and
                              "{stages.NAME.data}" the file of a stage that makes a data set
 
-Promises: the tables are run in their order; each is a run directory of its own, named as its table,
-below the pipeline's; a table may name what earlier ones leave, and nothing else of them. All tables
-are checked before the first is run.
-
-From a stage of several members to one run file each; what they are is in `offline.train_ensemble`.
+A stage with several members (`offline.train_ensemble`) becomes one run file per member:
 
     NAME, members = 3   ->   NAME/NAME-0, NAME/NAME-1, NAME/NAME-2
 
-Promises: everything but name, folder, seed and `stage.member` is the stage's; seeds differ between the
-members, and between those of two stages of different seeds.
+Promises:
+- tables run in their order, each in a run directory named after it, below the pipeline's;
+- a table may name the results of earlier tables, and nothing else of them;
+- all tables are checked before the first one runs;
+- a member differs from its stage in name, folder, seed and `stage.member` only. Seeds differ
+  between members, and between the members of two stages with different seeds.
 """
 
 from __future__ import annotations

@@ -1,14 +1,7 @@
-"""What `[generation]` must agree on with itself and the other sections; called by `config.run_config`.
+"""Checks of `[generation]`, `[staleness]` and `[buffer.replay]` against the other sections.
 
-What depends on the device is refused in `actors.vllm.vllm_arguments`.
-
-What `[staleness]` must agree on with the other sections; called by `config.run_config`.
-
-The reasons are in docs/staleness.md.
-
-What `[buffer.replay]` must agree on with the other sections; called by `config.run_config`.
-
-The reasons are in docs/replay.md.
+`config.run_config` calls them. docs/staleness.md and docs/replay.md give the reasons. Settings
+that depend on the device are checked in `actors.vllm.vllm_arguments`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,7 @@
-"""What the KL of `[algorithm]` must agree on with the other sections; called by `config.run_config`.
+"""Checks of what the scoring pool serves against the algorithm that uses it.
 
-Rewards, how they become one, and the algorithm that is to use them; called by `config.run_config`.
-
-Rewards of reasoning steps, and the algorithm that is to use them; called by `config.run_config`.
-
-The teacher of the scoring pool, and the algorithm that learns from it; called by `config.run_config`.
+They cover the KL of `[algorithm]`, rewards and how they combine, rewards of reasoning steps, and
+the teacher. `config.run_config` calls them.
 """
 
 from __future__ import annotations

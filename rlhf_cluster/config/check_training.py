@@ -1,11 +1,6 @@
-"""What the ranks of `[learner]` must agree on; called by `config.run_config`.
+"""Checks of `[learner]`, `[model]`, `[weights]`, `[checkpoint]` against other sections.
 
-What `[model]` must agree on; called by `config.run_config` and `config.stage_config`.
-
-What `[weights]` must agree on with the other sections; called by `config.run_config`.
-
-What `[checkpoint]` must agree on with the other sections; called by `config.run_config` and
-`config.stage_config`.
+`config.run_config` calls them; `config.stage_config` calls those that an offline stage needs.
 """
 
 from __future__ import annotations

@@ -36,14 +36,14 @@ class Scoring(Section):
     default: half of `workers`, rounded up. The others may join later."""
     rewards: list[RewardConfig] = Field(min_length=1)
     objective: Objective = WeightedSum()
-    """How the rewards become one; see `scoring.objective`."""
+    """How the rewards become one; see `rewards.combination`."""
     step_separator: str = Field(default="\n", min_length=1)
     """What separates the reasoning steps of a response, for rewards that score steps; segments that
     are blank are no steps."""
     reference: bool = False
     """Compute the reference policy's log-probabilities of every response token."""
     reference_update: ReferenceUpdate = FixedReference()
-    """Which policy the reference is: the starting one, or one that follows; see `scoring.moving`."""
+    """Reference policy: the starting one, or one that follows (`scoring.moving_reference`)."""
     teacher: str | None = None
     """Folder of a frozen model with the policy's tokenizer, which gives the log-probabilities of every
     response token that `on_policy_distillation` learns from."""
@@ -55,7 +55,7 @@ class Scoring(Section):
     reference then has a KL a little over 0; exact log-probabilities are never rounded."""
     exact_logprobs: bool = False
     """Compute every response token's log-probability under the version that sampled it, as the
-    learner computes: tells engine mismatch and staleness apart; see `scoring.exact`."""
+    learner computes: tells engine mismatch and staleness apart; see `scoring.exact_logprobs`."""
     cached_versions: PositiveInt = 2
     """Versions that a worker keeps in host memory for `exact_logprobs`, each as large as a published
     one; any other is read from the weight store again."""
@@ -64,11 +64,11 @@ class Scoring(Section):
     batch_groups: PositiveInt = 1
     """Groups that may share the forward passes of the reference, of the teacher or of a reward model,
     where they wait for it and fit the token budget together. 1: none, so that no value depends, not in
-    its last bits either, on what was scored beside it; see `scoring.shared_passes`."""
+    its last bits either, on what was scored beside it; see `models.shared_passes`."""
     cache_entries: int = Field(default=0, ge=0)
     """Scores that a worker keeps, to give them again for the same prompt and response: of reward
     models, ensembles, and judges that rate at temperature 0. 0: none, so that no score depends on what
-    was scored before, not in its last bits either; see `scoring.cache`."""
+    was scored before, not in its last bits either; see `scoring.score_cache`."""
     num_cpus: PositiveFloat = 1.0
     num_gpus: float = Field(default=0.0, ge=0)
     request_timeout_s: PositiveFloat = 300.0

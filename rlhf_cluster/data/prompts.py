@@ -1,14 +1,14 @@
-"""The endless stream of prompts.
+"""Prompts: the endless training stream, held-out prompts, examples of the warm-up.
 
-    file:  epoch 0 | epoch 1 | ...   every row once an epoch, reshuffled by (seed, epoch)
+    file:  epoch 0 | epoch 1 | ...   every row once per epoch, reshuffled by (seed, epoch)
     task:  block 0 | block 1 | ...   fresh rows for ever (with data.limit: epochs over that many)
 
-Promises: `cursor` is the number of prompts drawn, and `seek(cursor)` continues exactly there, in
-constant time, in another process too. A prompt's id names its row and its epoch, whatever was drawn
-before. The whole data set is checked when the source is built; `next` cannot fail afterwards.
-Over-long prompts are refused or left out and counted, never shortened.
-
-What the supervised warm-up trains on.
+Promises:
+- `cursor` is the number of prompts drawn. `seek(cursor)` continues exactly there, in constant
+  time, in another process too;
+- the id of a prompt names its row and its epoch, whatever was drawn before;
+- the whole data set is checked when the source is built; `next` cannot fail afterwards;
+- prompts that are too long are refused, or skipped and counted; none is shortened.
 """
 
 from __future__ import annotations

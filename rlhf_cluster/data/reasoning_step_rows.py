@@ -6,7 +6,7 @@
 
 A label is true, false, or the chance in [0, 1] that the step is right, such as the share of completions
 from there that reach the right answer; null where a step has none. There are as many labels as steps;
-segments that are blank are no steps (`scoring.steps`).
+segments that are blank are no steps (`data.reasoning_steps`).
 
 Promises: a row that does not fit is refused with file and line; a row without any label raises
 `UnusableRow`. No text is changed.

@@ -1,12 +1,12 @@
-"""Rows from a JSONL or Parquet file, packed JSONL, or a folder of Hugging Face `datasets`.
+"""Rows of a JSONL or Parquet file, packed JSONL, or a folder of Hugging Face `datasets`.
 
-Promises: every row keeps all its columns with their types and the place it came from; whatever is
-wrong ends in one `DataError` that names file, line, what was found, what was expected and the cure.
+Promises:
+- every row keeps all its columns with their types, and its position in the data set;
+- every defect is one `DataError` that names file, line, value, expectation and fix.
 
-All texts of a row, whatever its layout: what a tokenizer learns from.
-
-Promises: the marks of a dialogue written as one text ("Human:", "Assistant:") are not among them, as a
-model never sees them; of a preference's two dialogues the shared turns come once.
+`texts` gives all texts of the rows in any layout, which is what a tokenizer learns from. The marks
+of a dialogue that is written as one text ("Human:", "Assistant:") are not among them, as a model
+never sees them. The turns that the two dialogues of a preference share come once.
 """
 
 from __future__ import annotations

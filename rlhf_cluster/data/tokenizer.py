@@ -1,9 +1,8 @@
-"""Loading a tokenizer, and the tokens that end an answer.
+"""Tokenizers: loading one, the tokens that end an answer, and the token ids of a prompt.
 
-From a row to the token ids of its prompt.
-
-Promises: a prompt is tokenized once, here, and never again; it starts with exactly one
-beginning-of-sequence token when the tokenizer or its template puts one; nothing is shortened.
+Promises:
+- a prompt is tokenized once, here, and is not shortened;
+- it starts with exactly one beginning-of-sequence token if the tokenizer or its template adds one.
 """
 
 from __future__ import annotations

@@ -1,21 +1,22 @@
-"""Units: what an offline stage trains on, and what belongs together in its loss.
+"""Units of an offline stage: sequences that are trained together, and their order.
 
 A unit is one sequence (supervised fine-tuning), a chosen and a rejected one, or the answers of one
-ranking. Two texts decide what becomes of it: on which side of the held-out split it falls, by a hash of
-`key`, so that equal keys are never on both sides; and whether it was there before, by `content`.
-
-Shapes: L tokens of a sequence.
-
-All units of a stage: read, checked, split, and in the order they are trained in.
+ranking. Two texts decide its use. A hash of `key` puts it on one side of the held-out split, so
+equal keys are never on both sides. `content` finds duplicates.
 
     rows of each source -> units -> too long? -> seen before? -> held out | trained, epoch after epoch
 
-Promises: the whole data set is read and checked when it is loaded; whatever is left out, shortened or
-refused is counted by its reason, never silent. The unit at a place of the endless stream depends on
-data, seed and place alone, so that the number of units drawn is all that a resumed stage needs. Epoch
-e goes over each source `weight` times: with 0.5 over one half of it, and over the other half in the
-next epoch; within an epoch the units of all sources are mixed. Held-out units are those whose key's
-hash says so, in the order of another hash: neither depends on the order or the number of the files.
+Promises:
+- the whole data set is read and checked when it is loaded; every row that is skipped, shortened or
+  refused is counted by its reason;
+- the unit at an index of the endless stream depends on data, seed and index alone, so a resumed
+  stage needs only the number of units drawn;
+- epoch e uses each source `weight` times: with 0.5 one half of it, and the other half in the next
+  epoch. Within an epoch the units of all sources are mixed;
+- a hash of the key selects held-out units, and another hash orders them: neither depends on the
+  order or the number of the files.
+
+Shapes: L tokens of a sequence.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The learner: policy, packing, sharding and the optimizer step. It knows no algorithm by name.
+"""Learner ranks: training step, critic, sharding, publishing. No algorithm is known by name.
 
-Nothing is imported here, so that the numpy-only parts (`packing`, `schedule`) load without torch.
+This package imports none of its modules.
 """

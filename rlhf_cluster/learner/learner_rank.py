@@ -140,7 +140,7 @@ class LearnerRank(TrainingRank[RunConfig]):
         return self._facts()
 
     def sft_step(self, examples: list[SftExample]) -> dict[str, float]:
-        """One supervised optimizer step; see `sft.sft_step`.
+        """One supervised optimizer step; see `warmup_step.sft_step`.
 
         Raises:
             RunError: reinforcement learning has begun.

@@ -1,25 +1,25 @@
-"""The reference policy in a learner rank, for the KL over the whole vocabulary.
+"""Reference policies held by a learner rank, for the KL over the whole vocabulary.
 
-    hidden states of the reference, and its output projection -> chunks of logits (`logprobs`)
+    hidden states of the reference, and its output projection -> chunks of logits (`models.logprobs`)
 
-The reference is the policy as reinforcement learning begins, and never moves. Without adapters it is
-a second model beside the policy, frozen, sharded by FSDP2 like it and in the type of the passes, so
-that each rank holds its share. With adapters it is the policy itself with the adapters as they were
-at the start, put in place for the reference's pass: the weights under them never change, so it costs
-a second set of adapters and no model.
-
-Promises: it is held only where the algorithm asks for it; it gets no gradient and is not published;
-a policy equal to it has a KL of exactly 0; every rank makes the same passes.
-
-Shapes: B rows, S positions, H hidden size, V vocabulary, T response tokens of one rollout.
-
-A reference that follows the policy: TR-DPO (Gorbatovski et al. 2024, arXiv 2404.09656).
+- `FrozenCopy`: the policy at the start of reinforcement learning. A second, frozen model, sharded
+  by FSDP2 like the policy and in the type of the passes, so each rank holds its share.
+- `StartAdapters`: the policy itself with its adapters as they were at the start, swapped in for
+  the reference's pass. The weights below the adapters never change, so this costs a second set of
+  adapters and no model.
+- `FollowingCopy`: a copy that follows the policy, TR-DPO (Gorbatovski et al. 2024, arXiv
+  2404.09656):
 
     soft   reference <- (1 - share) reference + share policy, weight by weight
-    hard   share = 1: reference <- policy, to the bit
+    hard   share = 1: reference <- policy, bitwise identical
 
-Promises: its weights are float32 whatever the passes compute in, so that small moves are not lost, and
-a policy equal to it still has a KL of exactly 0; its shards are all that a checkpoint needs of it.
+Promises:
+- a reference is held only if the algorithm asks for it; it gets no gradient and is not published;
+- a policy equal to its reference has a KL of exactly 0; every rank makes the same passes;
+- weights of a copy that follows are float32 whatever type the passes compute in, so small moves
+  are not lost. Its shards are all that a checkpoint stores of it.
+
+Shapes: B rows, S positions, H hidden size, V vocabulary, T response tokens of one rollout.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class FrozenCopy:
         """`dtype` is the weights' where it is not that of the passes. `vocabulary` is the policy's
         where it may differ: of a larger one, whose last entries are padding, the first are used.
 
-        Raises `ConfigError` as `policy.load_policy`, and for a smaller vocabulary.
+        Raises `ConfigError` as `policy_model.load_policy`, and for a smaller vocabulary.
         """
         policy = load_policy(
             model_dir, dtype or compute_dtype, device, False, compute_dtype, head_dtype
@@ -165,7 +165,7 @@ class FollowingCopy(FrozenCopy):
         compute_dtype: torch.dtype,
         head_dtype: HeadDtype = "float32",
     ) -> None:
-        """Raises `ConfigError` as `policy.load_policy`."""
+        """Raises `ConfigError` as `policy_model.load_policy`."""
         super().__init__(
             model_dir, mesh, device, compute_dtype, dtype=torch.float32, head_dtype=head_dtype
         )

@@ -248,7 +248,7 @@ class StageRank(TrainingRank[StageConfig]):
             yield replace(part, name=self._published_name(part.name))
 
     def _published_name(self, name: str) -> str:
-        """In a Hugging Face model, of a name that `publishing` gives."""
+        """In a Hugging Face model, of a name that `publish` gives."""
         if not self._is_value:
             return name
         if name == "value_head.weight":

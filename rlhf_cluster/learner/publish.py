@@ -6,8 +6,8 @@ when adapters are trained (they are merged into a copy, see `lora.merged`) on we
 once; all ranks' parts hold every element once. Without adapters nothing is communicated: each rank
 reads its own memory.
 
-For versions of format `adapter` there are also the parts that readers merge from (`weights.adapter`).
-What never changes is copied only when it is written, beside a step.
+For versions of format `adapter` there are also the parts that readers merge from
+(`weights.formats.lora_factors`). What never changes is copied only when it is written, beside a step.
 """
 
 from __future__ import annotations

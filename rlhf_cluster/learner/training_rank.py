@@ -120,7 +120,7 @@ class TrainingRank(Generic[C]):
         return cast(PolicyLM, self.model.module)
 
     def copy_state(self) -> LearnerState:
-        """Copy all that training goes on from to host memory; see `checkpoint.StateCopies`."""
+        """Copy all that training goes on from to host memory; see `rank_checkpoint.StateCopies`."""
         return self._copies.copy(self._updaters, self._stateful, self._version, self._further)
 
     def write_state(self, root: str) -> ShardReport:
@@ -128,7 +128,7 @@ class TrainingRank(Generic[C]):
         return self._copies.write(root)
 
     def load_state(self, folder: str, state: LearnerState) -> None:
-        """Go on from what all ranks' `write_state` made; see `checkpoint.load`.
+        """Go on from what all ranks' `write_state` made; see `rank_checkpoint.load`.
 
         Raises:
             RunError: a step was taken.

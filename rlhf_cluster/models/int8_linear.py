@@ -2,7 +2,7 @@
 
     W[o, i] = code[o, i] * scale[o]        code int8, scale = max |row| / 127, float32
 
-rounded as the generation pool rounds (`weights.quantize`), in compressed-tensors' format.
+rounded as the generation pool rounds (`weights.formats.int8`), in compressed-tensors' format.
 
 Promises: a product is in the type of its input. The codes are exact in bfloat16 as in float32, so W
 is not rounded a second time: the scale is applied to the product, in float32. Embeddings, norms, the

@@ -1,23 +1,24 @@
-"""A small causal LM made from numbers: random weights and a tokenizer of its own, no download.
+"""Small causal LMs made from numbers: random weights and a tokenizer, no download.
 
-Promises: the folder holds what transformers and vLLM load (config, generation config, float32
-safetensors, tokenizer); the same `ModelInit` and seed give the same bytes; the folder appears
-whole, by a rename, or not at all.
+The folder holds what transformers and vLLM load: config, generation config, float32 safetensors,
+tokenizer. There are two tokenizers:
 
-By default the tokenizer has one token a character: every printable ASCII character and the newline.
-Text is encoded as `<bos>` and one token a character, and decoded without separators. A character
-outside the alphabet becomes `<unk>`, never nothing. Byte pairs are in `models.make_model`.
-
-A byte-pair tokenizer learned from the texts of a data file, with a chat template.
-
-Promises: the same file and section give the same tokenizer, byte for byte, on any number of threads;
-every text is encoded without loss, since all 256 bytes are tokens; text is encoded as `<bos>` and its
-tokens. A chat is rendered as
+- characters (the default): one token for each printable ASCII character and the newline. Text is
+  encoded as `<bos>` and its characters, and decoded without separators. A character outside the
+  alphabet becomes `<unk>`, never nothing.
+- byte pairs, learned from the texts of a data file, with a chat template. Text is encoded as
+  `<bos>` and its tokens, without loss, since all 256 bytes are tokens. A chat is rendered as
 
     <bos> <system>...<eos> <user>...<eos> <assistant>...<eos> ...
 
-so every turn ends with the end token, which is where generation stops. A role of another name is
+Every turn of a chat ends with the end token, at which generation stops. A role of another name is
 refused. The assistant's words and their end token are marked for `return_assistant_tokens_mask`.
+
+Promises:
+- equal `ModelInit` and seed give equal bytes; the folder appears complete, by a rename, or not at
+  all;
+- an equal file and section give an equal byte-pair tokenizer, byte for byte, on any number of
+  threads.
 """
 
 from __future__ import annotations

@@ -1,33 +1,35 @@
-"""Reward-model losses: pure functions from scores of whole responses to one loss an example.
+"""Reward-model losses for responses and for reasoning steps, and the report on step models.
+
+Whole responses:
 
     bradley_terry    -(1 - e) s(d) - e s(-d) + c (s_w + s_l)^2      d = s_w - s_l - margin
     plackett_luce    sum over ranks k of logsumexp(s_k .. s_K) - s_k      best first
-    pointwise        bce: of a logit against a label in [0, 1]; mse: (s - target)^2, both an example,
+    pointwise        bce: of a logit against a label in [0, 1]; mse: (s - target)^2; per example,
                      or a mean over the heads that are labelled
 
-Promises: one loss an example, not weighted and not summed, so that a caller's sum depends on no
-micro-batch; shapes are checked, nothing broadcasts; masked entries may hold anything, NaN too, and
-get no gradient.
-
-Shapes: P pairs, G rankings of at most K responses, N responses, H heads.
-
-Process reward models: the chance that each reasoning step is right, learned, judged and reduced.
+Process reward models estimate the probability that each reasoning step is right:
 
     loss      of a step -y log p - (1 - y) log(1 - p), p = sigmoid(logit), y the label in [0, 1]
-    reduce    from the steps' p to one score of a response:
+    reduce    from the steps' p to one score of a response (`data.reasoning_steps.reduced`):
               min      the weakest step
-              product  the chance that all are right, were they independent
-              last     the last step, read as the chance that the answer is right
-              mean     what a response of any number of steps is worth a step
+              product  the probability that all are right, if they were independent
+              last     the last step, read as the probability that the answer is right
+              mean     the mean over the steps, comparable between numbers of steps
 
-Binary labels of steps: Lightman et al. 2023, arXiv 2305.20050 (product; min in its appendix), after
-Uesato et al. 2022, arXiv 2211.14275. Soft labels, the share of completions from a step that reach the
-right answer: Wang et al. 2023, arXiv 2312.08935 (Math-Shepherd; min).
+Binary labels of steps: Lightman et al. 2023, arXiv 2305.20050 (product; min in its appendix),
+after Uesato et al. 2022, arXiv 2211.14275. Soft labels, the share of completions from a step that
+reach the right answer: Wang et al. 2023, arXiv 2312.08935 (Math-Shepherd; min).
 
-Promises: one loss a step, not weighted and not summed; nothing broadcasts; a report leaves out no step
-that has a label, and says how many responses could not be judged as a whole.
+Promises:
+- one loss per example or step, not weighted and not summed, so a caller's sum does not depend on
+  micro-batches;
+- shapes are checked, nothing broadcasts; masked entries may hold anything, NaN too, and get no
+  gradient;
+- a report omits no step that has a label, and says how many responses could not be judged as a
+  whole.
 
-Shapes: N steps of a micro-batch, S steps of one response.
+Shapes: P pairs, G rankings of at most K responses, N responses or steps of a micro-batch, H heads,
+S steps of one response.
 """
 
 from __future__ import annotations

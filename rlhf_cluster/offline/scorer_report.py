@@ -1,34 +1,33 @@
-"""What a trained scorer is worth on pairs that it has not seen: pure, numpy, no torch.
+"""Reports on trained scorers over held-out pairs: of one scorer, and of an ensemble.
 
-    accuracy      share of pairs whose chosen response scores higher; a tie counts half; with the
+Pure numpy, no torch. The report on one scorer:
+
+    accuracy      share of pairs whose chosen response scores higher; a tie is half a hit; with the
                   Wilson interval of 95 % (Wilson 1927)
     brier         mean of (1 - p)^2, p = sigmoid(chosen - rejected) (Brier 1950); 0.25 is a coin
     ece           expected calibration error: |confidence - accuracy| over equal bins of the confidence
                   max(p, 1 - p), weighted by pairs (Guo et al. 2017, arXiv 1706.04599); `reliability`
                   has the bins themselves
-    length_correlation    Spearman's rank correlation of score and length over all responses; over
+    length_correlation    Spearman's rank correlation of score and length over all responses; above
                   `LENGTH_WARNING` the scorer may reward length itself
 
-Promises: the same pairs in any order give the same report; nothing is left out: scores that are not
-finite are refused. What is not defined, such as the correlation with a constant, is None.
+The report on M scorers of the same pairs, alone and together:
 
-Shapes: P pairs, N numbers.
-
-What several scorers are worth on the same held-out pairs, alone and together: pure, numpy, no torch.
-
-    members       the report of each (`offline.scorer_report`)
+    members       the report on each of them
     ensemble      the report on the mean of their scores
     disagreement  score_std: standard deviation of the members' scores of one response, a mean over all
                   responses; split_fraction: share of pairs on which not all members choose alike; and
                   the ensemble's accuracy on those, and on the others
 
-A member's scale is its own: members whose scores spread differently weigh differently in the mean, so
-`spread` gives each one's standard deviation over all responses.
+Members have separate scales: one whose scores spread more weighs more in the mean. `spread` gives
+the standard deviation of each member over all responses.
 
-Promises: every pair counts; pairs in any order give the same report; members that scored other pairs
-are refused.
+Promises:
+- pairs in any order give the same report, and every pair is used: scores that are not finite are
+  refused, also members that scored other pairs;
+- an undefined figure, such as the correlation with a constant, is None.
 
-Shapes: P pairs, M members.
+Shapes: P pairs, M members, N numbers.
 """
 
 from __future__ import annotations

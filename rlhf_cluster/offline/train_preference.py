@@ -1,7 +1,7 @@
 """Preference optimisation: a policy from pairs of responses, or from single ones with a verdict (KTO).
 
-Rows are in any layout of `data.pairs`; with `loss = { type = "kto" }` labelled responses too, and a
-pair is then two of them. Losses and their keys are in `algorithms.preference_loss_config`.
+Rows are in any layout of `data.preferences`; with `loss = { type = "kto" }` labelled responses too,
+and a pair is then two of them. Losses and their keys are in `algorithms.preference_loss_config`.
 
 The reference is the policy as the stage began, or follows it (`reference_update`; TR-DPO, Gorbatovski
 et al. 2024, arXiv 2404.09656) and is saved with a checkpoint then. Its log-probabilities of a unit are

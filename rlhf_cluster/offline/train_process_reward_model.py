@@ -1,10 +1,10 @@
 """Process reward models: the chance that each reasoning step of a response is right.
 
-A row is a response with labelled steps (`data.step_rows`). A step's logit is the value after its last
-token, found as in reinforcement learning (`scoring.steps`): among the ids of the whole response, by the
-text that they decode to; the last step ends with the end token. Where one token ends several steps it
-has the lowest of their labels. The head has no bias and starts at 0. What is exported loads as the
-reward `process_reward_model`.
+A row is a response with labelled steps (`data.reasoning_step_rows`). A step's logit is the value
+after its last token, found as in reinforcement learning (`data.reasoning_steps`): among the ids of
+the whole response, by the text that they decode to; the last step ends with the end token. Where
+one token ends several steps it has the lowest of their labels. The head has no bias and starts at
+0. What is exported loads as the reward `process_reward_model`.
 
 Promises: the loss is the mean over the labelled steps of the batch, whatever the ranks, micro-batches
 and packing; a step without a label is context. Truncation drops the oldest tokens of the prompt and

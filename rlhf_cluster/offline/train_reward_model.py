@@ -1,32 +1,27 @@
-"""Reward models: a score of a whole response, learned from pairs (Bradley-Terry) or rankings
-(Plackett-Luce).
+"""Reward models of whole responses: from pairs, from rankings, from grades.
 
-A row is a pair in any layout of `data.pairs`, or a ranking. A response is scored by the value after the
-last real token of (prompt, response, end token), the ids that reinforcement learning will show the
-model; the head has no bias and starts at 0. What is exported loads as the reward `reward_model`.
+    pairs       Bradley-Terry; a row in any layout of `data.preferences`
+    rankings    Plackett-Luce; a row with responses in order
+    grades      a row with a prompt, a completion, and a number in the column of each head (Wang et al.
+                2023, arXiv 2311.09528: helpfulness, correctness and so on); null if it was not graded
+                mse    the score is the grade; give grades a mean near 0, as there is no bias
+                bce    the score is the logit of a label in [0, 1]
+
+A response is scored by the value after the last real token of (prompt, response, end token), the
+ids that reinforcement learning will show the model. The head has no bias and starts at 0. The
+exported model loads as the reward `reward_model`, with `output_weights` if it has several heads.
 
 The report (`offline.scorer_report`) is of held-out pairs, of a ranking its best against its worst:
-accuracy with its interval, calibration, the correlation of score and length, and, where rows have
-`chosen_paraphrase` or `rejected_paraphrase`, how often a verdict stays in other words. Paraphrases of
-held-out pairs are scored beside them and never trained. Several members: `offline.train_ensemble`.
+accuracy with its interval, calibration, the correlation of score and length, and, if rows have
+`chosen_paraphrase` or `rejected_paraphrase`, how often a verdict stays in other words. Paraphrases
+of held-out pairs are scored with them and never trained. `offline.train_ensemble` trains several
+members.
 
-Promises: the loss is the mean over the pairs (rankings) of the batch, whatever the ranks, micro-batches
-and packing. Truncation drops the oldest tokens of the prompt, the same ones for all of a unit, and
-never touches a response.
-
-Reward models from grades: one score a response, or one for each of several attributes.
-
-A row is a prompt, a completion, and a number in the column of each head (Wang et al. 2023, arXiv
-2311.09528: helpfulness, correctness and so on); null where it was not graded. A response is scored by
-the value after the last real token of (prompt, response, end token); the head has no bias and starts at
-0. What is exported loads as the reward `reward_model`, with `output_weights` where it has several.
-
-    mse    the score is the grade; give grades a mean near 0, as there is no bias
-    bce    the score is the logit of a label in [0, 1]
-
-Promises: the loss is the mean over the responses of the batch, of a response the mean over its graded
-heads, whatever the ranks, micro-batches and packing. Truncation drops the oldest tokens of the prompt
-and never touches a response.
+Promises:
+- the loss is the mean over the examples of the batch (pairs, rankings or responses), of a graded
+  response the mean over its graded heads, whatever the ranks, micro-batches and packing;
+- truncation drops the oldest tokens of the prompt, the same ones for all of a unit, and never
+  touches a response.
 
 Shapes: N responses, H heads.
 """

@@ -1,13 +1,13 @@
-"""Which bundles a run needs, and whether a cluster can hold them.
+"""Bundles that a run needs, whether a cluster can hold them, and the settings in numbers.
 
 A bundle is what one replica (or one learner rank) needs on a single node. Fitting is first-fit
-decreasing over whole nodes: a bundle never spans two. Pure; node sizes are arguments.
+decreasing over complete nodes: a bundle never spans two. Pure; node sizes are arguments.
 
-With `cluster.worker_groups` each bundle also asks for a little of its group's resource, which only the
-nodes of that group offer: a service lands on nodes of its own kind, and an autoscaler that sees the
-bundle pending knows which kind to start.
+With `cluster.worker_groups` each bundle also asks for a small amount of its group's resource,
+which only the nodes of that group offer. So a service is placed on nodes of its kind, and an
+autoscaler that sees the bundle pending knows which kind to start.
 
-Numbers that follow from a configuration, for people to check before they start a run.
+`derived` lists the numbers that a configuration results in, for the user to check before a start.
 """
 
 from __future__ import annotations

@@ -1,19 +1,12 @@
-"""Everything about a run's inputs that can be checked before a process starts or a file is touched:
-model, draft model, tokenizer, data set, rewards.
+"""Checks of the inputs of a run or an offline stage, before a process starts.
 
-A model made from numbers is written to a scratch folder, so that a run which is refused leaves
-nothing behind and an earlier run of the same name is not deleted for it.
+No file is touched before them. They cover model, draft model, tokenizer, data set and rewards.
 
-A trial of the rewards on one prompt, before a run starts.
-
-Rules and user functions are built (functions are imported in their child process), rules score one
-made-up answer, so that a missing column shows now and not after minutes of generation. Reward
-models are only looked for: loading them is the run's business.
-
-All about a stage's inputs that can be checked before a process starts: model, tokenizer, data.
-
-A model made from numbers is written to a scratch folder, as for a run
-(`rlhf_cluster.planning.run_inputs`).
+- A model made from numbers is written to a scratch folder, so a run that is refused leaves nothing
+  behind, and an earlier run of the same name is not deleted for it.
+- Rules and user functions are built (functions are imported in their child process), and rules
+  score one made-up answer, so a missing column shows before minutes of generation are spent.
+- The folders of reward models must exist. The run loads the models.
 """
 
 from __future__ import annotations

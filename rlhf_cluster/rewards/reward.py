@@ -4,8 +4,8 @@ A reward scores all rollouts of one group at once and returns one finite float e
 raises `ScoringError` (with the reason) when it cannot: an error is an outcome of its own, retried
 and then counted as a discard, and never turns into a score.
 
-A reward of reasoning steps scores each step of a response instead (`scoring.steps` cuts them); its
-part of the rollout's reward is the sum of its steps' scores.
+A reward of reasoning steps scores each step of a response instead (`data.reasoning_steps` cuts
+them); its part of the rollout's reward is the sum of its steps' scores.
 
 A reward may tell more of a rollout than its score (`Detailed`), and have a version that its section
 does not show (`Versioned`).

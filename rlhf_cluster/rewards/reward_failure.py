@@ -1,6 +1,7 @@
-"""Why a reward gave no score. Every reason is counted apart; none of them ever becomes a score.
+"""Failures of a reward, the checks of its scores, and data columns as rewards read them.
 
-Data columns as rewards read them. A column that cannot be used is a failure, never a score.
+Each reason of a failure is counted separately. No failure, and no column that cannot be used, ever
+becomes a score.
 """
 
 from __future__ import annotations

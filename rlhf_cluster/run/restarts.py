@@ -1,26 +1,23 @@
-"""A run goes on after a learner rank or the buffer is lost: how often, after which pause, from what.
+"""Restarts after a learner rank or the buffer fails: budget, pauses, checkpoint.
 
     attempt --CoreLost--> recover, pause --> attempt, from the newest checkpoint --> ...
             --RoomAgain--> recover --> attempt, with all ranks, from the checkpoint just written
             --any other failure--> the end of the run
 
-Learner ranks and buffer hold one cut of the run between them, so all of them go back to a cut that
-was written down. Generation and scoring hold nothing of it, and stay. A loss is a process that died, or
-is silent past a deadline, and an error of a rank that lives which may pass (`failures` has the table).
+Learner ranks and buffer hold one consistent snapshot of the run between them, so all of them
+return to a snapshot that was written. Generation and scoring hold nothing of it, and stay up. A
+failure of the core is a process that died, or is silent past a deadline, and an error of a live
+rank that another attempt may not hit (`failures` has the table).
 
 Promises:
-- only a loss is tried again; what would come again (diverged numbers, refused weights, wrong settings)
-  ends the run at once;
-- going back to all ranks is no loss: it costs no restart;
-- losses are counted within a window of time, those of a start too; the one over `limit` ends the run
-  with the first of them;
-- nothing that a user asked to keep is deleted: a run that was told to write no checkpoints, or whose
-  checkpoints are all damaged, is not begun anew once it has done a step.
-
-Restarts counted within a sliding window of time, so that a budget of them is a rate.
-
-A run of weeks loses a process now and then, whatever its budget over all of its life would be; a crash
-loop loses many within the window.
+- only a failure of the core is retried; an error that would come back (diverged numbers, refused
+  weights, wrong settings) ends the run at once;
+- returning to all ranks is not a failure and costs no restart;
+- failures, those of a start too, are counted within a sliding window of time, so that the budget
+  is a rate: a run of weeks loses a process now and then, a crash loop loses many within the
+  window. The failure that exceeds `limit` ends the run, with the first of them as its cause;
+- nothing that the user asked to keep is deleted: a run without checkpoints, or with damaged ones
+  only, is not started from scratch once it has done a step.
 """
 
 from __future__ import annotations

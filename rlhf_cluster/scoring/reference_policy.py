@@ -1,18 +1,18 @@
-"""The reference policy: log-probabilities of response tokens, for a KL that holds on to it.
+"""Frozen policies that rate every response token: the reference of a KL, and the teacher.
 
-Promises: those of `FrozenPolicy`, so that a policy equal to the reference has KL 0 (not when it is
-quantized, where each version it becomes is rounded anew from the stored one); a group is
-scored with one reference, also while it is replaced; its weights are read and verified beside the
-scoring and copied in between two groups. Which weights it has, and when it moves, is decided in
-`scoring.moving`.
+`Reference` gives log-probabilities for a KL to it. `scoring.moving_reference` decides which
+weights it has and when it moves. They are read and verified concurrently with scoring, and copied
+in between two groups. `Teacher` is loaded from a separate folder and never moves.
 
-Memory: the model, and while it is replaced one more copy of the stored weights on the host.
+Promises, in addition to those of `FrozenPolicy`:
+- a policy equal to the reference has KL 0, unless the reference is quantized: then every version
+  that it takes is rounded again from the stored one;
+- a group is scored with one reference, also while the reference is replaced;
+- a teacher whose tokenizer has other tokens than the policy's is refused before a group is scored.
+  Its vocabulary may be padded further: the probability of a sampled token is then lower by what
+  goes to the padding, which is nothing in a trained model.
 
-The teacher: a frozen policy of its own folder that rates every sampled token.
-
-Promises: those of `FrozenPolicy`; its tokenizer has the policy's tokens, or it is refused before a
-group is scored. It never moves. Its vocabulary may be padded further than the policy's: a sampled
-token's probability is then lower by what it gives to the padding, which is nothing in a trained model.
+Memory: the model, and one more host copy of the stored weights while the reference is replaced.
 """
 
 from __future__ import annotations

@@ -1,28 +1,24 @@
-"""From the rewards' answers to the parts and the reward of each rollout; pure.
+"""Score parts of the pools, and the reward of each rollout that they join to; pure.
 
     answers --clip--> parts --objective--> reward
        |
-       +--> watched: what is shown and never optimised
+       +--> watched: logged, never optimised
+
+Each pool of a run serves some rewards and models (`Scoring.served_by`). It returns their answers
+unweighted, as one `ScorePart`.
 
 Promises:
-- `parts` has exactly the rewards that are optimised, as the objective sees them. What is watched can
-  reach neither it nor the reward;
-- `watched` has the scores of rewards with `watch = true`, the details of all (`<name>.<detail>`), a
-  score before it was clipped (`<name>.unclipped`), and what a part adds to the reward
-  (`<name>.counted`) where that is not its weight times itself. The reward is the sum of what its parts
-  add;
-- nothing depends on which pool gave an answer: rewards count in the order of the configuration, and
-  `scorer_version` is equal where the rewards' settings, their models and the objective are;
-- an answer that is missing, twice there, or of another number of rollouts raises.
+- `parts` has exactly the rewards that are optimised, as the objective sees them. A watched reward
+  reaches neither the objective nor the reward;
+- `watched` has the scores of rewards with `watch = true`, the details of all (`<name>.<detail>`),
+  a score before it was clipped (`<name>.unclipped`), and what a part adds to the reward
+  (`<name>.counted`) if that is not its weight times itself. The reward is the sum of what its
+  parts add;
+- nothing depends on which pool gave an answer: rewards are in the order of the configuration, and
+  `scorer_version` is equal if the rewards' settings, their models and the objective are;
+- an answer that is missing, duplicated, or of another number of rollouts raises.
 
-Shapes: R answers (`scoring.parts`), S steps.
-
-What one scoring worker found out about a group: a part, of which several are joined.
-
-Each pool of a run serves some rewards and models (`Scoring.served_by`) and gives their answers as they
-are, unweighted. `scoring.joining` makes rewards of them.
-
-Shapes: B rollouts, R = B or, with a greedy response, B + 1; S steps; T tokens.
+Shapes: B rollouts, R answers: B or, with a greedy response, B + 1; S steps; T tokens.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@
 
 Promises:
 - responses are decoded for the rewards only; the token ids pass through untouched;
-- a rollout's reward is made of its parts as `scoring.joining` says, or the whole group fails: an
+- a rollout's reward is made of its parts as `scoring.score_parts` says, or the whole group fails: an
   error is never a score;
 - the part of a reward that scores reasoning steps is the sum of its steps' scores; the steps are cut
-  in the decoded text, their ends found among the sampled ids (`scoring.steps`);
+  in the decoded text, their ends found among the sampled ids (`data.reasoning_steps`);
 - several threads may score at once: a reward that waits for its child process holds up no other
   group's rewards and not the models;
 - a rollout that the learner could not train whole fails its group, with the reason, before anything is
@@ -157,7 +157,7 @@ class Scorer:
         Raises:
             ScoringError: a reward or a model gave no usable answer.
             StalledError: other groups held a model past the deadline.
-            WeightError: a version that sampled a token cannot be loaded; see `scoring.exact`.
+            WeightError: a version that sampled a token cannot be loaded; see `scoring.exact_logprobs`.
             WorkerError: `setup` has not been called.
         """
         if with_logprobs:

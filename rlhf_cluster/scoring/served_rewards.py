@@ -1,17 +1,16 @@
-"""The rewards that one worker serves: asked in turn, their answers checked, failures told apart.
+"""Rewards that one worker serves: calls in turn, checked answers, separate failures.
+
+`scoring.score_parts` decides what the answers become. Several threads may call `answers` at once;
+`Totals` are sums that they share.
 
 Promises:
-- a reward that gives no score fails the whole group with a `ScoringError` that names the reward, the
-  group and the reason: an error is never a score. One that is watched costs the group nothing: it is
-  counted, told, and its answer is None;
-- a score is kept and given again only for rewards that say it is the same every time
-  (`scoring.cache`);
-- `versions` are equal where the rewards' settings and their models are.
+- a reward that gives no score fails its group with a `ScoringError` that names the reward, the
+  group and the reason: an error is never a score. A watched reward costs the group nothing: its
+  failure is counted and logged, and its answer is None;
+- a score is cached only for rewards that declare it to be deterministic (`scoring.score_cache`);
+- `versions` are equal if the rewards' settings and their models are.
 
-What becomes of the answers is decided in `scoring.joining`. Several threads may call `answers` at once.
 Shapes: B rollouts, S steps.
-
-Totals that several threads add to.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""What every run file has: a place for what the run leaves, its cluster, and what is observed of it.
+"""Sections that every run file has: [run], [cluster] and [observe].
 
-Promises: nobody else says where a run directory is; `with_absolute_paths` changes no other setting.
-
-The sections [cluster] and [observe]: where a run runs, and what it tells.
+The run directory is defined only here. `with_absolute_paths` changes no other setting.
 """
 
 from __future__ import annotations

@@ -1,11 +1,7 @@
-"""The sections of a run file, each with its own bounds. What two sections must agree on is checked
-in `rlhf_cluster.config.run_config`; algorithms and rewards keep their sections beside their code.
+"""Sections of an RL run file, and the tokenizers of a model made from numbers.
 
-The section [generation.quarantine].
-
-[buffer.replay]: groups of earlier steps among those of a step; what follows for the others.
-
-The tokenizer of a model that is made from numbers.
+Each section checks its bounds. `rlhf_cluster.config.run_config` checks what two sections must
+agree on. Algorithms and rewards keep their sections next to their code.
 """
 
 from __future__ import annotations
@@ -370,7 +366,7 @@ class Staleness(Section):
     @property
     def oldest_in_flight(self) -> int:
         """How far a version that sampled a token of a group in flight can be behind the learner's;
-        see `scoring.exact`."""
+        see `scoring.exact_logprobs`."""
         return 2 * self.max_staleness if self.on_stale == "drop" else self.bound
 
 

@@ -1,13 +1,13 @@
-"""What is kept of a prompt that was sampled and scored, and the file that holds it.
+"""Finished prompts of a data set, the file that holds them, and progress lines.
 
-    groups.jsonl    one line a prompt, in the order in which they were finished
+    groups.jsonl    one line per prompt, in the order in which prompts were finished
 
-Promises: a line is in the file as a whole when `append` returns, and survives the death of any
-process; one that a crash has torn is cut off before the next, and its prompt counts as not done; a
-damaged line anywhere else, or a prompt that is there twice, raises `DataError`. Texts are those that
-the rewards read.
-
-What a line of the record says of the prompts that were finished since the line before.
+Promises:
+- a complete line is in the file when `append` returns, and survives the death of any process;
+- a last line truncated by a crash is deleted before the next one is written, and its prompt is
+  treated as not done;
+- a damaged line anywhere else, or a duplicated prompt, raises `DataError`;
+- texts are those that the rewards read.
 """
 
 from __future__ import annotations

@@ -1,19 +1,20 @@
-"""Critique and revision of responses by principles (Bai et al. 2022, arXiv:2212.08073).
+r"""Critique and revision of responses by principles (Bai et al. 2022, arXiv:2212.08073).
 
     response --principle--> critique --> revision --next principle--> critique --> ...
-        \\________________ both into one group of the scoring pool _________/
+        \________________ both into one group of the scoring pool _________/
 
-Promises: which principles a response meets follows from the seed, its prompt's place and its own; every
-text on the way is kept. A reply without text or without an end is no critique and no revision: it is
-counted, asked for again in a random stream of its own, and after the last attempt the response counts
-as unrevised, for that reason. A request that is over the limit of tokens is not shortened: its response
-is unrevised too.
+Critiques and revisions come from the model that is sampled, or from a chat endpoint.
 
-Who gives critiques and revisions: the model that is sampled from, or a chat endpoint.
-
-Promises: the pool's reply to a request follows from the run's seed and the request's number alone; an
-endpoint has at most `parallel` requests at once, and is asked from threads that do not hold up the end
-of the process. What cannot be had from either raises: no reply is made up.
+Promises:
+- the principles of a response depend on the seed, the index of its prompt and its own index alone;
+  the text of every critique and revision is kept;
+- a reply without text or without an end is not used: it is counted, and requested again in a
+  separate random stream. After the last attempt the response is unrevised, with that reason;
+- a request above the limit of tokens is not shortened: its response is unrevised too;
+- the pool's reply depends on the run's seed and the request's number alone;
+- an endpoint has at most `parallel` requests at once, from threads that do not delay the end of
+  the process;
+- a reply that cannot be obtained raises: none is made up.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ SELECTIONS = ("revisions", "revision_pairs")
 def rows_of_revisions(
     group: Answers, section: GenerateSection
 ) -> tuple[list[Row], list[Answer], Counter[str]]:
-    """As `selecting.rows_of`; a revision counts as an answer of its own."""
+    """`select_rows.rows_of` for revisions; a revision counts as an answer of its own."""
     counts: Counter[str] = Counter(unrevised=len(group.unrevised))
     rows: list[Row] = []
     taken: list[Answer] = []

@@ -8,8 +8,8 @@ shard file (length, hash of its header). Promises, checked whenever one is built
 - a `delta` version names every version it builds on, oldest first, by number and digest: the first
   is stored in full, the others build on those before them, and there are at most `MAX_CHAIN`;
 - an `adapter` version lists, beside the tensors of the model, the `factors` that some of them are
-  merged from on reading (`adapter`). The first such version stores everything; those that build on
-  it keep what never changes as it is there, and store adapters only;
+  merged from on reading (`formats.lora_factors`). The first such version stores everything; those
+  that build on it keep what never changes as it is there, and store adapters only;
 - `digest` is the digest of the tensor hashes that are listed, whatever the format;
 - an unknown format, hash scheme or key is refused, never guessed at.
 
@@ -55,7 +55,7 @@ ITEM_BYTES: Mapping[str, int] = {
 MAX_CHAIN = 64
 """Versions that a reader may have to go through, and files it holds open, times the ranks."""
 BORDERS = "#borders"
-"""After a tensor's name: the bytes of its part that `hashing.border_pieces` names, for the commit."""
+"""Suffix of a tensor's name: bytes that `tensor_hashing.border_pieces` names, for the commit."""
 
 _KNOWN_FORMATS = ("full", "delta", "adapter")
 _FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*\.safetensors$")]
@@ -68,7 +68,7 @@ class LocalPart:
     """One rank's share of one tensor: elements [offset, offset + numel) of it, flattened.
 
     `shape` is the whole tensor's. `tensor` is flat, contiguous, on the CPU, and may be empty. With a
-    `scale` it is not stored: readers merge it from the parts named after it (`adapter.merge`).
+    `scale` it is not stored: readers merge it from the parts named after it (`lora_factors.merge`).
     """
 
     name: str
@@ -80,9 +80,9 @@ class LocalPart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartReport:
-    """What a rank wrote of one tensor. `piece_hashes` are those of `hashing.hash_pieces`, over the
-    elements themselves however they are stored. `delta_bytes` as in `Part`, `scale` as in `LocalPart`;
-    with a scale `delta_bytes` is 0."""
+    """What a rank wrote of one tensor. `piece_hashes` are those of `tensor_hashing.hash_pieces`,
+    over the elements themselves however they are stored. `delta_bytes` as in `Part`, `scale` as in
+    `LocalPart`; with a scale `delta_bytes` is 0."""
 
     shape: tuple[int, ...]
     dtype: str

@@ -1,35 +1,35 @@
-"""Reading a version: every tensor whole, verified before it is handed out.
+"""Reading a stored version: tensor by tensor, as a check only, or in a background thread.
 
-A version that was stored as a difference is rebuilt from the full version at the start of its
-chain, tensor by tensor, and one of adapters is merged with what its anchor holds. A process that
-holds a version of the chain in memory (`Held`) goes on from there, and reads only what is stored
-since. In any case the hash of the whole tensor decides, which is the same for a version however it
-was stored.
+`read` returns every tensor complete and verified. A version that was stored as a difference is
+rebuilt from the full version at the start of its chain; one of adapters is merged with what its
+anchor holds. A process that holds a version of the chain in memory (`Held`) continues from it, and
+reads only what was stored since. The hash of the whole tensor decides in any case, and does not
+depend on how the version was stored. Versions come from a `ShardSource`: the files of the version,
+or another transport.
 
-Versions come from a `ShardSource`: the files beside the version, or another transport.
+- All files are opened before the first tensor, so that retention cannot delete one in between.
+- Damage, a missing file and a missing version of the chain are a `WeightError` that names the
+  tensor and the file, or the version. The deadline is checked between two tensors.
 
-Promises: all files are opened before the first tensor, so that retention cannot take one away in
-between; damage, a missing file and a missing version of the chain are a `WeightError` that names
-the tensor and the file, or the version; between two tensors the deadline is looked at.
+`verify` reads every byte that a reader would use, compares hashes, and keeps nothing.
 
-Reading all of a stored version to say whether it is whole, and keeping nothing of it.
+- Damage is a `WeightError` that names the file, and the tensor if it is in one: of several, the
+  first in the manifest's order.
+- Threads read one tensor each, which hides the latency of a storage; hashing gains little by them.
+  A version stored as a full snapshot needs `BUFFER_BYTES` of memory per thread, whatever the size
+  of its tensors.
+- A storage that hangs is not waited for past the deadline: `StalledError` names the first tensor
+  that is missing.
 
-Promises: every byte that a reader of the version would use is read and compared with its hash;
-damage is a `WeightError` that names the file, and the tensor where it is in one: of several, the
-first in the manifest's order. Several threads read side by side, a tensor each, which hides the latency
-of a storage; hashing itself gains little by them. A version that is stored in full needs `BUFFER_BYTES`
-of memory a thread, whatever the size of its tensors. Nothing waits past the deadline for a storage that
-hangs: `StalledError` names the first tensor that is missing.
-
-Reading a version in a thread of the process that will apply it, while that process goes on to work.
+`Staging` reads in a thread of the process that will apply the version, while that process keeps
+working:
 
     begin --> report: None ... None --> {"digest": ..., "num_tensors": ...} or {"error": ...}
 
-Promises:
-- `begin`, `report` and `cancel` return at once, whatever the storage does;
-- reads never overlap: while one hangs in a storage that does not answer, the next is refused;
-- what a read raises is its report: an exception would cross process borders as a bare text, and of
-  several processes one must be able to refuse before any of them applies.
+- `begin`, `report` and `cancel` return at once, whatever the storage does.
+- Reads never overlap: while one hangs in a storage that does not answer, the next is refused.
+- The report of a read is what it raised: an exception would cross process borders as a bare text,
+  and one of several processes must be able to refuse before any of them applies.
 """
 
 from __future__ import annotations

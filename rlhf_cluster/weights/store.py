@@ -2,7 +2,7 @@
 
     v000042/          manifest.json and shard files; complete, never changed again
     v000043.a2.partial/  being written by the ranks of attempt 2; invisible
-    writer.json       the attempt that publishes (`weights.fence`)
+    writer.json       the attempt that publishes (`weights.writer_fence`)
     v000041.pin       keeps version 41 whatever the retention
     latest            the name of the newest version
 

@@ -1,4 +1,4 @@
-"""Sharding with FSDP2, behind `backend.ShardedModel`.
+"""Sharding with FSDP2, behind `sharded_model.ShardedModel`.
 
 One code path for one rank and for many. Every decoder layer is gathered for its own passes only.
 """
@@ -30,7 +30,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Fsdp2Model:
-    """A module that `shard` has sharded, with its AdamW: a `backend.ShardedModel`."""
+    """A module that `shard` has sharded, with its AdamW: a `sharded_model.ShardedModel`."""
 
     def __init__(self, module: nn.Module, settings: AdamWSettings) -> None:
         self._module = module

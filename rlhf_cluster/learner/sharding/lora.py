@@ -5,7 +5,7 @@
 
 Promises:
 - only the adapters are trained; W stays what was loaded, to the bit, or what its rounding to 4 bits
-  stands for (`quantized`), in which case version 0 takes the place of the folder below;
+  stands for (`learner.sharding.qlora`), in which case version 0 takes the place of the folder below;
 - B starts at 0 and m at |W|, so the policy starts as the model it was loaded from, which is
   therefore the reference: a folder whose weights had an adapter merged into them before is the
   reference WITH that adapter. The first A depends on the seed only, not on the rank;
@@ -13,7 +13,7 @@ Promises:
   weights directly, past any adapter;
 - no dropout: probabilities are a function of weights and tokens alone;
 - what is published is W', in the names of the checkpoint, merged into a copy by
-  `weights.adapter.merge`; readers do the same where only the adapters are stored.
+  `weights.formats.lora_factors.merge`; readers do the same where only the adapters are stored.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ def merged(model: ShardedModel, part: LocalPart) -> list[LocalPart]:
     """This rank's part of W' for its part of a W, and for DoRA its part of the gain.
 
     W' is under the name of W, a copy: neither W nor the adapter changes; the gain is named as
-    `weights.adapter` says. The part may begin and end inside a row. Every rank must take part: the
-    adapter is gathered, and for DoRA the norms of the rows are summed.
+    `weights.formats.lora_factors` says. The part may begin and end inside a row. Every rank must
+    take part: the adapter is gathered, and for DoRA the norms of the rows are summed.
     """
     prefix = part.name.removesuffix(_BASE)
     layer: Any = model.module.get_submodule(prefix)

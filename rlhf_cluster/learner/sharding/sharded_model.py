@@ -1,7 +1,7 @@
 """What the learner asks of a sharded model, whatever library shards it.
 
 A `ShardedModel` is one rank's share of a model with its gradients and its AdamW. FSDP2
-(`fsdp.Fsdp2Model`) and DeepSpeed ZeRO-3 (`zero3.Zero3Model`) implement it. Promises of both:
+(`fsdp2.Fsdp2Model`) and DeepSpeed ZeRO-3 (`zero3.Zero3Model`) implement it. Promises of both:
 
 - `backward` may be called any number of times before `step`, the same number on every rank;
   gradients are the sum of all of them, each averaged over the ranks, and divided by nothing else;

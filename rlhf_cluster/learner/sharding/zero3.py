@@ -1,4 +1,4 @@
-"""Sharding with DeepSpeed ZeRO-3, behind `backend.ShardedModel`. Imports deepspeed when used.
+"""Sharding with DeepSpeed ZeRO-3, behind `sharded_model.ShardedModel`. Imports deepspeed when used.
 
 Every parameter is cut into as many equal runs of its flattened elements as there are ranks, the
 last ones padded; each rank keeps the float32 master copy of its run, in one flat tensor for each
@@ -45,7 +45,7 @@ _MAX_BUCKET_ELEMENTS = 50_000_000
 
 
 class Zero3Model:
-    """A module partitioned by a DeepSpeed engine, with its AdamW: a `backend.ShardedModel`."""
+    """A module partitioned by a DeepSpeed engine, with its AdamW: a `sharded_model.ShardedModel`."""
 
     def __init__(self, engine: Any, frozen: dict[str, Tensor] | None = None) -> None:
         """`frozen` has this rank's flat parts of the parameters that have no master."""

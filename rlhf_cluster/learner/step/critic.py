@@ -1,35 +1,30 @@
-"""The critic: a value model beside the policy, with an optimizer of its own.
+"""Critics: a separate value model, or a value head on the policy's trunk.
 
-    values[t] = value_head(decoder(prompt, response[:t]))       before response token t is sampled
+    `Critic`       values[t] = value_head(decoder(prompt, response[:t]))     before token t is sampled
+    `HeadCritic`   values[t] = value_head(last hidden state of the policy at (prompt, response[:t]))
+                   loss of an optimizer step = policy loss + critic.coef * value loss
 
-The decoder is the policy's architecture, a separate sharded model that starts as the policy is when
-reinforcement learning begins; the head starts at 0, so the first values are exactly 0.
+The decoder of `Critic` has the policy's architecture. It is a separate sharded model that starts
+equal to the policy at the start of reinforcement learning, and has a separate optimizer.
+`HeadCritic` needs one pass for log-probabilities and values.
 
-Promises: the values of ALL rollouts of a step are known on every rank before anything is estimated
-from them, so statistics over the step (whitening, explained variance) are those of one rank; a
-token's value depends on the tokens before it only; the gradient of the value loss is that of its
-weighted sum over the tokens of the optimizer step, with the policy's weights, whatever the number
-of ranks, the micro-batches and the packing; the policy gets none of it. The head and its output are
-float32 also when the decoder's passes are bfloat16.
+Promises of both:
+- heads start at 0, so the first values are exactly 0 (and the trunk's first value gradient too);
+- the values of all rollouts of a step are known on every rank before anything is estimated from
+  them, so statistics over the step (whitening, explained variance) equal those of one rank;
+- the value of a token depends on the tokens before it only;
+- the gradient of the value loss is that of its weighted sum over the tokens of the optimizer step,
+  with the policy's weights, whatever the number of ranks, the micro-batches and the packing;
+- the head and its output are float32 also if the decoder's passes are bfloat16.
 
-Shapes: B rows, S positions, T response tokens of one rollout, N trained tokens of a micro-batch.
+Gradients: `Critic` sends none to the policy. With `HeadCritic` the trunk receives both, clipped
+together with the policy's. Its head has an optimizer, a learning rate and a clip from `[critic]`,
+which see the gradient of the value loss times `critic.coef`. The head is a sharded module next to
+the policy, not part of it, so it is never published. Its passes run inside the policy's backward
+pass. FSDP2 allows that; a DeepSpeed engine, which runs only its module's backward pass, does not.
 
-The critic as a head on the policy's own trunk: one pass gives log-probabilities and values.
-
-    values[t] = value_head(last hidden state of the policy at (prompt, response[:t]))
-
-    loss of an optimizer step = policy loss + critic.coef * value loss
-
-Promises: those of `critic`, but that the trunk receives both gradients, clipped together with the
-policy's; the head has an optimizer, a learning rate and a clip of its own (`[critic]`), which see the
-gradient of the value loss times `critic.coef`. The head is a sharded module beside the policy and no
-part of it, so it is never published. It starts at 0: so do the values, and the trunk's first value
-gradient.
-
-The head's passes run inside the policy's backward pass, which torch's FSDP2 allows and a DeepSpeed
-engine, which runs the backward pass of its own module alone, does not.
-
-Shapes: B rows, S positions, N trained tokens of a micro-batch, H hidden size.
+Shapes: B rows, S positions, H hidden size, T response tokens of one rollout, N trained tokens of a
+micro-batch.
 """
 
 from __future__ import annotations
@@ -121,7 +116,7 @@ def load_value_model(
     """A trainable value model from a causal LM's folder, with float32 weights.
 
     Raises:
-        ConfigError: as `policy.load_policy`, which proves that sequences can be packed.
+        ConfigError: as `policy_model.load_policy`, which proves that sequences can be packed.
     """
     return ValueLM(load_policy(model_dir, torch.float32, device, True, compute_dtype))
 

@@ -1,14 +1,13 @@
-"""The optimizer step: clip, refuse what is not finite, set the rate, step.
+"""Optimizer step: clip, refuse a norm that is not finite, set the learning rate, step.
 
-Promises: a gradient norm that is not finite changes no weight and no moment, is counted, and after
-`MAX_SKIPPED_IN_A_ROW` of them in a row raises. Every rank decides the same, because the norm is
-that of all ranks.
-
-The learning rate as a closed-form function of the optimizer step: no state, nothing to resume.
-
-Steps are optimizer steps, counted from 0, whatever the number of rollouts or micro-batches. The
-first step's rate is not 0, and decay reaches `minimum` only at step `total_steps`, one past the
-last, so every step trains.
+Promises:
+- a gradient norm that is not finite changes no weight and no moment, and is counted;
+  `MAX_SKIPPED_IN_A_ROW` of them in a row raise. Every rank decides the same, because the norm is
+  that of all ranks;
+- the learning rate is a closed-form function of the optimizer step: no state, nothing to resume;
+- optimizer steps are counted from 0, whatever the number of rollouts or micro-batches. The rate of
+  the first step is not 0, and decay reaches `minimum` only at step `total_steps`, one past the
+  last, so every step trains.
 """
 
 from __future__ import annotations

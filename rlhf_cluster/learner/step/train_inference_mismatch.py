@@ -1,7 +1,8 @@
 """Two reasons why a ratio is not 1, told apart by the exact log-probabilities of the scoring pool.
 
 With mu the engine's probability of a token at sampling, e the exact one (same weights, learner
-numerics; see `scoring.exact`) and p the proximal policy's (the learner at the start of the step):
+numerics; see `scoring.exact_logprobs`) and p the proximal policy's (the learner at the start of the
+step):
 
     engine mismatch    |log mu - log e|      the same weights, in the engine and in the learner
     staleness effect   |log p  - log e|      the same numerics, with later weights

@@ -1,26 +1,29 @@
-"""One step of reinforcement learning, for any algorithm: a batch, and its optimizer steps.
+"""One training step of any RL algorithm: a batch, its minibatches and optimizer steps.
 
     staleness gate -> [values, KL] -> advantages -> sequences -> [proximal log-probabilities]
-        -> for each epoch and part of the batch: passes -> clip -> optimizer step [critic likewise]
+        -> for each epoch and minibatch: passes -> clip -> optimizer step [critic likewise]
         -> metrics reduced
 
-Every rank is given ALL groups of the step and computes its own share by the same plan; the only
-communication is that of the sharded models, one reduction of metric sums, the gradient norms, one sum
-of what is kept for the samples, and one of values where there is a critic, or of KLs where they are in
-the reward.
-Promises: a batch that breaks the staleness bound raises before a weight is touched; the weight of a
-token in the loss follows from all rollouts of its optimizer step (`algorithms.policy_losses`), those
-that are left out of the passes because their loss is zero among them, times the group's own; metrics of
-tokens are over those computed. With one optimizer step a batch the current policy is the proximal one,
-and no pass is spent on it; with more, its log-probabilities are computed before the first of them.
+Every rank gets ALL groups of the step and computes its share by the same plan. The only
+communication is that of the sharded models, one reduction of metric sums, the gradient norms, one
+sum of the tokens that are recorded for the samples, and one of values (with a critic) or of KLs
+(in the reward).
 
-The optimizer steps of one batch: which units each of them computes with (numpy).
+Minibatches are cut from units, which are rollouts, or whole groups for an algorithm that compares
+the rollouts of a group.
 
-A unit is what must be trained together: a rollout, or those of a group. Promises: the parts depend on
-the seed, the batch's number and its size alone, so every rank cuts alike and the number of ranks
-changes nothing; in each epoch every unit is in exactly one part; parts differ in size by at most one.
-Parts keep their members over epochs, only their order changes, so that each rank meets the same
-sequences again and what it computed for them stays with it.
+Promises:
+- a batch that breaks the staleness bound raises before a weight is touched;
+- the weight of a token in the loss is computed from all rollouts of its optimizer step
+  (`algorithms.policy_losses`), including rollouts that are skipped because their loss is zero,
+  times the weight of its group;
+- metrics of tokens are over the tokens that were computed;
+- with one optimizer step per batch the current policy is the proximal one, and no pass is spent on
+  it. With more, its log-probabilities are computed before the first of them;
+- minibatches depend on the seed, the batch's number and its size alone, so every rank cuts alike
+  and the number of ranks changes nothing. In each epoch every unit is in exactly one of them, and
+  their sizes differ by at most one. Members stay the same over epochs and only the order changes,
+  so each rank sees the same sequences again and can reuse what it computed for them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Metrics of the learner: its steps, its critic, and what importance correction does.
-
-Metrics of groups that are trained again.
-"""
+"""Metrics of the learner: steps, critic, importance correction, and replayed groups."""
 
 from __future__ import annotations
 

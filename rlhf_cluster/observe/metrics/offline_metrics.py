@@ -1,10 +1,6 @@
-"""Metrics of learning from a teacher, in a stage and by reinforcement learning.
+"""Metrics of offline stages, and of distillation from a teacher in a stage or by RL.
 
-Metrics of the stages on human preferences.
-
-Metrics of the stage that trains process reward models.
-
-Metrics of offline stages.
+They cover every stage, preference learning, and process reward models.
 """
 
 from __future__ import annotations

@@ -1,16 +1,12 @@
-"""What the Grafana dashboards show: THE table of panels. `deploy/generate.py` makes the files.
+"""Grafana dashboards and the only table of their panels.
 
-The overview answers on one screen whether the run learns, whether it is healthy, and what bounds it;
-a dashboard a service has the rest. Every query is about metrics of
-`rlhf_cluster.observe.metrics.metric_table`, used as their kind asks, and about ones that the code sends
-(`tests/unit/observe/test_monitoring.py`).
+`deploy/generate.py` writes the files. The overview answers on one screen whether the run learns,
+whether it is healthy, and what bounds it. One dashboard per service has the rest.
 
-The dashboards of single services; `observe.dashboards` has the overview and the table.
-
-A panel of a Grafana dashboard, and the few forms that our queries have.
-
-`$run` is the dashboards' variable, `$__rate_interval` Grafana's own. Metrics are named as Prometheus
-has them, less `ray_rlhf_`.
+Every query reads metrics of `rlhf_cluster.observe.metrics.metric_table`, in the way that their
+kind asks for, and metrics that the code sends (`tests/unit/observe/test_monitoring.py`). Metrics
+have the names that Prometheus gives them, without `ray_rlhf_`. `$run` is the dashboards' variable,
+`$__rate_interval` Grafana's.
 """
 
 from __future__ import annotations

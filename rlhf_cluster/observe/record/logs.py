@@ -39,7 +39,7 @@ class _LineFormatter(logging.Formatter):
 
 def configure(role: str, name: str, log_dir: str | Path) -> logging.Logger:
     """Set up this process's logging and return its logger. Libraries log from WARNING on. From then on
-    the process tells its stacks when it is asked (`observe.stacks`).
+    the process tells its stacks when it is asked (`observe.record.stacks`).
 
     `RLHF_DEBUG=1` in the environment lets our own loggers write DEBUG lines too.
     """

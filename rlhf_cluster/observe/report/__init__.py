@@ -1,6 +1,6 @@
 """A run, or several beside each other, as one HTML page that needs nothing else.
 
-    reading.py   what a run directory has at this moment
+    read_run.py  what a run directory has at this moment
     charts.py    curves as inline SVG
     page.py      the page
 

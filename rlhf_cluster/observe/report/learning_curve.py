@@ -1,9 +1,7 @@
-"""The learning curve of a run as a picture: did it learn, how stale, how long, how fast.
+"""Learning curves of a run and of an offline stage, each drawn as a picture.
 
-Drawn from records alone, so that a finished, running or copied run can be drawn anywhere. Missing
-and null values leave gaps.
-
-The learning curve of an offline stage as a picture, drawn from its record alone.
+A curve is drawn from the record alone, so a finished, running or copied run can be drawn anywhere.
+Missing and null values leave gaps.
 """
 
 from __future__ import annotations

@@ -1,26 +1,24 @@
-"""What was recorded of one rollout, and of all of one step: for `rlhf-cluster trace`.
+"""Trace of one rollout, or of all of one step, from what was recorded: `rlhf-cluster trace`.
 
     stored groups    every field, token by token; of the last steps (`buffer.keep_steps`)
     samples          text, rewards, sampled log-probabilities, first and last version, and the
                      learner's log-probabilities and correction weights; whole run
 
-Promises: a stored file is verified before it is used, and one that is damaged is named; what was not
-recorded says so and is not guessed. The advantage is not recorded: it is computed again, by the
-algorithm, from all groups of the step, where all are still stored and nothing but them decides it.
-
-What the learner made of a traced rollout: its log-probabilities and correction weights, from the
-samples of the step (`observe.samples`), or the reason why there are none.
-
-Promise: a column is shown only where it is of this very response, from a step that trained it.
-
-When a stored group was at each station of its way, from what was recorded of it and of its step.
+When a stored group passed each stage:
 
     sampled   from the rollout's first to its last token              the record itself
-    stored    scored, and whole on disk                               the time of its file
+    stored    scored, and complete on disk                            the time of its file
     trained   from the learner's taking the batch to the step's end   the step's line in metrics.jsonl
 
-A file that was copied or written again has another time: one that does not lie between sampling and
-training is not shown.
+Promises:
+- a stored file is verified before it is used, and a damaged one is named;
+- missing data is reported with a reason and is not guessed;
+- a column of the learner (`observe.record.samples`) is shown only if it belongs to this response,
+  in a step that trained it;
+- a copied or rewritten file has another time: a time that is not between sampling and training is
+  not shown;
+- the advantage is not recorded. The algorithm computes it again from all groups of the step, if
+  all are still stored and nothing else determines it.
 """
 
 from __future__ import annotations

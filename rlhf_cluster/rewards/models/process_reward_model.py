@@ -1,12 +1,12 @@
 """A frozen model of reasoning steps as a reward: the chance that each step of a response is right.
 
-    reduce = "none"     every step is scored, a reward of steps (`scoring.steps`)
+    reduce = "none"     every step is scored, a reward of steps (`data.reasoning_steps`)
     reduce = "min" ...  one score a response from its steps' chances
-    (`offline.reward_model_losses.reduced`)
+    (`data.reasoning_steps.reduced`)
 
-Steps are cut and their last tokens found as everywhere (`scoring.steps`), among the ids that were
-sampled; the model must have the policy's vocabulary. It is a sequence-classification model with one
-output, a logit, as the stage `process_reward_model` leaves it.
+Steps are cut and their last tokens found as everywhere (`data.reasoning_steps`), among the ids that
+were sampled; the model must have the policy's vocabulary. It is a sequence-classification model
+with one output, a logit, as the stage `process_reward_model` leaves it.
 
 Promises: the chances are those of one pass over prompt and response; a response without text is one
 step; an error is never a score.

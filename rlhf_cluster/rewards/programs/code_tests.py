@@ -14,7 +14,7 @@ input goes in: the answer is compared out here.
     "assert add(1, 2) == 3"                  the same, read as call and literal; also `is`, `not`,
                                              and a bare `assert even(2)`; tuples are no lists
 
-A program that fails, by whatever it does, scores 0.0 and is counted by its outcome (`outcomes`). A
+A program that fails, by whatever it does, scores 0.0 and is counted by its outcome (`Code.outcomes`). A
 sandbox that fails is a `RewardFailure`, and so is a test that cannot be read.
 """
 

@@ -1,14 +1,15 @@
-"""One JSON question to a server, with a deadline that holds.
+"""HTTP client for one JSON request with a hard deadline, and the format of a chat endpoint.
 
-A question ends at its deadline whatever the server does (no answer, one byte a second, an answer
-without end): the connection is shut from another thread. It is asked again, after growing pauses,
-where that may help (no connection, no answer in time, status 408, 429 or 5xx). Each time is a
-connection of its own, so that a late answer can never be taken for another's. Redirections are
-not followed: they would carry the key elsewhere.
+- A request ends at its deadline whatever the server does (no answer, one byte per second, an
+  answer without end): another thread shuts the connection.
+- It is retried, after growing pauses, if that may help: no connection, no answer in time, status
+  408, 429 or 5xx. Each attempt has a separate connection, so a late answer is never mistaken for
+  another's.
+- Redirections are not followed: they would carry the key elsewhere.
+- Only the look-up of the host's name has no deadline of ours: it has the resolver's.
 
-Only the look-up of the host's name is the system's: it has the resolver's own deadline.
-
-What is common to all that ask an OpenAI-compatible chat endpoint.
+Rewards and askers that use an OpenAI-compatible chat endpoint share `question_of` and
+`content_of`.
 """
 
 from __future__ import annotations

@@ -1,30 +1,25 @@
-"""A second copy of every checkpoint, and the way back from it.
+"""Second copy of every checkpoint in an fsspec storage, and the way back from it.
 
-    step-000050/ checkpoint/   the checkpoint's own files
-                 record/       metrics.jsonl, resolved.json
-                 reference/    the stored reference that it needs
-
-Promises:
-- copying goes on behind the steps, one checkpoint at a time, the newest first; one that cannot be
-  copied by its deadline is told and counted, and costs the run nothing else;
-- copies of other checkpoints than those on disk are removed once a newer one of those is there; one
-  that is newer than all on disk is of a timeline that the run left: it is set aside, and goes when a
-  copy of a later step is there;
-- what is fetched is verified, and appears as a checkpoint of the run directory last, and whole;
-- an error of the storage, or its silence, is not taken for a damaged copy: no older one is fetched.
-
-Checkpoints of one run in a storage that fsspec can write.
-
-    <checkpoint.copy_to>/<run.name>/step-000050/ ...           files by their names
-                                                 copied.json   written last: every file, with its hash
-                              step-000075/ ...                 of a timeline that the run left:
+    <checkpoint.copy_to>/<run.name>/step-000050/ checkpoint/    the checkpoint's own files
+                                                 record/        metrics.jsonl, resolved.json
+                                                 reference/     the stored reference that it needs
+                                                 copied.json    written last: every file with its hash
+                              step-000075/ ...                  of a timeline that the run left:
                                                  set_aside.json in the place of copied.json
 
 Promises:
-- a copy counts only with `copied.json`, which goes first when a copy is removed or replaced;
-- what is read back has the hashes that were written, and names that stay below its folder;
+- copies are written in the background, one checkpoint at a time, the newest first. A checkpoint
+  that cannot be copied by its deadline is logged and counted, and costs the run nothing else;
+- a copy is valid only with `copied.json`, which is deleted first if a copy is removed or replaced;
+- a copy of a checkpoint that is not on disk is removed once a newer one on disk has a copy. A copy
+  newer than all checkpoints on disk is of a timeline that the run left: it is marked by
+  `set_aside.json`, and removed once a later step has a copy;
+- fetched files have the hashes that were written, and names that stay below their folder. The
+  checkpoint appears in the run directory last, and complete;
+- an error of the storage, or its silence, is not treated as a damaged copy: no older one is
+  fetched;
 - whatever the storage raises becomes a `CheckpointError` without the credentials of the URL: a
-  `StorageError`, unless it says that there is no such file, or what is read makes no sense.
+  `StorageError`, unless the file does not exist or its content makes no sense.
 """
 
 from __future__ import annotations

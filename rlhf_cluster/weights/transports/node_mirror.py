@@ -2,7 +2,7 @@
 
     storage or another node --> local folder --> every reader of this node, and other nodes
 
-Which file comes from where is the plan of `weights.relay`: the storage gives each file about
+Which file comes from where is the plan of `relay_plan`: the storage gives each file about
 once, however many nodes there are. Readers then read the local folder as they would the storage,
 and verify as much.
 
@@ -19,7 +19,7 @@ Promises:
 - files of runs that have ended are removed by the next run that has readers on this node.
 
 Space: the files of the newest version and those that it builds on, and while it comes those of
-the one before. Bytes between nodes are not encrypted, as in `weights.peers`.
+the one before. Bytes between nodes are not encrypted, as in `rank_memory`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ Promises:
   at the source ends by itself, and after `MAX_STRIKES` of these it serves nobody;
 - a file that no living node has comes from the storage again.
 
-Pure bookkeeping: who moves the bytes is `weights.mirror`, who carries the questions an actor.
+Pure bookkeeping: who moves the bytes is `node_mirror`, who carries the questions an actor.
 """
 
 from __future__ import annotations

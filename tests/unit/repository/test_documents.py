@@ -1,9 +1,11 @@
-"""What README and docs state: commands that parse, files that exist, figures that were measured."""
+"""Statements of README, docs and docstrings: commands parse, files exist, figures were measured."""
 
+import ast
 import json
 import re
 import shlex
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -147,6 +149,49 @@ def test_files_that_the_documents_name_exist():
             assert Path(name).exists(), f"{document}: {name}"
         for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", document.read_text()):
             assert Path(name).exists(), f"{document}: {name}"
+
+
+def docstrings(path: Path) -> Iterator[str]:
+    """Yield every string that is a statement: docstrings of modules, functions and attributes."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.Expr(value=ast.Constant(value=str(text))):
+                yield text
+
+
+def texts() -> Iterator[tuple[str, str]]:
+    """Yield each place of prose and its text: documents, Makefile, docstrings, deploy files."""
+    deployed = [path for path in Path("deploy").rglob("*") if path.suffix in {".md", ".yml"}]
+    for path in [Path("README.md"), Path("Makefile"), *Path("docs").glob("*.md"), *deployed]:
+        yield str(path), path.read_text()
+    for folder in ("rlhf_cluster", "actors", "benchmarks", "deploy", "tests"):
+        for path in Path(folder).rglob("*.py"):
+            for text in docstrings(path):
+                yield str(path), text
+
+
+def missing_modules(text: str) -> list[str]:
+    """Return the paths of Python files of this repository that `text` names and that do not exist."""
+    named = re.findall(r"(?<![\w./-])(?:rlhf_cluster|actors|tests)/[\w./-]*?\.py\b", text)
+    return [name for name in named if not Path(name).exists()]
+
+
+def test_every_python_file_that_a_text_names_exists():
+    named = [(where, name) for where, text in texts() for name in missing_modules(text)]
+    assert named == []
+
+
+def test_a_text_that_names_a_moved_file_is_found():
+    text = "see `rlhf_cluster/weights/store.py`, rlhf_cluster/moved.py::f and old/actors/gone.py"
+    assert missing_modules(text) == ["rlhf_cluster/moved.py"]
+
+
+def test_the_architecture_lists_every_room():
+    text = Path("docs/architecture.md").read_text().partition("| room |")[2].partition("\n\n")[0]
+    listed = re.findall(r"^\| `([\w/]+)/` \|", text, re.M)
+    found = [*Path("rlhf_cluster").glob("*/__init__.py"), *Path("actors").glob("*/__init__.py")]
+    rooms = [str(path.parent).removeprefix("rlhf_cluster/") for path in found]
+    assert sorted(listed) == sorted(rooms)
 
 
 def test_every_test_that_the_documents_name_exists():
