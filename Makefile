@@ -9,6 +9,7 @@ TRL := deploy/requirements-trl.lock
 PROMTOOL := $(VENV)/prometheus/usr/bin/promtool
 RUN := quickstart
 N := 20
+PART := 1/1
 STEPS := 2000
 # In the order of tests/conftest.py.
 BY_FILE := -n 2 --dist loadfile --no-loadscope-reorder
@@ -72,11 +73,12 @@ gpu: install
 	$(BIN)/pytest tests/gpu
 
 chaos: install
-	$(BIN)/python -m tests.chaos.run --runs $(N) --kills 10 --total $(N) --out benchmarks/results/chaos.json
+	$(BIN)/python -m tests.chaos.run --runs $(N) --kills 10 --total $(N) --part $(PART) --out benchmarks/results/chaos.json
 
-# Breaks the code in many small ways and sees whether the tests notice; 20 minutes on two cores.
+# Breaks the code in many small ways and sees whether the tests notice; a part of 20 minutes on two
+# cores: make mutants PART=1/4. Parts add their rows to the result.
 mutants: install
-	$(BIN)/python -m tests.mutants.run --out benchmarks/results/mutants.json
+	$(BIN)/python -m tests.mutants.run --part $(PART) --out benchmarks/results/mutants.json
 
 soak: install
 	$(BIN)/python -m tests.soak.run --steps $(STEPS) --out benchmarks/results/soak.json

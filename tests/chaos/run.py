@@ -11,8 +11,9 @@ among the kills:
     python -m tests.chaos.run --engine vllm --parallel 2 --ranks 2 --out chaos_vllm.json
 
 A run with a violation keeps its directory and tells where it lies. The exit status is 0 when no run has
-one. With `--go-on` the runs of the result at `--out` stay, and only other seeds are run: a long result
-can be made in several sittings, of one source and the same options. The result is that of a benchmark:
+one. With `--go-on` the runs of the result at `--out` stay, and only other seeds are run; `--part 2/8`
+runs every 8th seed from the 2nd on and adds to the result: a long result can be made in several parts,
+of one source and the same options. The result is that of a benchmark:
 machine, versions, command, date, figures, runs.
 """
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -245,10 +247,15 @@ def parse(command: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--keep", type=Path, help="folder of the runs' directories")
     parser.add_argument("--minutes", type=float, help="begin no further run after this long")
     parser.add_argument("--total", type=int, help="nor after so many kills, of all runs")
+    parser.add_argument("--part", default="1/1", help="k/n: every n-th run from the k-th on")
     parser.add_argument("--go-on", action="store_true", help="keep the runs that --out has")
     arguments = parser.parse_args(command)
     if arguments.go_on and arguments.out is None:
         parser.error("--go-on: of which result? Give --out")
+    found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", arguments.part)
+    if found is None or int(found[1]) > int(found[2]):
+        parser.error(f"--part {arguments.part}: give k/n with 1 <= k <= n, such as 2/8")
+    arguments.go_on |= arguments.part != "1/1" and arguments.out is not None
     if arguments.parallel > 1 and arguments.engine == "scripted":
         parser.error("--parallel: a scripted engine is one process; give --engine vllm")
     missing = {NODE: not arguments.nodes, ENGINE_CHILD: arguments.parallel == 1}
@@ -258,6 +265,12 @@ def parse(command: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
+def seeds_of(arguments: argparse.Namespace) -> range:
+    """Seeds of the runs of a part; a part with --out adds its runs to the result."""
+    part, parts = map(int, arguments.part.split("/"))
+    return range(arguments.seed + part - 1, arguments.seed + arguments.runs, parts)
+
+
 def main(command: Sequence[str]) -> int:
     arguments, facts = parse(command), machine()
     commands, runs = earlier(arguments)
@@ -265,7 +278,7 @@ def main(command: Sequence[str]) -> int:
     done = {run["seed"] for run in runs}
     start = time.monotonic()
     with local_cluster(arguments.nodes) as (address, nodes):
-        for seed in range(arguments.seed, arguments.seed + arguments.runs):
+        for seed in seeds_of(arguments):
             if seed in done:
                 continue
             late = arguments.minutes and time.monotonic() - start > arguments.minutes * 60

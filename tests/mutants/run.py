@@ -1,6 +1,7 @@
 """Break the product on purpose, in one place after another, and see whether a test notices.
 
     python -m tests.mutants.run --out benchmarks/results/mutants.json    # all of table.toml
+    python -m tests.mutants.run --part 2/8 --out ...                     # every 8th from the 2nd on
     python -m tests.mutants.run --only clip --only lock                  # those whose name has a word
     python -m tests.mutants.run --baseline                               # the tests alone, unbroken
 
@@ -11,19 +12,22 @@ dead code. Where pytest cannot collect the tests, the table is wrong and the who
 import proves nothing.
 
 The tests of a mutant must pass without it; `--baseline` says so, and comes first where a result is
-written.
+written. A result keeps the rows of earlier parts whose mutant, file and tests are unchanged, so that
+parts may run one after another, each for some minutes, with a commit in between.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import tomllib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +63,34 @@ class Mutant:
             )
         path.write_text(text.replace(self.before, self.after), encoding="utf-8")
         return text
+
+
+def part_of(mutants: Sequence[Mutant], part: str) -> list[Mutant]:
+    """Every n-th mutant from the k-th on, for `part` = "k/n". Raises `ValueError`."""
+    found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", part)
+    if found is None or int(found[1]) > int(found[2]):
+        raise ValueError(f"--part {part!r}: give k/n with 1 <= k <= n, such as 2/8")
+    return list(mutants[int(found[1]) - 1 :: int(found[2])])
+
+
+def fingerprint(mutant: Mutant, root: Path = REPOSITORY) -> str:
+    """Hash of all that the verdict on a mutant depends on: the mutant, its file and its tests."""
+    from benchmarks.listing import code_hash
+
+    return code_hash(root, [mutant.file, *mutant.tests], repr(mutant))
+
+
+def merge_rows(
+    table: Sequence[Mutant], before: Sequence[dict[str, Any]], judged: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Rows of a result in the table's order: those just judged, and earlier ones that still hold."""
+    hold = {row["name"]: row for row in before}
+    rows = {
+        m.name: row
+        for m in table
+        if (row := hold.get(m.name)) is not None and row.get("fingerprint") == fingerprint(m)
+    } | {row["name"]: row for row in judged}
+    return [rows[mutant.name] for mutant in table if mutant.name in rows]
 
 
 def load_table(path: Path = TABLE) -> list[Mutant]:
@@ -140,6 +172,7 @@ def run_all(mutants: list[Mutant], workers: int, timeout_s: float) -> list[dict[
                 "file": mutant.file,
                 "verdict": verdict,
                 "seconds": seconds,
+                "fingerprint": fingerprint(mutant),
             }
 
         with ThreadPoolExecutor(workers) as pool:
@@ -161,11 +194,12 @@ def main() -> None:
     parser.add_argument("--baseline", action="store_true", help="run the tests without a mutant")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--timeout", type=float, default=150.0, help="seconds a mutant")
-    parser.add_argument("--out", type=Path, help="the result file, with all mutants only")
+    parser.add_argument("--out", type=Path, help="the result file; rows are added to it")
+    parser.add_argument("--part", default="1/1", help="k/n: every n-th mutant from the k-th on")
     options = parser.parse_args()
-    mutants = [
-        m for m in load_table() if not options.only or any(w in m.name for w in options.only)
-    ]
+    table = load_table()
+    chosen = [m for m in table if not options.only or any(w in m.name for w in options.only)]
+    mutants = part_of(chosen, options.part)
     if options.baseline or options.out:
         check_baseline(mutants, options.timeout)
     if options.baseline:
@@ -174,13 +208,20 @@ def main() -> None:
     survived = [row["name"] for row in rows if row["verdict"] == "survived"]
     print(f"{len(rows)} mutants, {len(survived)} survived: {survived}")
     if options.out:
-        if options.only:
-            raise SystemExit("--out writes a result of all mutants; leave --only out")
-        from benchmarks.harness import write_result
-
-        figures = {"mutants": len(rows), "survived": len(survived)}
-        write_result(options.out.stem, figures, {"mutants": rows})
+        write_rows(options.out.stem, table, rows)
     sys.exit(1 if survived else 0)
+
+
+def write_rows(name: str, table: Sequence[Mutant], judged: Sequence[dict[str, Any]]) -> None:
+    from benchmarks.harness import results, write_result
+
+    rows = merge_rows(table, results(name).get("runs", {}).get("mutants", []), judged)
+    figures = {
+        "mutants": len(rows),
+        "survived": sum(row["verdict"] == "survived" for row in rows),
+        "not_judged": len(table) - len(rows),
+    }
+    write_result(name, figures, {"mutants": rows})
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from tests.chaos.monkey import (
 )
 from tests.chaos.nodes import Nodes
 from tests.chaos.processes import Process, descendants, marked, of_pid
-from tests.chaos.run import again, earlier, figures, parse, write
+from tests.chaos.run import again, earlier, figures, parse, seeds_of, write
 from tests.chaos.subject import Stuck, Subject
 
 
@@ -281,3 +281,14 @@ def test_a_result_is_gone_on_with_where_it_is_of_the_same_options(tmp_path):
     assert earlier(parse(words)) == ([], []), "it was not asked for"
     with pytest.raises(SystemExit, match="made with other kills"):
         earlier(parse(["--kills", "3", "--out", str(out), "--go-on"]))
+
+
+def test_the_parts_of_a_chaos_run_are_all_its_seeds_once_and_add_to_the_result(tmp_path: Path):
+    out = ["--out", str(tmp_path / "chaos.json")]
+    parts = [parse(["--runs", "10", "--seed", "3", "--part", f"{k}/4", *out]) for k in range(1, 5)]
+    assert sorted(seed for part in parts for seed in seeds_of(part)) == list(range(3, 13))
+    assert all(part.go_on for part in parts)
+    assert not parse(["--runs", "10", *out]).go_on
+    for wrong in ("0/2", "3/2", "1", "x/2"):
+        with pytest.raises(SystemExit):
+            parse(["--part", wrong])
