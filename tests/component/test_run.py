@@ -22,6 +22,7 @@ from rlhf_cluster.observe.report.page import page
 from rlhf_cluster.observe.report.read_run import read_run
 from rlhf_cluster.observe.report.serve import served
 from rlhf_cluster.run.run_directory import find_run
+from rlhf_cluster.weights.transports.mirror_folder import copies_of
 from tests.support.checks.promql import (
     NOT_IN_A_PLAIN_RUN,
     looked_at,
@@ -152,7 +153,7 @@ def test_a_run_with_mirrors_brings_each_version_to_the_node_once_and_leaves_noth
     run.script(**SLOW)
     run.wait_for(lambda s: s.step >= 5, "five steps")
     [mirror] = [p for p in (tmp_path / "mirror").iterdir() if p.is_dir()]
-    assert mirror.name == run.path.name
+    assert mirror == copies_of(run.path / "weights", tmp_path / "mirror")
     versions = sorted(int(p.name[1:]) for p in mirror.glob("v*"))
     assert versions
     assert versions[-1] >= 4, "the fifth may be under way"

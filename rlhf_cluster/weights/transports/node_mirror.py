@@ -16,7 +16,8 @@ Promises:
   then;
 - every wait ends with the deadline; a fetch from a node that hangs ends with its lease, and goes on
   elsewhere;
-- files of runs that have ended are removed by the next run that has readers on this node.
+- files of runs that have ended are removed by the next run that has readers on this node, and
+  nothing else ever is (`mirror_folder`).
 
 Space: the files of the newest version and those that it builds on, and while it comes those of
 the one before. Bytes between nodes are not encrypted, as in `weights.peers`.
@@ -40,6 +41,12 @@ from rlhf_cluster.errors import StalledError, WeightError
 from rlhf_cluster.records import WeightVersion
 from rlhf_cluster.util.durable_files import take_lock
 from rlhf_cluster.weights.manifest import Manifest, decode
+from rlhf_cluster.weights.transports.mirror_folder import (
+    begin_use,
+    copies_of,
+    is_in_use,
+    sweep,
+)
 from rlhf_cluster.weights.transports.rank_memory import (
     PeerObjects,
     ShardServer,
@@ -89,12 +96,13 @@ class _Wanted:
 
 
 class Mirror:
-    """The versions of store `root` in folder `local` of this node. Serves one call at a time."""
+    """The versions of store `root` in a folder below `mirror` of this node. Serves one call at a
+    time."""
 
     def __init__(
         self,
         root: str | Path,
-        local: str | Path,
+        mirror: str | Path,
         node: str,
         planner: Planner,
         server: ShardServer,
@@ -102,7 +110,8 @@ class Mirror:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """`node` names this process among all; `server` gives others what it has brought."""
-        self._root, self._local, self._node = Path(root), Path(local), node
+        self._root, self._node = Path(root), node
+        self.local = copies_of(root, mirror)
         self._planner, self._server, self._lease_s = planner, server, lease_s
         self._peers = PeerObjects(node, None, own=lambda: server)
         self._sleep = sleep
@@ -135,7 +144,7 @@ class Mirror:
             self._distrusted, self._seen = None, self._here(number)
             kept = [link.version for link in manifest.chain] + [number]
             self._remove_all_but(kept)
-        return replace(version, path=str(version_dir(self._local, number)))
+        return replace(version, path=str(version_dir(self.local, number)))
 
     def distrust(self, version: int) -> None:
         """`version` did not come out as published: bring it again next time, from the storage, unless
@@ -149,12 +158,12 @@ class Mirror:
         if self._use is not None:
             os.close(self._use)
             self._use = None
-        sweep(self._local.parent)
+        sweep(self.local.parent)
 
     # What is here
 
     def _path(self, piece: Piece) -> Path:
-        return version_dir(self._local, piece.version) / piece.name
+        return version_dir(self.local, piece.version) / piece.name
 
     def _here(self, number: int) -> tuple[int, int] | None:
         """Which copy of a version is here."""
@@ -182,10 +191,10 @@ class Mirror:
     def _remove(self, number: int) -> None:
         for piece in [p for p in self._lent if p.version == number]:
             self._server.drop([self._lent.pop(piece)])
-        shutil.rmtree(version_dir(self._local, number), ignore_errors=True)
+        shutil.rmtree(version_dir(self.local, number), ignore_errors=True)
 
     def _remove_all_but(self, kept: Sequence[int]) -> None:
-        for folder in self._local.glob("v*"):
+        for folder in self.local.glob("v*"):
             if folder.name[1:].isdigit() and int(folder.name[1:]) not in kept:
                 self._remove(int(folder.name[1:]))
         with contextlib.suppress(WeightError):  # it only saves others a question in vain
@@ -197,7 +206,7 @@ class Mirror:
         fd = None
         try:
             self._begin_use(deadline)
-            path = self._local / ".lock"
+            path = self.local / ".lock"
             fd = _open(path)
             while not take_lock(fd, path):
                 deadline.left_s(f"{path}, which another reader of this node holds")
@@ -207,7 +216,7 @@ class Mirror:
             if isinstance(error, StalledError):
                 raise
             raise WeightError(
-                f"{self._local}: the node's copy of the weights cannot be written ({error}). Free "
+                f"{self.local}: the node's copy of the weights cannot be written ({error}). Free "
                 "space there, or give weights.mirror another folder"
             ) from error
         finally:
@@ -216,19 +225,16 @@ class Mirror:
 
     def _begin_use(self, deadline: Deadline) -> None:
         """Until `close`, or the end of this process, `sweep` leaves the folder alone."""
-        use = _use_file(self._local)
-        use.parent.mkdir(parents=True, exist_ok=True)
+        if self._use is not None and not is_in_use(self._use, self.local):
+            os.close(self._use)  # somebody removed the folder
+            self._use = None
         if self._use is None:
-            sweep(use.parent)
+            sweep(self.local.parent)
         while self._use is None:
-            fd = _open(use)
-            if take_lock(fd, use, shared=True) and os.fstat(fd).st_nlink:
-                self._use = fd
-            else:  # a sweep is at it, or has just removed it
-                os.close(fd)
-                deadline.left_s(f"{use}, which a reader that starts on this node holds")
+            self._use = begin_use(self.local)
+            if self._use is None:
+                deadline.left_s(f"{self.local}, which a reader that starts on this node holds")
                 self._sleep(_LOCK_POLL_S)
-        self._local.mkdir(exist_ok=True)
 
     # Fetching
 
@@ -344,23 +350,6 @@ class Mirror:
         handle = self._server.lend([data])
         self._lent[piece] = handle.key
         return handle
-
-
-def sweep(folder: Path) -> None:
-    """Remove the copies of runs in `folder` that no process of this node uses."""
-    for use in folder.glob(".*.use"):
-        with contextlib.suppress(OSError):
-            fd = _open(use)
-            try:
-                if take_lock(fd, use):
-                    shutil.rmtree(folder / use.name[1 : -len(".use")], ignore_errors=True)
-                    use.unlink(missing_ok=True)
-            finally:
-                os.close(fd)
-
-
-def _use_file(local: Path) -> Path:
-    return local.with_name(f".{local.name}.use")
 
 
 def _open(path: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +15,8 @@ import pytest
 from rlhf_cluster.errors import StalledError, WeightError
 from rlhf_cluster.records import WeightVersion
 from rlhf_cluster.weights import store
-from rlhf_cluster.weights.transports.node_mirror import (
-    Mirror,
-    sweep,
-)
+from rlhf_cluster.weights.transports.mirror_folder import sweep
+from rlhf_cluster.weights.transports.node_mirror import Mirror
 from rlhf_cluster.weights.transports.rank_memory import ShardServer
 from rlhf_cluster.weights.transports.relay_plan import (
     Assignment,
@@ -68,8 +67,10 @@ class Planner:
 class Node:
     def __init__(self, folder: Path, name: str, planner: Planner, host: str | None = None) -> None:
         self.server = ShardServer(name, "127.0.0.1", 30.0, told=lambda text: None)
-        self.local = folder / (host or name) / "run"
-        self.mirror = Mirror(folder / "weights", self.local, name, planner, self.server)
+        self.mirror = Mirror(
+            folder / "weights", folder / (host or name), name, planner, self.server
+        )
+        self.local = self.mirror.local
 
     def bring(self, version: WeightVersion, seconds: float = 30.0) -> WeightVersion:
         return self.mirror.bring(version, Deadline(f"bringing {version.version}", seconds))
@@ -225,3 +226,31 @@ def test_files_of_runs_that_have_ended_are_removed_and_those_in_use_are_not(
     assert other.local.is_dir(), "another reader of the node uses them"
     other.mirror.close()
     assert list(one.local.parent.iterdir()) == []
+
+
+def test_n02_a_store_in_the_folder_of_the_mirror_survives_it(
+    tmp_path: Path, planner: Planner
+) -> None:
+    """One folder for both, with the run's own name beside the copies."""
+    shared = tmp_path / "weights"
+    versions = [publish(shared, n, small_model(seed=n)) for n in (1, 2)]
+    one = Node(tmp_path, "a", planner, host="weights")
+    for version in versions:
+        one.read(version)
+    one.mirror.close()
+    for n, version in enumerate(versions, 1):
+        found = store.read(version.path, expected_digest=version.digest)
+        assert_same(dict(found), small_model(seed=n))
+    assert sorted(f.name for f in shared.glob("v*")) == ["v000001", "v000002"]
+
+
+def test_n02_a_folder_that_was_removed_under_the_reader_is_made_again(
+    tmp_path: Path, node, planner: Planner
+) -> None:
+    version = publish(tmp_path / "weights", 1, small_model(seed=1))
+    one = node("a")
+    one.bring(version)
+    shutil.rmtree(one.local)
+    assert_same(one.read(version), small_model(seed=1))
+    sweep(one.local.parent)
+    assert one.local.is_dir(), "it is in use again"
