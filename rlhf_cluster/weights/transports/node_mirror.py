@@ -95,6 +95,14 @@ class _Wanted:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
+@dataclass(frozen=True, slots=True)
+class _Lent:
+    """A file that others may fetch: its memory is in use until the server drops `key`."""
+
+    key: int
+    inode: int
+
+
 class Mirror:
     """The versions of store `root` in a folder below `mirror` of this node. Serves one call at a
     time."""
@@ -115,7 +123,7 @@ class Mirror:
         self._planner, self._server, self._lease_s = planner, server, lease_s
         self._peers = PeerObjects(node, None, own=lambda: server)
         self._sleep = sleep
-        self._lent: dict[Piece, int] = {}
+        self._lent: dict[Piece, _Lent] = {}
         self._seen: tuple[int, int] | None = None  # (version, when it came), of the last one
         self._distrusted: tuple[int, int] | None = None
         self._use: int | None = None
@@ -189,16 +197,27 @@ class Mirror:
         )
 
     def _remove(self, number: int) -> None:
-        for piece in [p for p in self._lent if p.version == number]:
-            self._server.drop([self._lent.pop(piece)])
+        self._end_loans([piece for piece in self._lent if piece.version == number])
         shutil.rmtree(version_dir(self.local, number), ignore_errors=True)
 
     def _remove_all_but(self, kept: Sequence[int]) -> None:
         for folder in self.local.glob("v*"):
             if folder.name[1:].isdigit() and int(folder.name[1:]) not in kept:
                 self._remove(int(folder.name[1:]))
+        # another reader of the node may have removed or replaced what this one lends
+        self._end_loans([p for p in self._lent if p.version not in kept or not self._is_lent(p)])
         with contextlib.suppress(WeightError):  # it only saves others a question in vain
             self._planner.keeps(self._node, kept)
+
+    def _is_lent(self, piece: Piece) -> bool:
+        """Whether the file that is here is the one that others are given."""
+        try:
+            return self._path(piece).stat().st_ino == self._lent[piece].inode
+        except FileNotFoundError:
+            return False
+
+    def _end_loans(self, pieces: Sequence[Piece]) -> None:
+        self._server.drop([self._lent.pop(piece).key for piece in pieces])
 
     @contextlib.contextmanager
     def _locked(self, deadline: Deadline) -> Iterator[None]:
@@ -347,8 +366,11 @@ class Mirror:
         cut."""
         with self._path(piece).open("rb") as file:
             data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            inode = os.fstat(file.fileno()).st_ino
         handle = self._server.lend([data])
-        self._lent[piece] = handle.key
+        if piece in self._lent:
+            self._end_loans([piece])
+        self._lent[piece] = _Lent(handle.key, inode)
         return handle
 
 

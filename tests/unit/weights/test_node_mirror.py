@@ -254,3 +254,45 @@ def test_n02_a_folder_that_was_removed_under_the_reader_is_made_again(
     assert_same(one.read(version), small_model(seed=1))
     sweep(one.local.parent)
     assert one.local.is_dir(), "it is in use again"
+
+
+def held_by(readers: Sequence[Node]) -> list[list[int]]:
+    """Sizes of the files that each of them serves, which stay in memory while it does."""
+    return [sorted(len(c) for cs in r.server.held.values() for c in cs) for r in readers]
+
+
+def test_n01_readers_that_take_turns_hold_no_version_but_the_newest(
+    tmp_path: Path, node, planner: Planner
+) -> None:
+    readers = [node(f"reader {i}", host="one") for i in range(2)]
+    root = tmp_path / "weights"
+    for number in range(1, 7):
+        version = publish(root, number, small_model(seed=number))
+        for reader in (readers[number % 2], readers[1 - number % 2]):
+            reader.bring(version)
+        sizes = sorted(f.stat().st_size for f in readers[0].local.glob(f"v{number:06d}/*"))
+        assert held_by(readers)[number % 2] == sizes
+        assert held_by(readers)[1 - number % 2] == []
+
+
+def test_n01_a_copy_that_another_reader_replaced_is_served_no_more(
+    tmp_path: Path, node, planner: Planner
+) -> None:
+    version = publish(tmp_path / "weights", 1, small_model(seed=1))
+    readers = [node(f"reader {i}", host="one") for i in range(2)]
+    readers[0].bring(version)
+    readers[1].bring(version)
+    readers[1].mirror.distrust(1)
+    readers[1].bring(version)
+    readers[0].bring(version)
+    assert held_by(readers) == [[], []], "what came from the storage is not lent"
+
+
+def test_n01_a_file_that_is_lent_again_is_held_once(tmp_path: Path, node, planner: Planner) -> None:
+    version = publish(tmp_path / "weights", 1, small_model(seed=1))
+    one = node("a")
+    for _ in range(3):
+        one.bring(version)
+        shutil.rmtree(one.local / "v000001")
+    one.bring(version)
+    assert held_by([one]) == [sorted(f.stat().st_size for f in one.local.glob("v000001/*"))]
