@@ -23,7 +23,7 @@ import shutil
 import stat
 from pathlib import Path
 
-from rlhf_cluster.errors import StorageError, WeightError
+from rlhf_cluster.errors import StorageError
 from rlhf_cluster.util.durable_files import take_lock
 
 MARK = ".mark"
@@ -42,7 +42,7 @@ def begin_use(local: Path) -> int | None:
     """Make the folder if there is none. Return its mark, open: no `sweep` removes the folder until it
     is closed. None: another process makes or removes it at this moment; ask again.
 
-    Raises `WeightError` where the name is taken by something else, `OSError`, `StorageError`.
+    Raises `FileExistsError` where the name is taken by something else; `OSError`, `StorageError`.
     """
     local.parent.mkdir(parents=True, exist_ok=True)
     if not os.path.lexists(local):
@@ -50,7 +50,7 @@ def begin_use(local: Path) -> int | None:
     if not _is_ours(local):
         if not os.path.lexists(local):
             return None
-        raise WeightError(
+        raise FileExistsError(
             f"{local} exists, and is no folder that this user's runs made there ({MARK} is missing or "
             "another user's). Move it away, or give weights.mirror another folder"
         )

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_cluster.errors import WeightError
 from rlhf_cluster.weights.transports.mirror_folder import (
     MARK,
     begin_use,
@@ -67,7 +66,7 @@ def test_n02_a_name_that_something_else_has_is_refused_and_left(tmp_path: Path, 
     else:
         local.symlink_to(tmp_path)
     before = tree(tmp_path)
-    with pytest.raises(WeightError, match="no folder that this user's runs made"):
+    with pytest.raises(FileExistsError, match="no folder that this user's runs made"):
         begin_use(local)
     sweep(tmp_path)
     assert tree(tmp_path) == before

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import resource
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -67,8 +69,16 @@ class Planner:
 class Node:
     def __init__(self, folder: Path, name: str, planner: Planner, host: str | None = None) -> None:
         self.server = ShardServer(name, "127.0.0.1", 30.0, told=lambda text: None)
+        self.room, self.told = 1 << 40, list[str]()
+        self.free: Callable[[Path], int] = lambda folder: self.room
         self.mirror = Mirror(
-            folder / "weights", folder / (host or name), name, planner, self.server
+            folder / "weights",
+            folder / (host or name),
+            name,
+            planner,
+            self.server,
+            free=lambda folder: self.free(folder),
+            told=self.told.append,
         )
         self.local = self.mirror.local
 
@@ -79,6 +89,9 @@ class Node:
         here = self.bring(version)
         assert Path(here.path).is_relative_to(self.local)
         return dict(store.read(here.path, expected_digest=version.digest))
+
+    def read_anywhere(self, version: WeightVersion) -> dict[str, Any]:
+        return dict(store.read(self.bring(version).path, expected_digest=version.digest))
 
 
 @pytest.fixture
@@ -296,3 +309,119 @@ def test_n01_a_file_that_is_lent_again_is_held_once(tmp_path: Path, node, planne
         shutil.rmtree(one.local / "v000001")
     one.bring(version)
     assert held_by([one]) == [sorted(f.stat().st_size for f in one.local.glob("v000001/*"))]
+
+
+def partials(one: Node) -> list[str]:
+    return [f.name for f in one.local.rglob("*.partial")]
+
+
+def test_n12_a_disk_without_room_costs_the_copy_and_not_the_version(
+    tmp_path: Path, node, planner: Planner
+) -> None:
+    root, one = tmp_path / "weights", node("a")
+    one.read(publish(root, 1, small_model(seed=1)))
+    second = publish(root, 2, small_model(seed=2))
+    one.room = second.num_bytes // 2
+    planner.sources.clear()
+    assert one.bring(second) == second, "to be read where it was published"
+    assert_same(one.read_anywhere(second), small_model(seed=2))
+    assert set(planner.sources) <= {None}
+    assert len(planner.sources) <= 2, "the manifest, and no file that does not fit"
+    assert list(one.local.glob("v*")) == [], "the older version made room"
+    assert "are free" in one.told[0]
+    one.room = 1 << 40
+    assert_same(one.read(publish(root, 3, small_model(seed=3))), small_model(seed=3))
+
+
+def test_n12_an_older_version_makes_room_for_a_newer_one(tmp_path: Path, node) -> None:
+    root, one = tmp_path / "weights", node("a")
+    one.read(publish(root, 1, small_model(seed=1)))
+    second = publish(root, 2, small_model(seed=2))
+
+    def free(folder: Path) -> int:
+        return 0 if (one.local / "v000001").exists() else 1 << 40
+
+    one.free = free
+    assert_same(one.read(second), small_model(seed=2))
+    assert one.told == []
+
+
+def test_n12_a_disk_that_breaks_off_leaves_no_parts_and_the_storage_is_read(
+    tmp_path: Path, node, planner: Planner
+) -> None:
+    """The file system allows no file of more than a third of a shard here."""
+    root, one = tmp_path / "weights", node("a")
+    version = publish(root, 1, small_model(seed=1))
+    largest = max(f.stat().st_size for f in (root / "v000001").iterdir())
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 3, before[1]))
+    try:
+        assert one.bring(version) == version
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "File too large" in one.told[0]
+    assert list(one.local.glob("v*")) == []
+    assert_same(one.read(version), small_model(seed=1))
+
+
+def test_n12_a_mirror_without_its_folder_reads_the_storage(tmp_path: Path, node, planner) -> None:
+    version = publish(tmp_path / "weights", 1, small_model(seed=1))
+    one = node("a")
+    one.local.parent.mkdir()
+    one.local.write_text("somebody's")
+    assert_same(one.read_anywhere(version), small_model(seed=1))
+    assert "Move it away" in one.told[0]
+    assert one.local.read_text() == "somebody's"
+
+
+def test_n12_a_copy_of_the_manifest_that_is_damaged_is_brought_again(
+    tmp_path: Path, node, planner
+) -> None:
+    version = publish(tmp_path / "weights", 1, small_model(seed=1))
+    one = node("a")
+    one.bring(version)
+    manifest = one.local / "v000001" / MANIFEST_NAME
+    manifest.write_bytes(bytes(manifest.stat().st_size))
+    assert_same(one.read(version), small_model(seed=1))
+
+
+def hanging(shard: Path) -> Callable[[], None]:
+    """Whoever opens `shard` hangs until what is returned is called."""
+    shard.unlink()
+    os.mkfifo(shard)
+    return lambda: os.close(os.open(shard, os.O_RDWR | os.O_NONBLOCK))
+
+
+def test_n13_a_read_that_hangs_ends_with_its_deadline_and_so_does_its_hold_of_the_node(
+    tmp_path: Path, node, planner: Planner
+) -> None:
+    version = publish(tmp_path / "weights", 1, small_model(seed=1))
+    node("peer").bring(version)
+    [shard, *_] = sorted((tmp_path / "weights" / "v000001").glob("*.safetensors"))
+    let_go = hanging(shard)
+    hangs, other = node("hangs", host="one"), node("other", host="one")
+    planner.gone = True
+    with pytest.raises(StalledError, match="bringing 1 was not over after 0.3 s"):
+        hangs.bring(version, seconds=0.3)
+    planner.gone = False
+    assert_same(other.read(version), small_model(seed=1))
+    late = [t for t in threading.enumerate() if t.name.startswith("hangs-mirror")]
+    assert late, "it hangs still"
+    assert all(t.daemon for t in late), "it does not hold up the end of the process"
+    let_go()
+    for thread in late:
+        thread.join(20.0)
+        assert not thread.is_alive()
+    assert partials(other) == []
+    assert_same(other.read(version), small_model(seed=1))
+
+
+def test_n13_parts_that_a_lost_reader_left_are_removed_by_the_next_one(
+    tmp_path: Path, node, planner
+) -> None:
+    one = node("a")
+    one.bring(publish(tmp_path / "weights", 1, small_model(seed=1)))
+    (one.local / "v000001" / ".shard.0123abcd.partial").write_bytes(b"half")
+    one.bring(publish(tmp_path / "weights", 2, small_model(seed=1), base=(1, small_model(seed=1))))
+    assert (one.local / "v000001").is_dir()
+    assert partials(one) == []
