@@ -403,7 +403,8 @@ class Mirror:
         except (WeightError, OSError) as error:
             is_local = isinstance(error, OSError) and not isinstance(error, StalledError)
             if not direct:
-                self._report(failed=[(piece, None if is_local else found.source)])
+                is_own = is_local or wanted.is_over or _has_ended(deadline)
+                self._report(failed=[(piece, blamed(found, is_own))])
             if is_local:
                 raise
             deadline.left_s(f"{piece.name} of version {piece.version}")
@@ -480,6 +481,20 @@ class Mirror:
             self._end_loans([piece])
         self._lent[piece] = _Lent(handle.key, inode)
         return handle
+
+
+def blamed(found: Assignment, is_own: bool) -> str | None:
+    """Return whom a reader names to the plan when a fetch failed. A reader whose own deadline has
+    passed, or whose own disk failed, knows nothing against the source (`is_own`)."""
+    return None if is_own else found.source
+
+
+def _has_ended(deadline: Deadline) -> bool:
+    try:
+        deadline.left_s()
+    except (StalledError, WeightError):
+        return True
+    return False
 
 
 def _open(path: Path) -> int:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import resource
 import shutil
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from rlhf_cluster.records import WeightVersion
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.transports.mirror_folder import sweep
 from rlhf_cluster.weights.transports.node_mirror import Mirror
-from rlhf_cluster.weights.transports.rank_memory import ShardServer
+from rlhf_cluster.weights.transports.rank_memory import Served, ShardServer
 from rlhf_cluster.weights.transports.relay_plan import (
     Assignment,
     Piece,
@@ -67,7 +68,14 @@ class Planner:
 
 
 class Node:
-    def __init__(self, folder: Path, name: str, planner: Planner, host: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        planner: Planner,
+        host: str | None = None,
+        lease_s: float = 120.0,
+    ) -> None:
         self.server = ShardServer(name, "127.0.0.1", 30.0, told=lambda text: None)
         self.room, self.told = 1 << 40, list[str]()
         self.free: Callable[[Path], int] = lambda folder: self.room
@@ -77,6 +85,7 @@ class Node:
             name,
             planner,
             self.server,
+            lease_s=lease_s,
             free=lambda folder: self.free(folder),
             told=self.told.append,
         )
@@ -103,8 +112,8 @@ def planner() -> Planner:
 def node(tmp_path: Path, planner: Planner) -> Iterator[Callable[..., Node]]:
     with contextlib.ExitStack() as stack:
 
-        def build(name: str, host: str | None = None) -> Node:
-            node = Node(tmp_path, name, planner, host)
+        def build(name: str, host: str | None = None, **limits: float) -> Node:
+            node = Node(tmp_path, name, planner, host, **limits)
             stack.callback(node.mirror.close)
             return node
 
@@ -425,3 +434,52 @@ def test_n13_parts_that_a_lost_reader_left_are_removed_by_the_next_one(
     one.bring(publish(tmp_path / "weights", 2, small_model(seed=1), base=(1, small_model(seed=1))))
     assert (one.local / "v000001").is_dir()
     assert partials(one) == []
+
+
+@pytest.fixture
+def silent(planner: Planner) -> Iterator[None]:
+    """Node "silent" has the manifest of version 1, takes every connection, and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        address = Served(
+            server="silent", host="127.0.0.1", port=port, key=1, sizes=(1,), token="secret"
+        )
+        planner.plan.done("silent", Piece(1, MANIFEST_NAME), address)
+        yield
+
+
+@pytest.mark.usefixtures("silent")
+def test_n03_a_reader_whose_own_deadline_passes_says_nothing_against_its_source(
+    tmp_path: Path, node, planner: Planner
+) -> None:
+    version = publish(tmp_path / "weights", 1, small_model(seed=1))
+    for name in ("a", "b", "c"):
+        with pytest.raises(StalledError):
+            node(name).bring(version, seconds=0.3)
+    assert planner.sources == ["silent"] * 3, "it was believed each time"
+    assert planner.failures == [(Piece(1, MANIFEST_NAME), None)] * 3, "and each gave its turn back"
+
+
+@pytest.mark.usefixtures("silent")
+def test_n03_a_source_that_outlasts_its_lease_is_named_and_another_one_serves(
+    tmp_path: Path, node, planner: Planner
+) -> None:
+    version = publish(tmp_path / "weights", 1, small_model(seed=1))
+    assert_same(node("a", lease_s=0.2).read(version), small_model(seed=1))
+    assert planner.failures == [(Piece(1, MANIFEST_NAME), "silent")]
+
+
+def test_n03_a_reader_whose_disk_fails_says_nothing_against_its_source(
+    tmp_path: Path, node, planner: Planner
+) -> None:
+    version = publish(tmp_path / "weights", 1, small_model(seed=1))
+    node("peer").bring(version)
+    one = node("a")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, before[1]))
+    try:
+        assert one.bring(version) == version
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert planner.sources[-1] == "peer"
+    assert planner.failures == [(Piece(1, MANIFEST_NAME), None)]
