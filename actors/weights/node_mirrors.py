@@ -20,10 +20,13 @@ from actors.cluster.named_actors import (
     serving,
 )
 from rlhf_cluster.config import RunConfig
+from rlhf_cluster.weights.transports.mirror_folder import (
+    copies_of,
+    sweep,
+)
 from rlhf_cluster.weights.transports.node_mirror import (
     PARALLEL,
     Mirror,
-    sweep,
 )
 from rlhf_cluster.weights.transports.rank_memory import ShardServer
 from rlhf_cluster.weights.transports.relay_plan import (
@@ -94,9 +97,10 @@ def mirror_of(config: RunConfig, worker: str) -> Mirror | None:
         return None
     host = ray.util.get_node_ip_address()
     server = ShardServer(f"{worker} on {host}", host, config.generation.pull_timeout_s)
-    local = Path(config.weights.mirror) / config.run.name
     name = f"{worker} ({host}, process {os.getpid()})"
-    return Mirror(config.weights_dir, local, name, RemotePlanner(config.run.name), server)
+    return Mirror(
+        config.weights_dir, config.weights.mirror, name, RemotePlanner(config.run.name), server
+    )
 
 
 @asynccontextmanager
@@ -116,32 +120,33 @@ async def serving_relay(config: RunConfig) -> AsyncIterator[None]:
         async with serving(Relay, _name(config.run.name)):
             yield
     finally:
-        await asyncio.to_thread(_clear_nodes, str(config.weights.mirror), config.run.name)
+        local = copies_of(config.weights_dir, str(config.weights.mirror))
+        await asyncio.to_thread(_clear_nodes, local)
 
 
-def _clear_nodes(folder: str, run_name: str) -> None:
+def _clear_nodes(local: Path) -> None:
     clear = ray.remote(num_cpus=0, max_retries=0)(_clear)
     try:
         tasks = [
             clear.options(
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            ).remote(folder, run_name)
+            ).remote(local)
             for node in ray.nodes()
             if node["Alive"]
         ]
         _, late = ray.wait(tasks, num_returns=len(tasks), timeout=_CLEAR_TIMEOUT_S)
     except RayError as error:  # the run has ended, one way or the other
-        log.warning("the copies in %s are left to the next run there (%s)", folder, error)
+        log.warning("the copies in %s are left to the next run there (%s)", local, error)
         return
     if late:
-        log.warning("%d nodes did not say that %s is removed there", len(late), folder)
+        log.warning("%d nodes did not say that %s is removed there", len(late), local)
 
 
-def _clear(folder: str, run_name: str) -> None:
+def _clear(local: Path) -> None:
     """Remove the run's files on this node, as soon as its workers, which were killed, are gone."""
     ends = time.monotonic() + _GONE_TIMEOUT_S
-    while (Path(folder) / run_name).exists() and time.monotonic() < ends:
-        sweep(Path(folder))
+    while local.exists() and time.monotonic() < ends:
+        sweep(local.parent)
         time.sleep(0.1)
 
 

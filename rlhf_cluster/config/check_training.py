@@ -89,10 +89,27 @@ def check_weights(c: RunSections) -> None:
             f"weights.mirror with weights.transport = {transport!r}: it mirrors files. Remove one "
             "of them"
         )
+    _check_mirror(c)
     if transport == "nccl":
         _check_gpus(c)
     if transport != "files":
         _check_single_processes(c)
+
+
+def _check_mirror(c: RunSections) -> None:
+    if c.weights.mirror is None:
+        return
+    mirror = Path(c.weights.mirror).absolute()
+    for key, value in {"run.root": c.run.root, "weights.root": c.weights.root}.items():
+        if value is None:
+            continue
+        folder = Path(value).absolute()
+        if folder.is_relative_to(mirror) or mirror.is_relative_to(folder):
+            raise ValueError(
+                f"weights.mirror = {c.weights.mirror!r} and {key} = {value!r} are one folder, or one "
+                "is in the other: what is mirrored would lie beside its copies, on one disk. Give the "
+                "mirror a folder of its own that every node has for itself, such as /dev/shm/mirror"
+            )
 
 
 def _check_gpus(c: RunSections) -> None:

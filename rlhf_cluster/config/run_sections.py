@@ -55,11 +55,10 @@ class RunSections(RunFile[Run]):
         return Path(root) / self.run.name if root else self.run_dir / "weights"
 
     def with_absolute_paths(self) -> Self:
-        here, root = super().with_absolute_paths(), self.weights.root
-        if root is None:
-            return here
-        weights = self.weights.model_copy(update={"root": str(Path(root).absolute())})
-        return here.model_copy(update={"weights": weights})
+        folders = {"root": self.weights.root, "mirror": self.weights.mirror}
+        whole = {key: str(Path(value).absolute()) for key, value in folders.items() if value}
+        weights = self.weights.model_copy(update=whole)
+        return super().with_absolute_paths().model_copy(update={"weights": weights})
 
     @property
     def stored_reference(self) -> bool:

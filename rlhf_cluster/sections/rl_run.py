@@ -383,7 +383,8 @@ class Weights(Section):
     """With transport = "files": a folder on every node that generates, in memory (/dev/shm) or on
     a fast disk. Each file of a version is then brought there once a node, from another node where
     one has it, so that the storage gives it about once whatever number of workers there is. Needs
-    room for a version as stored, twice while a new one comes, with what it builds on."""
+    room for a version as stored, twice while a new one comes, with what it builds on: where there is
+    none, the workers of that node read the storage. Not in `run.root` or `root`, nor around them."""
     mirror_streams: PositiveInt = 8
     """Files that are read from the storage at once, over all nodes, for their mirrors."""
     durable_every: PositiveInt = 10

@@ -22,6 +22,7 @@ from rlhf_cluster.observe.report.page import page
 from rlhf_cluster.observe.report.read_run import read_run
 from rlhf_cluster.observe.report.serve import served
 from rlhf_cluster.run.run_directory import find_run
+from rlhf_cluster.weights.transports.mirror_folder import copies_of
 from tests.support.checks.promql import (
     NOT_IN_A_PLAIN_RUN,
     looked_at,
@@ -142,17 +143,18 @@ def test_a_run_trains_every_group_once_and_leaves_its_whole_record(start_run):
 
 
 def test_a_run_with_mirrors_brings_each_version_to_the_node_once_and_leaves_nothing(
-    start_run, tmp_path
+    start_run, tmp_path_factory
 ):
+    folder = tmp_path_factory.mktemp("mirror")
     run = start_run(
         run=LONG,
         generation={"workers": 2},
-        weights={"mirror": str(tmp_path / "mirror"), "format": "delta", "anchor_every": 2},
+        weights={"mirror": str(folder), "format": "delta", "anchor_every": 2},
     )
     run.script(**SLOW)
     run.wait_for(lambda s: s.step >= 5, "five steps")
-    [mirror] = [p for p in (tmp_path / "mirror").iterdir() if p.is_dir()]
-    assert mirror.name == run.path.name
+    [mirror] = [p for p in folder.iterdir() if p.is_dir()]
+    assert mirror == copies_of(run.path / "weights", folder)
     versions = sorted(int(p.name[1:]) for p in mirror.glob("v*"))
     assert versions
     assert versions[-1] >= 4, "the fifth may be under way"
@@ -162,7 +164,7 @@ def test_a_run_with_mirrors_brings_each_version_to_the_node_once_and_leaves_noth
     assert code == 1, output
     status = json.loads((run.path / "status.json").read_text())
     assert [pool["restarts"] for pool in status["pools"]] == [0, 0]
-    assert list((tmp_path / "mirror").iterdir()) == []
+    assert list(folder.iterdir()) == []
 
 
 def test_a_failed_pull_retires_the_worker_and_loses_nothing(start_run):

@@ -14,9 +14,12 @@ Promises:
   from the storage;
 - a planner that cannot be asked costs the relay and not the version: all comes from the storage
   then;
-- every wait ends with the deadline; a fetch from a node that hangs ends with its lease, and goes on
-  elsewhere;
-- files of runs that have ended are removed by the next run that has readers on this node.
+- every wait ends with the deadline, and with it the hold that this reader has of the node, also where
+  a storage does not answer; a fetch from a node that hangs ends with its lease, and goes on elsewhere;
+- a folder that has no room, or cannot be written, costs the copy and not the version: its readers are
+  sent to the storage, and nothing of the version stays;
+- files of runs that have ended are removed by the next run that has readers on this node, and
+  nothing else ever is (`mirror_folder`).
 
 Space: the files of the newest version and those that it builds on, and while it comes those of
 the one before. Bytes between nodes are not encrypted, as in `rank_memory`.
@@ -25,21 +28,30 @@ the one before. Bytes between nodes are not encrypted, as in `rank_memory`.
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import mmap
 import os
+import queue
+import secrets
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from rlhf_cluster.errors import StalledError, WeightError
+from rlhf_cluster.errors import StalledError, StorageError, WeightError
 from rlhf_cluster.records import WeightVersion
 from rlhf_cluster.util.durable_files import take_lock
 from rlhf_cluster.weights.manifest import Manifest, decode
+from rlhf_cluster.weights.transports.mirror_folder import (
+    begin_use,
+    copies_of,
+    is_in_use,
+    sweep,
+)
 from rlhf_cluster.weights.transports.rank_memory import (
     PeerObjects,
     ShardServer,
@@ -50,10 +62,13 @@ from rlhf_cluster.weights.transports.relay_plan import (
 )
 from rlhf_cluster.weights.transports.shared_files import (
     MANIFEST_NAME,
+    free_bytes,
     gone,
     version_dir,
 )
 from rlhf_cluster.weights.transports.transport import Deadline
+
+log = logging.getLogger(__name__)
 
 PARALLEL = 4
 """Files that a node fetches at once, and that it gives to others at once."""
@@ -61,6 +76,8 @@ MAX_FAILURES = 8
 """Fetches of one version that may fail in a row of any kind before the version is refused."""
 _LOCK_POLL_S = 0.05
 _ASK_AGAIN_S = (0.01, 0.5)  # the first pause where there is no turn, and the longest
+_LOOK_S = 0.2  # between two looks at a deadline that another thread may cancel
+_STOP_S = 0.5  # for threads to see that nobody waits for them any more
 _CALL_BYTES = 16 << 20
 
 
@@ -85,57 +102,119 @@ class _Wanted:
     sizes: dict[Piece, int | None]
     open: list[Piece] = field(default_factory=list)
     failures: int = 0
+    is_over: bool = False
+    """Nobody waits for them any more."""
+    ended: queue.SimpleQueue[BaseException | None] = field(default_factory=queue.SimpleQueue)
+    """What each thread that has ended raised."""
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def check(self) -> None:
+        """Raise `WeightError` in a thread that goes on where the folder is another reader's by now."""
+        if self.is_over:
+            raise WeightError("the files are not waited for any more")
+
+
+@dataclass(frozen=True, slots=True)
+class _Lent:
+    """A file that others may fetch: its memory is in use until the server drops `key`."""
+
+    key: int
+    inode: int
 
 
 class Mirror:
-    """The versions of store `root` in folder `local` of this node. Serves one call at a time."""
+    """The versions of store `root` in a folder below `mirror` of this node. Serves one call at a
+    time."""
 
     def __init__(
         self,
         root: str | Path,
-        local: str | Path,
+        mirror: str | Path,
         node: str,
         planner: Planner,
         server: ShardServer,
         lease_s: float = 120.0,
         sleep: Callable[[float], None] = time.sleep,
+        free: Callable[[Path], int] = free_bytes,
+        told: Callable[[str], None] = log.warning,
     ) -> None:
-        """`node` names this process among all; `server` gives others what it has brought."""
-        self._root, self._local, self._node = Path(root), Path(local), node
+        """`node` names this process among all; `server` gives others what it has brought. `told` gets
+        why a version is not brought to the node."""
+        self._root, self._node = Path(root), node
+        self.local = copies_of(root, mirror)
         self._planner, self._server, self._lease_s = planner, server, lease_s
         self._peers = PeerObjects(node, None, own=lambda: server)
-        self._sleep = sleep
-        self._lent: dict[Piece, int] = {}
+        self._sleep, self._free, self._told = sleep, free, told
+        self._lent: dict[Piece, _Lent] = {}
         self._seen: tuple[int, int] | None = None  # (version, when it came), of the last one
         self._distrusted: tuple[int, int] | None = None
         self._use: int | None = None
 
     def bring(self, version: WeightVersion, deadline: Deadline) -> WeightVersion:
         """`version`, with its path in the local folder, where all its files are, and those of the
-        versions that it builds on.
+        versions that it builds on; unchanged where the local folder cannot take it.
 
         Waits for: another reader of this node that brings it; its turn at a source; bytes. Raises
         `WeightError`, `StalledError`; other versions are as before then.
         """
-        with self._locked(deadline):
-            number = version.version
+        try:
+            with self._locked(deadline):
+                self._bring(version, deadline)
+        except StalledError:
+            raise
+        except (OSError, StorageError) as error:
+            self._told(
+                f"{self._node} reads version {version.version} from {version.path}, since it cannot "
+                f"be copied to {self.local} ({error}). Free space there, or give weights.mirror "
+                "another folder"
+            )
+            return version
+        return replace(version, path=str(version_dir(self.local, version.version)))
+
+    def _bring(self, version: WeightVersion, deadline: Deadline) -> None:
+        number = version.version
+        incomplete = {number}
+        try:
             if self._distrusted is not None and self._distrusted == self._here(number):
                 self._remove(number)  # by nobody else of this node meanwhile
             else:
                 self._distrusted = None
             manifest = self._manifest(number, version.digest, deadline)
             chain = [self._manifest(n.version, n.digest, deadline) for n in manifest.chain]
-            sizes: dict[Piece, int | None] = {
-                Piece(m.version, name): entry.num_bytes
+            missing = {
+                piece: entry.num_bytes
                 for m in (*chain, manifest)
                 for name, entry in m.files.items()
+                if not self._path(piece := Piece(m.version, name)).exists()
             }
-            self._fetch({p: n for p, n in sizes.items() if not self._path(p).exists()}, deadline)
-            self._distrusted, self._seen = None, self._here(number)
             kept = [link.version for link in manifest.chain] + [number]
+            incomplete |= {piece.version for piece in missing}
+            self._make_room(sum(missing.values()), kept)
+            self._fetch(dict(missing), deadline)
+        except StalledError:
+            raise
+        except OSError:
+            for half in incomplete:
+                self._remove(half)
+            with contextlib.suppress(WeightError):
+                self._planner.keeps(self._node, [])  # a node in trouble gives nothing to others
+            raise
+        self._distrusted, self._seen = None, self._here(number)
+        self._remove_all_but(kept)
+
+    def _make_room(self, num_bytes: int, kept: Sequence[int]) -> None:
+        """Remove other versions where the missing files of `kept` do not fit beside them.
+
+        Raises `OSError` when they do not fit at all: a folder in memory is never filled to its end,
+        which would cost the node more than a copy.
+        """
+        for partial in self.local.glob("v*/.*.partial"):
+            partial.unlink(missing_ok=True)  # of a reader that was lost, or has given up
+        if num_bytes and self._free(self.local) < num_bytes:
             self._remove_all_but(kept)
-        return replace(version, path=str(version_dir(self._local, number)))
+            free = self._free(self.local)
+            if free < num_bytes:
+                raise OSError(errno.ENOSPC, f"{num_bytes} bytes are missing, and {free} are free")
 
     def distrust(self, version: int) -> None:
         """`version` did not come out as published: bring it again next time, from the storage, unless
@@ -149,12 +228,12 @@ class Mirror:
         if self._use is not None:
             os.close(self._use)
             self._use = None
-        sweep(self._local.parent)
+        sweep(self.local.parent)
 
     # What is here
 
     def _path(self, piece: Piece) -> Path:
-        return version_dir(self._local, piece.version) / piece.name
+        return version_dir(self.local, piece.version) / piece.name
 
     def _here(self, number: int) -> tuple[int, int] | None:
         """Which copy of a version is here."""
@@ -169,27 +248,44 @@ class Mirror:
         for again in (False, True):
             if not self._path(piece).exists():
                 self._fetch({piece: None}, deadline, from_storage=again)
-            manifest = decode(self._path(piece).read_bytes(), str(self._path(piece)))
-            if manifest.digest == digest:
-                return manifest
-            # a version of this number was published before, by a learner that was lost
-            self._remove(number)
-        raise WeightError(
-            f"{version_dir(self._root, number)}: digest {manifest.digest}, expected {digest}: not the "
-            "version that was announced. Pull the latest version again"
-        )
+            where = str(self._path(piece) if not again else version_dir(self._root, number))
+            try:
+                manifest = decode(self._path(piece).read_bytes(), where)
+                if manifest.digest == digest:
+                    return manifest
+                raise WeightError(
+                    f"{where}: digest {manifest.digest}, expected {digest}: not the version that was "
+                    "announced. Pull the latest version again"
+                )
+            except WeightError:
+                # damaged here, or published before under this number by a learner that was lost
+                self._remove(number)
+                if again:
+                    raise
+        raise AssertionError("the second try returns or raises")
 
     def _remove(self, number: int) -> None:
-        for piece in [p for p in self._lent if p.version == number]:
-            self._server.drop([self._lent.pop(piece)])
-        shutil.rmtree(version_dir(self._local, number), ignore_errors=True)
+        self._end_loans([piece for piece in self._lent if piece.version == number])
+        shutil.rmtree(version_dir(self.local, number), ignore_errors=True)
 
     def _remove_all_but(self, kept: Sequence[int]) -> None:
-        for folder in self._local.glob("v*"):
+        for folder in self.local.glob("v*"):
             if folder.name[1:].isdigit() and int(folder.name[1:]) not in kept:
                 self._remove(int(folder.name[1:]))
+        # another reader of the node may have removed or replaced what this one lends
+        self._end_loans([p for p in self._lent if p.version not in kept or not self._is_lent(p)])
         with contextlib.suppress(WeightError):  # it only saves others a question in vain
             self._planner.keeps(self._node, kept)
+
+    def _is_lent(self, piece: Piece) -> bool:
+        """Whether the file that is here is the one that others are given."""
+        try:
+            return self._path(piece).stat().st_ino == self._lent[piece].inode
+        except FileNotFoundError:
+            return False
+
+    def _end_loans(self, pieces: Sequence[Piece]) -> None:
+        self._server.drop([self._lent.pop(piece).key for piece in pieces])
 
     @contextlib.contextmanager
     def _locked(self, deadline: Deadline) -> Iterator[None]:
@@ -197,38 +293,28 @@ class Mirror:
         fd = None
         try:
             self._begin_use(deadline)
-            path = self._local / ".lock"
+            path = self.local / ".lock"
             fd = _open(path)
             while not take_lock(fd, path):
                 deadline.left_s(f"{path}, which another reader of this node holds")
                 self._sleep(_LOCK_POLL_S)
             yield
-        except OSError as error:
-            if isinstance(error, StalledError):
-                raise
-            raise WeightError(
-                f"{self._local}: the node's copy of the weights cannot be written ({error}). Free "
-                "space there, or give weights.mirror another folder"
-            ) from error
         finally:
             if fd is not None:
                 os.close(fd)
 
     def _begin_use(self, deadline: Deadline) -> None:
         """Until `close`, or the end of this process, `sweep` leaves the folder alone."""
-        use = _use_file(self._local)
-        use.parent.mkdir(parents=True, exist_ok=True)
+        if self._use is not None and not is_in_use(self._use, self.local):
+            os.close(self._use)  # somebody removed the folder
+            self._use = None
         if self._use is None:
-            sweep(use.parent)
+            sweep(self.local.parent)
         while self._use is None:
-            fd = _open(use)
-            if take_lock(fd, use, shared=True) and os.fstat(fd).st_nlink:
-                self._use = fd
-            else:  # a sweep is at it, or has just removed it
-                os.close(fd)
-                deadline.left_s(f"{use}, which a reader that starts on this node holds")
+            self._use = begin_use(self.local)
+            if self._use is None:
+                deadline.left_s(f"{self.local}, which a reader that starts on this node holds")
                 self._sleep(_LOCK_POLL_S)
-        self._local.mkdir(exist_ok=True)
 
     # Fetching
 
@@ -241,21 +327,54 @@ class Mirror:
             return
         wanted = _Wanted(sizes, open=list(sizes))
         direct = from_storage or self._distrusted is not None
-        with ThreadPoolExecutor(min(PARALLEL, len(sizes)), f"{self._node}-mirror") as threads:
-            running = [threads.submit(self._fetch_some, wanted, direct, deadline) for _ in sizes]
+        # A storage that does not answer holds a thread for ever: nobody waits for it, neither here
+        # past the deadline nor at the end of the process.
+        threads = [
+            threading.Thread(
+                target=self._work,
+                args=(wanted, direct, deadline),
+                name=f"{self._node}-mirror",
+                daemon=True,
+            )
+            for _ in range(min(PARALLEL, len(sizes)))
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in threads:
+                self._await_one(wanted, deadline)
+        finally:
+            wanted.is_over = True
+            grace = time.monotonic() + _STOP_S
+            for thread in threads:
+                thread.join(max(0.0, grace - time.monotonic()))
+
+    def _await_one(self, wanted: _Wanted, deadline: Deadline) -> None:
+        """Waits for: one more thread to end. Raises what it raised."""
+        while True:
+            left_s = deadline.left_s(f"some of {len(wanted.sizes)} files")
             try:
-                for fetching in running:
-                    fetching.result()
-            except BaseException:
-                wanted.open.clear()
-                raise
+                error = wanted.ended.get(timeout=min(_LOOK_S, left_s))
+            except queue.Empty:
+                continue
+            if error is not None:
+                raise error
+            return
+
+    def _work(self, wanted: _Wanted, direct: bool, deadline: Deadline) -> None:
+        error: BaseException | None = None
+        try:
+            self._fetch_some(wanted, direct, deadline)
+        except BaseException as raised:  # raised again by who waits
+            error = raised
+        wanted.ended.put(error)
 
     def _fetch_some(self, wanted: _Wanted, direct: bool, deadline: Deadline) -> None:
         """Piece after piece until none is left. Waits for: its turn, and each piece."""
         pause_s, longest_s = _ASK_AGAIN_S
         while True:
             with wanted.lock:
-                if not wanted.open:
+                if wanted.is_over or not wanted.open:
                     return
                 found = self._ask(wanted.open, direct)
                 if found is not None:
@@ -280,10 +399,14 @@ class Mirror:
     ) -> None:
         piece = found.piece
         try:
-            self._bring_one(found, wanted.sizes[piece], deadline)
-        except (WeightError, StalledError):
+            self._bring_one(found, wanted, deadline)
+        except (WeightError, OSError) as error:
+            is_local = isinstance(error, OSError) and not isinstance(error, StalledError)
             if not direct:
-                self._report(failed=[(piece, found.source)])
+                is_own = is_local or wanted.is_over or _has_ended(deadline)
+                self._report(failed=[(piece, blamed(found, is_own))])
+            if is_local:
+                raise
             deadline.left_s(f"{piece.name} of version {piece.version}")
             with wanted.lock:
                 wanted.failures += 1
@@ -298,27 +421,37 @@ class Mirror:
         with contextlib.suppress(WeightError):  # its lease ends by itself
             self._planner.exchange(self._node, (), done, failed)
 
-    def _bring_one(self, found: Assignment, size: int | None, deadline: Deadline) -> None:
+    def _bring_one(self, found: Assignment, wanted: _Wanted, deadline: Deadline) -> None:
         piece, path = found.piece, self._path(found.piece)
+        wanted.check()
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        with partial.open("wb", buffering=0) as file:
-            if found.source is None:
-                self._copy(version_dir(self._root, piece.version) / piece.name, file, deadline)
-            else:
-                what = f"{piece.name} of version {piece.version} from {found.source}"
-                lease = Deadline(what, min(self._lease_s, deadline.left_s(what)))
-                for chunk in self._peers.fetch([found.address], lease)[0]:
-                    _write_all(file, chunk)
-            num_bytes = file.tell()
-        if size is not None and num_bytes != size:
-            raise WeightError(
-                f"{piece.name} of version {piece.version} has {num_bytes} bytes in "
-                f"{found.source or self._root}, expected {size}. Publish the version again"
-            )
-        partial.replace(path)
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+        try:
+            with partial.open("xb", buffering=0) as file:
+                self._receive(found, file, wanted, deadline)
+                num_bytes = file.tell()
+            size = wanted.sizes[piece]
+            if size is not None and num_bytes != size:
+                raise WeightError(
+                    f"{piece.name} of version {piece.version} has {num_bytes} bytes in "
+                    f"{found.source or self._root}, expected {size}. Publish the version again"
+                )
+            wanted.check()
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
-    def _copy(self, path: Path, file: Any, deadline: Deadline) -> None:
+    def _receive(self, found: Assignment, file: Any, wanted: _Wanted, deadline: Deadline) -> None:
+        piece = found.piece
+        if found.source is None:
+            self._copy(version_dir(self._root, piece.version) / piece.name, file, wanted, deadline)
+            return
+        what = f"{piece.name} of version {piece.version} from {found.source}"
+        lease = Deadline(what, min(self._lease_s, deadline.left_s(what)))
+        for chunk in self._peers.fetch([found.address], lease)[0]:
+            _write_all(file, chunk)
+
+    def _copy(self, path: Path, file: Any, wanted: _Wanted, deadline: Deadline) -> None:
         with contextlib.ExitStack() as stack:
             try:
                 stored = stack.enter_context(path.open("rb", buffering=0))
@@ -328,6 +461,7 @@ class Mirror:
                 raise WeightError(f"{path}: cannot be opened ({error})") from error
             while True:
                 deadline.left_s(str(path))
+                wanted.check()
                 try:
                     chunk = stored.read(_CALL_BYTES)
                 except OSError as error:
@@ -341,26 +475,26 @@ class Mirror:
         cut."""
         with self._path(piece).open("rb") as file:
             data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            inode = os.fstat(file.fileno()).st_ino
         handle = self._server.lend([data])
-        self._lent[piece] = handle.key
+        if piece in self._lent:
+            self._end_loans([piece])
+        self._lent[piece] = _Lent(handle.key, inode)
         return handle
 
 
-def sweep(folder: Path) -> None:
-    """Remove the copies of runs in `folder` that no process of this node uses."""
-    for use in folder.glob(".*.use"):
-        with contextlib.suppress(OSError):
-            fd = _open(use)
-            try:
-                if take_lock(fd, use):
-                    shutil.rmtree(folder / use.name[1 : -len(".use")], ignore_errors=True)
-                    use.unlink(missing_ok=True)
-            finally:
-                os.close(fd)
+def blamed(found: Assignment, is_own: bool) -> str | None:
+    """Return whom a reader names to the plan when a fetch failed. A reader whose own deadline has
+    passed, or whose own disk failed, knows nothing against the source (`is_own`)."""
+    return None if is_own else found.source
 
 
-def _use_file(local: Path) -> Path:
-    return local.with_name(f".{local.name}.use")
+def _has_ended(deadline: Deadline) -> bool:
+    try:
+        deadline.left_s()
+    except (StalledError, WeightError):
+        return True
+    return False
 
 
 def _open(path: Path) -> int:

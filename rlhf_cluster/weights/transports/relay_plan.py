@@ -10,8 +10,11 @@ that no file stays behind, and never more than `streams` reads of the storage at
 Promises:
 - with n nodes and p files of equal size, all nodes have all files after about p + log2(n) times
   what one file takes over a node's network;
-- a node that dies, hangs or serves what cannot be used costs the others a lease at most: its turn
-  at the source ends by itself, and after `MAX_STRIKES` of these it serves nobody;
+- a node that dies, hangs or serves what cannot be used costs each of the others a lease at most: its
+  turn at the source ends by itself, who got nothing from a node is not sent there again, and after
+  `MAX_STRIKES` of these it serves nobody;
+- one reader alone, which may be the slow one itself, ends no source; and all is forgiven `STRIKE_S`
+  later, so that a slow moment of the network is no more than that;
 - a file that no living node has comes from the storage again.
 
 Pure bookkeeping: who moves the bytes is `node_mirror`, who carries the questions an actor.
@@ -21,12 +24,14 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 MAX_STRIKES = 2
+"""Readers that got nothing from a node before it serves nobody."""
+STRIKE_S = 600.0
+"""How long that counts."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -63,15 +68,18 @@ class RelayPlan:
     """Fetches under way from each source."""
     _leases: dict[tuple[str, Piece], tuple[float, str | None]] = field(default_factory=dict)
     """(node, piece) -> when it ends, and the source; the oldest first."""
-    _strikes: Counter[str] = field(default_factory=Counter)
+    _strikes: dict[str, dict[str, float]] = field(default_factory=dict)
+    """source -> reader -> when it last got nothing from there."""
 
     def next(self, node: str, wanted: Sequence[Piece]) -> Assignment | None:
         """What `node` fetches next of `wanted`, none of which it is fetching; None: ask again
         soon."""
         self._end_leases()
+        for piece in self._has.get(node, set()).intersection(wanted):
+            self._drop(node, piece)  # another reader of its node removed it
         by_rarity = sorted(wanted, key=lambda piece: (self._num_holders(piece), _rank(node, piece)))
         for piece in by_rarity:
-            found = self._from_storage(piece) or self._from_a_node(piece)
+            found = self._from_storage(node, piece) or self._from_a_node(node, piece)
             if found is not None:
                 self._take(node, found)
                 return found
@@ -80,19 +88,20 @@ class RelayPlan:
     def done(self, node: str, piece: Piece, address: Any) -> None:
         """`node` has the piece, and serves it at `address`."""
         self._release(node, piece)
-        if self._strikes[node] < MAX_STRIKES:
+        if len(self._accusers(node)) < MAX_STRIKES:
             self._holders.setdefault(piece, {})[node] = address
             self._has.setdefault(node, set()).add(piece)
             if self._uses.get(node, 0) < self.uploads:
                 self._free.setdefault(piece, {})[node] = None
 
     def failed(self, node: str, piece: Piece, source: str | None) -> None:
-        """`node` did not get the piece from `source`, which is asked for it no more."""
+        """`node` did not get the piece from `source`, which is asked for it no more; None: the fault
+        is no other node's, or that of the storage."""
         self._release(node, piece)
         if source is None:
             return
-        self._strikes[source] += 1
-        if self._strikes[source] >= MAX_STRIKES:
+        self._strikes.setdefault(source, {})[node] = self.clock()
+        if len(self._accusers(source)) >= MAX_STRIKES:
             self.forget(source)
         else:
             self._drop(source, piece)
@@ -118,17 +127,31 @@ class RelayPlan:
             state.clear()
         self._strikes.clear()
 
-    def _from_storage(self, piece: Piece) -> Assignment | None:
-        """Where nobody has it, and nobody reads it from there."""
-        if self._num_holders(piece) or self._uses.get(None, 0) >= self.streams:
+    def _accusers(self, source: str) -> dict[str, float]:
+        """The readers that got nothing from `source` lately."""
+        strikes = self._strikes.get(source)
+        if not strikes:
+            return {}
+        now = self.clock()
+        for reader in [r for r, then in strikes.items() if then + STRIKE_S <= now]:
+            del strikes[reader]
+        return strikes
+
+    def _from_storage(self, node: str, piece: Piece) -> Assignment | None:
+        """Where no other node has it that `node` can be sent to, and nobody reads it from there."""
+        if self._uses.get(None, 0) >= self.streams:
+            return None
+        if any(node not in self._accusers(holder) for holder in self._holders.get(piece, ())):
             return None
         if any(p == piece for (_, p), (_, source) in self._leases.items() if source is None):
             return None
         return Assignment(piece=piece, source=None)
 
-    def _from_a_node(self, piece: Piece) -> Assignment | None:
+    def _from_a_node(self, node: str, piece: Piece) -> Assignment | None:
         for source in self._free.get(piece, ()):
-            return Assignment(piece=piece, source=source, address=self._holders[piece][source])
+            if node not in self._accusers(source):
+                address = self._holders[piece][source]
+                return Assignment(piece=piece, source=source, address=address)
         return None
 
     def _num_holders(self, piece: Piece) -> int:

@@ -40,7 +40,7 @@ from rlhf_cluster.run.worker_pool import (
     WorkerPool,
 )
 from rlhf_cluster.weights.sync import WeightSync
-from rlhf_cluster.weights.transports.node_mirror import PARALLEL
+from rlhf_cluster.weights.transports.node_mirror import PARALLEL, blamed
 from rlhf_cluster.weights.transports.relay_plan import (
     Assignment,
     Piece,
@@ -418,12 +418,19 @@ class SimulatedCluster:
                 continue
             pause_s, piece = POLL_S[0], found.piece
             wanted.remove(piece)
-            if await self._fetched(node, found, size):
+            try:
+                got = await self._fetched(node, found, size)
+            except asyncio.CancelledError:
+                if actor.is_alive:  # its own deadline has passed
+                    self.plan.failed(actor.name, piece, blamed(found, is_own=True))
+                raise
+            if got:
                 node.has.add(piece)
                 await self._ask(self.plan.done, actor.name, piece, actor)
             else:
                 wanted.append(piece)
-                await self._ask(self.plan.failed, actor.name, piece, found.source)
+                source = blamed(found, is_own=False)
+                await self._ask(self.plan.failed, actor.name, piece, source)
 
     async def _fetched(self, node: _Node, found: Assignment, size: float) -> bool:
         source: Actor | None = found.address
@@ -470,6 +477,14 @@ class SimulatedCluster:
     def stall_storage(self, seconds: float) -> None:
         self._set_storage(0.0)
         self.loop.call_later(seconds, self._set_storage, self.shape.storage)
+
+    def slow_network(self, seconds: float, share: float) -> None:
+        """Between the nodes; what the storage gives comes another way, as it often does."""
+        for node in self.nodes:
+            node.up.bytes_per_s = share * self.shape.nic
+        self.network.changed()
+        if share < 1.0:
+            self.loop.call_later(seconds, self.slow_network, 0.0, 1.0)
 
     def _set_storage(self, bytes_per_s: float) -> None:
         self.storage_in.bytes_per_s = self.storage_out.bytes_per_s = bytes_per_s

@@ -86,6 +86,18 @@ def test_all_problems_are_reported_at_once():
         ),
         ({"weights": {"transport": "ipc"}}, ["weights.transport = 'ipc'", "under /dev/shm"]),
         (
+            {"weights": {"mirror": "/a/b", "root": "/a/b"}},
+            ["weights.mirror = '/a/b' and weights.root = '/a/b'", "a folder of its own"],
+        ),
+        (
+            {"weights": {"mirror": "/a", "root": "/a/b"}},
+            ["weights.mirror = '/a' and weights.root = '/a/b'"],
+        ),
+        (
+            {"weights": {"mirror": "/a/b"}, "run": {"root": "/a"}},
+            ["weights.mirror = '/a/b' and run.root = '/a'"],
+        ),
+        (
             {"weights": {"durable_every": 3}},
             ["weights.durable_every = 3 with weights.transport = 'files'"],
         ),
@@ -228,3 +240,10 @@ def test_a_missing_file_and_broken_toml_are_named(tmp_path):
 def test_the_resolved_configuration_reads_back_equal():
     config = tiny_config()
     assert RunConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_n02_folders_of_a_run_are_the_same_in_every_process(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config(weights={"root": "store", "mirror": "copies"}).with_absolute_paths()
+    assert config.weights.root == str(tmp_path / "store")
+    assert config.weights.mirror == str(tmp_path / "copies")

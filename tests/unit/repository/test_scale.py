@@ -100,3 +100,16 @@ def test_the_real_pool_and_client_keep_the_bound_whatever_is_lost_or_slow(
     assert outcome.stale_starts == []
     assert len(outcome.staleness) == 60
     assert max(outcome.staleness) <= max_staleness
+
+
+def test_n03_a_slow_moment_of_the_network_is_forgotten_when_it_is_over():
+    """It lasts longer than the workers' deadline: every reader gives up in the middle of its fetches,
+    and no source is to blame."""
+    shape = Shape(**{**vars(SMALL), "num_bytes": 8 * GB, "steps": 6, "generation": SHORT})
+    calm = simulated(shape)
+    outcome = simulated(shape, soon(1.0, lambda c: c.slow_network(250.0, 0.0)))
+    assert (outcome.steps, outcome.ended, outcome.healthy_killed) == (6, "", 0)
+    assert outcome.refused > 0, "nobody could read it in time"
+    assert outcome.live_s[3:] == pytest.approx(calm.live_s[3:], rel=0.05)
+    one_more = calm.storage_bytes + outcome.refused * shape.num_bytes
+    assert outcome.storage_bytes <= one_more, "the relay goes on as before"

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import resource
+import shutil
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +18,9 @@ import pytest
 from rlhf_cluster.errors import StalledError, WeightError
 from rlhf_cluster.records import WeightVersion
 from rlhf_cluster.weights import store
-from rlhf_cluster.weights.transports.node_mirror import (
-    Mirror,
-    sweep,
-)
-from rlhf_cluster.weights.transports.rank_memory import ShardServer
+from rlhf_cluster.weights.transports.mirror_folder import sweep
+from rlhf_cluster.weights.transports.node_mirror import Mirror
+from rlhf_cluster.weights.transports.rank_memory import Served, ShardServer
 from rlhf_cluster.weights.transports.relay_plan import (
     Assignment,
     Piece,
@@ -66,10 +68,28 @@ class Planner:
 
 
 class Node:
-    def __init__(self, folder: Path, name: str, planner: Planner, host: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        planner: Planner,
+        host: str | None = None,
+        lease_s: float = 120.0,
+    ) -> None:
         self.server = ShardServer(name, "127.0.0.1", 30.0, told=lambda text: None)
-        self.local = folder / (host or name) / "run"
-        self.mirror = Mirror(folder / "weights", self.local, name, planner, self.server)
+        self.room, self.told = 1 << 40, list[str]()
+        self.free: Callable[[Path], int] = lambda folder: self.room
+        self.mirror = Mirror(
+            folder / "weights",
+            folder / (host or name),
+            name,
+            planner,
+            self.server,
+            lease_s=lease_s,
+            free=lambda folder: self.free(folder),
+            told=self.told.append,
+        )
+        self.local = self.mirror.local
 
     def bring(self, version: WeightVersion, seconds: float = 30.0) -> WeightVersion:
         return self.mirror.bring(version, Deadline(f"bringing {version.version}", seconds))
@@ -78,6 +98,9 @@ class Node:
         here = self.bring(version)
         assert Path(here.path).is_relative_to(self.local)
         return dict(store.read(here.path, expected_digest=version.digest))
+
+    def read_anywhere(self, version: WeightVersion) -> dict[str, Any]:
+        return dict(store.read(self.bring(version).path, expected_digest=version.digest))
 
 
 @pytest.fixture
@@ -89,8 +112,8 @@ def planner() -> Planner:
 def node(tmp_path: Path, planner: Planner) -> Iterator[Callable[..., Node]]:
     with contextlib.ExitStack() as stack:
 
-        def build(name: str, host: str | None = None) -> Node:
-            node = Node(tmp_path, name, planner, host)
+        def build(name: str, host: str | None = None, **limits: float) -> Node:
+            node = Node(tmp_path, name, planner, host, **limits)
             stack.callback(node.mirror.close)
             return node
 
@@ -225,3 +248,238 @@ def test_files_of_runs_that_have_ended_are_removed_and_those_in_use_are_not(
     assert other.local.is_dir(), "another reader of the node uses them"
     other.mirror.close()
     assert list(one.local.parent.iterdir()) == []
+
+
+def test_n02_a_store_in_the_folder_of_the_mirror_survives_it(
+    tmp_path: Path, planner: Planner
+) -> None:
+    """One folder for both, with the run's own name beside the copies."""
+    shared = tmp_path / "weights"
+    versions = [publish(shared, n, small_model(seed=n)) for n in (1, 2)]
+    one = Node(tmp_path, "a", planner, host="weights")
+    for version in versions:
+        one.read(version)
+    one.mirror.close()
+    for n, version in enumerate(versions, 1):
+        found = store.read(version.path, expected_digest=version.digest)
+        assert_same(dict(found), small_model(seed=n))
+    assert sorted(f.name for f in shared.glob("v*")) == ["v000001", "v000002"]
+
+
+def test_n02_a_folder_that_was_removed_under_the_reader_is_made_again(
+    tmp_path: Path, node, planner: Planner
+) -> None:
+    version = publish(tmp_path / "weights", 1, small_model(seed=1))
+    one = node("a")
+    one.bring(version)
+    shutil.rmtree(one.local)
+    assert_same(one.read(version), small_model(seed=1))
+    sweep(one.local.parent)
+    assert one.local.is_dir(), "it is in use again"
+
+
+def held_by(readers: Sequence[Node]) -> list[list[int]]:
+    """Sizes of the files that each of them serves, which stay in memory while it does."""
+    return [sorted(len(c) for cs in r.server.held.values() for c in cs) for r in readers]
+
+
+def test_n01_readers_that_take_turns_hold_no_version_but_the_newest(
+    tmp_path: Path, node, planner: Planner
+) -> None:
+    readers = [node(f"reader {i}", host="one") for i in range(2)]
+    root = tmp_path / "weights"
+    for number in range(1, 7):
+        version = publish(root, number, small_model(seed=number))
+        for reader in (readers[number % 2], readers[1 - number % 2]):
+            reader.bring(version)
+        sizes = sorted(f.stat().st_size for f in readers[0].local.glob(f"v{number:06d}/*"))
+        assert held_by(readers)[number % 2] == sizes
+        assert held_by(readers)[1 - number % 2] == []
+
+
+def test_n01_a_copy_that_another_reader_replaced_is_served_no_more(
+    tmp_path: Path, node, planner: Planner
+) -> None:
+    version = publish(tmp_path / "weights", 1, small_model(seed=1))
+    readers = [node(f"reader {i}", host="one") for i in range(2)]
+    readers[0].bring(version)
+    readers[1].bring(version)
+    readers[1].mirror.distrust(1)
+    readers[1].bring(version)
+    readers[0].bring(version)
+    assert held_by(readers) == [[], []], "what came from the storage is not lent"
+
+
+def test_n01_a_file_that_is_lent_again_is_held_once(tmp_path: Path, node, planner: Planner) -> None:
+    version = publish(tmp_path / "weights", 1, small_model(seed=1))
+    one = node("a")
+    for _ in range(3):
+        one.bring(version)
+        shutil.rmtree(one.local / "v000001")
+    one.bring(version)
+    assert held_by([one]) == [sorted(f.stat().st_size for f in one.local.glob("v000001/*"))]
+
+
+def partials(one: Node) -> list[str]:
+    return [f.name for f in one.local.rglob("*.partial")]
+
+
+def test_n12_a_disk_without_room_costs_the_copy_and_not_the_version(
+    tmp_path: Path, node, planner: Planner
+) -> None:
+    root, one = tmp_path / "weights", node("a")
+    one.read(publish(root, 1, small_model(seed=1)))
+    second = publish(root, 2, small_model(seed=2))
+    one.room = second.num_bytes // 2
+    planner.sources.clear()
+    assert one.bring(second) == second, "to be read where it was published"
+    assert_same(one.read_anywhere(second), small_model(seed=2))
+    assert set(planner.sources) <= {None}
+    assert len(planner.sources) <= 2, "the manifest, and no file that does not fit"
+    assert list(one.local.glob("v*")) == [], "the older version made room"
+    assert "are free" in one.told[0]
+    one.room = 1 << 40
+    assert_same(one.read(publish(root, 3, small_model(seed=3))), small_model(seed=3))
+
+
+def test_n12_an_older_version_makes_room_for_a_newer_one(tmp_path: Path, node) -> None:
+    root, one = tmp_path / "weights", node("a")
+    one.read(publish(root, 1, small_model(seed=1)))
+    second = publish(root, 2, small_model(seed=2))
+
+    def free(folder: Path) -> int:
+        return 0 if (one.local / "v000001").exists() else 1 << 40
+
+    one.free = free
+    assert_same(one.read(second), small_model(seed=2))
+    assert one.told == []
+
+
+def test_n12_a_disk_that_breaks_off_leaves_no_parts_and_the_storage_is_read(
+    tmp_path: Path, node, planner: Planner
+) -> None:
+    """The file system allows no file of more than a third of a shard here."""
+    root, one = tmp_path / "weights", node("a")
+    version = publish(root, 1, small_model(seed=1))
+    largest = max(f.stat().st_size for f in (root / "v000001").iterdir())
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 3, before[1]))
+    try:
+        assert one.bring(version) == version
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "File too large" in one.told[0]
+    assert list(one.local.glob("v*")) == []
+    assert_same(one.read(version), small_model(seed=1))
+
+
+def test_n12_a_mirror_without_its_folder_reads_the_storage(tmp_path: Path, node, planner) -> None:
+    version = publish(tmp_path / "weights", 1, small_model(seed=1))
+    one = node("a")
+    one.local.parent.mkdir()
+    one.local.write_text("somebody's")
+    assert_same(one.read_anywhere(version), small_model(seed=1))
+    assert "Move it away" in one.told[0]
+    assert one.local.read_text() == "somebody's"
+
+
+def test_n12_a_copy_of_the_manifest_that_is_damaged_is_brought_again(
+    tmp_path: Path, node, planner
+) -> None:
+    version = publish(tmp_path / "weights", 1, small_model(seed=1))
+    one = node("a")
+    one.bring(version)
+    manifest = one.local / "v000001" / MANIFEST_NAME
+    manifest.write_bytes(bytes(manifest.stat().st_size))
+    assert_same(one.read(version), small_model(seed=1))
+
+
+def hanging(shard: Path) -> Callable[[], None]:
+    """Whoever opens `shard` hangs until what is returned is called."""
+    shard.unlink()
+    os.mkfifo(shard)
+    return lambda: os.close(os.open(shard, os.O_RDWR | os.O_NONBLOCK))
+
+
+def test_n13_a_read_that_hangs_ends_with_its_deadline_and_so_does_its_hold_of_the_node(
+    tmp_path: Path, node, planner: Planner
+) -> None:
+    version = publish(tmp_path / "weights", 1, small_model(seed=1))
+    node("peer").bring(version)
+    [shard, *_] = sorted((tmp_path / "weights" / "v000001").glob("*.safetensors"))
+    let_go = hanging(shard)
+    hangs, other = node("hangs", host="one"), node("other", host="one")
+    planner.gone = True
+    with pytest.raises(StalledError, match="bringing 1 was not over after 0.3 s"):
+        hangs.bring(version, seconds=0.3)
+    planner.gone = False
+    assert_same(other.read(version), small_model(seed=1))
+    late = [t for t in threading.enumerate() if t.name.startswith("hangs-mirror")]
+    assert late, "it hangs still"
+    assert all(t.daemon for t in late), "it does not hold up the end of the process"
+    let_go()
+    for thread in late:
+        thread.join(20.0)
+        assert not thread.is_alive()
+    assert partials(other) == []
+    assert_same(other.read(version), small_model(seed=1))
+
+
+def test_n13_parts_that_a_lost_reader_left_are_removed_by_the_next_one(
+    tmp_path: Path, node, planner
+) -> None:
+    one = node("a")
+    one.bring(publish(tmp_path / "weights", 1, small_model(seed=1)))
+    (one.local / "v000001" / ".shard.0123abcd.partial").write_bytes(b"half")
+    one.bring(publish(tmp_path / "weights", 2, small_model(seed=1), base=(1, small_model(seed=1))))
+    assert (one.local / "v000001").is_dir()
+    assert partials(one) == []
+
+
+@pytest.fixture
+def silent(planner: Planner) -> Iterator[None]:
+    """Node "silent" has the manifest of version 1, takes every connection, and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        address = Served(
+            server="silent", host="127.0.0.1", port=port, key=1, sizes=(1,), token="secret"
+        )
+        planner.plan.done("silent", Piece(1, MANIFEST_NAME), address)
+        yield
+
+
+@pytest.mark.usefixtures("silent")
+def test_n03_a_reader_whose_own_deadline_passes_says_nothing_against_its_source(
+    tmp_path: Path, node, planner: Planner
+) -> None:
+    version = publish(tmp_path / "weights", 1, small_model(seed=1))
+    for name in ("a", "b", "c"):
+        with pytest.raises(StalledError):
+            node(name).bring(version, seconds=0.3)
+    assert planner.sources == ["silent"] * 3, "it was believed each time"
+    assert planner.failures == [(Piece(1, MANIFEST_NAME), None)] * 3, "and each gave its turn back"
+
+
+@pytest.mark.usefixtures("silent")
+def test_n03_a_source_that_outlasts_its_lease_is_named_and_another_one_serves(
+    tmp_path: Path, node, planner: Planner
+) -> None:
+    version = publish(tmp_path / "weights", 1, small_model(seed=1))
+    assert_same(node("a", lease_s=0.2).read(version), small_model(seed=1))
+    assert planner.failures == [(Piece(1, MANIFEST_NAME), "silent")]
+
+
+def test_n03_a_reader_whose_disk_fails_says_nothing_against_its_source(
+    tmp_path: Path, node, planner: Planner
+) -> None:
+    version = publish(tmp_path / "weights", 1, small_model(seed=1))
+    node("peer").bring(version)
+    one = node("a")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, before[1]))
+    try:
+        assert one.bring(version) == version
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert planner.sources[-1] == "peer"
+    assert planner.failures == [(Piece(1, MANIFEST_NAME), None)]

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from rlhf_cluster.weights.transports.relay_plan import (
     MAX_STRIKES,
+    STRIKE_S,
     Assignment,
     Piece,
     RelayPlan,
 )
 
-A, B = Piece(1, "a"), Piece(1, "b")
+A, B, C = Piece(1, "a"), Piece(1, "b"), Piece(1, "c")
 
 
 class Swarm:
@@ -186,3 +187,62 @@ def test_a_learner_that_goes_back_publishes_other_files_under_the_old_names() ->
     plan.done("n0", A, "address")
     plan.begin_anew()
     assert plan.next("n1", [A]) == Assignment(piece=A, source=None)
+
+
+class Told:
+    """A plan in which nodes "good" and "other" have all pieces, and serve one reader at a time."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.plan = RelayPlan(streams=9, uploads=1, clock=lambda: self.now)
+        for node in ("good", "other"):
+            self.done(node)
+
+    def done(self, node: str) -> None:
+        for piece in (A, B, C):
+            self.plan.done(node, piece, f"address of {node}")
+
+    def sources(self, reader: str) -> set[str | None]:
+        """Where `reader` is sent for two pieces at once; then both turns end."""
+        found = {self.plan.next(reader, [piece]) for piece in (B, C)}
+        for piece in (B, C):
+            self.plan.failed(reader, piece, None)
+        return {assignment.source for assignment in found if assignment is not None}
+
+
+def test_n03_one_reader_ends_no_source_and_is_not_sent_back_there() -> None:
+    told = Told()
+    for _ in range(2 * MAX_STRIKES):
+        told.plan.failed("slow", A, "good")
+    assert told.sources("slow") == {"other"}
+    assert told.sources("another") == {"good", "other"}
+    told.plan.failed("slow", A, "other")
+    assert told.sources("slow") == {None}, "nobody is left for it but the storage"
+
+
+def test_n03_strikes_are_forgiven() -> None:
+    told = Told()
+    for number in range(MAX_STRIKES):
+        told.plan.failed(f"n{number}", A, "good")
+    told.now = STRIKE_S - 1.0
+    told.done("good")
+    assert told.sources("n9") == {"other"}
+    told.now = STRIKE_S
+    told.done("good")
+    assert told.sources("n9") == {"good", "other"}
+    assert told.sources("n0") == {"good", "other"}
+
+
+def test_n03_strikes_that_lie_far_apart_do_not_add_up() -> None:
+    told = Told()
+    for number in range(3 * MAX_STRIKES):
+        told.now = number * STRIKE_S
+        told.plan.failed(f"n{number}", A, "good")
+        assert "good" in told.sources("n99")
+
+
+def test_n03_who_asks_for_a_piece_has_lost_it_and_is_not_sent_to_itself() -> None:
+    told = Told()
+    assert told.sources("good") == {"other"}
+    told.plan.keeps("other", [])
+    assert told.sources("good") == {None}

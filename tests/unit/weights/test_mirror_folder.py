@@ -1,0 +1,99 @@
+"""The folder of a node's copies: whatever else lies beside it is left alone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from rlhf_cluster.weights.transports.mirror_folder import (
+    MARK,
+    begin_use,
+    copies_of,
+    is_in_use,
+    sweep,
+)
+
+
+def tree(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_n02_a_sweep_removes_nothing_that_no_mirror_made(tmp_path: Path) -> None:
+    mirror, elsewhere = tmp_path / "mirror", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / MARK).touch()
+    (elsewhere / "v000001").mkdir()
+    mirror.mkdir()
+    for name in ("run/v000001", "rlhf_mirror_notes", "rlhf_mirror_" + 16 * "a"):
+        (mirror / name).mkdir(parents=True)
+        (mirror / name / "kept").touch()
+    (mirror / "rlhf_mirror_notes" / MARK).touch()  # the mark, but not the name
+    for name in ("....use", ".run.use", "..use", MARK):
+        (mirror / name).touch()
+    (mirror / ("rlhf_mirror_" + 16 * "b")).symlink_to(elsewhere)
+    linked = mirror / ("rlhf_mirror_" + 16 * "c")
+    linked.mkdir()
+    (linked / MARK).symlink_to(elsewhere / MARK)
+    before = tree(tmp_path)
+    sweep(mirror)
+    assert tree(tmp_path) == before
+
+
+def test_n02_a_folder_is_swept_once_nobody_uses_it_and_no_sooner(tmp_path: Path) -> None:
+    local = copies_of(tmp_path / "store", tmp_path / "mirror")
+    first, second = begin_use(local), begin_use(local)
+    assert first is not None
+    assert second is not None
+    (local / "v000001").mkdir()
+    os.close(first)
+    sweep(local.parent)
+    assert is_in_use(second, local)
+    assert (local / "v000001").is_dir()
+    os.close(second)
+    sweep(local.parent)
+    assert tree(local.parent) == []
+
+
+@pytest.mark.parametrize("taken", ["folder", "file", "link"])
+def test_n02_a_name_that_something_else_has_is_refused_and_left(tmp_path: Path, taken: str) -> None:
+    local = copies_of(tmp_path / "store", tmp_path)
+    if taken == "folder":
+        (local / "v000001").mkdir(parents=True)
+    elif taken == "file":
+        local.touch()
+    else:
+        local.symlink_to(tmp_path)
+    before = tree(tmp_path)
+    with pytest.raises(FileExistsError, match="no folder that this user's runs made"):
+        begin_use(local)
+    sweep(tmp_path)
+    assert tree(tmp_path) == before
+
+
+def test_n02_what_a_lost_process_left_half_made_or_half_removed_is_removed_too(
+    tmp_path: Path,
+) -> None:
+    local = copies_of(tmp_path / "store", tmp_path / "mirror")
+    fd = begin_use(local)
+    assert fd is not None
+    os.close(fd)
+    local.rename(local.with_name(local.name + ".0123abcd"))
+    sweep(local.parent)
+    assert tree(local.parent) == []
+
+
+def test_n02_stores_have_folders_of_their_own_and_one_store_one_folder(tmp_path: Path) -> None:
+    roots = [tmp_path / "a" / "run" / "weights", tmp_path / "b" / "run" / "weights"]
+    folders = {copies_of(root, tmp_path / "mirror") for root in (*roots, roots[0])}
+    assert len(folders) == 2
+
+
+def test_n02_a_mark_that_was_removed_is_in_use_no_more(tmp_path: Path) -> None:
+    local = copies_of(tmp_path / "store", tmp_path / "mirror")
+    fd = begin_use(local)
+    assert fd is not None
+    (local / MARK).unlink()
+    assert not is_in_use(fd, local)
+    os.close(fd)
