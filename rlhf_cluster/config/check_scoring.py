@@ -78,6 +78,13 @@ def check_rewards(c: RunConfig) -> None:
                 "names"
             )
     _check_objective(c)
+    for name, weight in getattr(c.algorithm, "reward_weights", {}).items():
+        if weight * rewards[name].weight <= 0:
+            raise ValueError(
+                f"algorithm.reward_weights.{name} = {weight:g} with weight = {rewards[name].weight:g} "
+                f"of {name!r} in scoring.rewards: they must have the same sign, or what is shown as a "
+                "cost would be maximised. Change one, or set watch = true on the reward"
+            )
     for name in optimised:
         if rewards[name].weight == 0 and name not in c.scoring.objective.names:
             raise ValueError(
