@@ -55,6 +55,7 @@ from actors.weights.transports import transport_of
 from rlhf_cluster.buffer.buffer import fitted
 from rlhf_cluster.buffer.staleness import gate_of
 from rlhf_cluster.config import RunConfig
+from rlhf_cluster.config.check_scoring import kl_notes
 from rlhf_cluster.config.pool_sections import pool_sections
 from rlhf_cluster.errors import CoreLost, RlhfError, StalledError
 from rlhf_cluster.generation.generation_worker import DEFAULT_ENGINE
@@ -111,7 +112,7 @@ def run_config(
         overwrite,
         accept_changes,
         lambda scratch: check_inputs(config, scratch),
-        lambda inputs: (),
+        lambda inputs: kl_notes(config),
         run,
     )
 

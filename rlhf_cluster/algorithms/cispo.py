@@ -4,15 +4,17 @@
 
 A clipped surrogate drops the tokens that move most, the rare ones at which an answer turns; here
 their weight is bounded and their gradient stays. `clip_low = 1` leaves the ratio without a lower
-bound, as published. Advantages are those of GRPO. MiniMax 2025, arXiv 2506.13585; the upper bound of
-5: Khatri et al. 2025, arXiv 2510.13786.
+bound, as published. With `proximal = "bypass"` the clipped ratio is the truncated importance weight
+already, so a token rule that truncates may not be narrower, and changes nothing. Advantages are
+those of GRPO. MiniMax 2025, arXiv 2506.13585; the upper bound of 5: Khatri et al. 2025, arXiv
+2510.13786.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlhf_cluster.algorithms.algorithm import (
     LossInputs,
@@ -35,6 +37,21 @@ class CispoConfig(GroupRelativeConfig):
     clip_high: float = Field(default=4.0, gt=0)
     """Bounds of the weight: [1 - clip_low, 1 + clip_high]."""
 
+    @model_validator(mode="after")
+    def _one_truncation(self) -> CispoConfig:
+        low, high = 1 - self.clip_low, 1 + self.clip_high
+        for rule in self.correction.rules():
+            narrower = rule.low > low or rule.high < high
+            if self.proximal == "bypass" and rule.action == "truncate" and narrower:
+                raise ValueError(
+                    f"correction.type = {self.correction.type!r} bounds the ratio to [{rule.low:g}, "
+                    f"{rule.high:g}], with type = 'cispo', proximal = 'bypass' and a weight of "
+                    f"[{low:g}, {high:g}]: they bound the same weight, and clip_low or clip_high would "
+                    "never act. Use correction = { type = 'none' } or a rule that masks, or bounds no "
+                    "narrower than the weight's"
+                )
+        return self
+
 
 class Cispo(GroupRelative[CispoConfig]):
     """The formula is in the module's docstring."""
@@ -49,3 +66,7 @@ class Cispo(GroupRelative[CispoConfig]):
         )
         count = losses.new_tensor(losses.numel())
         return losses, {"learner/clip_fraction": (clipped.sum(), count)}
+
+    def truncation(self, ratios: Tensor, low: float, high: float) -> Tensor:
+        """1: the clip has bounded the weight, and by no less."""
+        return ratios.new_ones(ratios.shape)

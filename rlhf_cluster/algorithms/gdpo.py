@@ -5,8 +5,9 @@
     A_i = S_i / std                      over the trained rollouts of the step, whose mean is 0
 
 the same for every token of response i; w_t and r_t as in `policy_gradient`. r_ik is reward k of the
-rollout before `scoring.rewards.weight`, which a normalised reward would forget anyway. With a single
-reward it is GRPO, normalised once more over the step.
+rollout before `scoring.rewards.weight`, whose scale a normalised reward forgets; `reward_weights_k` is
+that weight where it is not given, so that a cost stays a cost. With a single reward of weight 1 it is
+GRPO, normalised once more over the step.
 
 Liu et al. 2026, arXiv 2601.05242.
 """
@@ -40,7 +41,8 @@ class GdpoConfig(ClippedConfig):
     group_size: int = Field(default=8, ge=2)
     """Rollouts of one prompt."""
     reward_weights: dict[str, float] = Field(default_factory=dict)
-    """Weight of each reward by its name, after it was normalised; 1 for those not named."""
+    """Weight of each reward by its name, after it was normalised, of the sign of its weight in
+    `scoring.rewards`; default: that weight."""
     normalize_std: bool = True
     """Divide every reward by its standard deviation in the group, not only centre it."""
 

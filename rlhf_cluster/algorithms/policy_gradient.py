@@ -6,17 +6,18 @@ For a token t with advantage A_t:
 
     proximal = "recompute"     prox is the learner at the start of the step; w = prox / mu by the rule
     proximal = "interpolate"   prox lies between sampler and learner (`importance_weights`); w likewise
-    proximal = "bypass"        prox = mu, the sampler; w = 1. The ratio of the surrogate IS the
-                               importance weight: a token rule that truncates bounds its value, not
-                               its gradient; a rule that masks masks tokens or rollouts, by pi / mu
+    proximal = "bypass"        prox = mu, the sampler: the ratio r of the surrogate IS the importance
+                               weight. A token rule that truncates to [low, high] scales what the
+                               surrogate lets through, w = sg(clip(r, low, high) / r), else w = 1; a
+                               rule that masks masks tokens or rollouts, by pi / mu
 
 where pi is the learner, mu the sampler, `correction` the rule (`importance_weights`), KL_t the term
 of `kl` with the token's own weight, and H_t the entropy. With one optimizer step a batch the
-recomputed prox IS pi: the ratio is exactly 1 in value, carries the gradient, and is never clipped;
-w alone handles the distance to the sampler. In "bypass" a token over the cap c is trained with the
-weight c: its ratio is c sg(1 / pi) pi. Cutting its gradient would leave exactly the tokens
-untrained of which the sampler saw too few. `dual_clip` (Ye et al. 2020, arXiv 1912.09729) does cut
-it, where A is negative.
+recomputed prox IS pi: the ratio is exactly 1 in value, carries the gradient, and is never clipped; w
+alone handles the distance to the sampler. In "bypass" the surrogate decides by the true ratio (its clip, its
+gate, `dual_clip` of Ye et al. 2020, arXiv 1912.09729), and a token over the cap c that it lets through
+is trained with the weight c: cutting its gradient would leave exactly the tokens untrained of which the
+sampler saw too few. A cap before the surrogate would hide from it how far the token is.
 
 Promises: gradients flow into `learner_logprobs` (and the entropy) only; a token's loss depends on
 its own rollout only. The three policies: Hilton et al. 2021, arXiv 2110.00641.
@@ -29,7 +30,6 @@ Shapes: N trained tokens of a micro-batch, R rollouts of a step, T response toke
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
@@ -213,8 +213,8 @@ class PolicyGradient(ABC, Generic[C]):
 
     def correction_weights(self, inputs: LossInputs) -> Tensor:
         """What the sampler's distance weighs each token with, [N], without gradient: w, and with
-        `proximal = "bypass"` the ratio to the sampler that the surrogate has in its place, as the
-        correction leaves it and before the surrogate's own clip. 0 for what the correction masks.
+        `proximal = "bypass"` the ratio to the sampler within the bounds of the correction, before the
+        surrogate's own clip. 0 for what the correction masks.
 
         Raises:
             RecordError: as `loss`.
@@ -222,7 +222,11 @@ class PolicyGradient(ABC, Generic[C]):
         log_ratios, weighed = self._correct(self._sampler(inputs), inputs)
         if self.config.proximal != "bypass":
             return weighed.weights
-        return self.shared(log_ratios, inputs).detach().exp() * weighed.weights
+        ratios = self.shared(log_ratios, inputs).detach().exp()
+        for rule in self.config.correction.rules():
+            if rule.action == "truncate":
+                ratios = ratios.clamp(rule.low, rule.high)
+        return ratios.masked_fill(weighed.masked, 0.0)
 
     def shared(self, log_ratios: Tensor, inputs: LossInputs) -> Tensor:
         """The log-ratios [N] of which the surrogate forms its ratios: each token's own."""
@@ -265,7 +269,7 @@ class PolicyGradient(ABC, Generic[C]):
         return inputs.proximal_logprobs.detach()
 
     def _correct(self, sampler: Tensor, inputs: LossInputs) -> tuple[Tensor, Weighed]:
-        """The ratios, truncated where they are the weight themselves, and the weights of tokens."""
+        """The ratios as the surrogate sees them, and the weights of tokens."""
         proximal = self._proximal(inputs, sampler)
         log_ratios = log_ratio(inputs.learner_logprobs, proximal)
         rules = self.config.correction.rules()
@@ -274,14 +278,20 @@ class PolicyGradient(ABC, Generic[C]):
         weighed = weigh(rules, target, sampler, inputs.sequence, inputs.num_sequences)
         if not bypass:
             return log_ratios, weighed
-        for rule in rules:
-            if rule.action == "truncate":
-                low = math.log(rule.low) if rule.low else None
-                bounded = log_ratios.detach().clamp(min=low, max=math.log(rule.high))
-                # 0 in value, the gradient of log pi: what is truncated is the weight
-                log_ratios = bounded + (inputs.learner_logprobs - inputs.learner_logprobs.detach())
-        kept = (~weighed.masked).to(weighed.weights.dtype)
-        return log_ratios, replace(weighed, weights=kept)
+        weights = (~weighed.masked).to(weighed.weights.dtype)
+        bounds = [rule for rule in rules if rule.action == "truncate"]
+        if bounds:
+            # beyond the clamp of the log-ratio too, a truncated token keeps the gradient of log pi
+            own = inputs.learner_logprobs
+            log_ratios = log_ratios.detach() + (own - own.detach())
+        for rule in bounds:
+            ratio = log_ratios.detach().exp()
+            weights = weights * self.truncation(ratio, rule.low, rule.high)
+        return log_ratios, replace(weighed, weights=weights)
+
+    def truncation(self, ratios: Tensor, low: float, high: float) -> Tensor:
+        """What brings weights of these ratios [N] to the bounds, as a factor of their losses."""
+        return ratios.clamp(low, high) / ratios
 
     def _kl_term(self, inputs: LossInputs, sampler: Tensor) -> Tensor:
         estimator = self.config.estimator

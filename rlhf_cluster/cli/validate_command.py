@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rlhf_cluster.cli.stage_text import derived_generation, derived_stage
 from rlhf_cluster.config import GenerateConfig, StageConfig
+from rlhf_cluster.config.check_scoring import kl_notes
 from rlhf_cluster.config.load import AnyConfig
 from rlhf_cluster.planning.placement import derived
 from rlhf_cluster.planning.run_inputs import check_inputs, check_stage_inputs
@@ -31,7 +32,8 @@ def _checked(config: AnyConfig, scratch: Path) -> tuple[dict[str, str], list[str
     if isinstance(config, GenerateConfig):
         prompts = check_inputs(config.as_run, scratch).prompts
         return derived_generation(config, prompts.epoch_size or 0), _skipped(prompts.num_skipped)
-    return derived(config), _skipped(check_inputs(config, scratch).prompts.num_skipped)
+    skipped = _skipped(check_inputs(config, scratch).prompts.num_skipped)
+    return derived(config), [*kl_notes(config), *skipped]
 
 
 def _skipped(skipped: int) -> list[str]:

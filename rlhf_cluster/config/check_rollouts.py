@@ -130,10 +130,12 @@ def _check_on_stale(c: RunSections) -> None:
             "may be trained, or use on_stale = 'wait'"
         )
     correction = getattr(c.algorithm, "correction", None)
-    if correction is None or correction.type == "none":
+    bypass = getattr(c.algorithm, "proximal", None) == "bypass"
+    if correction is None or (correction.type == "none" and not bypass):
         raise ValueError(
-            "staleness.on_stale = 'reweight' needs an algorithm.correction other than 'none': groups "
-            "over max_staleness are trained with its importance weights. Set one, or use 'drop'"
+            "staleness.on_stale = 'reweight' needs importance weights, with which groups over "
+            "max_staleness are trained: an algorithm.correction other than 'none', or algorithm."
+            "proximal = 'bypass', whose ratio is to the sampler. Set one, or use 'drop'"
         )
 
 

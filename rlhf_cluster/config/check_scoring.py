@@ -81,6 +81,13 @@ def check_rewards(c: RunSections) -> None:
                 "names"
             )
     _check_objective(c)
+    for name, weight in getattr(c.algorithm, "reward_weights", {}).items():
+        if weight * rewards[name].weight <= 0:
+            raise ValueError(
+                f"algorithm.reward_weights.{name} = {weight:g} with weight = {rewards[name].weight:g} "
+                f"of {name!r} in scoring.rewards: they must have the same sign, or what is shown as a "
+                "cost would be maximised. Change one, or set watch = true on the reward"
+            )
     for name in optimised:
         if rewards[name].weight == 0 and name not in c.scoring.objective.names:
             raise ValueError(
@@ -171,6 +178,20 @@ def check_teacher(c: RunSections) -> None:
             f"scoring.teacher = {teacher!r} with algorithm.type = {c.algorithm.type!r}: that algorithm "
             "does not learn from a teacher. Remove it, or use 'on_policy_distillation'"
         )
+
+
+def kl_notes(c: RunSections) -> list[str]:
+    """Return notes on a KL to the reference that is not a distance between policies."""
+    scoring = c.scoring.of_pool(c.scoring.pool_of(REFERENCE))
+    if not (c.algorithm.needs_reference and c.scoring.reference):
+        return []
+    if scoring.dtype == c.learner.dtype:
+        return []
+    return [
+        f"scoring.dtype = {scoring.dtype!r} of the reference with learner.dtype = "
+        f"{c.learner.dtype!r}: equal policies are not at a distance of 0 from it, and training "
+        "follows the rounding too. Make them equal"
+    ]
 
 
 def check_pools(c: RunSections) -> None:

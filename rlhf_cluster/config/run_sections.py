@@ -97,6 +97,16 @@ class RunSections(RunFile[Run]):
         return self.max_sequence_tokens * self.algorithm.unit_size
 
     @property
+    def trained_algorithm(self) -> AlgorithmConfig:
+        """`algorithm` with the weights of rewards that it leaves to `scoring.rewards`."""
+        if self.algorithm.type != "gdpo":
+            return self.algorithm
+        weights = {r.name or r.type: r.weight for r in self.scoring.rewards if not r.watch}
+        return self.algorithm.model_copy(
+            update={"reward_weights": {**weights, **self.algorithm.reward_weights}}
+        )
+
+    @property
     def sampling(self) -> Sampling:
         """How every group of the run is sampled."""
         return Sampling(

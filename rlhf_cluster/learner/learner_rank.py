@@ -92,7 +92,9 @@ class LearnerRank(TrainingRank[RunConfig]):
     ) -> None:
         super().__init__(config, model_dir, rank, world_size, init_method)
         self._clock = clock
-        self._algorithm = build_algorithm(config.algorithm, config.generation.max_response_tokens)
+        self._algorithm = build_algorithm(
+            config.trained_algorithm, config.generation.max_response_tokens
+        )
         self._normalizer = RunningNormalizer.of(config)
         self._updater: Updater | None = None
         self._sft_updater: Updater | None = None

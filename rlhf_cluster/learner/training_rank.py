@@ -252,7 +252,10 @@ class TrainingRank(Generic[C]):
     def _adamw(self) -> AdamWSettings:
         settings = self._config.learner
         return AdamWSettings(
-            beta1=settings.beta1, beta2=settings.beta2, weight_decay=settings.weight_decay
+            beta1=settings.beta1,
+            beta2=settings.beta2,
+            eps=settings.adam_eps,
+            weight_decay=settings.weight_decay,
         )
 
     def _schedule_over(self, num_updates: int) -> Schedule:

@@ -202,14 +202,25 @@ def check_fit(
     from rlhf_cluster.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_dir or model_dir)
-    config = text_config(model_dir)
-    num_embedded, max_positions = config["vocab_size"], config["max_position_embeddings"]
+    num_embedded = text_config(model_dir)["vocab_size"]
     if len(tokenizer) > num_embedded:
         raise DataError(
             f"{model_dir}: the tokenizer has {len(tokenizer)} tokens, the model embeds "
             f"{num_embedded}: some prompts would index past the embedding. Use the model's "
             "own tokenizer, or resize the embedding"
         )
+    check_positions(model_dir, max_sequence_tokens, settings)
+
+
+def check_positions(
+    model_dir: str | Path,
+    max_sequence_tokens: int,
+    settings: str = "data.max_prompt_tokens or generation.max_response_tokens",
+) -> None:
+    """Raise `DataError` unless the model places sequences of the run's lengths, whatever is beside
+    them. `settings` name the lengths."""
+    config = text_config(model_dir)
+    max_positions = config["max_position_embeddings"]
     if max_positions is not None and max_positions < max_sequence_tokens:
         raise DataError(
             f"{model_dir}: max_position_embeddings = {max_positions}, the run allows sequences of "
@@ -221,12 +232,27 @@ def check_fit(
 def _check_rope(
     model_dir: str | Path, config: Mapping[str, Any], max_sequence_tokens: int, settings: str
 ) -> None:
-    """Refuse rotary positions that depend on what else is in a batch.
+    """Raise `DataError` where lengths of the run have rotary positions that depend on the batch."""
+    longest = longest_alone(model_dir, config)
+    if longest is not None and max_sequence_tokens > longest:
+        raise DataError(
+            f"{model_dir}: rope_type = 'longrope' has other factors for sequences over "
+            f"original_max_position_embeddings = {longest}, by the longest of a batch; the run allows "
+            f"{max_sequence_tokens} tokens. Lower {settings} to {longest} in all, or take another model"
+        )
+
+
+def longest_alone(model_dir: str | Path, config: Mapping[str, Any]) -> int | None:
+    """Tokens up to which no sequence's rotary positions depend on what else is in a batch; None: all.
 
     transformers chooses their factors by the longest sequence of each batch, vLLM once: for `longrope`
     by the longest that it admits, for `dynamic` always the same. So a packed learner and the engine
     would compute other distributions of the same tokens.
+
+    Raises:
+        DataError: they depend on it at any length.
     """
+    limits = []
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     nested = [part for part in rope.values() if isinstance(part, Mapping)]
     for part in nested or [rope]:
@@ -240,13 +266,9 @@ def _check_rope(
         known = ("original_max_position_embeddings", "max_position_embeddings")
         found = [part.get(known[0]), *(config.get(name) for name in known)]
         original = next((int(value) for value in found if value), None)
-        if kind == "longrope" and original is not None and max_sequence_tokens > original:
-            raise DataError(
-                f"{model_dir}: rope_type = 'longrope' has other factors for sequences over "
-                f"{known[0]} = {original}, by the longest of a batch; the run allows "
-                f"{max_sequence_tokens} tokens. Lower {settings} to {original} in all, or take "
-                "another model"
-            )
+        if kind == "longrope" and original is not None:
+            limits.append(original)
+    return min(limits, default=None)
 
 
 def text_config(model_dir: str | Path) -> dict[str, Any]:

@@ -8,7 +8,8 @@ Promises:
   `load_policy` proves it on the model at hand, together with the next point, or refuses the model.
 - `forward` gives the distribution of the model's own logits: a model that caps, scales or biases
   its logits after the output projection is refused instead of trained on another distribution.
-- No dropout: the learner's probabilities are a function of weights and tokens alone.
+- No dropout: the learner's probabilities are a function of weights and tokens alone. A model that
+  draws random numbers in training mode all the same, such as a router with jitter, is refused.
 - The output projection is used inside its owner's `forward`, so it can be sharded; embeddings tied
   to it stay one parameter.
 
@@ -231,6 +232,8 @@ def load_policy(
     policy.eval()
     policy.requires_grad_(trainable)
     check_distribution(policy, compute_dtype)
+    if trainable:
+        check_training_mode(policy, compute_dtype)
     return policy
 
 
@@ -326,4 +329,46 @@ def check_distribution(policy: PolicyLM, compute_dtype: torch.dtype) -> None:
             f"{type(policy.lm).__name__}: log-probabilities of packed sequences are {distance:.3g} "
             f"nats from the model's own, over the bound {bound}. Its attention mixes packed "
             "sequences, or its logits are capped or scaled; use another model"
+        )
+
+
+PROBE_TOKENS = 512
+"""A router that draws only between experts that are nearly equal does so at one token of many."""
+PROBE_SEEDS = (1, 2, 3)
+
+
+@torch.no_grad()
+def check_training_mode(policy: PolicyLM, compute_dtype: torch.dtype) -> None:
+    """Raise `ConfigError` where training mode gives other log-probabilities than evaluation, or others
+    each time. The model is left in the mode that it was in, and so are the random numbers."""
+    device = next(policy.parameters()).device
+    text = policy.config.get_text_config()
+    num_tokens = min(PROBE_TOKENS, getattr(text, "max_position_embeddings", None) or PROBE_TOKENS)
+    row = (7 * torch.arange(num_tokens, device=device) % text.vocab_size)[None]
+    positions = torch.arange(num_tokens, device=device)[None]
+    half = compute_dtype in (torch.bfloat16, torch.float16)
+
+    def probe(seed: int, training: bool) -> Tensor:
+        torch.manual_seed(seed)
+        policy.train(training)
+        with torch.autocast(device.type, compute_dtype, enabled=half):
+            return policy(row, positions, row)[0]
+
+    was_training = policy.training
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        plain, again = probe(0, False), probe(0, False)
+        trained = [probe(seed, True) for seed in PROBE_SEEDS]
+    policy.train(was_training)
+    # an accelerator may add up in another order each time
+    noise = 10 * (plain - again).abs().max().item()
+    bound = noise + (1e-2 if half else 1e-5)
+    distance = max((each - plain).abs().max().item() for each in trained)
+    if not distance <= bound:
+        raise ConfigError(
+            f"{type(policy.lm).__name__}: log-probabilities in training mode are {distance:.3g} nats "
+            f"from those in evaluation, over the bound {bound:.3g}. It draws random numbers while it "
+            "trains (jitter of a router, layers left out) or routes otherwise, so that the learner "
+            "would train another policy than the one that samples. Set what draws them to 0 in "
+            "config.json (router_jitter_noise of Mixtral, layerdrop of OPT); PhiMoE has no such "
+            "setting, take another model"
         )

@@ -5,7 +5,8 @@ and a pair is then two of them. Losses and their keys are in `algorithms.prefere
 
 The reference is the policy as the stage began, or follows it (`reference_update`; TR-DPO, Gorbatovski
 et al. 2024, arXiv 2404.09656) and is saved with a checkpoint then. Its log-probabilities of a unit are
-computed once, when the unit is first met, and kept until the reference moves. KTO's baseline is
+computed when the unit is first met, and kept until the reference moves while `reference_cache_bytes`
+hold them; units beyond are computed each time they are met. KTO's baseline is
 computed once a step on unmatched responses: each prompt of the batch with the responses of the next
 one, cut where they do not fit; a batch of one prompt has the baseline 0.
 
@@ -21,7 +22,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from xxhash import xxh3_128
 
 from rlhf_cluster.algorithms.algorithm import Sums
@@ -70,6 +71,10 @@ if TYPE_CHECKING:
     )
 
 
+UNIT_BYTES = 500
+"""What a kept unit takes beside its numbers: two arrays, a tuple, a name, a place in the table."""
+
+
 class PreferenceConfig(StageSectionBase):
     """Preference optimisation against the policy that the stage starts from."""
 
@@ -79,6 +84,9 @@ class PreferenceConfig(StageSectionBase):
     reference_update: ReferenceUpdate = FixedReference()
     """The reference stays where the stage began, becomes the policy (`periodic`), or goes part of the
     way (`ema`); `every` counts optimizer steps here, and 1 - decay is TR-DPO's alpha."""
+    reference_cache_bytes: int = Field(default=2**30, ge=0)
+    """Host memory of each rank for log-probabilities of the reference, 4 bytes a response token and
+    about 500 a unit. Units that find no room cost a pass of the reference in every epoch. 0: none."""
 
     @model_validator(mode="after")
     def _update_has_a_reference(self) -> PreferenceConfig:
@@ -105,6 +113,7 @@ class PreferenceStage(Stage[PreferenceConfig]):
         self.needs_reference = section.loss.needs_reference
         self.reference_moves = not isinstance(section.reference_update, FixedReference)
         self._kept: dict[bytes, tuple[np.ndarray, ...]] = {}  # of the reference, by token ids
+        self._room = section.reference_cache_bytes
 
     def read(self, row: Row, name: str) -> Sequence[Unit]:
         where = f"{name}, {row.place}"
@@ -150,6 +159,7 @@ class PreferenceStage(Stage[PreferenceConfig]):
 
     def reference_moved(self) -> None:
         self._kept.clear()
+        self._room = self.section.reference_cache_bytes
 
     def report(self, units: Sequence[Unit], passes: Passes) -> dict[str, Any]:
         """How held-out responses are told apart, and whether the chosen ones have become less likely
@@ -160,15 +170,24 @@ class PreferenceStage(Stage[PreferenceConfig]):
         return _comparison(self.section.loss, units, policy, _sums(passes.reference(units)))
 
     def _of_reference(self, units: Sequence[Unit], passes: Passes) -> list[np.ndarray]:
-        """Log-probabilities [T] of every sequence in order; kept, as they never change."""
-        names = [_token_digest(unit) for unit in units]
-        missing = [u for u, name in zip(units, names, strict=True) if name not in self._kept]
-        if missing:
-            found = passes.reference(missing)
-            self._kept.update(
-                (_token_digest(u), own) for u, own in zip(missing, found, strict=True)
-            )
-        return [own for name in names for own in self._kept[name]]
+        """Log-probabilities [T] of every sequence in order. All ranks meet the same units in the same
+        order, and so keep and miss the same ones."""
+        by_name = {_token_digest(unit): unit for unit in units}
+        missing = [unit for name, unit in by_name.items() if name not in self._kept]
+        names = [name for name in by_name if name not in self._kept]
+        found = dict(zip(names, passes.reference(missing), strict=True)) if missing else {}
+        for name, own in found.items():
+            self._keep(name, own)
+        known = {name: found.get(name) or self._kept[name] for name in by_name}
+        return [own for unit in units for own in known[_token_digest(unit)]]
+
+    def _keep(self, name: bytes, found: tuple[np.ndarray, ...]) -> None:
+        """Never in the place of what is kept: epochs come round to all alike."""
+        size = UNIT_BYTES + sum(values.nbytes for values in found)
+        if size <= self._room:
+            self._room -= size
+            # a view would keep the whole batch that it is of
+            self._kept[name] = tuple(values.copy() for values in found)
 
     def _baseline(self, units: Sequence[Unit], passes: Passes) -> float:
         """KTO's, in nats."""

@@ -12,6 +12,7 @@ No file is touched before them. They cover model, draft model, tokenizer, data s
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -37,6 +38,7 @@ from rlhf_cluster.data.units import (
 from rlhf_cluster.errors import ConfigError
 from rlhf_cluster.models.make_model import (
     check_fit,
+    check_positions,
     make_model,
 )
 from rlhf_cluster.models.model_folder import (
@@ -125,6 +127,10 @@ def check_inputs(config: RunConfig, scratch: Path) -> Inputs:
     max_target_tokens = config.generation.max_response_tokens
     warmup = list(prompts.sft_examples(num_warmup, config.sft.target_column, max_target_tokens))
     prompts.seek(num_warmup)
+    for reward in config.scoring.rewards:
+        if getattr(reward, "tokenizer", "shared") == "shared":  # it reads the policy's tokens
+            for path in filter(os.path.isdir, reward.model_paths):
+                check_positions(path, config.max_sequence_tokens)
     try_rewards(config.scoring.rewards, tokenizer_dir, prompts.next())
     prompts.seek(num_warmup)
     return Inputs(

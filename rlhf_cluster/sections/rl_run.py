@@ -266,6 +266,9 @@ class Learner(Section):
     min_learning_rate: float = Field(default=0.0, ge=0)
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
+    adam_eps: PositiveFloat = 1e-8
+    """Added to the root of AdamW's second moment. Where it is near the size of the gradients, weights
+    with small ones make smaller steps."""
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: PositiveFloat = 1.0
     dtype: Dtype = "bfloat16"

@@ -106,6 +106,7 @@ class AdamWSettings:
 
     beta1: float
     beta2: float
+    eps: float
     weight_decay: float
 
 
@@ -120,6 +121,7 @@ def adamw(module: nn.Module, settings: AdamWSettings, foreach: bool) -> torch.op
         [group for group in groups if group["params"]],
         lr=0.0,
         betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
         foreach=foreach,
     )
 

@@ -376,7 +376,7 @@ def _advantages(
     numbers = sorted(number for number, at in steps.items() if step in at)
     try:
         config = validate(RunConfig, run.read_resolved() or {}, str(run.resolved))
-        algorithm = build_algorithm(config.algorithm, config.generation.max_response_tokens)
+        algorithm = build_algorithm(config.trained_algorithm, config.generation.max_response_tokens)
         if algorithm.needs_critic or algorithm.full_kl_in == "reward":
             return [], "not recorded: the learner's own values decide it"
         if any(reward.normalize == "running" for reward in config.scoring.rewards):

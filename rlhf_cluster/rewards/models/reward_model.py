@@ -8,6 +8,9 @@ With `tokenizer = "shared"` the model reads the ids that were sampled (prompt an
 must have the policy's vocabulary. With "own" it reads the decoded text through its own tokenizer,
 as a chat when that has a chat template.
 
+A score depends on nothing that is scored beside it: a model whose rotary positions follow the longest
+sequence of a batch is refused (`dynamic`), or takes no longer ones than have fixed ones (`longrope`).
+
 Shapes: B sequences, S positions.
 """
 
@@ -22,6 +25,7 @@ from pydantic import Field, PositiveInt
 from rlhf_cluster.data.packing import plan
 from rlhf_cluster.data.tokenizer import load_tokenizer
 from rlhf_cluster.errors import ConfigError, DataError
+from rlhf_cluster.models.make_model import longest_alone
 from rlhf_cluster.models.shared_passes import SharedPasses
 from rlhf_cluster.records import Prompt, Rollout
 from rlhf_cluster.rewards.reward import (
@@ -82,7 +86,8 @@ class RewardModel:
         text_config = self._model.config.get_text_config()
         self._vocab_size = text_config.vocab_size
         positions = getattr(text_config, "max_position_embeddings", None)
-        self._max_tokens = min(config.tokens_per_batch, positions or config.tokens_per_batch)
+        alone = longest_alone(f"reward model {config.path}", text_config.to_dict())
+        self._max_tokens = min(config.tokens_per_batch, *(n for n in (positions, alone) if n))
         self._together: SharedPasses[tuple[Array, Array], Array] = SharedPasses(
             self._forward,
             size=lambda item: len(item[0]),
@@ -134,8 +139,8 @@ class RewardModel:
         if not 1 <= len(ids) <= self._max_tokens:
             raise RewardFailure(
                 f"rollout {rollout.rollout_id} has {len(ids)} tokens, the reward model takes 1 to "
-                f"{self._max_tokens}. Raise tokens_per_batch (within the model's positions), or "
-                "shorten the responses",
+                f"{self._max_tokens}. Raise tokens_per_batch (within the model's positions, and within "
+                "original_max_position_embeddings with longrope), or shorten the responses",
                 "tokens",
             )
         if not 0 <= int(ids.min()) <= int(ids.max()) < self._vocab_size:

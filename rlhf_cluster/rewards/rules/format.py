@@ -1,10 +1,13 @@
-"""1.0 when the whole completion matches a regular expression, 0.0 otherwise.
+r"""1.0 when the whole completion matches a regular expression, 0.0 otherwise.
 
 The pattern is one of the library `regex` (Python's syntax), matched from the first to the last
 character with DOTALL; white space around the completion does not count. Matching has a deadline: a
 pattern that takes longer on some text is at fault, and the group fails (`RewardFailure`).
 
-    pattern = "<think>.*?</think>\\s*<answer>.*?</answer>"
+    pattern = '<think>(?:(?!</?think>).)*</think>\s*<answer>(?:(?!</?answer>).)*</answer>'
+
+`.*?` instead would reach over a closing tag wherever that makes the whole match, and so accept two
+answers.
 """
 
 from __future__ import annotations

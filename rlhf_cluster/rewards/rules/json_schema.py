@@ -1,16 +1,17 @@
 """1.0 when the completion is JSON that a JSON Schema accepts, 0.0 otherwise.
 
 The JSON is the last block between ``` fences that is tagged json, else the last one without a tag,
-else the whole completion; what stands between `<think>` and `</think>` is left out first. NaN and
-infinities are no JSON. `jsonschema` validates, by the draft that `$schema` names (else the newest it
-knows); formats are not checked, and references out of the schema are never fetched. Patterns of a
-schema may take for ever on some text: validation runs in a child process that is killed at the group's
-deadline.
+else the whole completion; what stands between `<think>` and `</think>` is left out first. NaN,
+infinities and numbers over the largest float (1e999) are refused. `jsonschema` validates, by the
+draft that `$schema` names (else the newest it knows); formats are not checked, and references out of
+the schema are never fetched. Patterns of a schema may take for ever on some text: validation runs in
+a child process that is killed at the group's deadline.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -93,7 +94,7 @@ def accepted(schema: Any, completions: Sequence[str]) -> list[float]:
     from referencing import Registry
 
     if isinstance(schema, str):
-        schema = json.loads(schema)
+        schema = _parsed(schema)
     if not isinstance(schema, dict):
         raise TypeError(f"the schema is {type(schema).__name__}, expected a table")
     known = validators.validator_for(schema)
@@ -102,7 +103,7 @@ def accepted(schema: Any, completions: Sequence[str]) -> list[float]:
     scores = []
     for text in completions:
         try:
-            value = json.loads(find_json(text), parse_constant=_refuse)
+            value = _parsed(find_json(text))
         except (ValueError, RecursionError):
             scores.append(0.0)
         else:
@@ -117,5 +118,16 @@ def find_json(completion: str) -> str:
     return text if block is None else block
 
 
+def _parsed(text: str) -> Any:
+    return json.loads(text, parse_constant=_refuse, parse_float=_finite)
+
+
 def _refuse(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text:.40} is over the largest float")
+    return value

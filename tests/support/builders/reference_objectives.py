@@ -84,9 +84,8 @@ def slow_losses(config: Any, case: Case, live: Sequence[float] | None = None) ->
     proximal = [_proximal(config, case, t) for t in range(len(live))]
     target = case.learner if config.proximal == "bypass" else proximal
     weights = _weights(config, case, target)
-    now = case.learner
-    ratios = [_ratio(config, live[t], now[t], proximal[t]) for t in range(len(live))]
-    frozen = [_ratio(config, now[t], now[t], proximal[t]) for t in range(len(live))]
+    ratios = [math.exp(own - prox) for own, prox in zip(live, proximal, strict=True)]
+    frozen = [math.exp(own - prox) for own, prox in zip(case.learner, proximal, strict=True)]
     if config.type == "gspo":
         ratios = _geometric_means(ratios, case.sequence)
     found = []
@@ -122,15 +121,6 @@ def _proximal(config: Any, case: Case, t: int) -> float:
     return case.proximal[t]
 
 
-def _ratio(config: Any, live: float, frozen: float, proximal: float) -> float:
-    """What is truncated is a weight, of `frozen`; the gradient flows beside it."""
-    weight = math.exp(frozen - proximal)
-    for rule in config.correction.rules():
-        if config.proximal == "bypass" and rule.action == "truncate":
-            weight = min(max(weight, rule.low), rule.high)
-    return weight * math.exp(live - frozen)
-
-
 def _geometric_means(ratios: Sequence[float], sequence: Sequence[int]) -> list[float]:
     found = []
     for own in sequence:
@@ -163,7 +153,8 @@ def _rule_weights(config: Any, rule: Any, case: Case, target: Sequence[float]) -
         if rule.action == "mask" and rule.keep_ratio and config.proximal != "bypass":
             weight *= ratio
         if rule.action == "truncate" and config.proximal == "bypass":
-            weight = 1.0
+            # the surrogate has the ratio already, and CISPO has bounded it itself
+            weight = 1.0 if config.type == "cispo" else weight / ratio
         found.append(weight)
     return found
 

@@ -41,7 +41,7 @@ def algorithm(**keys):
 
 def settings(kind: str, proximal: str) -> dict:
     keys = {"type": kind, "proximal": proximal}
-    if (kind, proximal) == ("gspo", "bypass"):  # its own rule is refused there
+    if proximal == "bypass" and kind in ("cispo", "gspo"):  # the default is refused there
         keys["correction"] = {"type": "none"}
     return keys
 

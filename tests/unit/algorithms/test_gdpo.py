@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlhf_cluster.algorithms import build_algorithm
 from rlhf_cluster.algorithms.gdpo import Gdpo, GdpoConfig
 from rlhf_cluster.algorithms.grpo import Grpo, GrpoConfig
 from rlhf_cluster.errors import ConfigError, RecordError
@@ -90,3 +91,53 @@ def test_rewards_that_are_missing_or_unknown_are_refused() -> None:
         tiny_config(algorithm={"type": "gdpo", "kl_coef": 0.1, "kl_in": "reward"})
     settings["reward_weights"] = {"exact_match": 2.0}
     assert tiny_config(algorithm=settings).algorithm.type == "gdpo"
+
+
+def rewards(*given: dict[str, Any]) -> dict[str, Any]:
+    return {"rewards": [{"type": "exact_match", **one} for one in given]}
+
+
+def test_l04_a_cost_without_a_weight_of_its_own_is_lowered() -> None:
+    scoring = rewards(
+        {"name": "right"},
+        {"name": "cost", "weight": -0.5},
+        {"name": "seen", "weight": 3.0, "watch": True},
+    )
+    groups = _groups([[{"right": 1.0, "cost": c} for c in (1.0, 2.0, 3.0, 4.0)]])
+    config = tiny_config(algorithm={"type": "gdpo"}, scoring=scoring)
+    settings = config.trained_algorithm
+    assert isinstance(settings, GdpoConfig)
+    assert settings.reward_weights == {"right": 1.0, "cost": -0.5}
+    values = [own[0] for own in build_algorithm(settings, 8).advantages(groups)[0]]
+    assert values == sorted(values, reverse=True)
+    assert values[0] > 0 > values[-1]
+
+
+def test_l04_a_learner_trains_with_the_weights_of_the_rewards(start_learner: Any) -> None:
+    learner = start_learner(
+        algorithm={"type": "gdpo", "group_size": 4},
+        scoring=rewards({"name": "cost", "weight": -2.0}),
+    )
+    assert learner._algorithm.config.reward_weights == {"cost": -2.0}
+
+
+@pytest.mark.parametrize(("weight", "own"), [(-1.0, 1.0), (1.0, -1.0), (1.0, 0.0), (-0.5, 1e-3)])
+def test_l04_a_sign_that_contradicts_the_reward_is_refused(weight: float, own: float) -> None:
+    with pytest.raises(
+        ConfigError, match=f"reward_weights.part = {own:g} with weight = {weight:g}"
+    ):
+        tiny_config(
+            algorithm={"type": "gdpo", "reward_weights": {"part": own}},
+            scoring=rewards({"name": "part", "weight": weight}),
+        )
+
+
+def test_l04_weights_of_the_same_sign_are_those_of_the_algorithm() -> None:
+    config = tiny_config(
+        algorithm={"type": "gdpo", "reward_weights": {"cost": -3.0}},
+        scoring=rewards({"name": "right", "weight": 2.0}, {"name": "cost", "weight": -1.0}),
+    )
+    settings = config.trained_algorithm
+    assert isinstance(settings, GdpoConfig)
+    assert settings.reward_weights == {"right": 2.0, "cost": -3.0}
+    assert tiny_config().trained_algorithm == tiny_config().algorithm

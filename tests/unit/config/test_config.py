@@ -4,6 +4,7 @@ import pytest
 
 from rlhf_cluster.config import RunConfig, load_run, validate
 from rlhf_cluster.config.chain import load_all
+from rlhf_cluster.config.check_scoring import kl_notes
 from rlhf_cluster.errors import ConfigError
 from tests.support.builders.run_configs import (
     tiny_config,
@@ -247,3 +248,38 @@ def test_n02_folders_of_a_run_are_the_same_in_every_process(tmp_path, monkeypatc
     config = tiny_config(weights={"root": "store", "mirror": "copies"}).with_absolute_paths()
     assert config.weights.root == str(tmp_path / "store")
     assert config.weights.mirror == str(tmp_path / "copies")
+
+
+@pytest.mark.parametrize(
+    ("scoring", "learner", "algorithm", "told"),
+    [
+        ("bfloat16", "float32", {"kl_coef": 0.1}, True),
+        ("float32", "bfloat16", {"kl_coef": 0.1}, True),
+        ("float32", "bfloat16", {"kl_control": {"type": "linear", "final": 0.1, "steps": 5}}, True),
+        ("float32", "bfloat16", {"type": "online_dpo", "group_size": 2}, True),
+        ("float32", "float32", {"kl_coef": 0.1}, False),
+        ("float32", "bfloat16", {"kl_coef": 0.0}, False),
+        ("float32", "bfloat16", {"kl_coef": 0.1, "kl_to": "sampler"}, False),
+        ("float32", "bfloat16", {"kl_coef": 0.1, "kl_estimator": "full"}, False),
+    ],
+)
+def test_l13_a_reference_of_another_type_than_the_learner_is_told_of(
+    scoring, learner, algorithm, told
+):
+    config = tiny_config(
+        scoring={"dtype": scoring, "reference": True},
+        learner={"dtype": learner},
+        algorithm=algorithm,
+    )
+    notes = kl_notes(config)
+    assert len(notes) == told
+    if told:
+        assert f"scoring.dtype = {scoring!r}" in notes[0]
+        assert f"learner.dtype = {learner!r}" in notes[0]
+
+
+def test_l13_the_type_is_that_of_the_pool_that_serves_the_reference():
+    pool = {"serves": ["reference"], "dtype": "bfloat16"}
+    keys = {"learner": {"dtype": "float32"}, "algorithm": {"kl_coef": 0.1}}
+    alone = {"dtype": "float32", "reference": True, "pools": {"frozen": pool}}
+    assert len(kl_notes(tiny_config(scoring=alone, **keys))) == 1

@@ -56,7 +56,11 @@ REWEIGHT = {"on_stale": "reweight", "stale_limit": 2}
         ),
         (
             {"staleness": REWEIGHT, "algorithm": {"correction": {"type": "none"}}},
-            ["algorithm.correction other than 'none'", "importance weights"],
+            ["algorithm.correction other than 'none'", "importance weights", "'bypass'"],
+        ),
+        (
+            {"staleness": REWEIGHT, "algorithm": {"type": "online_dpo", "group_size": 2}},
+            ["needs importance weights"],
         ),
         (
             {"staleness": {"max_staleness": 1, "pipeline_depth": 2, "adaptive": {}}},
@@ -97,3 +101,9 @@ def test_an_empty_section_turns_the_adaptive_depth_on():
     config = load_run("configs/quickstart.toml", ["staleness.adaptive={}"])
     assert config.staleness.adaptive is not None
     assert config.staleness.adaptive.steps == 4
+
+
+@pytest.mark.parametrize("kind", ["grpo", "gspo", "cispo"])
+def test_l12_a_ratio_to_the_sampler_weighs_stale_groups_without_a_correction(kind):
+    algorithm = {"type": kind, "proximal": "bypass", "correction": {"type": "none"}}
+    assert tiny_config(staleness=REWEIGHT, algorithm=algorithm).staleness.bound == 2

@@ -106,8 +106,10 @@ def test_s9_a_step_moves_the_weights_and_raises_the_probability_of_good_answers(
     assert learner.version == 2
 
 
-def test_one_step_matches_a_plain_pytorch_loop(start_learner: Any) -> None:
-    learner = start_learner(learner={"learning_rate": 1e-3, "beta1": 0.8, "weight_decay": 0.1})
+@pytest.mark.parametrize("eps", [1e-8, pytest.param(0.1, id="test_l13_eps")])
+def test_one_step_matches_a_plain_pytorch_loop(start_learner: Any, eps: float) -> None:
+    keys = {"learning_rate": 1e-3, "beta1": 0.8, "weight_decay": 0.1, "adam_eps": eps}
+    learner = start_learner(learner=keys)
     groups = random_groups(5)
     report = learner.train_step(groups)
     lm, total, count = build_llama(), torch.zeros(()), 0
@@ -136,6 +138,7 @@ def test_one_step_matches_a_plain_pytorch_loop(start_learner: Any) -> None:
         [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
         lr=1e-3,
         betas=(0.8, 0.95),
+        eps=eps,
     )
     optimizer.step()
     found = _weights(learner)

@@ -1,11 +1,22 @@
 """The policy scores tokens as the plain model does: alone, padded or packed."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
+)
 
 from rlhf_cluster.data.packing import (
     MicroBatch,
@@ -18,6 +29,7 @@ from rlhf_cluster.models.policy_model import (
     PolicyLM,
     check_distribution,
     check_names,
+    check_training_mode,
     load_policy,
 )
 from tests.support.builders.tiny_learner import (
@@ -204,3 +216,77 @@ def test_s14_a_model_that_mixes_packed_sequences_is_refused() -> None:
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot load"):
         load_policy(tmp_path, torch.float32, "cpu", trainable=True)
+
+
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.25,
+}
+
+
+def mixture(kind: str, **keys: Any) -> PolicyLM:
+    """A mixture of experts in evaluation mode, from random weights."""
+    torch.manual_seed(0)
+    if kind == "phimoe":
+        return PolicyLM(PhimoeForCausalLM(PhimoeConfig(**SIZES, **keys))).eval()
+    return PolicyLM(MixtralForCausalLM(MixtralConfig(**SIZES, **keys))).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "keys"), [("phimoe", {}), ("mixtral", {"router_jitter_noise": 0.05})]
+)
+def test_l12_a_router_that_draws_in_training_mode_is_refused(
+    kind: str, keys: dict[str, Any], dtype: torch.dtype
+) -> None:
+    policy = mixture(kind, **keys)
+    check_distribution(policy, dtype)  # in evaluation it is as it should be
+    with pytest.raises(
+        ConfigError, match=r"in training mode are .* nats from .*router_jitter_noise"
+    ):
+        check_training_mode(policy, dtype)
+
+
+def test_l12_only_a_model_that_is_to_train_is_asked_for_its_training_mode(tmp_path: Path) -> None:
+    mixture("mixtral", router_jitter_noise=0.05).lm.save_pretrained(tmp_path)
+    load_policy(tmp_path, torch.float32, "cpu", trainable=False)
+    with pytest.raises(ConfigError, match="draws random numbers"):
+        load_policy(tmp_path, torch.float32, "cpu", trainable=True)
+
+
+def test_l12_layers_that_are_left_out_while_training_are_refused() -> None:
+    config = OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        word_embed_proj_dim=32,
+        dropout=0.0,
+        init_std=0.25,
+    )
+    torch.manual_seed(0)
+    policy = PolicyLM(OPTForCausalLM(config)).eval()
+    check_training_mode(policy, torch.float32)
+    policy.lm.base_model.decoder.layerdrop = 0.5  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match="layers left out"):
+        check_training_mode(policy, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_l12_a_sound_model_passes_and_keeps_its_mode_and_the_random_numbers(
+    dtype: torch.dtype,
+) -> None:
+    for policy in (mixture("mixtral"), PolicyLM(build_llama()).eval()):
+        before = torch.random.get_rng_state()
+        check_training_mode(policy, dtype)
+        assert torch.equal(torch.random.get_rng_state(), before)
+        assert not any(module.training for module in policy.modules())

@@ -15,6 +15,7 @@ from rlhf_cluster.data.rows import Row
 from rlhf_cluster.data.units import Unit
 from rlhf_cluster.errors import DataError
 from rlhf_cluster.offline.train_preference import (
+    UNIT_BYTES,
     PreferenceConfig,
     PreferenceStage,
 )
@@ -166,6 +167,51 @@ def test_the_reference_is_asked_for_each_pair_once() -> None:
     for batch in (units[:3], units[1:], units):
         stage.loss(batch, passes)
     assert passes.asked == [["0", "1", "2"], ["3"]]
+
+
+def test_l13_the_reference_of_no_more_units_is_kept_than_there_is_room_for() -> None:
+    units = random_pairs(6)
+    sizes = [UNIT_BYTES + sum(4 * len(s.target_ids) for s in unit.sequences) for unit in units]
+    room = sizes[0] + sizes[1] + min(sizes) - 1
+    section = PreferenceConfig(reference_cache_bytes=room)
+    stage, passes = PreferenceStage(section, context()), CountedPasses()
+    for _ in range(3):
+        stage.loss(units, passes)
+    assert passes.asked == [list("012345"), list("2345"), list("2345")]
+    stage.reference_moved()
+    stage.loss(units[2:4], passes)
+    stage.loss(units[1:4], passes)
+    assert passes.asked[3:] == [["2", "3"], ["1"]], "what moved gives its room back"
+
+
+def test_l13_without_room_each_batch_asks_once_and_its_loss_is_the_same(start_stage: Any) -> None:
+    units = random_pairs(4)
+    units = [*units, units[0]]
+    stage, passes = (
+        PreferenceStage(PreferenceConfig(reference_cache_bytes=0), context()),
+        CountedPasses(),
+    )
+    stage.loss(units, passes)
+    stage.loss(units, passes)
+    assert passes.asked == [list("0123")] * 2
+    kept, none = (
+        gradients(start_stage({**preference("dpo"), "reference_cache_bytes": room}), units)
+        for room in (2**20, 0)
+    )
+    assert set(kept) == set(none)
+    for name, gradient in kept.items():
+        torch.testing.assert_close(none[name], gradient, rtol=0, atol=0)
+
+
+def test_l13_what_is_kept_holds_no_batch_alive() -> None:
+    class Views(CountedPasses):
+        def reference(self, units: Sequence[Unit]) -> list[tuple[np.ndarray, ...]]:
+            whole = np.zeros(10_000, np.float32)
+            return [tuple(whole[: len(s.target_ids)] for s in u.sequences) for u in units]
+
+    stage = PreferenceStage(PreferenceConfig(), context())
+    stage.loss(random_pairs(2), Views())
+    assert [v.base for kept in stage._kept.values() for v in kept] == [None] * 4
 
 
 class FallenPasses(CountedPasses):

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlhf_cluster.errors import ConfigError
+from rlhf_cluster.errors import ConfigError, DataError
+from rlhf_cluster.models.make_model import check_positions
+from rlhf_cluster.planning.run_inputs import check_inputs
 from rlhf_cluster.rewards.models.reward_model import (
     RewardModel,
     RewardModelConfig,
@@ -15,6 +17,7 @@ from rlhf_cluster.rewards.models.reward_model import (
 from rlhf_cluster.rewards.reward import RewardContext
 from rlhf_cluster.rewards.reward_failure import RewardFailure
 from tests.support.builders import tiny_llama
+from tests.support.builders.run_configs import tiny_config
 from tests.support.builders.scored_groups import (
     make_prompt,
     make_rollouts,
@@ -185,3 +188,60 @@ def test_a_group_that_finds_the_model_busy_fails_by_its_deadline(model_dir, poli
         reward.score(prompt, make_rollouts(prompt, [[5]]), [""])
     reward._together._end_round([])
     assert len(reward.score(prompt, make_rollouts(prompt, [[5]]), [""])) == 1
+
+
+def rotating(model_dir: Path, folder: Path, **rope: object) -> Path:
+    shutil.copytree(model_dir, folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rope_parameters": rope}))
+    return folder
+
+
+def longrope(model_dir: Path, folder: Path, original: int) -> Path:
+    config = json.loads((model_dir / "config.json").read_text())
+    width = config["hidden_size"] // config["num_attention_heads"] // 2
+    return rotating(
+        model_dir,
+        folder,
+        rope_type="longrope",
+        rope_theta=10_000.0,
+        factor=4.0,
+        original_max_position_embeddings=original,
+        short_factor=[1.0] * width,
+        long_factor=[8.0] * width,
+    )
+
+
+def test_l12_positions_that_always_follow_the_batch_are_refused(model_dir, policy_dir, tmp_path):
+    folder = rotating(
+        model_dir, tmp_path / "model", rope_type="dynamic", rope_theta=10_000.0, factor=2.0
+    )
+    with pytest.raises(DataError, match="reward model .*rope_type = 'dynamic'"):
+        load(folder, policy_dir)
+
+
+def test_l12_a_score_is_the_same_alone_and_beside_a_longer_response(
+    model_dir, policy_dir, tmp_path
+):
+    reward = load(longrope(model_dir, tmp_path / "model", original=12), policy_dir)
+    prompt = make_prompt(ids=[2, 3, 4])
+    short, longest, over = [9, 8, 7], [30] * 9, [30] * 10
+    [alone] = reward.score(prompt, make_rollouts(prompt, [short]), [""])
+    beside = reward.score(prompt, make_rollouts(prompt, [short, longest]), [""] * 2)
+    assert beside[0] == pytest.approx(alone, rel=1e-5)
+    with pytest.raises(
+        RewardFailure, match=r"has 13 tokens, the reward model takes 1 to 12.*longrope"
+    ):
+        reward.score(prompt, make_rollouts(prompt, [short, over]), [""] * 2)
+
+
+def test_l12_lengths_of_the_run_that_a_reward_model_cannot_place_are_refused_before_it_starts(
+    model_dir, tmp_path
+):
+    folder = longrope(model_dir, tmp_path / "model", original=12)
+    check_positions(folder, 12)
+    reward = {"type": "reward_model", "path": str(folder)}
+    for kind in (reward, {"type": "ensemble", "paths": [str(folder), str(model_dir)]}):
+        config = tiny_config(scoring={"rewards": [kind]})
+        with pytest.raises(DataError, match=r"model: rope_type = 'longrope'.*allows 16 tokens"):
+            check_inputs(config, tmp_path / str(kind["type"]))

@@ -1,6 +1,8 @@
 """The rewards that are rules on the text: multiple choice, format, JSON schema, length."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from rlhf_cluster.config import validate
 from rlhf_cluster.errors import ConfigError
 from rlhf_cluster.rewards.reward import RewardContext
 from rlhf_cluster.rewards.reward_failure import RewardFailure
+from rlhf_cluster.rewards.rules import format as format_rule
 from rlhf_cluster.rewards.rules.format import (
     Format,
     FormatConfig,
@@ -153,6 +156,26 @@ def test_a_format_is_matched_over_the_whole_completion():
     assert scores(reward, {}, good, *bad) == [1.0, 0.0, 0.0, 0.0]
 
 
+def test_l13_the_documented_pattern_takes_one_block_of_each():
+    text = Path("docs/rewards.md").read_text()
+    [pattern] = re.findall(r"^    pattern = '(.*)'$", text, re.MULTILINE)
+    assert pattern in (format_rule.__doc__ or "")
+    thoughts, answer = "<think>a\n< 3</think>", "<answer>4 < 5\n</answer>"
+    good = (thoughts + answer, f" {thoughts}\n\n{answer}\n", "<think></think><answer></answer>")
+    bad = (
+        f"{thoughts}{answer}{answer}",
+        f"{thoughts}{thoughts}{answer}",
+        f"{thoughts}<answer>1</answer> or <answer>2</answer>",
+        f"{thoughts}<answer><answer>4</answer>",
+        f"<think>a<think>b</think>{answer}",
+        answer,
+        thoughts,
+    )
+    reward = Format(FormatConfig(pattern=pattern), CONTEXT)
+    assert scores(reward, {}, *good, *bad) == [1.0] * len(good) + [0.0] * len(bad)
+    assert scores(reward, {}, f"<think>{'x<' * LONG}</think>{answer}") == [1.0]
+
+
 @pytest.mark.timeout(60)
 def test_s23_a_pattern_without_end_is_an_error_at_its_deadline_and_never_a_zero():
     reward = Format(FormatConfig(pattern=r"(?:a|a|aa)+$", match_s=0.05), CONTEXT)
@@ -224,6 +247,21 @@ def test_a_schema_may_be_json_text_and_fetches_nothing():
     for bad in ({"type": "no such type"}, "[1]", "no json", {"$ref": "http://127.0.0.1:1/x"}):
         with pytest.raises(Exception, match=r"."):
             accepted(bad, ["5"])
+
+
+def test_l13_numbers_that_no_float_holds_are_no_json():
+    texts = [
+        "1e999",
+        "[-1E400]",
+        '{"a": {"b": 1e309}}',
+        "1.7e308",
+        "1e-999",
+        "9" * 400,
+        "-Infinity",
+    ]
+    assert accepted({}, texts) == [0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0]
+    with pytest.raises(ValueError, match="1e999 is over the largest float"):
+        accepted('{"maximum": 1e999}', ["5"])
 
 
 def test_json_is_validated_in_a_child_by_the_schema_of_each_row():
