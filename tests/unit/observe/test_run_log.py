@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +18,7 @@ from rlhf_cluster.observe.record.samples import (
     write_samples,
 )
 from rlhf_cluster.records import Ticket
-from rlhf_cluster.run.metrics_file import read_metrics
+from rlhf_cluster.run.metrics_file import cut_metrics, read_metrics
 from rlhf_cluster.run.run_directory import RunDir
 from tests.support.builders.run_configs import tiny_config
 from tests.support.fakes.services import (
@@ -34,6 +36,7 @@ def run(tmp_path):
 def test_a_step_is_one_finite_json_line_on_disk_at_once(run):
     with RunLog(run) as log:
         log.append(1, 10.0, {"reward/mean": np.float32(0.5), "reward/std": math.nan})
+        log.flush()
         lines = run.metrics.read_text().splitlines()
     assert len(lines) == 1
     refuse = pytest.fail
@@ -43,6 +46,29 @@ def test_a_step_is_one_finite_json_line_on_disk_at_once(run):
         "reward/mean": 0.5,
         "reward/std": None,
     }
+
+
+def test_n07_a_line_that_waits_for_a_slow_disk_is_written_before_the_record_is_cut(run):
+    answers, begun = threading.Event(), threading.Event()
+
+    def slow(fd: int, data: memoryview) -> int:
+        begun.set()
+        assert answers.wait(30)
+        return os.write(fd, data)
+
+    with RunLog(run, write=slow) as log:
+        log.append(1, 1.0, {"reward/mean": 0.5})
+        log.append(2, 2.0, {"reward/mean": 0.5})
+        assert begun.wait(30)
+        assert run.metrics.read_bytes() == b"", "nobody waited for the disk"
+        answers.set()
+        log.cut(lambda: cut_metrics(run.metrics, 1))
+        log.append(2, 3.0, {"reward/mean": 0.75})
+        log.flush()
+    assert [(r["step"], r["reward/mean"]) for r in read_metrics(run.metrics)] == [
+        (1, 0.5),
+        (2, 0.75),
+    ]
 
 
 def test_an_unknown_metric_is_refused_and_writes_nothing(run):
