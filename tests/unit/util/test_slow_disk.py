@@ -250,9 +250,13 @@ def test_a_record_that_the_disk_does_not_take_ends_the_run_with_the_cure(
     run: RunDir, disk: Disk, caplog: pytest.LogCaptureFixture
 ):
     log = RunLog(run, None, disk.patience(0.02), disk.write)
-    with pytest.raises(RunError) as caught:
+
+    def write() -> None:
         log.append(1, 1.0, {"reward/mean": 0.5})  # on a busy machine it may be late already
         log.flush()
+
+    with pytest.raises(RunError) as caught:
+        write()
     text = str(caught.value)
     assert f"a line of {run.metrics} was not written within a.timeout_s = 0.02 s" in text
     assert "give the same command again" in text
