@@ -168,9 +168,9 @@ class WorkerPool:
         self, launches: set[asyncio.Task[None]]
     ) -> tuple[set[asyncio.Task[None]], list[RlhfError]]:
         """The launches that are late, and the failures of others. Waits as `start`."""
-        pending, failures, joined = set(launches), list[RlhfError](), 0
+        pending, failures = set(launches), list[RlhfError]()
         while pending:
-            grace_s = self.limits.join_grace_s if joined >= self.quorum else None
+            grace_s = self.limits.join_grace_s if self.num_live >= self.quorum else None
             done, pending = await asyncio.wait(
                 pending, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED
             )
@@ -182,8 +182,6 @@ class WorkerPool:
                     failures.append(error)
                 elif error is not None:
                     raise error
-                else:
-                    joined += 1
             if len(failures) > len(launches) - self.quorum:
                 raise failures[0]
         return pending, failures
@@ -428,6 +426,8 @@ class WorkerPool:
             raise
         finally:
             self._num_starting -= 1
+        if worker.state is State.RETIRED:  # it joined behind, and has failed since
+            return
         if self._closed or len(self._staying) >= self.wanted:
             self._retire(worker)
             return

@@ -220,6 +220,9 @@ def live_deadline_s(config: RunConfig, num_bytes: int) -> float:
     if config.stored_reference:  # written once a try, then loaded
         load_s = config.run.start_timeout_s
         follow_s = MAX_REFUSED * (load_s + sum(moved_s) + 2 * reply_deadline(load_s))
+    if config.scoring.exact_logprobs:  # brought to its pool
+        bring_s = config.pull_deadline_s(num_bytes)
+        follow_s += MAX_REFUSED * (sum(moved_s) + 2 * reply_deadline(bring_s))
     pauses_s = 2 * PAUSE_S * MAX_REFUSED
     return reply_deadline(MAX_REFUSED * (snapshot_s + publish_s + pull_s + follow_s + pauses_s))
 
