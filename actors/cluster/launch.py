@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors.cluster.calls import answer
 from rlhf_cluster.errors import PlacementError, WorkerSilent
 from rlhf_cluster.planning.placement import Bundle, check_fits
+from rlhf_cluster.util.provenance import DIGEST_VARIABLE, check_same_code, code_digest
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +139,7 @@ def spawn(
     on_gpu = bundle.gpus > 0
     variables = BASE_ENVIRONMENT | ({} if on_gpu else CPU_ENVIRONMENT) | dict(environment)
     paths = [os.environ.get("PYTHONPATH", ""), os.getcwd()]  # where rewards of users are found
+    variables[DIGEST_VARIABLE] = code_digest()
     variables.setdefault("PYTHONPATH", os.pathsep.join(path for path in paths if path))
     strategy = PlacementGroupSchedulingStrategy(
         placement_group=group, placement_group_bundle_index=index
@@ -150,6 +152,11 @@ def spawn(
         **options,
     )
     return remote(cls).remote(*arguments)
+
+
+def check_code() -> None:
+    """Called by every actor as it starts: refuse to work for a driver with other code. `RunError`."""
+    check_same_code(os.environ, f"node {ray.util.get_node_ip_address()}")
 
 
 def take_down(actor: Any, group: PlacementGroup | None, places: RayPlaces = RAY_PLACES) -> None:

@@ -14,6 +14,7 @@ from rlhf_cluster.errors import MetricError, RunError
 from rlhf_cluster.learner.token_samples import Kept
 from rlhf_cluster.observe.record.run_log import RunLog
 from rlhf_cluster.observe.record.samples import (
+    keep_samples,
     read_samples,
     write_samples,
 )
@@ -177,6 +178,20 @@ def test_samples_hold_what_the_learner_made_of_each_trained_token(run):
     assert (three["learner_logprobs"], three["correction_weights"]) == (None, None)
     types = {field.name: str(field.type) for field in parquet.read_schema(path)}
     assert types["learner_logprobs"] == types["correction_weights"] == "list<element: float>"
+
+
+def test_n17_samples_that_cannot_be_written_or_are_late_end_no_step(run, caplog):
+    group = make_group(Ticket(number=0, version=0), make_prompt(0), [0.0])
+    run.samples.rmdir()
+    run.samples.write_text("a file where the folder should be")
+    keep_samples(lambda: write_samples(run.samples, 1, [group], 0, str, limit=4))
+    assert "samples_per_step = 0; the step has no samples, and the run goes on" in caplog.text
+    hangs = threading.Event()
+    keep_samples(lambda: hangs.wait(30), within_s=0.01)
+    assert "samples of a step was not over after 0.01 s" in caplog.text
+    hangs.set()
+    with pytest.raises(ZeroDivisionError):  # a fault of the system is none of the disk
+        keep_samples(lambda: 1 / 0)
 
 
 def test_no_samples_are_no_file(run):
