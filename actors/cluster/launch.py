@@ -29,6 +29,9 @@ from rlhf_cluster.util.provenance import DIGEST_VARIABLE, check_same_code, code_
 
 log = logging.getLogger(__name__)
 
+OWN_CODE = code_digest()
+"""Read as this module is imported: no event loop waits for it."""
+
 BASE_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -139,7 +142,7 @@ def spawn(
     on_gpu = bundle.gpus > 0
     variables = BASE_ENVIRONMENT | ({} if on_gpu else CPU_ENVIRONMENT) | dict(environment)
     paths = [os.environ.get("PYTHONPATH", ""), os.getcwd()]  # where rewards of users are found
-    variables[DIGEST_VARIABLE] = code_digest()
+    variables[DIGEST_VARIABLE] = OWN_CODE
     variables.setdefault("PYTHONPATH", os.pathsep.join(path for path in paths if path))
     strategy = PlacementGroupSchedulingStrategy(
         placement_group=group, placement_group_bundle_index=index

@@ -24,6 +24,7 @@ from tests.support.builders.cluster_jobs import (
     told,
 )
 from tests.support.builders.offline_stages import stage_tree
+from tests.support.builders.run_configs import tiny_config
 
 TOML = """
 [run]
@@ -44,7 +45,6 @@ rewards = [{type = "exact_match"}]
 [learner]
 learning_rate = 1e-3
 """
-from tests.support.builders.run_configs import tiny_config
 
 
 @pytest.fixture
