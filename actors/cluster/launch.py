@@ -7,17 +7,30 @@ so that a second attempt never meets the leftovers of a first.
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.exceptions import RayError
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.cluster.calls import answer
 from rlhf_cluster.errors import PlacementError, WorkerSilent
 from rlhf_cluster.planning.placement import Bundle, check_fits
+from rlhf_cluster.util.provenance import DIGEST_VARIABLE, check_same_code, code_digest
+
+log = logging.getLogger(__name__)
+
+OWN_CODE = code_digest()
+"""Read as this module is imported: no event loop waits for it."""
 
 BASE_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -30,8 +43,30 @@ CPU_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 class RayPlaces:
     """Reserving room and ending actors, as Ray does it. Tests put their own in its place."""
 
-    def reserve(self, resources: list[dict[str, float]], name: str) -> PlacementGroup:
-        return placement_group(resources, strategy="PACK", name=name)
+    def reserve(
+        self, resources: list[dict[str, float]], name: str, avoid: Collection[str] = ()
+    ) -> PlacementGroup:
+        """On any nodes but those whose ids are in `avoid`."""
+        elsewhere = {"ray.io/node-id": f"!in({','.join(sorted(avoid))})"}
+        selectors = {"bundle_label_selector": [elsewhere for _ in resources]} if avoid else {}
+        return placement_group(resources, strategy="PACK", name=name, **selectors)
+
+    def node_of(self, group: PlacementGroup) -> str:
+        """Id of the node that has the first bundle; "" where that is not known."""
+        try:
+            return placement_group_table(group).get("bundles_to_node_id", {}).get(0) or ""
+        except RayError as error:
+            log.info("the node of a placement group is not known: %s", error)
+            return ""
+
+    def fitting(self, resources: Mapping[str, float]) -> list[str]:
+        """Ids of the live nodes that are large enough, whatever they hold now."""
+        return [
+            node["NodeID"]
+            for node in ray.nodes()
+            if node["Alive"]
+            and all(node["Resources"].get(name, 0.0) >= n for name, n in resources.items())
+        ]
 
     def give_back(self, group: PlacementGroup) -> None:
         """Fine when it is gone."""
@@ -66,20 +101,27 @@ def preflight(bundles: Sequence[Bundle], node_timeout_s: float = 0.0) -> None:
 
 
 async def place(
-    bundles: Sequence[Bundle], name: str, timeout_s: float, places: RayPlaces = RAY_PLACES
+    bundles: Sequence[Bundle],
+    name: str,
+    timeout_s: float,
+    places: RayPlaces = RAY_PLACES,
+    avoid: Mapping[str, BaseException] | None = None,
 ) -> PlacementGroup:
-    """Reserve `bundles`. Waits for: room. `PlacementError` after `timeout_s`."""
-    group = places.reserve([b.resources for b in bundles], name)
+    """Reserve `bundles`, on no node of `avoid`, whose values say why. Waits for: room.
+    `PlacementError` after `timeout_s`."""
+    avoid = avoid or {}
+    group = places.reserve([b.resources for b in bundles], name, avoid)
     try:
         await answer(group.ready(), timeout_s, f"placement of {name}")
     except BaseException as error:
         places.give_back(group)
         if not isinstance(error, WorkerSilent):
             raise
+        avoided = "".join(f" Node {node} is avoided: {why}." for node, why in avoid.items())
         raise PlacementError(
             f"no room for {', '.join(str(b) for b in bundles)} within {timeout_s:g} s, the larger of "
-            "cluster.placement_timeout_s and cluster.node_timeout_s. Free in the cluster now: "
-            f"{places.free() or 'nothing'}. Free some, or lower what the run asks for"
+            f"cluster.placement_timeout_s and cluster.node_timeout_s.{avoided} Free in the cluster "
+            f"now: {places.free() or 'nothing'}. Free some, or lower what the run asks for"
         ) from error
     return group
 
@@ -98,6 +140,7 @@ def spawn(
     on_gpu = bundle.gpus > 0
     variables = BASE_ENVIRONMENT | ({} if on_gpu else CPU_ENVIRONMENT) | dict(environment)
     paths = [os.environ.get("PYTHONPATH", ""), os.getcwd()]  # where rewards of users are found
+    variables[DIGEST_VARIABLE] = OWN_CODE
     variables.setdefault("PYTHONPATH", os.pathsep.join(path for path in paths if path))
     strategy = PlacementGroupSchedulingStrategy(
         placement_group=group, placement_group_bundle_index=index
@@ -110,6 +153,11 @@ def spawn(
         **options,
     )
     return remote(cls).remote(*arguments)
+
+
+def check_code() -> None:
+    """Called by every actor as it starts: refuse to work for a driver with other code. `RunError`."""
+    check_same_code(os.environ, f"node {ray.util.get_node_ip_address()}")
 
 
 def take_down(actor: Any, group: PlacementGroup | None, places: RayPlaces = RAY_PLACES) -> None:

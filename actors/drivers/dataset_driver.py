@@ -59,6 +59,7 @@ from rlhf_cluster.synthetic_data.produce import (
 from rlhf_cluster.synthetic_data.revise_answers import EndpointAsker
 from rlhf_cluster.synthetic_data.write_dataset import write_dataset
 from rlhf_cluster.util.json_files import write_json
+from rlhf_cluster.util.slow_disk import aside
 
 HEADLINE = "generate/reward_mean"
 REPORT = "report.json"
@@ -151,7 +152,7 @@ class _Generation:
             if len(self.file.done) < self.num_prompts:
                 discarded = await self._sampled()
             summary = await asyncio.to_thread(self._finish, discarded)
-            observer.state("finished")
+            await observer.finished()
             return summary
         except BaseException as error:
             stopped = isinstance(error, asyncio.CancelledError)
@@ -162,7 +163,7 @@ class _Generation:
             raise
         finally:
             self.file.close()
-            observer.close()
+            await aside(observer.close)
 
     async def _sampled(self) -> dict[str, int]:
         """Waits for: the answers to every prompt that is missing; the prompts discarded, by reason."""
@@ -210,6 +211,7 @@ class _Generation:
             completions=completions,
             revisions=self._revisions(),
             file=self.file,
+            patience=self.observer.patience,
             max_in_flight=config.run.max_in_flight_groups,
             max_error_rate=config.scoring.max_error_rate,
             finished=self._finished,

@@ -65,7 +65,6 @@ from rlhf_cluster.run.checkpoint.remote_copies import (
 )
 from rlhf_cluster.run.checkpoint.resume import Continuation
 from rlhf_cluster.run.checkpoint.run_state import RunState
-from rlhf_cluster.run.metrics_file import read_metrics
 from rlhf_cluster.run.restarts import (
     Restarts,
     RestartWindow,
@@ -74,6 +73,7 @@ from rlhf_cluster.run.restarts import (
 )
 from rlhf_cluster.run.run_directory import RunDir
 from rlhf_cluster.util.json_files import write_json
+from rlhf_cluster.util.slow_disk import aside
 from rlhf_cluster.weights import store
 
 log = logging.getLogger(__name__)
@@ -175,7 +175,7 @@ class _StageRun:
             if self.checkpoint is not None:
                 await observer.resumed(self.checkpoint.state.step)
             summary = await with_recovery(self._attempt, self._recover, self.restarts)
-            observer.state("finished")
+            await observer.finished()
             return summary
         except BaseException as error:
             stopped = isinstance(error, asyncio.CancelledError | Stopped)
@@ -184,7 +184,7 @@ class _StageRun:
                 await observer.post_mortem(error)
             raise
         finally:
-            observer.close()
+            await aside(observer.close)
 
     async def _attempt(self) -> dict[str, Any]:
         """One set of ranks, from their start to the end of the stage, or of them."""
@@ -274,7 +274,7 @@ class _StageRun:
 
     def _write_summary(self, report: Mapping[str, Any]) -> dict[str, Any]:
         config, rundir, headline = self.config, self.rundir, self.kind.headline
-        draw_stage_curve(read_metrics(rundir.metrics), rundir.curve, config.run.name, headline)
+        draw_stage_curve(self.observer.records(), rundir.curve, config.run.name, headline)
         summary = {
             "run": config.run.name,
             "run_dir": str(rundir.path),

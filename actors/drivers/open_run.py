@@ -44,6 +44,7 @@ from rlhf_cluster.planning.run_inputs import Inputs, StageInputs
 from rlhf_cluster.run.checkpoint import resume
 from rlhf_cluster.run.checkpoint.resume import Continuation
 from rlhf_cluster.run.run_directory import RunDir
+from rlhf_cluster.util.durable_files import sync_tree
 from rlhf_cluster.util.json_files import write_json
 
 InputsT = TypeVar("InputsT", Inputs, StageInputs)
@@ -103,5 +104,14 @@ def _move_in(inputs: InputsT, config: AnyConfig, rundir: RunDir) -> InputsT:
     if config.model.init is None:
         return inputs
     if not rundir.model.exists():
-        shutil.copytree(inputs.model_dir, rundir.model)
+        _copy_whole(inputs.model_dir, rundir.model)
     return replace(inputs, model_dir=rundir.model)
+
+
+def _copy_whole(source: Path, target: Path) -> None:
+    """Under its name the copy is whole: what a crash has left of one is removed before."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial)
+    sync_tree(partial)
+    partial.rename(target)

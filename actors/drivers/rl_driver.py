@@ -71,7 +71,6 @@ from rlhf_cluster.run.autoscaler import Autoscaler
 from rlhf_cluster.run.checkpoint.checkpoint_folder import Checkpoint
 from rlhf_cluster.run.checkpoint.resume import Continuation
 from rlhf_cluster.run.control_channel import ControlChannel
-from rlhf_cluster.run.metrics_file import read_metrics
 from rlhf_cluster.run.restarts import (
     Restarts,
     RestartWindow,
@@ -80,6 +79,7 @@ from rlhf_cluster.run.restarts import (
 )
 from rlhf_cluster.run.run_directory import RunDir
 from rlhf_cluster.run.worker_pool import WorkerPool
+from rlhf_cluster.util.slow_disk import aside
 from rlhf_cluster.weights.formats.huggingface import export_hf
 from rlhf_cluster.weights.sync import SyncStats
 
@@ -220,7 +220,7 @@ class _Run:
             if self.checkpoint is not None:
                 await observer.resumed(self.checkpoint.state.step)
             summary = await self._trained(self._supervisor(control))
-            observer.state("finished")
+            await observer.finished()
             return summary
         except BaseException as error:
             stopped = isinstance(error, asyncio.CancelledError | Stopped)
@@ -233,7 +233,7 @@ class _Run:
             raise
         finally:
             control.close()
-            observer.close()
+            await aside(observer.close)
 
     def _observer(self, further: Callable[[], Mapping[str, float]]) -> RunObserver:
         return RunObserver(
@@ -341,7 +341,7 @@ class _Run:
     def _finish(self, before: float | None, after: float | None) -> dict[str, Any]:
         from rlhf_cluster.observe.report.learning_curve import draw_curve
 
-        draw_curve(read_metrics(self.rundir.metrics), self.rundir.curve, self.config.run.name)
+        draw_curve(self.observer.records(), self.rundir.curve, self.config.run.name)
         summary = {
             "run": self.config.run.name,
             "run_dir": str(self.rundir.path),

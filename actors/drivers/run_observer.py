@@ -24,13 +24,14 @@ from rlhf_cluster.observe.record.run_log import RunLog
 from rlhf_cluster.observe.record.status_file import StatusFile
 from rlhf_cluster.run.checkpoint import resume
 from rlhf_cluster.run.checkpoint.checkpoint_folder import Checkpoint
+from rlhf_cluster.run.metrics_file import Record, read_metrics
 from rlhf_cluster.run.run_directory import RunDir
 from rlhf_cluster.run.status_snapshot import (
     Event,
     Snapshot,
     State,
 )
-from rlhf_cluster.util.slow_disk import Patience
+from rlhf_cluster.util.slow_disk import Patience, aside
 
 log = logging.getLogger("actors.drivers.rl_observer")
 
@@ -57,7 +58,7 @@ class Observer(Generic[C]):
     ) -> None:
         self._config, self._rundir, self._show = config, rundir, show
         self._clock, self._started_s = clock, started_s
-        self._patience = patience = Patience(
+        self.patience = patience = Patience(
             limit_s=config.observe.write_timeout_s,
             setting="observe.write_timeout_s",
             told_fraction=config.observe.slow_write_fraction,
@@ -80,9 +81,20 @@ class Observer(Generic[C]):
 
     def state(self, state: State, error: str | None = None, **changes: Any) -> None:
         log.info("%s%s", state, f": {error}" if error else "")
-        if state == "finished":
-            self._log.flush()
         self._update(state=state, error=error, **changes)
+
+    async def finished(self) -> None:
+        """The run has come to its end, and its record is whole.
+
+        Waits for: the lines that wait, at most their deadline. Raises `RunError`.
+        """
+        await aside(self._log.flush)
+        self.state("finished")
+
+    def records(self) -> list[Record]:
+        """The run's record, with the lines that still wait. Blocks and raises as `RunLog.flush`."""
+        self._log.flush()
+        return read_metrics(self._rundir.metrics)
 
     async def on_disk(self, call: Callable[..., T], *arguments: Any) -> T:
         """What `call` gives, which reads or writes the run directory.
@@ -90,7 +102,7 @@ class Observer(Generic[C]):
         Waits for: its end, `observe.write_timeout_s` at most; `StalledError` then.
         """
         what = f"{getattr(call, '__name__', 'a file').strip('_')} in {self._rundir.path}"
-        return await self._patience.aside(what, call, *arguments)
+        return await self.patience.aside(what, call, *arguments)
 
     async def resumed(self, step: int) -> None:
         """The run goes on after `step` steps, which are in its record already."""
@@ -117,8 +129,7 @@ class Observer(Generic[C]):
         self._update(step=step or 0, checkpoint=step)
 
     def _cut_files(self, checkpoint: Checkpoint | None) -> None:
-        resume.cut_back(self._rundir, checkpoint)
-        self._log.reopen()
+        self._log.cut(lambda: resume.cut_back(self._rundir, checkpoint))
         self._read_log()
 
     def _read_log(self) -> None:

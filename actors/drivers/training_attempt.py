@@ -63,6 +63,7 @@ def publish_deadline_s(config: RunConfig, num_bytes: int) -> float:
         heartbeat_s=config.cluster.heartbeat_timeout_s,
         pull_s=config.pull_deadline_s(num_bytes),
         reference_s=config.run.start_timeout_s if config.stored_reference else None,
+        exact_s=config.pull_deadline_s(num_bytes) if config.scoring.exact_logprobs else None,
     )
 
 

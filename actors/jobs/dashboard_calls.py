@@ -39,8 +39,10 @@ AGENT_TIMEOUT_S = 60.0  # Ray itself ends a head node that is not up after 30 s
 AGENT_RETRY_S = 1.0
 
 STOP_GRACE_S = 60
+"""From the request to stop a job until Ray kills it, at least."""
+STOP_MARGIN_S = 15
 
-RUN_KEY = "rlhf_run"
+RUN_KEY, GRACE_KEY = "rlhf_run", "rlhf_stop_grace_s"
 
 STARTING = ("No available agent", "Failed to get head node agent", "Cannot connect to host")
 """What the dashboard says while the agent of the head node, which starts jobs, is not up."""

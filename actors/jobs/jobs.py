@@ -9,18 +9,21 @@ job of its own.
 
 from __future__ import annotations
 
+import math
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from actors.jobs.cluster_python import cluster_python
 from actors.jobs.dashboard_calls import (
     CALL_TIMEOUT_S,
+    GRACE_KEY,
     RUN_KEY,
     STOP_GRACE_S,
+    STOP_MARGIN_S,
     JobClient,
     Waiting,
     connect,
@@ -40,9 +43,12 @@ from actors.jobs.job_folder import (
     pack,
     read,
 )
+from rlhf_cluster.config.load import AnyConfig
 from rlhf_cluster.errors import RunError, StalledError
 
-FOLLOW_EVERY_S = 1.0
+FOLLOW_EVERY_S, MAX_FOLLOW_EVERY_S = 1.0, 30.0
+FOLLOW_CHARACTERS_PER_S = 500_000
+"""What following a job may cost its dashboard."""
 SCALE_TIMEOUT_S = 960.0  # more than the run itself may take to answer
 
 
@@ -72,7 +78,18 @@ def submit(
         pack(Path(folder), config_path, work, Path.cwd())
         python = cluster_python(client, folder, address, waiting)
         command = entrypoint(python, work.overrides)
-        return send(client, command, folder, {RUN_KEY: work.name}, waiting)
+        facts, grace_s = {RUN_KEY: work.name}, stop_grace_s(work.configs)
+        if grace_s != STOP_GRACE_S:
+            facts[GRACE_KEY] = str(grace_s)
+        stops = {"RAY_JOB_STOP_WAIT_TIME_S": str(grace_s)}
+        return send(client, command, folder, facts, waiting, stops)
+
+
+def stop_grace_s(configs: Sequence[AnyConfig]) -> int:
+    """How long a job that is asked to stop has until Ray kills it: over the notice of each of its
+    runs."""
+    notices = [config.checkpoint.notice_s for config in configs if hasattr(config, "checkpoint")]
+    return max([STOP_GRACE_S, *(math.ceil(notice) + STOP_MARGIN_S for notice in notices)])
 
 
 def status(run_or_job: str, address: str, client: JobClient | None = None) -> dict[str, Any]:
@@ -125,12 +142,15 @@ def follow(
 ) -> Iterator[str]:
     """Lines of the job's driver as they come, until the job ends.
 
+    Each look fetches the whole log, for want of a call that gives what is new. So the pauses between
+    them grow with it, and while it stays as it is.
+
     Waits for: new lines or the job's end. Unblocked by: either, or by a call that runs past its
     deadline.
     """
     client = client or connect(address)
     job = find(client, run_or_job, address)
-    seen = 0
+    seen, pause_s = 0, FOLLOW_EVERY_S
     while True:
         ended = has_ended(find(client, job.submission_id, address))
         text = within(
@@ -142,7 +162,8 @@ def follow(
         seen += len(whole)
         if ended:
             return
-        sleep(FOLLOW_EVERY_S)
+        pause_s = FOLLOW_EVERY_S if new else min(2 * pause_s, MAX_FOLLOW_EVERY_S)
+        sleep(min(MAX_FOLLOW_EVERY_S, max(pause_s, len(text) / FOLLOW_CHARACTERS_PER_S)))
 
 
 def stop(
@@ -153,19 +174,20 @@ def stop(
 ) -> None:
     """End a job and see it ended. Raises `RunError` when it has ended already.
 
-    Waits for: the job to end. Unblocked by: its end, or Ray killing it after `STOP_GRACE_S`.
+    Waits for: the job to end. Unblocked by: its end, or Ray killing it after what `submit` gave it.
     """
     client = client or connect(address)
     job = find(client, run_or_job, address)
     if has_ended(job):
         raise RunError(f"job {job.submission_id} has already ended: {state_of(job)}")
     within(CALL_TIMEOUT_S, "stopping the job", lambda: client.stop_job(job.submission_id))
-    for _ in range(2 * STOP_GRACE_S):
+    grace_s = int((job.metadata or {}).get(GRACE_KEY, STOP_GRACE_S))
+    for _ in range(2 * grace_s):
         if has_ended(find(client, job.submission_id, address)):
             return
         sleep(1.0)
     raise StalledError(
-        f"job {job.submission_id} still runs {2 * STOP_GRACE_S} s after it was asked to stop"
+        f"job {job.submission_id} still runs {2 * grace_s} s after it was asked to stop"
     )
 
 

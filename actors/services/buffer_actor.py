@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from actors.cluster.calls import core_answer
+from actors.cluster.launch import check_code
 from actors.cluster.ray_metrics import RayMetrics
 from rlhf_cluster.buffer.buffer import (
     BufferStats,
@@ -62,6 +63,7 @@ class BufferActor:
 
     def __init__(self, config: RunConfig, state: BufferState | None = None) -> None:
         """`state` is that of a checkpoint from which the run goes on."""
+        check_code()
         configure("buffer", "buffer", config.run_dir / "logs")
         self._metrics = RayMetrics("buffer", {"run": config.run.name})
         self._service = buffer_service(config, state)

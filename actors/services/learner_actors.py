@@ -30,7 +30,7 @@ from rlhf_cluster.config import RunConfig
 from rlhf_cluster.data.prompts import SftExample
 from rlhf_cluster.data.tokenizer import load_tokenizer
 from rlhf_cluster.errors import RlhfError, WeightError, WorkerError
-from rlhf_cluster.observe.record.samples import write_samples
+from rlhf_cluster.observe.record.samples import keep_samples, write_samples
 from rlhf_cluster.records import (
     StepReport,
     Taken,
@@ -108,7 +108,8 @@ class LearnerActor(RankActor):
                 report.metrics.get("learner/grad_norm", math.nan),
             )
             self._metrics.record(report.metrics)
-            write_samples(
+            write = functools.partial(
+                write_samples,
                 self._config.run_dir / "samples",
                 report.step,
                 groups,
@@ -117,6 +118,7 @@ class LearnerActor(RankActor):
                 limit=self._config.observe.samples_per_step,
                 kept=self._rank.kept,
             )
+            keep_samples(write)
         return report
 
     @judging

@@ -90,10 +90,12 @@ class RankActor:
 
     def _open(self) -> None:
         """Logs, metrics, and on rank 0 the store that the ranks meet at."""
+        from actors.cluster.launch import check_code
         from actors.cluster.ray_metrics import RayMetrics
         from rlhf_cluster.observe.record.logs import configure
         from rlhf_cluster.util.process_group import serve_store
 
+        check_code()
         name = f"learner-{self._number}"
         configure("learner", name, self._config.run_dir / "logs")
         self._metrics = RayMetrics("learner", {"run": self._config.run.name, "worker": name})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping
 
@@ -18,16 +19,19 @@ from rlhf_cluster.config.pool_sections import (
     REFERENCE,
     SCORING,
 )
-from rlhf_cluster.errors import StalledError, WorkerError
+from rlhf_cluster.errors import StalledError, WeightError, WorkerError
 from rlhf_cluster.observe.metrics.occupancy import Occupancy
 from rlhf_cluster.records import GroupSummary, Handle, WeightVersion
 from rlhf_cluster.run.pool_version import PoolVersion
 from rlhf_cluster.run.worker_pool import (
+    State,
     Worker,
     WorkerPool,
 )
 from rlhf_cluster.scoring.moving_reference import ReferenceKeeper
 from rlhf_cluster.util.concurrency import together
+
+log = logging.getLogger(__name__)
 
 
 class RayScoring:
@@ -48,6 +52,7 @@ class RayScoring:
         self._abandoned = {name: Abandoned(pool) for name, pool in pools.items()}
         self._asked = [name for name in pools if len(pools) == 1 or self._config.served_by(name)]
         self._busy = {name: Occupancy(clock, _live(pool)) for name, pool in pools.items()}
+        self._bring_timeout_s = config.pull_deadline_s
         self._load_timeout_s = config.run.start_timeout_s
         self._score_timeout_s = score_deadline_s(config)
         self._keeper = (
@@ -57,6 +62,9 @@ class RayScoring:
         )
         self._reference = PoolVersion(
             self._serving(REFERENCE), self._load, "the reference of version"
+        )
+        self._exact = PoolVersion(
+            self._serving(EXACT), self._bring, "for exact log-probabilities, version"
         )
         self._num_retries = 0
 
@@ -76,12 +84,18 @@ class RayScoring:
         return spent if len(spent) > 1 else {}
 
     async def follow(self, version: WeightVersion) -> None:
-        """The policy's `version` is on every generation worker: move the reference if it is due.
+        """The policy's `version` is on every generation worker: bring it to those that score under it,
+        and move the reference if it is due.
 
         Waits for: the new reference to be written, and loaded by every live worker that has one, by the
-        promises of `PoolVersion.move`. Raises `WeightError`, after which it may be called again with
-        the same version, and `StalledError`.
+        promises of `PoolVersion.move`; the same of the version. Raises `WeightError`, after which it
+        may be called again with the same version, and `StalledError`.
         """
+        if self._config.exact_logprobs and version != self._exact.target:
+            try:
+                await self._exact.move(version)
+            except WeightError as error:  # each worker reads on, and its groups wait for that
+                log.warning("%s", error)
         if self._keeper is None:
             return
         try:
@@ -102,15 +116,19 @@ class RayScoring:
         number. One that fails is replaced.
         """
         await asyncio.gather(*(calls.end() for calls in self._abandoned.values()))
+        self._exact.target = None
         if self._config.exact_logprobs:
-            workers = self._serving(EXACT).live
+            pool = self._serving(EXACT)
+            workers = [w for w in pool.workers if w.state in (State.LIVE, State.BEHIND)]
             await asyncio.gather(*(self._forget_or_fail(w) for w in workers))
 
     async def join(self, pool: str, worker: Worker) -> None:
-        """Give a new worker of `pool` the reference, where it has one, before it gets work
-        (`PoolVersion.join`)."""
+        """Give a new worker of `pool` the reference and the policy's version, where it has to do with
+        them, before it gets work (`PoolVersion.join`)."""
         if self._config.pool_of(REFERENCE) == pool:
             await self._reference.join(worker)
+        if self._config.exact_logprobs and self._config.pool_of(EXACT) == pool:
+            await self._exact.join(worker)
 
     def metrics(self) -> Mapping[str, float]:
         """Tries after the first, and the version of the reference where one is configured."""
@@ -144,6 +162,13 @@ class RayScoring:
             await answer(asked, self._config.request_timeout_s, f"{worker.name}.forget_versions")
         except (WorkerError, StalledError) as error:
             await self._serving(EXACT).fail(worker, error)
+
+    async def _bring(self, worker: Worker, version: WeightVersion) -> None:
+        await answer(
+            worker.actor.bring_version.remote(version),
+            self._bring_timeout_s(version.num_bytes),
+            f"{worker.name}.bring_version(version {version.version})",
+        )
 
     async def _load(self, worker: Worker, reference: WeightVersion) -> None:
         await answer(

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -49,11 +50,11 @@ from rlhf_cluster.config.pool_sections import (
     GENERATION,
     pool_sections,
 )
-from rlhf_cluster.errors import RunError
+from rlhf_cluster.errors import RlhfError, RunError
 from rlhf_cluster.generation.generation_worker import DEFAULT_ENGINE
 from rlhf_cluster.planning.placement import Bundle, pool_bundle
 from rlhf_cluster.run.control_channel import ControlChannel
-from rlhf_cluster.run.restarts import RestartWindow
+from rlhf_cluster.run.restarts import FailedStarts, RestartWindow
 from rlhf_cluster.run.worker_pool import (
     PoolLimits,
     Worker,
@@ -61,6 +62,8 @@ from rlhf_cluster.run.worker_pool import (
 )
 from rlhf_cluster.util.concurrency import together
 from rlhf_cluster.util.deadlines import reply_deadline
+
+log = logging.getLogger(__name__)
 
 GENERATION_CALLS = 900
 """Groups that one engine takes at once; further ones wait in the pool."""
@@ -81,6 +84,7 @@ class Launcher:
     attempt: str = ""
     places: RayPlaces = RAY_PLACES
     spawn: Callable[..., Any] = spawn
+    failed_starts: FailedStarts = field(default_factory=FailedStarts)
 
     def placement_name(self, owner: str) -> str:
         return f"rlhf-{self.config.run.name}-{owner}-{self.attempt or uuid.uuid4().hex[:8]}"
@@ -92,7 +96,8 @@ class Launcher:
         environment = options.pop("environment", {})
         timeout_s = self.config.cluster.room_timeout_s
         name = self.placement_name(bundle.owner)
-        group = await place([bundle], name, timeout_s, self.places)
+        avoid = self.failed_starts.avoided(lambda: self.places.fitting(bundle.resources))
+        group = await place([bundle], name, timeout_s, self.places, avoid)
         try:
             actor = self.spawn(
                 cls,
@@ -107,6 +112,25 @@ class Launcher:
             self.places.give_back(group)
             raise
         return actor, group
+
+    async def ready(self, worker: Worker, join: Callable[[Worker], Awaitable[None]]) -> Worker:
+        """Start `worker`, and let it join. It is taken down when either fails, and its node is
+        remembered for that."""
+        node = self.places.node_of(worker.placement)
+        try:
+            timeout_s = self.config.run.start_timeout_s
+            await answer(worker.actor.start.remote(), timeout_s, f"{worker.name}.start")
+            await join(worker)
+        except BaseException as error:
+            if isinstance(error, RlhfError) and node and self.failed_starts.failed(node, error):
+                log.warning("node %s is avoided: %s", node, error)
+            try:
+                take_down(worker.actor, worker.placement, self.places)
+            except Exception:  # what failed first says more
+                log.exception("%s: not ended", worker.name)
+            raise
+        self.failed_starts.succeeded(node)
+        return worker
 
 
 def start_control(config: RunConfig, patience_s: float = 0.0) -> Any:
@@ -165,7 +189,8 @@ def generation_pool(launcher: Launcher) -> tuple[WorkerPool, RayGeneration]:
             environment=launcher.engine_environment,
             max_concurrency=GENERATION_CALLS + CONTROL_CALLS,
         )
-        return await _ready(Worker(name=name, actor=actor, placement=group), config, client.join)
+        worker = Worker(name=name, actor=actor, placement=group)
+        return await launcher.ready(worker, client.join)
 
     drain_s = reply_deadline(reply_deadline(config.generation.request_timeout_s))
     pool = _pool("generation", launch, drain_s, config, GENERATION_CALLS)
@@ -187,7 +212,7 @@ def scoring_pools(launcher: Launcher) -> tuple[list[WorkerPool], RayScoring]:
             concurrency_groups={HEALTH_GROUP: 1},
         )
         join = functools.partial(client.join, kind)
-        return await _ready(Worker(name=name, actor=actor, placement=group), config, join)
+        return await launcher.ready(Worker(name=name, actor=actor, placement=group), join)
 
     drain_s = reply_deadline(reply_deadline(score_deadline_s(config)))
     pools = {
@@ -227,18 +252,6 @@ def environment_of_engine(config: RunConfig, engine_factory: str) -> dict[str, s
     from actors.vllm.vllm_arguments import engine_environment
 
     return engine_environment(config.generation.num_gpus > 0)
-
-
-async def _ready(worker: Worker, config: RunConfig, join: Callable[..., Any]) -> Worker:
-    """Start the worker, and let it join. It is taken down when either fails."""
-    try:
-        timeout_s = config.run.start_timeout_s
-        await answer(worker.actor.start.remote(), timeout_s, f"{worker.name}.start")
-        await join(worker)
-    except BaseException:
-        take_down(worker.actor, worker.placement)
-        raise
-    return worker
 
 
 def _pool(

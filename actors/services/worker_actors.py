@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 
+from actors.cluster.launch import check_code
 from actors.cluster.ray_metrics import RayMetrics
 from actors.weights.node_mirrors import mirror_of
 from actors.weights.transports import transport_of
@@ -51,6 +52,7 @@ ENGINE_TOTALS = {
 
 class GenerationActor(GenerationWorker):
     def __init__(self, config: RunConfig, model_dir: str, name: str, engine_factory: str) -> None:
+        check_code()
         configure("generation", name, config.run_dir / "logs")
         super().__init__(config, model_dir, name, engine_factory, mirror_of(config, name))
         self._metrics = RayMetrics("generation", {"run": config.run.name, "worker": name})
@@ -117,6 +119,7 @@ class ScoringActor(ScoringWorker):
     """Of any pool that scores."""
 
     def __init__(self, config: RunConfig, model_dir: str, name: str, pool: str) -> None:
+        check_code()
         configure("scoring", name, config.run_dir / "logs")
         source, store = transport_of(config).source(), store_of(config)
         super().__init__(config, model_dir, name, source, store, pool)

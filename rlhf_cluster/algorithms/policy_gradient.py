@@ -13,11 +13,12 @@ For a token t with advantage A_t:
 
 where pi is the learner, mu the sampler, `correction` the rule (`importance_weights`), KL_t the term
 of `kl` with the token's own weight, and H_t the entropy. With one optimizer step a batch the
-recomputed prox IS pi: the ratio is exactly 1 in value, carries the gradient, and is never clipped; w
-alone handles the distance to the sampler. In "bypass" the surrogate decides by the true ratio (its clip, its
-gate, `dual_clip` of Ye et al. 2020, arXiv 1912.09729), and a token over the cap c that it lets through
-is trained with the weight c: cutting its gradient would leave exactly the tokens untrained of which the
-sampler saw too few. A cap before the surrogate would hide from it how far the token is.
+recomputed prox IS pi: the ratio is exactly 1 in value, carries the gradient, and is never clipped;
+w alone handles the distance to the sampler. In "bypass" the surrogate decides by the true ratio
+(its clip, its gate, `dual_clip` of Ye et al. 2020, arXiv 1912.09729), and a token over the cap c
+that it lets through is trained with the weight c: cutting its gradient would leave exactly the
+tokens untrained of which the sampler saw too few. A cap before the surrogate would hide from it how
+far the token is.
 
 Promises: gradients flow into `learner_logprobs` (and the entropy) only; a token's loss depends on
 its own rollout only. The three policies: Hilton et al. 2021, arXiv 2110.00641.

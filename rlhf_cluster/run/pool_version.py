@@ -7,7 +7,8 @@ Promises:
 - nobody works with weights that are older than the target once `move` has returned;
 - where fewer workers than the pool's quorum take a version it is not the target, and `WeightError`
   says why: no worker is to blame;
-- a worker joins only with the newest target, whatever moved while it loaded.
+- a worker gets work only with the newest target, whatever moved while it loaded; one that joins while
+  the storage is slow keeps its place, and catches up.
 """
 
 from __future__ import annotations
@@ -80,11 +81,19 @@ class PoolVersion:
             self._pool.set_behind(worker, why, self._catch_up)
 
     async def join(self, worker: Worker) -> None:
-        """Bring a new worker to the target, if there is one, before it gets work.
+        """Bring a new worker to the target, if there is one, before it gets work. One that is late or
+        refuses it twice joins behind the others.
 
         Waits for: its load, again while the target moves, and once more where it was refused or
         late; each has its deadline.
         """
+        try:
+            await self._bring(worker)
+        except LATE_OR_REFUSED as why:
+            self._pool.set_behind(worker, why, self._catch_up)
+
+    async def _bring(self, worker: Worker) -> None:
+        """Waits as `join`; raises what the second try of a load ended with."""
         while (target := self.target) is not None:
             try:
                 await self._load(worker, target)
@@ -94,13 +103,13 @@ class PoolVersion:
                 return
 
     async def _catch_up(self, worker: Worker) -> None:
-        """`join` of a worker that was left behind, a few times: what it reads from may be slow.
+        """`_bring` for a worker that was left behind, a few times: what it reads from may be slow.
 
         Waits for: its loads, each with its deadline. Raises the last try's error.
         """
         for num_tries in range(1, MAX_CATCH_UP + 1):
             try:
-                await self.join(worker)
+                await self._bring(worker)
                 return
             except LATE_OR_REFUSED:
                 if num_tries == MAX_CATCH_UP:

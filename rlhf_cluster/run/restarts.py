@@ -25,7 +25,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -69,6 +69,35 @@ class RestartWindow:
         if not self.recent:
             return 0.0
         return max(0.0, self._counted[0][0] + self.window_s - self.clock())
+
+
+@dataclass(slots=True)
+class FailedStarts:
+    """Starts of workers that failed, by node. A node with `limit` of them within `window_s` is avoided
+    until one of them is older than that, or a start there succeeds."""
+
+    window_s: float = 3600.0
+    limit: int = 2
+    clock: Callable[[], float] = time.monotonic
+    _windows: dict[str, RestartWindow] = field(default_factory=dict)
+
+    def failed(self, node: str, cause: RlhfError) -> bool:
+        """Whether the node is avoided because of this one."""
+        window = self._windows.setdefault(node, RestartWindow(self.window_s, self.clock))
+        window.count(cause)
+        return window.recent == self.limit
+
+    def succeeded(self, node: str) -> None:
+        self._windows.pop(node, None)
+
+    def avoided(self, fitting: Callable[[], Collection[str]]) -> dict[str, RlhfError]:
+        """The nodes to avoid, with their first causes; none where no other of those that are `fitting`
+        is left: then the nodes are not what is wrong."""
+        found: dict[str, RlhfError] = {}
+        for node, window in self._windows.items():
+            if window.recent >= self.limit and (cause := window.first_cause) is not None:
+                found[node] = cause
+        return found if found and set(fitting()) - found.keys() else {}
 
 
 T = TypeVar("T")

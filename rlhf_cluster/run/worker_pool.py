@@ -4,7 +4,8 @@ Promises:
 - work goes to the live worker that the caller prefers, else to the one with the least in flight;
   a draining worker gets none;
 - a worker that dies, hangs or fails its health check is retired (killed, its placement group given
-  back) and replaced; its work is the caller's to try again elsewhere;
+  back) and replaced; its work is the caller's to try again elsewhere; where `retire` raises, its place
+  is filled all the same, and it is retired again each heartbeat;
 - there are never more live workers than `wanted`, however many are lost at once, whatever change of
   size fails or is cancelled; one that has started for a place that is gone is ended again;
 - a worker joins only after `launch` has made it ready to serve (model loaded, weights live);
@@ -93,6 +94,7 @@ class WorkerPool:
     _idle: dict[Worker, asyncio.Event] = field(default_factory=dict)  # of those that are drained
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # of a change of size
+    _not_ended: list[Worker] = field(default_factory=list)  # whose `retire` raised
 
     @property
     def live(self) -> list[Worker]:
@@ -166,9 +168,9 @@ class WorkerPool:
         self, launches: set[asyncio.Task[None]]
     ) -> tuple[set[asyncio.Task[None]], list[RlhfError]]:
         """The launches that are late, and the failures of others. Waits as `start`."""
-        pending, failures, joined = set(launches), list[RlhfError](), 0
+        pending, failures = set(launches), list[RlhfError]()
         while pending:
-            grace_s = self.limits.join_grace_s if joined >= self.quorum else None
+            grace_s = self.limits.join_grace_s if self.num_live >= self.quorum else None
             done, pending = await asyncio.wait(
                 pending, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED
             )
@@ -180,8 +182,6 @@ class WorkerPool:
                     failures.append(error)
                 elif error is not None:
                     raise error
-                else:
-                    joined += 1
             if len(failures) > len(launches) - self.quorum:
                 raise failures[0]
         return pending, failures
@@ -336,6 +336,7 @@ class WorkerPool:
             await self.sleep(self.limits.heartbeat_s)
             self._raise_failure()
             await asyncio.gather(*(self._check_one(w) for w in self._staying))
+            self._retire_again()
 
     async def resize(self, wanted: int) -> str:
         """Add workers, or drain the least loaded ones. Returns what was done. A worker that is being
@@ -388,9 +389,10 @@ class WorkerPool:
         self.wanted = 0
         for task in self._tasks:
             task.cancel()
+        self._retire_again()
         for worker in self.workers:
             worker.state = State.RETIRED
-            self.retire(worker)
+            self._retire(worker)
         self.workers.clear()
 
     def describe_errors(self) -> str:
@@ -424,8 +426,10 @@ class WorkerPool:
             raise
         finally:
             self._num_starting -= 1
+        if worker.state is State.RETIRED:  # it joined behind, and has failed since
+            return
         if self._closed or len(self._staying) >= self.wanted:
-            self.retire(worker)
+            self._retire(worker)
             return
         self.workers.append(worker)
         worker.changed = self._worker_changed
@@ -515,7 +519,29 @@ class WorkerPool:
             self.workers.remove(worker)
         if worker in self._idle:
             self._idle.pop(worker).set()
-        self.retire(worker)
+        self._retire(worker)
+
+    def _retire(self, worker: Worker) -> None:
+        """Whatever it raises, the pool goes on without the worker: it is not among `workers`."""
+        try:
+            self.retire(worker)
+        except Exception as error:
+            log.exception("%s: not ended", worker.name)
+            self.tell(
+                f"{worker.name} could not be ended ({type(error).__name__}: {error}); it is tried "
+                "again, and may hold its place until then"
+            )
+            self._not_ended.append(worker)
+
+    def _retire_again(self) -> None:
+        """Those that could not be ended before, the first time that it works for the last."""
+        for worker in self._not_ended[:]:
+            try:
+                self.retire(worker)
+            except Exception as error:
+                log.info("%s: still not ended: %s", worker.name, error)
+            else:
+                self._not_ended.remove(worker)
 
     def _note(self, name: str, error: RlhfError) -> None:
         log.warning("%s: %s", name, error)

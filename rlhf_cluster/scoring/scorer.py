@@ -122,6 +122,11 @@ class Scorer:
         self._rewards.build(tokenizer_dir, self._device)
         self._tokenizer = tokenizer
 
+    def bring_version(self, version: WeightVersion) -> None:
+        """See `ExactLogprobs.bring`."""
+        if self._exact is not None:
+            self._exact.bring(version)
+
     def forget_versions(self) -> None:
         """See `ExactLogprobs.forget`."""
         if self._exact is not None:
@@ -340,7 +345,9 @@ class Scorer:
             head_dtype=self._config.learner.head_dtype,
         )
         folder = self._config.weights_dir
-        return ExactLogprobs(model, folder, scoring.cached_versions, self._source)
+        return ExactLogprobs(
+            model, folder, scoring.cached_versions, self._source, scoring.request_timeout_s
+        )
 
     def _failed(
         self, what: str, name: str, group: RolloutGroup, reason: str, detail: str

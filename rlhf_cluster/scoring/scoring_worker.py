@@ -65,6 +65,12 @@ class ScoringWorker:
         self._reference_version = version.version  # groups under way may have it or the one before
         self._running_scorer().load_reference(version)
 
+    def bring_version(self, version: WeightVersion) -> None:
+        """Have the policy's `version` in memory for exact log-probabilities. Raises `WeightError`, and
+        `StalledError` within the deadline of a pull; the read goes on then."""
+        with call_deadline(self._config.pull_deadline_s(version.num_bytes)):
+            self._running_scorer().bring_version(version)
+
     def forget_versions(self) -> None:
         """Other weights than before will have the numbers of the policy's versions."""
         self._running_scorer().forget_versions()

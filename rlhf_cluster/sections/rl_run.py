@@ -449,6 +449,7 @@ class Checkpoint(Section):
     timeout_s: PositiveFloat = 600.0
     """Deadline of writing one, of reading all of one before a run goes on from it, and of each of
     copying one and fetching one."""
-    notice_s: float = Field(default=45.0, gt=0, le=100)
-    """After SIGTERM, Ctrl-C or stop the run ends its step and writes a checkpoint, within this. A
-    second signal ends it at once."""
+    notice_s: float = Field(default=45.0, gt=0, le=3600)
+    """After SIGTERM, Ctrl-C or stop the run ends its step and writes a checkpoint, within this: more
+    than both take. A second signal ends it at once. A job is given that time; a pod of Kubernetes has
+    its terminationGracePeriodSeconds, 120 in the files of deploy/kuberay: over 100 s raise that too."""

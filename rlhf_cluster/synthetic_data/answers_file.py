@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -99,7 +100,7 @@ class Answers:
 
 
 class AnswersFile:
-    """One writer at a time."""
+    """One process at a time. Several threads may append; they take turns."""
 
     def __init__(self, path: Path) -> None:
         """Opens the file for further prompts. Raises `DataError` for a damaged one."""
@@ -107,9 +108,26 @@ class AnswersFile:
         _cut_torn_line(path)
         self.done = {answers.number for answers in read_answers(path)}
         self._file = path.open("ab", buffering=0)
+        self._turn = threading.Lock()
 
     def append(self, answers: Answers) -> None:
-        """Raises `DataError`: the prompt is there, or the line cannot be written."""
+        """Raises `DataError`: the prompt is there, or the line cannot be written.
+
+        Waits for: the disk, behind other threads. The caller has the deadline.
+        """
+        with self._turn:
+            self._append(answers)
+
+    def close(self) -> None:
+        """Waits for: nothing. A file whose write was given up stays open: the number of a closed one
+        may be another file's by the time that the disk answers."""
+        if self._turn.acquire(blocking=False):
+            try:
+                self._file.close()
+            finally:
+                self._turn.release()
+
+    def _append(self, answers: Answers) -> None:
         if answers.number in self.done:
             raise DataError(f"{self.path}: prompt {answers.number} is there already; each is once")
         rest = memoryview(answers.to_line())
@@ -122,9 +140,6 @@ class AnswersFile:
                 "Free space there, and give the same command again: it goes on from what is written"
             ) from error
         self.done.add(answers.number)
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def read_answers(path: Path) -> Iterator[Answers]:

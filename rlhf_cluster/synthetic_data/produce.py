@@ -54,6 +54,7 @@ from rlhf_cluster.synthetic_data.revise_answers import (
     answer_of,
 )
 from rlhf_cluster.util.concurrency import together
+from rlhf_cluster.util.slow_disk import Patience
 
 T = TypeVar("T")
 FOLDER_VERSION = -1
@@ -98,7 +99,7 @@ class Revisions:
 @dataclass(slots=True, kw_only=True)
 class Producer:
     """`fetch` gets a group from its handle, `decode` gives the text of token ids; `finished` and
-    `discarded` are told of every prompt that is done."""
+    `discarded` are told of every prompt that is done. `patience` is that with the disk of `file`."""
 
     generation: ContinuingPort
     scoring: ScoringPort
@@ -110,6 +111,7 @@ class Producer:
     completions: Completions | None
     revisions: Revisions | None
     file: AnswersFile
+    patience: Patience
     max_in_flight: int
     max_error_rate: float
     finished: Callable[[Answers], None]
@@ -140,9 +142,14 @@ class Producer:
                 self.discarded(number, error)
                 self._outcomes.add(error)
             else:
-                self.file.append(answers)
+                await self._keep(answers)
                 self.finished(answers)
                 self._outcomes.add(None)
+
+    async def _keep(self, answers: Answers) -> None:
+        """Waits for: the line to be in the file, at most the deadline of `patience`."""
+        what = f"prompt {answers.number} in {self.file.path}"
+        await self.patience.aside(what, self.file.append, answers)
 
     async def _answers(self, number: int) -> Answers:
         self.prompts.seek(number)

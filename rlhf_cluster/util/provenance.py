@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib.metadata
 import platform
 import re
@@ -10,6 +12,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhf_cluster.errors import RunError
+
+CODE = Path(__file__).resolve().parents[2]
+DIGEST_VARIABLE = "RLHF_CODE_DIGEST"
 PACKAGES = (
     "rlhf-cluster",
     "torch",
@@ -46,6 +52,28 @@ def describe_environment(argv: Iterable[str], seed: int) -> dict[str, Any]:
         "argv": [_argument_without_secret(a) for a in argv],
         "seed": seed,
     }
+
+
+@functools.cache
+def code_digest() -> str:
+    """A digest of this project's Python files, as this process has them on disk."""
+    found = hashlib.sha256()
+    for package in ("rlhf_cluster", "actors"):
+        for path in sorted((CODE / package).rglob("*.py")):
+            found.update(f"{path.relative_to(CODE)}\0".encode() + path.read_bytes() + b"\0")
+    return found.hexdigest()[:16]
+
+
+def check_same_code(variables: Mapping[str, str], where: str) -> None:
+    """Raise `RunError` when the process that started this one has other code; `where` names this node.
+    `variables` are those of the environment: `DIGEST_VARIABLE` says what that one has."""
+    wanted, here = variables.get(DIGEST_VARIABLE), code_digest()
+    if wanted is not None and wanted != here:
+        raise RunError(
+            f"{where} has other code of rlhf-cluster than the driver: digest {here} in {CODE}, and "
+            f"{wanted} there. Bring that node to the same checkout, or send the run as a job, which "
+            "takes its code along (rlhf-cluster submit)"
+        )
 
 
 def git_commit(folder: Path) -> dict[str, Any] | None:

@@ -211,12 +211,13 @@ def live_deadline_s(
     heartbeat_s: float,
     pull_s: float,
     reference_s: float | None,
+    exact_s: float | None,
 ) -> float:
     """Seconds that all tries of `WeightSync` to make a version live may take.
 
     One try consists of a snapshot, a publish, a pull with `heartbeat_s` for a look at the workers that
     did not answer, and, where a reference moves with the policy, its own writes and loads of
-    `reference_s` each.
+    `reference_s` each, and where exact log-probabilities are scored, a load of `exact_s` there.
     """
     moved_s = 2 * reply_deadline(heartbeat_s)  # each asks twice, and looks after who did not answer
     committed_s = reply_deadline(publish_s, 0.0) + reply_deadline(0.0)
@@ -224,6 +225,8 @@ def live_deadline_s(
     followed_s = 0.0
     if reference_s is not None:  # written once a try, then loaded
         followed_s = MAX_REFUSED * (reference_s + moved_s + 2 * reply_deadline(reference_s))
+    if exact_s is not None:  # brought to the pool of exact log-probabilities
+        followed_s += MAX_REFUSED * (moved_s + 2 * reply_deadline(exact_s))
     pauses_s = 2 * PAUSE_S * MAX_REFUSED
     return reply_deadline(
         MAX_REFUSED * (reply_deadline(snapshot_s) + committed_s + pulled_s + followed_s + pauses_s)

@@ -2,7 +2,8 @@
 
 Promises: every line of a log, those of tracebacks included, starts with its UTC time, level, role
 and name, so that the logs of a run merge by sorting; configuring twice does not write twice; no line
-holds a value of the environment that its name calls secret, nor the credentials of a URL.
+holds a value of the environment that its name calls secret, nor the credentials of a URL; who logs
+never waits for the disk, and where lines were dropped because of it the log says how many.
 """
 
 from __future__ import annotations
@@ -10,18 +11,29 @@ from __future__ import annotations
 import heapq
 import logging
 import os
+import queue
 import re
 import sys
+import threading
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from logging.handlers import QueueHandler
 from pathlib import Path
+from typing import Any
 
 from rlhf_cluster.errors import RunError
 from rlhf_cluster.observe.record import stacks
 from rlhf_cluster.util import redaction
 
+log = logging.getLogger(__name__)
+
 OURS = ("rlhf_cluster", "actors")
+MAX_WAITING = 10_000
+"""Records that wait for the disk; further ones are dropped."""
+FLUSH_S = 5.0
+"""How long the end of a process waits for them."""
 _MARK = "_rlhf_cluster_handler"
 
 
@@ -35,6 +47,98 @@ class _LineFormatter(logging.Formatter):
         head = f"{time.removesuffix('+00:00')}Z {record.levelname} {self._who}"
         lines = redaction.of_process(super().format(record)).splitlines() or [""]
         return "\n".join(f"{head} {record.name}: {line}" for line in lines)
+
+
+class FileBehind(QueueHandler):
+    """Hands each record to a thread that appends it to the file at `path`.
+
+    At most `max_waiting` records wait. One that finds no room, or that the disk refuses, is dropped,
+    and counted in the next line that is written. `write` is replaced by tests.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        max_waiting: int = MAX_WAITING,
+        write: Callable[[int, memoryview], int] = os.write,
+    ) -> None:
+        self._waiting: queue.Queue[str | None] = queue.Queue(max_waiting)
+        super().__init__(self._waiting)
+        self._path, self._write = path, write
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self._pid = os.getpid()
+        self._counting = threading.Lock()
+        self._num_dropped, self._is_torn = 0, False
+        self._writer = threading.Thread(target=self._work, name="log", daemon=True)
+        self._writer.start()
+
+    def prepare(self, record: logging.LogRecord) -> Any:
+        """The text, made by who logs: what the arguments stand for may change."""
+        return self.format(record)
+
+    def enqueue(self, record: Any) -> None:
+        if os.getpid() != self._pid:  # a forked child has no thread that writes
+            self._append(record)
+            return
+        try:
+            self._waiting.put_nowait(record)
+        except queue.Full:
+            self._drop()
+
+    def flush(self) -> None:
+        """Waits for: all that was logged to be written, at most `FLUSH_S`."""
+        if os.getpid() == self._pid:
+            waiting = self._waiting
+            with waiting.all_tasks_done:
+                waiting.all_tasks_done.wait_for(lambda: not waiting.unfinished_tasks, FLUSH_S)
+
+    def close(self) -> None:
+        """Waits as `flush`. What is not written by then is left to the thread."""
+        self.flush()
+        if self._writer.is_alive() and os.getpid() == self._pid:
+            try:
+                self._waiting.put_nowait(None)
+            except queue.Full:
+                log.debug("%s stays open: its disk does not answer", self._path)
+        super().close()
+
+    def _work(self) -> None:
+        while (text := self._waiting.get()) is not None:
+            try:
+                self._append(text)
+            finally:
+                self._waiting.task_done()
+        self._waiting.task_done()
+        os.close(self._fd)
+
+    def _append(self, text: str) -> None:
+        with self._counting:
+            dropped, self._num_dropped = self._num_dropped, 0
+        lines = "\n" * self._is_torn + (self._missing(dropped) if dropped else "") + f"{text}\n"
+        rest = memoryview(lines.encode(errors="backslashreplace"))
+        whole = len(rest)
+        try:
+            while rest:
+                rest = rest[self._write(self._fd, rest) :]
+        except OSError:
+            self._drop(dropped + 1)
+        self._is_torn = bool(rest) and (self._is_torn or len(rest) < whole)
+
+    def _missing(self, number: int) -> str:
+        text = f"{number} records are missing before this: the disk was slow or refused them"
+        told = {"name": __name__, "levelname": "WARNING", "levelno": logging.WARNING, "msg": text}
+        return self.format(logging.makeLogRecord({**told, "created": time.time()})) + "\n"
+
+    def _drop(self, number: int = 1) -> None:
+        with self._counting:
+            self._num_dropped += number
+
+
+def flush() -> None:
+    """Waits for: what this process has logged to be in its file, at most `FLUSH_S`."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, FileBehind):
+            handler.flush()
 
 
 def configure(role: str, name: str, log_dir: str | Path) -> logging.Logger:
@@ -53,7 +157,7 @@ def configure(role: str, name: str, log_dir: str | Path) -> logging.Logger:
         if getattr(handler, _MARK, False):
             root.removeHandler(handler)
             handler.close()
-    to_file = logging.FileHandler(Path(log_dir) / f"{name}.log", encoding="utf-8")
+    to_file = FileBehind(Path(log_dir) / f"{name}.log")
     to_stderr = logging.StreamHandler(sys.stderr)
     to_stderr.setLevel(logging.WARNING)
     for handler in (to_file, to_stderr):

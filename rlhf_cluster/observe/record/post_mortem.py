@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rlhf_cluster.observe.record import logs
 from rlhf_cluster.util.provenance import without_secrets
 from rlhf_cluster.util.redaction import (
     redacted,
@@ -102,7 +103,11 @@ def causes(error: BaseException) -> list[dict[str, Any]]:
 
 
 def read_tails(folder: Path) -> dict[str, list[str]]:
-    """The last lines of the logs in `folder`, by name; of the latest ones, where there are many."""
+    """The last lines of the logs in `folder`, by name; of the latest ones, where there are many.
+
+    Waits for: what this process has logged to be in its own, at most `logs.FLUSH_S`.
+    """
+    logs.flush()
     written = sorted(folder.glob("*.log"), key=lambda path: path.stat().st_mtime, reverse=True)
     return {path.stem: _tail(path) for path in sorted(written[:MAX_LOGS])}
 

@@ -1,9 +1,9 @@
 """The run's own record of its steps: metrics.jsonl.
 
 Promises: a line of metrics.jsonl is one JSON object with `step`, `time_s` and metrics by name, each
-a finite number or null, and is on its way to the disk when `append` returns, or, where the disk is
-slow, waits its turn in memory, at most for the deadline of `patience`; steps never go back; a file
-whose last line was torn by a crash is read without it, and mended before the next line.
+a finite number or null; `append` waits for no disk: lines are written in order behind it, each at
+most for the deadline of `patience`, and one that failed is raised by the next call; steps never go
+back; a file whose last line was torn by a crash is read without it, and mended before the next line.
 Several lines of one step (an evaluation beside a training step) read as one record.
 """
 
@@ -44,7 +44,7 @@ class RunLog:
         write: Callable[[int, memoryview], int] = os.write,
     ) -> None:
         self._run, self._sinks, self._write_file = run, sinks, write
-        self._lines = Behind(f"a line of {run.metrics}", patience)
+        self._lines = Behind(f"a line of {run.metrics}", patience, grace_s=0.0)
         self._open()
 
     def _open(self) -> None:
@@ -56,7 +56,7 @@ class RunLog:
 
     def append(self, step: int, time_s: float, values: Mapping[str, float]) -> None:
         """One line. `time_s` is unix time. `MetricError` for a name that is not in the table,
-        `RunError` when the line is not in the file as a whole: the run has no record then."""
+        `RunError` when an earlier line is not in the file as a whole: the run has no record then."""
         if step < self._last_step:
             raise RunError(
                 f"{self._run.metrics}: step {step} after step {self._last_step}; steps never go "
@@ -106,9 +106,11 @@ class RunLog:
                 "space there, and give the same command again: it goes on from the last checkpoint"
             ) from error
 
-    def reopen(self) -> None:
-        """Go on behind what the file holds now, after `cut_metrics`."""
+    def cut(self, cut: Callable[[], None]) -> None:
+        """Go on behind what `cut` leaves of the file. Lines that wait are written before it: those that
+        came later would stand behind the cut. Raises as `flush`."""
         self.flush()
+        cut()
         self._file.close()
         self._open()
 

@@ -9,17 +9,24 @@ the process that holds the experience, so that none of that travels for this.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rlhf_cluster.errors import StoreError
+from rlhf_cluster.errors import StalledError, StoreError
 from rlhf_cluster.records import ExperienceGroup, ScoredRollout, TokenSample
+from rlhf_cluster.util.slow_disk import within
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+WRITE_S = 10.0
+"""How long a step waits for its samples to be written."""
 
 
 def write_samples(
@@ -47,6 +54,18 @@ def write_samples(
     path = Path(folder) / f"step-{step:06d}.parquet"
     _write_parquet(path, rows)
     return path
+
+
+def keep_samples(write: Callable[[], object], within_s: float = WRITE_S) -> None:
+    """Call `write`, which is `write_samples` of a step that is trained. Where the disk refuses it or is
+    slow that is logged, and the run goes on without that file.
+
+    Waits for: the write, `within_s` at most.
+    """
+    try:
+        within(within_s, "samples of a step", write)
+    except (StoreError, StalledError) as error:
+        log.warning("%s; the step has no samples, and the run goes on", error)
 
 
 def read_samples(path: str | Path) -> list[Row]:
@@ -129,7 +148,8 @@ def _write_parquet(path: Path, rows: Sequence[Row]) -> None:
         partial.write_bytes(data)
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # the same disk
+            partial.unlink(missing_ok=True)
         raise StoreError(
             f"{path}: {len(rows)} samples of {data.size} bytes cannot be written ({error}). Free "
             "space there, or do without them: observe.samples_per_step = 0"

@@ -24,7 +24,7 @@ class StatusFile:
 
     def __init__(self, run: RunDir, patience: Patience) -> None:
         self._run = run
-        self._behind = Behind(str(run.status), patience)
+        self._behind = Behind(str(run.status), patience, grace_s=0.0)
         self._late = False
 
     def show(self, snapshot: Snapshot) -> None:

@@ -3,8 +3,9 @@ event loop away: read off the source.
 
 A call blocks when it is one of those below, or calls a function of the project that blocks: a function
 by its name, a method through `self`, `super()`, a class, or an attribute or argument whose annotation
-names a class of the project. What is handed over as an argument (`to_thread(read, path)`) is not
-called here. Where a receiver is not known nothing is found, so this sees less than there is.
+names a class of the project. A log line calls every log handler of the project. What is handed over
+as an argument (`to_thread(read, path)`) is not called here. Where a receiver is not known nothing is
+found, so this sees less than there is.
 """
 
 from __future__ import annotations
@@ -16,7 +17,20 @@ from pathlib import Path
 
 FUNCTIONS = {
     *("open", "print_file", "time.sleep", "sleep_now"),
-    *("os.open", "os.fsync", "os.listdir", "os.replace", "os.rename", "os.stat", "os.statvfs"),
+    *(
+        "os.open",
+        "os.fsync",
+        "os.write",
+        "os.read",
+        "os.pread",
+        "os.pwrite",
+        "os.fdatasync",
+        "os.listdir",
+        "os.replace",
+        "os.rename",
+        "os.stat",
+        "os.statvfs",
+    ),
     *("os.unlink", "os.remove", "os.makedirs", "os.mkdir", "os.walk", "os.link", "os.truncate"),
     *("os.scandir", "fcntl.flock", "tempfile.mkdtemp", "tempfile.TemporaryDirectory"),
     *("subprocess.run", "subprocess.check_output", "subprocess.check_call", "subprocess.Popen"),
@@ -29,6 +43,13 @@ METHODS = {
     *("symlink_to", "resolve", "rename"),
 }
 """Of `pathlib.Path`; other classes of the project have none of these names."""
+FILE = "(an open file)"
+FILE_METHODS = {"write", "writelines", "read", "readline", "flush", "seek", "truncate"}
+WAITS = {"Condition": {"wait", "wait_for"}, "Event": {"wait"}, "Thread": {"join"}}
+"""Of threads; those of `asyncio` are only called in coroutines, where these names mean them."""
+THREADS = {f"threading.{name}" for name in WAITS}
+LOG_METHODS = {"debug", "info", "warning", "error", "exception", "critical", "log"}
+LOG_FILES = {"FileHandler", "RotatingFileHandler", "TimedRotatingFileHandler", "WatchedFileHandler"}
 
 
 @dataclass(frozen=True)
@@ -62,6 +83,8 @@ class Source:
     imports: dict[str, dict[str, tuple[str, str | None]]] = field(default_factory=dict)
     harmless: frozenset[str] = frozenset()
     """Functions that ask no disk and no network, whatever they call."""
+    log_file: str | None = None
+    """A handler of the standard library that is made somewhere, and writes where the line is logged."""
     _why: dict[str, str | None] = field(default_factory=dict)
 
     @classmethod
@@ -82,6 +105,9 @@ class Source:
             elif isinstance(node, ast.Import):
                 for alias in node.names:
                     names[alias.asname or alias.name.partition(".")[0]] = (alias.name, None)
+            elif isinstance(node, ast.Call):
+                made = (_dotted(node.func) or "").rpartition(".")[2]
+                self.log_file = made if made in LOG_FILES else self.log_file
         for node in tree.body:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 self.functions[module, node.name] = Function(module, None, node.name, node)
@@ -116,6 +142,10 @@ class Source:
                 if isinstance(target, ast.Attribute) and _dotted(target.value) == "self":
                     if isinstance(value, ast.Name) and value.id in known:
                         found.fields[target.attr] = known[value.id]
+                    elif isinstance(value, ast.Call) and _opens(value):
+                        found.fields[target.attr] = FILE
+                    elif isinstance(value, ast.Call) and _dotted(value.func) in THREADS:
+                        found.fields[target.attr] = _class_in(value.func)
                     elif isinstance(value, ast.Call) and isinstance(value.func, ast.Name):
                         found.fields.setdefault(target.attr, value.func.id)
 
@@ -147,6 +177,8 @@ class Source:
         full = self._full(function.module, name)
         if full in FUNCTIONS or full.partition(".")[0] in MODULES:
             return name
+        if reason := self._of_threads_and_files(function, call) or self._of_log(name):
+            return reason
         target = self._target(function, call)
         of_path = isinstance(call.func, ast.Attribute) and call.func.attr in METHODS
         if of_path and target is None and not name.startswith(("re.", "asyncio.")):
@@ -157,6 +189,33 @@ class Source:
             reason = self.why_blocking(found)
             if reason is not None:
                 return f"{found.name} > {reason}"
+        return None
+
+    def _of_threads_and_files(self, function: Function, call: ast.Call) -> str | None:
+        if not isinstance(call.func, ast.Attribute):
+            return None
+        cls, method = self._class_of(function, call.func.value), call.func.attr
+        if cls == FILE and method in FILE_METHODS:
+            return f"file.{method}"
+        is_sync = isinstance(function.node, ast.FunctionDef)
+        if is_sync and cls not in self.classes and method in WAITS.get(cls or "", ()):
+            return f"{cls}.{method}"
+        return None
+
+    def _of_log(self, name: str) -> str | None:
+        """What blocks in a handler of the project that a log line may meet."""
+        owner, _, method = name.rpartition(".")
+        if owner not in ("log", "logging") or method not in LOG_METHODS:
+            return None
+        if self.log_file is not None:
+            return f"{method} > {self.log_file}"
+        for cls in self.classes.values():
+            if not any(base.endswith("Handler") for base in cls.bases):
+                continue
+            for step in ("emit", "enqueue", "prepare"):
+                body = cls.methods.get(step)
+                if body is not None and (reason := self.why_blocking(body)):
+                    return f"{method} > {step} > {reason}"
         return None
 
     def _bodies(self, target: Function) -> list[Function]:
@@ -249,6 +308,13 @@ def _calls(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[ast.Cal
         if isinstance(node, ast.Call):
             yield node
         open_nodes.extend(ast.iter_child_nodes(node))
+
+
+def _opens(call: ast.Call) -> bool:
+    """`open(...)`, or `path.open(...)` of a variable; not `Class.open(...)`."""
+    name = _dotted(call.func) or ""
+    owner, _, method = name.rpartition(".")
+    return method == "open" and owner != "os" and not owner.rpartition(".")[2][:1].isupper()
 
 
 def _dotted(node: ast.expr) -> str | None:

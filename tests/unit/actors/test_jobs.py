@@ -24,6 +24,7 @@ from tests.support.builders.cluster_jobs import (
     told,
 )
 from tests.support.builders.offline_stages import stage_tree
+from tests.support.builders.run_configs import tiny_config
 
 TOML = """
 [run]
@@ -243,6 +244,37 @@ def test_following_a_job_gives_every_line_once_and_ends_with_it():
     lines = list(jobs.follow("tiny", ADDRESS, client=client, sleep=naps.append))
     assert lines == ["one", "two", "last"]
     assert len(naps) == 3
+
+
+def test_n17_following_backs_off_while_nothing_comes_and_where_the_log_is_long():
+    def write(text):
+        return lambda client: setattr(client, "text", client.text + text)
+
+    def end(client):
+        client.jobs = [make_job("job-1", "tiny", "SUCCEEDED")]
+
+    quiet, long = [lambda _: None] * 8, write("x" * 4_000_000 + "\n")
+    client = FakeClient(
+        jobs=[make_job("job-1", "tiny", "RUNNING")],
+        script=[write(""), write("one\n"), *quiet, long, write("two\n"), end],
+    )
+    naps: list[float] = []
+    lines = list(jobs.follow("tiny", ADDRESS, client=client, sleep=naps.append))
+    assert [line[:3] for line in lines] == ["one", "xxx", "two"]
+    assert naps[naps.index(1.0) :][:7] == [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+    assert [round(nap) for nap in naps[-2:]] == [8, 8], "4 MB a look, half a megabyte a second"
+
+
+def test_n17_a_job_has_the_time_that_its_runs_need_to_stop():
+    configs = [tiny_config(checkpoint={"notice_s": notice_s}) for notice_s in (45.0, 300.5)]
+    assert jobs.stop_grace_s(configs[:1]) == 60
+    assert jobs.stop_grace_s(configs) == 301 + 15
+    job = make_job("job-1", "tiny", "RUNNING")
+    job.metadata["rlhf_stop_grace_s"] = "316"
+    naps: list[float] = []
+    with pytest.raises(StalledError, match="still runs 632 s"):
+        jobs.stop("tiny", ADDRESS, client=FakeClient(jobs=[job]), sleep=naps.append)
+    assert sum(naps) == 632
 
 
 def test_a_stopped_job_is_seen_to_end():

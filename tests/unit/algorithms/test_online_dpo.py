@@ -294,7 +294,7 @@ def configured(algorithm: dict[str, Any], **sections: Any) -> RunConfig:
         (
             {},
             {"staleness": {"on_stale": "reweight", "max_staleness": 1, "stale_limit": 2}},
-            ["staleness.on_stale = 'reweight' needs an algorithm.correction", "'drop'"],
+            ["staleness.on_stale = 'reweight' needs importance weights", "'drop'"],
         ),
     ],
     ids=["no reference", "kto", "a KL", "one rollout", "short rows", "few pairs", "weights"],

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -11,11 +13,12 @@ import pytest
 from rlhf_cluster.errors import MetricError, RunError
 from rlhf_cluster.observe.record.run_log import RunLog
 from rlhf_cluster.observe.record.samples import (
+    keep_samples,
     read_samples,
     write_samples,
 )
 from rlhf_cluster.records import Ticket, TokenSample
-from rlhf_cluster.run.metrics_file import read_metrics
+from rlhf_cluster.run.metrics_file import cut_metrics, read_metrics
 from rlhf_cluster.run.run_directory import RunDir
 from tests.support.builders.run_configs import tiny_config
 from tests.support.fakes.services import (
@@ -33,6 +36,7 @@ def run(tmp_path):
 def test_a_step_is_one_finite_json_line_on_disk_at_once(run):
     with RunLog(run) as log:
         log.append(1, 10.0, {"reward/mean": np.float32(0.5), "reward/std": math.nan})
+        log.flush()
         lines = run.metrics.read_text().splitlines()
     assert len(lines) == 1
     refuse = pytest.fail
@@ -42,6 +46,29 @@ def test_a_step_is_one_finite_json_line_on_disk_at_once(run):
         "reward/mean": 0.5,
         "reward/std": None,
     }
+
+
+def test_n07_a_line_that_waits_for_a_slow_disk_is_written_before_the_record_is_cut(run):
+    answers, begun = threading.Event(), threading.Event()
+
+    def slow(fd: int, data: memoryview) -> int:
+        begun.set()
+        assert answers.wait(30)
+        return os.write(fd, data)
+
+    with RunLog(run, write=slow) as log:
+        log.append(1, 1.0, {"reward/mean": 0.5})
+        log.append(2, 2.0, {"reward/mean": 0.5})
+        assert begun.wait(30)
+        assert run.metrics.read_bytes() == b"", "nobody waited for the disk"
+        answers.set()
+        log.cut(lambda: cut_metrics(run.metrics, 1))
+        log.append(2, 3.0, {"reward/mean": 0.75})
+        log.flush()
+    assert [(r["step"], r["reward/mean"]) for r in read_metrics(run.metrics)] == [
+        (1, 0.5),
+        (2, 0.75),
+    ]
 
 
 def test_an_unknown_metric_is_refused_and_writes_nothing(run):
@@ -150,6 +177,20 @@ def test_samples_hold_what_the_learner_made_of_each_trained_token(run):
     assert (three["learner_logprobs"], three["correction_weights"]) == (None, None)
     types = {field.name: str(field.type) for field in parquet.read_schema(path)}
     assert types["learner_logprobs"] == types["correction_weights"] == "list<element: float>"
+
+
+def test_n17_samples_that_cannot_be_written_or_are_late_end_no_step(run, caplog):
+    group = make_group(Ticket(number=0, version=0), make_prompt(0), [0.0])
+    run.samples.rmdir()
+    run.samples.write_text("a file where the folder should be")
+    keep_samples(lambda: write_samples(run.samples, 1, [group], 0, str, limit=4))
+    assert "samples_per_step = 0; the step has no samples, and the run goes on" in caplog.text
+    hangs = threading.Event()
+    keep_samples(lambda: hangs.wait(30), within_s=0.01)
+    assert "samples of a step was not over after 0.01 s" in caplog.text
+    hangs.set()
+    with pytest.raises(ZeroDivisionError):  # a fault of the system is none of the disk
+        keep_samples(lambda: 1 / 0)
 
 
 def test_no_samples_are_no_file(run):

@@ -116,7 +116,7 @@ def test_the_record_of_a_run_goes_to_its_sinks_too(tmp_path):
     with RunDir.create(config.run_dir, config) as run:
         log = RunLog(run, open_sinks(config, run.path, lambda text: None, kinds))
         log.append(1, 10.0, {"reward/mean": 0.25})
-        log.reopen()
+        log.cut(lambda: None)
         log.append(2, 11.0, {"reward/mean": 0.5})
         log.close()
     assert [record["reward/mean"] for record in read_metrics(run.metrics)] == [0.25, 0.5]

@@ -4,6 +4,7 @@ processes would look dead."""
 import ast
 import asyncio
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -11,8 +12,11 @@ from rlhf_cluster.util.slow_disk import Latest
 from tests.support.checks.blocking_calls import Source
 
 HARMLESS = frozenset(
-    {"rlhf_cluster.observe.metrics.process_memory:resident_bytes"}
-)  # /proc is no disk
+    {
+        "rlhf_cluster.observe.metrics.process_memory:resident_bytes",  # /proc is no disk
+        "rlhf_cluster.util.slow_disk:Behind.put",  # it waits `grace_s`: see the test of that
+    }
+)
 
 
 def test_no_coroutine_calls_what_blocks():
@@ -21,9 +25,21 @@ def test_no_coroutine_calls_what_blocks():
     assert not [f"{where} {why}" for where, why in source.blocking_coroutines()]
 
 
+def test_n07_a_write_behind_the_loop_has_no_grace():
+    made = [
+        (path, {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords})
+        for folder in ("rlhf_cluster", "actors")
+        for path in Path(folder).rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "Behind"
+    ]
+    assert len(made) >= 2
+    assert [path for path, given in made if given.get("grace_s") != "0.0"] == []
+
+
 KNOWN = """
 from pathlib import Path
-import os, shutil, time, asyncio
+import os, shutil, time, asyncio, threading, logging
 from typing import Protocol
 
 class Port(Protocol):
@@ -43,10 +59,29 @@ class Log(Base):
     def quiet(self):
         return self._path
 
+class Lines:
+    _turn: threading.Condition = field(default_factory=threading.Condition)
+    def __init__(self, path):
+        self._file = path.open("ab")
+        self._done = threading.Event()
+        self._writer = threading.Thread(target=print)
+    def append(self, line):
+        self._file.write(line)
+    def put(self, line):
+        self._turn.wait_for(print, 0.5)
+    def ended(self):
+        self._done.wait(1)
+    def close(self):
+        self._writer.join(1)
+
+log = logging.getLogger("known")
+{handler}
+
 class User:
     port: Port
     def __init__(self, log: Log | None):
         self._log = log
+        self._lines = Lines(Path("x"))
     async def run(self, other: "Log", path: Path):
         {body}
 """
@@ -64,6 +99,11 @@ class User:
         ("shutil.rmtree(path)", "shutil.rmtree"),
         ("time.sleep(1)", "time.sleep"),
         ("open('x')", "open"),
+        ("self._lines.append(b'')", "append > file.write"),
+        ("self._lines.put(b'')", "put > Condition.wait_for"),
+        ("self._lines.ended()", "ended > Event.wait"),
+        ("self._lines.close()", "close > Thread.join"),
+        ("log.info('a')", None),
         ("await asyncio.to_thread(self._log.note, 'a')", None),
         ("await asyncio.to_thread(lambda: open('x'))", None),
         ("self._log.quiet()", None),
@@ -71,7 +111,26 @@ class User:
 )
 def test_what_the_rule_sees(body, found):
     source = Source()
-    source.add("known", ast.parse(KNOWN.replace("{body}", body)))
+    source.add("known", ast.parse(KNOWN.replace("{body}", body).replace("{handler}", "")))
+    reasons = [why.partition(": ")[2] for _, why in source.blocking_coroutines()]
+    assert reasons == ([] if found is None else [found])
+
+
+@pytest.mark.parametrize(
+    ("handler", "found"),
+    [
+        ("log.addHandler(logging.FileHandler('x'))", "info > FileHandler"),
+        (
+            "class Own(logging.Handler):\n    def emit(self, record):\n        os.write(1, b'')",
+            "info > emit > os.write",
+        ),
+        ("class Own(logging.Handler):\n    def emit(self, record):\n        pass", None),
+    ],
+)
+def test_n07_the_rule_sees_what_a_log_line_does(handler, found):
+    source = Source()
+    text = KNOWN.replace("{body}", "log.info('a')").replace("{handler}", handler)
+    source.add("known", ast.parse(text))
     reasons = [why.partition(": ")[2] for _, why in source.blocking_coroutines()]
     assert reasons == ([] if found is None else [found])
 

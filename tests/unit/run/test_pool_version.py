@@ -168,3 +168,31 @@ async def test_a_scoring_worker_without_the_newest_reference_scores_nothing(tmp_
         async with moving.pool.acquire(prefer=moving.pool.workers[2]) as worker:
             assert worker.actor.versions[-1] == 2
     moving.pool.close()
+
+
+@BOTH
+async def test_n08_a_worker_that_joins_from_a_slow_storage_keeps_its_place_and_catches_up(
+    pools: Pools, why: Exception | str
+) -> None:
+    pulling = pools(Puller("fine"), Puller(why, why, why, "fine"))
+    await pulling.pool.start(1)
+    await pulling.bring(1)
+    await pulling.pool.resize(2)
+    assert pulling.states() == ["live", "behind"]
+    while pulling.pool._tasks:
+        await asyncio.wait(pulling.pool._tasks)
+    assert pulling.states() == ["live", "live"]
+    assert pulling.ended == []
+    assert pulling.pool.restarts.total == 0
+    assert pulling.pool.workers[1].actor.versions == [1]
+
+
+async def test_n08_one_that_joins_and_never_catches_up_is_replaced(pools: Pools) -> None:
+    pulling = pools(Puller("fine"), Puller(SLOW))
+    await pulling.pool.start(1)
+    await pulling.bring(1)
+    await pulling.pool.resize(2)
+    await pulling.settle()
+    assert pulling.ended == [f"{pulling.kind}-1"]
+    assert pulling.states() == ["live", "live"]
+    assert pulling.pool.restarts.total == 1

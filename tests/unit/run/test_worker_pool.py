@@ -464,3 +464,49 @@ async def test_a_pool_that_may_never_restart_lives_on_its_quorum():
     assert (plant.pool.num_live, len(plant.launched)) == (2, 3)
     async with plant.pool.acquire():
         pass
+
+
+@pytest.mark.parametrize("error", [ValueError("no such actor"), OSError("no answer")])
+async def test_n15_a_worker_that_cannot_be_ended_is_replaced_and_ended_later(error):
+    plant, told = Plant(), list[str]()
+    plant.pool.tell, retire, fails = told.append, plant.pool.retire, [True]
+
+    def failing(worker: Worker) -> None:
+        if fails[0]:
+            raise error
+        retire(worker)
+
+    plant.pool.retire = failing
+    await plant.pool.start(4)
+    await plant.pool.fail(plant.pool.live[0], WorkerError("dead"))
+    await plant.settle()
+    assert plant.names() == [f"generation-{number}" for number in (1, 2, 3, 4)]
+    assert plant.pool.restarts.total == 1
+    assert told == [
+        f"generation-0 could not be ended ({type(error).__name__}: {error}); it is tried again, and "
+        "may hold its place until then"
+    ]
+    plant.broken.add("generation-1")  # found by the supervision, which lives on
+    watch = asyncio.create_task(plant.pool.supervise())
+    await plant.settle()
+    assert len(plant.names()) == 4
+    fails[0] = False
+    await plant.settle()
+    watch.cancel()
+    assert plant.retired == ["generation-0", "generation-1"], "each once"
+
+
+async def test_n15_one_that_cannot_be_ended_at_the_close_keeps_no_other():
+    plant = Plant()
+    await plant.pool.start(3)
+    retire = plant.pool.retire
+
+    def failing(worker: Worker) -> None:
+        if worker.name == "generation-0":
+            raise ValueError("no such actor")
+        retire(worker)
+
+    plant.pool.retire = failing
+    plant.pool.close()
+    assert plant.retired == ["generation-1", "generation-2"]
+    assert plant.pool.workers == []

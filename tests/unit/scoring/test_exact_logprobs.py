@@ -1,6 +1,7 @@
 """Exact log-probabilities: every token under the version that sampled it, against transformers."""
 
 import shutil
+import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -8,14 +9,15 @@ import numpy as np
 import pytest
 
 from rlhf_cluster.buffer.staleness import AdmissionGate
-from rlhf_cluster.errors import RecordError, ScoringError, WeightError
+from rlhf_cluster.errors import RecordError, ScoringError, StalledError, WeightError
 from rlhf_cluster.records import GroupSummary, ScoredRollout, Ticket
 from rlhf_cluster.scoring.exact_logprobs import ExactLogprobs
 from rlhf_cluster.scoring.frozen_policy import FrozenPolicy
 from rlhf_cluster.scoring.scorer import Scorer
 from rlhf_cluster.sections.rl_run import Staleness
+from rlhf_cluster.util.deadlines import call_deadline
 from rlhf_cluster.weights import store
-from rlhf_cluster.weights.transports.shared_files import version_dir
+from rlhf_cluster.weights.transports.shared_files import FileSource, version_dir
 from tests.support.builders import (
     small_weights,
     tiny_llama,
@@ -288,3 +290,84 @@ def test_a_version_that_is_asked_for_is_among_the_newest_that_the_store_keeps(ch
     ]
     oldest = Staleness(**settings).oldest_in_flight
     assert max(ages) == oldest, "and the oldest of them is asked for"
+
+
+class SlowSource(FileSource):
+    """Shards that arrive when `answers` is set."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.answers, self.asked = threading.Event(), threading.Event()
+
+    def manifest(self, version: int) -> bytes:
+        self.asked.set()
+        assert self.answers.wait(30)
+        return super().manifest(version)
+
+
+def slow_exact(model_dir: Path, root: Path, cached_versions: int = 2):
+    source = SlowSource(root)
+    model = FrozenPolicy("exact", str(model_dir), "float32", "cpu", 4096)
+    return ExactLogprobs(model, root, cached_versions, source, wait_timeout_s=30.0), source
+
+
+def test_n08_a_slow_read_ends_with_the_calls_deadline_and_goes_on(model_dir, store_dir, models):
+    scorer, source = slow_exact(model_dir, store_dir)
+    [given] = rollouts(mixed=[([9, 8, 1], [2, 2, 2])])
+    for _ in range(3):
+        with (
+            call_deadline(0.01),
+            pytest.raises(StalledError, match=r"version 2 was not read .*goes on.*weights.root"),
+        ):
+            scorer.logprobs([given])
+    with scorer._model.held():
+        pass  # it is free for groups of other versions meanwhile
+    source.answers.set()
+    [found] = scorer.logprobs([given])
+    np.testing.assert_allclose(found, slowly(models, given), atol=TOLERANCE)
+    assert scorer.num_reads == 1, "no try begins anew"
+
+
+def test_n08_a_version_that_was_brought_is_not_read_for_a_group(model_dir, store_dir, models):
+    scorer, source = slow_exact(model_dir, store_dir)
+    source.answers.set()
+    scorer.bring(store.open_version(version_dir(store_dir, 1)))
+    source.answers.clear()
+    [given] = rollouts(mixed=[([9, 8], [1, 1])])
+    with call_deadline(10.0):
+        [found] = scorer.logprobs([given])
+    np.testing.assert_allclose(found, slowly(models, given), atol=TOLERANCE)
+    assert scorer.num_reads == 1
+
+
+def test_n08_what_is_read_while_versions_are_forgotten_is_not_kept(
+    model_dir, store_dir, models, tmp_path
+):
+    root = shutil.copytree(store_dir, tmp_path / "weights")
+    scorer, source = slow_exact(model_dir, root)
+    [given] = rollouts(mixed=[([9, 8, 7, 1], [2, 2, 2, 2])])
+    with call_deadline(0.01), pytest.raises(StalledError):
+        scorer.logprobs([given])
+    [old] = scorer._reads.values()
+    assert source.asked.wait(30)
+    scorer.forget()
+    source.answers.set()
+    assert old.result(30)
+    assert scorer._cache == {}
+
+
+def test_n08_a_version_with_another_digest_is_read_anew(model_dir, store_dir, models, tmp_path):
+    """A worker that was starting when the learner went back was told to forget nothing."""
+    root = shutil.copytree(store_dir, tmp_path / "weights")
+    scorer = exact(model_dir, root)
+    [given] = rollouts(mixed=[([9, 8, 7, 1], [2, 2, 2, 2])])
+    scorer.bring(store.open_version(version_dir(root, 2)))
+    scorer.logprobs([given])
+    store.rewind(root, 1)
+    anew = tiny_llama.publish(root, 2, dict(store.read(version_dir(store_dir, 3))))
+    scorer.bring(anew)
+    [found] = scorer.logprobs([given])
+    other = replace(given, versions=np.full(4, 3, np.int32))
+    np.testing.assert_allclose(found, slowly(models, other), atol=TOLERANCE)
+    scorer.bring(anew)
+    assert scorer.num_reads == 2

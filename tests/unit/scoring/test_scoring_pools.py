@@ -21,12 +21,13 @@ from rlhf_cluster.buffer.group_file import (
 from rlhf_cluster.buffer.group_recovery import made_by
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.config.pool_sections import pool_sections
-from rlhf_cluster.errors import ConfigError, RecordError, ScoringError
+from rlhf_cluster.errors import ConfigError, RecordError, ScoringError, StalledError
 from rlhf_cluster.planning import memory_needs
 from rlhf_cluster.planning.placement import demand, derived
 from rlhf_cluster.records import ExperienceGroup, RolloutGroup
 from rlhf_cluster.run.worker_pool import (
     PoolLimits,
+    State,
     Worker,
     WorkerPool,
 )
@@ -263,6 +264,9 @@ class Method:
         return self.worker.called(self.name, arguments)
 
 
+CONTROL = ("load_reference", "bring_version", "forget_versions")
+
+
 class FakeWorker:
     """Answers at once but to what is in `held`; raises what `fails` has."""
 
@@ -272,7 +276,7 @@ class FakeWorker:
         self.held: dict[str, Answer] = {}
         self.fails: dict[str, Exception] = {}
         self.asked = asyncio.Event()
-        for method in ("score", "score_part", "join", "load_reference", "forget_versions"):
+        for method in ("score", "score_part", "join", *CONTROL):
             setattr(self, method, Method(self, method))
 
     def called(self, name: str, arguments: tuple[Any, ...]) -> Any:
@@ -283,7 +287,7 @@ class FakeWorker:
             answer.given.set_exception(self.fails[name])
         elif name not in self.held:
             answer.given.set_result(f"{name} of {self.name}")
-        if name in ("load_reference", "forget_versions"):
+        if name in CONTROL:
             return answer
         return answer, f"{name} handle of {self.name}"
 
@@ -386,3 +390,38 @@ async def test_only_the_pool_that_has_versions_forgets_them():
     client, made, _ = await client_of(exact_logprobs=True, pools=pools)
     await client.begin_anew()
     assert {name for name, calls in calls_of(made).items() if calls} == {"policies-0"}
+
+
+POLICIES = {"policies": {"serves": ["exact_logprobs"], "workers": 2}}
+
+
+async def test_n08_versions_are_brought_to_the_pool_that_scores_under_them_and_to_who_joins():
+    client, made, _ = await client_of(exact_logprobs=True, pools=POLICIES)
+    await client.follow(make_version(3))
+    await client.follow(make_version(3))
+    asked = {name: calls for name, calls in calls_of(made).items() if calls}
+    assert asked == {f"policies-{i}": [("bring_version", (make_version(3),))] for i in range(2)}
+    joins = Worker(name="policies-2", actor=FakeWorker("policies-2"), placement=None)
+    await client.join("policies", joins)
+    assert joins.actor.calls == [("bring_version", (make_version(3),))]
+    await client.begin_anew()
+    other = Worker(name="policies-3", actor=FakeWorker("policies-3"), placement=None)
+    await client.join("policies", other)
+    assert other.actor.calls == [], "that version may be gone"
+
+
+async def test_n08_a_storage_that_is_too_slow_for_scorers_kills_none_and_fails_no_publish():
+    client, made, _ = await client_of(exact_logprobs=True, pools=POLICIES)
+    for worker in made["policies"].workers:
+        worker.actor.fails["bring_version"] = StalledError("version 3 was not read within 60 s")
+    await client.follow(make_version(3))
+    assert [w.state for w in made["policies"].workers] == [State.LIVE, State.LIVE]
+    assert made["policies"].restarts.total == 0
+
+
+async def test_n08_workers_that_are_behind_forget_versions_too():
+    client, made, _ = await client_of(exact_logprobs=True, pools=POLICIES)
+    slow = made["policies"].workers[1]
+    slow.state = State.BEHIND
+    await client.begin_anew()
+    assert slow.actor.calls == [("forget_versions", ())]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from rlhf_cluster.errors import (
     PoolLost,
     RecordLost,
     ScoringError,
+    StalledError,
     StoreError,
     WorkerError,
 )
@@ -27,6 +30,7 @@ from rlhf_cluster.synthetic_data.produce import (
     Completions,
     beginning,
 )
+from rlhf_cluster.util.slow_disk import Patience
 from tests.support.builders.dataset_runs import (
     LINE,
     Generation,
@@ -162,3 +166,26 @@ def test_progress_tells_of_every_prompt_once():
     assert not progress.add(answers(1.0))
     assert progress.is_open
     assert progress.take(105.0)["generate/tokens_per_s"] == len("answer 0")
+
+
+async def test_n07_a_slow_disk_holds_up_no_other_prompt_and_ends_the_stage_at_its_deadline(
+    tmp_path,
+):
+    """Nothing that the stage awaits stands still while the disk does not answer."""
+    disk, begun = threading.Event(), threading.Event()
+    work = producer(tmp_path, patience=Patience(limit_s=0.05, setting="a.timeout_s"))
+    append = work.file._append
+
+    def slow(answers: Answers) -> None:
+        begun.set()
+        assert disk.wait(30)
+        append(answers)
+
+    work.file._append = slow
+    running = asyncio.create_task(work.run())
+    with pytest.raises(StalledError, match=r"prompt \d in .*groups.jsonl .*a.timeout_s = 0.05 s"):
+        await running
+    assert begun.is_set()
+    work.file.close()
+    assert not work.file._file.closed, "a thread may still write to it"
+    disk.set()

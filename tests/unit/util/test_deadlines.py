@@ -39,6 +39,7 @@ CONFIGS = {
     "defaults": tiny_config(),
     "short": tiny_config(**SHORT),
     "moving reference": tiny_config(**MOVING),
+    "exact log-probabilities": tiny_config(scoring={"exact_logprobs": True}),
     "mirror": tiny_config(weights={"mirror": "/dev/shm"}),
 }
 NUM_BYTES = 140_000_000_000
@@ -53,6 +54,8 @@ def pairs(c: RunConfig) -> dict[str, tuple[float, float]]:
     pull_s = reply_deadline(c.pull_deadline_s(NUM_BYTES))
     publish_s = reply_deadline(c.weights.publish_timeout_s) + reply_deadline(0.0)
     follow_s = load_s + 2 * (reply_deadline(load_s) + check_s) if c.stored_reference else 0.0
+    if c.scoring.exact_logprobs:
+        follow_s += 2 * (pull_s + check_s)
     one_try_s = (
         reply_deadline(learner.snapshot_deadline_s)
         + publish_s

@@ -78,6 +78,7 @@ def test_a_secret_is_in_no_file_of_a_run_and_not_in_its_report(
             "JUDGE_LOGIN": NAMED, "STORE_PASSWORD": PASSWORD},
         )  # fmt: skip
         post_mortem.write(run.path / post_mortem.NAME, lambda: document)
+    logs.flush()
     shown = {str(p): p.read_text() for p in run.path.rglob("*") if p.is_file()}
     shown["stderr"] = capfd.readouterr().err
     shown["error"] = explain(error)
@@ -97,6 +98,7 @@ def test_the_key_of_a_reward_server_is_in_no_log(tmp_path, capfd, no_handlers_le
     section = RemoteSection(url="http://judge/v1", api_key_env="JUDGE_LOGIN")
     Server(section, environment={"JUDGE_LOGIN": "only-the-server-knows-it"})
     logs.configure("scoring", "scoring-0", tmp_path).error("sent only-the-server-knows-it")
+    logs.flush()
     assert "sent (hidden)" in (tmp_path / "scoring-0.log").read_text()
     assert "sent (hidden)" in capfd.readouterr().err
 

@@ -237,7 +237,6 @@ def run(tmp_path: Path) -> Iterator[RunDir]:
 
 def test_the_record_of_a_slow_disk_has_every_line_in_order(run: RunDir, disk: Disk):
     log = RunLog(run, None, disk.patience(NEVER_S), disk.write)
-    log._lines.grace_s = 0.0
     for step in range(1, 21):
         log.append(step, 1.0, {"reward/mean": 0.5})
     assert read_metrics(run.metrics) == []
@@ -251,10 +250,13 @@ def test_a_record_that_the_disk_does_not_take_ends_the_run_with_the_cure(
     run: RunDir, disk: Disk, caplog: pytest.LogCaptureFixture
 ):
     log = RunLog(run, None, disk.patience(0.02), disk.write)
-    log._lines.grace_s = 0.0
-    log.append(1, 1.0, {"reward/mean": 0.5})
-    with pytest.raises(RunError) as caught:
+
+    def write() -> None:
+        log.append(1, 1.0, {"reward/mean": 0.5})  # on a busy machine it may be late already
         log.flush()
+
+    with pytest.raises(RunError) as caught:
+        write()
     text = str(caught.value)
     assert f"a line of {run.metrics} was not written within a.timeout_s = 0.02 s" in text
     assert "give the same command again" in text
@@ -267,7 +269,7 @@ def test_a_status_on_a_slow_disk_holds_nobody_up_and_shows_the_latest(
 ):
     clock = Clock()
     status = StatusFile(run, disk.patience(60.0))
-    status._behind.clock, status._behind.grace_s = clock, 0.0
+    status._behind.clock = clock
     status._behind.put(disk.wait, latest=True)
     assert disk.begun.wait(NEVER_S)
     for step in range(3):
