@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import time
@@ -20,6 +19,7 @@ from actors.cluster.named_actors import (
     serving,
 )
 from rlhf_cluster.config import RunConfig
+from rlhf_cluster.util.slow_disk import aside
 from rlhf_cluster.weights.transports.node_mirror import (
     PARALLEL,
     Mirror,
@@ -116,7 +116,7 @@ async def serving_relay(config: RunConfig) -> AsyncIterator[None]:
         async with serving(Relay, _name(config.run.name)):
             yield
     finally:
-        await asyncio.to_thread(_clear_nodes, str(config.weights.mirror), config.run.name)
+        await aside(_clear_nodes, str(config.weights.mirror), config.run.name)
 
 
 def _clear_nodes(folder: str, run_name: str) -> None:

@@ -12,6 +12,8 @@ Promises:
 - only a loss is tried again; what would come again (diverged numbers, refused weights, wrong settings)
   ends the run at once;
 - going back to all ranks is no loss: it costs no restart;
+- nor does room that is missing after a loss, which is waited for, as the pools wait for theirs, for as
+  long as the run is not stopped; the checkpoint is not read again for it;
 - losses are counted within a window of time, those of a start too; the one over `limit` ends the run
   with the first of them;
 - nothing that a user asked to keep is deleted: a run that was told to write no checkpoints, or whose
@@ -26,6 +28,7 @@ loop loses many within the window.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -38,6 +41,8 @@ from rlhf_cluster.run.checkpoint import resume
 from rlhf_cluster.run.checkpoint.checkpoint_folder import Checkpoint
 from rlhf_cluster.run.metrics_file import read_metrics
 from rlhf_cluster.run.run_directory import RunDir
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -108,31 +113,42 @@ class Restarts:
                 f"learner.max_restarts = {self.limit}. First cause: {first}. Last: {lost}"
             ) from lost
         self.window.count(lost)
-        return min(MAX_PAUSE_S, self.pause_s * 2.0 ** min(recent, 30))
+        return self.pause_after(recent)
+
+    def pause_after(self, num_before: int) -> float:
+        """Seconds to wait before a try that `num_before` came before."""
+        return min(MAX_PAUSE_S, self.pause_s * 2.0 ** min(num_before, 30))
 
 
 async def with_recovery(
     attempt: Callable[[], Awaitable[T]],
     recover: Callable[[RlhfError], Awaitable[None]],
     restarts: Restarts,
+    tell: Callable[[str], None] = log.warning,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> T:
     """What `attempt` returns. After a loss `recover` brings all else to a state to go on from.
 
-    That there is no room counts as a loss once there was one: what died may still hold it.
+    Once there was a loss, room is waited for: what died may still hold it, or a node is on its way.
+    Each `attempt` waits for it within its own deadline, with a pause between two, up to `MAX_PAUSE_S`.
     """
+    num_waits = 0
     while True:
         try:
             return await attempt()
         except RoomAgain as error:
             await recover(error)
             continue
-        except CoreLost as error:
-            lost: RlhfError = error
         except PlacementError as error:
             if not restarts.used:
                 raise
+            tell(f"waits for room for the learner: {error}")
+            await sleep(restarts.pause_after(num_waits))
+            num_waits += 1
+            continue
+        except CoreLost as error:
             lost = error
+        num_waits = 0
         pause_s = restarts.spend(lost)
         await recover(lost)
         await sleep(pause_s)
