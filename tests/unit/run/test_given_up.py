@@ -1,9 +1,10 @@
-"""What an attempt of the run gave up, or a later attempt, never appears: checkpoints and references."""
+"""What an attempt gave up never appears: checkpoints and references; what fails costs itself alone."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,17 +12,19 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_cluster.errors import FencedError, StalledError
+from rlhf_cluster.errors import FencedError, StalledError, StorageError, WeightError
 from rlhf_cluster.records import LearnerState
 from rlhf_cluster.run.checkpoint import checkpoint_folder
 from rlhf_cluster.run.checkpoint.background_saving import Checkpoints
 from rlhf_cluster.run.checkpoint.run_state import RunState
+from rlhf_cluster.run.run_directory import MARKER, RunDir
 from rlhf_cluster.scoring.moving_reference import ReferenceKeeper
 from rlhf_cluster.sections.reference_update import PeriodicReference
 from rlhf_cluster.util.slow_disk import aside, check_wanted, within
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.writer_fence import Writer, publishing
 from tests.support.builders.checkpoint_files import make_state
+from tests.support.builders.run_configs import tiny_config
 from tests.support.builders.small_weights import publish, small_model
 
 NEVER_S = 300.0  # a deadline that no test comes to
@@ -215,3 +218,71 @@ def test_what_is_wanted_is_told_from_what_was_given_up():
     answers.set()
     assert ended.wait(NEVER_S)
     assert "version 7: comes after its deadline and was given up" in str(raised[0])
+
+
+class FailingMarker:
+    """A run's marker that answers with EIO `times` times, and then as it is."""
+
+    def __init__(self, run: RunDir, times: int) -> None:
+        self.run, self.times = run, times
+        self.slept: list[float] = []
+        self._marker = run.path / MARKER
+        self._text = self._marker.read_bytes()
+        self._break()
+
+    def _break(self) -> None:
+        """A folder in its place: to read it is an error of the file system, and none of its content."""
+        self._marker.unlink()
+        self._marker.symlink_to("/proc/self/mem")  # EIO when it is read
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        if len(self.slept) == self.times:
+            self._marker.unlink()
+            self._marker.write_bytes(self._text)
+
+    def check(self) -> None:
+        self.run.check_claim(self.sleep)
+
+
+def test_n10_a_passing_error_of_the_marker_is_tried_again(tmp_path):
+    with RunDir.create(tmp_path / "x", tiny_config(run={"root": str(tmp_path)})) as run:
+        marker = FailingMarker(run, 2)
+        marker.check()
+        assert marker.slept == [0.5, 1.0]
+
+
+async def test_n10_a_marker_that_cannot_be_read_costs_the_checkpoint_and_not_the_run(tmp_path):
+    writer = store.begin_attempt(tmp_path / "weights")
+    with RunDir.create(tmp_path / "x", tiny_config(run={"root": str(tmp_path)})) as run:
+        marker = FailingMarker(run, 99)
+        with pytest.raises(StorageError, match=r"run\.lock.*Input/output error"):
+            marker.check()
+        checkpoints = saving(tmp_path, fence_of(tmp_path, writer))
+        checkpoints.check_owner = marker.check
+        await saved(checkpoints, 5)
+        assert (checkpoints.stats.last, checkpoints.stats.failed) == (-1, 1)
+        checkpoints.check_owner = lambda: None
+        await saved(checkpoints, 6)
+        assert checkpoints.stats.last == 6
+
+
+def test_n10_a_pin_that_cannot_be_written_or_listed_is_an_error_of_the_store(tmp_path):
+    publish(tmp_path, 3, small_model(seed=3))
+    store.pin(tmp_path, 3)
+    assert store.pinned(tmp_path) == [3]
+    store.unpin(tmp_path, 3)
+    (tmp_path / "v000003.pin").symlink_to("/dev/null/x")  # ENOTDIR for whoever touches it
+    with pytest.raises(WeightError, match="v000003: cannot be pinned"):
+        store.pin(tmp_path, 3)
+    (tmp_path / "v000003.pin").unlink()
+    (tmp_path / "v000003.pin").mkdir()
+    with pytest.raises(WeightError, match="v000003: cannot be unpinned"):
+        store.unpin(tmp_path, 3)
+
+
+def test_n09_the_lock_of_a_store_is_waited_for_longer_than_an_nfs_lease():
+    lease_s, margin_s = 90.0, 20.0
+    for call in (store.commit, store.begin_attempt, store.rewind):
+        waits_s = inspect.signature(call).parameters["lock_timeout_s"].default
+        assert waits_s >= lease_s + margin_s
