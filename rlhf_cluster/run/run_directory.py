@@ -209,8 +209,7 @@ class RunDir:
     def check_claim(self, sleep: Callable[[float], None] = time.sleep) -> None:
         """Raises `RunError` where another process has put its name on what this one owns, which can be
         on a file system whose locks do not reach other nodes. Raises `StorageError` where nobody can
-        tell, after
-        the tries of `patiently`."""
+        tell, after the tries of `patiently`."""
         for claim in self._claims:
             marker = claim.folder / MARKER
             if (found := patiently(lambda m=marker: _owner(m), marker, "", sleep)) != claim.owner:
