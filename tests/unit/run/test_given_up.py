@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_cluster.errors import FencedError, StalledError, StorageError, WeightError
-from rlhf_cluster.records import LearnerState
+from rlhf_cluster.records import LearnerState, WeightVersion
 from rlhf_cluster.run.checkpoint import checkpoint_folder
 from rlhf_cluster.run.checkpoint.background_saving import Checkpoints
 from rlhf_cluster.run.checkpoint.run_state import RunState
@@ -27,7 +27,7 @@ from tests.support.builders.checkpoint_files import make_state
 from tests.support.builders.run_configs import tiny_config
 from tests.support.builders.small_weights import publish, small_model
 
-NEVER_S = 300.0  # a deadline that no test comes to
+NEVER_S = 30.0  # a deadline that no test comes to
 
 
 class Disk:
@@ -151,7 +151,7 @@ async def test_n04_a_begin_that_was_given_up_removes_nothing_of_the_next_try(tmp
     assert partial.is_dir()
 
 
-def keeper(root: Path, version: int, every: int = 2) -> tuple[ReferenceKeeper, object]:
+def keeper(root: Path, version: int, every: int = 2) -> tuple[ReferenceKeeper, WeightVersion]:
     update = PeriodicReference(type="periodic", every=every)
     one = ReferenceKeeper(root / "reference", update, fence=root / "weights")
     return one, publish(root / "policy", version, small_model(seed=version))
