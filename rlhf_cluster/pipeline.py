@@ -49,6 +49,7 @@ from rlhf_cluster.records import (
     Ticket,
 )
 from rlhf_cluster.util.concurrency import together
+from rlhf_cluster.util.slow_disk import aside
 from rlhf_cluster.weights.sync import WeightSync
 
 NO_SIGNAL = "no_signal"
@@ -126,7 +127,7 @@ class Pipeline:
     recovery: RecoveryPort | None = None  # None: no group is on disk
     trainable: Callable[[Ticket, int], bool] = lambda ticket, oldest_version: True
     """Whether a stored group with tokens of that version keeps the bound when its turn comes."""
-    on_disk: Callable[..., Awaitable[Any]] = asyncio.to_thread  # how its methods are called
+    on_disk: Callable[..., Awaitable[Any]] = aside  # how its methods are called
     first_step: int = 0
     first_prompt: int = 0
     open: Sequence[Ticket] = ()

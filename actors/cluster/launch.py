@@ -46,10 +46,16 @@ class RayPlaces:
     def reserve(
         self, resources: list[dict[str, float]], name: str, avoid: Collection[str] = ()
     ) -> PlacementGroup:
-        """On any nodes but those whose ids are in `avoid`."""
+        """Reserve room on any nodes but those whose ids are in `avoid`."""
+        if not avoid:
+            return placement_group(resources, strategy="PACK", name=name)
         elsewhere = {"ray.io/node-id": f"!in({','.join(sorted(avoid))})"}
-        selectors = {"bundle_label_selector": [elsewhere for _ in resources]} if avoid else {}
-        return placement_group(resources, strategy="PACK", name=name, **selectors)
+        return placement_group(
+            resources,
+            strategy="PACK",
+            name=name,
+            bundle_label_selector=[elsewhere for _ in resources],
+        )
 
     def node_of(self, group: PlacementGroup) -> str:
         """Id of the node that has the first bundle; "" where that is not known."""

@@ -7,7 +7,6 @@ node that has some, `NODE_TIMEOUT_S` at most. Raises nothing: what cannot be ask
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import socket
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlhf_cluster.observe.record import stacks
+from rlhf_cluster.util.slow_disk import aside
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ NODE_TIMEOUT_S = 10.0
 
 async def of_every_process(log_dir: Path) -> dict[str, list[str]]:
     """By the name of the process's log."""
-    return await asyncio.to_thread(_gather, log_dir)
+    return await aside(_gather, log_dir)
 
 
 def nodes_of(hosts: set[str], nodes: Sequence[dict[str, Any]]) -> dict[str, str]:

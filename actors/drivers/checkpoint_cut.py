@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from actors.drivers.rl_observer import RunObserver
@@ -31,6 +32,7 @@ from rlhf_cluster.run.checkpoint.run_state import RunState
 from rlhf_cluster.run.run_directory import RunDir
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.sync import SyncStats
+from rlhf_cluster.weights.writer_fence import publishing
 
 
 def claimed(
@@ -83,6 +85,7 @@ class Cutter:
     first_prompt: int
     reward_before: float | None
     observer: RunObserver
+    reference: Callable[[], int | None]  # the version of the stored one in use
 
     async def checkpoints(self, learner: RayLearner, resumed: RunState | None) -> Checkpoints:
         """Waits for: the names of those that are there, where they are copied."""
@@ -105,6 +108,7 @@ class Cutter:
             told_fraction=self.config.observe.slow_write_fraction,
             kept=self.kept,
             check_owner=self.rundir.check_claim,
+            fence=functools.partial(publishing, self.config.weights_dir, learner.writer),
             copies=copies,
             stats=CheckpointStats(last=-1 if resumed is None else resumed.step),
         )
@@ -131,8 +135,8 @@ class Cutter:
         await self.observer.on_disk(self._unpin_all_but, {state.reference for state in states})
 
     def _unpin_all_but(self, needed: set[int | None]) -> None:
-        for pin in self.rundir.reference.glob("v*.pin"):
-            if (version := int(pin.stem.removeprefix("v"))) not in needed:
+        for version in store.pinned(self.rundir.reference):
+            if version not in needed:
                 store.unpin(self.rundir.reference, version)
 
     def _copies(self) -> Copies | None:
@@ -145,11 +149,10 @@ class Cutter:
     def _pinned_reference(self) -> int | None:
         if not self.config.stored_reference:
             return None
-        latest = store.latest(self.rundir.reference)
-        if latest is None:
-            return None
-        store.pin(self.rundir.reference, latest.version)
-        return latest.version
+        version = self.reference()
+        if version is not None:
+            store.pin(self.rundir.reference, version)
+        return version
 
 
 def checkpoint_metrics(checkpoints: Checkpoints | None) -> Mapping[str, float]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.drivers.open_run import in_run_directory
+from rlhf_cluster.util.slow_disk import aside
 
 # isort: split
 from actors.cluster.calls import answer
@@ -59,7 +60,6 @@ from rlhf_cluster.synthetic_data.produce import (
 from rlhf_cluster.synthetic_data.revise_answers import EndpointAsker
 from rlhf_cluster.synthetic_data.write_dataset import write_dataset
 from rlhf_cluster.util.json_files import write_json
-from rlhf_cluster.util.slow_disk import aside
 
 HEADLINE = "generate/reward_mean"
 REPORT = "report.json"
@@ -151,7 +151,7 @@ class _Generation:
             discarded: dict[str, int] = {}
             if len(self.file.done) < self.num_prompts:
                 discarded = await self._sampled()
-            summary = await asyncio.to_thread(self._finish, discarded)
+            summary = await aside(self._finish, discarded)
             await observer.finished()
             return summary
         except BaseException as error:
@@ -168,9 +168,7 @@ class _Generation:
     async def _sampled(self) -> dict[str, int]:
         """Waits for: the answers to every prompt that is missing; the prompts discarded, by reason."""
         launcher, observer = self.launcher, self.observer
-        control = await asyncio.to_thread(
-            control_channel, launcher.config, self.patience_s, observer.event
-        )
+        control = await aside(control_channel, launcher.config, self.patience_s, observer.event)
         generation, scoring = generation_pool(launcher), scoring_pools(launcher)
         self.pools, self.clients = (generation[0], *scoring[0]), (generation[1], scoring[1])
         for pool in self.pools:

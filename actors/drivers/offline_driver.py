@@ -28,6 +28,7 @@ from actors.drivers.checkpoint_cut import checkpoint_metrics
 from actors.drivers.offline_observer import StageObserver
 from actors.drivers.training_attempt import (
     Stopped,
+    begin_attempt,
     stopped_text,
 )
 from actors.services.offline_rank_actors import (
@@ -75,6 +76,7 @@ from rlhf_cluster.run.run_directory import RunDir
 from rlhf_cluster.util.json_files import write_json
 from rlhf_cluster.util.slow_disk import aside
 from rlhf_cluster.weights import store
+from rlhf_cluster.weights.writer_fence import Writer, publishing
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +132,7 @@ class _StageRun:
         self.stopping = False
         self.before: float | None = None  # the headline of held-out units
         self.held_out: float | None = None
+        self.writer: Writer
         self.launcher = Launcher(
             config=config,  # type: ignore[arg-type]
             model_dir=str(inputs.model_dir),
@@ -174,7 +177,10 @@ class _StageRun:
                 observer.event(note)
             if self.checkpoint is not None:
                 await observer.resumed(self.checkpoint.state.step)
-            summary = await with_recovery(self._attempt, self._recover, self.restarts)
+            await self._begin()
+            summary = await with_recovery(
+                self._attempt, self._recover, self.restarts, observer.event
+            )
             await observer.finished()
             return summary
         except BaseException as error:
@@ -185,6 +191,10 @@ class _StageRun:
             raise
         finally:
             await aside(observer.close)
+
+    async def _begin(self) -> None:
+        """From here on nothing that an earlier attempt has under way becomes visible."""
+        self.writer = await begin_attempt(self.rundir.weights, self.config.checkpoint.timeout_s)
 
     async def _attempt(self) -> dict[str, Any]:
         """One set of ranks, from their start to the end of the stage, or of them."""
@@ -212,7 +222,8 @@ class _StageRun:
         if self.checkpoints is not None:
             await self.checkpoints.drain()
         self.checkpoints = None
-        self.checkpoint = await asyncio.to_thread(point_of_return, self.rundir, self.config, lost)
+        await self._begin()
+        self.checkpoint = await aside(point_of_return, self.rundir, self.config, lost)
         await self.observer.cut_back(self.checkpoint)
         step = None if self.checkpoint is None else self.checkpoint.state.step
         self.observer.recovering(lost, self.restarts.used, self.restarts.limit, step)
@@ -222,9 +233,7 @@ class _StageRun:
         state = None if self.checkpoint is None else self.checkpoint.state
         step = 0 if state is None else state.step
         self.checkpoints = await self._checkpoints(stage, state)
-        await asyncio.to_thread(
-            store.rewind, self.rundir.weights, -1
-        )  # written once more at the end
+        await aside(store.rewind, self.rundir.weights, -1)  # written once more at the end
         if state is None:
             self.before = await self._evaluate(stage, 0)
         else:
@@ -254,15 +263,15 @@ class _StageRun:
         report = await stage.report(held_out) if held_out else {}
         if held_out:
             kind = build_stage(config.stage, StageContext(data=config.data))
-            report = await asyncio.to_thread(kind.conclude, report, held_out, rundir.path)
+            report = await aside(kind.conclude, report, held_out, rundir.path)
         await self.observer.on_disk(write_json, rundir.path / REPORT, report)
         await self.checkpoints.drain()
         await self.checkpoints.copied()
-        version = await stage.write_final(rundir.weights)
+        version = await stage.write_final(rundir.weights, self.writer)
         num_values = (
             cast(Any, config.stage).num_values if config.stage.model_kind == "value" else None
         )
-        await asyncio.to_thread(
+        export = functools.partial(
             export_hf,
             version,
             self.inputs.model_dir,
@@ -270,6 +279,7 @@ class _StageRun:
             num_values=num_values,
             tokenizer_dir=config.model.tokenizer,
         )
+        await aside(export)
         return await self.observer.on_disk(self._write_summary, report)
 
     def _write_summary(self, report: Mapping[str, Any]) -> dict[str, Any]:
@@ -326,6 +336,7 @@ class _StageRun:
             told_fraction=self.config.observe.slow_write_fraction,
             kept=self._kept,
             check_owner=self.rundir.check_claim,
+            fence=functools.partial(publishing, self.rundir.weights, self.writer),
             copies=copies,
             stats=CheckpointStats(last=-1 if resumed is None else resumed.step),
         )

@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from actors.cluster.ray_cluster import describe_demand
+from rlhf_cluster.util.slow_disk import aside
 
 # isort: split
 from actors.cluster.signals import ended_by_signals
@@ -57,7 +58,7 @@ from rlhf_cluster.buffer.staleness import gate_of
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.config.check_scoring import kl_notes
 from rlhf_cluster.config.pool_sections import pool_sections
-from rlhf_cluster.errors import CoreLost, RlhfError, StalledError
+from rlhf_cluster.errors import CoreLost, PlacementError, PoolLost, RlhfError, StalledError
 from rlhf_cluster.generation.generation_worker import DEFAULT_ENGINE
 from rlhf_cluster.learner.hot_spares import rank_of
 from rlhf_cluster.observe.record.logs import configure
@@ -79,7 +80,6 @@ from rlhf_cluster.run.restarts import (
 )
 from rlhf_cluster.run.run_directory import RunDir
 from rlhf_cluster.run.worker_pool import WorkerPool
-from rlhf_cluster.util.slow_disk import aside
 from rlhf_cluster.weights.formats.huggingface import export_hf
 from rlhf_cluster.weights.sync import SyncStats
 
@@ -185,12 +185,12 @@ class _Run:
         return -1 if self.checkpoint is None else self.checkpoint.state.step
 
     async def _run(self) -> dict[str, Any]:
-        control = await asyncio.to_thread(
+        control = await aside(
             control_channel, self.config, self.patience_s, lambda text: self.observer.event(text)
         )
         generation, scoring = generation_pool(self.launcher), scoring_pools(self.launcher)
         self.pools = (generation[0], *scoring[0])
-        observer = self.observer = await asyncio.to_thread(
+        observer = self.observer = await aside(
             self._observer,
             lambda: {
                 **generation[1].metrics(),
@@ -261,7 +261,10 @@ class _Run:
             supervisor.watching(started),
         ):
             before, after = await with_recovery(
-                lambda: self._attempt(started), self._recover, self.restarts
+                lambda: self._attempt(started),
+                self._recover,
+                self.restarts,
+                self.observer.event,
             )
             return await self.observer.on_disk(self._finish, before, after)
 
@@ -278,7 +281,13 @@ class _Run:
             self.num_ranks = core.num_ranks
             self.spares.resume()
             async with core.watched(look_at_buffer(buffer, self.observer)):
-                await asyncio.shield(started)
+                try:
+                    await asyncio.shield(started)
+                except PlacementError as error:
+                    if not again:
+                        raise
+                    # No room comes for it: a pool begins its start once.
+                    raise PoolLost(f"a pool did not start: {error}") from error
                 self.attempt = Attempt(
                     place=self.place,
                     learner=learner,
@@ -328,7 +337,7 @@ class _Run:
             await attempt.abandon()
         await self.place.generation.begin_anew()
         await self.place.scoring.begin_anew()
-        self.checkpoint = await asyncio.to_thread(point_of_return, self.rundir, self.config, lost)
+        self.checkpoint = await aside(point_of_return, self.rundir, self.config, lost)
         step = None if self.checkpoint is None else self.checkpoint.state.step
         self.observer.recovering(lost, self.restarts.used, self.restarts.limit, step)
 

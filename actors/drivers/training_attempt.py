@@ -14,6 +14,8 @@ import functools
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
 
 from actors.drivers.checkpoint_cut import Cutter
 from actors.drivers.rl_observer import RunObserver
@@ -33,7 +35,7 @@ from rlhf_cluster.buffer.group_recovery import (
 )
 from rlhf_cluster.buffer.staleness import gate_of
 from rlhf_cluster.config import RunConfig, StageConfig
-from rlhf_cluster.errors import RunError, StalledError
+from rlhf_cluster.errors import CoreLost, RunError, StalledError
 from rlhf_cluster.pipeline import Pipeline, evaluate
 from rlhf_cluster.planning.run_inputs import Inputs
 from rlhf_cluster.records import BufferState, Ticket, WeightVersion
@@ -44,11 +46,13 @@ from rlhf_cluster.run.checkpoint.run_state import RunState
 from rlhf_cluster.run.restarts import RoomAgain
 from rlhf_cluster.run.run_directory import RunDir
 from rlhf_cluster.util.deadlines import reply_deadline
-from rlhf_cluster.util.slow_disk import Patience
+from rlhf_cluster.util.slow_disk import Patience, aside
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.sync import WeightSync, live_deadline_s
+from rlhf_cluster.weights.writer_fence import LOCK_TIMEOUT_S, Writer
 
 LOOK_EVERY_S = 1.0
+T = TypeVar("T")
 
 
 class Stopped(RunError):
@@ -133,6 +137,7 @@ class Attempt:
             first_prompt=state.first_prompt if state else self.place.first_prompt,
             reward_before=before,
             observer=self.place.observer,
+            reference=self.place.scoring.reference_version,
         )
         self.checkpoints = await cutter.checkpoints(self.learner, state)
         self.pipeline = await self._pipeline(depth, cutter.first_prompt)
@@ -203,24 +208,25 @@ class Attempt:
         """What the learner and the buffer do not restore themselves. From here on nothing that an
         earlier learner has under way becomes visible.
 
-        Waits for: the weight store, `weights.publish_timeout_s` at most.
+        Waits for: the weight store, as `on_store`.
         """
         place, state = self.place, self.state
         config = place.config
-        patience = Patience(
-            limit_s=config.weights.publish_timeout_s, setting="weights.publish_timeout_s"
-        )
-        store_of_weights = f"the weight store {config.weights_dir}"
+        timeout_s = config.weights.publish_timeout_s
         await place.observer.on_disk(place.rundir.check_claim)
-        writer = await patience.aside(store_of_weights, store.begin_attempt, config.weights_dir)
-        self.learner.writer = writer
+        writer = await begin_attempt(config.weights_dir, timeout_s)
+        self.learner.writer = place.scoring.writer = writer
         if self.again or state is not None:
-            await patience.aside(
-                store_of_weights, resume.rewind_weights, place.rundir, self.checkpoint
+            await on_store(
+                config.weights_dir,
+                timeout_s,
+                resume.rewind_weights,
+                place.rundir,
+                self.checkpoint,
             )
         if self.again:
             await place.observer.cut_back(self.checkpoint)
-            await asyncio.to_thread(place.transport.begin_anew, writer)
+            await aside(place.transport.begin_anew, writer)
         if state is None:
             return
         self.sync.stats.skipped = state.publishes_skipped
@@ -294,13 +300,32 @@ class Attempt:
         timeout_s = config.weights.publish_timeout_s
         try:
             async with asyncio.timeout(timeout_s):
-                await asyncio.to_thread(self.place.export, version)
+                await aside(self.place.export, version)
         except TimeoutError as error:
             raise StalledError(
                 f"{self.place.rundir.final}: the trained model was not written within "
                 f"weights.publish_timeout_s = {timeout_s:g} s. Look at that disk, or raise it; the "
                 "same command goes on"
             ) from error
+
+
+async def begin_attempt(root: Path, timeout_s: float) -> Writer:
+    """Who publishes into `root` from now on. Waits as `on_store`."""
+    return await on_store(root, timeout_s, store.begin_attempt, root)
+
+
+async def on_store(root: Path, timeout_s: float, call: Callable[..., T], *arguments: Any) -> T:
+    """What `call`, which takes the lock of the store `root`, gives.
+
+    Waits for: its end, the longer of `timeout_s` and twice the wait for that lock. One that is not over
+    then is a `CoreLost`: whoever holds the lock may be a process that a later attempt does not meet.
+    """
+    limit_s = max(timeout_s, reply_deadline(2 * LOCK_TIMEOUT_S))
+    patience = Patience(limit_s=limit_s, setting="the wait for the lock of the weight store")
+    try:
+        return await patience.aside(f"the weight store {root}", call, *arguments)
+    except StalledError as error:
+        raise CoreLost(str(error)) from error
 
 
 def save_deadline_s(config: RunConfig) -> float:

@@ -29,7 +29,7 @@ from rlhf_cluster.buffer.group_store import collect
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.data.prompts import SftExample
 from rlhf_cluster.data.tokenizer import load_tokenizer
-from rlhf_cluster.errors import RlhfError, WeightError, WorkerError
+from rlhf_cluster.errors import WeightError, WorkerError
 from rlhf_cluster.observe.record.samples import keep_samples, write_samples
 from rlhf_cluster.records import (
     StepReport,
@@ -48,16 +48,14 @@ _T = TypeVar("_T")
 
 
 def failing_as_a_version(method: Callable[_P, _T]) -> Callable[_P, _T]:
-    """`method`, which writes a version: an error of the storage is the version's (`WeightError`), which
-    is published again, and no loss of the learner."""
+    """`method`, which writes a version: an error of the storage and a deadline that passes are the
+    version's (`WeightError`), which is published again, and no loss of the learner."""
 
     @functools.wraps(method)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         try:
             return method(*args, **kwargs)
-        except OSError as error:
-            if isinstance(error, RlhfError):  # a passed deadline is a TimeoutError too
-                raise
+        except OSError as error:  # a `StalledError` too, as every TimeoutError
             raise WeightError(
                 f"{method.__name__}: the storage of the weights failed ({type(error).__name__}: "
                 f"{error})"

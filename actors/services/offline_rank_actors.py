@@ -22,6 +22,7 @@ from actors.services.rank_actors import (
 from rlhf_cluster.config import StageConfig
 from rlhf_cluster.data.units import Unit
 from rlhf_cluster.records import StepReport, WeightVersion
+from rlhf_cluster.weights.writer_fence import Writer
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +60,13 @@ class StageActor(RankActor):
         return self._rank.report(units)
 
     @judging
-    def write_final(self, root: str) -> Any:
-        return self._rank.write_final(root)
+    def write_final(self, root: str, writer: Writer) -> Any:
+        return self._rank.write_final(root, writer.attempt)
 
     @judging
-    def commit_final(self, root: str, reports: list[Any], timeout_s: float) -> WeightVersion:
+    def commit_final(
+        self, root: str, reports: list[Any], timeout_s: float, writer: Writer
+    ) -> WeightVersion:
         from rlhf_cluster.weights.store import commit
 
         version = reports[0].version
@@ -75,6 +78,7 @@ class StageActor(RankActor):
             expected_names=self._rank.tensor_shapes(),
             fsync=True,
             lock_timeout_s=timeout_s,
+            writer=writer,
         )
 
 
@@ -90,10 +94,10 @@ class RayStage(RayRanks):
     async def report(self, units: Sequence[Unit]) -> dict[str, Any]:
         return (await self._all("report", self._step_s, ray.put(list(units))))[0]
 
-    async def write_final(self, root: Path) -> WeightVersion:
+    async def write_final(self, root: Path, writer: Writer) -> WeightVersion:
         timeout_s = self._config.checkpoint.timeout_s
-        reports = await self._all("write_final", timeout_s, str(root))
-        ref = self._actors[0].commit_final.remote(str(root), reports, timeout_s)
+        reports = await self._all("write_final", timeout_s, str(root), writer)
+        ref = self._actors[0].commit_final.remote(str(root), reports, timeout_s, writer)
         return (await self._answers([ref], timeout_s, "commit_final"))[0]
 
     @property

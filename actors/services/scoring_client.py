@@ -30,6 +30,8 @@ from rlhf_cluster.run.worker_pool import (
 )
 from rlhf_cluster.scoring.moving_reference import ReferenceKeeper
 from rlhf_cluster.util.concurrency import together
+from rlhf_cluster.util.slow_disk import Patience
+from rlhf_cluster.weights.writer_fence import Writer
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +40,8 @@ class RayScoring:
     """`ScoringPort` over the pools of `ScoringWorker` actors. It owns the reference that they share.
 
     Where several pools score, each is asked for its part of a group at the same time, and a worker of
-    `[scoring]` joins them. The group fails with the first part that does, once.
+    `[scoring]` joins them. The group fails with the first part that does, once. `writer` is the attempt
+    that moves the reference; set before the first `follow` of an attempt.
     """
 
     def __init__(
@@ -54,9 +57,14 @@ class RayScoring:
         self._busy = {name: Occupancy(clock, _live(pool)) for name, pool in pools.items()}
         self._bring_timeout_s = config.pull_deadline_s
         self._load_timeout_s = config.run.start_timeout_s
+        self._patience = Patience(limit_s=config.run.start_timeout_s, setting="run.start_timeout_s")
         self._score_timeout_s = score_deadline_s(config)
         self._keeper = (
-            ReferenceKeeper(config.run_dir / "reference", config.scoring.reference_update)
+            ReferenceKeeper(
+                config.run_dir / "reference",
+                config.scoring.reference_update,
+                fence=config.weights_dir,
+            )
             if config.stored_reference
             else None
         )
@@ -67,6 +75,7 @@ class RayScoring:
             self._serving(EXACT), self._bring, "for exact log-probabilities, version"
         )
         self._num_retries = 0
+        self.writer: Writer | None = None
 
     async def score(self, group: Handle) -> tuple[Handle, GroupSummary]:
         """Waits for: the parts of all pools, then for them to be joined; each call has a deadline."""
@@ -89,7 +98,8 @@ class RayScoring:
 
         Waits for: the new reference to be written, and loaded by every live worker that has one, by the
         promises of `PoolVersion.move`; the same of the version. Raises `WeightError`, after which it
-        may be called again with the same version, and `StalledError`.
+        may be called again with the same version, also for a reference that is not written in time;
+        `StalledError`.
         """
         if self._config.exact_logprobs and version != self._exact.target:
             try:
@@ -99,13 +109,14 @@ class RayScoring:
         if self._keeper is None:
             return
         try:
-            async with asyncio.timeout(self._load_timeout_s):
-                target = await asyncio.to_thread(self._keeper.follow, version)
-        except TimeoutError as error:
-            raise StalledError(
-                f"the reference of version {version.version} was not written within "
-                f"run.start_timeout_s = {self._load_timeout_s:g} s"
-            ) from error
+            target = await self._patience.aside(
+                f"the reference of version {version.version}",
+                self._keeper.follow,
+                version,
+                self.writer,
+            )
+        except StalledError as error:
+            raise WeightError(str(error)) from error
         if target != self._reference.target:
             await self._reference.move(target)
 
@@ -134,9 +145,13 @@ class RayScoring:
         """Tries after the first, and the version of the reference where one is configured."""
         found = {"scoring/retries_total": float(self._num_retries)}
         if self._config.reference:
-            target = self._reference.target
-            found["scoring/reference_version"] = float(0 if target is None else target.version)
+            found["scoring/reference_version"] = float(self.reference_version() or 0)
         return found
+
+    def reference_version(self) -> int | None:
+        """Of the reference that the workers have; None before the first."""
+        target = self._reference.target
+        return None if target is None else target.version
 
     async def _ask(self, pool: str, method: str, *arguments: Handle) -> Answered:
         with self._busy[pool].call():

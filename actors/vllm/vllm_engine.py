@@ -51,6 +51,7 @@ from rlhf_cluster.generation.engine import (
     Sample,
 )
 from rlhf_cluster.records import WeightVersion
+from rlhf_cluster.util.slow_disk import aside
 from rlhf_cluster.weights.formats.int8 import write_start_folder
 from rlhf_cluster.weights.transports.transport import (
     Deadline,
@@ -229,7 +230,7 @@ class VllmEngine(Engine):
         if self._thread is None:
             return
         self._commands.put(_Command(run=self._stop))
-        await asyncio.to_thread(self._thread.join, _CLOSE_TIMEOUT_S)
+        await aside(self._thread.join, _CLOSE_TIMEOUT_S)
         if self._thread.is_alive():
             raise StalledError(
                 f"{self._name}: the stepping thread still runs {_CLOSE_TIMEOUT_S:g} s after close; "

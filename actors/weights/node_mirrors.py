@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import time
@@ -20,6 +19,7 @@ from actors.cluster.named_actors import (
     serving,
 )
 from rlhf_cluster.config import RunConfig
+from rlhf_cluster.util.slow_disk import aside
 from rlhf_cluster.weights.transports.mirror_folder import (
     copies_of,
     sweep,
@@ -121,7 +121,7 @@ async def serving_relay(config: RunConfig) -> AsyncIterator[None]:
             yield
     finally:
         local = copies_of(config.weights_dir, str(config.weights.mirror))
-        await asyncio.to_thread(_clear_nodes, local)
+        await aside(_clear_nodes, local)
 
 
 def _clear_nodes(local: Path) -> None:

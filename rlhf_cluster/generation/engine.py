@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 
 from rlhf_cluster.errors import WorkerError
 from rlhf_cluster.records import WeightVersion
+from rlhf_cluster.util.slow_disk import aside
 from rlhf_cluster.weights.transports.transport import Deadline
 
 _T = TypeVar("_T")
@@ -87,7 +88,7 @@ async def read_beside(read: Callable[[], _T], deadline: Deadline, stop_s: float 
     Waits for: its end. A cancelled call cancels `deadline`, and returns when the thread has stopped,
     so that no later read meets it, or after `stop_s`: it hangs in a storage that does not answer.
     """
-    reading = asyncio.ensure_future(asyncio.to_thread(read))
+    reading = asyncio.ensure_future(aside(read))
     try:
         return await asyncio.shield(reading)
     except asyncio.CancelledError:

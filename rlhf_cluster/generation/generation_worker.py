@@ -41,6 +41,7 @@ from rlhf_cluster.records import (
     Ticket,
     WeightVersion,
 )
+from rlhf_cluster.util.slow_disk import aside
 from rlhf_cluster.weights.transports.node_mirror import Mirror
 from rlhf_cluster.weights.transports.transport import Deadline
 
@@ -215,7 +216,7 @@ class GenerationWorker:
 
     async def close(self) -> None:
         if self._mirror is not None:
-            await asyncio.to_thread(self._mirror.close)
+            await aside(self._mirror.close)
         if self._engine is not None:
             await self._engine.close()
             self._engine = None

@@ -47,7 +47,8 @@ from rlhf_cluster.offline import build_stage
 from rlhf_cluster.offline.stage import StageContext
 from rlhf_cluster.records import StepReport
 from rlhf_cluster.weights.manifest import LocalPart, ShardReport
-from rlhf_cluster.weights.shards import write_shard
+from rlhf_cluster.weights.shards import send_shard
+from rlhf_cluster.weights.transports.shared_files import FileSink
 
 PerUnit = list[tuple[np.ndarray, ...]]
 
@@ -143,11 +144,13 @@ class StageRank(TrainingRank[StageConfig]):
         """What the stage says of the trained model, see `Stage.report`."""
         return self.stage.report(units, self)
 
-    def write_final(self, root: str) -> ShardReport:
-        """Write this rank's shard of the trained weights, in the names of the Hugging Face model."""
+    def write_final(self, root: str, attempt: int = 0) -> ShardReport:
+        """Write this rank's shard of the trained weights, in the names of the Hugging Face model.
+        `attempt` is that of the run."""
         dtype = torch.bfloat16 if self._config.run.export_dtype == "bfloat16" else torch.float32
         parts = publish.host_copy(self._named_parts(), dtype)
-        return write_shard(root, self._version, self._rank, parts, fsync=True)
+        sink = FileSink(root, fsync=True, attempt=attempt)
+        return send_shard([sink], self._version, self._rank, parts)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that all ranks' `write_final` make up together."""

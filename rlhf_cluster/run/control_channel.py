@@ -11,13 +11,13 @@ It decides nothing about Ray: starting, ending and asking are arguments.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from rlhf_cluster.errors import RlhfError, WorkerError
 from rlhf_cluster.run.restarts import RestartWindow
+from rlhf_cluster.util.slow_disk import aside
 
 PATIENCE_S = 30.0
 """How long a new actor waits for the name of the one before."""
@@ -106,7 +106,7 @@ class ControlChannel:
                 return
             self.restarts.count(error)
             try:
-                self._actor = await asyncio.to_thread(self._start, PATIENCE_S)
+                self._actor = await aside(self._start, PATIENCE_S)
             except RlhfError as again:
                 error = again
                 continue

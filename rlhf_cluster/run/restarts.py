@@ -13,6 +13,8 @@ Promises:
 - only a failure of the core is retried; an error that would come back (diverged numbers, refused
   weights, wrong settings) ends the run at once;
 - returning to all ranks is not a failure and costs no restart;
+- capacity that is missing after a failure costs no restart: the run waits for it, as the pools wait
+  for theirs, until it is stopped; the checkpoint is not read again for it;
 - failures, those of a start too, are counted within a sliding window of time, so that the budget
   is a rate: a run of weeks loses a process now and then, a crash loop loses many within the
   window. The failure that exceeds `limit` ends the run, with the first of them as its cause;
@@ -23,6 +25,7 @@ Promises:
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection
@@ -35,6 +38,8 @@ from rlhf_cluster.run.checkpoint import resume
 from rlhf_cluster.run.checkpoint.checkpoint_folder import Checkpoint
 from rlhf_cluster.run.metrics_file import read_metrics
 from rlhf_cluster.run.run_directory import RunDir
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -134,31 +139,42 @@ class Restarts:
                 f"learner.max_restarts = {self.limit}. First cause: {first}. Last: {lost}"
             ) from lost
         self.window.count(lost)
-        return min(MAX_PAUSE_S, self.pause_s * 2.0 ** min(recent, 30))
+        return self.pause_after(recent)
+
+    def pause_after(self, num_before: int) -> float:
+        """Seconds to wait before a try that `num_before` came before."""
+        return min(MAX_PAUSE_S, self.pause_s * 2.0 ** min(num_before, 30))
 
 
 async def with_recovery(
     attempt: Callable[[], Awaitable[T]],
     recover: Callable[[RlhfError], Awaitable[None]],
     restarts: Restarts,
+    tell: Callable[[str], None] = log.warning,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> T:
     """What `attempt` returns. After a loss `recover` brings all else to a state to go on from.
 
-    That there is no room counts as a loss once there was one: what died may still hold it.
+    Once there was a loss, room is waited for: what died may still hold it, or a node is on its way.
+    Each `attempt` waits for it within its own deadline, with a pause between two, up to `MAX_PAUSE_S`.
     """
+    num_waits = 0
     while True:
         try:
             return await attempt()
         except RoomAgain as error:
             await recover(error)
             continue
-        except CoreLost as error:
-            lost: RlhfError = error
         except PlacementError as error:
             if not restarts.used:
                 raise
+            tell(f"waits for room for the learner: {error}")
+            await sleep(restarts.pause_after(num_waits))
+            num_waits += 1
+            continue
+        except CoreLost as error:
             lost = error
+        num_waits = 0
         pause_s = restarts.spend(lost)
         await recover(lost)
         await sleep(pause_s)

@@ -26,7 +26,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -38,6 +38,7 @@ from rlhf_cluster.run.status_snapshot import Snapshot
 from rlhf_cluster.util import redaction
 from rlhf_cluster.util.durable_files import (
     make_folders,
+    patiently,
     sync_folder,
     take_lock,
 )
@@ -205,12 +206,13 @@ class RunDir:
         finally:
             os.close(lock)
 
-    def check_claim(self) -> None:
+    def check_claim(self, sleep: Callable[[float], None] = time.sleep) -> None:
         """Raises `RunError` where another process has put its name on what this one owns, which can be
-        on a file system whose locks do not reach other nodes."""
+        on a file system whose locks do not reach other nodes. Raises `StorageError` where nobody can
+        tell, after the tries of `patiently`."""
         for claim in self._claims:
             marker = claim.folder / MARKER
-            if (found := _owner(marker)) != claim.owner:
+            if (found := patiently(lambda m=marker: _owner(m), marker, "", sleep)) != claim.owner:
                 raise RunError(
                     f"{marker.parent}: was taken by {found or 'somebody'} while this process held it. "
                     "This file system does not lock files between nodes (mount it without localflock): "

@@ -15,7 +15,8 @@ would be lost altogether. An average of equal weights is those weights exactly.
 
 Promises: a reference is written once, by the one process that owns the `ReferenceKeeper`, and read
 by all: workers that join later hold the same bytes, verified by digest; what it is follows from the
-versions that went live and nothing else; it survives a power cut. The last two are kept, so a worker
+versions that went live and nothing else; it survives a power cut; an attempt of the run that was
+given up, and a call past its deadline, write none. The last two are kept, so a worker
 that is loading one while it is replaced gets it whole, or a `WeightError`.
 
 Memory: `max_file_bytes` of one reference and one policy version. Disk: two references, of the size
@@ -24,6 +25,7 @@ of a published version, as float32 with `ema`.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from itertools import zip_longest
 from pathlib import Path
@@ -36,8 +38,12 @@ from rlhf_cluster.sections.reference_update import (
     FixedReference,
     ReferenceUpdate,
 )
+from rlhf_cluster.util.slow_disk import check_wanted
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.manifest import LocalPart
+from rlhf_cluster.weights.shards import send_shard
+from rlhf_cluster.weights.transports.shared_files import FileSink
+from rlhf_cluster.weights.writer_fence import Writer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,44 +55,67 @@ _Named = Iterator[tuple[str, "Tensor"]]
 
 
 class ReferenceKeeper:
-    """Owns the references in folder `root`. Serves one thread at a time."""
+    """Owns the references in folder `root`. Serves one thread at a time; others wait."""
 
     def __init__(
-        self, root: str | Path, update: ReferenceUpdate, max_file_bytes: int = MAX_FILE_BYTES
+        self,
+        root: str | Path,
+        update: ReferenceUpdate,
+        max_file_bytes: int = MAX_FILE_BYTES,
+        fence: str | Path | None = None,
     ) -> None:
-        self._root = Path(root)
+        """`fence` is the weight store whose writer may move the reference."""
+        self._root, self._fence = Path(root), fence
+        self._turn = threading.Lock()
         self._update = update
         self._max_file_bytes = max_file_bytes
 
-    def follow(self, live: WeightVersion) -> WeightVersion:
+    def follow(self, live: WeightVersion, writer: Writer | None = None) -> WeightVersion:
         """The reference now that the policy version `live` is live: a new one, or that of before.
 
-        Raises `WeightError`: a version cannot be read, or the reference cannot be written.
+        `writer` is the attempt that published `live`. Waits for: an earlier call that was given up and
+        still runs. Raises `WeightError`: a version cannot be read, or the reference cannot be written;
+        `FencedError`: another attempt has begun; `StalledError`: the call was given up.
         """
+        with self._turn:
+            check_wanted(self._root)
+            return self._follow(live, writer)
+
+    def _follow(self, live: WeightVersion, writer: Writer | None) -> WeightVersion:
         current = store.latest(self._root)
         if current is None:
-            return self._write(live, self._first(live))
+            return self._write(live, self._first(live), writer)
         update, gap = self._update, live.version - current.version
         if isinstance(update, FixedReference) or gap < update.every:
             return current
         if isinstance(update, EmaReference):
             kept = update.decay ** (gap / update.every)
-            return self._write(live, averaged(_tensors(current), _tensors(live), kept))
-        return self._write(live, _tensors(live))
+            return self._write(live, averaged(_tensors(current), _tensors(live), kept), writer)
+        return self._write(live, _tensors(live), writer)
 
     def _first(self, live: WeightVersion) -> _Named:
         if isinstance(self._update, EmaReference):
             return _changed(_tensors(live), _in_float32)
         return _tensors(live)
 
-    def _write(self, live: WeightVersion, tensors: _Named) -> WeightVersion:
+    def _write(self, live: WeightVersion, tensors: _Named, writer: Writer | None) -> WeightVersion:
         """One shard file after another, so that not all tensors are in memory at once. Synced: a
         checkpoint, which survives a power cut, may need it."""
+        attempt = 0 if writer is None else writer.attempt
+        sinks = [FileSink(self._root, fsync=True, attempt=attempt)]
         reports = [
-            store.write_shard(self._root, live.version, number, parts, fsync=True)
+            send_shard(sinks, live.version, number, parts)
             for number, parts in enumerate(_files(tensors, self._max_file_bytes))
         ]
-        return store.commit(self._root, live.version, reports, keep=KEPT, fsync=True)
+        return store.commit(
+            self._root,
+            live.version,
+            reports,
+            keep=KEPT,
+            fsync=True,
+            writer=writer,
+            fence=self._fence,
+        )
 
 
 def averaged(reference: _Named, policy: _Named, kept: float) -> _Named:

@@ -7,19 +7,20 @@ Promises:
 - a write that has taken `told_fraction` of its deadline is told of, once, with what it is, where, and
   how long it may take; so is that it came to its end after all;
 - nobody waits longer than the deadline, whatever the disk does, nor does the end of the process;
-- what was given up may still come to its end later: a write that must not is given up by its caller's
-  own rules (a name that nobody reads).
+- a call that was given up learns it from `check_wanted`, which whatever makes something visible asks
+  right before it does: what was given up stays invisible.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -71,6 +72,7 @@ class Patience:
         if not job.done.wait(self.slow_s):
             self.tell(self.slow(what))
             if not job.done.wait(self.limit_s - self.slow_s):
+                job.given_up = True
                 raise StalledError(self.over(what))
             self.tell(f"slow disk: {what} was written after all")
         return job.result()
@@ -102,31 +104,46 @@ def within(limit_s: float, what: str, call: Callable[[], T]) -> T:
     """What `call` returns or raises.
 
     Waits for: its end, in a thread. Unblocked by: that, or `StalledError` after `limit_s`; the thread
-    is left to itself then.
+    is left to itself then, and makes nothing visible (`check_wanted`).
     """
     job = _Job(call)
     threading.Thread(target=job.run, name="disk", daemon=True).start()
     if not job.done.wait(limit_s):
+        job.given_up = True
         raise StalledError(f"{what} was not over after {limit_s:g} s: the storage does not answer")
     return job.result()
 
 
+_jobs = threading.local()
+"""`running`: the jobs that this thread is inside of."""
+
+
+def check_wanted(what: object) -> None:
+    """Raise `StalledError` in a call that its caller has given up. `what` would become visible next."""
+    if any(job.given_up for job in getattr(_jobs, "running", ())):
+        raise StalledError(f"{what}: comes after its deadline and was given up; it stays invisible")
+
+
 class _Job(Generic[T]):
-    """One call, and what came of it."""
+    """One call, and what came of it. `given_up`: its caller waits no more."""
 
     def __init__(self, call: Callable[[], T]) -> None:
-        self._call = call
+        self._call = contextvars.copy_context().run, call
+        self.given_up = False
         self._returned: list[T] = []
         self._raised: BaseException | None = None
         self.done = threading.Event()
 
     def run(self) -> None:
+        in_context, call = self._call
+        _jobs.running = [*getattr(_jobs, "running", ()), self]
         try:
-            self._returned.append(self._call())
+            self._returned.append(in_context(call))
         # Whatever it raises is raised again where the result is asked for.
         except BaseException as error:
             self._raised = error
         finally:
+            _jobs.running.remove(self)
             self.done.set()
 
     def result(self) -> T:
@@ -136,9 +153,11 @@ class _Job(Generic[T]):
 
 
 async def aside(call: Callable[..., T], *arguments: Any) -> T:
-    """`asyncio.to_thread` in a thread that nobody waits for at the end of the process.
+    """What `call` returns or raises, in a daemon thread: neither the loop nor the process waits for
+    it in the end, as they do for the threads of `asyncio.to_thread`.
 
-    Waits for: the call. Who cancels it leaves the thread to itself.
+    Waits for: the call. Cancelling leaves the thread to itself, and what it does from then on stays
+    invisible (`check_wanted`).
     """
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[None] = loop.create_future()
@@ -150,11 +169,15 @@ async def aside(call: Callable[..., T], *arguments: Any) -> T:
 
     def run() -> None:
         job.run()
-        if not loop.is_closed():
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(tell)
 
     threading.Thread(target=run, name="disk", daemon=True).start()
-    await ended
+    try:
+        await ended
+    except asyncio.CancelledError:
+        job.given_up = True
+        raise
     return job.result()
 
 

@@ -26,22 +26,21 @@ Commits exclude each other by a file lock. Readers take no lock.
 from __future__ import annotations
 
 import functools
-import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from rlhf_cluster.errors import StalledError, WeightError
+from rlhf_cluster.errors import WeightError
 from rlhf_cluster.records import WeightVersion
 from rlhf_cluster.util.durable_files import (
     passing,
     sync_folder,
-    take_lock,
     write_whole,
 )
+from rlhf_cluster.util.slow_disk import check_wanted
 from rlhf_cluster.weights.assemble import assemble
 from rlhf_cluster.weights.manifest import (
     MAX_CHAIN,
@@ -64,9 +63,12 @@ from rlhf_cluster.weights.transports.shared_files import (
 )
 from rlhf_cluster.weights.transports.transport import ShardSource
 from rlhf_cluster.weights.writer_fence import (
+    LOCK_TIMEOUT_S,
     Writer,
     check,
+    commit_lock,
     next_writer,
+    publishing,
 )
 
 __all__ = [
@@ -75,6 +77,7 @@ __all__ = [
     "latest",
     "open_version",
     "pin",
+    "pinned",
     "read",
     "rewind",
     "unpin",
@@ -83,8 +86,6 @@ __all__ = [
 ]
 
 _POINTER = "latest"
-_LOCK = ".commit.lock"
-_LOCK_POLL_S = 0.02
 _POINTER_TRIES = 20
 
 
@@ -96,15 +97,17 @@ def commit(
     expected_names: Mapping[str, tuple[int, ...]] | None = None,
     *,
     fsync: bool = False,
-    lock_timeout_s: float = 30.0,
+    lock_timeout_s: float = LOCK_TIMEOUT_S,
     clock: Callable[[], float] = time.time,
     writer: Writer | None = None,
+    fence: str | Path | None = None,
 ) -> WeightVersion:
     """Check what all ranks wrote, make it visible as `version`, and apply retention.
 
     `expected_names` maps every tensor's name to its shape; a missing, extra or renamed tensor is
     refused. Committing the latest version again, with equal tensors, puts the new files in the
-    place of the old ones, which may be damaged.
+    place of the old ones, which may be damaged. `fence` is the store that says who publishes, where
+    that is another one.
 
     Raises `WeightError`: hole, overlap, wrong names, torn file, a version older than the latest,
     ranks with different bases, a base that is gone or stands at the end of a chain of `MAX_CHAIN`.
@@ -117,8 +120,10 @@ def commit(
     partial = partial_dir(root, version, attempt)
     final = version_dir(root, version)
     final.parent.mkdir(parents=True, exist_ok=True)
-    with _commit_lock(final.parent, lock_timeout_s):
-        check(final.parent, writer)
+    elsewhere = nullcontext() if fence is None else publishing(fence, writer, lock_timeout_s)
+    with commit_lock(final.parent, lock_timeout_s), elsewhere:
+        if fence is None:
+            check(final.parent, writer)
         newest = _pointed(final.parent)
         if newest is not None and version < newest:
             raise WeightError(
@@ -135,6 +140,7 @@ def commit(
         _remove_leftovers(final.parent, newest)
         write_whole(partial / MANIFEST_NAME, encode(manifest).encode(), fsync)
         _remove_strangers(partial, manifest)
+        check_wanted(final)
         partial.rename(final)
         if fsync:
             sync_folder(final.parent)
@@ -143,12 +149,12 @@ def commit(
     return describe(final, manifest)
 
 
-def begin_attempt(root: str | Path, *, lock_timeout_s: float = 30.0) -> Writer:
+def begin_attempt(root: str | Path, *, lock_timeout_s: float = LOCK_TIMEOUT_S) -> Writer:
     """Who publishes from now on: whoever did before is refused. Raises `WeightError`,
     `StalledError`."""
     root = Path(root).absolute()
     root.mkdir(parents=True, exist_ok=True)
-    with _commit_lock(root, lock_timeout_s):
+    with commit_lock(root, lock_timeout_s):
         writer = next_writer(root)
         for partial in root.glob("v*.partial"):
             shutil.rmtree(partial, ignore_errors=True)
@@ -180,20 +186,42 @@ def versions(root: str | Path) -> list[int]:
 
 
 def pin(root: str | Path, version: int) -> None:
-    """Keep a version whatever the retention, after a power cut too."""
+    """Keep a version whatever the retention, after a power cut too. Raises `WeightError`."""
     folder = version_dir(root, version)
-    folder.with_suffix(".pin").touch()
-    sync_folder(folder.parent)
-    if not folder.is_dir():
+    with _as_weight_error(f"{folder}: cannot be pinned"):
+        folder.with_suffix(".pin").touch()
+        sync_folder(folder.parent)
+        there = folder.is_dir()
+    if not there:
         unpin(root, version)
         raise WeightError(gone(str(folder)))
 
 
 def unpin(root: str | Path, version: int) -> None:
-    version_dir(root, version).with_suffix(".pin").unlink(missing_ok=True)
+    """Leave a version to retention. Raises `WeightError`."""
+    folder = version_dir(root, version)
+    with _as_weight_error(f"{folder}: cannot be unpinned"):
+        folder.with_suffix(".pin").unlink(missing_ok=True)
 
 
-def rewind(root: str | Path, version: int, *, lock_timeout_s: float = 30.0) -> WeightVersion | None:
+def pinned(root: str | Path) -> list[int]:
+    """The numbers of the pinned versions. Raises `WeightError`."""
+    with _as_weight_error(f"{root}: cannot be listed"):
+        found = (_number(path.stem) for path in Path(root).glob("v*.pin"))
+        return sorted(number for number in found if number is not None)
+
+
+@contextmanager
+def _as_weight_error(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise WeightError(f"{what} ({error}). Look at that disk") from error
+
+
+def rewind(
+    root: str | Path, version: int, *, lock_timeout_s: float = LOCK_TIMEOUT_S
+) -> WeightVersion | None:
     """Forget every version above `version`, pinned ones too, and return what is the latest now.
 
     For a resume from an earlier step, whose versions will be published afresh. A latest version that a
@@ -203,7 +231,7 @@ def rewind(root: str | Path, version: int, *, lock_timeout_s: float = 30.0) -> W
     root = Path(root).absolute()
     if not root.is_dir():
         return None
-    with _commit_lock(root, lock_timeout_s):
+    with commit_lock(root, lock_timeout_s):
         newest = _pointed_or_torn(root, version)
         while newest is not None and (newest > version or not _opens(root, newest)):
             newest = _step_back(root, min(newest, version + 1))
@@ -214,30 +242,10 @@ def rewind(root: str | Path, version: int, *, lock_timeout_s: float = 30.0) -> W
 def adopt(root: str | Path, version: int) -> None:
     """Make a version whose folder was brought here whole the latest one, and pin it."""
     root = Path(root).absolute()
-    with _commit_lock(root, 30.0):
+    with commit_lock(root):
         open_version(version_dir(root, version))
         _point_at(root, version, fsync=True)
     pin(root, version)
-
-
-@contextmanager
-def _commit_lock(root: Path, timeout_s: float) -> Iterator[None]:
-    """Waits for: other commits. Unblocked by: their end, or the death of their process."""
-    fd = os.open(root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        deadline = time.monotonic() + timeout_s
-        while True:
-            if take_lock(fd, root / _LOCK):
-                break
-            if time.monotonic() >= deadline:
-                raise StalledError(
-                    f"{root / _LOCK}: another commit has held the lock for {timeout_s:g} s. Is a "
-                    "second run publishing into this folder?"
-                )
-            time.sleep(_LOCK_POLL_S)
-        yield
-    finally:
-        os.close(fd)
 
 
 def _pointed(root: Path) -> int | None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from actors.services.learner_actors import LearnerActor
-from rlhf_cluster.errors import RankFailed
+from rlhf_cluster.errors import RankFailed, WeightError
 from rlhf_cluster.weights.writer_fence import Writer
 from tests.support.builders.run_configs import tiny_config
 
@@ -33,21 +33,20 @@ def test_what_a_rank_cannot_write_in_time_is_named_with_folder_and_setting(
     rank, hanging = LearnerActor(config, "", 0), Hanging()
     rank._rank = rank._transport = hanging  # type: ignore[assignment]
     checkpoint = str(tmp_path / "checkpoints" / "step-000050")
-    for setting, folder, call in (
+    publishing = "weights.publish_timeout_s"
+    weights = config.weights_dir
+    for setting, folder, kind, call in (
+        (publishing, weights, WeightError, lambda: rank.write_snapshot(0, True, WRITER, 0.02)),
+        (publishing, weights, WeightError, lambda: rank.commit(3, [], True, WRITER, 0.02)),
         (
-            "weights.publish_timeout_s",
-            config.weights_dir,
-            lambda: rank.write_snapshot(0, True, WRITER, 0.02),
+            "checkpoint.timeout_s",
+            checkpoint,
+            RankFailed,
+            lambda: rank.write_state(checkpoint, 0.02),
         ),
-        (
-            "weights.publish_timeout_s",
-            config.weights_dir,
-            lambda: rank.commit(3, [], True, WRITER, 0.02),
-        ),
-        ("checkpoint.timeout_s", checkpoint, lambda: rank.write_state(checkpoint, 0.02)),
     ):
         caplog.clear()
-        with pytest.raises(RankFailed) as caught:
+        with pytest.raises(kind) as caught:
             call()
         assert str(folder) in str(caught.value)
         assert f"not written within {setting} = 0.02 s" in str(caught.value)

@@ -162,12 +162,12 @@ def test_d05_every_error_has_its_place_in_the_table_of_a_call():
     [
         (OSError(errno.EIO, "Input/output error"), WeightError),
         (OSError(errno.ENOSPC, "No space left on device"), WeightError),
-        (StalledError("the write took longer than 60 s"), RankFailed),
+        (StalledError("the write took longer than 60 s"), WeightError),
         (WeightError("a shard is torn"), WeightError),
         (RuntimeError("CUDA error"), RankFailed),
     ],
 )
-def test_an_error_of_the_storage_costs_a_published_version_and_not_the_learner(
+def test_n06_a_storage_that_fails_or_is_slow_costs_a_published_version_and_not_the_learner(
     error: Exception, raised: type[Exception]
 ) -> None:
     from actors.services.learner_actors import failing_as_a_version

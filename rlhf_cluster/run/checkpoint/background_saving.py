@@ -7,6 +7,8 @@ Promises:
 - a checkpoint is one cut: everything in it is of the moment between step k and step k + 1;
 - at most one is written at a time; one that falls due meanwhile is left out, and counted, unless
   it is that of the last step;
+- one that was given up never appears later: not after its deadline, nor after the run went back
+  (`fence`);
 - one that cannot be written, or not within `timeout_s`, costs the checkpoint, not the run: it is told
   and counted, and the last complete one stays. Only `save_now` raises. A slow one is told of before.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -72,6 +75,7 @@ class Checkpoints:
     told_fraction: float = 0.25
     kept: Callable[[Sequence[RunState]], Awaitable[None]] = _nobody_is_told
     check_owner: Callable[[], None] = lambda: None  # raises where the run's folder is another's now
+    fence: checkpoint_folder.Fence = nullcontext  # of the attempt that writes
     copies: Copies | None = None
     stats: CheckpointStats = field(default_factory=CheckpointStats)
     _running: asyncio.Task[None] | None = None
@@ -154,7 +158,7 @@ class Checkpoints:
                 partial = await aside(checkpoint_folder.begin, self.root, state.step, num_bytes)
                 await self.learner.write_state(partial / checkpoint_folder.LEARNER)
                 await aside(self.check_owner)
-                await aside(checkpoint_folder.complete, partial, state)
+                await aside(checkpoint_folder.complete, partial, state, self.fence)
                 self.stats.last, self.stats.num_bytes = state.step, num_bytes
                 states = await aside(checkpoint_folder.retain, self.root, self.keep, self.keep_best)
                 await self.kept(states)

@@ -15,6 +15,7 @@ Promises:
 - `verify_tensors` reads all of the learner's tensors and compares their hashes;
 - the marker is on the disk before the folder gets its name, so a name without `.partial` stands for a
   whole checkpoint whenever any process, or the machine, stops;
+- an attempt of the run that was given up, and a call past its deadline, complete no checkpoint;
 - an older checkpoint is removed only after a newer one is complete, and is whole or gone; the one
   with the best score can be kept beside the newest;
 - names of files come from the marker as plain names below the folder: nothing outside is read.
@@ -34,13 +35,14 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from xxhash import xxh3_128_hexdigest
 
-from rlhf_cluster.errors import CheckpointError, StorageError, WeightError
+from rlhf_cluster.errors import CheckpointError, StalledError, StorageError, WeightError
 from rlhf_cluster.run.checkpoint.run_state import RunState
 from rlhf_cluster.util.durable_files import (
     PAUSES,
@@ -50,6 +52,7 @@ from rlhf_cluster.util.durable_files import (
     sync_folder,
     sync_tree,
 )
+from rlhf_cluster.util.slow_disk import check_wanted
 from rlhf_cluster.weights.read_version import verify
 from rlhf_cluster.weights.transports.transport import Deadline
 
@@ -60,6 +63,8 @@ STATE = "run.json"
 LEARNER = "learner"
 SHARD = ".safetensors"
 SPARE_BYTES = 1 << 20  # for everything beside the learner's tensors
+Fence = Callable[[], AbstractContextManager[None]]
+"""Held while a checkpoint gets its name; raises where that is no longer this attempt's to give."""
 ASIDE = "damaged-"
 MAX_ASIDE = 2
 
@@ -97,6 +102,7 @@ def begin(
     """
     try:
         make_folders(root)
+        check_wanted(root)  # what is removed may be of the try after this one
         for leftover in [*root.glob("*.partial"), *root.glob("*.trash")]:
             shutil.rmtree(leftover)
         free, needed = free_bytes(root), num_bytes + SPARE_BYTES
@@ -114,8 +120,9 @@ def begin(
         raise StorageError(f"{root}: cannot make a checkpoint there ({error})") from error
 
 
-def complete(partial: Path, state: RunState) -> Checkpoint:
-    """Make what lies in `partial` the checkpoint of `state`. Raises `CheckpointError`."""
+def complete(partial: Path, state: RunState, fence: Fence = nullcontext) -> Checkpoint:
+    """Make what lies in `partial` the checkpoint of `state`. Raises `CheckpointError`, and what `fence`
+    raises."""
     final = partial.with_name(name_of(state.step))
     try:
         _write(partial / STATE, state.to_json())
@@ -126,19 +133,23 @@ def complete(partial: Path, state: RunState) -> Checkpoint:
         )
         files = {name: _describe(partial / name, not name.endswith(SHARD)) for name in names}
         _write(partial / MARKER, json.dumps({"files": files}, indent=1) + "\n")
-        adopt(partial, final)
+        adopt(partial, final, fence)
+    except StalledError:  # an OSError too, as every TimeoutError
+        raise
     except OSError as error:
         raise CheckpointError(f"{partial}: cannot write the checkpoint ({error})") from error
     return Checkpoint(folder=final, state=state)
 
 
-def adopt(source: Path, final: Path) -> None:
+def adopt(source: Path, final: Path, fence: Fence = nullcontext) -> None:
     """Give `source`, which holds all files of a checkpoint, its name; one that has it goes aside.
-    Raises `OSError`."""
+    Raises `OSError`, and what `fence` raises."""
     sync_tree(source)
-    if final.exists():
-        _set_aside(final)
-    source.rename(final)
+    with fence():
+        check_wanted(final)
+        if final.exists():
+            _set_aside(final)
+        source.rename(final)
     sync_folder(final.parent)
 
 
@@ -255,7 +266,10 @@ def _best(folders: list[Path]) -> Path | None:
 
 
 def set_aside_after(root: Path, step: int) -> None:
-    """Rename checkpoints of later steps: a run goes on from `step` and will write its own."""
+    """Rename checkpoints of later steps: a run goes on from `step` and will write its own. What was
+    being written is removed."""
+    for partial in root.glob("*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
     for folder in _all(root):
         if step_of(folder.name) > step:
             _set_aside(folder)

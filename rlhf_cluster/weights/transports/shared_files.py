@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from rlhf_cluster.util.durable_files import (
     make_folders,
     sync_folder,
 )
+from rlhf_cluster.util.slow_disk import check_wanted
 from rlhf_cluster.weights.transports.transport import (
     Blob,
     Deadline,
@@ -93,13 +95,15 @@ class FileSink:
             )
 
     def _write(self, path: Path, image: ShardImage) -> None:
-        temporary = path.with_suffix(f".tmp-{os.getpid()}")
+        # A name of the thread's own: one that was given up may write on beside the next try.
+        temporary = path.with_suffix(f".tmp-{os.getpid()}-{threading.get_ident()}")
         try:
             with temporary.open("wb", buffering=0) as file:
                 for chunk in image.chunks:
                     self._write_chunk(file.fileno(), chunk)
                 if self._fsync:
                     os.fsync(file.fileno())
+            check_wanted(path)
             temporary.replace(path)
             if self._fsync:
                 sync_folder(path.parent)

@@ -69,7 +69,9 @@ class Run:
         self.told.append(seconds)
 
     async def run(self) -> str:
-        return await with_recovery(self.attempt, self.recover, self.restarts, self.sleep)
+        return await with_recovery(
+            self.attempt, self.recover, self.restarts, self.told.append, self.sleep
+        )
 
 
 async def test_a_loss_is_recovered_from_before_the_next_attempt():
@@ -142,9 +144,21 @@ async def test_no_room_is_waited_for_only_where_a_loss_may_still_hold_it():
         await Run([no_room, "never"]).run()
     run = Run([LOST, no_room, "done"])
     assert await run.run() == "done"
-    crowded = Run([LOST, *[no_room] * 3, "never"])
-    with pytest.raises(CoreLost, match="First cause: learner-1"):
-        await crowded.run()
+
+
+async def test_n09_room_that_is_missing_after_a_loss_costs_no_restart_and_no_read_of_the_checkpoint():
+    """A node that stays away for an hour: a try every minute, and the budget is as it was."""
+    no_room = PlacementError("no room for learner-0")
+    run = Run([LOST, *[no_room] * 60, LOST, no_room, "done"], limit=2)
+    assert await run.run() == "done"
+    assert run.restarts.used == 2
+    assert run.told.count(f"recover from {LOST}") == 2
+    assert not any("recover from no room" in str(told) for told in run.told)
+    assert run.told.count(f"waits for room for the learner: {no_room}") == 61
+    pauses = [told for told in run.told if isinstance(told, float)]
+    assert pauses[:8] == [1.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, MAX_PAUSE_S]
+    assert max(pauses) == MAX_PAUSE_S
+    assert pauses[-1] == 1.0, "the wait for room begins anew after the second loss"
 
 
 async def test_going_back_to_all_ranks_costs_neither_a_restart_nor_a_pause():
@@ -163,7 +177,7 @@ async def test_a_recovery_that_fails_ends_the_run():
         raise CheckpointError("none") from lost
 
     with pytest.raises(CheckpointError):
-        await with_recovery(run.attempt, fail, run.restarts, run.sleep)
+        await with_recovery(run.attempt, fail, run.restarts, run.told.append, run.sleep)
     assert run.told == ["attempt"]
 
 
