@@ -305,7 +305,12 @@ def read_target(text: str) -> Quantity | None:
         return found or (read_sentence(marked.text) if marked.kind == "hash" else None)
     found = read_formula(text, is_target=True)
     plain = _plain(text[-MAX_PROSE_CHARACTERS:], spaced=True)
-    if found is None and _PROSE.fullmatch(plain) and len(_tokens(plain)) == 1:
+    if (
+        found is None
+        and " " in plain.strip()
+        and _PROSE.fullmatch(plain)
+        and len(_tokens(plain)) == 1
+    ):
         return read_prose(text)
     return found
 
