@@ -67,11 +67,11 @@ def formula_cases(seed: int, half: Half, each: int = FORMULAS_OF_A_TEMPLATE) -> 
         rng = random.Random(f"{seed} {template}")
         for formula in rng.sample(targets, min(each, len(targets))):
             wrong = rng.choice(formula.wrong)
-            written: list[tuple[Variant, str]] = [("right", rng.choice(formula.right))]
+            written: Sequence[tuple[Variant, str]] = [("right", rng.choice(formula.right))]
             if template in REFUSED_FORMULA:
                 written = [("refused", formula.target)]
             else:
-                written += [("wrong", wrong), ("restated", rng.choice(formula.restated))]
+                written = [*written, ("wrong", wrong), ("restated", rng.choice(formula.restated))]
             for variant, answer in written:
                 text = template.replace("@w", "We solve it step by step.")
                 text = text.replace("@v", rng.choice(formula.wrong)).replace("@l", answer)
