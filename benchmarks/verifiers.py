@@ -6,19 +6,24 @@ the solution, two digits swapped, and the problem restated (`40 + 32`). Right mu
 `numeric` has the whole split, `maths` a sample of `MATHS_PROBLEMS`. Accuracies are over right and wrong
 texts alike, `*_accuracy_min` of the worst presentation.
 
+The presentations are the ones that the readers were written against. `counted_*` are measured on the
+half of `verifier_cases.py` that nobody looks at by case: accuracy of both readers, the share of wrong
+answers and of restated problems that score 1, and the upper end of a 95 % interval of the former.
+
     RLHF_REAL_DATA=folder python benchmarks/verifiers.py      # folder/gsm8k/test.jsonl
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.harness import write_result
 from benchmarks.presentations import ALL, Answer
+from benchmarks.verifier_cases import Case, formula_cases, numeric_cases
 from rlhf_cluster.records import FinishReason, Prompt, Rollout
 from rlhf_cluster.rewards.reward import RewardContext
 from rlhf_cluster.rewards.rules.math_answer import (
@@ -110,6 +116,47 @@ def accuracy(counts: Counter[str]) -> float:
     return sum(counts[name.removesuffix("_seen")] for name in seen) / sum(seen.values())
 
 
+def count(cases: Iterable[Case], score: Score) -> Counter[str]:
+    """By variant, how many cases were seen and how many scored as they should; by count only."""
+    counts: Counter[str] = Counter()
+    for number, case in enumerate(cases):
+        prompt = Prompt(
+            prompt_id=f"case-{number}",
+            token_ids=np.array([1], dtype=np.int32),
+            source="",
+            columns={"answer": case.target},
+        )
+        [given] = score(prompt, [case.completion])
+        counts[f"{case.variant}_seen"] += 1
+        counts[case.variant] += given == (case.variant == "right")
+    return counts
+
+
+def upper_bound(events: int, trials: int) -> float:
+    """Upper end of Wilson's 95 % interval of a share."""
+    share, z = events / trials, 1.96
+    middle = share + z * z / (2 * trials)
+    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials**2))
+    return (middle + spread) / (1 + z * z / trials)
+
+
+def counted_figures(counts: Mapping[str, Counter[str]]) -> dict[str, float]:
+    """The figures of the counted half."""
+    both = sum(counts.values(), Counter[str]())
+    false = ("wrong", "restated", "refused")
+    seen = sum(both[f"{variant}_seen"] for variant in false)
+    accepted = seen - sum(both[variant] for variant in false)
+    figures = {f"counted_{kind}_accuracy": accuracy(own) for kind, own in counts.items()}
+    restated = both["restated_seen"] - both["restated"]
+    return figures | {
+        "wrong_accepted": accepted / seen,
+        "wrong_accepted_upper_bound": upper_bound(accepted, seen),
+        "restated_accepted": restated / both["restated_seen"],
+        "counted_right_seen": both["right_seen"],
+        "counted_wrong_seen": seen,
+    }
+
+
 def rollout() -> Rollout:
     one = np.ones(1, dtype=np.int32)
     return Rollout(
@@ -137,14 +184,18 @@ def main() -> None:
     rows, one = problems(Path(folder)), rollout()
     sample = random.Random(SEED).sample(rows, MATHS_PROBLEMS)
     figures, runs = {}, {}
+    counted: dict[str, Counter[str]] = {}
     accepted, restated = 0, 0
     verifiers = {
         "numeric": (Numeric(NumericConfig(), RewardContext()), rows),
         "maths": (Maths(MathsConfig(compare_s=60), RewardContext()), sample),
     }
+    cases = {"numeric": numeric_cases, "maths": formula_cases}
     for kind, (reward, given) in verifiers.items():
+        score: Score = lambda p, t, r=reward: r.score(p, [one] * len(t), t)  # noqa: E731
         try:
-            found, seconds = measure(given, lambda p, t, r=reward: r.score(p, [one] * len(t), t))
+            found, seconds = measure(given, score)
+            counted[kind] = count(cases[kind](SEED, "counted"), score)
         finally:
             reward.close()
         worst = min(ALL, key=lambda name: accuracy(found[name]))
@@ -161,6 +212,8 @@ def main() -> None:
             kind, {name: run["accuracy"] for name, run in runs[kind].items() if run["accuracy"] < 1}
         )
     figures["restated_problem_accepted"] = accepted / restated
+    figures |= counted_figures(counted)
+    runs |= {f"counted_{kind}": dict(sorted(own.items())) for kind, own in counted.items()}
     figures["presentations"] = len(ALL)
     figures["numeric_problems"], figures["maths_problems"] = len(rows), len(sample)
     print(json.dumps(figures, indent=2))

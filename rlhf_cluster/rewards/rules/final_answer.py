@@ -10,7 +10,7 @@ these is the statement:
    read those lines only.
 3. `hash`: what follows `####` on the last line that is not empty. Elsewhere `####` is a heading.
 4. `said`: what follows the last "answer is", "answer:" or heading "Answer", up to the end of the
-   line, where a value stands there.
+   line, where a value stands there; what is denied or doubted ("cannot be 6") keeps those words.
 5. `prose`: all of the text, where nothing marks an answer.
 
 A target is read by the rules of the data sets instead: the line after its last `####` (GSM8K), else
@@ -44,11 +44,12 @@ _SAYS = re.compile(
     r"[ *_]{0,4}(?:\([^()\n]{1,40}\)[ *_]{0,4})?(?:[:=\uff1a\u662f\u4e3a\u2192]|->)"
     r"|(?:[ *_]{1,4}(?:to|of|for|in|as|you)\b[^\n.,;?!:=\uff1a]{0,80}?)?"
     r"(?:[ *_]{1,4}|, (?:then|therefore|thus|hence), )"
-    r"(?:then |therefore |thus |now |would |should |must |will ){0,2}(?:is|are|be|equals|IS)\b"
+    r"(?:then |therefore |thus |now |would |should |must |will ){0,2}"
+    r"(?=(?P<doubt>cannot |can't |can not |might |could |may |isn't |never )?)"
+    r"(?:cannot |can't |can not |might |could |may ){0,1}(?:isn't|is|are|be|equals|IS)\b"
     r"|[ *_#]{0,8}\n"
 )
 _VALUE = re.compile(r"[\d\\$\u00bc-\u00be\u2150-\u215e]")
-_DENIAL = re.compile(r"(?:not|never)\b")
 
 
 class Statement(NamedTuple):
@@ -156,8 +157,8 @@ def _last_said(text: str) -> str | None:
         line, _, below = rest.partition("\n")
         if not line.strip(" *_.:$\\[(") or line.rstrip(" *_").endswith((":", "\uff1a")):
             line = _first_line(below)
-        if _VALUE.search(line) and not _DENIAL.match(line):
-            return line.strip()
+        if _VALUE.search(line):
+            return (says["doubt"] or "") + line.strip()
     return None
 
 

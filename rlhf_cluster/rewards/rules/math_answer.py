@@ -37,7 +37,7 @@ from rlhf_cluster.rewards.reward import (
     RewardSection,
 )
 from rlhf_cluster.rewards.reward_failure import RewardFailure, column
-from rlhf_cluster.rewards.rules.final_answer import target_statement
+from rlhf_cluster.rewards.rules.final_answer import target_statement, without_thinking
 from rlhf_cluster.rewards.rules.quantities import read_formula
 
 _FUNCTION = "rlhf_cluster.rewards.rules.math_comparison:compare"
@@ -59,7 +59,7 @@ class MathsConfig(RewardSection):
     compare_s: float = Field(default=5.0, gt=0)
     """Deadline of comparing one completion."""
     max_answer_characters: PositiveInt = 20_000
-    """Only this much of the end of a completion is read."""
+    """Only this much of the end of a completion is read, once its reasoning is left out."""
     simplified: bool = True
     """What still has to be worked out is no answer; without it `40 + 32` is right where 72 is."""
     processes: PositiveInt = 1
@@ -117,7 +117,8 @@ class Maths:
         return str(target)
 
     def _score(self, expected: str, completion: str) -> float:
-        text = completion[-self._config.max_answer_characters :]
+        # Reasoning goes first: a cut could lose its opening tag and let a guess count.
+        text = without_thinking(completion)[-self._config.max_answer_characters :]
         try:
             outcome = "right" if self._compare(expected, text) else "wrong"
         except RewardFailure as failure:

@@ -1,17 +1,24 @@
 r"""Reads one number with its unit, as answers write it: exact values (`Fraction`), never floats.
 
-What a number may look like is the table in `tests/unit/rewards/test_quantities.py`. In short:
+A formula (a box, a target, `$...$`, a statement without words) is a number where all of it matches
 
-- sign, also Unicode's minus; decimals; thousands by commas, `{,}`, thin spaces, `\,`, apostrophes,
-  and in a statement by spaces; `1.000.000` and `1.234,56`, but `1.000` is 1 and `1,5` is none;
-- fractions `3/4`, `\frac{3}{4}`, `\frac34`, their Unicode signs, mixed numbers, repeating decimals
-  (`0.\overline{3}`), `1.5e3`, `1.5 \times 10^3`, `10^3`, "3 million";
-- currency signs, percent signs, degrees and units, with exponents, are dropped from the value.
+    formula  = {side "="} quantity            side: a name, or arithmetic of the same value
+    quantity = {word} number [unit] {word} ["(" remark ")"] ["."]
+    number   = [sign] [currency] digits       or in parentheses
+    unit     = "%" | degrees | currency | word [power] ["/" word [power]]
 
-What still has to be worked out is no number: `40 + 32`, `2^{10}`, `5!`, `\sqrt{16}`, a fraction that
-is not in lowest terms. Nor are times and ratios (`3:30`), numbers of another base (`101_2`),
-inequalities, `\pm 5`, and several numbers ("72 or 73", `1, 2`).
-An equation stands for its last side where every side before is a name or has the same value.
+and nothing else: `x = 72`, `\text{Total: } 72 \text{ cm}^2`, `48 + 24 = 72`, but not `x^2+1`, `3x`,
+`2\sqrt{3}`, `40 + 32`, `5!`, `x > 5`, `\pm 5`, `1, 2`, `3:30`, `101_2`. Digits are
+
+- decimals; thousands by commas, `{,}`, thin spaces, `\,`, apostrophes, spaces; `1.000.000` and
+  `1.234,56`, but `1.000` is 1 and `1,5` is none;
+- fractions `3/4`, `\frac{3}{4}`, `\frac34` in lowest terms, mixed numbers, repeating decimals
+  (`0.\overline{3}`), `1.5e3`, `1.5 \times 10^3`, `10^3`, "3 million".
+
+In a marked sentence the number that it begins with counts ("72, which is 8 more"), else the last one
+of its first clause with a number ("the 5 boys have 72"); in prose the last one of the last line; a bold
+one goes first. A number that is denied ("not 6"), hedged ("maybe 6"), bounded ("more than 6"), in a
+range or a list ("6 to 7", "6, 7") is no answer. `tests/support/builders/answer_table.py` has verdicts.
 """
 
 from __future__ import annotations
@@ -21,6 +28,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 
 from rlhf_cluster.rewards.rules.equations import equations
 from rlhf_cluster.rewards.rules.final_answer import (
@@ -63,7 +71,6 @@ _SUPERSCRIPTS = dict(
     zip("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079", "0123456789", strict=True)
 )
 _SUPERSCRIPTS["\u207b"] = "-"
-_RAISED = {digit: sign for sign, digit in _SUPERSCRIPTS.items()}
 _VULGAR = {
     "\u00bd": "12", "\u00bc": "14", "\u00be": "34", "\u2153": "13", "\u2154": "23", "\u2155": "15",
     "\u2156": "25", "\u2157": "35", "\u2158": "45", "\u2159": "16", "\u215a": "56", "\u215b": "18",
@@ -99,8 +106,11 @@ _FRACTION = re.compile(
     r"(?P<whole>(?<![\w^_.])\d{1,15})?\s?\\[dtc]?frac\s?(?:\{\s?(?P<top>-?[\d,]{1,40})\s?\}|(?P<t>\d))"
     r"\s?(?:\{\s?(?P<bottom>-?[\d,]{1,40})\s?\}|(?P<b>\d))"
 )
+_UNIT_FRACTION = re.compile(
+    r"(?<=[\d\s,])\\[dt]?frac\s?\{\s*([A-Za-z]{1,12})\s*\}\s?\{\s*([A-Za-z]{1,12}(?:\^\d)?)\s*\}"
+)
+_ALIGNED = re.compile(r"\\(?:begin|end)\s?\{(?:align(?:ed)?|gather(?:ed)?|equation|split)\*?\}")
 _DEGREES = re.compile(r"\s?\^\s?(?:\{\s?\\circ\s?\}|\\circ)|\\degree")
-_UNIT_POWER = re.compile(r"(?<=[A-Za-z])\s?\^\s?\{?\s?(-?\d)\s?\}?(?!\d)")
 _ORDINAL = re.compile(r"(?<=\d)\s?\^\s?\{?\s?(?:st|nd|rd|th)\s?\}?")
 _SUBSCRIPT = re.compile(r"(?<=[A-Za-z])_(?:\{[^{}]{0,40}\}|\w)")
 _COMMANDS = (
@@ -114,7 +124,7 @@ _COMMANDS = (
 )  # fmt: skip
 _SPACED = re.compile(r"(?<![\d.,/^*+=-])(?<![-+*/=^] )[1-9]\d{0,2}(?: \d{3})+(?![\d/,])(?! ?[/^])")
 _SPACES = re.compile(r" {2,}")
-_OPERATOR = re.compile(r"[\s()$\[\]]*[-+*/^][\s()$\[\]]*|\)?\(\s?")
+_OPERATOR = re.compile(r"[\s()$\[\]]*(?:[-+*/^:\u2248]|\\pm|\+/-)[\s()$\[\]]*|\)?\(\s?")
 _EQUALS = re.compile(r"(?<![<>!=])=(?!=)")
 _RELATION = re.compile(
     r"[<>\u2264\u2265\u2260]=?\s*$|\\(?:le|ge|leq|geq|lt|gt|neq|ne|pm|mp|sqrt)\b\s*$|!=\s*$"
@@ -125,20 +135,56 @@ _STYLE = re.compile(
     r"|color\s?\{[A-Za-z]{1,20}\})"
 )
 _CIRCUMSTANCE = re.compile(
-    r"\b(?:in|after|for|over|with|on|at|within|during|by|if)\s[$]?$", re.IGNORECASE
+    r"\b(?:in|after|with|within|during|over|if|all)\s[$]?$|\b(?:the|[a-z]+'s)\s$", re.IGNORECASE
 )
 _VARIABLE = re.compile(
-    r"\s?(?:[xyznkijabuvqre](?![A-Za-z])|\\(?:pi|sqrt|theta|alpha|beta|infty|ln|log|sin|cos|tan|binom|mod|bmod|pmod|i)\b)"
+    r"\s?(?:(?:[xyznkijbuvqre]|a(?! [A-Za-z]))(?![A-Za-z])"
+    r"|\\(?:pi|sqrt|theta|alpha|beta|infty|ln|log|sin|cos|tan|binom|mod|bmod|pmod|i)\b)"
 )
-_JOINED_AFTER = re.compile(r"\s?([A-Za-z%]*)\s?,?\s(?:or|and|OR)\s+(?:maybe |perhaps |even )?$")
+_JOINED = re.compile(
+    r"\s?([A-Za-z%]*)\s?(?:,|,?\s(?:or|and|OR|to|through|versus)\s+)\s?(?:maybe |perhaps |even )?"
+)
 _CLAUSE = re.compile(
     r"[,;]\s|\.\s|[.!?]$|\s(?:because|since|as|so|which|where|when|after|before|given)\b|(?<=[\w%])\s\("
 )
+_DENIED = re.compile(
+    r"\b(?:wrong|incorrect|false|unknown|undetermined|unsure|maybe|perhaps|possibly|i guess|neither"
+    r"|not (?:right|correct|sure|known)|(?:cannot|can't|unable to) (?:be )?(?:determine|say|tell|know)"
+    r"|don't know)",
+    re.IGNORECASE,
+)
+_DOUBTED = re.compile(
+    r"(?:\b(?:not|never|cannot|might|could|may)|n't)(?:\s(?:be|equal|to|exactly|really|just))*[\s$]*$",
+    re.IGNORECASE,
+)
+_BOUNDED = re.compile(
+    r"\b(?:(?:more|less|fewer|greater|larger|smaller|higher|lower|bigger) than|at (?:least|most)"
+    r"|over|under|above|below|up to|between|from|exceeds)\s?[$]?$",
+    re.IGNORECASE,
+)
+_CORRECTED = re.compile(r"\bnot\b[^.;\n]{1,60}?\bbut(?: rather)?\s", re.IGNORECASE)
+_INLINE = re.compile(
+    r"\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\]|\$\$(.{1,400}?)\$\$"
+    r"|(?<!\\)\$(?! )([^$\n]{1,400}?)(?<![\\ ])\$(?!\d)",
+    re.DOTALL,
+)
+_UNREAD = "\u25cc"
+"""Stands in a sentence for a formula that is no number."""
+_BEFORE = re.compile(r"[\s(]*\u2248?\s?(?:[A-Za-z][A-Za-z'-]*+[:,.]?\s++){0,12}+[\s(]*")
+_AFTER = re.compile(
+    r"(?:\s?(?:%|\u00b0\s?[CF]?|[$\u20ac\u00a3\u00a2]))?"
+    # Possessive: letters are one word, else a long sentence could be cut in a myriad of ways.
+    r"(?:[\s/,*-]{0,3}+[A-Za-z][A-Za-z'-]*+\.?(?:[\u00b2\u00b3]|\s?\^\s?\(?-?\d\)?)?){0,12}+"
+    r"\s*\)?(?:\s\([^()]*\))?[\s.]*"
+)
+_SHORT_WORD = re.compile(r"[aI]|[ai][nst]|am|by|he|it|m[ey]|no|o[fnr]|so|to|u[ps]|we|[ap]m")
+_FUNCTION = re.compile(r"sin|cos|tan|cot|sec|csc|log|exp|sqrt|gcd|lcm|mod|max|inf")
 _UNIT = re.compile(
     r"\s?(%|\u00b0 ?[CF]?|[$\u20ac\u00a3\u00a2]"
-    r"|(?:(?:square|cubic|sq\.?|cu\.?) )?[A-Za-z]+[\u00b2\u00b3]?(?:/[A-Za-z]+\u00b2?)?)"
+    r"|(?:(?:square|cubic|sq\.?|cu\.?) )?[A-Za-z]+"
+    r"(?:[\u00b2\u00b3]|\s?\^\s?[23])?(?:/[A-Za-z]+\u00b2?)?)"
 )
-_REMARK = re.compile(r"\([^()]*\)\.?")
+_REMARK = re.compile(r"\([^()]*\)\.?|\W*(?:confidence|certainty)\b.*", re.IGNORECASE)
 _BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*(?!:)")
 
 _PROSE = re.compile(r"(?=.*[A-Za-z]{2})[^\\^{}\[\]|<>=+*/]*", re.DOTALL)
@@ -176,37 +222,55 @@ class _Token:
 
 def read_formula(text: str, is_target: bool = False) -> Quantity | None:
     """The one number that a box or a target is; None for anything else, or more than it."""
-    if len(text) > MAX_PROSE_CHARACTERS:
+    if len(text) > MAX_PROSE_CHARACTERS or _DENIED.search(text):
         return None
     text = _plain(text, spaced=True)
-    if _is_tuple(text):
-        return None
-    exact, _, rounded = text.partition("\u2248")
+    exact, *_, rounded = text.split("\u2248") if "\u2248" in text else ("", "")
     if rounded:
         return read_formula(exact) or read_formula(rounded)
-    return _read_sides(text, lambda side: _read_strictly(side, is_target))
+    return _read_sides(text, lambda side: _read_whole(side, is_target))
 
 
 def read_sentence(text: str) -> Quantity | None:
-    """The number that words state: the first one, or what an equation of its clause comes to."""
+    """The number that words state, by the rule above."""
+    if len(text) > MAX_PROSE_CHARACTERS:
+        return None
     bold = [part for part in _BOLD.findall(text) if _is_numeric(part)]
-    text = _plain(bold[-1] if bold else text, spaced=True)
+    text = _CORRECTED.sub("", bold[-1] if bold else text)
+    text = _plain(_INLINE.sub(_inline, text), spaced=True)
+    if not re.search(r"[A-Za-z]{2}", text):
+        return read_formula(text.rstrip(" .!"))
     tokens = _tokens(text)
+    stated = [token for token in tokens if not _CIRCUMSTANCE.search(text[: token.start][-16:])]
     if not tokens:
         return None
-    cut = _CLAUSE.search(text, tokens[0].end)
+    start = (stated or tokens)[0]
+    cut = _CLAUSE.search(text, start.end)
     clause = text[: cut.start()] if cut else text
-    sides = _EQUALS.split(clause)
-    if len(sides) > 1 and _NUMBER.search(sides[-1]):
-        return _read_sides(clause, _read_first)
-    return _read_first(text)
+    begins = not re.search(r"[A-Za-z]", text[: tokens[0].start])
+    if "=" in (clause if begins else text):
+        return _read_result(clause if begins else text)
+    among = [token for token in stated or tokens if token.end <= len(clause)]
+    return _chosen(text, tokens, tokens.index(tokens[0] if begins else among[-1]))
+
+
+def _read_result(text: str) -> Quantity | None:
+    """What the last equation of a sentence comes to."""
+    *_, before, last = _EQUALS.split(text)
+    if not _NUMBER.search(last):  # "20 = A"
+        tokens = _tokens(before)
+        return _chosen(before, tokens, len(tokens) - 1)
+    cut = _CLAUSE.search(last, _tokens(last)[0].end) if _tokens(last) else None
+    result = last[: cut.start()] if cut else last
+    return _read_sides(f"{before}={result}", lambda side: _chosen(side, _tokens(side), 0))
 
 
 def read_prose(text: str) -> Quantity | None:
     """The last number of a text that marks no answer; a bold one of its line goes before."""
     if len(text) > MAX_PROSE_CHARACTERS:
         text = text[-MAX_PROSE_CHARACTERS:].partition(" ")[2]
-    lines = [line for line in text.splitlines() if any(sign.isnumeric() for sign in line)]
+    text = _INLINE.sub(_inline, text)
+    lines = [line for line in text.splitlines() if _is_numeric(line) or _UNREAD in line]
     stated = [line for line in lines if not _REMARK.fullmatch(line.strip())]
     for line in reversed(stated or lines):
         for bold in reversed(_BOLD.findall(line)):
@@ -215,8 +279,10 @@ def read_prose(text: str) -> Quantity | None:
         plain = _plain(line, spaced=False)
         tokens = _tokens(plain)
         tokens = [token for token in tokens if not _is_remark(plain, token)] or tokens
+        if tokens and _EQUALS.search(plain) and re.search(r"[A-Za-z]{2}", plain):
+            return _read_result(plain)
         if tokens:
-            return _last(plain, tokens)
+            return _chosen(plain, tokens, len(tokens) - 1)
     return None
 
 
@@ -239,7 +305,12 @@ def read_target(text: str) -> Quantity | None:
         return found or (read_sentence(marked.text) if marked.kind == "hash" else None)
     found = read_formula(text, is_target=True)
     plain = _plain(text[-MAX_PROSE_CHARACTERS:], spaced=True)
-    if found is None and _PROSE.fullmatch(plain) and len(_tokens(plain)) == 1:
+    if (
+        found is None
+        and " " in plain.strip()
+        and _PROSE.fullmatch(plain)
+        and len(_tokens(plain)) == 1
+    ):
         return read_prose(text)
     return found
 
@@ -258,58 +329,75 @@ def _read_sides(text: str, read: Callable[[str], Quantity | None]) -> Quantity |
     if found is None:
         return None
     for side in before:
-        stated = _read_strictly(side, is_target=True)
+        stated = _read_whole(side, is_target=True)
         if stated is not None:
             if stated.value != found.value:
                 return None
         elif not re.search(r"[A-Za-z?\u0080-\uffff]", side) and side.strip():
             written = f"{side}={last}".replace("\u2044", "/")
-            if equations(written) != [True]:
+            if equations(written) not in ([True], []) or re.search(r"[<>|]", side):
                 return None
     return found
 
 
-def _read_strictly(text: str, is_target: bool) -> Quantity | None:
+def _inline(match: re.Match[str]) -> str:
+    """The number of a formula that stands in words, else a sign that none was read."""
+    formula = next(part for part in match.groups() if part is not None)
+    if re.search(r"[A-Za-z]{2} ", formula) and "\\" not in formula:  # "$5 a day and $"
+        return match[0]
+    if read_formula(formula) is None:
+        return f" {_UNREAD} "
+    return f" {_EQUALS.split(formula)[-1].replace('&', '')} "
+
+
+def _read_whole(text: str, is_target: bool) -> Quantity | None:
+    """The quantity that all of the text is, by the grammar above."""
     tokens = _tokens(text)
     if not tokens:
         return None
     first = tokens[0]
     before, after = text[: first.start], text[first.end :]
-    if "\\" in before or "\\" in after or re.match(r"\s?!", after):
+    if not (_BEFORE.fullmatch(before) and _AFTER.fullmatch(after) and first.value is not None):
         return None
-    if len(tokens) > 1 and not re.fullmatch(r"[^()]*\s\([^()]*\)\W*", after):
+    if before.count("(") != after.partition(" (")[0].count(")") or _BOUNDED.search(before):
         return None
-    if re.search(r"[+*/^|<>]", before) or re.match(r"\s?(?:[-+*^<>|]|/\s?\d)", after):
+    if _DOUBTED.search(before):
         return None
-    return _quantity(text, first, is_target, is_strict=True)
+    words = re.findall(r"[A-Za-z]+", before + " " + after.partition(" (")[0])
+    if not all(_is_word(word) for word in words) or re.match(r"[A-Za-z](?![A-Za-z])", after):
+        return None
+    return _quantity(text, first, is_target)
 
 
-def _read_first(text: str) -> Quantity | None:
-    tokens = _tokens(text)
+def _is_word(word: str) -> bool:
+    """Whether letters are a word or a unit, and no product of variables."""
+    if _SHORT_WORD.fullmatch(word) or _unit(word):
+        return True
+    return (
+        len(word) > 2
+        and not _FUNCTION.fullmatch(word)
+        and re.search("(?i)[aeiouy]", word) is not None
+    )
+
+
+def _chosen(text: str, tokens: list[_Token], index: int) -> Quantity | None:
+    """The number at `index`, where it is neither denied, bounded nor one of several."""
     if not tokens:
         return None
-    stated = [i for i, t in enumerate(tokens) if not _CIRCUMSTANCE.search(text[: t.start][-12:])]
-    tokens = tokens[stated[0] :] if stated else tokens  # "In 7 days she earns 72"
-    first = tokens[0]
-    if len(tokens) > 1:
-        second = tokens[1]
-        between = text[first.end : second.start]
-        if (
-            _OPERATOR.fullmatch(between)
-            or not between.strip()
-            or _are_joined(first, second, between)
-        ):
+    token = tokens[index]
+    for one, other in pairwise(tokens[max(index - 1, 0) : index + 2]):
+        between = text[one.end : other.start]
+        if not between.strip() or _OPERATOR.fullmatch(between) or _are_joined(one, other, between):
             return None
-    return _quantity(text, first)
-
-
-def _last(text: str, tokens: list[_Token]) -> Quantity | None:
-    last = tokens[-1]
-    if len(tokens) > 1:
-        between = text[tokens[-2].end : last.start]
-        if _OPERATOR.fullmatch(between) or _are_joined(tokens[-2], last, between):
-            return None
-    return _quantity(text, last)
+    start = max(text.rfind(mark, 0, token.start) for mark in (". ", "; ", "\n", ", ", ": "))
+    cut = _CLAUSE.search(text, token.end)
+    clause = text[start + 1 : cut.start() if cut else len(text)]
+    before = text[: token.start]
+    if _DENIED.search(clause) or _BOUNDED.search(before[-24:]) or _DOUBTED.search(before[-24:]):
+        return None
+    if re.match(r"\s?(?:\\pm|\\mp|\+/-|[-+*^<>|]|!(?=\s*[\d$]))", text[token.end :]):
+        return None
+    return _quantity(text, token)
 
 
 def _is_remark(text: str, token: _Token) -> bool:
@@ -320,22 +408,18 @@ def _is_remark(text: str, token: _Token) -> bool:
 
 def _are_joined(one: _Token, other: _Token, between: str) -> bool:
     """Whether two numbers are offered side by side: "72 or 73", but not "72 hours or 3 days"."""
-    joint = _JOINED_AFTER.fullmatch(between)
+    joint = _JOINED.fullmatch(between)
     if joint is None or one.value == other.value:
         return False
     return joint[1] in ("", other.word) or other.word == ""
 
 
-def _quantity(
-    text: str, token: _Token, is_target: bool = False, is_strict: bool = False
-) -> Quantity | None:
+def _quantity(text: str, token: _Token, is_target: bool = False) -> Quantity | None:
     value = token.value
     before, after = text[: token.start], text[token.end :]
     if value is None or _RELATION.search(before[-12:]) or _CALL.search(before[-24:]):
         return None
     if _VARIABLE.match(after) or _APPLIED.search(before[-6:]):
-        return None
-    if is_strict and re.search(r"[A-Za-z\d]\s?[-+]\s?$", before):
         return None
     written = re.fullmatch(r"\D*([\d,]+) ?[/\u2044] ?(-?\d+)", text[token.start : token.end])
     if written and not is_target:
@@ -346,7 +430,12 @@ def _quantity(
 
 
 def _tokens(text: str) -> list[_Token]:
-    return [_token(text, match) for match in _NUMBER.finditer(text) if not _is_name(text, match)]
+    found = [_token(text, match) for match in _NUMBER.finditer(text) if not _is_name(text, match)]
+    unread = [
+        _Token(match.start(), match.end(), None, False, "", "")
+        for match in re.finditer(_UNREAD, text)
+    ]
+    return sorted(found + unread, key=lambda token: token.start) if unread else found
 
 
 def _is_name(text: str, match: re.Match[str]) -> bool:
@@ -391,17 +480,13 @@ def _value(match: re.Match[str]) -> Fraction | None:
 
 def _unit(word: str) -> str:
     word = word.replace("square ", "\u00b2").replace("sq. ", "\u00b2").replace("sq ", "\u00b2")
+    word = re.sub(r"\s?\^\s?([23])", lambda match: "\u00b2\u00b3"[int(match[1]) - 2], word)
     power = "".join(sign for sign in word if sign in "\u00b2\u00b3")
     if word.startswith(("cubic ", "cu ", "cu. ")):
         word, power = word.partition(" ")[2], "\u00b3"
     name = "".join(sign for sign in word if sign not in "\u00b2\u00b3 ").lower()
     known = _UNITS.get(name) or _UNITS.get(name.removesuffix("s"))
     return known + power if known else ""
-
-
-def _is_tuple(text: str) -> bool:
-    text = text.strip().strip("$").strip()
-    return text[:1] in "([{|" and ("," in text or ";" in text)
 
 
 def _plain(text: str, spaced: bool) -> str:
@@ -413,6 +498,7 @@ def _plain(text: str, spaced: bool) -> str:
         text = text.replace("\\$", "\\usd").replace("$", "").replace("\\usd", "$")
     if "\\" in text or "^" in text or "_" in text:
         text = _plain_latex(text)
+    text = text.replace("{", "").replace("}", " ")
     for spelling, plain in _COMMANDS:
         if spelling in text:
             text = text.replace(spelling, plain)
@@ -428,12 +514,12 @@ def _plain_latex(text: str) -> str:
     text = _STYLE.sub("", text)
     text = _REPEATING.sub(_repeating, text)
     text = _FRACTION.sub(_fraction, text)
+    text = _UNIT_FRACTION.sub(r" \1/\2 ", text)
+    text = _ALIGNED.sub("", text).replace("&=", "=")
     text = _DEGREES.sub("\u00b0", text)
     text = _ORDINAL.sub("", text)
-    text = _UNIT_POWER.sub(lambda match: "".join(_RAISED.get(c, c) for c in match[1]), text)
     text = _SUBSCRIPT.sub("", text)
-    text = text.replace("\\{", "\\lbrace ").replace("\\}", "\\rbrace ")
-    return text.replace("{", "").replace("}", " ")
+    return text.replace("\\{", "\\lbrace ").replace("\\}", "\\rbrace ")
 
 
 def _lowered(match: re.Match[str]) -> str:

@@ -38,7 +38,8 @@ from rlhf_cluster.rewards.rules.numeric import final_number
         ("The final answer is:\n\\[\n72\n\\]\nDone 5.", ("72", "said")),
         ("The answer is 72. The answer is right.", ("72. The answer is right.", "said")),
         ("What is the answer? 72", ("What is the answer? 72", "prose")),
-        ("The answer is not 71", ("The answer is not 71", "prose")),
+        ("The answer is not 71", ("not 71", "said")),
+        ("The answer cannot be 71", ("cannot 71", "said")),
         ("It is 72", ("It is 72", "prose")),
     ],
 )

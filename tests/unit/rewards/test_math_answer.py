@@ -95,3 +95,10 @@ def test_only_the_end_of_a_long_completion_is_read():
     maths = Maths(MathsConfig(max_answer_characters=3), RewardContext(), child)
     assert scores(maths, "72", "x" * 1000 + " 72") == [0.0]
     assert child.calls == [None, " 72"]
+
+
+def test_l05_reasoning_is_left_out_before_the_text_is_cut():
+    child = SlowChild("busy", is_broken=False)
+    maths = Maths(MathsConfig(max_answer_characters=20), RewardContext(), child)
+    assert scores(maths, "72", "<think>" + "x" * 1000 + "72", "<think>x</think>72") == [0.0, 1.0]
+    assert child.calls == [None, "", "72"]

@@ -21,7 +21,8 @@ pieces = [
     '1', '1,111', '1,11', '1/', '1 1/', '1 ', '-', '.', '1.', '1e', '1 234 ', '1^', '1*10^', '1 or ',
     '(1', '=', '1=', '1+', '1:2', '\\boxed{', '\\boxed{1}', '\\boxed{}', '\\boxed{1}, ', '\\frac{1}{',
     '\\text{', '\\text{{', '0.\\overline{1}', 'x_1', 'x^2', '{', '}', '$1$', '**1** ', '#', '#### ',
-    'answer ', '\\(', 'answer is ', 'Answer:\n', '<think>', '</think>', '<answer>', '```', ' ', '\n',
+    'answer ', 'a', 'ab ', 'not ', '\\u2248', '(', ' (', "a'", '-a', '\\(', 'answer is ',
+    'Answer:\n', '<think>', '</think>', '<answer>', '```', ' ', '\n',
     '```python\n', '\u7b54\u6848', 'A or ', 'not A but ', 'A) ', 'answer: A', '\u00bd', '\u00b2',
 ]
 reads = (final_number, read_target, lambda t: choice(t, 'BC'), lambda t: find_program(t, True))
@@ -30,6 +31,10 @@ for piece in pieces:
     for read in reads:
         read(text)
     final_number('\\boxed{' + text)
+    for length in (50, 300, 1500):
+        for start in ('1 ', '1', 'a 1', 'x = 1 '):
+            final_number('\\boxed{' + start + (piece * length)[:length] + '!}')
+            final_number('Answer: ' + start + (piece * length)[:length] + '!')
 """
 
 
@@ -50,3 +55,23 @@ def test_b4_every_answer_of_the_table_has_its_verdict(case):
 def test_a_hostile_completion_costs_time_in_proportion_to_its_length():
     """One quadratic step over 100,000 characters would take minutes, an exponential one for ever."""
     subprocess.run([sys.executable, "-c", HOSTILE], check=True, timeout=240)
+
+
+@pytest.mark.parametrize(
+    "text", ["x^2+1", "v^2=u^2+2as", "3ab", r"3\sqrt{2}", "10!", "3<x<4", r"\binom{5}{2}", "-(5)"]
+)
+def test_l01_a_formula_that_is_more_than_a_number_is_none(text):
+    assert read_target(text) is None
+    assert final_number(f"The answer is ${text}$.") is None
+    assert final_number(f"\\boxed{{{text}}}") is None
+
+
+@pytest.mark.parametrize(
+    "form", ["{}", "Answer: {}", "### Final Answer\n{}", "<answer>{}</answer>", "Answer: **{}**"]
+)
+@pytest.mark.parametrize(
+    "sentence",
+    ["The 5 boys have 72 clips.", "The cost of 5 shirts is $72.", "He has 9 * 8 = 72 on day 3."],
+)
+def test_l06_a_sentence_states_the_same_number_wherever_it_stands(form, sentence):
+    assert final_number(form.format(sentence)) == 72
