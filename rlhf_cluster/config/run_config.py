@@ -46,7 +46,7 @@ from rlhf_cluster.sections.rl_run import (
     Weights,
 )
 from rlhf_cluster.sections.section import load
-from rlhf_cluster.sections.values import Dtype
+from rlhf_cluster.sections.values import Dtype, Rounding
 
 
 class RunConfig(RunFile[Run]):
@@ -95,6 +95,12 @@ class RunConfig(RunFile[Run]):
     @property
     def publish_dtype(self) -> Dtype:
         return self.weights.dtype or self.generation.dtype
+
+    @property
+    def publish_rounding(self) -> Rounding:
+        """How what was merged from adapters is rounded to the published type."""
+        is_rounded = self.learner.lora is not None and self.publish_dtype == "bfloat16"
+        return self.weights.rounding or ("stochastic" if is_rounded else "nearest")
 
     @property
     def max_sequence_tokens(self) -> int:
@@ -328,6 +334,16 @@ def _check_weights(c: RunConfig) -> None:
         raise ValueError(
             "weights.format = 'adapter' without [learner.lora]: all weights are trained, and there are "
             "no adapters to write. Add the section, or set weights.format = 'delta' or 'full'"
+        )
+    if c.weights.rounding == "stochastic" and c.learner.lora is None:
+        raise ValueError(
+            "weights.rounding = 'stochastic' without [learner.lora]: only what is merged from adapters "
+            "is rounded by it. Remove it, or add the section"
+        )
+    if c.weights.rounding == "stochastic" and c.publish_dtype != "bfloat16":
+        raise ValueError(
+            f"weights.rounding = 'stochastic' with versions in {c.publish_dtype}, to which nothing is "
+            "rounded. Remove it, or set weights.dtype = 'bfloat16'"
         )
 
 
