@@ -299,7 +299,12 @@ def test_l03_the_engine_makes_the_learners_move_however_small_it_is(
     start_learner: Any, tmp_path: Path, size: float
 ) -> None:
     """Regression coefficient of the engine's move on the learner's, over 1,280 tokens: all of it with
-    the default in bfloat16 and with an engine in float32, and a part only when rounded to nearest."""
+    the default in bfloat16 and with an engine in float32, and a part only when rounded to nearest.
+
+    In so small a model the draws of one version move the coefficient by 0.3 at 1e-4: the mean over
+    versions has a deviation of 0.02.
+    """
+    num_versions = max(16, round(0.0256 / size))
     build_llama().to(torch.bfloat16).save_pretrained(tmp_path / "model")
     tokens = torch.randint(48, (40, 33), generator=torch.Generator().manual_seed(0))
 
@@ -315,10 +320,12 @@ def test_l03_the_engine_makes_the_learners_move_however_small_it_is(
         own = host_copy(local_parts(learner.model), torch.float32)
         learners = _logprobs({p.name: p.tensor.view(p.shape) for p in own}, tokens) - before
         moves = []
-        for version in range(16 if weights == {"dtype": "bfloat16"} else 1):
+        for version in range(num_versions if weights == {"dtype": "bfloat16"} else 1):
             learner._version = version
-            root = tmp_path / "-".join(weights.values())
-            moves.append(_logprobs(dict(read(_publish(learner, root).path)), tokens) - before)
+            learner.snapshot()
+            assert learner._snapshot is not None
+            engine = {p.name: p.tensor.view(p.shape) for p in learner._snapshot[1]}
+            moves.append(_logprobs(engine, tokens) - before)
         engines = torch.stack(moves).mean(0)
         return (engines @ learners / (learners @ learners)).item()
 
