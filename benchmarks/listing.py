@@ -22,6 +22,11 @@ PRODUCT = ("rlhf_cluster", "actors")
 MEASURED: Mapping[str, Sequence[str]] = {
     "verifiers": ("rlhf_cluster/rewards", "benchmarks/verifiers.py", "benchmarks/presentations.py"),
     "mutants": (*PRODUCT, "tests/mutants"),
+    "lora_rounding": (
+        "rlhf_cluster/weights/formats",
+        "rlhf_cluster/models/int8_rounding.py",
+        "benchmarks/lora_rounding.py",
+    ),
     "scale": (
         *("rlhf_cluster/buffer", "rlhf_cluster/weights", "rlhf_cluster/pipeline.py"),
         *(

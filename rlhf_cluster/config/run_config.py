@@ -246,6 +246,16 @@ def _check_weights(c: RunSections) -> None:
             "weights.format = 'adapter' without [learner.lora]: all weights are trained, and there are "
             "no adapters to write. Add the section, or set weights.format = 'delta' or 'full'"
         )
+    if c.weights.rounding == "stochastic" and c.learner.lora is None:
+        raise ValueError(
+            "weights.rounding = 'stochastic' without [learner.lora]: only what is merged from adapters "
+            "is rounded by it. Remove it, or add the section"
+        )
+    if c.weights.rounding == "stochastic" and c.publish_dtype != "bfloat16":
+        raise ValueError(
+            f"weights.rounding = 'stochastic' with versions in {c.publish_dtype}, to which nothing is "
+            "rounded. Remove it, or set weights.dtype = 'bfloat16'"
+        )
 
 
 def _check_sampling(c: RunSections) -> None:

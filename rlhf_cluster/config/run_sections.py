@@ -28,7 +28,7 @@ from rlhf_cluster.sections.rl_run import (
     Staleness,
     Weights,
 )
-from rlhf_cluster.sections.values import Dtype
+from rlhf_cluster.sections.values import Dtype, Rounding
 
 
 class RunSections(RunFile[Run]):
@@ -82,6 +82,12 @@ class RunSections(RunFile[Run]):
     @property
     def publish_dtype(self) -> Dtype:
         return self.weights.dtype or self.generation.dtype
+
+    @property
+    def publish_rounding(self) -> Rounding:
+        """How what was merged from adapters is rounded to the published type."""
+        is_rounded = self.learner.lora is not None and self.publish_dtype == "bfloat16"
+        return self.weights.rounding or ("stochastic" if is_rounded else "nearest")
 
     @property
     def max_sequence_tokens(self) -> int:

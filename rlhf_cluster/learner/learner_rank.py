@@ -197,7 +197,8 @@ class LearnerRank(TrainingRank[RunConfig]):
         A snapshot that was not written yet is replaced.
         """
         as_adapters = self._frozen is not None
-        parts = host_copy(local_parts(self.model, as_adapters), self._publish_dtype)
+        streams_of = self._version if self._config.publish_rounding == "stochastic" else None
+        parts = host_copy(local_parts(self.model, as_adapters, streams_of), self._publish_dtype)
         self._changed.copied(parts, self._frozen.num_unadapted if self._frozen is not None else 0)
         with self._snapshot_lock:
             self._snapshot = (self._version, parts)

@@ -148,7 +148,8 @@ class StageRank(TrainingRank[StageConfig]):
         """Write this rank's shard of the trained weights, in the names of the Hugging Face model.
         `attempt` is that of the run."""
         dtype = torch.bfloat16 if self._config.run.export_dtype == "bfloat16" else torch.float32
-        parts = publish.host_copy(self._named_parts(), dtype)
+        is_rounded = self._config.learner.lora is not None and dtype == torch.bfloat16
+        parts = publish.host_copy(self._named_parts(self._version if is_rounded else None), dtype)
         sink = FileSink(root, fsync=True, attempt=attempt)
         return send_shard([sink], self._version, self._rank, parts)
 
@@ -246,8 +247,8 @@ class StageRank(TrainingRank[StageConfig]):
     def _is_value(self) -> bool:
         return self._config.stage.model_kind == "value"
 
-    def _named_parts(self) -> Iterator[LocalPart]:
-        for part in publish.local_parts(self.model):
+    def _named_parts(self, streams_of: int | None = None) -> Iterator[LocalPart]:
+        for part in publish.local_parts(self.model, streams_of=streams_of):
             yield replace(part, name=self._published_name(part.name))
 
     def _published_name(self, name: str) -> str:

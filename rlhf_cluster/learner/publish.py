@@ -32,15 +32,22 @@ from rlhf_cluster.models.policy_model import (
     checkpoint_name,
 )
 from rlhf_cluster.weights.formats import lora_factors
+from rlhf_cluster.weights.formats.stochastic_rounding import (
+    round_stochastically,
+    stream_key,
+)
 from rlhf_cluster.weights.manifest import LocalPart
 from rlhf_cluster.weights.shards import ShardBase
 
 
-def local_parts(model: ShardedModel, as_adapters: bool = False) -> Iterator[LocalPart]:
+def local_parts(
+    model: ShardedModel, as_adapters: bool = False, streams_of: int | None = None
+) -> Iterator[LocalPart]:
     """This rank's share of every tensor of the checkpoint. A share may be empty.
 
     `as_adapters` gives what is written between anchors: adapters, and, marked by their `scale` and
-    not to be stored, the weights that readers merge from them and from `anchor_parts`.
+    not to be stored, the weights that readers merge from them and from `anchor_parts`. What is
+    merged gets the streams of version `streams_of`, if there is one, by which `host_copy` rounds it.
 
     Parts may be views of the live weights: copy them before the next step. Buffers that belong to
     the checkpoint come from rank 0 whole. With adapters every rank must take part.
@@ -54,10 +61,12 @@ def local_parts(model: ShardedModel, as_adapters: bool = False) -> Iterator[Loca
             weight = qlora.unpacked(model, part)
             if not lora.is_adapted(weight.name):
                 found = [] if as_adapters else [weight]
-            elif as_adapters:
-                found = lora.merged(model, weight)
             else:
-                found = [replace(lora.merged(model, weight)[0], scale=None)]
+                whole, *gain = lora.merged(model, weight)
+                if streams_of is not None:
+                    name = checkpoint_name(weight.name)
+                    whole = replace(whole, stream=stream_key(streams_of, name))
+                found = [whole, *gain] if as_adapters else [replace(whole, scale=None)]
         for own in found:
             yield replace(own, name=checkpoint_name(own.name))
     if not as_adapters:
@@ -153,7 +162,10 @@ class Bases:
 
 
 def host_copy(parts: Iterable[LocalPart], dtype: torch.dtype) -> list[LocalPart]:
-    """Copies in host memory, floating-point ones in `dtype`, the parts of adapters in float32."""
+    """Copies in host memory, floating-point ones in `dtype`, the parts of adapters in float32.
+
+    What has a stream is rounded by it, which `dtype` bfloat16 goes with.
+    """
     return [
         _on_host(part, torch.float32 if lora_factors.is_factor(part.name) else dtype)
         for part in parts
@@ -161,6 +173,9 @@ def host_copy(parts: Iterable[LocalPart], dtype: torch.dtype) -> list[LocalPart]
 
 
 def _on_host(part: LocalPart, dtype: torch.dtype) -> LocalPart:
+    if part.stream is not None:
+        rounded = round_stochastically(part.tensor, part.offset, part.stream)
+        return replace(part, tensor=rounded.to("cpu"))
     keep = dtype if part.tensor.is_floating_point() else part.tensor.dtype
     return replace(part, tensor=part.tensor.to(keep, copy=True).to("cpu"))
 
@@ -187,7 +202,8 @@ class ChangedShare:
     snapshots, counted in a thread, beside the step after the second of them.
 
     An update far smaller than a weight is lost when the weight is published in bfloat16: a share
-    near 0 says that generation does not see what the learner learns.
+    near 0 says that generation does not see what the learner learns. Weights that a stream rounds
+    are drawn again for each version: their share says little.
     """
 
     def __init__(self, timeout_s: float) -> None:

@@ -12,7 +12,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from rlhf_cluster.sections.every_run import RunSection
 from rlhf_cluster.sections.section import Section
-from rlhf_cluster.sections.values import Dtype, HeadDtype, OnStale
+from rlhf_cluster.sections.values import Dtype, HeadDtype, OnStale, Rounding
 
 
 class Quarantine(Section):
@@ -395,6 +395,10 @@ class Weights(Section):
     last version of a run always are. Only these outlive the learner's processes."""
     dtype: Dtype | None = None
     """Type of the published tensors; default: the generation pool's."""
+    rounding: Rounding | None = None
+    """How weights merged from adapters become bfloat16. `stochastic`, the default: up or down by the
+    chance that makes the mean exact, the same bits each time. `nearest` loses most of a small update:
+    a weight that moves by less than half a unit does not move."""
     format: Literal["full", "delta", "adapter"] = "full"
     """`delta` writes only what changed since the version before, without loss. Suits small steps in
     bfloat16 and slow file systems. Each learner rank then keeps its share of the last version in

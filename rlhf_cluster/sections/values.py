@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 Dtype = Literal["float32", "bfloat16"]
+Rounding = Literal["nearest", "stochastic"]
 
 
 FrozenQuantization = Literal["int8"]

@@ -206,13 +206,14 @@ def _check_against_base(
 
 
 def _entry(name: str, held: list[_Held], files: Mapping[str, ShardFile]) -> TensorEntry:
-    shape, dtype, scale = held[0][1].shape, held[0][1].dtype, held[0][1].scale
+    first = held[0][1]
+    shape, dtype, scale, stream = agreed = first.shape, first.dtype, first.scale, first.stream
     for file, part in held:
-        if (part.shape, part.dtype, part.scale) != (shape, dtype, scale):
+        if (part.shape, part.dtype, part.scale, part.stream) != agreed:
             raise WeightError(
                 f"tensor {name!r}: {file} holds a part of {part.dtype}{list(part.shape)} with scale "
-                f"{part.scale}, {held[0][0]} one of {dtype}{list(shape)} with scale {scale}; all "
-                "ranks must agree"
+                f"{part.scale} and stream {part.stream}, {held[0][0]} one of {dtype}{list(shape)} with "
+                f"scale {scale} and stream {stream}; all ranks must agree"
             )
     held = sorted((item for item in held if item[1].numel), key=lambda item: item[1].offset)
     parts = tuple(
@@ -226,6 +227,7 @@ def _entry(name: str, held: list[_Held], files: Mapping[str, ShardFile]) -> Tens
         hash=tensor_hash(name, dtype, shape, _chunk_hashes(name, held, files)),
         parts=parts if scale is None else (),
         scale=scale,
+        stream=stream,
     )
 
 

@@ -69,6 +69,8 @@ class LocalPart:
 
     `shape` is the whole tensor's. `tensor` is flat, contiguous, on the CPU, and may be empty. With a
     `scale` it is not stored: readers merge it from the parts named after it (`lora_factors.merge`).
+    `stream` is the key by which what was merged is rounded to bfloat16 (`stochastic_rounding`);
+    None: to nearest.
     """
 
     name: str
@@ -76,13 +78,14 @@ class LocalPart:
     offset: int
     tensor: Tensor  # [numel]
     scale: float | None = None
+    stream: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartReport:
     """What a rank wrote of one tensor. `piece_hashes` are those of `tensor_hashing.hash_pieces`,
-    over the elements themselves however they are stored. `delta_bytes` as in `Part`, `scale` as in
-    `LocalPart`; with a scale `delta_bytes` is 0."""
+    over the elements themselves however they are stored. `delta_bytes` as in `Part`, `scale` and
+    `stream` as in `LocalPart`; with a scale `delta_bytes` is 0, and without one there is no stream."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -91,6 +94,7 @@ class PartReport:
     piece_hashes: bytes
     delta_bytes: int | None = None
     scale: float | None = None
+    stream: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +128,8 @@ class TensorEntry(_Entry):
     """One tensor. `hash` covers name, type, shape and bytes, whatever the sharding.
 
     Nothing is stored of it (no parts) when it has a `scale`, by which it is merged from the factors
-    named after it, or when it is kept as the base version has it.
+    named after it and rounded by the `stream` of that key, or when it is kept as the base version
+    has it.
     """
 
     dtype: str
@@ -132,6 +137,7 @@ class TensorEntry(_Entry):
     hash: _Hash
     parts: tuple[Part, ...]
     scale: float | None = None
+    stream: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -273,6 +279,8 @@ def _check_entry(manifest: Manifest, name: str, entry: TensorEntry) -> None:
             raise ValueError(f"tensor {name!r} has a difference, and the version no base")
         if part.file not in manifest.files:
             raise ValueError(f"tensor {name!r} has a part in {part.file!r}, not in `files`")
+    if entry.stream is not None and (entry.scale is None or entry.dtype != "bfloat16"):
+        raise ValueError(f"tensor {name!r} has a stream, and is not merged in bfloat16")
     is_kept = manifest.format == "adapter" and bool(manifest.chain)
     if entry.parts or not (is_kept or entry.scale is not None):
         check_coverage(name, entry.shape, entry.parts)

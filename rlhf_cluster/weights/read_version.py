@@ -56,6 +56,7 @@ from rlhf_cluster.weights.formats import (
     delta,
     lora_factors,
 )
+from rlhf_cluster.weights.formats.stochastic_rounding import round_stochastically
 from rlhf_cluster.weights.manifest import (
     ITEM_BYTES,
     Manifest,
@@ -206,7 +207,11 @@ def _whole(
         stored(name + lora_factors.GAIN) if name + lora_factors.GAIN in manifest.factors else None
     )
     merged = lora_factors.merge(base.view(-1), 0, down, up, entry.scale, gain)
-    return merged.to(_type(entry)).view(entry.shape), {name + lora_factors.BASE: base}
+    if entry.stream is None:
+        tensor = merged.to(_type(entry))
+    else:
+        tensor = round_stochastically(merged, 0, entry.stream)
+    return tensor.view(entry.shape), {name + lora_factors.BASE: base}
 
 
 def _open_chain(

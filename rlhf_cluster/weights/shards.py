@@ -272,6 +272,7 @@ def _made(part: LocalPart, base: ShardBase | None) -> tuple[str, dict[str, Tenso
         piece_hashes=hash_pieces(tensor_bytes(part.tensor), part.offset * ITEM_BYTES[dtype]),
         delta_bytes=delta_bytes,
         scale=part.scale,
+        stream=part.stream if part.scale is not None else None,
     )
     return part.name, stored, report
 
@@ -313,7 +314,7 @@ def _content_key(reports: dict[str, PartReport], base: int | None) -> str:
     key = xxh3_64(json.dumps(base).encode())
     for name, part in reports.items():
         shape = [part.shape, part.offset, part.numel]
-        header = [name, part.dtype, *shape, part.delta_bytes, part.scale]
+        header = [name, part.dtype, *shape, part.delta_bytes, part.scale, part.stream]
         key.update(json.dumps(header).encode())
         key.update(part.piece_hashes)
     return key.hexdigest()

@@ -14,6 +14,8 @@ Promises:
   products of a column of B and a row of A are summed in the order of the adapter's rank. IEEE 754
   rounds each of them, so the result is the same to the bit on any device, and for any part of W. A
   matrix product would not do: its order of summation is up to the library, the shape and the device;
+- what is merged is rounded to bfloat16 by a stream whose key the manifest holds
+  (`stochastic_rounding`), or to nearest where it holds none;
 - so a version has the hashes and the digest of the same weights stored in full. They are those of
   what the learner merged, and readers compare what they merged: a machine that computes otherwise
   is refused, never believed. (Not a number has many bit patterns: weights must be finite.)

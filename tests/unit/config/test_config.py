@@ -193,6 +193,17 @@ def test_all_problems_are_reported_at_once():
             ["weights.format = 'adapter' without [learner.lora]", "'delta'"],
         ),
         (
+            {"weights": {"rounding": "stochastic"}},
+            ["weights.rounding = 'stochastic' without [learner.lora]", "add the section"],
+        ),
+        (
+            {
+                "learner": {"lora": {}},
+                "weights": {"rounding": "stochastic", "dtype": "float32"},
+            },
+            ["weights.rounding = 'stochastic' with versions in float32", "weights.dtype"],
+        ),
+        (
             {"learner": {"lora": {}}, "algorithm": {"type": "ppo"}},
             ["[learner.lora] with algorithm.type = 'ppo'", "critic"],
         ),

@@ -1,5 +1,6 @@
 """Versions stored as adapters: one digest with the full ones, damage by name, the anchor stays."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,9 @@ from rlhf_cluster.weights.formats.lora_factors import (
     UP,
     merge,
 )
-from rlhf_cluster.weights.manifest import LocalPart, ShardReport
-from rlhf_cluster.weights.read_version import Held
+from rlhf_cluster.weights.formats.stochastic_rounding import round_stochastically, stream_key
+from rlhf_cluster.weights.manifest import LocalPart, ShardReport, decode, encode
+from rlhf_cluster.weights.read_version import Held, open_version
 from rlhf_cluster.weights.shards import ShardBase
 from tests.support.builders.small_weights import (
     Tensors,
@@ -55,29 +57,41 @@ def factors(seed: int, dora: bool) -> dict[str, torch.Tensor]:
     return found
 
 
-def whole(base: Tensors, adapters: Tensors, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The tensors of the model."""
+def whole(
+    base: Tensors, adapters: Tensors, dtype: torch.dtype, streams_of: int | None = None
+) -> dict[str, torch.Tensor]:
+    """The tensors of the model, rounded to nearest or by the streams of a version."""
     found = dict(base)
     for name, shape in ADAPTED.items():
         down, up, gain = (adapters.get(name + kind) for kind in (DOWN, UP, GAIN))
         assert down is not None
         assert up is not None
         merged = merge(base[name].reshape(-1), 0, down, up, SCALE, gain)
-        found[name] = merged.to(dtype).view(shape)
+        if streams_of is None:
+            rounded = merged.to(dtype)
+        else:
+            rounded = round_stochastically(merged, 0, stream_key(streams_of, name))
+        found[name] = rounded.view(shape)
     return found
 
 
-def parts_of(base: Tensors, adapters: Tensors, model: Tensors, ranks: int) -> list[list[LocalPart]]:
+def parts_of(
+    base: Tensors, adapters: Tensors, model: Tensors, ranks: int, streams_of: int | None = None
+) -> list[list[LocalPart]]:
     """Every rank's parts, cut anywhere, the parts of one weight at other places than its factors."""
     tensors = {**model, **{name + BASE: base[name] for name in ADAPTED}, **adapters}
     cuts = {
         name: [(t.numel() * k + i) // ranks for k in range(1, ranks)]
         for i, (name, t) in enumerate(tensors.items())
     }
-    return [
-        [replace(part, scale=SCALE) if part.name in ADAPTED else part for part in parts]
-        for parts in split(tensors, cuts, ranks)
-    ]
+
+    def marked(part: LocalPart) -> LocalPart:
+        if part.name not in ADAPTED:
+            return part
+        stream = None if streams_of is None else stream_key(streams_of, part.name)
+        return replace(part, scale=SCALE, stream=stream)
+
+    return [[marked(part) for part in parts] for parts in split(tensors, cuts, ranks)]
 
 
 def is_frozen(part: LocalPart) -> bool:
@@ -106,15 +120,18 @@ class Publisher:
         dora: bool = False,
         base: torch.dtype = torch.bfloat16,
         keep: int = 10,
+        streams: bool = False,
     ) -> None:
         self._root, self._ranks, self._dora, self._keep = root, ranks, dora, keep
+        self._streams = streams
         self.base = base_model(base)
         self.models: dict[int, Tensors] = {}
 
     def __call__(self, version: int, base: int | None) -> WeightVersion:
         adapters = factors(version, self._dora)
-        self.models[version] = whole(self.base, adapters, torch.bfloat16)
-        ranks = parts_of(self.base, adapters, self.models[version], self._ranks)
+        streams_of = version if self._streams else None
+        self.models[version] = whole(self.base, adapters, torch.bfloat16, streams_of)
+        ranks = parts_of(self.base, adapters, self.models[version], self._ranks, streams_of)
         reports = write_parts(self._root, version, ranks, base)
         expected = {name: tuple(t.shape) for name, t in self.models[version].items()}
         return store.commit(self._root, version, reports, self._keep, expected)
@@ -132,8 +149,6 @@ def flip(path: Path, position: int) -> None:
 
 
 def last_byte(path: Path, name: str) -> int:
-    import json
-
     start = 8 + int.from_bytes(path.read_bytes()[:8], "little")
     return start + json.loads(path.read_bytes()[8:start])[name]["data_offsets"][1] - 1
 
@@ -332,3 +347,45 @@ def test_an_anchor_without_all_factors_of_a_weight_is_refused(tmp_path: Path) ->
         reports = write_parts(tmp_path, 0, [parts], None)
         with pytest.raises(WeightError, match=f"up_proj.weight{missing} is missing"):
             store.commit(tmp_path, 0, reports, keep=2)
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_l03_readers_round_what_they_merge_by_the_streams_that_the_manifest_names(
+    tmp_path: Path, ranks: int, dora: bool
+) -> None:
+    publish = Publisher(tmp_path, ranks, dora, streams=True)
+    held = Held()
+    for version in (publish(0, None), publish(1, 0), publish(2, 0)):
+        model = publish.models[version.version]
+        assert_same(
+            dict(store.read(version.path, expected_digest=version.digest, held=held)), model
+        )
+        assert version.digest == digest_of(model.items())
+        manifest = open_version(version.path)
+        streams = {n: e.stream for n, e in manifest.tensors.items() if e.stream is not None}
+        assert streams == {n: stream_key(version.version, n) for n in ADAPTED}
+        assert decode(encode(manifest), "again") == manifest
+    nearest = whole(publish.base, factors(2, dora), torch.bfloat16)
+    assert not torch.equal(nearest["up_proj.weight"], publish.models[2]["up_proj.weight"])
+
+
+def test_l03_ranks_that_name_different_streams_are_refused(tmp_path: Path) -> None:
+    base, adapters = base_model(), factors(0, False)
+    model = whole(base, adapters, torch.bfloat16, 0)
+    ranks = parts_of(base, adapters, model, 2, 0)
+    ranks[1] = [replace(p, stream=7) if p.name in ADAPTED else p for p in ranks[1]]
+    reports = write_parts(tmp_path, 0, ranks, None)
+    with pytest.raises(WeightError, match="stream 7.*all ranks must agree"):
+        store.commit(tmp_path, 0, reports, 9, {n: tuple(t.shape) for n, t in model.items()})
+
+
+@pytest.mark.parametrize("change", [{"stream": -1}, {"stream": 1 << 63}, {"dtype": "float32"}])
+def test_l03_a_manifest_with_a_stream_that_cannot_be_is_refused(
+    tmp_path: Path, change: Mapping[str, object]
+) -> None:
+    version = Publisher(tmp_path, streams=True)(0, None)
+    tree = json.loads(encode(open_version(version.path)))
+    tree["tensors"]["q_proj.weight"] |= change
+    with pytest.raises(WeightError, match="stream"):
+        decode(json.dumps(tree), "here")
