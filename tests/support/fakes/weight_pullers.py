@@ -135,6 +135,7 @@ class Moving(Pulling):
             run={"root": str(self.folder), "start_timeout_s": LOAD_S},
             scoring={"reference": True, "reference_update": moves},
         )
+        self.weights = config.weights_dir
         return RayScoring({"scoring": self.pool}, config)
 
     async def _join(self, worker: Worker) -> None:
@@ -146,4 +147,4 @@ class Moving(Pulling):
 
     async def bring(self, version: int) -> None:
         policy = small_model(seed=version)
-        await self.client.follow(publish(self.folder / "weights", version, policy))
+        await self.client.follow(publish(self.weights, version, policy))
