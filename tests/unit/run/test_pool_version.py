@@ -148,7 +148,7 @@ async def test_a_reference_that_nobody_took_is_asked_for_again_with_the_same_ver
 ) -> None:
     moving = Moving(tmp_path, *(Puller(SLOW, SLOW, "fine") for _ in range(2)))
     await moving.start()
-    version = publish(tmp_path / "weights", 1, small_model(seed=1))
+    version = publish(moving.weights, 1, small_model(seed=1))
     with pytest.raises(WeightError, match="the reference of version 1 is not live: 0 of 2 scoring"):
         await moving.client.follow(version)
     assert moving.client.metrics()["scoring/reference_version"] == 0.0
