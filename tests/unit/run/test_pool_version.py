@@ -58,6 +58,22 @@ async def test_d01_a_slow_storage_kills_no_worker_and_makes_no_version_live(
     assert pulling.pool.workers[-1].actor.pulled == [], "who joins does not wait for it either"
 
 
+@pytest.mark.parametrize("pools", ["policy", "reference"], indirect=True)
+@pytest.mark.parametrize(("num_fine", "is_live"), [(1, False), (2, True)])
+async def test_a_version_is_live_where_a_quorum_of_workers_took_it_and_not_before(
+    pools: Pools, num_fine: int, is_live: bool
+) -> None:
+    slow = [Puller(SLOW, SLOW, "fine") for _ in range(4 - num_fine)]
+    pulling = pools(*(Puller("fine") for _ in range(num_fine)), *slow, min_workers=2)
+    await pulling.start()
+    if is_live:
+        await pulling.bring(1)
+        assert pulling.states()[:2] == ["live", "live"]
+    else:
+        with pytest.raises(WeightError, match="1 of 4 .* workers took it, 2 are needed"):
+            await pulling.bring(1)
+
+
 @BOTH
 async def test_d01_a_worker_that_is_slow_twice_gets_no_work_until_it_has_caught_up(
     pools: Pools, why: Exception | str

@@ -173,3 +173,15 @@ def test_d14_a_run_whose_directory_another_process_took_notices(tmp_path):
         marker.write_text(json.dumps(other))
         with pytest.raises(RunError, match=r"was taken by process 7 on another.*localflock"):
             run.check_claim()
+
+
+def test_a_new_attempt_removes_the_half_versions_of_the_one_before(tmp_path: Path) -> None:
+    store.begin_attempt(tmp_path)
+    half = tmp_path / "v000003.a1.partial"
+    half.mkdir()
+    (half / "shard-00000-x.safetensors").write_bytes(b"half")
+    beside = tmp_path / "notes"
+    beside.mkdir()
+    store.begin_attempt(tmp_path)
+    assert not half.exists()
+    assert beside.exists()
