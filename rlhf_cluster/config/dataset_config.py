@@ -31,7 +31,7 @@ from rlhf_cluster.sections.rl_run import (
     Model,
     Run,
 )
-from rlhf_cluster.sections.section import Section
+from rlhf_cluster.sections.section import Problems, Section, messages_of
 
 Select = Literal[
     "all", "best_of_n", "threshold", "pairs", "step_labels", "revisions", "revision_pairs"
@@ -172,8 +172,7 @@ class GenerateConfig(RunFile[GenerateRun]):
         try:
             _ = self.as_run
         except ValidationError as error:
-            problems = (problem["msg"] for problem in error.errors(include_url=False))
-            raise ValueError("; ".join(p.removeprefix("Value error, ") for p in problems)) from None
+            raise Problems(*messages_of(RunConfig, error)) from None
         return self
 
 

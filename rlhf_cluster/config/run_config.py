@@ -6,7 +6,7 @@ their values and the cure.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pydantic import model_validator
@@ -30,7 +30,7 @@ from rlhf_cluster.config.check_training import (
 )
 from rlhf_cluster.config.run_sections import RunSections
 from rlhf_cluster.sections.rl_run import Critic
-from rlhf_cluster.sections.section import load
+from rlhf_cluster.sections.section import check_all, load
 
 
 class RunConfig(RunSections):
@@ -38,33 +38,7 @@ class RunConfig(RunSections):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> RunConfig:
-        check_model(self.model)
-        for check in (
-            _check_data,
-            _check_lengths,
-            check_staleness,
-            _check_batch,
-            check_kl,
-            _check_scoring,
-            _check_critic,
-            _check_algorithm,
-            _check_schedule,
-            _check_lora,
-            _check_weights,
-            check_devices,
-            _check_sampling,
-            check_generation,
-            check_rewards,
-            check_steps,
-            check_teacher,
-            check_pools,
-            check_weights,
-            check_learner,
-            check_replay,
-            check_autoscale,
-        ):
-            check(self)
-        check_checkpoint(self.checkpoint, self.run_dir)
+        check_all(self, _CHECKS)
         return self
 
 
@@ -268,3 +242,39 @@ def _check_sampling(c: RunSections) -> None:
             "cannot be replayed by the learner, and model, max_model_len, seed and logprobs_mode are "
             "set by the run. Remove it"
         )
+
+
+def _check_model(c: RunSections) -> None:
+    check_model(c.model)
+
+
+def _check_checkpoint(c: RunSections) -> None:
+    check_checkpoint(c.checkpoint, c.run_dir)
+
+
+_CHECKS: Sequence[Callable[[RunSections], None]] = (
+    _check_model,
+    _check_data,
+    _check_lengths,
+    check_staleness,
+    _check_batch,
+    check_kl,
+    _check_scoring,
+    _check_critic,
+    _check_algorithm,
+    _check_schedule,
+    _check_lora,
+    _check_weights,
+    check_devices,
+    _check_sampling,
+    check_generation,
+    check_rewards,
+    check_steps,
+    check_teacher,
+    check_pools,
+    check_weights,
+    check_learner,
+    check_replay,
+    check_autoscale,
+    _check_checkpoint,
+)

@@ -7,6 +7,8 @@ names both keys, their values and the cure.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from pydantic import model_validator
 
 from rlhf_cluster.config.check_training import check_checkpoint, check_model, check_ranks
@@ -24,6 +26,7 @@ from rlhf_cluster.sections.rl_run import (
     Learner,
     Model,
 )
+from rlhf_cluster.sections.section import check_all
 
 
 class StageConfig(RunFile[StageRun]):
@@ -43,19 +46,7 @@ class StageConfig(RunFile[StageRun]):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> StageConfig:
-        check_model(self.model)
-        for check in (
-            _check_length_of_run,
-            _check_sources,
-            _check_template,
-            _check_lengths,
-            _check_learner,
-            _check_reference,
-            _check_teacher,
-            _check_evaluation,
-        ):
-            check(self)
-        check_checkpoint(self.checkpoint, self.run_dir)
+        check_all(self, _CHECKS)
         return self
 
 
@@ -195,3 +186,25 @@ def _check_evaluation(c: StageConfig) -> None:
             f"checkpoint.keep_best = {c.checkpoint.keep_best} with data.held_out = 0: a stage's score "
             "is that of its held-out units. Set data.held_out, or remove keep_best"
         )
+
+
+def _check_model(c: StageConfig) -> None:
+    check_model(c.model)
+
+
+def _check_checkpoint(c: StageConfig) -> None:
+    check_checkpoint(c.checkpoint, c.run_dir)
+
+
+_CHECKS: Sequence[Callable[[StageConfig], None]] = (
+    _check_model,
+    _check_length_of_run,
+    _check_sources,
+    _check_template,
+    _check_lengths,
+    _check_learner,
+    _check_reference,
+    _check_teacher,
+    _check_evaluation,
+    _check_checkpoint,
+)

@@ -11,7 +11,7 @@ import difflib
 import tomllib
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +33,7 @@ class Section(BaseModel):
 
 
 S = TypeVar("S", bound=Section)
+C = TypeVar("C")
 
 
 def load(cls: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
@@ -62,15 +63,43 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     return tree
 
 
+class Problems(ValueError):
+    """Problems that independent checks of one run file found; `args` are their messages."""
+
+
+def check_all(config: C, checks: Iterable[Callable[[C], None]]) -> None:
+    """Run every check, and raise all that they refuse as one `Problems`.
+
+    A check raises `ValueError` for the first thing that it refuses. One that stumbles over what an
+    earlier check refused adds nothing.
+    """
+    problems: list[str] = []
+    for check in checks:
+        try:
+            check(config)
+        except ValueError as error:
+            problems.append(str(error))
+        except (AttributeError, KeyError, TypeError, ZeroDivisionError):
+            if not problems:
+                raise
+    if problems:
+        raise Problems(*problems)
+
+
 def validate(cls: type[S], tree: dict[str, Any], source: str) -> S:
     """Build `cls` from `tree`; every problem in one `ConfigError` that starts with `source`."""
     try:
         return cls.model_validate(tree)
     except ValidationError as error:
-        problems = [_explain(cls, problem) for problem in error.errors(include_url=False)]
+        problems = messages_of(cls, error)
         noun = "problem" if len(problems) == 1 else "problems"
         lines = "\n".join(f"  - {p}" for p in problems)
         raise ConfigError(f"{source}: {len(problems)} {noun}\n{lines}") from None
+
+
+def messages_of(cls: type[Section], error: ValidationError) -> list[str]:
+    """Return one message per problem that the validation of a `cls` found."""
+    return [text for problem in error.errors(include_url=False) for text in _explain(cls, problem)]
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -89,7 +118,13 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         node[leaf] = text.strip()
 
 
-def _explain(cls: type[Section], problem: Any) -> str:
+def _explain(cls: type[Section], problem: Any) -> Sequence[str]:
+    """Return the messages of one problem that pydantic found; several where checks found several."""
+    found = problem.get("ctx", {}).get("error")
+    return found.args if isinstance(found, Problems) else [_explain_one(cls, problem)]
+
+
+def _explain_one(cls: type[Section], problem: Any) -> str:
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location) or "configuration"
     kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")

@@ -1,3 +1,4 @@
+import pickle
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ from rlhf_cluster.config import RunConfig, load_run, validate
 from rlhf_cluster.config.chain import load_all
 from rlhf_cluster.config.check_scoring import kl_notes
 from rlhf_cluster.errors import ConfigError
+from rlhf_cluster.sections.section import Problems, check_all
 from tests.support.builders.run_configs import (
     tiny_config,
     tiny_tree,
@@ -294,3 +296,37 @@ def test_l13_the_type_is_that_of_the_pool_that_serves_the_reference():
     keys = {"learner": {"dtype": "float32"}, "algorithm": {"kl_coef": 0.1}}
     alone = {"dtype": "float32", "reference": True, "pools": {"frozen": pool}}
     assert len(kl_notes(tiny_config(scoring=alone, **keys))) == 1
+
+
+def test_problems_of_several_sections_are_reported_at_once():
+    with pytest.raises(ConfigError) as raised:
+        tiny_config(
+            data={"system_prompt": "Be brief."},
+            learner={"min_ranks": 3},
+            weights={"format": "adapter"},
+            staleness={"max_staleness": 1, "look_ahead": 40},
+        )
+    message = str(raised.value)
+    assert message.startswith("test: 4 problems\n")
+    for key in (
+        "data.system_prompt",
+        "learner.min_ranks",
+        "weights.format",
+        "staleness.look_ahead",
+    ):
+        assert message.count(f"  - {key}") == 1
+
+
+def test_a_check_that_stumbles_over_what_another_refused_adds_nothing_and_alone_is_an_error_of_ours():
+    def refuses(config: object) -> None:
+        raise ValueError("no model")
+
+    def stumbles(config: object) -> None:
+        raise AttributeError("'NoneType' object has no attribute 'path'")
+
+    with pytest.raises(Problems) as raised:
+        check_all(None, [refuses, stumbles])
+    assert raised.value.args == ("no model",)
+    with pytest.raises(AttributeError):
+        check_all(None, [stumbles])
+    assert pickle.loads(pickle.dumps(raised.value)).args == ("no model",)
