@@ -96,7 +96,7 @@ def monitor(
     ] = 9090,
 ) -> None:
     """Start a Prometheus on this machine that scrapes RUN, until Ctrl-C."""
-    from rlhf_cluster.observe.monitoring import local_prometheus as monitoring
+    from rlhf_cluster.observe import local_prometheus as monitoring
     from rlhf_cluster.run.run_directory import find_run
 
     run = find_run(run_)

@@ -12,11 +12,7 @@ from rlhf_cluster.observe.metrics.metric import (
     Role,
 )
 from rlhf_cluster.observe.metrics.metric_table import METRICS
-from rlhf_cluster.observe.monitoring.alerts import (
-    ALERTS,
-    RECORDED,
-)
-from rlhf_cluster.observe.monitoring.grafana_dashboards import DASHBOARDS
+from tests.support.checks.deployed import ALERTS, DASHBOARDS, RECORDED
 
 NAME = re.compile(r"ray_rlhf_\w+|rlhf:[\w:]+")
 AGGREGATION = re.compile(r"\b(?:sum|min|max|avg|count|quantile)\s+by\s+\(([^)]*)\)\s*\(")
