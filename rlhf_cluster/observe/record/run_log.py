@@ -17,8 +17,8 @@ import os
 from collections.abc import Callable, Mapping
 
 from rlhf_cluster.errors import RunError, StalledError
-from rlhf_cluster.observe.metrics.metric_sender import find
-from rlhf_cluster.observe.metrics.sinks import Sinks
+from rlhf_cluster.observe.metric_table import find
+from rlhf_cluster.observe.sinks import Sinks
 from rlhf_cluster.run.metrics_file import _cut_torn_line, read_metrics
 from rlhf_cluster.run.run_directory import RunDir
 from rlhf_cluster.util.slow_disk import (

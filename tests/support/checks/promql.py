@@ -6,12 +6,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from rlhf_cluster.observe.metrics.metric import (
+from rlhf_cluster.observe.metric_table import (
+    METRICS,
     Kind,
     Metric,
     Role,
 )
-from rlhf_cluster.observe.metrics.metric_table import METRICS
 from tests.support.checks.deployed import ALERTS, DASHBOARDS, RECORDED
 
 NAME = re.compile(r"ray_rlhf_\w+|rlhf:[\w:]+")

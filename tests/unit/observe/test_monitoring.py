@@ -12,7 +12,7 @@ from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from rlhf_cluster.observe.local_prometheus import RULES
-from rlhf_cluster.observe.metrics.metric_table import METRICS
+from rlhf_cluster.observe.metric_table import METRICS
 from tests.support.checks.deployed import ALERTS, BOARDS, DASHBOARDS, RECORDED, WIDTH, ratios
 from tests.support.checks.promql import (
     EXPRESSIONS,

@@ -12,8 +12,8 @@ import pytest
 from actors.drivers.rl_observer import RunObserver
 from actors.vllm.vllm_requests import Totals
 from rlhf_cluster.config import RunConfig
-from rlhf_cluster.observe.metrics.metric_sender import Metrics
-from rlhf_cluster.observe.metrics.process_memory import resident_bytes
+from rlhf_cluster.observe.metrics import Metrics
+from rlhf_cluster.observe.occupancy import resident_bytes
 from rlhf_cluster.records import (
     GroupSummary,
     StepReport,
