@@ -132,8 +132,8 @@ def trace(
     ] = None,
 ) -> None:
     """Show what was recorded of a sample or a step, or write the run's timeline."""
-    from rlhf_cluster.observe.trace.timeline import write_timeline
-    from rlhf_cluster.observe.trace.trace_rollout import (
+    from rlhf_cluster.observe.timeline import write_timeline
+    from rlhf_cluster.observe.trace_rollout import (
         parse_places,
         trace_sample,
         trace_step,
