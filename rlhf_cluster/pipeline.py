@@ -31,7 +31,7 @@ from rlhf_cluster.errors import (
     first_failure,
 )
 from rlhf_cluster.failures import Outcomes, costs_one_group
-from rlhf_cluster.observe.metrics.occupancy import Occupancy
+from rlhf_cluster.observe.occupancy import Occupancy
 from rlhf_cluster.ports import (
     BufferPort,
     GenerationPort,

@@ -12,11 +12,11 @@ from typing import Any
 
 from ray.util import metrics as ray_metrics
 
-from rlhf_cluster.observe.metrics.metric import (
+from rlhf_cluster.observe.metric_table import (
     Kind,
     Metric,
 )
-from rlhf_cluster.observe.metrics.metric_sender import Metrics
+from rlhf_cluster.observe.metrics import Metrics
 
 
 class RayMetrics(Metrics):

@@ -26,10 +26,9 @@ from rlhf_cluster.buffer.buffer import (
 from rlhf_cluster.buffer.replay_pool import replay_metrics
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import RlhfError
-from rlhf_cluster.observe.metrics.metric import Role
-from rlhf_cluster.observe.metrics.metric_sender import find
-from rlhf_cluster.observe.metrics.process_memory import resident_bytes
-from rlhf_cluster.observe.metrics.score_metrics import part_means
+from rlhf_cluster.observe.metric_table import Role, find
+from rlhf_cluster.observe.metrics import part_means
+from rlhf_cluster.observe.occupancy import resident_bytes
 from rlhf_cluster.pipeline import Evaluation, StepTimes
 from rlhf_cluster.records import (
     StepReport,

@@ -18,10 +18,9 @@ from actors.cluster import stacks_of_nodes
 from actors.cluster.ray_metrics import RayMetrics
 from rlhf_cluster.config import GenerateConfig, RunConfig, StageConfig
 from rlhf_cluster.errors import RlhfError, StalledError
-from rlhf_cluster.observe.metrics.sinks import open_sinks
 from rlhf_cluster.observe.record import post_mortem
-from rlhf_cluster.observe.record.run_log import RunLog
-from rlhf_cluster.observe.record.status_file import StatusFile
+from rlhf_cluster.observe.record.run_log import RunLog, StatusFile
+from rlhf_cluster.observe.sinks import open_sinks
 from rlhf_cluster.run.checkpoint import resume
 from rlhf_cluster.run.checkpoint.checkpoint_folder import Checkpoint
 from rlhf_cluster.run.metrics_file import Record, read_metrics

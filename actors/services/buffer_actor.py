@@ -28,7 +28,7 @@ from rlhf_cluster.buffer.buffer_service import (
 from rlhf_cluster.buffer.replay_pool import replay_pool
 from rlhf_cluster.buffer.staleness import gate_of
 from rlhf_cluster.config import RunConfig
-from rlhf_cluster.observe.metrics.process_memory import resident_bytes
+from rlhf_cluster.observe.occupancy import resident_bytes
 from rlhf_cluster.observe.record.logs import configure
 from rlhf_cluster.records import (
     BufferState,

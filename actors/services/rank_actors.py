@@ -24,7 +24,7 @@ import ray
 from actors.cluster.calls import core_answer
 from rlhf_cluster.errors import WorkerError
 from rlhf_cluster.failures import judged
-from rlhf_cluster.observe.metrics.process_memory import resident_bytes
+from rlhf_cluster.observe.occupancy import resident_bytes
 from rlhf_cluster.records import LearnerState
 from rlhf_cluster.util.deadlines import callee_deadline
 from rlhf_cluster.util.slow_disk import Patience

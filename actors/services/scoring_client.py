@@ -20,7 +20,7 @@ from rlhf_cluster.config.pool_sections import (
     SCORING,
 )
 from rlhf_cluster.errors import StalledError, WeightError, WorkerError
-from rlhf_cluster.observe.metrics.occupancy import Occupancy
+from rlhf_cluster.observe.occupancy import Occupancy
 from rlhf_cluster.records import GroupSummary, Handle, WeightVersion
 from rlhf_cluster.run.pool_version import PoolVersion
 from rlhf_cluster.run.worker_pool import (

@@ -19,8 +19,8 @@ from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import RlhfError
 from rlhf_cluster.generation.engine import LoadedWeights
 from rlhf_cluster.generation.generation_worker import GenerationWorker
-from rlhf_cluster.observe.metrics.process_memory import resident_bytes
-from rlhf_cluster.observe.metrics.score_metrics import scoring_totals
+from rlhf_cluster.observe.metrics import scoring_totals
+from rlhf_cluster.observe.occupancy import resident_bytes
 from rlhf_cluster.observe.record.logs import configure
 from rlhf_cluster.records import (
     ExperienceGroup,

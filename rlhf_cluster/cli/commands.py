@@ -280,7 +280,7 @@ def inspect(
 ) -> None:
     """List a run's groups: those on disk, verified, and its samples. Damaged files end in an error."""
     from rlhf_cluster.errors import StoreError
-    from rlhf_cluster.observe.trace.list_groups import (
+    from rlhf_cluster.observe.list_groups import (
         Wanted,
         list_groups,
         table,

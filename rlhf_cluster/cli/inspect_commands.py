@@ -96,7 +96,7 @@ def monitor(
     ] = 9090,
 ) -> None:
     """Start a Prometheus on this machine that scrapes RUN, until Ctrl-C."""
-    from rlhf_cluster.observe.monitoring import local_prometheus as monitoring
+    from rlhf_cluster.observe import local_prometheus as monitoring
     from rlhf_cluster.run.run_directory import find_run
 
     run = find_run(run_)
@@ -132,8 +132,8 @@ def trace(
     ] = None,
 ) -> None:
     """Show what was recorded of a sample or a step, or write the run's timeline."""
-    from rlhf_cluster.observe.trace.timeline import write_timeline
-    from rlhf_cluster.observe.trace.trace_rollout import (
+    from rlhf_cluster.observe.timeline import write_timeline
+    from rlhf_cluster.observe.trace_rollout import (
         parse_places,
         trace_sample,
         trace_step,

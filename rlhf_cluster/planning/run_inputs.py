@@ -45,7 +45,7 @@ from rlhf_cluster.models.model_folder import (
     checkpoint_shapes,
     refuse_other_draft,
 )
-from rlhf_cluster.observe.metrics.sinks import check_sinks
+from rlhf_cluster.observe.sinks import check_sinks
 from rlhf_cluster.offline import build_stage
 from rlhf_cluster.offline.stage import StageContext
 from rlhf_cluster.records import FinishReason, Prompt, Rollout

@@ -10,7 +10,7 @@ import pytest
 
 from actors.services.control_actor import scale
 from rlhf_cluster.observe.record.samples import read_samples
-from rlhf_cluster.observe.trace.trace_rollout import trace_sample
+from rlhf_cluster.observe.trace_rollout import trace_sample
 from rlhf_cluster.run.run_directory import RunDir
 
 SCORING = {"exact_logprobs": True, "reference": True}

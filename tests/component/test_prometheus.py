@@ -19,11 +19,7 @@ import pytest
 import ray
 import yaml
 
-from rlhf_cluster.observe.monitoring.alerts import (
-    ALERTS,
-    RECORDED,
-)
-from rlhf_cluster.observe.monitoring.grafana_dashboards import DASHBOARDS
+from tests.support.checks.deployed import ALERTS, DASHBOARDS, RECORDED
 from tests.support.checks.promql import (
     NOT_IN_A_PLAIN_RUN,
     looked_at,

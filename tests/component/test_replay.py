@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_cluster.observe.trace.list_groups import (
+from rlhf_cluster.observe.list_groups import (
     Wanted,
     list_groups,
 )

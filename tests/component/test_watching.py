@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from rlhf_cluster.errors import RunError, StalledError
-from rlhf_cluster.observe.monitoring import local_prometheus
-from rlhf_cluster.observe.monitoring.alerts import ALERTS
+from rlhf_cluster.observe import local_prometheus
 from rlhf_cluster.observe.report.page import page
 from rlhf_cluster.observe.report.read_run import read_run
 from rlhf_cluster.observe.report.serve import served
 from rlhf_cluster.run.run_directory import find_run
 from tests.support.builders.recorded_run import record_run
+from tests.support.checks.deployed import ALERTS
 from tests.support.processes.free_ports import free_ports
 from tests.support.servers.browser import (
     CHROMIUM,

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf_cluster.observe.monitoring.alerts import ALERTS
 from tests.support.builders.alert_series import (
     CASES,
     HEALTHY,
     Case,
     Series,
 )
+from tests.support.checks.deployed import ALERTS
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "prometheus"
 FETCHED = Path(__file__).parents[2] / ".venv" / "prometheus" / "usr" / "bin" / "promtool"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import yaml
 
-from rlhf_cluster.observe.monitoring.grafana_dashboards import ratio
+from tests.support.checks.deployed import ratios
 from tests.system.test_alerts import PROMTOOL, promtool
 
 pytestmark = pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed: make promtool")
@@ -20,7 +20,7 @@ def judge(tmp_path) -> Judge:
     """Says whether the hits of the given series, a value a minute, are the expected share."""
 
     def run(series: dict[str, str], expected: float) -> str:
-        expr = ratio(HIT, ASKED, "").expr
+        expr = ratios()[f"ray_rlhf_{HIT}", f"ray_rlhf_{ASKED}"]
         document = {
             "evaluation_interval": "1m",
             "tests": [

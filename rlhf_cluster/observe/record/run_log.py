@@ -1,10 +1,12 @@
-"""The run's own record of its steps: metrics.jsonl.
+"""Writers of what a run records of itself: metrics.jsonl and status.json.
 
-Promises: a line of metrics.jsonl is one JSON object with `step`, `time_s` and metrics by name, each
-a finite number or null; `append` waits for no disk: lines are written in order behind it, each at
-most for the deadline of `patience`, and one that failed is raised by the next call; steps never go
-back; a file whose last line was torn by a crash is read without it, and mended before the next line.
-Several lines of one step (an evaluation beside a training step) read as one record.
+Promises for metrics.jsonl:
+- a line is one JSON object with `step`, `time_s` and metrics by name, each a finite number or null;
+- `append` waits for no disk: lines are written in order in the background, each for at most the
+  deadline of `patience`, and the next call raises the error of a line that failed;
+- steps never decrease;
+- the torn last line of a crash is ignored by readers, and removed before the next line.
+Several lines of one step (an evaluation and a training step) are read as one record.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ import os
 from collections.abc import Callable, Mapping
 
 from rlhf_cluster.errors import RunError, StalledError
-from rlhf_cluster.observe.metrics.metric_sender import find
-from rlhf_cluster.observe.metrics.sinks import Sinks
+from rlhf_cluster.observe.metric_table import find
+from rlhf_cluster.observe.sinks import Sinks
 from rlhf_cluster.run.metrics_file import _cut_torn_line, read_metrics
 from rlhf_cluster.run.run_directory import RunDir
+from rlhf_cluster.run.status_snapshot import Snapshot
 from rlhf_cluster.util.slow_disk import (
     Behind,
     Patience,
@@ -33,8 +36,10 @@ PATIENCE = Patience(limit_s=60.0, setting="observe.write_timeout_s")
 
 
 class RunLog:
-    """Writer of one run's record. One process, one at a time. `sinks` get what it gets; `write` is
-    replaced by tests."""
+    """Writer of metrics.jsonl of one run, for one process at a time.
+
+    `sinks` get the same records. `write` is replaced by tests.
+    """
 
     def __init__(
         self,
@@ -55,8 +60,11 @@ class RunLog:
         self._file = run.metrics.open("ab", buffering=0)
 
     def append(self, step: int, time_s: float, values: Mapping[str, float]) -> None:
-        """One line. `time_s` is unix time. `MetricError` for a name that is not in the table,
-        `RunError` when an earlier line is not in the file as a whole: the run has no record then."""
+        """Add one line. `time_s` is unix time.
+
+        Raises `MetricError` for a name that is not in the table, and `RunError` when an earlier line
+        could not be written completely, since the run then has no record.
+        """
         if step < self._last_step:
             raise RunError(
                 f"{self._run.metrics}: step {step} after step {self._last_step}; steps never go "
@@ -76,14 +84,17 @@ class RunLog:
         return 0 if self._sinks is None else self._sinks.num_dropped
 
     def flush(self) -> None:
-        """Waits for: every line to be in the file, at most the deadline. Raises `RunError`."""
+        """Write every line to the file.
+
+        Waits for: the disk, at most the deadline. Raises `RunError`.
+        """
         try:
             self._lines.flush()
         except StalledError as error:  # an OSError too, as every TimeoutError
             raise self._too_slow(error) from error
 
     def _write(self, line: bytes) -> None:
-        """Raises `RunError`, also for a line before it."""
+        """Write a line in the background. Raises `RunError`, also for an earlier line."""
         try:
             self._lines.put(functools.partial(self._write_now, self._file.fileno(), line))
         except StalledError as error:
@@ -107,16 +118,21 @@ class RunLog:
             ) from error
 
     def cut(self, cut: Callable[[], None]) -> None:
-        """Go on behind what `cut` leaves of the file. Lines that wait are written before it: those that
-        came later would stand behind the cut. Raises as `flush`."""
+        """Continue the file after what `cut` leaves of it.
+
+        Lines that wait are written before the cut: later they would be behind it. Raises as `flush`.
+        """
         self.flush()
         cut()
         self._file.close()
         self._open()
 
     def close(self) -> None:
-        """Waits for: lines that wait, at most the deadline; the sinks, at most `sinks.CLOSE_TIMEOUT_S`.
-        Lines that are not written by then are logged, and hide no error: `flush` raises."""
+        """Write the lines that wait, then close the file and the sinks.
+
+        Waits for: the lines, at most the deadline; the sinks, at most `sinks.CLOSE_TIMEOUT_S`. Lines
+        that are not written by then are logged and hide no error: `flush` raises.
+        """
         try:
             self.flush()
         except RunError as error:
@@ -131,3 +147,40 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class StatusFile:
+    """Writer of status.json, which a slow disk never delays. For one process. Raises nothing.
+
+    The newest snapshot is written in the background; older ones that a slow disk did not reach are
+    skipped. A late status is logged once: it is a view, and no reason to end a run.
+    """
+
+    def __init__(self, run: RunDir, patience: Patience) -> None:
+        self._run = run
+        self._behind = Behind(str(run.status), patience, grace_s=0.0)
+        self._late = False
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Write `snapshot` in place of the one before. Returns at once."""
+        try:
+            self._behind.put(lambda: self._run.write_status(snapshot), latest=True)
+        except StalledError as error:
+            self._tell(error)
+        else:
+            self._late = False
+
+    def close(self) -> None:
+        """Write the newest snapshot.
+
+        Waits for: the disk, at most the deadline.
+        """
+        try:
+            self._behind.flush()
+        except StalledError as error:
+            self._tell(error)
+
+    def _tell(self, error: StalledError) -> None:
+        if not self._late:
+            log.warning("%s; it shows an earlier time", error)
+        self._late = True

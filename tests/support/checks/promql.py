@@ -6,17 +6,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from rlhf_cluster.observe.metrics.metric import (
+from rlhf_cluster.observe.metric_table import (
+    METRICS,
     Kind,
     Metric,
     Role,
 )
-from rlhf_cluster.observe.metrics.metric_table import METRICS
-from rlhf_cluster.observe.monitoring.alerts import (
-    ALERTS,
-    RECORDED,
-)
-from rlhf_cluster.observe.monitoring.grafana_dashboards import DASHBOARDS
+from tests.support.checks.deployed import ALERTS, DASHBOARDS, RECORDED
 
 NAME = re.compile(r"ray_rlhf_\w+|rlhf:[\w:]+")
 AGGREGATION = re.compile(r"\b(?:sum|min|max|avg|count|quantile)\s+by\s+\(([^)]*)\)\s*\(")

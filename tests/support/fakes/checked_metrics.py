@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rlhf_cluster.observe.metrics.metric import Metric
-from rlhf_cluster.observe.metrics.metric_sender import Metrics
+from rlhf_cluster.observe.metric_table import Metric
+from rlhf_cluster.observe.metrics import Metrics
 
 
 class _Nowhere:

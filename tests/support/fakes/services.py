@@ -15,7 +15,7 @@ from rlhf_cluster.buffer.buffer_service import (
     BufferService,
 )
 from rlhf_cluster.errors import RlhfError
-from rlhf_cluster.observe.metrics.metric import (
+from rlhf_cluster.observe.metric_table import (
     Kind,
     Metric,
 )

@@ -15,7 +15,7 @@ import simpy
 
 from rlhf_cluster.buffer.buffer import ExperienceBuffer
 from rlhf_cluster.buffer.staleness import AdmissionGate
-from rlhf_cluster.observe.metrics.occupancy import Occupancy
+from rlhf_cluster.observe.occupancy import Occupancy
 from rlhf_cluster.records import GroupSummary, Ticket
 
 GROUPS = 16

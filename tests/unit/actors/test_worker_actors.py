@@ -16,7 +16,7 @@ from actors.services.worker_actors import (
 from actors.vllm.vllm_engine import VllmEngine
 from actors.vllm.vllm_requests import Totals
 from rlhf_cluster.generation.generation_worker import GenerationWorker
-from rlhf_cluster.observe.metrics.metric_sender import Metrics
+from rlhf_cluster.observe.metrics import Metrics
 from rlhf_cluster.records import Prompt, Sampling, Ticket
 from tests.support.builders.run_configs import tiny_config
 from tests.support.engines import scripted_engine

@@ -14,7 +14,7 @@ from rlhf_cluster.algorithms.off_policy_distance import (
     distance_sums,
     shares_by_staleness,
 )
-from rlhf_cluster.observe.metrics.metric_sender import find
+from rlhf_cluster.observe.metric_table import find
 from tests.support.builders.reduced_metrics import reduced
 
 BIN = 10 ** (1 / 8)

@@ -16,7 +16,7 @@ from rlhf_cluster.learner.step.train_inference_mismatch import (
     effect_sums,
 )
 from rlhf_cluster.learner.step.training_batch import training_batch
-from rlhf_cluster.observe.metrics.metric_sender import find
+from rlhf_cluster.observe.metric_table import find
 from rlhf_cluster.records import ExperienceGroup
 from rlhf_cluster.scoring.exact_logprobs import ExactLogprobs
 from rlhf_cluster.scoring.frozen_policy import FrozenPolicy

@@ -1,20 +1,22 @@
-"""Alerts, recording rules and dashboards: made from code, about metrics that exist, explained."""
+"""Alerts, recording rules and dashboards of deploy/: about metrics that exist, explained, whole."""
 
-import importlib.util
+import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
 
-from rlhf_cluster.observe.metrics.metric_table import METRICS
-from rlhf_cluster.observe.monitoring.alerts import (
-    ALERTS,
-    RECORDED,
-)
-from rlhf_cluster.observe.monitoring.grafana_dashboards import DASHBOARDS, WIDTH
+from rlhf_cluster.observe.local_prometheus import RULES
+from rlhf_cluster.observe.metric_table import METRICS
+from tests.support.checks.deployed import ALERTS, BOARDS, DASHBOARDS, RECORDED, WIDTH, ratios
 from tests.support.checks.promql import (
     EXPRESSIONS,
+    NAME,
     faults,
 )
 
@@ -22,25 +24,21 @@ DEPLOY = Path("deploy")
 RUNBOOK = Path("docs/runbook.md").read_text()
 
 
-def generator():
-    spec = importlib.util.spec_from_file_location("generate", DEPLOY / "generate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def test_every_file_is_read_and_no_other_is_committed():
+    boards = {path.stem for path in (DEPLOY / "grafana" / "dashboards").iterdir()}
+    assert boards == set(BOARDS) == {board.uid for board in DASHBOARDS}
+    rules = {path.name for path in (DEPLOY / "prometheus").glob("*.rules.yml")}
+    for path in (DEPLOY / "prometheus").glob("prometheus*.yml"):
+        assert set(yaml.safe_load(path.read_text())["rule_files"]) == rules
+    assert rules == {path.name for path in RULES}
 
 
-def test_the_files_are_those_that_the_code_makes():
-    made = generator().files()
-    for name, text in made.items():
-        assert (DEPLOY / name).read_text() == text, f"{name}: run python deploy/generate.py"
-    there = [
-        *(DEPLOY / "prometheus").rglob("*.yml"),
-        *(DEPLOY / "grafana/dashboards").iterdir(),
-        *(DEPLOY / "kuberay").rglob("*.yaml"),
-    ]
-    assert {path.relative_to(DEPLOY) for path in there} == set(made), "a file that nobody makes"
+@pytest.mark.parametrize("path", RULES, ids=lambda path: path.name)
+def test_the_package_has_the_committed_rules(path):
+    assert path.read_text() == (DEPLOY / "prometheus" / path.name).read_text()
+    data = tomllib.loads(Path("pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    package = ".".join(path.relative_to(Path.cwd()).parent.parts)
+    assert any(path.match(pattern) for pattern in data[package]), "a wheel would lack it"
 
 
 @pytest.mark.parametrize(("where", "expr"), EXPRESSIONS)
@@ -81,6 +79,16 @@ def test_every_alert_has_its_section_in_the_runbook_and_no_other_has():
         assert re.findall(r"^\*\*(\w+):\*\*", text, re.M) == ["Means", "Look", "Do"], name
 
 
+@pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert.name)
+def test_an_alert_says_how_bad_it_is_and_what_to_read(alert):
+    assert set(alert.fields) == {"alert", "expr", "for", "labels", "annotations"}
+    assert re.fullmatch(r"\d+m", alert.fields["for"])
+    assert alert.fields["labels"] in ({"severity": "critical"}, {"severity": "warning"})
+    assert set(alert.fields["annotations"]) == {"summary", "runbook"}
+    assert alert.fields["annotations"]["summary"].startswith("{{ $labels.run }}: ")
+    assert alert.fields["annotations"]["runbook"] == f"docs/runbook.md#{alert.name.lower()}"
+
+
 def test_the_runbook_names_settings_and_commands_that_exist():
     from rlhf_cluster.config import RunConfig
 
@@ -94,19 +102,61 @@ def test_the_runbook_names_settings_and_commands_that_exist():
         assert key in fields, name
 
 
-def test_every_dashboard_fits_the_screen_and_names_its_series():
-    assert len({board.uid for board in DASHBOARDS}) == len(DASHBOARDS)
-    for board in DASHBOARDS:
-        titles = [panel.title for panel in board.panels]
-        assert len(set(titles)) == len(titles)
-        for _, row in board.rows:
-            assert sum(panel.width for panel in row) == WIDTH
-        for panel in board.panels:
-            for query in panel.queries:
-                labels = set(re.findall(r"by \(([^)]*)\)", query.expr)[-1:])
-                grouped = {part.strip() for found in labels for part in found.split(",")}
-                for shown in re.findall(r"{{(\w+)}}", query.legend):
-                    assert shown in grouped or not grouped, (panel.title, shown)
+@pytest.mark.parametrize("uid", BOARDS)
+def test_grafanas_own_sdk_reads_each_dashboard_without_loss(uid):
+    register_default_plugins()
+    text = (DEPLOY / "grafana" / "dashboards" / f"{uid}.json").read_text()
+    board = Dashboard.from_json(json.loads(text))
+    assert json.dumps(board, cls=JSONEncoder, indent=1, sort_keys=True) + "\n" == text
+
+
+@pytest.mark.parametrize("board", DASHBOARDS, ids=lambda board: board.uid)
+def test_every_dashboard_lets_the_reader_choose_runs_and_links_to_the_others(board):
+    (variable,) = board.fields["templating"]["list"]
+    assert (variable["name"], variable["multi"], variable["allValue"]) == ("run", True, ".*")
+    (link,) = board.fields["links"]
+    assert link["tags"] == board.fields["tags"] == ["rlhf"]
+    assert link["includeVars"] is True
+    for panel in board.panels:
+        for query in panel.queries:
+            names = NAME.findall(query.expr)
+            assert query.expr.count('{run=~"$run"}') == len(names), (panel.title, query.expr)
+
+
+@pytest.mark.parametrize("board", DASHBOARDS, ids=lambda board: board.uid)
+def test_every_dashboard_fits_the_screen_and_names_its_series(board):
+    titles = [panel.title for panel in board.panels]
+    assert len(set(titles)) == len(titles)
+    ids = [each["id"] for each in board.fields["panels"]]
+    assert len(set(ids)) == len(ids)
+    y = 0
+    for head, row in board.rows:
+        assert head["gridPos"] == {"x": 0, "y": y, "w": WIDTH, "h": 1}, head["title"]
+        x = 0
+        for panel in row:
+            assert (panel.fields["gridPos"]["x"], panel.fields["gridPos"]["y"]) == (x, y + 1)
+            x += panel.width
+        assert x == WIDTH, head["title"]
+        y += 1 + max(panel.height for panel in row)
+    for panel in board.panels:
+        letters = [target["refId"] for target in panel.fields["targets"]]
+        assert letters == list("ABCDEFGH"[: len(letters)]), panel.title
+        for query in panel.queries:
+            labels = set(re.findall(r"by \(([^)]*)\)", query.expr)[-1:])
+            grouped = {part.strip() for found in labels for part in found.split(",")}
+            for shown in re.findall(r"{{(\w+)}}", query.legend):
+                assert shown in grouped or not grouped, (panel.title, shown)
+
+
+def test_s39_a_ratio_on_a_dashboard_is_a_sum_over_a_sum():
+    found = dict(ratios().keys())
+    assert found == {
+        f"ray_rlhf_generation_{part}": f"ray_rlhf_generation_{whole}"
+        for part, whole in {
+            "prefix_hit_tokens_total": "prefix_tokens_total",
+            "draft_accepted_tokens_total": "draft_tokens_total",
+        }.items()
+    }
 
 
 def test_the_overview_fits_one_screen():

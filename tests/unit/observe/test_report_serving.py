@@ -13,7 +13,7 @@ import yaml
 
 from rlhf_cluster.cli.commands import main
 from rlhf_cluster.errors import RunError
-from rlhf_cluster.observe.monitoring import local_prometheus
+from rlhf_cluster.observe import local_prometheus
 from rlhf_cluster.observe.report.serve import served
 from rlhf_cluster.run.run_directory import RunDir
 from rlhf_cluster.run.status_snapshot import Snapshot
@@ -185,6 +185,7 @@ def test_the_configuration_is_whole(run, discovery):
         assert job["static_configs"] == [{"targets": ["127.0.0.1:4001"]}]
     else:
         assert job["file_sd_configs"][0]["files"] == [str(discovery)]
+    assert written["rule_files"] == ["recording.rules.yml", "alerts.rules.yml"]
     for name in written["rule_files"]:
         assert (folder / name).read_text() == (
             Path(__file__).parents[3] / f"deploy/prometheus/{name}"

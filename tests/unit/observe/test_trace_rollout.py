@@ -16,14 +16,14 @@ from rlhf_cluster.observe.record.samples import (
     read_samples,
     write_samples,
 )
-from rlhf_cluster.observe.trace.timeline import (
+from rlhf_cluster.observe.timeline import (
     COUNTERS,
     EVENTS,
     GENERATION,
     LEARNER,
     write_timeline,
 )
-from rlhf_cluster.observe.trace.trace_rollout import (
+from rlhf_cluster.observe.trace_rollout import (
     OPEN,
     learner_facts,
     shown,
@@ -326,7 +326,7 @@ def test_events_and_counters_are_there(events):
 
 def test_steps_recorded_too_close_together_do_not_overlap(run, tmp_path):
     from rlhf_cluster.observe.report.read_run import read_run
-    from rlhf_cluster.observe.trace.timeline import timeline
+    from rlhf_cluster.observe.timeline import timeline
 
     record = read_run(run)
     crowded = [{**r, "time_s": 100.0 + r["step"] / 2} for r in record.records]

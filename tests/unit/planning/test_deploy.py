@@ -11,7 +11,6 @@ import yaml
 
 from rlhf_cluster.config import load_run
 from rlhf_cluster.errors import PlacementError
-from rlhf_cluster.planning.kuberay import GROUPS, RAY_VERSION
 from rlhf_cluster.planning.placement import (
     WORKER_GROUPS,
     check_fits,
@@ -171,16 +170,65 @@ def test_fewer_ranks_are_counted_by_the_nodes_of_training():
     assert list(fewer_ranks(bundles, 1, {"CPU": 100.0, "rlhf_generation": 1.0})) == []
 
 
+def test_a_run_of_its_own_and_a_cluster_to_submit_to_are_the_same_cluster():
+    specs = cluster_specs()
+    assert specs["RayJob"] == specs["RayCluster"]
+
+
+def test_a_retried_job_gives_the_same_command_which_a_run_file_accepts():
+    spec = of_kind("RayJob")["spec"]
+    program, command, path, *options = spec["entrypoint"].split()
+    assert (program, command, path) == ("rlhf-cluster", "run", "/shared/run.toml")
+    assert set(options[::2]) == {"--set"}
+    config = load_run("configs/qwen3_8b_8gpu.toml", options[1::2])
+    assert config.cluster.worker_groups
+    assert config.cluster.node_timeout_s > 0
+    assert {str(config.run.root), str(config.weights.root)} == {"/shared/runs", "/shared/weights"}
+    assert spec["backoffLimit"] > 0
+
+
+def test_every_pod_is_the_user_of_the_image_without_rights_and_shares_the_claim():
+    claim = of_kind("PersistentVolumeClaim")
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    images = {
+        f"{image['name']}:{image['newTag']}"
+        for _, document in DOCUMENTS
+        if document["kind"] == "Kustomization"
+        for image in document["images"]
+    }
+    for spec in cluster_specs().values():
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+            pod = group["template"]["spec"]
+            (container,) = pod["containers"]
+            assert pod["automountServiceAccountToken"] is (group is spec["headGroupSpec"])
+            user = pod["securityContext"]
+            assert (user["runAsNonRoot"], user["runAsUser"], user["fsGroup"]) == (True, 1000, 1000)
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            assert {container["image"]} == images
+            assert container["resources"]["limits"] == container["resources"]["requests"]
+            volumes = {volume["name"]: volume for volume in pod["volumes"]}
+            shared = volumes["shared"]["persistentVolumeClaim"]["claimName"]
+            assert shared == claim["metadata"]["name"]
+            assert volumes["shm"]["emptyDir"]["medium"] == "Memory"
+            mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+            assert mounts == {"shared": "/shared", "shm": "/dev/shm"}
+
+
 def test_groups_scale_within_bounds_and_the_head_takes_no_work():
     for spec in cluster_specs().values():
         assert spec["enableInTreeAutoscaling"] is True
         assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
         for group in spec["workerGroupSpecs"]:
             assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
-    assert [group.name for group in GROUPS if group.maximum > group.minimum] == [
-        "generation",
-        "scoring",
-    ]
+        scaled = {
+            group["groupName"]
+            for group in spec["workerGroupSpecs"]
+            if group["maxReplicas"] > group["minReplicas"]
+        }
+        assert scaled == {"generation", "scoring"}
 
 
 def test_pod_monitors_find_the_port_of_every_pod():
@@ -197,11 +245,12 @@ def test_pod_monitors_find_the_port_of_every_pod():
 
 def test_the_versions_are_those_of_the_lock():
     lock = Path("deploy/requirements-cpu.lock").read_text()
-    assert f"\nray=={RAY_VERSION} " in lock
+    (ray_version,) = {spec["rayVersion"] for spec in cluster_specs().values()}
+    assert f"\nray=={ray_version} " in lock
     extras = tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]
     cuda = (DOCKER / "Dockerfile.cuda").read_text()
     (vllm,) = [each for each in extras["cuda"] if each.startswith("vllm==")]
-    assert f'"{vllm}" "ray[default]=={RAY_VERSION}"' in cuda
+    assert f'"{vllm}" "ray[default]=={ray_version}"' in cuda
     source = Path("deploy/requirements-deepspeed.lock").read_text().splitlines()[-1].split()[0]
     assert source.startswith("deepspeed==")
     assert f" {source} " in cuda

@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rlhf_cluster.observe.metrics.metric import Metric
+from rlhf_cluster.observe.metric_table import Metric
 
 DUMP = Path(__file__).with_name("golden.json")
 
@@ -22,7 +22,7 @@ DUMP = Path(__file__).with_name("golden.json")
 def dump() -> dict[str, Any]:
     from rlhf_cluster.buffer import group_file
     from rlhf_cluster.config import GenerateConfig, RunConfig, StageConfig
-    from rlhf_cluster.observe.metrics.metric_table import METRICS
+    from rlhf_cluster.observe.metric_table import METRICS
     from rlhf_cluster.run.checkpoint import run_state
     from rlhf_cluster.weights.manifest import Manifest
 

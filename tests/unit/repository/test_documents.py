@@ -12,7 +12,7 @@ import pytest
 import typer
 
 from rlhf_cluster.cli.commands import app
-from rlhf_cluster.observe.metrics.metric_sender import docs_table
+from rlhf_cluster.observe.metric_table import docs_table
 from tests.support.builders.run_configs import tiny_config
 
 README = Path("README.md").read_text()

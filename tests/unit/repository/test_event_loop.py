@@ -13,7 +13,7 @@ from tests.support.checks.blocking_calls import Source
 
 HARMLESS = frozenset(
     {
-        "rlhf_cluster.observe.metrics.process_memory:resident_bytes",  # /proc is no disk
+        "rlhf_cluster.observe.occupancy:resident_bytes",  # /proc is no disk
         "rlhf_cluster.util.slow_disk:Behind.put",  # it waits `grace_s`: see the test of that
     }
 )

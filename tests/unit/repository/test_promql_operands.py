@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlhf_cluster.observe.monitoring.alerts import ALERTS
+from tests.support.checks.deployed import ALERTS
 from tests.support.checks.promql import NAME
 from tests.support.checks.promql_operands import operands
 

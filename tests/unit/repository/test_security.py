@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from actors.vllm.vllm_arguments import engine_arguments
@@ -236,12 +237,14 @@ def test_every_way_to_a_cluster_is_refused_without_a_token(monkeypatch):
 
 
 def test_the_clusters_of_deploy_ask_for_a_token():
-    from rlhf_cluster.planning.kuberay import kuberay_files
-
+    documents = [
+        document
+        for path in Path("deploy/kuberay").rglob("*.yaml")
+        for document in yaml.safe_load_all(path.read_text())
+    ]
     specs = [
         document["spec"].get("rayClusterSpec", document["spec"])
-        for found in kuberay_files().values()
-        for document in found
+        for document in documents
         if document["kind"] in ("RayCluster", "RayJob")
     ]
     assert [spec["authOptions"] for spec in specs] == [{"mode": "token"}] * 2

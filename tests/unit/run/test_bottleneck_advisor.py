@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from rlhf_cluster.observe.metrics.occupancy import (
+from rlhf_cluster.observe.occupancy import (
     Occupancy,
     Spent,
 )

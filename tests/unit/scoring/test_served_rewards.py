@@ -18,7 +18,7 @@ from rlhf_cluster.buffer.group_file import (
     encode,
 )
 from rlhf_cluster.errors import ScoringError
-from rlhf_cluster.observe.metrics.score_metrics import (
+from rlhf_cluster.observe.metrics import (
     part_means,
     scoring_totals,
 )

@@ -17,7 +17,7 @@ from rlhf_cluster.config.dataset_config import GenerateSection
 from rlhf_cluster.config.revision_section import Revise
 from rlhf_cluster.data.preferences import parse_pair
 from rlhf_cluster.errors import ConfigError, DataError, RunError
-from rlhf_cluster.observe.metrics.metric_sender import find
+from rlhf_cluster.observe.metric_table import find
 from rlhf_cluster.run.checkpoint import resume
 from rlhf_cluster.run.run_directory import RunDir
 from rlhf_cluster.synthetic_data.answers_file import (

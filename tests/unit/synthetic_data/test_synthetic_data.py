@@ -16,7 +16,7 @@ from rlhf_cluster.errors import (
     StoreError,
     WorkerError,
 )
-from rlhf_cluster.observe.metrics.metric_sender import find
+from rlhf_cluster.observe.metric_table import find
 from rlhf_cluster.records import (
     ExperienceGroup,
     Ticket,

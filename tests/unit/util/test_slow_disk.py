@@ -12,8 +12,7 @@ import pytest
 
 from rlhf_cluster.buffer.group_store import ExperienceStore
 from rlhf_cluster.errors import RunError, StalledError, StoreError
-from rlhf_cluster.observe.record.run_log import RunLog
-from rlhf_cluster.observe.record.status_file import StatusFile
+from rlhf_cluster.observe.record.run_log import RunLog, StatusFile
 from rlhf_cluster.records import ExperienceGroup, LearnerState, Ticket
 from rlhf_cluster.run.checkpoint.background_saving import Checkpoints
 from rlhf_cluster.run.checkpoint.run_state import RunState

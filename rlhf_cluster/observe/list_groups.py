@@ -101,10 +101,15 @@ def table(rows: Sequence[GroupRow]) -> list[str]:
         step = ",".join(map(str, row.steps)) or "open"
         numbers = (f"{row.reward:.4g}", str(row.num_rollouts), str(row.num_tokens))
         cells.append((row.group_id, row.prompt_id, versions, *numbers, step, row.source))
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    return align(cells)
+
+
+def align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a line per row, its cells in columns of equal width."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in cells
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
     ]
 
 

@@ -1,4 +1,6 @@
-"""How much of the time a pool of workers had something to do.
+"""Use of a pool of workers, and memory of a process.
+
+Pool: the share of time in which its workers had something to do.
 
 A worker counts as busy while there are at least as many calls under way as workers, or it is among
 the first of them: with n calls at w workers, min(n, w) of w are busy. Calls that wait for a worker
@@ -9,9 +11,14 @@ count as calls, so a pool that is always asked for more than it can do is busy a
 
 from __future__ import annotations
 
+import math
+import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+
+STATM = Path("/proc/self/statm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,3 +75,12 @@ class Occupancy:
             self._idle_s += elapsed
         else:
             self._busy_s += elapsed * min(1.0, self._num_calls / max(1, self.num_workers()))
+
+
+def resident_bytes(statm: Path = STATM) -> float:
+    """Return the bytes of this process in memory, shared pages included; NaN where unknown."""
+    try:
+        pages = int(statm.read_text().split()[1])
+    except (OSError, IndexError, ValueError):
+        return math.nan
+    return float(pages * resource.getpagesize())

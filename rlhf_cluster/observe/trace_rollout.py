@@ -36,6 +36,7 @@ import numpy as np
 from rlhf_cluster.buffer.group_recovery import read_trained
 from rlhf_cluster.buffer.group_store import ExperienceStore
 from rlhf_cluster.errors import RlhfError, RunError, StoreError
+from rlhf_cluster.observe.list_groups import align
 from rlhf_cluster.observe.record.samples import (
     Row,
     read_samples,
@@ -254,7 +255,7 @@ def trace_step(run: RunDir, step: int) -> list[str]:
             )
         )
     lines.append(f"  {len(rows)} rollouts are kept; rlhf-cluster trace RUN --sample ID shows one")
-    return [*lines, *_aligned(cells)]
+    return [*lines, *(f"  {line}" for line in align(cells))]
 
 
 def shown(text: str) -> str:
@@ -459,7 +460,7 @@ def _table(columns: Mapping[str, Sequence[Value]], places: range) -> list[str]:
     cells = [("", *columns)]
     for place in places:
         cells.append((str(place), *(_cell(column[place]) for column in columns.values())))
-    return ["tokens:", *_aligned(cells)]
+    return ["tokens:", *(f"  {line}" for line in align(cells))]
 
 
 def _cell(value: Value) -> str:
@@ -468,14 +469,6 @@ def _cell(value: Value) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return str(value) if isinstance(value, int) else f"{value:.5f}"
-
-
-def _aligned(cells: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    return [
-        "  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-        for row in cells
-    ]
 
 
 def _has(record: dict[str, Any], name: str) -> bool:

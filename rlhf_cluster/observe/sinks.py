@@ -35,7 +35,7 @@ class Sink(Protocol):
     """Called from one thread."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Finite values by the names of `rlhf_cluster.observe.metrics.metric_table`. Steps may be given
+        """Finite values by the names of `rlhf_cluster.observe.metric_table`. Steps may be given
         again."""
         ...
 

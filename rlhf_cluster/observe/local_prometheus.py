@@ -23,7 +23,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rlhf_cluster.errors import RunError, StalledError
-from rlhf_cluster.observe.monitoring.alerts import prometheus_files
+
+RULES = tuple(Path(__file__).with_name(f"{kind}.rules.yml") for kind in ("recording", "alerts"))
+"""Rules of deploy/prometheus; links in a checkout, files in an installed package."""
 
 DISCOVERY = Path("/tmp/ray/prom_metrics_service_discovery.json")
 HOST = "127.0.0.1"
@@ -80,19 +82,20 @@ def followed(targets: Sequence[str], discovery: Path = DISCOVERY) -> Path | None
 def write_configuration(folder: Path, targets: Sequence[str], discovery: Path | None) -> Path:
     """The configuration, with the rules beside it: scrape what `discovery` lists, or `targets`."""
     folder.mkdir(parents=True, exist_ok=True)
-    made = prometheus_files()
-    for name, text in made.items():
-        if name.endswith(".rules.yml"):
-            (folder / name).write_text(text)
-    head, _, _ = made["prometheus.yml"].partition("scrape_configs:")
+    for rules in RULES:
+        (folder / rules.name).write_text(rules.read_text())
     found = (
         {"static_configs": [{"targets": list(targets)}]}
         if discovery is None
         else {"file_sd_configs": [{"files": [str(discovery)], "refresh_interval": "10s"}]}
     )
-    job = json.dumps({"job_name": "ray", **found})  # one line of JSON is YAML
+    content = {
+        "global": {"scrape_interval": "15s", "evaluation_interval": "15s"},
+        "rule_files": [rules.name for rules in RULES],
+        "scrape_configs": [{"job_name": "ray", **found}],
+    }
     path = folder / "prometheus.yml"
-    path.write_text(f"{head}scrape_configs:\n  - {job}\n")
+    path.write_text(json.dumps(content, indent=2) + "\n")  # JSON is YAML
     return path
 
 
