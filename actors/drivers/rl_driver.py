@@ -52,7 +52,7 @@ from actors.services.start_services import (
     scoring_pools,
     started_pools,
 )
-from actors.weights.transports import transport_of
+from actors.weights.transports import Transport
 from rlhf_cluster.buffer.buffer import fitted
 from rlhf_cluster.buffer.staleness import gate_of
 from rlhf_cluster.config import RunConfig
@@ -211,7 +211,7 @@ class _Run:
             observer=observer,
             generation=generation[1],
             scoring=scoring[1],
-            transport=transport_of(self.config),
+            transport=Transport(self.config),
             export=self._export,
             first_prompt=self.inputs.prompts.cursor,
         )

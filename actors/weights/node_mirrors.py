@@ -93,13 +93,17 @@ class RemotePlanner(NamedActor):
 
 def mirror_of(config: RunConfig, worker: str) -> Mirror | None:
     """The mirror of this process, where the run has mirrors."""
-    if config.weights.mirror is None:
+    if not config.weights.is_relayed:
         return None
     host = ray.util.get_node_ip_address()
     server = ShardServer(f"{worker} on {host}", host, config.generation.pull_timeout_s)
     name = f"{worker} ({host}, process {os.getpid()})"
     return Mirror(
-        config.weights_dir, config.weights.mirror, name, RemotePlanner(config.run.name), server
+        config.weights_dir,
+        config.weights.mirror_folder,
+        name,
+        RemotePlanner(config.run.name),
+        server,
     )
 
 
@@ -120,7 +124,7 @@ async def serving_relay(config: RunConfig) -> AsyncIterator[None]:
         async with serving(Relay, _name(config.run.name)):
             yield
     finally:
-        local = copies_of(config.weights_dir, str(config.weights.mirror))
+        local = copies_of(config.weights_dir, config.weights.mirror_folder)
         await aside(_clear_nodes, local)
 
 
