@@ -6,21 +6,29 @@ the ranks' memory, and read the storage only where nobody else has a file (`node
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Protocol
 
 from actors.weights.node_mirrors import (
     RemotePlanner,
+    lender_of,
     serving_relay,
 )
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.records import WeightVersion
 from rlhf_cluster.weights.manifest import ShardReport
 from rlhf_cluster.weights.store import commit
-from rlhf_cluster.weights.transports.shared_files import FileSink
+from rlhf_cluster.weights.transports.lent_shards import ShardLender
+from rlhf_cluster.weights.transports.shared_files import (
+    MANIFEST_NAME,
+    FileSink,
+    FileSource,
+)
 from rlhf_cluster.weights.transports.transport import (
     Deadline,
+    ShardImage,
     ShardSink,
 )
 from rlhf_cluster.weights.writer_fence import Writer
@@ -44,13 +52,20 @@ class Transport:
         self._config = config
         self._root = str(config.weights_dir)
         self._keep = config.staleness.oldest_in_flight + 2
+        self._starting = threading.Lock()
+        self._lent: ShardLender | None = None
 
     def write(
         self, rank: WritesSnapshots, base: int | None, deadline: Deadline, writer: Writer
     ) -> ShardReport:
-        """Raises `WeightError`, `StalledError`."""
-        sink = FileSink(self._root, deadline=deadline, attempt=writer.attempt)
-        return rank.write_snapshot([sink], base)
+        """Write the rank's share of its snapshot, and lend it to the relay. Raises `WeightError`,
+        `StalledError`."""
+        sinks: list[ShardSink] = [FileSink(self._root, deadline=deadline, attempt=writer.attempt)]
+        lender = self._lender()
+        if lender is not None:
+            lender.withdraw()
+            sinks.append(lender)
+        return rank.write_snapshot(sinks, base)
 
     def commit(
         self,
@@ -63,7 +78,7 @@ class Transport:
         """Check what all ranks wrote and make it visible. Raises `WeightError`, `StalledError`;
         `FencedError` when a later attempt than `writer` has begun."""
         left_s = deadline.left_s("the commit")
-        return commit(
+        published = commit(
             self._root,
             version,
             shards,
@@ -72,6 +87,11 @@ class Transport:
             lock_timeout_s=left_s,
             writer=writer,
         )
+        lender = self._lender()
+        if lender is not None:
+            manifest = memoryview(FileSource(self._root).manifest(version))
+            lender.write(version, MANIFEST_NAME, ShardImage(chunks=(manifest,)))
+        return published
 
     def begin_anew(self) -> None:
         """The learner that published is gone, and its successor publishes from an earlier version on;
@@ -82,3 +102,10 @@ class Transport:
     def serving(self) -> AbstractAsyncContextManager[None]:
         """What the transport needs in the cluster is there inside the block."""
         return serving_relay(self._config) if self._config.weights.is_relayed else nullcontext()
+
+    def _lender(self) -> ShardLender | None:
+        """Of this process, which lends from the first write on."""
+        with self._starting:
+            if self._lent is None:
+                self._lent = lender_of(self._config)
+            return self._lent

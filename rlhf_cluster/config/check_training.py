@@ -80,17 +80,26 @@ def check_weights(c: RunSections) -> None:
         )
     if not weights.is_relayed:
         return
-    mirror = Path(weights.mirror_folder).absolute()
-    for key, value in {"run.root": c.run.root, "weights.root": weights.root}.items():
+    found = folder_beside_copies(c)
+    if found is not None:
+        raise ValueError(
+            f"weights.mirror = {weights.mirror_folder!r} and {found} are one folder, or one is in the "
+            "other: what is mirrored would lie beside its copies, on one disk. Give the mirror a "
+            "folder of its own that every node has for itself, such as /dev/shm/mirror"
+        )
+
+
+def folder_beside_copies(c: RunSections) -> str | None:
+    """The key and the value of a folder of the run that is around, or in, the folder of the relay's
+    copies."""
+    mirror = Path(c.weights.mirror_folder).absolute()
+    for key, value in {"run.root": c.run.root, "weights.root": c.weights.root}.items():
         if value is None:
             continue
         folder = Path(value).absolute()
         if folder.is_relative_to(mirror) or mirror.is_relative_to(folder):
-            raise ValueError(
-                f"weights.mirror = {str(mirror)!r} and {key} = {value!r} are one folder, or one "
-                "is in the other: what is mirrored would lie beside its copies, on one disk. Give the "
-                "mirror a folder of its own that every node has for itself, such as /dev/shm/mirror"
-            )
+            return f"{key} = {value!r}"
+    return None
 
 
 def check_checkpoint(checkpoint: Checkpoint, run_dir: Path) -> None:

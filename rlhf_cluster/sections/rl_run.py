@@ -386,9 +386,11 @@ class Weights(Section):
     """Folder of the versions; default: `weights` in the run directory. /dev/shm suits one box."""
     transport: Literal["auto", "files", "relay"] = "auto"
     """What carries versions to the workers that generate. `files`: each reads the folder above, which
-    every node sees. `relay`: each file is brought once to every node, from another node where one has
-    it, so that the storage gives it about once whatever number of workers there is. `auto`: `relay`
-    where `mirror` is set, else `files`."""
+    every node sees. `relay`: each file is brought once to every node, from the learner's memory or
+    from another node, and from that folder where neither has it. `auto`: `relay` where `mirror` is
+    set, or a version is larger than `relay_above_bytes` and read by more than one process."""
+    relay_above_bytes: int = Field(default=8 << 30, ge=0)
+    """With transport = "auto": the largest version that each reader takes from the folder."""
     mirror: str | None = None
     """Where the relay keeps its copies: a folder that each node has for itself, in memory or on a fast
     disk; default: /dev/shm, or the folder for temporary files where there is none. Needs room for a
@@ -422,8 +424,8 @@ class Weights(Section):
         if transport in REMOVED_TRANSPORTS:
             raise ValueError(
                 f"weights.transport = {transport!r} does not exist. Set 'relay', which carries "
-                "versions from worker to worker, or 'files', with weights.root under /dev/shm on one "
-                "machine; or leave it out"
+                "versions from the learner's memory to the workers and between these, or 'files', with "
+                "weights.root under /dev/shm on one machine; or leave it out"
             )
         return transport
 

@@ -153,8 +153,17 @@ async def test_two_ranks_publish_and_two_workers_pull_and_nothing_stays(
         assert torch.equal(found["w"], weights_of(5))
         assert (version.stored_bytes < num_bytes / 10) == (format == "delta")
         assert cluster.pool.restarts.total == 0
+
+        # The ranks lend what they wrote: the storage is asked for no file of it.
+        lent = await cluster.publish(learner)
+        folder = Path(lent.path)
+        moved = folder.with_name("moved")
+        await asyncio.to_thread(folder.rename, moved)
+        await cluster.generation.pull(lent)
+        assert await cluster.versions_live() == [6, 6]
+        await asyncio.to_thread(moved.rename, folder)
         copies = copies_of(cluster.config.weights_dir, tmp_path / "mirror")
-        assert sorted(p.name for p in copies.glob("v*"))[-1] == "v000005"
+        assert sorted(p.name for p in copies.glob("v*"))[-1] == "v000006"
     await until(lambda: not copies.exists(), "the copies stay")
 
 
