@@ -52,7 +52,7 @@ from actors.services.start_services import (
     scoring_pools,
     started_pools,
 )
-from actors.weights.transports import transport_of
+from actors.weights.transports import Transport
 from rlhf_cluster.buffer.buffer import fitted
 from rlhf_cluster.buffer.staleness import gate_of
 from rlhf_cluster.config import RunConfig
@@ -63,6 +63,7 @@ from rlhf_cluster.generation.generation_worker import DEFAULT_ENGINE
 from rlhf_cluster.learner.hot_spares import rank_of
 from rlhf_cluster.observe.record.logs import configure
 from rlhf_cluster.observe.report.live_view import LiveView
+from rlhf_cluster.planning.choose_transport import with_transport
 from rlhf_cluster.planning.run_inputs import (
     Inputs,
     check_inputs,
@@ -101,7 +102,8 @@ def run_config(
     started = time.time()
 
     def run(inputs: Inputs, rundir: RunDir, view: LiveView, found: Continuation) -> dict[str, Any]:
-        own = _Run(config, inputs, rundir, view, engine_factory, started)
+        chosen = with_transport(config, inputs.model_dir)
+        own = _Run(chosen, inputs, rundir, view, engine_factory, started)
         own.checkpoint = found.checkpoint
         own.patience_s = config.cluster.placement_timeout_s if found.notes else 0.0
         return asyncio.run(own.supervised())
@@ -211,7 +213,7 @@ class _Run:
             observer=observer,
             generation=generation[1],
             scoring=scoring[1],
-            transport=transport_of(self.config),
+            transport=Transport(self.config),
             export=self._export,
             first_prompt=self.inputs.prompts.cursor,
         )

@@ -226,7 +226,7 @@ class Attempt:
             )
         if self.again:
             await place.observer.cut_back(self.checkpoint)
-            await aside(place.transport.begin_anew, writer)
+            await aside(place.transport.begin_anew)
         if state is None:
             return
         self.sync.stats.skipped = state.publishes_skipped

@@ -23,7 +23,7 @@ from actors.services.rank_actors import (
     RayRanks,
     judging,
 )
-from actors.weights.transports import transport_of
+from actors.weights.transports import Transport
 from rlhf_cluster.buffer.group_recovery import store_of
 from rlhf_cluster.buffer.group_store import collect
 from rlhf_cluster.config import RunConfig
@@ -36,7 +36,8 @@ from rlhf_cluster.records import (
     Taken,
     WeightVersion,
 )
-from rlhf_cluster.weights.sync import BasePlan, DurablePlan
+from rlhf_cluster.weights.manifest import ShardReport
+from rlhf_cluster.weights.sync import BasePlan
 from rlhf_cluster.weights.transports.transport import Deadline
 from rlhf_cluster.weights.writer_fence import Writer
 
@@ -71,7 +72,7 @@ class LearnerActor(RankActor):
         super().__init__(config, model_dir, rank)
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._tokenizer: Any = None
-        self._transport = transport_of(config)
+        self._transport = Transport(config)
         self._writing: Deadline | None = None
 
     @functools.partial(judging, starting=True)
@@ -125,26 +126,22 @@ class LearnerActor(RankActor):
 
     @judging
     @failing_as_a_version
-    def write_snapshot(
-        self, base: int | None, durable: bool, writer: Writer, timeout_s: float
-    ) -> Any:
+    def write_snapshot(self, base: int | None, writer: Writer, timeout_s: float) -> ShardReport:
         deadline = self._writing = Deadline(f"learner-{self._number}: the write", timeout_s)
         return self._patience(timeout_s, PUBLISHING).wait(
             f"a shard of a version in {self._config.weights_dir}",
-            lambda: self._transport.write(self._rank, base, durable, deadline, writer),
+            lambda: self._transport.write(self._rank, base, deadline, writer),
         )
 
     @judging
     @failing_as_a_version
     def commit(
-        self, version: int, shards: list[Any], durable: bool, writer: Writer, timeout_s: float
+        self, version: int, shards: list[ShardReport], writer: Writer, timeout_s: float
     ) -> WeightVersion:
         deadline = self._writing = Deadline(f"the commit of version {version}", timeout_s)
         published = self._patience(timeout_s, PUBLISHING).wait(
             f"version {version} in {self._config.weights_dir}",
-            lambda: self._transport.commit(
-                version, shards, self._shapes, durable, deadline, writer
-            ),
+            lambda: self._transport.commit(version, shards, self._shapes, deadline, writer),
         )
         log.info(
             "version %d published: %d bytes, %d stored",
@@ -174,7 +171,6 @@ class RayLearner(RayRanks):
         weights = config.weights
         anchor_every = {"full": 1, "delta": weights.anchor_every, "adapter": None}
         self._bases = BasePlan(anchor_every[weights.format])
-        self._durable = DurablePlan(weights.durable_every, config.run.steps)
 
     async def sft_step(self, examples: list[SftExample]) -> dict[str, float]:
         shared = ray.put(examples)
@@ -203,23 +199,17 @@ class RayLearner(RayRanks):
         When one fails, the others are cancelled.
         """
         ends = time.monotonic() + self._config.weights.publish_timeout_s
-        number, durable = self._snapshot, self._durable.wants(self._snapshot)
-        base = self._bases.take_base()
-        if durable and self._config.weights.transport != "files":
-            base = None  # files hold no version that it could build on
+        number, base = self._snapshot, self._bases.take_base()
         try:
-            shards = await self._io(
-                "write_snapshot", self._actors, ends, base, durable, self.writer
-            )
+            shards = await self._io("write_snapshot", self._actors, ends, base, self.writer)
             [version] = await self._io(
-                "commit", self._actors[:1], ends, number, shards, durable, self.writer
+                "commit", self._actors[:1], ends, number, shards, self.writer
             )
         except BaseException:
             for actor in self._actors:
                 actor.cancel_publish.options(concurrency_group=IO_GROUP).remote()
             raise
-        self._bases.committed(number, in_full=base is None)
-        self._durable.committed(number, durable)
+        self._bases.committed(number)
         return version
 
     async def refused(self, version: int, reason: str) -> None:

@@ -13,7 +13,6 @@ import ray
 from actors.cluster.launch import check_code
 from actors.cluster.ray_metrics import RayMetrics
 from actors.weights.node_mirrors import mirror_of
-from actors.weights.transports import transport_of
 from rlhf_cluster.buffer.group_recovery import store_of
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import RlhfError
@@ -121,8 +120,7 @@ class ScoringActor(ScoringWorker):
     def __init__(self, config: RunConfig, model_dir: str, name: str, pool: str) -> None:
         check_code()
         configure("scoring", name, config.run_dir / "logs")
-        source, store = transport_of(config).source(), store_of(config)
-        super().__init__(config, model_dir, name, source, store, pool)
+        super().__init__(config, model_dir, name, store_of(config), pool)
         self._metrics = RayMetrics("scoring", {"run": config.run.name, "worker": name})
 
     def start(self) -> dict[str, float]:

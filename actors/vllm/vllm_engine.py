@@ -55,7 +55,6 @@ from rlhf_cluster.util.slow_disk import aside
 from rlhf_cluster.weights.formats.int8 import write_start_folder
 from rlhf_cluster.weights.transports.transport import (
     Deadline,
-    ShardSource,
 )
 
 if TYPE_CHECKING:
@@ -72,14 +71,6 @@ INITIAL_VERSION = -1  # of the weights in the model folder, before the first upd
 
 def make_engine(config: RunConfig, model_dir: str, worker_name: str) -> VllmEngine:
     return VllmEngine(config, model_dir, worker_name)
-
-
-def _source_of(config: RunConfig) -> ShardSource | None:
-    from actors.weights.transports import (
-        transport_of,  # imports ray, which this module does not need
-    )
-
-    return transport_of(config).source()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +96,6 @@ class VllmEngine(Engine):
         self._salted = config.generation.cache_on_update == "salt"
         self._start_timeout_s = config.run.start_timeout_s
         self._take_deadline_s = config.generation.take_deadline_s
-        self._source = _source_of(config)
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._lock = threading.Lock()  # over _failure and the decision to queue a command
         self._failure: RlhfError | None = None
@@ -160,7 +150,6 @@ class VllmEngine(Engine):
             "version": number,
             "path": version.path,
             "digest": version.digest,
-            "source": self._source,
             "deadline": deadline,
         }
         async with self._updating:

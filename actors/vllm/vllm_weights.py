@@ -61,7 +61,6 @@ from rlhf_cluster.weights.formats.int8 import (
 from rlhf_cluster.weights.read_version import Held, Staging
 from rlhf_cluster.weights.transports.transport import (
     Deadline,
-    ShardSource,
 )
 
 
@@ -121,7 +120,6 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
         version: int,
         path: str,
         digest: str,
-        source: ShardSource | None = None,
         deadline: Deadline | None = None,
     ) -> dict[str, Any]:
         """Read version `version`; returns its digest and number of tensors, or an `error`.
@@ -130,7 +128,7 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
         """
         self._staged = None  # shares memory with what is held, which the read changes
         try:
-            tensors = dict(store.read(path, True, digest, self._held, source, deadline))
+            tensors = dict(store.read(path, True, digest, self._held, deadline=deadline))
             found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
             refuse_other_model(path, without_tied_head(found, self._tied), self._shapes)
         except (WeightError, StalledError) as error:

@@ -1,4 +1,5 @@
-"""The mirrors of a run's generation workers, and the actor that plans who fetches what from whom."""
+"""The relay of a run: mirrors of its generation workers, shards that its learner ranks lend, and the
+actor that plans who fetches what from whom."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from actors.cluster.named_actors import (
 )
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.util.slow_disk import aside
+from rlhf_cluster.weights.transports.lent_shards import ShardLender
 from rlhf_cluster.weights.transports.mirror_folder import (
     copies_of,
     sweep,
@@ -64,6 +66,9 @@ class RelayActor:
     def keeps(self, node: str, versions: Sequence[int]) -> None:
         self._plan.keeps(node, versions)
 
+    def lends(self, node: str, pieces: Sequence[tuple[Piece, Any]]) -> None:
+        self._plan.lends(node, pieces)
+
     def begin_anew(self) -> None:
         self._plan.begin_anew()
 
@@ -87,20 +92,40 @@ class RemotePlanner(NamedActor):
     def keeps(self, node: str, versions: Sequence[int]) -> None:
         self.call(_CALL_TIMEOUT_S, "keeps", node, list(versions))
 
+    def lends(self, node: str, pieces: Sequence[tuple[Piece, Any]]) -> None:
+        self.call(_CALL_TIMEOUT_S, "lends", node, list(pieces))
+
     def begin_anew(self) -> None:
         self.call(_CALL_TIMEOUT_S, "begin_anew")
 
 
 def mirror_of(config: RunConfig, worker: str) -> Mirror | None:
     """The mirror of this process, where the run has mirrors."""
-    if config.weights.mirror is None:
+    if not config.weights.is_relayed:
         return None
-    host = ray.util.get_node_ip_address()
-    server = ShardServer(f"{worker} on {host}", host, config.generation.pull_timeout_s)
-    name = f"{worker} ({host}, process {os.getpid()})"
+    name, server = _server(config, worker)
     return Mirror(
-        config.weights_dir, config.weights.mirror, name, RemotePlanner(config.run.name), server
+        config.weights_dir,
+        config.weights.mirror_folder,
+        name,
+        RemotePlanner(config.run.name),
+        server,
     )
+
+
+def lender_of(config: RunConfig) -> ShardLender | None:
+    """What lends the shards of this process, a learner rank, where the run has the relay."""
+    if not config.weights.is_relayed:
+        return None
+    name, server = _server(config, "learner")
+    return ShardLender(name, RemotePlanner(config.run.name), server)
+
+
+def _server(config: RunConfig, role: str) -> tuple[str, ShardServer]:
+    """The name of this process among all that serve files, and its server."""
+    host = ray.util.get_node_ip_address()
+    name = f"{role} ({host}, process {os.getpid()})"
+    return name, ShardServer(name, host, config.generation.pull_timeout_s)
 
 
 @asynccontextmanager
@@ -120,7 +145,7 @@ async def serving_relay(config: RunConfig) -> AsyncIterator[None]:
         async with serving(Relay, _name(config.run.name)):
             yield
     finally:
-        local = copies_of(config.weights_dir, str(config.weights.mirror))
+        local = copies_of(config.weights_dir, config.weights.mirror_folder)
         await aside(_clear_nodes, local)
 
 

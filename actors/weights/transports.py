@@ -1,31 +1,35 @@
-"""The transports of weights by name: what `weights.transport` chooses from.
+"""How a learner rank publishes, and what the run needs in the cluster for it.
 
-A transport is a class with the methods of `Transport` and an entry in `TRANSPORTS`; what its
-sinks and sources promise is in `rlhf_cluster.weights.transports.transport`. A learner rank calls
-`write`, rank 0 `commit`, every reader reads from `source()`, and the driver holds the run inside
-`serving`.
+A version is files of the weight store. With the relay its readers take these from each other and from
+the ranks' memory, and read the storage only where nobody else has a file (`node_mirrors`).
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Protocol
 
 from actors.weights.node_mirrors import (
     RemotePlanner,
+    lender_of,
     serving_relay,
 )
-from actors.weights.object_store_transport import RayTransport
-from actors.weights.rank_memory_transport import PeerTransport
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.records import WeightVersion
 from rlhf_cluster.weights.manifest import ShardReport
-from rlhf_cluster.weights.transports.shared_files import FileSink
+from rlhf_cluster.weights.store import commit
+from rlhf_cluster.weights.transports.lent_shards import ShardLender
+from rlhf_cluster.weights.transports.shared_files import (
+    MANIFEST_NAME,
+    FileSink,
+    FileSource,
+)
 from rlhf_cluster.weights.transports.transport import (
     Deadline,
+    ShardImage,
     ShardSink,
-    ShardSource,
 )
 from rlhf_cluster.weights.writer_fence import Writer
 
@@ -41,79 +45,40 @@ class WritesSnapshots(Protocol):
         ...
 
 
-class Transport(Protocol):
-    """What `write` returns goes to `commit` as it is."""
-
-    def write(
-        self,
-        rank: WritesSnapshots,
-        base: int | None,
-        durable: bool,
-        deadline: Deadline,
-        writer: Writer,
-    ) -> Any:
-        """Bring the rank's snapshot on its way, into files too when it is to be `durable`."""
-        ...
-
-    def commit(
-        self,
-        version: int,
-        shards: Sequence[Any],
-        expected_names: Mapping[str, tuple[int, ...]],
-        durable: bool,
-        deadline: Deadline,
-        writer: Writer,
-    ) -> WeightVersion:
-        """Check what all ranks wrote and make it visible. Raises `WeightError`, `StalledError`;
-        `FencedError` when a later attempt than `writer` has begun."""
-        ...
-
-    def source(self) -> ShardSource | None:
-        """Where a process of the run reads versions. None: at their paths."""
-        ...
-
-    def begin_anew(self, writer: Writer) -> None:
-        """The learner that published is gone, and its successor publishes from an earlier version on;
-        the versions in files are rewound already. Raises `WeightError`."""
-        ...
-
-    def serving(self) -> AbstractAsyncContextManager[None]:
-        """What the transport needs in the cluster is there inside the block."""
-        ...
-
-
-class FileTransport:
-    """Every version is files of the weight store."""
+class Transport:
+    """A learner rank calls `write`, rank 0 `commit`; the driver holds the run inside `serving`."""
 
     def __init__(self, config: RunConfig) -> None:
+        self._config = config
         self._root = str(config.weights_dir)
         self._keep = config.staleness.oldest_in_flight + 2
-        self._config = config
+        self._starting = threading.Lock()
+        self._lent: ShardLender | None = None
 
     def write(
-        self,
-        rank: WritesSnapshots,
-        base: int | None,
-        durable: bool,
-        deadline: Deadline,
-        writer: Writer,
+        self, rank: WritesSnapshots, base: int | None, deadline: Deadline, writer: Writer
     ) -> ShardReport:
-        sink = FileSink(self._root, deadline=deadline, attempt=writer.attempt)
-        return rank.write_snapshot([sink], base)
+        """Write the rank's share of its snapshot, and lend it to the relay. Raises `WeightError`,
+        `StalledError`."""
+        sinks: list[ShardSink] = [FileSink(self._root, deadline=deadline, attempt=writer.attempt)]
+        lender = self._lender()
+        if lender is not None:
+            lender.withdraw()
+            sinks.append(lender)
+        return rank.write_snapshot(sinks, base)
 
     def commit(
         self,
         version: int,
         shards: Sequence[ShardReport],
         expected_names: Mapping[str, tuple[int, ...]],
-        durable: bool,
         deadline: Deadline,
         writer: Writer,
     ) -> WeightVersion:
-        from rlhf_cluster.weights.store import commit
-
+        """Check what all ranks wrote and make it visible. Raises `WeightError`, `StalledError`;
+        `FencedError` when a later attempt than `writer` has begun."""
         left_s = deadline.left_s("the commit")
-        return commit(
+        published = commit(
             self._root,
             version,
             shards,
@@ -122,25 +87,25 @@ class FileTransport:
             lock_timeout_s=left_s,
             writer=writer,
         )
+        lender = self._lender()
+        if lender is not None:
+            manifest = memoryview(FileSource(self._root).manifest(version))
+            lender.write(version, MANIFEST_NAME, ShardImage(chunks=(manifest,)))
+        return published
 
-    def source(self) -> None:
-        return None
-
-    def begin_anew(self, writer: Writer) -> None:
-        if self._config.weights.mirror is not None:
+    def begin_anew(self) -> None:
+        """The learner that published is gone, and its successor publishes from an earlier version on;
+        the versions in files are rewound already. Raises `WeightError`."""
+        if self._config.weights.is_relayed:
             RemotePlanner(self._config.run.name).begin_anew()
 
     def serving(self) -> AbstractAsyncContextManager[None]:
-        return serving_relay(self._config) if self._config.weights.mirror else nullcontext()
+        """What the transport needs in the cluster is there inside the block."""
+        return serving_relay(self._config) if self._config.weights.is_relayed else nullcontext()
 
-
-TRANSPORTS: Mapping[str, type[Transport]] = {
-    "files": FileTransport,
-    "ray": RayTransport,
-    "gloo": PeerTransport,
-    "nccl": PeerTransport,
-}
-
-
-def transport_of(config: RunConfig) -> Transport:
-    return TRANSPORTS[config.weights.transport](config)  # type: ignore[call-arg]
+    def _lender(self) -> ShardLender | None:
+        """Of this process, which lends from the first write on."""
+        with self._starting:
+            if self._lent is None:
+                self._lent = lender_of(self._config)
+            return self._lent

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rlhf_cluster.config.run_sections import RunSections
 from rlhf_cluster.sections.gpu_shares import is_share
-from rlhf_cluster.sections.rl_run import Checkpoint, Learner, Model, Weights
+from rlhf_cluster.sections.rl_run import Checkpoint, Learner, Model
 from rlhf_cluster.util.provenance import without_credentials
 
 
@@ -71,72 +71,35 @@ def check_model(model: Model) -> None:
 
 
 def check_weights(c: RunSections) -> None:
-    """Raises `ValueError` for a transport that cannot carry this run's versions."""
-    transport = c.weights.transport
-    if transport == "ipc":
+    """Raises `ValueError` for a folder of copies that nothing is copied to, or that is not apart."""
+    weights = c.weights
+    if weights.mirror is not None and weights.transport == "files":
         raise ValueError(
-            "weights.transport = 'ipc': CUDA shares memory only between processes of one GPU, and it "
-            "saves nothing there, since every version goes through host memory to be verified. Use "
-            "'files' with weights.root under /dev/shm, or 'nccl' between GPUs"
+            f"weights.mirror = {weights.mirror!r} with weights.transport = 'files': readers read the "
+            "store, and nothing is copied. Set weights.transport = 'relay', or remove weights.mirror"
         )
-    if transport == "files" and c.weights.durable_every != Weights().durable_every:
-        raise ValueError(
-            f"weights.durable_every = {c.weights.durable_every} with weights.transport = 'files': "
-            "every version is written to files. Remove it, or set another transport"
-        )
-    if c.weights.mirror is not None and transport != "files":
-        raise ValueError(
-            f"weights.mirror with weights.transport = {transport!r}: it mirrors files. Remove one "
-            "of them"
-        )
-    _check_mirror(c)
-    if transport == "nccl":
-        _check_gpus(c)
-    if transport != "files":
-        _check_single_processes(c)
-
-
-def _check_mirror(c: RunSections) -> None:
-    if c.weights.mirror is None:
+    if not weights.is_relayed:
         return
-    mirror = Path(c.weights.mirror).absolute()
+    found = folder_beside_copies(c)
+    if found is not None:
+        raise ValueError(
+            f"weights.mirror = {weights.mirror_folder!r} and {found} are one folder, or one is in the "
+            "other: what is mirrored would lie beside its copies, on one disk. Give the mirror a "
+            "folder of its own that every node has for itself, such as /dev/shm/mirror"
+        )
+
+
+def folder_beside_copies(c: RunSections) -> str | None:
+    """The key and the value of a folder of the run that is around, or in, the folder of the relay's
+    copies."""
+    mirror = Path(c.weights.mirror_folder).absolute()
     for key, value in {"run.root": c.run.root, "weights.root": c.weights.root}.items():
         if value is None:
             continue
         folder = Path(value).absolute()
         if folder.is_relative_to(mirror) or mirror.is_relative_to(folder):
-            raise ValueError(
-                f"weights.mirror = {c.weights.mirror!r} and {key} = {value!r} are one folder, or one "
-                "is in the other: what is mirrored would lie beside its copies, on one disk. Give the "
-                "mirror a folder of its own that every node has for itself, such as /dev/shm/mirror"
-            )
-
-
-def _check_gpus(c: RunSections) -> None:
-    gpus = {"learner": c.learner.num_gpus, "generation": c.generation.num_gpus}
-    for section, num_gpus in gpus.items():
-        if num_gpus < 1:
-            raise ValueError(
-                f"weights.transport = 'nccl' with {section}.num_gpus = {num_gpus:g}: NCCL connects "
-                f"whole GPUs, one for each process. Set {section}.num_gpus, or transport = 'ray'"
-            )
-
-
-def _check_single_processes(c: RunSections) -> None:
-    transport = c.weights.transport
-    parallel, update = c.generation.tensor_parallel_size, c.scoring.reference_update.type
-    if parallel > 1:
-        raise ValueError(
-            f"weights.transport = {transport!r} with generation.tensor_parallel_size = {parallel}: "
-            "vLLM runs the parts of a worker in processes of its own, which cannot ask Ray for "
-            "versions. Use 'files' (weights.root under /dev/shm on one machine), or one GPU a worker"
-        )
-    if update != "fixed":
-        raise ValueError(
-            f"weights.transport = {transport!r} with scoring.reference_update.type = {update!r}: a "
-            "reference that moves is made from files of any version, and most have none. Use "
-            "'files', or a fixed reference"
-        )
+            return f"{key} = {value!r}"
+    return None
 
 
 def check_checkpoint(checkpoint: Checkpoint, run_dir: Path) -> None:

@@ -75,9 +75,9 @@ class RunSections(RunFile[Run]):
         return groups if replay is None else groups - replay.num_replayed(groups)
 
     def pull_deadline_s(self, num_bytes: int) -> float:
-        """Seconds for a worker to take a version of so many bytes: to bring it to its node, where
-        `weights.mirror` is set, and then to read and apply it."""
-        return (2 if self.weights.mirror else 1) * self.generation.take_deadline_s(num_bytes)
+        """Seconds for a worker to take a version of so many bytes: to bring it to its node, with the
+        relay, and then to read and apply it."""
+        return (2 if self.weights.is_relayed else 1) * self.generation.take_deadline_s(num_bytes)
 
     @property
     def publish_dtype(self) -> Dtype:

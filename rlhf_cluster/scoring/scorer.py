@@ -62,7 +62,6 @@ if TYPE_CHECKING:
 
     from rlhf_cluster.scoring.exact_logprobs import ExactLogprobs
     from rlhf_cluster.scoring.reference_policy import Reference, Teacher
-    from rlhf_cluster.weights.transports.transport import ShardSource
 
 
 class Scorer:
@@ -73,15 +72,12 @@ class Scorer:
         config: RunConfig,
         model_dir: str,
         name: str,
-        source: ShardSource | None = None,
         pool: str = SCORING,
     ) -> None:
-        """`source` is where the policy's versions are read from; default: their files. What `pool`
-        serves is all that is loaded."""
+        """What `pool` serves is all that is loaded."""
         self._config = config
         self._scoring = config.scoring.of_pool(pool)
         self._served = config.scoring.served_by(pool)
-        self._source = source
         self._model_dir = model_dir
         self._name = name
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -346,7 +342,7 @@ class Scorer:
         )
         folder = self._config.weights_dir
         return ExactLogprobs(
-            model, folder, scoring.cached_versions, self._source, scoring.request_timeout_s
+            model, folder, scoring.cached_versions, wait_timeout_s=scoring.request_timeout_s
         )
 
     def _failed(

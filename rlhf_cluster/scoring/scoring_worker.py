@@ -24,7 +24,6 @@ from rlhf_cluster.records import ExperienceGroup, GroupSummary, RolloutGroup, We
 from rlhf_cluster.scoring.score_parts import ScorePart
 from rlhf_cluster.scoring.scorer import Scorer
 from rlhf_cluster.util.deadlines import call_deadline
-from rlhf_cluster.weights.transports.transport import ShardSource
 
 
 class ScoringWorker:
@@ -35,15 +34,12 @@ class ScoringWorker:
         config: RunConfig,
         model_dir: str,
         name: str,
-        source: ShardSource | None = None,
         store: ExperienceStore | None = None,
         pool: str = SCORING,
     ) -> None:
-        """`source` is where the policy's versions are read from; default: their files. `store`
-        gets every scored group but held-out ones. It serves what `pool` does."""
+        """`store` gets every scored group but held-out ones. It serves what `pool` does."""
         self._pool = pool
         self._config = config
-        self._source = source
         self._model_dir = model_dir
         self._name = name
         self._scorer: Scorer | None = None
@@ -55,7 +51,7 @@ class ScoringWorker:
     def start(self) -> dict[str, float]:
         """Load models and rewards; returns how long it took. Raises `ConfigError`, `DataError`."""
         started = time.perf_counter()
-        scorer = Scorer(self._config, self._model_dir, self._name, self._source, self._pool)
+        scorer = Scorer(self._config, self._model_dir, self._name, self._pool)
         scorer.setup()
         self._scorer = scorer
         return {"start_s": time.perf_counter() - started}

@@ -6,6 +6,8 @@ agree on. Algorithms and rewards keep their sections next to their code.
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
@@ -210,7 +212,7 @@ class Generation(Section):
     discarded."""
     pull_timeout_s: PositiveFloat = 120.0
     """Deadline for a worker to take a version, beside what its bytes take at `pull_bytes_per_s`;
-    twice as long with `weights.mirror`."""
+    twice as long with the relay of `weights.transport`."""
     pull_bytes_per_s: PositiveFloat = 2e8
     """The slowest rate at which weights are still read for a worker; one that is slower is late."""
     quarantine: Quarantine = Quarantine()
@@ -373,26 +375,29 @@ class Staleness(Section):
         return 2 * self.max_staleness if self.on_stale == "drop" else self.bound
 
 
+REMOVED_TRANSPORTS = ("ray", "gloo", "nccl", "ipc")
+IN_MEMORY = "/dev/shm"
+
+
 class Weights(Section):
     """The weight store."""
 
     root: str | None = None
     """Folder of the versions; default: `weights` in the run directory. /dev/shm suits one box."""
-    transport: Literal["files", "ray", "gloo", "nccl", "ipc"] = "files"
-    """What carries versions to their readers. `files`: the folder above, seen by every node. The others
-    write only versions that have to last to files. `ray`: Ray's object store. `gloo`, `nccl`: from the
-    ranks' memory to each reader's, over the network or from GPU to GPU. `ipc` is refused."""
+    transport: Literal["auto", "files", "relay"] = "auto"
+    """What carries versions to the workers that generate. `files`: each reads the folder above, which
+    every node sees. `relay`: each file is brought once to every node, from the learner's memory or
+    from another node, and from that folder where neither has it. `auto`: `relay` where `mirror` is
+    set, or a version is larger than `relay_above_bytes` and read by more than one process."""
+    relay_above_bytes: int = Field(default=8 << 30, ge=0)
+    """With transport = "auto": the largest version that each reader takes from the folder."""
     mirror: str | None = None
-    """With transport = "files": a folder on every node that generates, in memory (/dev/shm) or on
-    a fast disk. Each file of a version is then brought there once a node, from another node where
-    one has it, so that the storage gives it about once whatever number of workers there is. Needs
-    room for a version as stored, twice while a new one comes, with what it builds on: where there is
-    none, the workers of that node read the storage. Not in `run.root` or `root`, nor around them."""
+    """Where the relay keeps its copies: a folder that each node has for itself, in memory or on a fast
+    disk; default: /dev/shm, or the folder for temporary files where there is none. Needs room for a
+    version as stored, twice while a new one comes, with what it builds on: where there is none, the
+    workers of that node read the storage. Not in `run.root` or `root`, nor around them."""
     mirror_streams: PositiveInt = 8
-    """Files that are read from the storage at once, over all nodes, for their mirrors."""
-    durable_every: PositiveInt = 10
-    """With another transport than "files": versions from one in files to the next. The first and the
-    last version of a run always are. Only these outlive the learner's processes."""
+    """Files that the relay reads from the storage at once, over all nodes."""
     dtype: Dtype | None = None
     """Type of the published tensors; default: the generation pool's."""
     rounding: Rounding | None = None
@@ -412,6 +417,29 @@ class Weights(Section):
     """Steps between two published versions; a step is learner.epochs * learner.minibatches optimizer
     steps."""
     publish_timeout_s: PositiveFloat = 300.0
+
+    @field_validator("transport", mode="before")
+    @classmethod
+    def _not_removed(cls, transport: Any) -> Any:
+        if transport in REMOVED_TRANSPORTS:
+            raise ValueError(
+                f"weights.transport = {transport!r} does not exist. Set 'relay', which carries "
+                "versions from the learner's memory to the workers and between these, or 'files', with "
+                "weights.root under /dev/shm on one machine; or leave it out"
+            )
+        return transport
+
+    @property
+    def is_relayed(self) -> bool:
+        """Whether the workers that generate take versions from each other."""
+        return self.transport == "relay" or (self.transport == "auto" and self.mirror is not None)
+
+    @property
+    def mirror_folder(self) -> str:
+        """Where the relay keeps copies on the node that asks."""
+        if self.mirror is not None:
+            return self.mirror
+        return IN_MEMORY if Path(IN_MEMORY).is_dir() else tempfile.gettempdir()
 
 
 class Buffer(Section):

@@ -257,25 +257,7 @@ class BasePlan:
         self._taken = base
         return base
 
-    def committed(self, version: int, in_full: bool = False) -> None:
-        """`in_full`: it was stored in full although it had a base."""
-        stays = self._anchor_every is None and not in_full and self._taken is not None
+    def committed(self, version: int) -> None:
+        stays = self._anchor_every is None and self._taken is not None
         self._newest = self._taken if stays else version
-        self._length = 1 if in_full else self._length + 1
-
-
-class DurablePlan:
-    """Which versions are written to files whatever the transport: the first that this process
-    publishes, the one of step `last`, and one `every` versions."""
-
-    def __init__(self, every: int, last: int) -> None:
-        self._every, self._last = every, last
-        self._newest: int | None = None
-
-    def wants(self, version: int) -> bool:
-        newest = self._newest
-        return newest is None or version == self._last or version >= newest + self._every
-
-    def committed(self, version: int, durable: bool) -> None:
-        if durable:
-            self._newest = version
+        self._length += 1

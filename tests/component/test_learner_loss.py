@@ -93,7 +93,7 @@ def test_a_loss_before_the_first_checkpoint_begins_the_run_anew_with_the_same_po
         sft={"steps": 2, "batch_size": 8},
         scoring={"reference": True, "exact_logprobs": True},
         algorithm={"type": "grpo", "group_size": 4, "kl_coef": 0.01},
-        weights={"transport": "ray"},
+        weights={"transport": "relay"},
         generation={"workers": 2},
     )
     run.script(generate_delay_s=0.5)

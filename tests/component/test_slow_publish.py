@@ -36,8 +36,8 @@ def test_what_a_rank_cannot_write_in_time_is_named_with_folder_and_setting(
     publishing = "weights.publish_timeout_s"
     weights = config.weights_dir
     for setting, folder, kind, call in (
-        (publishing, weights, WeightError, lambda: rank.write_snapshot(0, True, WRITER, 0.02)),
-        (publishing, weights, WeightError, lambda: rank.commit(3, [], True, WRITER, 0.02)),
+        (publishing, weights, WeightError, lambda: rank.write_snapshot(0, WRITER, 0.02)),
+        (publishing, weights, WeightError, lambda: rank.commit(3, [], WRITER, 0.02)),
         (
             "checkpoint.timeout_s",
             checkpoint,

@@ -44,7 +44,7 @@ SYNCHRONOUS = [
     "run.steps=4",
     "run.groups_per_step=16",
     "staleness.max_staleness=0",
-    "weights.transport=ray",
+    "weights.transport=relay",
     "algorithm.kl_coef=0.05",
     "evaluation.num_prompts=0",
 ]

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import mmap
 import os
@@ -53,8 +54,8 @@ from rlhf_cluster.weights.transports.mirror_folder import (
     sweep,
 )
 from rlhf_cluster.weights.transports.rank_memory import (
-    PeerObjects,
     ShardServer,
+    fetch,
 )
 from rlhf_cluster.weights.transports.relay_plan import (
     Assignment,
@@ -143,7 +144,6 @@ class Mirror:
         self._root, self._node = Path(root), node
         self.local = copies_of(root, mirror)
         self._planner, self._server, self._lease_s = planner, server, lease_s
-        self._peers = PeerObjects(node, None, own=lambda: server)
         self._sleep, self._free, self._told = sleep, free, told
         self._lent: dict[Piece, _Lent] = {}
         self._seen: tuple[int, int] | None = None  # (version, when it came), of the last one
@@ -448,8 +448,7 @@ class Mirror:
             return
         what = f"{piece.name} of version {piece.version} from {found.source}"
         lease = Deadline(what, min(self._lease_s, deadline.left_s(what)))
-        for chunk in self._peers.fetch([found.address], lease)[0]:
-            _write_all(file, chunk)
+        fetch(found.address, self._node, lease, functools.partial(_write_all, file))
 
     def _copy(self, path: Path, file: Any, wanted: _Wanted, deadline: Deadline) -> None:
         with contextlib.ExitStack() as stack:

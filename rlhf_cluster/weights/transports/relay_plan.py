@@ -1,9 +1,10 @@
 """Who fetches which file of a version from whom, where hundreds of nodes want all of them.
 
-    storage --> a few nodes, a different file each --> the others, from each other, file by file
+    learner rank, or storage --> a few nodes, a different file each --> the others, file by file
 
 A shared storage gives one version to a hundred nodes a hundred times more slowly than to one. So
-it gives each file about once, and every node passes on what it has while it fetches the rest.
+the ranks that wrote a version give each file about once, where they cannot the storage does, and every
+node passes on what it has while it fetches the rest.
 This is the plan of a swarm (Cohen 2003, BitTorrent) with one planner: the rarest file first, so
 that no file stays behind, and never more than `streams` reads of the storage at once.
 
@@ -93,6 +94,12 @@ class RelayPlan:
             self._has.setdefault(node, set()).add(piece)
             if self._uses.get(node, 0) < self.uploads:
                 self._free.setdefault(piece, {})[node] = None
+
+    def lends(self, node: str, pieces: Sequence[tuple[Piece, Any]]) -> None:
+        """`node` serves these, each at its address, and nothing else any more."""
+        self.forget(node)
+        for piece, address in pieces:
+            self.done(node, piece, address)
 
     def failed(self, node: str, piece: Piece, source: str | None) -> None:
         """`node` did not get the piece from `source`, which is asked for it no more; None: the fault

@@ -17,7 +17,7 @@ override the rest for single workers by name. Keys and defaults:
     hang_after_tokens                                   null: the same, with that many tokens so far
     crash_after_groups                                  null: end the process at the group after
     wrong_digest                                        false: report a digest that nobody published
-    read_weights                                        false: read the version, by its transport
+    read_weights                                        false: read the version
 """
 
 from __future__ import annotations
@@ -152,15 +152,13 @@ class ScriptedEngine(Engine):
         )
 
     async def _read(self, version: WeightVersion) -> str:
-        from actors.weights.transports import transport_of
         from rlhf_cluster.util.tensor_hashing import digest_of
         from rlhf_cluster.weights import store
 
         timeout_s = self._config.generation.take_deadline_s(version.num_bytes)
         deadline = Deadline(f"{self._name}: reading version {version.version}", timeout_s)
-        source = transport_of(self._config).source()
         return await read_beside(
-            lambda: digest_of(store.read(version.path, source=source, deadline=deadline)), deadline
+            lambda: digest_of(store.read(version.path, deadline=deadline)), deadline
         )
 
     def stats(self) -> Mapping[str, float]:

@@ -79,15 +79,18 @@ def test_all_problems_are_reported_at_once():
             {"learner": {"spares": 1, "max_restarts": 0}},
             ["learner.spares = 1 with learner.max_restarts = 0", "raise learner.max_restarts"],
         ),
+        ({"weights": {"transport": "ray"}}, ["'ray' does not exist", "Set 'relay'"]),
+        ({"weights": {"transport": "gloo"}}, ["'gloo' does not exist", "Set 'relay'"]),
+        ({"weights": {"transport": "nccl"}}, ["'nccl' does not exist", "Set 'relay'"]),
+        ({"weights": {"transport": "ipc"}}, ["'ipc' does not exist", "under /dev/shm"]),
         (
-            {"weights": {"transport": "nccl"}},
-            ["weights.transport = 'nccl' with learner.num_gpus = 0", "Set learner.num_gpus"],
+            {"weights": {"transport": "files", "mirror": "/a/b"}},
+            ["weights.mirror = '/a/b' with weights.transport = 'files'", "transport = 'relay'"],
         ),
         (
-            {"weights": {"transport": "nccl"}, "learner": {"num_gpus": 1}},
-            ["weights.transport = 'nccl' with generation.num_gpus = 0"],
+            {"weights": {"transport": "relay", "root": "/dev/shm/weights"}},
+            ["weights.mirror = '/dev/shm' and weights.root = '/dev/shm/weights'"],
         ),
-        ({"weights": {"transport": "ipc"}}, ["weights.transport = 'ipc'", "under /dev/shm"]),
         (
             {"weights": {"mirror": "/a/b", "root": "/a/b"}},
             ["weights.mirror = '/a/b' and weights.root = '/a/b'", "a folder of its own"],
@@ -99,27 +102,6 @@ def test_all_problems_are_reported_at_once():
         (
             {"weights": {"mirror": "/a/b"}, "run": {"root": "/a"}},
             ["weights.mirror = '/a/b' and run.root = '/a'"],
-        ),
-        (
-            {"weights": {"durable_every": 3}},
-            ["weights.durable_every = 3 with weights.transport = 'files'"],
-        ),
-        (
-            {
-                "weights": {"transport": "ray"},
-                "generation": {"tensor_parallel_size": 2, "num_gpus": 2},
-            },
-            ["weights.transport = 'ray'", "generation.tensor_parallel_size = 2"],
-        ),
-        (
-            {
-                "weights": {"transport": "ray"},
-                "scoring": {
-                    "reference": True,
-                    "reference_update": {"type": "periodic", "every": 2},
-                },
-            },
-            ["weights.transport = 'ray'", "scoring.reference_update.type = 'periodic'"],
         ),
         ({"data": {"path": "x.jsonl"}}, ["data.task and data.path: both"]),
         (
@@ -161,14 +143,6 @@ def test_all_problems_are_reported_at_once():
             ["learner.num_gpus = 0.5 with learner.ranks = 2", "NCCL"],
         ),
         ({"scoring": {"num_gpus": 1.5}}, ["scoring.num_gpus = 1.5", "Round it"]),
-        (
-            {
-                "weights": {"transport": "nccl"},
-                "learner": {"num_gpus": 0.5},
-                "generation": {"num_gpus": 0.5},
-            },
-            ["weights.transport = 'nccl' with learner.num_gpus = 0.5"],
-        ),
         ({"generation": {"engine_args": {"top_p": 0.9}}}, ["engine_args.top_p", "replayed"]),
         (
             {"generation": {"engine_args": {"max_model_len": 99}}},

@@ -232,7 +232,7 @@ def test_a_version_that_is_gone_is_refused_and_a_truncated_file_named(
 def test_a_turn_that_never_comes_ends_with_the_deadline(tmp_path: Path, node, planner) -> None:
     version = publish(tmp_path / "weights", 1, small_model(seed=1))
     planner.plan.next("hangs", [Piece(1, MANIFEST_NAME)])
-    with pytest.raises(StalledError, match="waiting for its turn at a source of the weights"):
+    with pytest.raises(StalledError, match="waiting for (its turn at a source|some of 1 files)"):
         node("a").bring(version, seconds=0.1)
 
 
@@ -441,9 +441,7 @@ def silent(planner: Planner) -> Iterator[None]:
     """Node "silent" has the manifest of version 1, takes every connection, and says nothing."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        address = Served(
-            server="silent", host="127.0.0.1", port=port, key=1, sizes=(1,), token="secret"
-        )
+        address = Served(server="silent", host="127.0.0.1", port=port, key=1, token="secret")
         planner.plan.done("silent", Piece(1, MANIFEST_NAME), address)
         yield
 

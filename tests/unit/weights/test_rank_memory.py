@@ -1,42 +1,43 @@
-"""Shards in a rank's memory, and how readers get them: over sockets and through gloo."""
+"""Bytes in a process's memory, and how others get them over a socket."""
 
-import contextlib
 import dataclasses
+import errno
 import os
 import queue
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
 
 import pytest
 
 from rlhf_cluster.errors import StalledError, WeightError
-from rlhf_cluster.weights.transports.point_to_point import (
-    MAX_MESSAGE_BYTES,
-    Wire,
-    serve_meeting,
-)
+from rlhf_cluster.weights.transports import rank_memory
 from rlhf_cluster.weights.transports.rank_memory import (
-    PeerObjects,
     Served,
     ShardServer,
+    fetch,
 )
 from rlhf_cluster.weights.transports.transport import Deadline
+from rlhf_cluster.weights.transports.wire import (
+    MAX_MESSAGE_BYTES,
+    Wire,
+)
 
-BUCKET = 1 << 14
-LARGE = [os.urandom(3 * BUCKET), os.urandom(2 * BUCKET + 17)]
+LARGE = [os.urandom(3 << 14), b"", os.urandom((2 << 14) + 17)]
 GENEROUS_S = 60.0
 
 
 class Rank:
     """A server and what it was told."""
 
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
         self.notes: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self.server = ShardServer(
-            "learner-0", "127.0.0.1", GENEROUS_S, BUCKET, BUCKET // 2, self.notes.put
-        )
-        self.shelf = self.server.shelf()
+        self.server = ShardServer("learner-0", "127.0.0.1", GENEROUS_S, self.notes.put, **options)
+
+    def lend(self, *chunks: bytes) -> Served:
+        return self.server.lend([memoryview(chunk) for chunk in chunks])
 
     def note(self) -> str:
         return self.notes.get(timeout=GENEROUS_S)
@@ -44,7 +45,7 @@ class Rank:
     def ask(self, handle: Served, **changes: object) -> Wire:
         """A reader that has asked, and that the test goes on for."""
         wire = Wire(socket.create_connection((handle.host, handle.port)), "the rank")
-        asked = {"reader": "r", "token": handle.token, "key": handle.key, "backend": "gloo"}
+        asked = {"reader": "r", "token": handle.token, "key": handle.key}
         wire.tell(soon(), **(asked | {"timeout_s": GENEROUS_S} | changes))
         return wire
 
@@ -60,37 +61,34 @@ def soon() -> Deadline:
     return Deadline("the test", GENEROUS_S)
 
 
-def fetched(handles: list[Served], backend: str | None = "gloo") -> list[list[bytes]]:
-    found = PeerObjects("generation-0", backend).fetch(handles, soon())
-    return [[bytes(chunk) for chunk in chunks] for chunks in found]
+def fetched(handle: Served, deadline: Deadline | None = None) -> bytes:
+    found = bytearray()
+    fetch(handle, "generation-0", deadline or soon(), found.extend)
+    return bytes(found)
 
 
-def test_large_objects_come_in_buckets_and_small_ones_over_the_socket(rank: Rank) -> None:
-    large, small = rank.shelf.put(LARGE), rank.shelf.put([b"abc", b"", b"de"])
+def test_an_object_comes_whole_in_pieces_of_bounded_size(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank_memory, "_CHUNK_BYTES", 1000)
     sizes: list[int] = []
-    reader = PeerObjects("generation-0", "gloo", received=sizes.append)
-    found = reader.fetch([large, small], soon())
-    assert [[bytes(chunk) for chunk in chunks] for chunks in found] == [LARGE, [b"abc", b"", b"de"]]
-    assert sizes == [BUCKET * n for n in range(1, 6)] + [5 * BUCKET + 17]
-    assert fetched([large], backend=None) == [LARGE]
+    found = bytearray()
 
+    def write(piece: memoryview) -> None:
+        sizes.append(len(piece))
+        found.extend(piece)
 
-def test_a_process_reads_what_it_serves_itself_without_a_wire(rank: Rank) -> None:
-    handle = rank.shelf.put(LARGE)
-    other = Rank()
-    elsewhere = other.shelf.put([b"x"])
-    reader = PeerObjects("learner-0", "gloo", own=lambda: rank.server)
-    rank.server.close()
-    found = reader.fetch([handle, elsewhere], soon())
-    assert [[bytes(chunk) for chunk in chunks] for chunks in found] == [LARGE, [b"x"]]
-    other.server.close()
+    fetch(rank.lend(*LARGE), "generation-0", soon(), write)
+    assert bytes(found) == b"".join(LARGE)
+    assert max(sizes) == 1000
+    assert fetched(rank.lend(b"")) == b""
 
 
 def test_without_the_token_nothing_is_given_and_the_rank_is_told(rank: Rank) -> None:
-    handle = rank.shelf.put([b"secret"])
+    handle = rank.lend(b"secret")
     assert handle.token not in repr(handle)
     with pytest.raises(WeightError, match="asks without this process's token"):
-        fetched([dataclasses.replace(handle, token="guess")])
+        fetched(dataclasses.replace(handle, token="guess"))
     assert "without this process's token" in rank.note()
 
 
@@ -107,92 +105,74 @@ def test_without_the_token_nothing_is_given_and_the_rank_is_told(rank: Rank) -> 
 def test_whoever_speaks_something_else_is_turned_away_and_readers_are_served(
     rank: Rank, words: bytes
 ) -> None:
-    handle = rank.shelf.put([b"abc"])
+    handle = rank.lend(b"abc")
     with socket.create_connection((handle.host, handle.port)) as stranger:
         stranger.sendall(words)
         assert "did not get its shard" in rank.note()
-    assert fetched([handle]) == [[b"abc"]]
+    assert fetched(handle) == b"abc"
 
 
 def test_what_is_gone_is_named_and_so_is_a_rank_that_is(rank: Rank) -> None:
-    kept, lost = rank.shelf.put([b"abc"]), rank.shelf.put([b"abc"])
+    kept, lost = rank.lend(b"abc"), rank.lend(b"abc")
     rank.server.drop([lost.key])
     with pytest.raises(WeightError, match=f"learner-0 at .*object {lost.key} is lost: learner-0"):
-        fetched([kept, lost])
+        fetched(lost)
     rank.server.close()
     with pytest.raises(WeightError, match=f"object {kept.key} is lost: learner-0 at .*cannot be r"):
-        fetched([kept])
+        fetched(kept)
 
 
-def test_a_rank_keeps_what_the_directory_lists_and_what_came_since(rank: Rank) -> None:
-    def write(version: int, listed: list[int]) -> Served:
-        shelf = rank.server.shelf()
-        handle = shelf.put([b"%d" % version])
-        rank.server.keep(version, shelf, listed)
-        return handle
+def test_an_object_that_is_dropped_while_a_reader_takes_it_comes_whole(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank_memory, "_CHUNK_BYTES", 1000)
+    handle, found = rank.lend(*LARGE), bytearray()
 
-    handles = {version: write(version, []) for version in (0, 1)}
-    handles[2] = write(2, [0, 1])
-    handles[3] = write(3, [0, 2])  # 1 is neither kept nor built on
-    assert rank.server.versions() == [0, 2, 3]
-    with pytest.raises(WeightError, match="is lost"):
-        fetched([handles[1]])
-    # The same version again: readers find the first until the commit, so it stays until then.
-    again = write(3, [0, 2, 3])
-    assert fetched([handles[3], again]) == [[b"3"], [b"3"]]
-    write(4, [2, 3])
-    with pytest.raises(WeightError, match="is lost"):
-        fetched([handles[3]])
-    assert fetched([again, handles[2]]) == [[b"3"], [b"2"]]
+    def write(piece: memoryview) -> None:
+        rank.server.drop([handle.key])
+        found.extend(piece)
+
+    fetch(handle, "generation-0", soon(), write)
+    assert bytes(found) == b"".join(LARGE)
+    assert not rank.server.held
 
 
-def test_an_object_that_is_let_go_of_while_a_reader_takes_it_comes_whole(rank: Rank) -> None:
-    handle = rank.shelf.put(LARGE)
-    dropped: list[int] = []
-
-    def drop(num_bytes: int) -> None:
-        if not dropped:
-            dropped.append(handle.key)
-            rank.server.drop(dropped)
-
-    found = PeerObjects("generation-0", "gloo", received=drop).fetch([handle], soon())
-    assert [bytes(chunk) for chunk in found[0]] == LARGE
-    assert dropped == [handle.key]
-
-
-def test_a_reader_that_never_joins_costs_one_deadline_and_nobody_else_waits(rank: Rank) -> None:
-    handle = rank.shelf.put(LARGE)
-    with contextlib.closing(rank.ask(handle, timeout_s=0.3)) as absent:
-        assert absent.hear(soon(), "an offer")["backend"] == "gloo"
-        assert fetched([handle]) == [LARGE]
+def test_a_reader_that_never_says_thanks_costs_one_deadline_and_nobody_else_waits(
+    rank: Rank,
+) -> None:
+    handle = rank.lend(*LARGE)
+    with closing(rank.ask(handle, timeout_s=0.3)) as absent:
+        assert fetched(handle) == b"".join(LARGE)
         assert "for r at 127.0.0.1:" in (note := rank.note())
         assert "was not over after 0.3 s" in note
-        with pytest.raises(WeightError, match=r"StalledError.*was not over after 0.3 s"):
-            absent.hear(soon(), "the rank's words")
+        assert absent.hear(soon(), "the size") == {"num_bytes": sum(map(len, LARGE))}
 
 
-def test_a_reader_that_leaves_instead_of_joining_is_noticed_at_once(rank: Rank) -> None:
-    wire = rank.ask(rank.shelf.put(LARGE))
-    wire.hear(soon(), "an offer")
+def test_a_reader_that_leaves_in_the_middle_is_noticed_at_once(rank: Rank) -> None:
+    wire = rank.ask(rank.lend(*LARGE))
+    wire.hear(soon(), "the size")
     wire.close()
-    assert "is gone: it closed the connection" in rank.note()
+    assert "is gone" in rank.note()
 
 
-def test_a_cancelled_reader_ends_in_the_middle_and_its_words_reach_the_rank(rank: Rank) -> None:
-    handle = rank.shelf.put(LARGE)
-    deadline, ends = Deadline("pull of version 7", GENEROUS_S), threading.Event()
+def test_a_reader_that_cannot_keep_what_comes_ends_the_transfer_and_says_why(rank: Rank) -> None:
+    handle = rank.lend(*LARGE)
 
-    def hang(num_bytes: int) -> None:
-        if num_bytes > 2 * BUCKET:
-            deadline.cancel()
-            ends.wait(GENEROUS_S)
+    def full(piece: memoryview) -> None:
+        raise OSError(errno.ENOSPC, "no room here")
 
+    with pytest.raises(OSError, match="no room here"):
+        fetch(handle, "generation-0", soon(), full)
+    assert "no room here" in rank.note() or "is gone" in rank.note()
+    assert fetched(handle) == b"".join(LARGE)
+
+
+def test_a_cancelled_reader_ends_in_the_middle(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_memory, "_CHUNK_BYTES", 1000)
+    handle, deadline = rank.lend(*LARGE), Deadline("pull of version 7", GENEROUS_S)
     with pytest.raises(WeightError, match="pull of version 7 was cancelled, waiting for object"):
-        PeerObjects("generation-0", "gloo", received=hang).fetch([handle], deadline)
-    ends.set()
-    assert "generation-0 at" in (note := rank.note())
-    assert "pull of version 7 was cancelled" in note
-    assert fetched([handle]) == [LARGE]
+        fetch(handle, "generation-0", deadline, lambda piece: deadline.cancel())
+    assert fetched(handle) == b"".join(LARGE)
 
 
 def test_a_reader_past_its_deadline_asks_nobody(rank: Rank) -> None:
@@ -200,49 +180,104 @@ def test_a_reader_past_its_deadline_asks_nobody(rank: Rank) -> None:
     deadline = Deadline("pull of version 7", 5.0, lambda: now[0])
     now[0] = 6.0
     with pytest.raises(StalledError, match="waiting for learner-0 at"):
-        PeerObjects("generation-0", "gloo").fetch([rank.shelf.put([b"a"])], deadline)
+        fetched(rank.lend(b"a"), deadline)
 
 
 def test_a_rank_that_dies_in_the_middle_fails_the_reader_with_its_name() -> None:
-    """The test is the rank: it offers a group, and leaves when the reader has come."""
+    """The test is the rank: it says how much comes, and leaves."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         host, port = listener.getsockname()[:2]
-        handle = Served(server="learner-1", host=host, port=port, key=1, sizes=(9,), token="t")
+        handle = Served(server="learner-1", host=host, port=port, key=1, token="t")
         failures: list[str] = []
 
         def read() -> None:
             try:
-                fetched([handle])
+                fetched(handle)
             except WeightError as error:
                 failures.append(str(error))
 
         reader = threading.Thread(target=read)
         reader.start()
-        wire = Wire(listener.accept()[0], "the reader")
-        assert wire.hear(soon(), "a request")["timeout_s"] > 0
-        store = serve_meeting(host)
-        offer = {"num_bytes": 9, "backend": "gloo", "port": store.port, "bucket_bytes": 4}
-        wire.tell(soon(), **offer)
-        del store
-        wire.close()
+        with closing(Wire(listener.accept()[0], "the reader")) as wire:
+            assert wire.hear(soon(), "a request")["timeout_s"] > 0
+            wire.tell(soon(), num_bytes=9)
+            wire.send(memoryview(b"abc"), soon())
         reader.join(GENEROUS_S)
     assert len(failures) == 1
     assert "learner-1 at 127.0.0.1" in failures[0]
 
 
 def test_d15_strangers_that_say_nothing_get_no_more_threads_than_are_allowed() -> None:
-    server = ShardServer("learner-1", "127.0.0.1", GENEROUS_S, max_connections=2)
-    handle = server.lend([memoryview(b"weights")])
+    rank = Rank(max_connections=2)
+    handle = rank.lend(b"weights")
     before = threading.active_count()
     try:
         strangers = [socket.create_connection((handle.host, handle.port)) for _ in range(40)]
-        reader = threading.Thread(target=lambda: found.extend(fetched([handle], None)))
-        found: list[list[bytes]] = []
+        reader = threading.Thread(target=lambda: found.append(fetched(handle)))
+        found: list[bytes] = []
         reader.start()
         assert threading.active_count() <= before + 3, "two strangers and the reader here"
         for stranger in strangers:
             stranger.close()
         reader.join(GENEROUS_S)
-        assert found == [[b"weights"]]
+        assert found == [b"weights"]
     finally:
-        server.close()
+        rank.server.close()
+
+
+class Failing:
+    """A listener whose next connections fail: at `accept`, or at the first use of what it gives."""
+
+    def __init__(self, at_accept: int = 0, at_use: int = 0) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._at_accept, self._at_use = at_accept, at_use
+        self.let_go = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._listener, name)
+
+    def accept(self) -> tuple[Any, Any]:
+        if self._at_accept:
+            self._at_accept -= 1
+            raise OSError(errno.EMFILE, "Too many open files")
+        connection, address = self._listener.accept()
+        if self._at_use:
+            self._at_use -= 1
+            connection.close()  # what is set on it fails from here on
+            self.let_go += 1
+        return connection, address
+
+
+@pytest.mark.parametrize("failing", [{"at_accept": 3}, {"at_use": 3}])
+def test_n11_a_server_without_file_descriptors_pauses_and_serves_on(
+    failing: dict[str, int],
+) -> None:
+    pauses: queue.SimpleQueue[int] = queue.SimpleQueue()
+    rank = Rank(listener=Failing(**failing), max_connections=1, pause=lambda closed: pauses.put(1))
+    try:
+        handle = rank.lend(b"weights")
+        if "at_use" in failing:  # each of these is let in, and lost
+            for _ in range(3):
+                with socket.create_connection((handle.host, handle.port)) as lost:
+                    assert "was not let in" in rank.note()
+                    lost.close()
+        assert fetched(handle) == b"weights", "its one slot is free again"
+        assert pauses.qsize() == 3
+    finally:
+        rank.server.close()
+
+
+def test_n11_a_server_that_is_closed_while_it_pauses_ends() -> None:
+    paused = threading.Event()
+
+    def pause(closed: threading.Event) -> None:
+        paused.set()
+        assert closed.wait(GENEROUS_S)
+
+    rank = Rank(listener=Failing(at_accept=1 << 30), pause=pause)
+    assert paused.wait(GENEROUS_S)
+    rank.server.close()
+    for thread in threading.enumerate():
+        if thread.name == "learner-0-shards":
+            thread.join(GENEROUS_S)
+            assert not thread.is_alive()

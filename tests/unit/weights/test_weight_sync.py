@@ -10,7 +10,7 @@ import torch
 from rlhf_cluster.errors import RlhfError, WeightError
 from rlhf_cluster.records import WeightVersion
 from rlhf_cluster.weights import store
-from rlhf_cluster.weights.sync import MAX_REFUSED, BasePlan, DurablePlan, WeightSync
+from rlhf_cluster.weights.sync import MAX_REFUSED, BasePlan, WeightSync
 from tests.support.builders.small_weights import assert_same
 from tests.support.builders.tiny_learner import random_groups
 from tests.support.fakes.services import (
@@ -223,28 +223,3 @@ async def test_a_publish_that_was_due_beside_another_one_is_made_up_for_with_the
     await sync.drain(5)
     assert (sync.stats.skipped, sync.stats.live) == (3, 3)
     assert generation.pulled == [0, 3]
-
-
-def test_the_first_the_last_and_every_nth_version_are_durable() -> None:
-    plan = DurablePlan(every=4, last=13)
-    durable = []
-    for version in (2, 3, 5, 6, 7, 9, 11, 12, 13):
-        wanted = plan.wants(version)
-        durable += [version] if wanted else []
-        if version != 6:  # that publish failed
-            plan.committed(version, wanted)
-    assert durable == [2, 6, 7, 11, 13]
-
-
-def test_a_version_stored_in_full_although_it_had_a_base_begins_a_chain() -> None:
-    plan = BasePlan(3)
-    for version in range(2):
-        plan.take_base()
-        plan.committed(version)
-    assert plan.take_base() == 1
-    plan.committed(2, in_full=True)
-    bases = []
-    for version in range(3, 6):
-        bases.append(plan.take_base())
-        plan.committed(version, in_full=bases[-1] is None)
-    assert bases == [2, 3, None]

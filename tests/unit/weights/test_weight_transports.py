@@ -1,9 +1,8 @@
-"""What every transport of weights must find and promise, and what is the object store's own."""
+"""What a store of weights must find and promise, whatever carries its files."""
 
 import json
 import pickle
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,23 +24,17 @@ from tests.support.builders.small_weights import (
     stepped,
 )
 from tests.support.builders.weight_transports import (
-    STANDS,
-    PeerStand,
     Stand,
     flip,
-    name_of,
 )
 
 NAME = "model.embed_tokens.weight"
 Tensors = dict[str, torch.Tensor]
 
 
-@pytest.fixture(params=sorted(STANDS))
-def stand(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stand]:
-    stand = STANDS[request.param](tmp_path)
-    yield stand
-    if isinstance(stand, PeerStand):
-        stand.close()
+@pytest.fixture
+def stand(tmp_path: Path) -> Stand:
+    return Stand(tmp_path)
 
 
 def publish_chain(
@@ -162,7 +155,7 @@ def test_a_flipped_bit_names_tensor_and_shard_and_is_never_yielded(stand: Stand)
     seen = []
     with pytest.raises(WeightError) as caught:
         seen.extend(name for name, _ in stand.read(version))
-    assert name_of(damaged) in str(caught.value)
+    assert damaged.name in str(caught.value)
     named = next(name for name in small_model() if repr(name) in str(caught.value))
     assert named not in seen
 
@@ -195,7 +188,7 @@ def test_a_truncated_shard_is_torn(stand: Stand, lost: int) -> None:
     stand.store(damaged, whole[:-lost])
     size = len(whole)
     with pytest.raises(
-        WeightError, match=f"{name_of(damaged)}.*: {size - lost} bytes, expected {size}.*torn"
+        WeightError, match=f"{damaged.name}.*: {size - lost} bytes, expected {size}.*torn"
     ):
         dict(stand.read(version))
 
@@ -204,10 +197,7 @@ def test_a_missing_shard_is_named(stand: Stand) -> None:
     version = stand.publish(1, small_model())
     missing = stand.shards(version)[1]
     stand.lose(missing)
-    says = (
-        f"object {missing[0]} is lost" if isinstance(missing, tuple) else f"{missing}.*is missing"
-    )
-    with pytest.raises(WeightError, match=says):
+    with pytest.raises(WeightError, match=f"{missing}.*is missing"):
         dict(stand.read(version))
 
 
@@ -233,8 +223,7 @@ def test_a_shard_damaged_before_the_commit_is_refused_where_a_chunk_spans_ranks(
     # The second rank's share of the matrix begins inside a chunk, which is hashed at the commit.
     data = stand.load(shards[1])
     name = NAME + "#borders" if is_difference else NAME
-    position = position_of(data, name)[0] if isinstance(shards[1], Path) else len(data) - 1
-    flip(stand, shards[1], position)
+    flip(stand, shards[1], position_of(data, name)[0])
     with pytest.raises(WeightError, match=r"tensor '.*shard-00001.*damaged"):
         stand.commit(1, written)
     assert stand.find() == ([0] if is_difference else [])
@@ -243,10 +232,10 @@ def test_a_shard_damaged_before_the_commit_is_refused_where_a_chunk_spans_ranks(
 def test_a_shard_torn_or_lost_before_the_commit_is_refused(stand: Stand) -> None:
     shards, written = stand.write(1, small_model())
     stand.store(shards[0], stand.load(shards[0])[:-5])
-    with pytest.raises(WeightError, match="torn|bytes for the commit"):
+    with pytest.raises(WeightError, match="torn"):
         stand.commit(1, written)
     stand.lose(shards[0])
-    with pytest.raises(WeightError, match="is missing|is lost"):
+    with pytest.raises(WeightError, match="is missing"):
         stand.commit(1, written)
     assert stand.find() == []
 
@@ -263,7 +252,7 @@ def test_damage_is_blamed_on_the_version_whose_shard_has_it(
     with pytest.raises(WeightError) as caught:
         seen.extend(name for name, _ in stand.read(versions[2]))
     assert repr(NAME) in str(caught.value)
-    assert f"{versions[damaged_version].path}/{name_of(shard)}" in str(caught.value)
+    assert f"{versions[damaged_version].path}/{shard.name}" in str(caught.value)
     assert versions[2].path not in str(caught.value)
     assert NAME not in seen
     flip(stand, shard, (start + stop) // 2)
@@ -275,7 +264,7 @@ def test_a_truncated_difference_is_torn(stand: Stand, lost: int) -> None:
     versions, _ = publish_chain(stand, 2)
     shard = stand.shards(versions[1])[0]
     stand.store(shard, stand.load(shard)[:-lost])
-    with pytest.raises(WeightError, match=f"{name_of(shard)}.*torn"):
+    with pytest.raises(WeightError, match=f"{shard.name}.*torn"):
         dict(stand.read(versions[1]))
 
 
@@ -381,7 +370,7 @@ def test_a_shard_is_the_file_that_the_library_would_write(tmp_path: Path) -> Non
         "i": torch.ones(3).to(torch.float8_e5m2),
         "j": torch.ones(3).to(torch.float8_e4m3fn),
     }
-    stand = STANDS["files"](tmp_path)
+    stand = Stand(tmp_path)
     version = stand.publish(0, tensors, num_ranks=1)
     (shard,) = stand.shards(version)
     assert bytes(stand.load(shard)) == save({k: t.reshape(-1) for k, t in tensors.items()})

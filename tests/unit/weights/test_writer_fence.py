@@ -25,10 +25,6 @@ from rlhf_cluster.weights.transports.shared_files import (
     FileSink,
     partial_dir,
 )
-from rlhf_cluster.weights.transports.shared_memory import (
-    Directory,
-    Entry,
-)
 from tests.support.builders.checkpoint_files import make_state
 from tests.support.builders.run_configs import tiny_config
 from tests.support.builders.small_weights import (
@@ -121,17 +117,6 @@ def test_a_number_that_cannot_be_read_refuses_and_is_never_taken_for_none(tmp_pa
         publish(tmp_path, 1, 1, writer)
     with pytest.raises(WeightError, match="cannot be read"):
         store.begin_attempt(tmp_path)
-
-
-def test_objects_of_an_attempt_that_was_given_up_are_refused():
-    entry = Entry(manifest=b"", digest="d", builds_on=(), num_bytes=1, shards={})
-    directory = Directory()
-    directory.publish(4, entry, 2, attempt=1)
-    directory.clear(attempt=2)
-    with pytest.raises(FencedError, match="attempt 2 publishes, and this is attempt 1"):
-        directory.publish(5, entry, 2, attempt=1)
-    directory.publish(3, entry, 2, attempt=2)
-    assert directory.sizes() == {3: 1}
 
 
 async def test_a_learner_that_is_refused_so_is_not_asked_again():

@@ -1,0 +1,45 @@
+"""Which way versions take in a run that leaves it to us (`weights.transport = "auto"`)."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from rlhf_cluster.config import RunConfig
+from rlhf_cluster.config.check_training import folder_beside_copies
+from rlhf_cluster.errors import WeightError
+from rlhf_cluster.models.model_folder import checkpoint_shapes
+from rlhf_cluster.planning.memory_needs import BYTES
+
+
+def with_transport(config: RunConfig, model_dir: str | Path) -> RunConfig:
+    """`config` with "files" or "relay", for all processes of the run; unchanged where it says which.
+
+    The relay is taken where `weights.mirror` is set, and where a version is larger than
+    `weights.relay_above_bytes` and more than one process reads it. A store in the memory of one
+    machine has nothing to gain: its copies would lie beside it.
+    """
+    weights = config.weights
+    if weights.transport != "auto":
+        return config
+    chosen = "relay" if weights.is_relayed or _gains(config, model_dir) else "files"
+    return config.model_copy(update={"weights": weights.model_copy(update={"transport": chosen})})
+
+
+def _gains(config: RunConfig, model_dir: str | Path) -> bool:
+    generation = config.generation
+    scale = config.autoscale.generation if config.autoscale is not None else None
+    workers = max(generation.workers, scale.maximum if scale is not None else 0)
+    if workers * generation.tensor_parallel_size < 2 or folder_beside_copies(config) is not None:
+        return False
+    return _version_bytes(config, model_dir) > config.weights.relay_above_bytes
+
+
+def _version_bytes(config: RunConfig, model_dir: str | Path) -> int:
+    """Bytes of a version in full; 0 for a folder whose tensors cannot be listed, which a worker refuses
+    with the reason."""
+    try:
+        shapes = checkpoint_shapes(model_dir)
+    except WeightError:
+        return 0
+    return BYTES[config.publish_dtype] * sum(math.prod(shape) for shape in shapes.values())
