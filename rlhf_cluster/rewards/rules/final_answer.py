@@ -34,9 +34,15 @@ _THINKING = re.compile(r"<(/?)think(?:ing)?>")
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])[ ]{0,4}")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _BARE = re.compile(r"[^\s${}]{1,64}")
-_JOINT = re.compile(
+JOINT = re.compile(
     r"(?:[\s$,;&*]|\\[()\[\],; ]|\\quad|\\text\s?\{\s?(?:and|or)\s?\}|\b(?:and|or)\b){0,12}"
 )
+FORMULA = re.compile(
+    r"\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\]|\$\$(.{1,400}?)\$\$"
+    r"|(?<!\\)\$(?! )([^$\n]{1,400}?)(?<![\\ ])\$(?!\d)",
+    re.DOTALL,
+)
+"""A formula among words; one of its groups has the content."""
 _ANSWER = re.compile(r"(?:\b[Aa]nswer|\bANSWER)\b|\u7b54\u6848")
 _SAYS = re.compile(
     # "answer:", "answer (in cm):", "the answer to this question is", a heading; but not "write the
@@ -117,7 +123,7 @@ def last_box(text: str) -> str | None:
         end, content = _content(text, box.end(), begin)
         if joined:
             apart = text[end : min(begin, end + 60)] if end <= begin else "x"
-            if begin - end > 60 or not _JOINT.fullmatch(apart) or len(joined) == _MAX_JOINED:
+            if begin - end > 60 or not JOINT.fullmatch(apart) or len(joined) == _MAX_JOINED:
                 break
         if content:
             joined.append(content)
