@@ -2,7 +2,7 @@ r"""Runs the completion's Python program against unit tests: 1.0 when it passes 
 
 The program is the last block between ``` fences that is tagged python, py or python3, else the last
 one without a tag; an open one goes to the end. Blocks of other languages (output, bash) are none, nor
-is what stands between `<think>` and `</think>`. Without any fence it is the whole completion, unless
+is reasoning. Without any fence it is the whole completion, unless
 `require_fence`.
 
 The tests are a column with a list. Each runs in a sandbox of its own (`sandbox.py`), and only its
@@ -42,16 +42,13 @@ from rlhf_cluster.rewards.programs.sandbox import (
     Ran,
     Sandbox,
 )
-from rlhf_cluster.rewards.reward import (
-    RewardContext,
-    RewardSection,
-)
+from rlhf_cluster.rewards.reward import RewardContext
 from rlhf_cluster.rewards.reward_failure import RewardFailure, column
 from rlhf_cluster.rewards.rules.code_fences import (
     blocks,
     last_block,
 )
-from rlhf_cluster.rewards.rules.final_answer import without_thinking
+from rlhf_cluster.rewards.rules.reasoning import ReasoningSection, without_reasoning
 
 LANGUAGES = ("python", "py", "python3")
 """Tags of blocks that are programs, in lower case."""
@@ -59,7 +56,7 @@ LANGUAGES = ("python", "py", "python3")
 log = logging.getLogger(__name__)
 
 
-class CodeConfig(RewardSection):
+class CodeConfig(ReasoningSection):
     """The program in the completion passes unit tests, in a sandbox."""
 
     type: Literal["code"] = "code"
@@ -144,7 +141,8 @@ class Code:
         """Scores in [0, 1]. Raises `RewardFailure`: unreadable tests, or a sandbox that failed."""
         cases = self._cases(prompt)
         deadline = time.monotonic() + self._config.timeout_s
-        running = [self._threads.submit(self._score, text, cases, deadline) for text in completions]
+        texts = self._config.without_reasoning(completions)
+        running = [self._threads.submit(self._score, text, cases, deadline) for text in texts]
         try:
             # Waits for: each program's tests. Unblocked by: their end, or the group's deadline.
             return [one.result(max(deadline - time.monotonic(), 0.0)) for one in running]
@@ -233,7 +231,7 @@ class Code:
 
 def find_program(completion: str, require_fence: bool) -> str | None:
     """The program of a completion by the rule above; None when there is none."""
-    text = without_thinking(completion)
+    text = without_reasoning(completion)
     if any(blocks(text, may_be_open=True)):
         return last_block(text, LANGUAGES, may_be_open=True)
     return None if require_fence or not text.strip() else text

@@ -1,8 +1,7 @@
 r"""Finds where a text states its final answer. What the answer is worth, the verifiers decide.
 
-Of a completion the reasoning between `<think>` and `</think>` is left out first: also one that never
-ends, and everything up to a closing tag whose opening one stands in the prompt. Then the first of
-these is the statement:
+Of a completion the reasoning is left out first (`reasoning.py`). Then the first of these is the
+statement:
 
 1. `box`: the content of the last `\boxed{}` that is not empty (`\fbox{}` is one). Boxes with nothing
    but a comma, "and" or "or" between them are one statement, joined by commas.
@@ -24,13 +23,14 @@ from __future__ import annotations
 import re
 from typing import Literal, NamedTuple
 
+from rlhf_cluster.rewards.rules.reasoning import without_reasoning
+
 Kind = Literal["box", "tag", "hash", "said", "prose"]
 
 MAX_STATEMENT_CHARACTERS = 400
 """More of a line is not read: no final answer is so long."""
 
 _MAX_JOINED = 8
-_THINKING = re.compile(r"<(/?)think(?:ing)?>")
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])[ ]{0,4}")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _BARE = re.compile(r"[^\s${}]{1,64}")
@@ -67,7 +67,7 @@ class Statement(NamedTuple):
 
 def final_statement(completion: str) -> Statement:
     """The statement of a completion by the rules above."""
-    text = without_thinking(completion)
+    text = without_reasoning(completion)
     content = last_box(text)
     if content is not None:
         return Statement(content, "box")
@@ -92,26 +92,6 @@ def target_statement(target: str) -> Statement | None:
         return Statement(lines[0].strip() if lines else "", "hash")
     content = last_box(target)
     return Statement(content, "box") if content is not None else None
-
-
-def without_thinking(text: str) -> str:
-    """The completion without its reasoning, by the rule above."""
-    if "think" not in text:
-        return text
-    kept: list[str] = []
-    begin, inside = 0, False
-    for tag in _THINKING.finditer(text):
-        if not tag[1]:
-            if not inside:
-                kept.append(text[begin : tag.start()])
-            inside = True
-        else:
-            if not inside:
-                kept.clear()
-            inside, begin = False, tag.end()
-    if not inside:
-        kept.append(text[begin:])
-    return "".join(kept)
 
 
 def last_box(text: str) -> str | None:

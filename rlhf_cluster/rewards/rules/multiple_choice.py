@@ -1,7 +1,7 @@
 r"""1.0 when the completion chooses the expected letter, 0.0 otherwise.
 
-The reasoning between `<think>` and `</think>` is left out. The choice is then the first of these that
-the completion has; nothing else counts as a choice:
+The reasoning is left out. The choice is then the first of these that the completion has;
+nothing else counts as a choice:
 
 1. in its last `\boxed{}` or between `<answer>` tags, else after `####` on its last line: a letter,
    alone or before what it stands for ("B) Paris");
@@ -24,15 +24,10 @@ from typing import Any, Literal
 from pydantic import Field
 
 from rlhf_cluster.records import Prompt, Rollout
-from rlhf_cluster.rewards.reward import (
-    RewardContext,
-    RewardSection,
-)
+from rlhf_cluster.rewards.reward import RewardContext
 from rlhf_cluster.rewards.reward_failure import RewardFailure, column
-from rlhf_cluster.rewards.rules.final_answer import (
-    final_statement,
-    without_thinking,
-)
+from rlhf_cluster.rewards.rules.final_answer import final_statement
+from rlhf_cluster.rewards.rules.reasoning import ReasoningSection, without_reasoning
 
 _OPEN = r"[(\[{*_\s$]{0,8}"
 _CLOSE = r"[)\]}*_\s$.:,]{0,8}"
@@ -61,7 +56,7 @@ _FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 _MAX_LINE = 400
 
 
-class MultipleChoiceConfig(RewardSection):
+class MultipleChoiceConfig(ReasoningSection):
     """The completion chooses the letter of a column."""
 
     type: Literal["multiple_choice"] = "multiple_choice"
@@ -80,8 +75,9 @@ class MultipleChoice:
     ) -> list[float]:
         """1.0 or 0.0 a rollout. Raises `RewardFailure` without a usable target."""
         expected = self._expected(prompt)
-        choices = self._config.choices
-        return [1.0 if choice(text, choices) == expected else 0.0 for text in completions]
+        texts = self._config.without_reasoning(completions)
+        found = [choice(text, self._config.choices) for text in texts]
+        return [1.0 if letter == expected else 0.0 for letter in found]
 
     def close(self) -> None:
         """Nothing to release."""
@@ -108,9 +104,9 @@ def choice(text: str, choices: str) -> str | None:
     if statement.kind in ("box", "tag", "hash"):
         return _marked(statement.text, choices)
     text = (
-        without_thinking(text).translate(_FULL_WIDTH)
+        without_reasoning(text).translate(_FULL_WIDTH)
         if not text.isascii()
-        else without_thinking(text)
+        else without_reasoning(text)
     )
     for found in reversed(list(_SAID.finditer(text))):
         if _is_choice(found[1], found[2], text[found.start(1) - 1], choices):

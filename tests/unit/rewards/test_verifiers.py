@@ -31,6 +31,7 @@ from rlhf_cluster.rewards.rules.multiple_choice import (
     MultipleChoiceConfig,
     choice,
 )
+from rlhf_cluster.rewards.rules.numeric import Numeric, NumericConfig
 from tests.support.builders.scored_groups import (
     make_prompt,
     make_rollouts,
@@ -282,3 +283,22 @@ def test_json_is_validated_in_a_child_by_the_schema_of_each_row():
 def test_a_json_schema_comes_from_one_place(keys):
     with pytest.raises(ConfigError, match="either json_schema or schema_column"):
         validate(JsonSchemaConfig, keys, "run.toml")
+
+
+@pytest.mark.parametrize(
+    ("reward", "text"),
+    [
+        (Numeric(NumericConfig(prompt_opens_reasoning=True), CONTEXT), "\\boxed{1}"),
+        (MultipleChoice(MultipleChoiceConfig(prompt_opens_reasoning=True), CONTEXT), "\\boxed{B}"),
+    ],
+)
+def test_l05_a_guess_counts_only_after_reasoning_that_the_prompt_opened(reward, text):
+    columns = {"answer": 1}
+    assert scores(reward, columns, text, f"so</think>{text}") == [0.0, 1.0]
+
+
+def test_l05_a_guess_between_tags_of_the_section_is_no_answer():
+    reward = Numeric(NumericConfig(reasoning_tags=(("<r>", "</r>"),)), CONTEXT)
+    assert scores(reward, {"answer": 1}, "<r>\\boxed{2}</r>1", "1<r>2") == [1.0, 1.0]
+    with pytest.raises(ValueError, match="at least 1 character"):
+        NumericConfig(reasoning_tags=(("", "</r>"),))
