@@ -113,6 +113,7 @@ _UNIT_FRACTION = re.compile(
 ALIGNED = re.compile(r"\\(?:begin|end)\s?\{(?:align(?:ed)?|gather(?:ed)?|equation|split)\*?\}")
 _DEGREES = re.compile(r"\s?\^\s?(?:\{\s?\\circ\s?\}|\\circ)|\\degree")
 _ORDINAL = re.compile(r"(?<=\d)\s?\^\s?\{?\s?(?:st|nd|rd|th)\s?\}?")
+_RAISED = re.compile(r"\^\s?\{([^{}]{2,40})\}")
 _SUBSCRIPT = re.compile(r"(?<=[A-Za-z])_(?:\{[^{}]{0,40}\}|\w)")
 _COMMANDS = (
     ("\\left", ""), ("\\right", ""), ("\\displaystyle", ""), ("\\!", ""), ("\\$", "$"),
@@ -127,6 +128,8 @@ _SPACED = re.compile(r"(?<![\d.,/^*+=-])(?<![-+*/=^] )[1-9]\d{0,2}(?: \d{3})+(?!
 _SPACES = re.compile(r" {2,}")
 _OPERATOR = re.compile(r"[\s()$\[\]]*(?:[-+*/^:\u2248]|\\pm|\+/-)[\s()$\[\]]*|\)?\(\s?")
 _EQUALS = re.compile(r"(?<![<>!=])=(?!=)")
+_ARITHMETIC = re.compile(r"(?=.*\d)[\d\s.,+*/^()$\u2044-]+")
+_COMPARED = re.compile(r"[^A-Za-z?\u0080-\uffff<>|]*[<>|][^A-Za-z?\u0080-\uffff]*")
 _NEXT_NAME = re.compile(r"\d[^A-Za-z]{0,8}(?:[,;]|\b(?:or|and)\b)\s*[A-Za-z]\s*$")
 """`x = 1, y = 2` is several answers."""
 _RELATION = re.compile(
@@ -330,13 +333,13 @@ def _read_sides(text: str, read: Callable[[str], Quantity | None]) -> Quantity |
         return None
     for side in before:
         stated = _read_whole(side, is_target=True)
-        if stated is not None:
-            if stated.value != found.value:
+        if stated is not None and stated.value == found.value:
+            continue
+        if _ARITHMETIC.fullmatch(side):
+            if equations(f"{side}={last}".replace("\u2044", "/")) != [True]:
                 return None
-        elif not re.search(r"[A-Za-z?\u0080-\uffff]", side) and side.strip():
-            written = f"{side}={last}".replace("\u2044", "/")
-            if equations(written) not in ([True], []) or re.search(r"[<>|]", side):
-                return None
+        elif stated is not None or _COMPARED.fullmatch(side):
+            return None
     return found
 
 
@@ -531,8 +534,14 @@ def _plain_latex(text: str) -> str:
     text = ALIGNED.sub("", text).replace("&=", "=")
     text = _DEGREES.sub("\u00b0", text)
     text = _ORDINAL.sub("", text)
+    text = _RAISED.sub(_enclosed, text)
     text = _SUBSCRIPT.sub("", text)
     return text.replace("\\{", "\\lbrace ").replace("\\}", "\\rbrace ")
+
+
+def _enclosed(match: re.Match[str]) -> str:
+    """A power, in parentheses where it is arithmetic."""
+    return f"^({match[1]})" if re.search(r"[\d)] ?[-+*/]", match[1]) else match[0]
 
 
 def _lowered(match: re.Match[str]) -> str:
