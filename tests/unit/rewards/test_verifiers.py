@@ -302,3 +302,42 @@ def test_l05_a_guess_between_tags_of_the_section_is_no_answer():
     assert scores(reward, {"answer": 1}, "<r>\\boxed{2}</r>1", "1<r>2") == [1.0, 1.0]
     with pytest.raises(ValueError, match="at least 1 character"):
         NumericConfig(reasoning_tags=(("", "</r>"),))
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("So option B is correct.", "B"),
+        ("So option B is not correct.", None),
+        ("If option B is correct, then 1 = 2.", None),
+        ("Option (C) is the best one.", "C"),
+        ("B is the correct answer.", "B"),
+        ("**B** is the correct option, since A is not.", "B"),
+        ("A is not the correct answer.", None),
+        ("The answer to the question is B.", "B"),
+        ("The correct answer for this problem is **(D)**", "D"),
+        ("`C`", "C"),
+        ("The answer is `C`.", "C"),
+        ("The answer is 'C'.", "C"),
+        ("The answer is A's problem.", None),
+        ("Hence (B).", "B"),
+        ("Therefore, B.", "B"),
+        ("Thus the answer B", "B"),
+        ("So I", None),
+        ('{"answer": "B"}', "B"),
+        ("{'answer': 'B', 'why': 'A is wrong'}", "B"),
+        ('```json\n{"reasoning": "not A", "answer": "C"}\n```', "C"),
+        ("\u6545\u9009B\u3002", "B"),
+        ("\u7b54\u6848\u9009\uff08C\uff09", "C"),
+        ("\u6b63\u786e\u7b54\u6848\u662f\uff1aD", "D"),
+        ("\u672c\u9898\u9009\u62e9 A", "A"),
+        ("C or maybe D", None),
+        ("Answer: C or maybe D", None),
+        ("Answer: C (or D)", None),
+        ("The answer is C or option D.", None),
+        ("The answer is maybe C", None),
+        (r"\\boxed{C or perhaps D}", None),
+    ],
+)
+def test_l10_the_choice_of_what_else_chat_models_write(text, letter):
+    assert choice(text, "ABCD") == letter
