@@ -188,13 +188,9 @@ def _verify(wanted: list[Any], found: list[Any]) -> bool:
 def _to_work_out(text: str, parsed: list[Any]) -> set[str]:
     """Operations of an answer that a simplified one has only where the expected one has them."""
     kinds = {sign for sign in _TO_WORK_OUT if sign in text}
-    for node in (node for tree in parsed for node in _nodes(tree)):
-        numbers = [arg for arg in node.args if arg.is_Rational and arg not in (1, -1)]
-        if isinstance(node, sympy.Add) and sum(a.is_Rational for a in node.args) > 1:
-            kinds.add("sum of numbers")
-        elif isinstance(node, sympy.Mul):
-            if len(numbers) > 1:
-                kinds.add("product of numbers")
+    nodes = [node for tree in parsed for node in _nodes(tree)]
+    for node in nodes:
+        if isinstance(node, sympy.Mul):
             bases = [base for base, power in map(_power, node.args) if not _is_root(power)]
             if len(bases) > len(set(bases)):
                 kinds.add("product of powers")
@@ -202,16 +198,10 @@ def _to_work_out(text: str, parsed: list[Any]) -> set[str]:
                 kinds.add("product of sums")
         elif isinstance(node, sympy.Pow):
             base, power = node.args
-            if base.is_Integer and power.is_Integer and power > 1:
-                kinds.add("power of a number")
-            if base.is_Integer and power == sympy.Rational(1, 2) and sympy.sqrt(base).is_Integer:
-                kinds.add("root of a square")
             if base.free_symbols and power.is_Integer and power > 1:
                 kinds |= {"product of sums"} if base.is_Add else set()
                 kinds |= {"power of a product"} if base.is_Mul else set()
-    if "product of sums" not in kinds and any(
-        n.is_Add and n.free_symbols for t in parsed for n in _nodes(t)
-    ):
+    if "product of sums" not in kinds and any(n.is_Add and n.free_symbols for n in nodes):
         kinds.add("sum of products")
     return kinds
 
