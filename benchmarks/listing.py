@@ -20,7 +20,12 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PRODUCT = ("rlhf_cluster", "actors")
 MEASURED: Mapping[str, Sequence[str]] = {
-    "verifiers": ("rlhf_cluster/rewards", "benchmarks/verifiers.py", "benchmarks/presentations.py"),
+    "verifiers": (
+        "rlhf_cluster/rewards",
+        "benchmarks/verifiers.py",
+        "benchmarks/presentations.py",
+        *(f"benchmarks/verifier_{part}.py" for part in ("cases", "targets", "templates")),
+    ),
     "mutants": (*PRODUCT, "tests/mutants"),
     "lora_rounding": (
         "rlhf_cluster/weights/formats",
@@ -66,6 +71,17 @@ AIMS: Mapping[str, Mapping[str, Bound]] = {
         "numeric_accuracy_min": (">=", 0.999),
         "maths_accuracy_min": (">=", 0.999),
         "restated_problem_accepted": ("<=", 0),
+        **{
+            f"counted_{kind}_{figure}": bound
+            for kind in ("numeric", "maths")
+            for figure, bound in (
+                ("accuracy", (">=", 0.995)),
+                ("right_seen", (">=", 2000)),
+                ("wrong_seen", (">=", 3000)),
+            )
+        },
+        "wrong_accepted_upper_bound": ("<=", 0.001),
+        "restated_accepted": ("<=", 0),
     },
     "weight_sync": {
         "delta_bytes_ratio": ("<=", 0.05),

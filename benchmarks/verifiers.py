@@ -47,6 +47,8 @@ from rlhf_cluster.rewards.rules.numeric import (
 
 MATHS_PROBLEMS = 300
 SEED = 0
+FALSE = ("wrong", "restated", "refused")
+"""Variants of a case that are to score 0."""
 _CALCULATION = re.compile(r"<<[^>]*>>")
 _NUMBER = re.compile(r"(?<![\d.,])\d[\d,]*(?![\d.]|,\d)")
 
@@ -142,18 +144,18 @@ def upper_bound(events: int, trials: int) -> float:
 
 def counted_figures(counts: Mapping[str, Counter[str]]) -> dict[str, float]:
     """The figures of the counted half."""
+    figures: dict[str, float] = {}
+    for kind, own in counts.items():
+        figures[f"counted_{kind}_accuracy"] = accuracy(own)
+        figures[f"counted_{kind}_right_seen"] = own["right_seen"]
+        figures[f"counted_{kind}_wrong_seen"] = sum(own[f"{name}_seen"] for name in FALSE)
     both = sum(counts.values(), Counter[str]())
-    false = ("wrong", "restated", "refused")
-    seen = sum(both[f"{variant}_seen"] for variant in false)
-    accepted = seen - sum(both[variant] for variant in false)
-    figures = {f"counted_{kind}_accuracy": accuracy(own) for kind, own in counts.items()}
-    restated = both["restated_seen"] - both["restated"]
+    seen = sum(both[f"{name}_seen"] for name in FALSE)
+    accepted = seen - sum(both[name] for name in FALSE)
     return figures | {
         "wrong_accepted": accepted / seen,
         "wrong_accepted_upper_bound": upper_bound(accepted, seen),
-        "restated_accepted": restated / both["restated_seen"],
-        "counted_right_seen": both["right_seen"],
-        "counted_wrong_seen": seen,
+        "restated_accepted": 1 - both["restated"] / both["restated_seen"],
     }
 
 

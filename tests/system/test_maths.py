@@ -107,3 +107,82 @@ def test_every_gsm8k_answer_scores_one_and_every_wrong_variant_scores_zero(maths
         ]
         found = scores(maths, answer, *right, *wrong)
         assert found == [1.0] * len(right) + [0.0] * len(wrong), answer
+
+
+@pytest.mark.parametrize(
+    ("target", "restated", "written"),
+    [
+        (r"3\sqrt{2}", r"\sqrt2+\sqrt8", r"3\cdot\sqrt2"),
+        (r"\ln 2", r"\ln4-\ln2", r"\ln(2)"),
+        ("4x^2", "(2x)^2", r"4\cdot x^{2}"),
+        ("2^{100}", r"2^{50}\cdot2^{50}", "2^{ 100 }"),
+        ("x^2+5", r"x\cdot x+5", "5+x^2"),
+        (r"5 \pm \sqrt{3}", r"\frac{10 \pm 2\sqrt{3}}{2}", r"5+\sqrt3, 5-\sqrt3"),
+        ("13+15t", "28", "15t+13"),
+        (r"10\sqrt{2} \text{ cm}", r"\sqrt2+9\sqrt2", r"10\sqrt{2}"),
+        (r"\frac{1}{\sqrt{2}}", r"\sqrt2-\frac{1}{\sqrt2}", r"\frac{\sqrt2}{2}"),
+        (
+            r"\begin{pmatrix} 4 \\ 6 \end{pmatrix}",
+            r"\begin{pmatrix} 1 \\ 2 \end{pmatrix} + \begin{pmatrix} 3 \\ 4 \end{pmatrix}",
+            r"\begin{bmatrix} 4 \\ 6 \end{bmatrix}",
+        ),
+    ],
+)
+def test_l08_a_restated_formula_is_wrong_and_another_way_of_writing_is_right(
+    maths, target, restated, written
+):
+    assert scores(maths, target, rf"\boxed{{{restated}}}", rf"\boxed{{{written}}}") == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("target", "part"), [(r"\log_e 36", "36"), (r"\frac{1 \pm \sqrt{x}}{2}", "2")]
+)
+def test_l08_a_number_in_a_formula_is_not_the_formula(maths, target, part):
+    assert scores(maths, target, rf"\boxed{{{part}}}", rf"\boxed{{{target}}}") == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("target", "right", "wrong"),
+    [
+        ("(3, 4)", r"\boxed{x = 3, y = 4}", r"\boxed{x = 4, y = 3}"),
+        ("(3, 4)", r"\boxed{y = 4, x = 3}", r"\boxed{3, 4, 5}"),
+        ("[3, 4)", r"\boxed{3 \le x < 4}", r"\boxed{3 < x < 4}"),
+        ("[3, 4)", r"The answer is $x \in [3,4)$.", r"The answer is $x \in [3,5)$."),
+        (r"(3, \infty)", r"\boxed{x>3}", r"\boxed{x \ge 3}"),
+        (r"(-\infty, 3)\cup(5, \infty)", r"\boxed{x<3 \text{ or } x > 5}", r"\boxed{x < 3}"),
+        ("1, 2", r"\boxed{x = 1 \text{ or } x = 2}", r"\boxed{x = 1 \text{ or } x = 3}"),
+        ("1, 2", "The answer is $x=1$ or $x=2$.", "The answer is $x=1$."),
+        ("x = 1, x = 2", r"\boxed{1, 2}", r"\boxed{2}"),
+        (r"2\sqrt{3}", "Answer: 2\u221a3", "Answer: 3\u221a2"),
+        (r"\ln 2", r"\boxed{\log_e 2}", r"\boxed{\log_{10} 2}"),
+        ("x^2+1", "Answer: x\u00b2+1", "Answer: x\u00b3+1"),
+        (r"\text{not defined}", r"\boxed{\text{not defined}}", r"\boxed{\text{defined}}"),
+        (r"2\pm\sqrt{3}", r"\boxed{x = 2+\sqrt3 \text{ or } x = 2-\sqrt3}", r"\boxed{2+\sqrt3}"),
+        ("x^2+1", r"\[\begin{aligned} f(x) &= x^2+1 \end{aligned}\]", r"\boxed{f(x)}"),
+    ],
+)
+def test_l09_an_answer_counts_in_each_usual_spelling(maths, target, right, wrong):
+    assert scores(maths, target, right, wrong) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The answer is not $x^2$.",
+        "The answer is $x^2$ or $x^3$.",
+        "The answer is $x^3$ or $x^2$.",
+        "Answer: more than $x^2$",
+        "Answer: maybe x^2",
+        "I don't know, maybe $x^2$.",
+        "I cannot determine $x^2$.",
+        "Answer: $x^2$ to $x^3$",
+        "Answer: $x^2$ is wrong.",
+        r"\boxed{x^2 \text{ is wrong}}",
+        r"\boxed{\text{not } x^2}",
+        r"\boxed{\text{more than } x^2}",
+        r"<answer>either $x^2$ or $x^3$</answer>",
+        r"\boxed{x^2} or \boxed{x^3}",
+    ],
+)
+def test_l09_a_formula_that_is_denied_hedged_ranged_or_one_of_several_is_no_answer(maths, text):
+    assert scores(maths, "x^2", text) == [0.0]

@@ -1,8 +1,9 @@
 r"""Runs the completion's Python program against unit tests: 1.0 when it passes all, else 0.0.
 
-The program is the last block between ``` fences that is tagged python, py or python3, else the last
-one without a tag; an open one goes to the end. Blocks of other languages (output, bash) are none, nor
-is what stands between `<think>` and `</think>`. Without any fence it is the whole completion, unless
+The program is the last fenced block that defines what the tests call, else ("Example usage" alone) the
+last block that is tagged python, py or python3, else the last one without a tag; an open one goes to
+the end. Blocks of other languages (output, bash) are none, nor
+is reasoning. Without any fence it is the whole completion, unless
 `require_fence`.
 
 The tests are a column with a list. Each runs in a sandbox of its own (`sandbox.py`), and only its
@@ -21,13 +22,15 @@ sandbox that fails is a `RewardFailure`, and so is a test that cannot be read.
 from __future__ import annotations
 
 import ast
+import builtins
 import json
 import logging
 import math
+import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
@@ -42,16 +45,13 @@ from rlhf_cluster.rewards.programs.sandbox import (
     Ran,
     Sandbox,
 )
-from rlhf_cluster.rewards.reward import (
-    RewardContext,
-    RewardSection,
-)
+from rlhf_cluster.rewards.reward import RewardContext
 from rlhf_cluster.rewards.reward_failure import RewardFailure, column
 from rlhf_cluster.rewards.rules.code_fences import (
     blocks,
     last_block,
 )
-from rlhf_cluster.rewards.rules.final_answer import without_thinking
+from rlhf_cluster.rewards.rules.reasoning import ReasoningSection, without_reasoning
 
 LANGUAGES = ("python", "py", "python3")
 """Tags of blocks that are programs, in lower case."""
@@ -59,7 +59,7 @@ LANGUAGES = ("python", "py", "python3")
 log = logging.getLogger(__name__)
 
 
-class CodeConfig(RewardSection):
+class CodeConfig(ReasoningSection):
     """The program in the completion passes unit tests, in a sandbox."""
 
     type: Literal["code"] = "code"
@@ -144,7 +144,8 @@ class Code:
         """Scores in [0, 1]. Raises `RewardFailure`: unreadable tests, or a sandbox that failed."""
         cases = self._cases(prompt)
         deadline = time.monotonic() + self._config.timeout_s
-        running = [self._threads.submit(self._score, text, cases, deadline) for text in completions]
+        texts = self._config.without_reasoning(completions)
+        running = [self._threads.submit(self._score, text, cases, deadline) for text in texts]
         try:
             # Waits for: each program's tests. Unblocked by: their end, or the group's deadline.
             return [one.result(max(deadline - time.monotonic(), 0.0)) for one in running]
@@ -186,7 +187,7 @@ class Code:
             raise RewardFailure(f"{where}: {error}. Correct the row", "column") from error
 
     def _score(self, completion: str, cases: Sequence[Case], deadline: float) -> float:
-        program = find_program(completion, self._config.require_fence)
+        program = find_program(completion, self._config.require_fence, called_names(cases))
         if program is None:
             self._count("no_program")
             return 0.0
@@ -231,12 +232,25 @@ class Code:
             self._counts[outcome] += 1
 
 
-def find_program(completion: str, require_fence: bool) -> str | None:
-    """The program of a completion by the rule above; None when there is none."""
-    text = without_thinking(completion)
+def find_program(completion: str, require_fence: bool, names: Collection[str] = ()) -> str | None:
+    """The program of a completion by the rule above, `names` are called; None when there is none."""
+    text = without_reasoning(completion)
     if any(blocks(text, may_be_open=True)):
-        return last_block(text, LANGUAGES, may_be_open=True)
+        defined = re.compile(
+            rf"^[ \t]*(?:(?:async[ \t]+)?def|class)[ \t]+({'|'.join(names)})\b"
+            rf"|^({'|'.join(names)})[ \t]*=",
+            re.MULTILINE,
+        )
+        rank = (lambda program: len(set(defined.findall(program)))) if names else (lambda _: 0)
+        return last_block(text, LANGUAGES, may_be_open=True, rank=rank)
     return None if require_fence or not text.strip() else text
+
+
+def called_names(cases: Sequence[Case]) -> frozenset[str]:
+    """The functions and classes that the calls of tests need of a program."""
+    trees = [ast.parse(case.call, mode="eval") for case in cases if case.call is not None]
+    used = {node.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    return frozenset(used - set(dir(builtins)))
 
 
 def read_test(test: Any) -> Case:

@@ -1,6 +1,6 @@
 """Scores each reasoning step by its equations: `right`, `wrong`, or 0.0 for a step without any.
 
-An equation is `a = b` where both sides are arithmetic (numbers, + - * / x, parentheses) and one of
+An equation is `a = b` where both sides are arithmetic (numbers, + - * / x ^, parentheses) and one of
 them has an operator: `x = 5` and `5 = 5` are none, `2 + 3 = 5 = 10 / 2` is two. A side ends where
 words begin, so `that makes 2 * 4 = 8 eggs` counts. A step is right when all of its equations are.
 Arithmetic is exact; a side with decimals may be rounded to them (`10 / 3 = 3.33`).
@@ -25,14 +25,17 @@ from rlhf_cluster.rewards.reward import (
 
 MAX_TOKENS = 40
 """Numbers, operators and parentheses of one side; longer ones are no arithmetic."""
+MAX_POWER_BITS = 4096
+"""Powers with more are no arithmetic: working one out could take all memory."""
 
 _TOKEN = re.compile(
     r" ?(?:[$\u20ac\u00a3] ?)?(?P<number>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,30}(?!\d))(?:\.\d{1,30})?)"
-    r"(?![\w%])| ?(?P<symbol>[-+*/()\u00d7\u00f7\u2212]|x(?!\w))",
+    r"(?![\w%])| ?(?P<symbol>[-+*/^()\u00d7\u00f7\u2212]|x(?!\w))",
     re.ASCII,
 )
 _OTHER = re.compile(r" ?(?:\w+|.)", re.DOTALL)
 _BULLET = re.compile(r"[-+*] ")
+_OPERATORS = "+-*/^"
 _SYMBOLS = {"x": "*", "\u00d7": "*", "\u00f7": "/", "\u2212": "-"}
 
 
@@ -92,7 +95,7 @@ class _Side:
     def __init__(self, tokens: Sequence[str]) -> None:
         """Raises `ValueError` where the tokens are no expression, `ZeroDivisionError`."""
         self._tokens, self._next = list(tokens), 0
-        self.operators = sum(t in "+-*/" for t in tokens)
+        self.operators = sum(t in _OPERATORS for t in tokens)
         numbers = [t for t in tokens if t[0].isdigit()]
         self.decimals = max((len(n.partition(".")[2]) for n in numbers), default=0)
         self.value = self._sum()
@@ -120,6 +123,10 @@ class _Side:
     def _factor(self) -> Fraction:
         if self._take("-"):
             return -self._factor()
+        value = self._operand()
+        return _power(value, self._factor()) if self._take("^") else value
+
+    def _operand(self) -> Fraction:
         if self._take("("):
             value = self._sum()
             if not self._take(")"):
@@ -129,6 +136,14 @@ class _Side:
             raise ValueError("a number is missing")
         self._next += 1
         return Fraction(self._tokens[self._next - 1])
+
+
+def _power(base: Fraction, exponent: Fraction) -> Fraction:
+    """Raises `ValueError` where it is no fraction or has too many digits, `ZeroDivisionError`."""
+    bits = max(base.numerator.bit_length(), base.denominator.bit_length())
+    if exponent.denominator != 1 or bits * abs(exponent) > MAX_POWER_BITS:
+        raise ValueError(f"{base} ^ {exponent} is no arithmetic")
+    return base ** int(exponent)
 
 
 def _equal(one: _Side, other: _Side) -> bool:
@@ -143,7 +158,7 @@ def _last(text: str) -> _Side | None:
     for begin in range(len(run)):
         side = _read(run[begin:])
         if side is not None:
-            return None if begin and run[begin - 1] in "+-*/(" else side
+            return None if begin and run[begin - 1] in f"{_OPERATORS}(" else side
     return None
 
 
@@ -153,7 +168,7 @@ def _first(text: str) -> _Side | None:
     for end in range(len(run), 0, -1):
         side = _read(run[:end])
         if side is not None:
-            return None if end < len(run) and run[end] in "+-*/" else side
+            return None if end < len(run) and run[end] in _OPERATORS else side
     return None
 
 
@@ -183,5 +198,5 @@ def _runs(text: str) -> list[list[str]]:
 
 def _readable(run: list[str], number: int) -> list[str]:
     """The run, or nothing: after a word, `- 3 + 4` goes on with what the word stands for."""
-    after_word = number > 0 and bool(run) and run[0] in "+-*/"
+    after_word = number > 0 and bool(run) and run[0] in _OPERATORS
     return [] if after_word or len(run) > MAX_TOKENS else run

@@ -1,8 +1,7 @@
 r"""Finds where a text states its final answer. What the answer is worth, the verifiers decide.
 
-Of a completion the reasoning between `<think>` and `</think>` is left out first: also one that never
-ends, and everything up to a closing tag whose opening one stands in the prompt. Then the first of
-these is the statement:
+Of a completion the reasoning is left out first (`reasoning.py`). Then the first of these is the
+statement:
 
 1. `box`: the content of the last `\boxed{}` that is not empty (`\fbox{}` is one). Boxes with nothing
    but a comma, "and" or "or" between them are one statement, joined by commas.
@@ -24,19 +23,26 @@ from __future__ import annotations
 import re
 from typing import Literal, NamedTuple
 
+from rlhf_cluster.rewards.rules.reasoning import without_reasoning
+
 Kind = Literal["box", "tag", "hash", "said", "prose"]
 
 MAX_STATEMENT_CHARACTERS = 400
 """More of a line is not read: no final answer is so long."""
 
 _MAX_JOINED = 8
-_THINKING = re.compile(r"<(/?)think(?:ing)?>")
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])[ ]{0,4}")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _BARE = re.compile(r"[^\s${}]{1,64}")
-_JOINT = re.compile(
+JOINT = re.compile(
     r"(?:[\s$,;&*]|\\[()\[\],; ]|\\quad|\\text\s?\{\s?(?:and|or)\s?\}|\b(?:and|or)\b){0,12}"
 )
+FORMULA = re.compile(
+    r"\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\]|\$\$(.{1,400}?)\$\$"
+    r"|(?<!\\)\$(?! )([^$\n]{1,400}?)(?<![\\ ])\$(?!\d)",
+    re.DOTALL,
+)
+"""A formula among words; one of its groups has the content."""
 _ANSWER = re.compile(r"(?:\b[Aa]nswer|\bANSWER)\b|\u7b54\u6848")
 _SAYS = re.compile(
     # "answer:", "answer (in cm):", "the answer to this question is", a heading; but not "write the
@@ -61,7 +67,7 @@ class Statement(NamedTuple):
 
 def final_statement(completion: str) -> Statement:
     """The statement of a completion by the rules above."""
-    text = without_thinking(completion)
+    text = without_reasoning(completion)
     content = last_box(text)
     if content is not None:
         return Statement(content, "box")
@@ -88,26 +94,6 @@ def target_statement(target: str) -> Statement | None:
     return Statement(content, "box") if content is not None else None
 
 
-def without_thinking(text: str) -> str:
-    """The completion without its reasoning, by the rule above."""
-    if "think" not in text:
-        return text
-    kept: list[str] = []
-    begin, inside = 0, False
-    for tag in _THINKING.finditer(text):
-        if not tag[1]:
-            if not inside:
-                kept.append(text[begin : tag.start()])
-            inside = True
-        else:
-            if not inside:
-                kept.clear()
-            inside, begin = False, tag.end()
-    if not inside:
-        kept.append(text[begin:])
-    return "".join(kept)
-
-
 def last_box(text: str) -> str | None:
     """The content of the last box, joined with boxes that belong to it; None without a box."""
     found = list(_BOX.finditer(text)) if "box" in text else []
@@ -117,7 +103,7 @@ def last_box(text: str) -> str | None:
         end, content = _content(text, box.end(), begin)
         if joined:
             apart = text[end : min(begin, end + 60)] if end <= begin else "x"
-            if begin - end > 60 or not _JOINT.fullmatch(apart) or len(joined) == _MAX_JOINED:
+            if begin - end > 60 or not JOINT.fullmatch(apart) or len(joined) == _MAX_JOINED:
                 break
         if content:
             joined.append(content)

@@ -20,20 +20,17 @@ from pydantic import Field, PositiveInt, model_validator
 from rlhf_cluster.errors import ConfigError
 from rlhf_cluster.records import Prompt, Rollout
 from rlhf_cluster.rewards.programs.function_pool import FunctionPool
-from rlhf_cluster.rewards.reward import (
-    RewardContext,
-    RewardSection,
-)
+from rlhf_cluster.rewards.reward import RewardContext
 from rlhf_cluster.rewards.reward_failure import (
     RewardFailure,
     check_scores,
     column,
 )
 from rlhf_cluster.rewards.rules.code_fences import last_block
-from rlhf_cluster.rewards.rules.final_answer import without_thinking
+from rlhf_cluster.rewards.rules.reasoning import ReasoningSection, without_reasoning
 
 
-class JsonSchemaConfig(RewardSection):
+class JsonSchemaConfig(ReasoningSection):
     """The completion is JSON of a schema."""
 
     type: Literal["json_schema"] = "json_schema"
@@ -78,7 +75,8 @@ class JsonSchema:
         schema = self._config.json_schema
         if schema is None and self._config.schema_column is not None:
             schema = column(prompt, self._config.schema_column)
-        return check_scores(self._call(schema, completions), len(completions))
+        texts = self._config.without_reasoning(completions)
+        return check_scores(self._call(schema, texts), len(texts))
 
     def close(self) -> None:
         self._pool.close()
@@ -113,7 +111,7 @@ def accepted(schema: Any, completions: Sequence[str]) -> list[float]:
 
 def find_json(completion: str) -> str:
     """The part of a completion that should be JSON, by the rule above."""
-    text = without_thinking(completion)
+    text = without_reasoning(completion)
     block = last_block(text, ("json",), may_be_open=False)
     return text if block is None else block
 

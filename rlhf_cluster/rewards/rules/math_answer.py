@@ -32,13 +32,11 @@ from pydantic import Field, PositiveInt
 
 from rlhf_cluster.records import Prompt, Rollout
 from rlhf_cluster.rewards.programs.function_pool import FunctionPool
-from rlhf_cluster.rewards.reward import (
-    RewardContext,
-    RewardSection,
-)
+from rlhf_cluster.rewards.reward import RewardContext
 from rlhf_cluster.rewards.reward_failure import RewardFailure, column
-from rlhf_cluster.rewards.rules.final_answer import target_statement, without_thinking
+from rlhf_cluster.rewards.rules.final_answer import target_statement
 from rlhf_cluster.rewards.rules.quantities import read_formula
+from rlhf_cluster.rewards.rules.reasoning import ReasoningSection
 
 _FUNCTION = "rlhf_cluster.rewards.rules.math_comparison:compare"
 _OWN_FAULT = ("timeout", "died")
@@ -50,7 +48,7 @@ _TEXT = re.compile(r"\\(?:text[a-z]*|mathrm|mbox|begin|end|operatorname)\s?\{[^{
 _COUNTED = re.compile(r"[^A-Za-z]*(?:[A-Za-z]+\W*){1,4}")
 
 
-class MathsConfig(RewardSection):
+class MathsConfig(ReasoningSection):
     """The final answer equals that of a column, as mathematics."""
 
     type: Literal["maths"] = "maths"
@@ -86,7 +84,9 @@ class Maths:
     ) -> list[float]:
         """1.0 or 0.0 a rollout. Raises `RewardFailure` without a usable target, or child."""
         expected = self._expected(prompt)
-        return [self._score(expected, text) for text in completions]
+        # Reasoning goes before a cut, which could lose its opening tag and let a guess count.
+        texts = self._config.without_reasoning(completions)
+        return [self._score(expected, text) for text in texts]
 
     def outcomes(self) -> dict[str, float]:
         """Completions so far that are "right", "wrong" and "undecided"."""
@@ -117,8 +117,7 @@ class Maths:
         return str(target)
 
     def _score(self, expected: str, completion: str) -> float:
-        # Reasoning goes first: a cut could lose its opening tag and let a guess count.
-        text = without_thinking(completion)[-self._config.max_answer_characters :]
+        text = completion[-self._config.max_answer_characters :]
         try:
             outcome = "right" if self._compare(expected, text) else "wrong"
         except RewardFailure as failure:

@@ -10,6 +10,7 @@ import re
 import resource
 from collections.abc import Iterator
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 import sympy
@@ -17,26 +18,34 @@ from latex2sympy2_extended import NormalizationConfig
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
 from rlhf_cluster.rewards.rules.final_answer import (
+    FORMULA,
+    JOINT,
+    MAX_STATEMENT_CHARACTERS,
     Statement,
     final_statement,
     target_statement,
 )
 from rlhf_cluster.rewards.rules.math_answer import has_words
+from rlhf_cluster.rewards.rules.math_spelling import alike, in_latex
+from rlhf_cluster.rewards.rules.operations import operations, spare_operations
 from rlhf_cluster.rewards.rules.quantities import (
+    WRAPPED,
     Quantity,
+    is_withheld,
     read_statement,
     read_target,
 )
 
 _PLACES = 6
-_FORMULA = re.compile(
-    r"\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\]|\$\$(.{1,400}?)\$\$"
-    r"|(?<!\\)\$(?! )([^$\n]{1,400}?)(?<![\\ ])\$(?!\d)",
-    re.DOTALL,
-)
+_BEGIN = re.compile(r"[\\\d(\[{^]|(?<![A-Za-z])[A-Za-z](?![A-Za-z])")
+_RANGE = re.compile(r"\s*(?:to|through|versus|\u2013|-)\s*")
 _MIXED = re.compile(r"(?<![\w.])(\d{1,15})\s+(\d{1,15})/(\d{1,15})(?![\w.])")
 _POWER = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([-+]?\d{1,3})(?!\w)")
 _PI = re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])")
+_UNIT = re.compile(
+    r"(?<=[\w})])\\?\s*\\(?:text|mathrm|mbox)\s?\{\s*[A-Za-z][A-Za-z /]{0,30}\}"
+    r"(?:\s?\^\s?\{?[23]\}?)?\s*$"
+)
 _ROOT = re.compile(r"\\sqrt\s?(\d)")
 _SHORT_FRACTION = re.compile(
     r"\\[dtc]?frac\s?(\{(?:[^{}]|\{[^{}]*\})*\}|\d)\s?(\{(?:[^{}]|\{[^{}]*\})*\}|\d)"
@@ -70,7 +79,7 @@ def compare(expected: str, completion: str | None, simplified: bool = True) -> b
             return _same(number, found)
         if simplified:
             return False
-    answer = _formula(statement)
+    answer = _formula(statement, may_deny=_is_withheld(_wanted(expected)))
     if answer is None or not formulas:
         return False
     return _equal(expected, formulas, answer, simplified)
@@ -111,20 +120,47 @@ def _wanted(expected: str) -> str:
     return marked.text if marked is not None else expected
 
 
-def _formula(statement: Statement) -> str | None:
-    """The formula of a statement: all of a box, the first one in words, the last one of prose."""
-    if statement.kind == "box":
-        return statement.text
+def _formula(statement: Statement, may_deny: bool) -> str | None:
+    """The formula of a statement: all of a box, the first one in words, the last one of prose.
+
+    Formulas with nothing but a comma, "and" or "or" between them are one list. `may_deny`: words that
+    deny or doubt an answer may be the answer.
+    """
     text = statement.text[-2000:] if statement.kind == "prose" else statement.text
-    found = list(_FORMULA.finditer(text))
-    if found:
-        chosen = found[-1] if statement.kind == "prose" else found[0]
-        return next(part for part in chosen.groups() if part is not None)
-    return text.strip().rstrip(".").strip("*_ ") if statement.kind != "prose" else None
+    found = list(FORMULA.finditer(text)) if statement.kind != "box" else []
+    if not found:
+        if statement.kind == "prose" or (_is_withheld(text) and not may_deny):
+            return None
+        return text.strip() if statement.kind == "box" else text.strip().rstrip(".").strip("*_ ")
+    first = last = len(found) - 1 if statement.kind == "prose" else 0
+    while first > 0 and _are_joined(text, *found[first - 1 : first + 1]):
+        first -= 1
+    while last + 1 < len(found) and _are_joined(text, *found[last : last + 2]):
+        last += 1
+    chosen, around = found[first : last + 1], found[max(first - 1, 0) : last + 2]
+    if not may_deny and any(is_withheld(text, one.start(), one.end()) for one in chosen):
+        return None
+    if any(_RANGE.fullmatch(text, a.end(), b.start()) for a, b in pairwise(around)):
+        return None
+    return ", ".join(part for one in chosen for part in one.groups() if part is not None)
+
+
+def _are_joined(text: str, one: re.Match[str], other: re.Match[str]) -> bool:
+    return JOINT.fullmatch(text, one.end(), other.start()) is not None
+
+
+def _is_withheld(text: str) -> bool:
+    """Whether words around a formula deny or doubt it, or make it a bound."""
+    words = WRAPPED.sub(r"\1", text[:MAX_STATEMENT_CHARACTERS])
+    begin = _BEGIN.search(words)
+    return is_withheld(words, begin.start() if begin else 0, len(words))
 
 
 def _equal(expected: str, wanted: list[Any], answer: str, simplified: bool) -> bool:
     target = _wanted(expected)
+    aligned, answer = alike(target, answer)
+    if aligned != target:
+        target, wanted = aligned, _parse(aligned, is_target=True)
     if not _EQUALS.search(target):
         *names, answer = _EQUALS.split(answer)
         for name in names:
@@ -133,7 +169,15 @@ def _equal(expected: str, wanted: list[Any], answer: str, simplified: bool) -> b
     found = _parse(answer) or _words(answer)
     if not _verify(wanted, found):
         return False
-    return not simplified or _to_work_out(answer, found) <= _to_work_out(target, wanted)
+    return not simplified or _is_worked_out(answer, found, target, wanted)
+
+
+def _is_worked_out(answer: str, found: list[Any], target: str, wanted: list[Any]) -> bool:
+    """Whether an equal answer has no operation that its target does not have."""
+    answer, target = _plain(answer), _plain(target)
+    if operations(answer) > operations(target) + spare_operations(target):
+        return False
+    return _to_work_out(answer, found) <= _to_work_out(target, wanted)
 
 
 def _verify(wanted: list[Any], found: list[Any]) -> bool:
@@ -144,28 +188,30 @@ def _verify(wanted: list[Any], found: list[Any]) -> bool:
 def _to_work_out(text: str, parsed: list[Any]) -> set[str]:
     """Operations of an answer that a simplified one has only where the expected one has them."""
     kinds = {sign for sign in _TO_WORK_OUT if sign in text}
-    for node in (node for tree in parsed for node in _nodes(tree)):
-        numbers = [arg for arg in node.args if arg.is_Rational and arg not in (1, -1)]
-        if isinstance(node, sympy.Add) and sum(a.is_Rational for a in node.args) > 1:
-            kinds.add("sum of numbers")
-        elif isinstance(node, sympy.Mul):
-            if len(numbers) > 1:
-                kinds.add("product of numbers")
+    nodes = [node for tree in parsed for node in _nodes(tree)]
+    for node in nodes:
+        if isinstance(node, sympy.Mul):
+            bases = [base for base, power in map(_power, node.args) if not _is_root(power)]
+            if len(bases) > len(set(bases)):
+                kinds.add("product of powers")
             if _is_expandable(node):
                 kinds.add("product of sums")
         elif isinstance(node, sympy.Pow):
             base, power = node.args
-            if base.is_Integer and power.is_Integer and power > 1:
-                kinds.add("power of a number")
-            if base.is_Integer and power == sympy.Rational(1, 2) and sympy.sqrt(base).is_Integer:
-                kinds.add("root of a square")
-            if base.is_Add and base.free_symbols and power.is_Integer and power > 1:
-                kinds.add("product of sums")
-    if "product of sums" not in kinds and any(
-        n.is_Add and n.free_symbols for t in parsed for n in _nodes(t)
-    ):
+            if base.free_symbols and power.is_Integer and power > 1:
+                kinds |= {"product of sums"} if base.is_Add else set()
+                kinds |= {"power of a product"} if base.is_Mul else set()
+    if "product of sums" not in kinds and any(n.is_Add and n.free_symbols for n in nodes):
         kinds.add("sum of products")
     return kinds
+
+
+def _power(factor: Any) -> tuple[Any, Any]:
+    return factor.as_base_exp() if factor.is_Pow or factor.func is sympy.exp else (factor, 1)
+
+
+def _is_root(power: Any) -> bool:
+    return isinstance(power, sympy.Rational) and not power.is_Integer
 
 
 def _is_expandable(node: Any) -> bool:
@@ -190,15 +236,20 @@ def _words(text: str) -> list[Any]:
 @functools.lru_cache(maxsize=256)
 def _parse(text: str, is_target: bool = False) -> list[Any]:
     """Sympy expressions, or nothing. Texts that are no mathematics are none."""
-    return _library(f"${_plain(text)}$", is_target)
+    return _library(f"${_plain(text)}$", is_target, is_formula=True)
 
 
 def _plain(answer: str) -> str:
     """What the library does not read by itself, in LaTeX."""
-    answer = answer.replace("\\$", "").strip().strip("$").strip()
+    answer = in_latex(answer).replace("\\$", "").strip().strip("$").strip()
+    if "\\pm" in answer:
+        upper = answer.replace("\\pm", "+").replace("\\mp", "-").lstrip("+ ")
+        lower = answer.replace("\\pm", "-").replace("\\mp", "+")
+        answer = f"{upper}, {lower}"
     answer = _MIXED.sub(r"\1\\frac{\2}{\3}", answer)
     answer = _POWER.sub(r"\1\\cdot 10^{\2}", answer)
     answer = _PI.sub(r"\\pi ", answer)
+    answer = _UNIT.sub("", answer)
     answer = _ROOT.sub(r"\\sqrt{\1}", answer)
     return _SHORT_FRACTION.sub(_whole_fraction, answer)
 
@@ -208,15 +259,20 @@ def _whole_fraction(match: re.Match[str]) -> str:
     return r"\frac" + "".join(parts)
 
 
-def _library(text: str, is_target: bool) -> list[Any]:
+def _library(text: str, is_target: bool, is_formula: bool = False) -> list[Any]:
     # A cut box is the whole answer already: the library's own search for boxes is off.
     normal = NormalizationConfig(
-        basic_latex=True, units=True, malformed_operators=is_target, nits=False, boxed="none"
+        basic_latex=True,
+        units=not is_formula,
+        malformed_operators=is_target,
+        nits=False,
+        boxed="none",
     )
-    config = [
-        LatexExtractionConfig(boxed_match_priority=-1, normalization_config=normal),
-        ExprExtractionConfig(),
+    config: list[Any] = [
+        LatexExtractionConfig(boxed_match_priority=-1, normalization_config=normal)
     ]
+    if not is_formula:  # else a number in what LaTeX cannot read would be the answer
+        config.append(ExprExtractionConfig())
     # Silences a type that the library gives too narrowly: None turns its signals off.
     options: dict[str, Any] = {"parsing_timeout": None, "fallback_mode": "no_fallback"}
     return parse(text, extraction_config=config, **options)

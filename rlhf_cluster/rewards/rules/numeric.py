@@ -19,19 +19,17 @@ from typing import Any, Literal
 from pydantic import Field
 
 from rlhf_cluster.records import Prompt, Rollout
-from rlhf_cluster.rewards.reward import (
-    RewardContext,
-    RewardSection,
-)
+from rlhf_cluster.rewards.reward import RewardContext
 from rlhf_cluster.rewards.reward_failure import RewardFailure, column
 from rlhf_cluster.rewards.rules.final_answer import final_statement
 from rlhf_cluster.rewards.rules.quantities import (
     read_statement,
     read_target,
 )
+from rlhf_cluster.rewards.rules.reasoning import ReasoningSection
 
 
-class NumericConfig(RewardSection):
+class NumericConfig(ReasoningSection):
     """The final number of the completion equals that of a column."""
 
     type: Literal["numeric"] = "numeric"
@@ -51,7 +49,7 @@ class Numeric:
     ) -> list[float]:
         """1.0 or 0.0 a rollout; no number scores 0.0. `RewardFailure` without a usable target."""
         expected = self._expected(prompt)
-        found = [final_number(text) for text in completions]
+        found = [final_number(text) for text in self._config.without_reasoning(completions)]
         return [
             1.0 if number is not None and abs(number - expected) <= self._tolerance else 0.0
             for number in found

@@ -32,6 +32,7 @@ from itertools import pairwise
 
 from rlhf_cluster.rewards.rules.equations import equations
 from rlhf_cluster.rewards.rules.final_answer import (
+    FORMULA,
     Statement,
     target_statement,
 )
@@ -93,9 +94,9 @@ _SIGNS = str.maketrans(
         "\u00b1": "\\pm",
     }
 )
-_RAISED_RUN = re.compile(rf"(?<=[\d)])[{''.join(_SUPERSCRIPTS)}]+")
+_RAISED_RUN = re.compile(rf"(?<=[\da-zA-Z)])[{''.join(_SUPERSCRIPTS)}]+")
 _SEPARATOR = re.compile(r"(?<=\d)(?:\\[,;:! ]|[\u2009\u202f\u00a0~']|\{,\})(?=\d{3}(?!\d))")
-_WRAPPED = re.compile(
+WRAPPED = re.compile(
     r"\\(?:text[a-z]*|math(?:rm|bf|it|sf|tt)|mbox|hbox|operatorname|boldsymbol|bm|underline|phantom)"
     r"\s?\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
@@ -109,9 +110,10 @@ _FRACTION = re.compile(
 _UNIT_FRACTION = re.compile(
     r"(?<=[\d\s,])\\[dt]?frac\s?\{\s*([A-Za-z]{1,12})\s*\}\s?\{\s*([A-Za-z]{1,12}(?:\^\d)?)\s*\}"
 )
-_ALIGNED = re.compile(r"\\(?:begin|end)\s?\{(?:align(?:ed)?|gather(?:ed)?|equation|split)\*?\}")
+ALIGNED = re.compile(r"\\(?:begin|end)\s?\{(?:align(?:ed)?|gather(?:ed)?|equation|split)\*?\}")
 _DEGREES = re.compile(r"\s?\^\s?(?:\{\s?\\circ\s?\}|\\circ)|\\degree")
 _ORDINAL = re.compile(r"(?<=\d)\s?\^\s?\{?\s?(?:st|nd|rd|th)\s?\}?")
+_RAISED = re.compile(r"\^\s?\{([^{}]{2,40})\}")
 _SUBSCRIPT = re.compile(r"(?<=[A-Za-z])_(?:\{[^{}]{0,40}\}|\w)")
 _COMMANDS = (
     ("\\left", ""), ("\\right", ""), ("\\displaystyle", ""), ("\\!", ""), ("\\$", "$"),
@@ -126,6 +128,10 @@ _SPACED = re.compile(r"(?<![\d.,/^*+=-])(?<![-+*/=^] )[1-9]\d{0,2}(?: \d{3})+(?!
 _SPACES = re.compile(r" {2,}")
 _OPERATOR = re.compile(r"[\s()$\[\]]*(?:[-+*/^:\u2248]|\\pm|\+/-)[\s()$\[\]]*|\)?\(\s?")
 _EQUALS = re.compile(r"(?<![<>!=])=(?!=)")
+_ARITHMETIC = re.compile(r"(?=.*\d)[\d\s.,+*/^()$\u2044-]+")
+_COMPARED = re.compile(r"[^A-Za-z?\u0080-\uffff<>|]*[<>|][^A-Za-z?\u0080-\uffff]*")
+_NEXT_NAME = re.compile(r"\d[^A-Za-z]{0,8}(?:[,;]|\b(?:or|and)\b)\s*[A-Za-z]\s*$")
+"""`x = 1, y = 2` is several answers."""
 _RELATION = re.compile(
     r"[<>\u2264\u2265\u2260]=?\s*$|\\(?:le|ge|leq|geq|lt|gt|neq|ne|pm|mp|sqrt)\b\s*$|!=\s*$"
 )
@@ -163,11 +169,6 @@ _BOUNDED = re.compile(
     re.IGNORECASE,
 )
 _CORRECTED = re.compile(r"\bnot\b[^.;\n]{1,60}?\bbut(?: rather)?\s", re.IGNORECASE)
-_INLINE = re.compile(
-    r"\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\]|\$\$(.{1,400}?)\$\$"
-    r"|(?<!\\)\$(?! )([^$\n]{1,400}?)(?<![\\ ])\$(?!\d)",
-    re.DOTALL,
-)
 _UNREAD = "\u25cc"
 """Stands in a sentence for a formula that is no number."""
 _BEFORE = re.compile(r"[\s(]*\u2248?\s?(?:[A-Za-z][A-Za-z'-]*+[:,.]?\s++){0,12}+[\s(]*")
@@ -237,7 +238,7 @@ def read_sentence(text: str) -> Quantity | None:
         return None
     bold = [part for part in _BOLD.findall(text) if _is_numeric(part)]
     text = _CORRECTED.sub("", bold[-1] if bold else text)
-    text = _plain(_INLINE.sub(_inline, text), spaced=True)
+    text = _plain(FORMULA.sub(_inline, text), spaced=True)
     if not re.search(r"[A-Za-z]{2}", text):
         return read_formula(text.rstrip(" .!"))
     tokens = _tokens(text)
@@ -269,7 +270,7 @@ def read_prose(text: str) -> Quantity | None:
     """The last number of a text that marks no answer; a bold one of its line goes before."""
     if len(text) > MAX_PROSE_CHARACTERS:
         text = text[-MAX_PROSE_CHARACTERS:].partition(" ")[2]
-    text = _INLINE.sub(_inline, text)
+    text = FORMULA.sub(_inline, text)
     lines = [line for line in text.splitlines() if _is_numeric(line) or _UNREAD in line]
     stated = [line for line in lines if not _REMARK.fullmatch(line.strip())]
     for line in reversed(stated or lines):
@@ -325,18 +326,20 @@ def _read_sides(text: str, read: Callable[[str], Quantity | None]) -> Quantity |
     *before, last = _EQUALS.split(text)
     if before and not _NUMBER.search(last):
         before, last = [], text if len(before) > 1 else before[0]  # `72 = x`
+    if any(_NEXT_NAME.search(side) for side in before):
+        return None
     found = read(last)
     if found is None:
         return None
     for side in before:
         stated = _read_whole(side, is_target=True)
-        if stated is not None:
-            if stated.value != found.value:
+        if stated is not None and stated.value == found.value:
+            continue
+        if _ARITHMETIC.fullmatch(side):
+            if equations(f"{side}={last}".replace("\u2044", "/")) != [True]:
                 return None
-        elif not re.search(r"[A-Za-z?\u0080-\uffff]", side) and side.strip():
-            written = f"{side}={last}".replace("\u2044", "/")
-            if equations(written) not in ([True], []) or re.search(r"[<>|]", side):
-                return None
+        elif stated is not None or _COMPARED.fullmatch(side):
+            return None
     return found
 
 
@@ -389,15 +392,23 @@ def _chosen(text: str, tokens: list[_Token], index: int) -> Quantity | None:
         between = text[one.end : other.start]
         if not between.strip() or _OPERATOR.fullmatch(between) or _are_joined(one, other, between):
             return None
-    start = max(text.rfind(mark, 0, token.start) for mark in (". ", "; ", "\n", ", ", ": "))
-    cut = _CLAUSE.search(text, token.end)
-    clause = text[start + 1 : cut.start() if cut else len(text)]
-    before = text[: token.start]
-    if _DENIED.search(clause) or _BOUNDED.search(before[-24:]) or _DOUBTED.search(before[-24:]):
+    if is_withheld(text, token.start, token.end):
         return None
     if re.match(r"\s?(?:\\pm|\\mp|\+/-|[-+*^<>|]|!(?=\s*[\d$]))", text[token.end :]):
         return None
     return _quantity(text, token)
+
+
+def is_withheld(text: str, start: int, end: int) -> bool:
+    """Whether what stands there is denied, doubted or a bound in the words of its clause."""
+    begin = max(text.rfind(mark, 0, start) for mark in (". ", "; ", "\n", ", ", ": "))
+    cut = _CLAUSE.search(text, end)
+    clause = text[begin + 1 : cut.start() if cut else len(text)]
+    before = text[max(start - 24, 0) : start]
+    return any(
+        words.search(part)
+        for words, part in ((_DENIED, clause), (_BOUNDED, before), (_DOUBTED, before))
+    )
 
 
 def _is_remark(text: str, token: _Token) -> bool:
@@ -489,10 +500,15 @@ def _unit(word: str) -> str:
     return known + power if known else ""
 
 
+def with_plain_signs(text: str) -> str:
+    """The text with ASCII or LaTeX for Unicode's digits, signs and fractions."""
+    return _RAISED_RUN.sub(_lowered, text).translate(_SIGNS)
+
+
 def _plain(text: str, spaced: bool) -> str:
     """`text` with one spelling for each sign; `spaced`: "12 345" is one number."""
     if not text.isascii():
-        text = _RAISED_RUN.sub(_lowered, text).translate(_SIGNS)
+        text = with_plain_signs(text)
     text = _SEPARATOR.sub(",", text.removesuffix("\\")).replace("\\!", "").replace("{,}", ",")
     if (text.count("$") - text.count("\\$")) % 2 == 0:  # pairs are of formulas
         text = text.replace("\\$", "\\usd").replace("$", "").replace("\\usd", "$")
@@ -508,22 +524,28 @@ def _plain(text: str, spaced: bool) -> str:
 
 def _plain_latex(text: str) -> str:
     for _ in range(3):  # \textbf{\text{...}}
-        text, count = _WRAPPED.subn(r" \1 ", text)
+        text, count = WRAPPED.subn(r" \1 ", text)
         if not count:
             break
     text = _STYLE.sub("", text)
     text = _REPEATING.sub(_repeating, text)
     text = _FRACTION.sub(_fraction, text)
     text = _UNIT_FRACTION.sub(r" \1/\2 ", text)
-    text = _ALIGNED.sub("", text).replace("&=", "=")
+    text = ALIGNED.sub("", text).replace("&=", "=")
     text = _DEGREES.sub("\u00b0", text)
     text = _ORDINAL.sub("", text)
+    text = _RAISED.sub(_enclosed, text)
     text = _SUBSCRIPT.sub("", text)
     return text.replace("\\{", "\\lbrace ").replace("\\}", "\\rbrace ")
 
 
+def _enclosed(match: re.Match[str]) -> str:
+    """A power, in parentheses where it is arithmetic."""
+    return f"^({match[1]})" if re.search(r"[\d)] ?[-+*/]", match[1]) else match[0]
+
+
 def _lowered(match: re.Match[str]) -> str:
-    return "^" + "".join(_SUPERSCRIPTS[sign] for sign in match[0])
+    return f"^{{{''.join(_SUPERSCRIPTS[sign] for sign in match[0])}}}"
 
 
 def _repeating(match: re.Match[str]) -> str:

@@ -9,6 +9,7 @@ from rlhf_cluster.rewards.programs.candidate import plain
 from rlhf_cluster.rewards.programs.code_tests import (
     Code,
     CodeConfig,
+    called_names,
     find_program,
     read_test,
     same,
@@ -306,3 +307,35 @@ def test_scores_keep_the_order_of_completions_whichever_ends_first(code):
 
     reward = code({"slow": slow, "fast": fast}, parallel=2)
     assert score(reward, ["assert f() == 1"], "slow", "fast") == [1.0, 0.0]
+
+
+SOLUTION = "def add(a, b):\n    return a + b\n"
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        f"```python\n{SOLUTION}```\nExample usage:\n```python\nprint(add(1, 2))\n```",
+        f"```\n{SOLUTION}```\nExample usage:\n```python\nprint(add(1, 2))\n```",
+        f"```python\ndef add(a): pass\n```\nBetter:\n```python\n{SOLUTION}```\n```py\nadd(1, 2)\n```",
+        f"~~~python\n{SOLUTION}~~~",
+        f"````python\n{SOLUTION}````",
+        f"````\n{SOLUTION}````\nprints\n````text\n```\n3\n```\n````",
+    ],
+)
+def test_l11_the_last_block_that_defines_what_is_called_is_the_program(completion):
+    assert find_program(completion, True, ["add"]) == SOLUTION
+
+
+def test_l11_a_class_or_an_assignment_defines_a_name_and_a_fence_within_a_longer_one_ends_nothing():
+    for program in ("class Solution:\n    x = 1\n", "Solution = make()\n"):
+        text = f"```python\n{program}```\n```python\nSolution().add(1)\n```"
+        assert find_program(text, True, ["Solution"]) == program
+    assert find_program("````python\n# a\n```\n# b\n````", True) == "# a\n```\n# b\n"
+    assert find_program("```python\nx = 1\n```\n```python\nx = 2\n```", True, ["f"]) == "x = 2\n"
+
+
+def test_l11_the_names_that_tests_call_are_not_those_that_python_has():
+    cases = [read_test("assert sorted(f(1)) == [1]"), read_test("assert Solution().g(2) == 3")]
+    assert called_names(cases) == {"f", "Solution"}
+    assert called_names([read_test({"input": "1", "output": "2"})]) == frozenset()

@@ -92,3 +92,21 @@ def test_long_texts_without_sense_are_read_in_no_time() -> None:
     for part in ("1+", "(", "9", " ", "-", "a ", "1,", "$", "1 ", "x"):
         assert equations(part * 10_000 + " = 1 + y") == []
     assert len(equations("1=1+0=" * 300)) == 600 - 1
+
+
+@pytest.mark.parametrize(
+    ("step", "found"),
+    [
+        ("2^3 = 8", [True]),
+        ("so 2 ^ 3 = 9", [False]),
+        ("-2^2 = -4", [True]),
+        ("2^-1 = 0.5", [True]),
+        ("2^3^2 = 512", [True]),
+        ("x^2 = 9", []),
+        ("9^9^9^9 = 5", []),
+        ("2^0.5 = 1", []),
+        ("0^-1 = 5", []),
+    ],
+)
+def test_l07_powers_are_arithmetic(step, found):
+    assert equations(step) == found

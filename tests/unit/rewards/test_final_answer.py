@@ -5,9 +5,9 @@ import pytest
 from rlhf_cluster.rewards.rules.final_answer import (
     final_statement,
     target_statement,
-    without_thinking,
 )
 from rlhf_cluster.rewards.rules.numeric import final_number
+from rlhf_cluster.rewards.rules.reasoning import USUAL_TAGS, without_reasoning
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_b1_the_statement_of_a_completion(text, statement):
     ],
 )
 def test_b1_reasoning_is_left_out(text, rest):
-    assert without_thinking(text) == rest
+    assert without_reasoning(text) == rest
 
 
 @pytest.mark.parametrize(
@@ -92,3 +92,23 @@ def test_b1_a_target_keeps_the_rules_of_the_data_sets(text, statement):
 )
 def test_b1_a_heading_never_hides_a_box(text):
     assert final_number(text) == 72
+
+
+@pytest.mark.parametrize(("opening", "closing"), USUAL_TAGS)
+def test_l05_reasoning_of_every_usual_tag_is_left_out(opening, closing):
+    assert without_reasoning(f"a{opening}b{closing}c") == "ac"
+    assert without_reasoning(f"b{closing}c") == "c"
+    assert without_reasoning(f"a{opening}b") == "a"
+
+
+def test_l05_a_section_may_name_further_tags():
+    tags = (("[[", "]]"),)
+    assert without_reasoning("a[[5]]b<think>c</think>", tags) == "ab"
+    assert without_reasoning("a[[5]]b") == "a[[5]]b"
+
+
+def test_l05_a_completion_that_begins_within_reasoning_and_never_leaves_it_has_no_answer():
+    assert without_reasoning("\\boxed{5}", is_open=True) == ""
+    assert without_reasoning("\\boxed{5}<think>", is_open=True) == ""
+    assert without_reasoning("5</think>6", is_open=True) == "6"
+    assert without_reasoning("5</think>6<think>7</think>8", is_open=True) == "68"

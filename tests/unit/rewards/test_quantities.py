@@ -3,6 +3,7 @@ made to be slow."""
 
 import subprocess
 import sys
+from fractions import Fraction
 
 import pytest
 
@@ -75,3 +76,27 @@ def test_l01_a_formula_that_is_more_than_a_number_is_none(text):
 )
 def test_l06_a_sentence_states_the_same_number_wherever_it_stands(form, sentence):
     assert final_number(form.format(sentence)) == 72
+
+
+@pytest.mark.parametrize(
+    ("equation", "number"),
+    [
+        ("2^3 = 8", 8),
+        ("2^3 = 9", None),
+        ("2^{3} = 9", None),
+        ("2^{1+2} = 8", 8),
+        ("3 * 2^{-1} = 1.5", Fraction(3, 2)),
+        ("(2+3)^2 = 25", 25),
+        ("20\u00b2 = 400", 400),
+        ("5 + = 9", None),
+        ("(2 + 3 = 5", None),
+        ("9^9^9^9 = 5", None),
+        ("1, 2 = 5", None),
+        ("5! = 120", 120),
+        (r"\sqrt{16} = 4", 4),
+        ("10 / 3 = 3.33", Fraction(333, 100)),
+    ],
+)
+def test_l07_a_side_before_that_is_arithmetic_has_to_come_to_the_number(equation, number):
+    assert final_number(f"\\boxed{{{equation}}}") == number
+    assert final_number(f"The answer is ${equation}$.") == number

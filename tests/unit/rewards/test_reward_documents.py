@@ -12,6 +12,7 @@ from rlhf_cluster.rewards import REWARDS, build_rewards
 from rlhf_cluster.rewards.programs.code_tests import read_test
 from rlhf_cluster.rewards.programs.sandbox import Outcome
 from rlhf_cluster.rewards.reward import RewardSection
+from rlhf_cluster.rewards.rules.reasoning import ReasoningSection
 from rlhf_cluster.rewards.servers.http_client import RemoteSection
 from tests.support.builders.run_configs import tiny_config
 from tests.support.builders.scored_groups import (
@@ -22,8 +23,9 @@ from tests.support.builders.scored_groups import (
 TEXT = Path("docs/rewards.md").read_text()
 SECTIONS = {
     config.model_fields["type"].default: config
-    for config in RewardSection.__subclasses__() + RemoteSection.__subclasses__()
-    if config is not RemoteSection
+    for base in (RewardSection, RemoteSection, ReasoningSection)
+    for config in base.__subclasses__()
+    if "type" in config.model_fields
 }
 EXPLAINED_ELSEWHERE = {"exact_match", "equations", "python", "reward_model"}
 
@@ -71,6 +73,8 @@ def test_the_table_has_every_reward():
 @pytest.mark.parametrize("kind", sorted(set(SECTIONS) - EXPLAINED_ELSEWHERE))
 def test_every_key_of_a_reward_is_explained(kind):
     shown = part(kind)
+    if issubclass(SECTIONS[kind], ReasoningSection):
+        shown += part("Where a completion states its answer")
     own = set(SECTIONS[kind].model_fields) - set(RewardSection.model_fields) - {"type"}
     if issubclass(SECTIONS[kind], RemoteSection):
         shown += part("Servers")

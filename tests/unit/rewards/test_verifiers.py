@@ -31,6 +31,7 @@ from rlhf_cluster.rewards.rules.multiple_choice import (
     MultipleChoiceConfig,
     choice,
 )
+from rlhf_cluster.rewards.rules.numeric import Numeric, NumericConfig
 from tests.support.builders.scored_groups import (
     make_prompt,
     make_rollouts,
@@ -282,3 +283,61 @@ def test_json_is_validated_in_a_child_by_the_schema_of_each_row():
 def test_a_json_schema_comes_from_one_place(keys):
     with pytest.raises(ConfigError, match="either json_schema or schema_column"):
         validate(JsonSchemaConfig, keys, "run.toml")
+
+
+@pytest.mark.parametrize(
+    ("reward", "text"),
+    [
+        (Numeric(NumericConfig(prompt_opens_reasoning=True), CONTEXT), "\\boxed{1}"),
+        (MultipleChoice(MultipleChoiceConfig(prompt_opens_reasoning=True), CONTEXT), "\\boxed{B}"),
+    ],
+)
+def test_l05_a_guess_counts_only_after_reasoning_that_the_prompt_opened(reward, text):
+    columns = {"answer": 1}
+    assert scores(reward, columns, text, f"so</think>{text}") == [0.0, 1.0]
+
+
+def test_l05_a_guess_between_tags_of_the_section_is_no_answer():
+    reward = Numeric(NumericConfig(reasoning_tags=(("<r>", "</r>"),)), CONTEXT)
+    assert scores(reward, {"answer": 1}, "<r>\\boxed{2}</r>1", "1<r>2") == [1.0, 1.0]
+    with pytest.raises(ValueError, match="at least 1 character"):
+        NumericConfig(reasoning_tags=(("", "</r>"),))
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("So option B is correct.", "B"),
+        ("So option B is not correct.", None),
+        ("If option B is correct, then 1 = 2.", None),
+        ("Option (C) is the best one.", "C"),
+        ("B is the correct answer.", "B"),
+        ("**B** is the correct option, since A is not.", "B"),
+        ("A is not the correct answer.", None),
+        ("The answer to the question is B.", "B"),
+        ("The correct answer for this problem is **(D)**", "D"),
+        ("`C`", "C"),
+        ("The answer is `C`.", "C"),
+        ("The answer is 'C'.", "C"),
+        ("The answer is A's problem.", None),
+        ("Hence (B).", "B"),
+        ("Therefore, B.", "B"),
+        ("Thus the answer B", "B"),
+        ("So I", None),
+        ('{"answer": "B"}', "B"),
+        ("{'answer': 'B', 'why': 'A is wrong'}", "B"),
+        ('```json\n{"reasoning": "not A", "answer": "C"}\n```', "C"),
+        ("\u6545\u9009B\u3002", "B"),
+        ("\u7b54\u6848\u9009\uff08C\uff09", "C"),
+        ("\u6b63\u786e\u7b54\u6848\u662f\uff1aD", "D"),
+        ("\u672c\u9898\u9009\u62e9 A", "A"),
+        ("C or maybe D", None),
+        ("Answer: C or maybe D", None),
+        ("Answer: C (or D)", None),
+        ("The answer is C or option D.", None),
+        ("The answer is maybe C", None),
+        (r"\\boxed{C or perhaps D}", None),
+    ],
+)
+def test_l10_the_choice_of_what_else_chat_models_write(text, letter):
+    assert choice(text, "ABCD") == letter

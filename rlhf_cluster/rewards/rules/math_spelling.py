@@ -1,0 +1,101 @@
+r"""Brings two answers to one way of writing, where both are usual and the library tells them apart.
+
+`x = 3, y = 4` is `(3, 4)`; `x = 1 \text{ or } x = 2` is `1, 2`; `3 \le x < 4` and `x \in [3, 4)` are
+`[3, 4)`. Only the side that has the names is written anew, and only where the other has none. Signs
+of Unicode become LaTeX.
+"""
+
+from __future__ import annotations
+
+import re
+
+from rlhf_cluster.rewards.rules.final_answer import MAX_STATEMENT_CHARACTERS
+from rlhf_cluster.rewards.rules.quantities import ALIGNED, with_plain_signs
+
+_ROOT = re.compile("\u221a ?(?:(\\d+|[A-Za-z])|\\(([^()]{1,80})\\))")
+_SIGNS = str.maketrans(
+    {
+        "\u2264": "\\le ", "\u2265": "\\ge ", "\u2260": "\\ne ", "\u222a": "\\cup ",
+        "\u2208": "\\in ", "\u2229": "\\cap ", "\u03b8": "\\theta ", "\u03c0": "\\pi ",
+        "\u221e": "\\infty ", "\u00b1": "\\pm ", "\u00d7": "\\times ", "\u00b7": "\\cdot ",
+        "\u22c5": "\\cdot ", "\u00f7": "/",
+    }
+)  # fmt: skip
+_NATURAL = re.compile(r"\\log\s?_\s?(?:e|\{\s?e\s?\})")
+_MEMBER = re.compile(r"^\s*[A-Za-z]\s*\\in(?![A-Za-z])\s*(?!\\mathbb)")
+_LISTED = re.compile(
+    r",|;|\\text\s?\{\s*(?:or|and),?\s*\}|\\(?:lor|vee)(?![A-Za-z])|\b(?:or|and)\b"
+)
+_ASSIGNED = re.compile(r"\s*([A-Za-z])(_\{?\w{1,4}\}?)?\s*=\s*([^=]*[^=\s])\s*")
+_SIGN = r"\s*(<|>|\\l[et]q?(?![a-z])|\\g[et]q?(?![a-z]))\s*"
+_RELATION = re.compile(_SIGN)
+_OR = re.compile(r"\\text\s?\{\s*or\s*\}|\bor\b|\\cup(?![A-Za-z])")
+_NAME = re.compile(r"[A-Za-z]")
+
+
+def alike(target: str, answer: str) -> tuple[str, str]:
+    """Both sides, the one with names or relations as the values that the other one has."""
+    if len(answer) > MAX_STATEMENT_CHARACTERS:
+        return target, answer
+    target, answer = _plain(target), _plain(answer)
+    for marks, write in (("=", _values), (_RELATION, _intervals)):
+        has = [re.search(marks, side) is not None for side in (target, answer)]
+        if has == [True, False]:
+            target = write(target, answer)
+        elif has == [False, True]:
+            answer = write(answer, target)
+    return target, answer
+
+
+def in_latex(text: str) -> str:
+    """The text with LaTeX for signs of Unicode, and `\\ln` for `\\log_e`."""
+    text = _NATURAL.sub(r"\\ln ", text)
+    if text.isascii():
+        return text
+    text = _ROOT.sub(lambda found: rf"\sqrt{{{found[1] or found[2]}}}", text).translate(_SIGNS)
+    return with_plain_signs(text)
+
+
+def _plain(text: str) -> str:
+    text = ALIGNED.sub("", in_latex(text)).replace("&=", "=").strip().strip("$")
+    return _MEMBER.sub("", text.removeprefix("\\(").removesuffix("\\)"))
+
+
+def _values(text: str, other: str) -> str:
+    """The values of several assignments: a list of one name's, or a tuple in the names' order."""
+    parts = [_ASSIGNED.fullmatch(part) for part in _LISTED.split(text)]
+    found = [part.groups("") for part in parts if part is not None]
+    if len(found) < max(len(parts), 2):
+        return text
+    names = {(name, index) for name, index, _ in found}
+    is_tuple = other.lstrip().startswith(("(", "\\left("))
+    if len({name for name, _ in names}) == 1 and not (is_tuple and len(names) == len(found)):
+        return ", ".join(value for *_, value in found)
+    if len(names) < len(found):
+        return text
+    return f"({', '.join(value for *_, value in sorted(found))})"
+
+
+def _intervals(text: str, other: str) -> str:
+    """The intervals that inequalities of one name are; the text where it is none."""
+    found = [_interval(_RELATION.split(part.strip())) for part in _OR.split(text)]
+    whole = [one for one in found if one is not None]
+    return r" \cup ".join(whole) if len(whole) == len(found) else text
+
+
+def _interval(parts: list[str]) -> str | None:
+    """The interval of `3 \\le x < 4`, or of `x < 4`, by its parts and signs."""
+    signs = parts[1::2]
+    if len({sign.startswith(("<", "\\l")) for sign in signs}) != 1:
+        return None
+    if not signs[0].startswith(("<", "\\l")):
+        parts = parts[::-1]
+    if len(parts) == 3:
+        ends = ["-\\infty", "<", *parts] if _NAME.fullmatch(parts[0]) else [*parts, "<", "\\infty"]
+    else:
+        ends = parts
+    if len(ends) != 5 or not _NAME.fullmatch(ends[2]):
+        return None
+    low, first, _, second, high = ends
+    closed = [sign not in "<>" and "t" not in sign for sign in (first, second)]
+    return f"{'[' if closed[0] else '('}{low}, {high}{']' if closed[1] else ')'}"
