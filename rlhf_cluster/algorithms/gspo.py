@@ -77,9 +77,9 @@ class Gspo(PolicyGradient[GspoConfig]):
         return group_advantages(rewards.tolist(), group_ids, self.config.normalize_std)
 
     def surrogate(self, log_ratios: Tensor, inputs: LossInputs) -> tuple[Tensor, Sums]:
-        return clipped_surrogate(self.shared(log_ratios, inputs), inputs, self.config)
+        return clipped_surrogate(self.surrogate_log_ratios(log_ratios, inputs), inputs, self.config)
 
-    def shared(self, log_ratios: Tensor, inputs: LossInputs) -> Tensor:
-        """The mean over the token's response."""
+    def surrogate_log_ratios(self, log_ratios: Tensor, inputs: LossInputs) -> Tensor:
+        """Return the mean over the token's response."""
         means = sequence_means(log_ratios, inputs.sequence, inputs.num_sequences)
         return means[inputs.sequence]
