@@ -203,8 +203,8 @@ class Pipeline:
     async def produce(self, ticket: Ticket, prompt: Prompt) -> None:
         """Bring one group from its ticket into the buffer: recover it from disk, or generate and score.
 
-        A group that failed after all retries is discarded, and so is one that the algorithm does not
-        train on; another is admitted instead. `rlhf_cluster.failures` says which errors end the run.
+        A group that failed after all retries, or that the algorithm does not train on, is discarded
+        and another admitted. `rlhf_cluster.failures` says which errors end the run instead.
         """
         try:
             stored = await self._recover(ticket, prompt)

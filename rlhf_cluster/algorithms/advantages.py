@@ -55,7 +55,7 @@ def group_advantages(
     Raises:
         RecordError: lengths that differ, or rewards that are not finite.
     """
-    values = _checked(rewards, group_ids)
+    values = _check_rewards(rewards, group_ids)
     advantages = np.zeros(len(values))
     for members in _unequal_groups(values, group_ids):
         group = values[members]
@@ -82,7 +82,7 @@ def leave_one_out_advantages(rewards: Sequence[float], group_ids: Sequence[Hasha
     Raises:
         RecordError: lengths that differ, or rewards that are not finite.
     """
-    values = _checked(rewards, group_ids)
+    values = _check_rewards(rewards, group_ids)
     advantages = np.zeros(len(values))
     for members in _unequal_groups(values, group_ids):
         group, size = values[members], len(members)
@@ -257,8 +257,8 @@ def gae(
 def whiten(values: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Shift and scale to mean 0 and standard deviation 1 over the trained tokens of all rollouts.
 
-    Every rank passes all rollouts of a step, so the statistics are those of the whole step. Values
-    that are equal up to rounding become 0, and so does a single value.
+    Every rank passes all rollouts of a step, so the statistics are those of the whole step. Equal
+    values (up to rounding), and a single value, become 0.
 
     Args:
         values: [T] of each rollout; anything at tokens that are not trained.
@@ -280,7 +280,7 @@ def whiten(values: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> list[np
     return [_scatter((v - mean) / deviation, m) for v, m in zip(picked, masks, strict=True)]
 
 
-def _checked(rewards: Sequence[float], group_ids: Sequence[Hashable]) -> np.ndarray:
+def _check_rewards(rewards: Sequence[float], group_ids: Sequence[Hashable]) -> np.ndarray:
     values = np.asarray(rewards, dtype=np.float64)
     if values.shape != (len(group_ids),):
         raise RecordError(f"{values.size} rewards for {len(group_ids)} group ids; must be equal")

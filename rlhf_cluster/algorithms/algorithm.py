@@ -69,8 +69,8 @@ class Algorithm(Protocol):
 
     @property
     def full_kl_in(self) -> Literal["loss", "reward"] | None:
-        """Where the KL over the whole vocabulary is used; None if it is not. The learner then holds the
-        reference and fills `LossInputs.reference_kl`, or each rollout's before advantages."""
+        """Term that uses the KL over the whole vocabulary, or None. If used, the learner holds the
+        reference, and fills `LossInputs.reference_kl`, or each rollout's before advantages."""
         ...
 
     @property

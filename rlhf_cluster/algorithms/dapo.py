@@ -94,7 +94,7 @@ class Dapo(GroupRelative[DapoConfig]):
         rollouts = [s.rollout for g in groups for s in g.scored]
         if all(self._filtered(r) or not r.response_mask.any() for r in rollouts):
             return groups
-        return [replace(g, scored=tuple(self._unmasked(s) for s in g.scored)) for g in groups]
+        return [replace(g, scored=tuple(self._clear_mask(s) for s in g.scored)) for g in groups]
 
     def overlong_punishment(self, num_tokens: int) -> float:
         """Return the change of the reward for this number of tokens, in [-overlong_penalty, 0].
@@ -117,7 +117,7 @@ class Dapo(GroupRelative[DapoConfig]):
     def _filtered(self, rollout: Rollout) -> bool:
         return self.config.overlong_filter and rollout.finish_reason is FinishReason.LENGTH
 
-    def _unmasked(self, scored: ScoredRollout) -> ScoredRollout:
+    def _clear_mask(self, scored: ScoredRollout) -> ScoredRollout:
         if not self._filtered(scored.rollout):
             return scored
         nothing = np.zeros_like(scored.rollout.response_mask)

@@ -7,7 +7,7 @@
 R are the rewards of the group, r those of ALL steps of the group (`ScoredRollout.step_rewards`). The
 paper trains with one or the other. If a run has rewards of both kinds, each is normalised separately
 and the two are added: with equal outcome rewards, or with none, the result is the paper's. Steps of
-equal rewards get exactly 0, and so do tokens after the last step.
+equal rewards and tokens after the last step get exactly 0.
 
 Shao et al. 2024, arXiv 2402.03300, sections 4.1.2 and 4.1.3.
 """
@@ -85,14 +85,14 @@ class GroupRelative(PolicyGradient[S]):
         if self.config.advantage == "outcome":
             return outcome
         scored = [s for g in groups for s in g.scored]
-        ends, rewards = zip(*(_steps(s) for s in scored), strict=True) if scored else ((), ())
+        ends, rewards = zip(*(_get_steps(s) for s in scored), strict=True) if scored else ((), ())
         lengths = [len(s.rollout.response_ids) for s in scored]
         ids = [g.group_id for g in groups for _ in g.scored]
         process = iter(process_advantages(rewards, ends, lengths, ids, self.normalizes_std))
         return [[values + next(process) for values in group] for group in outcome]
 
 
-def _steps(scored: ScoredRollout) -> tuple[np.ndarray, np.ndarray]:
+def _get_steps(scored: ScoredRollout) -> tuple[np.ndarray, np.ndarray]:
     if scored.step_ends is None or scored.step_rewards is None:
         raise RecordError(
             f"algorithm.advantage = 'process' but rollout {scored.rollout.rollout_id} has no step "

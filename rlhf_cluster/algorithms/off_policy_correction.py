@@ -6,8 +6,8 @@ For trained tokens t of a rollout i with log-ratios l_t = log pi_t - log mu_t, a
     action    truncate: w = clamp(rho, low, high)    mask: w = rho (or 1) within [low, high], else 0
 
 where pi is the proximal policy (the current one with `proximal = "bypass"`) and mu the sampler.
-A named correction is a row of `PRESETS`; its keys give the bounds. `custom` gives a rule of its own
-choice. A list is one correction whose weights multiply: `correction = [{ type = "icepop" },
+A named correction is a row of `PRESETS`; its keys give the bounds. `custom` is any other
+rule. A list is one correction whose weights multiply: `correction = [{ type = "icepop" },
 { type = "sequence_mask" }]`.
 
 Promise: at most one rule of a correction weighs by a ratio, and no two have the same level and action.
@@ -32,7 +32,7 @@ High = Annotated[float, Field(ge=1, le=1e8)]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """Which ratio is formed, and what happens to it outside [low, high]."""
+    """Ratio to form, and what to do with it outside [low, high]."""
 
     level: Level
     action: Action
@@ -248,10 +248,10 @@ class Combined(Section):
         return tuple(rule for part in self.parts for rule in part.rules())
 
 
-def _combined(value: Any) -> Any:
+def _wrap_list(value: Any) -> Any:
     return {"type": "combined", "parts": value} if isinstance(value, list | tuple) else value
 
 
 Correction = Annotated[
-    _Part | Combined | NoCorrection, Field(discriminator="type"), BeforeValidator(_combined)
+    _Part | Combined | NoCorrection, Field(discriminator="type"), BeforeValidator(_wrap_list)
 ]

@@ -49,12 +49,15 @@ def distance_sums(logprobs: Tensor, sampled_logprobs: Tensor, staleness: Tensor)
         "logprob_diff_mean": (logprobs.detach() - sampled_logprobs).abs().double(),
     }
     count = ratio.new_tensor(ratio.numel())
-    bucket = _bucket(staleness)
-    counts = _by_bucket(ratio.new_ones(ratio.shape), bucket)
+    bucket = _to_bucket(staleness)
+    counts = _sum_by_bucket(ratio.new_ones(ratio.shape), bucket)
     bins = histogram(sizes, bucket)
     return {
-        **{_total(name): (values.sum(), count) for name, values in per_token.items()},
-        **{_split(name): (_by_bucket(v, bucket), counts) for name, v in per_token.items()},
+        **{_name_total(name): (values.sum(), count) for name, values in per_token.items()},
+        **{
+            _name_by_staleness(name): (_sum_by_bucket(v, bucket), counts)
+            for name, v in per_token.items()
+        },
         "importance/ratio_max": (_largest(ratio), count),
         "importance/log_ratio_max": (_largest(sizes), count),
         "_log_ratio_by_staleness_max": (
@@ -71,10 +74,11 @@ def shares_by_staleness(shares: Mapping[str, Tensor], staleness: Tensor) -> Sums
 
     `derive_distance` turns them into metrics importance/NAME_by_staleness.
     """
-    bucket = _bucket(staleness)
-    counts = _by_bucket(staleness.new_ones(staleness.shape).double(), bucket)
+    bucket = _to_bucket(staleness)
+    counts = _sum_by_bucket(staleness.new_ones(staleness.shape).double(), bucket)
     return {
-        _split(name): (_by_bucket(share.double(), bucket), counts) for name, share in shares.items()
+        _name_by_staleness(name): (_sum_by_bucket(share.double(), bucket), counts)
+        for name, share in shares.items()
     }
 
 
@@ -83,7 +87,7 @@ def derive_distance(means: Mapping[str, float]) -> dict[str, float]:
     metrics = {name: value for name, value in means.items() if not name.startswith("_")}
     if "_ratio_squared" in means:
         shares = [means[f"_bin/{i}"] for i in range(NUM_BINS)]
-        derived = _derived(means["importance/ratio_mean"], means["_ratio_squared"], shares)
+        derived = _derive(means["importance/ratio_mean"], means["_ratio_squared"], shares)
         metrics |= {f"importance/{name}": value for name, value in derived.items()}
     for index, label in enumerate(STALENESS_LABELS):
         derived = _derive_bucket(means, index)
@@ -103,12 +107,12 @@ def _derive_bucket(means: Mapping[str, float], index: int) -> dict[str, float]:
     if squared is not None:
         first = index * NUM_BINS
         shares = [means[f"_bin_by_staleness/{first + i}"] for i in range(NUM_BINS)]
-        metrics |= _derived(metrics["ratio_mean"], squared, shares)
+        metrics |= _derive(metrics["ratio_mean"], squared, shares)
         metrics["log_ratio_max"] = means[f"_log_ratio_by_staleness_max/{index}"]
     return metrics
 
 
-def _derived(ratio: float, ratio_squared: float, shares: list[float]) -> dict[str, float]:
+def _derive(ratio: float, ratio_squared: float, shares: list[float]) -> dict[str, float]:
     return {
         "effective_sample_size": ratio**2 / ratio_squared,
         "chi_squared": ratio_squared - 1,
@@ -146,11 +150,11 @@ def histogram(sizes: Tensor, bucket: Tensor | None = None) -> Tensor:
     return flat.index_add(0, bucket * NUM_BINS + bins, ones).view(-1, NUM_BINS)
 
 
-def _bucket(staleness: Tensor) -> Tensor:
+def _to_bucket(staleness: Tensor) -> Tensor:
     return staleness.detach().long().clamp(0, len(STALENESS_LABELS) - 1)
 
 
-def _by_bucket(values: Tensor, bucket: Tensor) -> Tensor:
+def _sum_by_bucket(values: Tensor, bucket: Tensor) -> Tensor:
     return values.new_zeros(len(STALENESS_LABELS)).index_add(0, bucket, values)
 
 
@@ -158,9 +162,9 @@ def _largest(values: Tensor) -> Tensor:
     return values.max() if values.numel() else values.new_tensor(0.0)
 
 
-def _total(name: str) -> str:
+def _name_total(name: str) -> str:
     return name if name.startswith("_") else f"importance/{name}"
 
 
-def _split(name: str) -> str:
+def _name_by_staleness(name: str) -> str:
     return f"_{name.removeprefix('_')}_by_staleness"

@@ -132,11 +132,11 @@ class OnlineDpo:
         }
         if not num_pairs:
             return groups
-        return [_only(group, pair or ()) for group, pair in zip(groups, pairs, strict=True)]
+        return [_mask_others(group, pair or ()) for group, pair in zip(groups, pairs, strict=True)]
 
     def advantages(self, groups: Sequence[ExperienceGroup]) -> PerToken:
         """Return one float32 array [T] per rollout, nested like `groups[i].scored[j]`."""
-        return [_marks(group) for group in groups]
+        return [_mark_pair(group) for group in groups]
 
     def loss(self, inputs: LossInputs) -> tuple[Tensor, Sums]:
         """Return for each token [N] the loss of its pair, not yet weighted, and metric sums.
@@ -144,7 +144,7 @@ class OnlineDpo:
         Raises:
             RecordError: units that are not pairs, or a missing reference that the loss needs.
         """
-        pairs = _pairs_of(inputs, self.config.loss.needs_reference)
+        pairs = _build_pairs(inputs, self.config.loss.needs_reference)
         losses, sums = self.config.loss.losses(pairs)
         return losses[inputs.sequence // 2], {
             **sums,
@@ -183,7 +183,7 @@ def pair_of(group: ExperienceGroup) -> tuple[int, int] | None:
     return trained[int(np.argmax(rewards))], trained[int(np.argmin(rewards))]
 
 
-def _marks(group: ExperienceGroup) -> list[np.ndarray]:
+def _mark_pair(group: ExperienceGroup) -> list[np.ndarray]:
     marks = np.zeros(len(group.scored), dtype=np.float32)
     if (pair := pair_of(group)) is not None:
         marks[list(pair)] = 1.0, -1.0
@@ -193,17 +193,17 @@ def _marks(group: ExperienceGroup) -> list[np.ndarray]:
     ]
 
 
-def _only(group: ExperienceGroup, indices: Sequence[int]) -> ExperienceGroup:
-    scored = (s if i in indices else _untrained(s) for i, s in enumerate(group.scored))
+def _mask_others(group: ExperienceGroup, indices: Sequence[int]) -> ExperienceGroup:
+    scored = (s if i in indices else _clear_mask(s) for i, s in enumerate(group.scored))
     return replace(group, scored=tuple(scored))
 
 
-def _untrained(scored: ScoredRollout) -> ScoredRollout:
+def _clear_mask(scored: ScoredRollout) -> ScoredRollout:
     nothing = np.zeros_like(scored.rollout.response_mask)
     return replace(scored, rollout=replace(scored.rollout, response_mask=nothing))
 
 
-def _pairs_of(inputs: LossInputs, with_reference: bool) -> Pairs:
+def _build_pairs(inputs: LossInputs, with_reference: bool) -> Pairs:
     if set(inputs.unit_sizes) - {2} or 2 * len(inputs.unit_sizes) != inputs.num_sequences:
         raise RecordError(
             f"{inputs.num_sequences} sequences in {len(inputs.unit_sizes)} units of "

@@ -40,7 +40,7 @@ class AlgorithmSection(Section):
 
     @property
     def full_kl_in(self) -> Literal["loss", "reward"] | None:
-        """Where the KL over the whole vocabulary acts; None if it does not."""
+        """Term that the KL over the whole vocabulary acts in; None if it is not used."""
         return None
 
     @property

@@ -91,7 +91,7 @@ class Ppo(PolicyGradient[PpoConfig]):
         advantages, returns = gae(rewards, flat, masks, self.config.discount, self.config.trace)
         if self.config.whiten:
             advantages = whiten(advantages, masks)
-        return _nested(advantages, groups), _nested(returns, groups)
+        return _nest(advantages, groups), _nest(returns, groups)
 
     def value_loss(self, inputs: ValueInputs) -> tuple[Tensor, Sums]:
         """Return the value loss of each token [N], not yet weighted, and metric sums."""
@@ -135,6 +135,6 @@ def clipped_value_loss(
     return bounded_loss.where(clipped, free), clipped
 
 
-def _nested(flat: list, groups: Sequence[ExperienceGroup]) -> PerToken:
+def _nest(flat: list, groups: Sequence[ExperienceGroup]) -> PerToken:
     values = iter(flat)
     return [[next(values) for _ in group.scored] for group in groups]

@@ -73,13 +73,15 @@ class ReinforcePp(PolicyGradient[ReinforcePpConfig]):
             centred = group_advantages(totals.tolist(), ids, normalize_std=False)
             outcomes = (outcomes + centred - totals).tolist()
         returns = [
-            _to_go(terminal_rewards(outcome, mask) + step_rewards(s) - self.token_penalties(s))
+            _rewards_to_go(
+                terminal_rewards(outcome, mask) + step_rewards(s) - self.token_penalties(s)
+            )
             for s, outcome, mask in zip(scored, outcomes, masks, strict=True)
         ]
         flat = iter(whiten(returns, masks))
         return [[next(flat) for _ in group.scored] for group in groups]
 
 
-def _to_go(rewards: np.ndarray) -> np.ndarray:
+def _rewards_to_go(rewards: np.ndarray) -> np.ndarray:
     """Sum the rewards from each token onward. [T] -> [T]."""
     return rewards[::-1].cumsum()[::-1]
