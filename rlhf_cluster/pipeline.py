@@ -1,18 +1,36 @@
-"""The whole loop in one file.
+"""The training loop: generation, scoring and training overlapped.
 
-      prompts                                     publish (behind the next step)
+      prompts                                publish (overlapped with the next step)
          |  admit                           +---------------------------------+
          v                                  v                                 |
      GENERATION --rollouts--> SCORING --groups--> BUFFER --batches--> LEARNER-+
          ^                                                               |
          +------------------------ pull, in flight ----------------------+  weights/sync.py
 
-Two loops and one background task. Backpressure runs against the arrows: the learner's progress and
-the live version free slots, slots admit groups. `max_staleness = 0` is the synchronous mode of this
-same code: then no slot is free until the last step's weights are live.
+Two loops (`rollout_loop`, `learner_loop`) and one background task (`sync`). Two steps in time, where
+step k turns version k - 1 into version k:
 
-Promises: every admitted group is finished or discarded with a counted reason; no wait is without a
-deadline (each port has its own); the first failure ends all loops and is what the caller sees.
+    time ->       | step k                                   | step k + 1
+    learner_loop  | take | train_step        | copy | record | take | train_step        | copy |
+    sync            write, pull k - 1 | live        | write k, pull k           | live         |
+    rollout_loop         | admit      | admit                       | admit     | admit
+    produce         each group is generated, scored and finished on its own, during all of the above
+
+    wait                    for what                                unblocked by
+    learner_loop: take      `groups_per_step` finished groups       `produce` (`buffer.finish`)
+    learner_loop: copy      a copy of the weights, not the write    the learner
+    learner_loop: record    metrics, stored numbers, a copy for     the disk, the learner
+                            the checkpoint, not its write
+    sync: write, pull       the store, then all workers             the learner, the workers
+    rollout_loop: admit     a free slot in the buffer               `take`, or a version that is live
+
+No loop waits for a publish. If one still runs at the next copy, that version is skipped and counted.
+Backpressure runs against the arrows: the learner's progress and the live version free slots, and a
+slot admits a group. With `max_staleness = 0` the same code is synchronous: no slot is free until the
+weights of the last step are live.
+
+Promises: every admitted group is finished or discarded with a counted reason; every wait has a
+deadline (each port its own); the first failure ends all loops and is raised to the caller.
 """
 
 from __future__ import annotations
@@ -24,44 +42,27 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from rlhf_cluster.buffer.adaptive_depth import DepthController
-from rlhf_cluster.errors import (
-    RecordLost,
-    RlhfError,
-    WorkerError,
-    first_failure,
-)
+from rlhf_cluster.errors import RecordLost, RlhfError, WorkerError, first_failure
 from rlhf_cluster.failures import Outcomes, costs_one_group
 from rlhf_cluster.observe.occupancy import Occupancy
-from rlhf_cluster.ports import (
-    BufferPort,
-    GenerationPort,
-    LearnerPort,
-    RecoveryPort,
-    ScoringPort,
-)
-from rlhf_cluster.records import (
-    GroupSummary,
-    Handle,
-    Prompt,
-    Sampling,
-    StepReport,
-    Taken,
-    Ticket,
-)
+from rlhf_cluster.ports import BufferPort, GenerationPort, LearnerPort, RecoveryPort, ScoringPort
+from rlhf_cluster.records import GroupSummary, Handle, Prompt, Sampling, StepReport, Taken, Ticket
 from rlhf_cluster.util.concurrency import together
 from rlhf_cluster.util.slow_disk import aside
 from rlhf_cluster.weights.sync import WeightSync
 
 NO_SIGNAL = "no_signal"
-"""The reason of a discard whose rewards the algorithm has no use for."""
+"""Discard reason of a group whose rewards give the algorithm no learning signal."""
 MAX_READS = 32
-"""Stored groups that are read at once, and that one look takes at most: a run may resume with
-thousands, and each look has a deadline."""
+"""Bound of concurrent reads of stored groups, and of groups per read. A run may resume with
+thousands, and each read has a deadline."""
 MAX_LOSSES = 3
-"""How often a group is generated again that a node took with it before it was scored."""
+"""Times that a group is generated again when a node failure loses it before it is scored."""
 
 
 class PromptsPort(Protocol):
+    """Stream of prompts; a prompt is a function of its index alone."""
+
     def next(self) -> Prompt: ...
 
     def seek(self, cursor: int) -> None: ...
@@ -69,19 +70,21 @@ class PromptsPort(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTimes:
-    """Where one step's wall time went, in seconds."""
+    """Wall time of one step by what it was spent on, in seconds."""
 
     step_s: float
     learner_wait_s: float  # the learner waited for groups
-    generation_wait_s: float  # no group was under way: generation waited for a free slot
+    generation_wait_s: float  # no group was in flight: generation waited for a free slot
     train_s: float
     publish_wait_s: float  # the learner waited for the copy of its weights
-    generation_busy_s: float  # mean over the workers of the time they had a group
-    scoring_busy_s: float  # the same of the scoring workers
-    pool_busy_s: Mapping[str, float] = field(default_factory=dict)  # of other pools that score
+    generation_busy_s: float  # time with a group in flight, mean over the workers
+    scoring_busy_s: float  # time with a group in flight, mean over the scoring workers
+    pool_busy_s: Mapping[str, float] = field(default_factory=dict)  # of other scoring pools
 
 
 class ObserverPort(Protocol):
+    """Receiver of what happened: each step, and groups that did not take the usual way."""
+
     def step(self, report: StepReport, taken: Sequence[Taken], times: StepTimes) -> None: ...
 
     def group_discarded(self, ticket: Ticket, error: RlhfError) -> None: ...
@@ -92,6 +95,8 @@ class ObserverPort(Protocol):
 
 
 class CheckpointsPort(Protocol):
+    """Checkpoints of the run, written in the background after a copy between two steps."""
+
     async def after_step(self, step: int) -> None: ...
 
     async def save_now(self, step: int, timeout_s: float) -> None: ...
@@ -101,12 +106,12 @@ class CheckpointsPort(Protocol):
 
 @dataclass(slots=True, kw_only=True)
 class Pipeline:
-    """The services of one run and the few numbers that the loops need.
+    """Services of one run, and the numbers that its loops need.
 
-    A run that goes on from a checkpoint begins with `first_step` steps done and the groups of `open`
-    under way again; one that `recovery` has is finished at once. Ticket n gets the prompt at place
-    `first_prompt` + n of the stream, always. `groups_per_step` counts the fresh groups of a step: all
-    of them, without replay.
+    A resumed run begins with `first_step` steps done and the groups of `open` in flight again; a group
+    that `recovery` has stored is finished at once. Ticket n always gets the prompt at index
+    `first_prompt` + n of the stream. `groups_per_step` counts the fresh groups of a step, without
+    replayed ones.
     """
 
     generation: GenerationPort
@@ -122,20 +127,22 @@ class Pipeline:
     max_error_rate: float
     live_timeout_s: float
     trains_on: Callable[[Sequence[float]], bool] = lambda rewards: True
-    depth: DepthController | None = None  # None: the depth stays as it is
+    depth: DepthController | None = None  # None: a constant pipeline depth
     checkpoints: CheckpointsPort | None = None
-    recovery: RecoveryPort | None = None  # None: no group is on disk
+    recovery: RecoveryPort | None = None  # None: no group is stored on disk
     trainable: Callable[[Ticket, int], bool] = lambda ticket, oldest_version: True
-    """Whether a stored group with tokens of that version keeps the bound when its turn comes."""
-    on_disk: Callable[..., Awaitable[Any]] = aside  # how its methods are called
+    """Whether a stored group with tokens of that version is within the staleness bound at its turn."""
+    on_disk: Callable[..., Awaitable[Any]] = (
+        aside  # runs a blocking method of `recovery` in a thread
+    )
     first_step: int = 0
     first_prompt: int = 0
     open: Sequence[Ticket] = ()
     replayable: Sequence[int] = ()  # trained groups that a resumed run may train again
-    stopped: bool = False  # by `stop`
-    num_workers: Callable[[str], int] = lambda pool: 1  # of "generation", "scoring"
+    stopped: bool = False  # set by `stop`
+    num_workers: Callable[[str], int] = lambda pool: 1  # live workers of "generation" or "scoring"
     pool_busy: Callable[[], Mapping[str, float]] = dict
-    """Seconds since the last call for which each pool was busy, where several pools score."""
+    """Busy seconds of each further scoring pool since the last call."""
     clock: Callable[[], float] = time.monotonic
     _reads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_READS))
     _outcomes: Outcomes = field(init=False)
@@ -148,7 +155,7 @@ class Pipeline:
         self._being_scored = Occupancy(self.clock, lambda: self.num_workers("scoring"))
 
     async def run(self) -> int:
-        """Train up to step `num_steps`; returns the steps done, fewer after `stop`.
+        """Train up to step `num_steps`; return the number of steps done, fewer after `stop`.
 
         Version `first_step` must be live. Raises the first failure of any loop.
         """
@@ -173,9 +180,9 @@ class Pipeline:
             raise first_failure(failures) from failures
 
     async def rollout_loop(self) -> None:
-        """Consumes prompts, produces finished groups.
+        """Admit groups and start `produce` for each; consumes prompts.
 
-        Waits for: a slot. Unblocked by: `learner_loop` taking groups, a version getting live.
+        Waits for: a free slot. Unblocked by: `learner_loop` taking groups, a version becoming live.
         Ends when the buffer needs no further group.
         """
         async with asyncio.TaskGroup() as groups:
@@ -184,22 +191,24 @@ class Pipeline:
             while tickets := tickets or await self.buffer.admit():
                 for ticket in tickets:
                     self.prompts.seek(self.first_prompt + ticket.number)
-                    ours = replace(ticket, attempt=attempt)
-                    groups.create_task(self.produce(ours, self.prompts.next()))
+                    ticket = replace(ticket, attempt=attempt)
+                    groups.create_task(self.produce(ticket, self.prompts.next()))
                 tickets = []
 
     async def stop(self) -> None:
-        """End `run` at the next boundary between two steps: now, where the learner waits."""
+        """End `run` at the next boundary between two steps: at once if the learner waits for groups."""
         self.stopped = True
         await self.buffer.stop()
 
     async def produce(self, ticket: Ticket, prompt: Prompt) -> None:
-        """One group from ticket to buffer. A failure that outlived its retries is a discard, and so
-        is a group that the algorithm does not train on; another one is admitted in its place. Which
-        errors end the run instead: `rlhf_cluster.failures`."""
+        """Bring one group from its ticket into the buffer: recover it from disk, or generate and score.
+
+        A group that failed after all retries, or that the algorithm does not train on, is discarded
+        and another admitted. `rlhf_cluster.failures` says which errors end the run instead.
+        """
         try:
-            found = await self._recovered(ticket, prompt)
-            handle, summary = found or await self._generated(ticket, prompt)
+            stored = await self._recover(ticket, prompt)
+            handle, summary = stored or await self._generate_and_score(ticket, prompt)
         except RlhfError as error:
             if not costs_one_group(error):
                 raise
@@ -213,19 +222,19 @@ class Pipeline:
                 await self.buffer.discard(ticket, NO_SIGNAL)
             self._outcomes.add(None)
 
-    async def _recovered(
-        self, ticket: Ticket, prompt: Prompt
-    ) -> tuple[Handle, GroupSummary] | None:
+    async def _recover(self, ticket: Ticket, prompt: Prompt) -> tuple[Handle, GroupSummary] | None:
         if self.recovery is None:
             return None
         async with self._reads:
-            found = await self.on_disk(self.recovery.recover, ticket, prompt)
-        if found is None or not self.trainable(ticket, found[1].oldest_version):
-            return None  # it is generated again, with the weights of now
+            stored = await self.on_disk(self.recovery.recover, ticket, prompt)
+        if stored is None or not self.trainable(ticket, stored[1].oldest_version):
+            return None  # it is generated again, with the current weights
         self.observer.group_recovered(ticket)
-        return found
+        return stored
 
-    async def _generated(self, ticket: Ticket, prompt: Prompt) -> tuple[Handle, GroupSummary]:
+    async def _generate_and_score(
+        self, ticket: Ticket, prompt: Prompt
+    ) -> tuple[Handle, GroupSummary]:
         async def generate() -> Handle:
             with self._generating.call():
                 return await self.generation.generate(ticket, prompt, self.sampling)
@@ -237,13 +246,13 @@ class Pipeline:
         return await scored(generate, score)
 
     async def learner_loop(self) -> int:
-        """Consumes batches, produces weights and checkpoints; returns the steps done.
+        """Train on batches; return the number of steps done.
 
         Waits for: `groups_per_step` finished groups. Unblocked by: `rollout_loop`, `stop`, or the
         buffer's stall deadline.
         """
         if self.recovery is not None and self.replayable:
-            await self.buffer.forget(await self._unusable(self.recovery))
+            await self.buffer.forget(await self._unusable_replays(self.recovery))
         for version in range(self.first_step, self.num_steps):
             start = self.clock()
             taken = await self.buffer.take(self.groups_per_step, learner_version=version)
@@ -252,39 +261,45 @@ class Pipeline:
             got = self.clock()
             report = await self.learner.train_step(taken)
             trained = self.clock()
-            await self.sync.after_step(report.step)
-            end = self.clock()
-            generation, scoring = self._generating.take(), self._being_scored.take()
-            busy = {"scoring": scoring.busy_s, **self.pool_busy()}
-            times = StepTimes(
-                step_s=end - start,
-                learner_wait_s=got - start,
-                generation_wait_s=generation.idle_s,
-                train_s=trained - got,
-                publish_wait_s=end - trained,
-                generation_busy_s=generation.busy_s,
-                scoring_busy_s=busy.pop("scoring"),
-                pool_busy_s=busy,
-            )
-            self.observer.step(self._with_depth(report), taken, times)
-            await self._adapt_depth(report, times)
-            if self.recovery is not None:
-                numbers = [group.ticket.number for group in taken]
-                await self.on_disk(self.recovery.trained, report.step, numbers)
-            if self.checkpoints is not None:
-                await self.checkpoints.after_step(report.step)
+            await self.sync.after_step(report.step)  # waits for the copy, not for the publish
+            await self._record(report, taken, self._step_times(start, got, trained, self.clock()))
         return self.num_steps
 
-    async def _unusable(self, recovery: RecoveryPort) -> list[int]:
-        """Those of `replayable` that the run cannot train again. Waits for: reading them all."""
+    def _step_times(self, start: float, got: float, trained: float, end: float) -> StepTimes:
+        generation, scoring = self._generating.take(), self._being_scored.take()
+        busy = {"scoring": scoring.busy_s, **self.pool_busy()}
+        return StepTimes(
+            step_s=end - start,
+            learner_wait_s=got - start,
+            generation_wait_s=generation.idle_s,
+            train_s=trained - got,
+            publish_wait_s=end - trained,
+            generation_busy_s=generation.busy_s,
+            scoring_busy_s=busy.pop("scoring"),
+            pool_busy_s=busy,
+        )
 
-        async def look(some: Sequence[int]) -> list[int]:
+    async def _record(self, report: StepReport, taken: Sequence[Taken], times: StepTimes) -> None:
+        """Report a step, adapt the depth, and store what a resumed run needs, in this order."""
+        self.observer.step(self._with_depth(report), taken, times)
+        await self._adapt_depth(report, times)
+        if self.recovery is not None:
+            numbers = [group.ticket.number for group in taken]
+            await self.on_disk(self.recovery.trained, report.step, numbers)
+        # last, so that the checkpoint of a step has the depth that the step chose
+        if self.checkpoints is not None:
+            await self.checkpoints.after_step(report.step)
+
+    async def _unusable_replays(self, recovery: RecoveryPort) -> list[int]:
+        """Return those of `replayable` that cannot be trained again. Waits for: reading them all."""
+
+        async def read(numbers: Sequence[int]) -> list[int]:
             async with self._reads:
-                return await self.on_disk(recovery.unusable, some)
+                return await self.on_disk(recovery.unusable, numbers)
 
         numbers = self.replayable
-        parts = [numbers[at : at + MAX_READS] for at in range(0, len(numbers), MAX_READS)]
-        return [number for part in await together(map(look, parts)) for number in part]
+        chunks = [numbers[at : at + MAX_READS] for at in range(0, len(numbers), MAX_READS)]
+        return [number for chunk in await together(map(read, chunks)) for number in chunk]
 
     def _with_depth(self, report: StepReport) -> StepReport:
         if self.depth is None:
@@ -305,7 +320,7 @@ class Pipeline:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """What became of each held-out prompt, in their order."""
+    """Outcomes of held-out prompts, each kind in the order of the prompts."""
 
     answers: Sequence[GroupSummary]
     failures: Sequence[RlhfError]
@@ -318,10 +333,10 @@ async def evaluate(
     max_tokens: int,
     version: int,
 ) -> Evaluation:
-    """Greedy answers to held-out prompts with the weights that are live, which must be `version`.
+    """Answer held-out prompts greedily with the live weights, which must be `version`, and score.
 
-    A prompt that nobody could answer or score costs itself only. Raises `WorkerError` when an answer
-    came from other weights, and what ends a run (`rlhf_cluster.failures`).
+    A prompt that no worker could answer or score is one of `failures`. Raises `WorkerError` when an
+    answer came from other weights, and what ends a run (`rlhf_cluster.failures`).
     """
     sampling = Sampling(num_samples=1, temperature=0.0, max_tokens=max_tokens)
 
@@ -342,10 +357,10 @@ async def evaluate(
             )
         return summary
 
-    found = await together(one(number, prompt) for number, prompt in enumerate(prompts))
+    outcomes = await together(one(number, prompt) for number, prompt in enumerate(prompts))
     return Evaluation(
-        answers=[each for each in found if isinstance(each, GroupSummary)],
-        failures=[each for each in found if isinstance(each, RlhfError)],
+        answers=[outcome for outcome in outcomes if isinstance(outcome, GroupSummary)],
+        failures=[outcome for outcome in outcomes if isinstance(outcome, RlhfError)],
     )
 
 
@@ -353,7 +368,11 @@ async def scored(
     generate: Callable[[], Awaitable[Handle]],
     score: Callable[[Handle], Awaitable[tuple[Handle, GroupSummary]]],
 ) -> tuple[Handle, GroupSummary]:
-    """What both give, one after the other; again while the record is lost between them."""
+    """Generate a group, then score it.
+
+    If a node failure loses the rollouts before they are scored, generate them again, at most
+    `MAX_LOSSES` times.
+    """
     for _ in range(MAX_LOSSES):
         try:
             return await score(await generate())

@@ -1,11 +1,11 @@
-"""What the pipeline asks of each service. `actors` implements these over Ray, tests with fakes.
+"""Interfaces of the services that the pipeline calls.
 
-A `Handle` stands for a record that the control plane passes on without looking inside: a Ray
-object reference in a cluster, the record itself in one process; a `StoredGroup`
-(`buffer.group_store`) for a scored group that is on disk.
+`actors` implements them over Ray, tests with fakes.
 
-Every method has a deadline of its own inside the implementation and raises an `RlhfError` that
-names what is missing; none waits for ever.
+A `Handle` stands for a record that the control plane passes on without reading it: a Ray object
+reference in a cluster, the record itself in one process, a `StoredGroup` (`buffer.group_store`) for
+a scored group on disk. Every method has its own deadline in the implementation, and raises an
+`RlhfError` that names what is missing.
 """
 
 from __future__ import annotations
@@ -31,104 +31,113 @@ if TYPE_CHECKING:
 
 
 class GenerationPort(Protocol):
-    async def generate(self, ticket: Ticket, prompt: Prompt, sampling: Sampling) -> Handle:
-        """Sample one group. Returns a handle of a `RolloutGroup`.
+    """Pool of generation workers."""
 
-        A dead or failing worker's group goes to another one; `WorkerError` after the last try.
+    async def generate(self, ticket: Ticket, prompt: Prompt, sampling: Sampling) -> Handle:
+        """Sample one group; return a handle of a `RolloutGroup`.
+
+        If a worker fails, another one retries the group; `WorkerError` after the last try.
         """
         ...
 
     async def pull(self, version: WeightVersion) -> None:
-        """Bring every worker to `version`. Returns when it is live on all of them.
+        """Load `version` on every worker; return when it is live on all of them.
 
-        `WeightError` when no worker could read it: all serve on with the weights they had.
+        `WeightError` if no worker could read it: all keep serving the weights they had.
         """
         ...
 
 
 class ScoringPort(Protocol):
-    async def score(self, group: Handle) -> tuple[Handle, GroupSummary]:
-        """Score a group of rollouts. Returns a handle of an `ExperienceGroup` and its summary.
+    """Pools of scoring workers."""
 
-        `ScoringError` when a reward failed on its last try, `WorkerError` when no worker answered.
+    async def score(self, group: Handle) -> tuple[Handle, GroupSummary]:
+        """Score a group of rollouts; return a handle of an `ExperienceGroup` and its summary.
+
+        `ScoringError` if a reward failed on its last try, `WorkerError` if no worker answered.
         """
         ...
 
 
 class BufferPort(Protocol):
+    """Buffer of groups between generation and learner, which enforces the staleness bound."""
+
     async def admit(self) -> list[Ticket]:
-        """Wait for free slots; all there are. Empty when the run needs no further group, or was
-        stopped."""
+        """Wait for free slots; return their tickets. Empty after the run's last group, or `stop`."""
         ...
 
-    async def finish(self, ticket: Ticket, handle: Handle, summary: GroupSummary) -> None: ...
+    async def finish(self, ticket: Ticket, handle: Handle, summary: GroupSummary) -> None:
+        """Store the scored group of `ticket` for training."""
+        ...
 
-    async def discard(self, ticket: Ticket, reason: str) -> None: ...
+    async def discard(self, ticket: Ticket, reason: str) -> None:
+        """Withdraw `ticket`, counted by `reason`; another group is admitted instead."""
+        ...
 
     async def take(self, num_groups: int, learner_version: int) -> Sequence[Taken]:
-        """The next groups, the oldest first, within the look-ahead window of admission order; after
-        them those that are replayed.
-
-        None at all once the buffer was asked to `stop`.
-        """
+        """Wait for the oldest `num_groups` within the look-ahead window of admission order, and return
+        them, followed by replayed groups. Empty after `stop`."""
         ...
 
     async def stop(self) -> None:
-        """Hand out nothing any more, neither tickets nor groups; what is there stays."""
+        """Return neither tickets nor groups from here on; keep the groups that are stored."""
         ...
 
     async def state(self, learner_version: int) -> BufferState:
-        """What a resumed run needs, after `learner_version` steps and before the next."""
+        """Return the state for a resumed run, after `learner_version` steps and before the next."""
         ...
 
     async def set_pipeline_depth(self, depth: int) -> None:
-        """How many steps generation may run ahead of the learner, from now on."""
+        """Set the number of steps that generation may run ahead of the learner."""
         ...
 
     async def version_live(self, version: int) -> None:
-        """Every generation worker now samples with `version` or a later one."""
+        """Record that every generation worker samples with `version` or a later one."""
         ...
 
     async def forget(self, numbers: Sequence[int]) -> None:
-        """The trained groups of these ticket numbers are replayed no more."""
+        """Exclude the trained groups of these ticket numbers from replay."""
         ...
 
 
 class RecoveryPort(Protocol):
-    """Finished groups on disk. The methods block on the file system and are called in a thread."""
+    """Finished groups on disk. The methods block on the file system, so callers use a thread."""
 
     @property
     def attempt(self) -> int:
-        """The number of this start, or return to a checkpoint, of the run."""
+        """Number of starts of the run, and of returns to a checkpoint, so far."""
         ...
 
     def recover(self, ticket: Ticket, prompt: Prompt) -> tuple[Handle, GroupSummary] | None:
-        """The finished group of `ticket`, where an earlier attempt left one that can be used."""
+        """Return the finished group of `ticket` if an earlier attempt stored a usable one."""
         ...
 
     def unusable(self, numbers: Sequence[int]) -> list[int]:
-        """Those of these trained groups that cannot be trained again: gone, damaged, or of other
-        settings."""
+        """Return those of these trained groups that are missing, damaged, or of other settings."""
         ...
 
     def trained(self, step: int, numbers: Sequence[int]) -> None:
-        """The groups of these ticket numbers were trained at `step`. Raises `StoreError`."""
+        """Record that these ticket numbers were trained at `step`. Raises `StoreError`."""
         ...
 
 
 class LearnerPort(Protocol):
-    async def train_step(self, groups: Sequence[Taken]) -> StepReport: ...
+    """All ranks of the learner."""
+
+    async def train_step(self, groups: Sequence[Taken]) -> StepReport:
+        """Train one step on `groups`."""
+        ...
 
     async def snapshot(self) -> int:
-        """Copy the weights out of the learner, between two steps. Returns their version."""
+        """Copy the weights out of the learner, between two steps; return their version."""
         ...
 
     async def publish(self) -> WeightVersion:
-        """Write the last snapshot to the weight store, beside the steps that follow."""
+        """Write the last snapshot to the weight store, concurrently with the following steps."""
         ...
 
     async def refused(self, version: int, reason: str) -> None:
-        """No reader could take `version`: the next one must not build on it."""
+        """Record that no worker could load `version`: the next version must not build on it."""
         ...
 
     async def copy_state(self) -> LearnerState:
@@ -136,5 +145,5 @@ class LearnerPort(Protocol):
         ...
 
     async def write_state(self, folder: Path) -> None:
-        """Write the last copy into `folder`, beside the steps that follow."""
+        """Write the last copy into `folder`, concurrently with the following steps."""
         ...

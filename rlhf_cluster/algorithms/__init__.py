@@ -1,8 +1,12 @@
 """Policy-optimisation algorithms: one file each, one entry in `ALGORITHMS`, one in the union.
 
 An algorithm turns scored groups into per-token advantages (numpy) and per-token log-probabilities
-into per-token losses (torch). The learner knows none of them by name. Importing this loads no torch.
-`type` chooses the algorithm; without one it is grpo.
+into per-token losses (torch). The learner knows none of them by name. `type` chooses the algorithm;
+the default is grpo. Importing this package loads no torch.
+
+Where to begin: `docs/examples/grpo_in_60_lines.py` computes GRPO with the defaults step by step from
+plain tensors. Then `policy_gradient.py`, the loss that all algorithms but online DPO share, and the
+file of one algorithm, such as `grpo.py`.
 """
 
 from typing import Annotated, Any
@@ -73,7 +77,7 @@ AlgorithmConfig = Annotated[
 def build_algorithm(
     config: AlgorithmConfig, max_response_tokens: int
 ) -> PolicyGradient[Any] | OnlineDpo:
-    """The algorithm of a run; `max_response_tokens` is `generation.max_response_tokens`."""
+    """Build the algorithm of a run; `max_response_tokens` is `generation.max_response_tokens`."""
     return ALGORITHMS[config.type](config, max_response_tokens)
 
 

@@ -1,10 +1,10 @@
-"""What an algorithm is to the learner.
+"""Interface between an algorithm and the learner.
 
-The learner is algorithm-blind: it asks for advantages once a step (numpy, by group, never by
-position in the batch) and for token losses once a micro-batch (torch). It multiplies each token's
-loss by that token's weight, which follows from the algorithm's `aggregation` and from ALL rollouts
-of the optimizer step, and sums: so the gradient depends neither on the micro-batch size, nor on the
-number of ranks, nor on order or packing.
+The learner knows no algorithm by name. Once per step it asks for advantages (numpy, by group, never
+by position in the batch), and once per micro-batch for token losses (torch). It multiplies each
+token's loss by the token's weight and sums. The weight is a function of the algorithm's
+`aggregation` and of ALL rollouts of the optimizer step. So the gradient does not depend on the
+micro-batch size, the number of ranks, order or packing.
 
 Shapes: N trained tokens of one micro-batch, T response tokens of one rollout.
 """
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossInputs:
-    """The trained tokens of one micro-batch, flattened; float32 where nothing else is said.
+    """Trained tokens of one micro-batch, flattened; float32 unless a field says otherwise.
 
-    Masked tokens are already gone. All trained tokens of a sequence are in one micro-batch.
+    Masked tokens are already removed. All trained tokens of a sequence are in one micro-batch.
     """
 
     learner_logprobs: Tensor  # [N] current policy, carries the gradient
@@ -36,9 +36,9 @@ class LossInputs:
     sampled_logprobs: Tensor  # [N] the engine's, at sampling
     ref_logprobs: Tensor | None  # [N] frozen reference
     advantages: Tensor  # [N]
-    entropy: Tensor  # [N] of the learner's distribution; with gradient if `trains_entropy`
+    entropy: Tensor  # [N] of the learner's distribution; carries a gradient if `trains_entropy`
     staleness: Tensor  # [N] learner version at the start of the step minus the sampler's
-    sequence: Tensor  # [N] int64 in [0, num_sequences): which sequence a token belongs to
+    sequence: Tensor  # [N] int64 in [0, num_sequences): the sequence of each token
     num_sequences: int
     unit_sizes: tuple[int, ...] = ()  # sequences of each unit in order, 1 without `keeps_groups`
     teacher_logprobs: Tensor | None = None  # [N] frozen teacher
@@ -48,12 +48,14 @@ class LossInputs:
 
 
 Sums = Mapping[str, "tuple[Tensor, Tensor]"]
-"""Metrics as name -> (sum, count), so that they add over micro-batches and ranks and divide once.
-A name that ends in `_max` carries (largest, count) and is reduced by maximum instead. A sum may be a
-vector [K] of metrics `name/0` to `name/K-1`, with one count or one an entry."""
+"""Metrics as name -> (sum, count): both add over micro-batches and ranks and are divided once.
+A name that ends in `_max` has (largest, count) and is reduced by maximum instead. A sum may be a
+vector [K] of metrics `name/0` to `name/K-1`, with one count or one per entry."""
 
 
 class Algorithm(Protocol):
+    """Advantages, token losses and controller state of one run's algorithm."""
+
     @property
     def group_size(self) -> int: ...
 
@@ -62,88 +64,88 @@ class Algorithm(Protocol):
 
     @property
     def needs_reference(self) -> bool:
-        """The loss cannot be computed without `ref_logprobs`."""
+        """Whether the loss cannot be computed without `ref_logprobs`."""
         ...
 
     @property
     def full_kl_in(self) -> Literal["loss", "reward"] | None:
-        """Where the KL over the whole vocabulary is used, if it is: the learner then holds the
-        reference, and gives `LossInputs.reference_kl`, or each rollout's before advantages."""
+        """Term that uses the KL over the whole vocabulary, or None. If used, the learner holds the
+        reference, and fills `LossInputs.reference_kl`, or each rollout's before advantages."""
         ...
 
     @property
     def trains_entropy(self) -> bool:
-        """The loss uses the entropy with its gradient."""
+        """Whether the loss uses the entropy with its gradient."""
         ...
 
     @property
     def needs_proximal(self) -> bool:
-        """The loss uses `proximal_logprobs`; if not, no pass is spent on them."""
+        """Whether the loss uses `proximal_logprobs`; if not, the learner skips that forward pass."""
         ...
 
     @property
     def needs_critic(self) -> bool:
-        """The algorithm is a `CriticAlgorithm`: the learner trains a value model beside the policy,
-        and asks for `estimate` instead of `advantages`."""
+        """Whether this is a `CriticAlgorithm`: the learner trains a value model in addition to the
+        policy, and asks for `estimate` instead of `advantages`."""
         ...
 
     @property
     def needs_greedy(self) -> bool:
-        """Advantages need `ExperienceGroup.greedy_reward`: every prompt is answered greedily too."""
+        """Whether advantages need `ExperienceGroup.greedy_reward`, of an extra greedy response."""
         ...
 
     @property
     def zero_advantage_is_zero_loss(self) -> bool:
-        """A rollout whose advantages are all 0 has loss 0, and need not be computed."""
+        """Whether a rollout whose advantages are all 0 has loss 0, so that it can be skipped."""
         ...
 
     @property
     def keeps_groups(self) -> bool:
-        """The loss compares rollouts: those of a group that are computed are one unit, which shares
-        an optimizer step and a micro-batch, in the order of the group."""
+        """Whether the loss compares rollouts: the computed rollouts of a group are then one unit,
+        which shares an optimizer step and a micro-batch, in the order of the group."""
         ...
 
     def trained_groups(self, groups: Sequence[ExperienceGroup]) -> Sequence[ExperienceGroup]:
-        """The same groups, with the masks of rollouts cleared that are left out of the loss."""
+        """Return the groups, with the masks of rollouts cleared that the loss excludes."""
         ...
 
     def advantages(self, groups: Sequence[ExperienceGroup]) -> list[list[np.ndarray]]:
-        """One float32 array [T] per rollout, nested like `groups[i].scored[j]`."""
+        """Return one float32 array [T] per rollout, nested like `groups[i].scored[j]`."""
         ...
 
     def loss(self, inputs: LossInputs) -> tuple[Tensor, Sums]:
-        """The loss of each token [N], not yet weighted, and metric sums."""
+        """Return the loss of each token [N], not yet weighted, and metric sums."""
         ...
 
     def correction_weights(self, inputs: LossInputs) -> Tensor | None:
-        """What `loss` multiplies each token [N] by for the distance of its sampler, for people. No
-        gradient, no state. None where the loss has no such weight."""
+        """Return the factor of each token's loss [N] for its sampler's distance, to be reported.
+        No gradient, no change of state. None if the loss has no such weight."""
         ...
 
     def derive(self, means: Mapping[str, float]) -> Mapping[str, float]:
-        """The metrics to report, from the reduced ones: adds what is no mean of tokens."""
+        """Return the metrics to report, given the reduced ones: adds those that are not means."""
         ...
 
     def finish_step(self, metrics: Mapping[str, float]) -> None:
-        """A step ended with these metrics, the same on every rank; controllers move here."""
+        """Update controllers from the metrics of a step, which are equal on every rank."""
         ...
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint must keep of the algorithm, the same on every rank."""
+        """Return the state that a checkpoint must keep, equal on every rank."""
         ...
 
     def load_state(self, state: Mapping[str, float]) -> None:
-        """Go on from `state()` as if there had been no interruption."""
+        """Resume from `state()` as if there had been no interruption."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValueInputs:
-    """The trained tokens of one micro-batch, flattened, as a value loss sees them; float32."""
+    """Trained tokens of one micro-batch, flattened, for a value loss; float32."""
 
     values: Tensor  # [N] the critic's, with gradient
     start_values: Tensor  # [N] the critic's at the start of the step, no gradient
-    returns: Tensor  # [N] what the values are to be
+    returns: Tensor  # [N] targets of the values
 
 
 PerToken = list[list[np.ndarray]]
@@ -151,17 +153,17 @@ PerToken = list[list[np.ndarray]]
 
 
 class CriticAlgorithm(Algorithm, Protocol):
-    """An algorithm whose advantages come from a learned value function."""
+    """Algorithm whose advantages come from a learned value function."""
 
     def estimate(
         self, groups: Sequence[ExperienceGroup], values: PerToken
     ) -> tuple[PerToken, PerToken]:
-        """(advantages, returns), float32, from the value before each response token is sampled.
+        """Return (advantages, returns), float32, given the value before each response token.
 
-        Values of tokens that are not trained must not matter.
+        Values of tokens that are not trained must not change the result.
         """
         ...
 
     def value_loss(self, inputs: ValueInputs) -> tuple[Tensor, Sums]:
-        """The value loss of each token [N], not yet weighted, and metric sums."""
+        """Return the value loss of each token [N], not yet weighted, and metric sums."""
         ...

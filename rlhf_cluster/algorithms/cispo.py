@@ -2,11 +2,11 @@
 
     J = E_t sg(clip(r_t, 1 - clip_low, 1 + clip_high)) A_i log pi_t
 
-A clipped surrogate drops the tokens that move most, the rare ones at which an answer turns; here
-their weight is bounded and their gradient stays. `clip_low = 1` leaves the ratio without a lower
-bound, as published. With `proximal = "bypass"` the clipped ratio is the truncated importance weight
-already, so a token rule that truncates may not be narrower, and changes nothing. Advantages are
-those of GRPO. MiniMax 2025, arXiv 2506.13585; the upper bound of 5: Khatri et al. 2025, arXiv
+A clipped surrogate drops the tokens that move most, the rare ones at which an answer turns. CISPO
+bounds their weight and keeps their gradient. With `clip_low = 1` the ratio has no lower bound, as
+published. With `proximal = "bypass"` the clipped ratio already is the truncated importance weight,
+so a token rule that truncates may not be narrower, and changes nothing. Advantages are those of
+GRPO. MiniMax 2025, arXiv 2506.13585; the upper bound of 5: Khatri et al. 2025, arXiv
 2510.13786.
 """
 
@@ -16,10 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from rlhf_cluster.algorithms.algorithm import (
-    LossInputs,
-    Sums,
-)
+from rlhf_cluster.algorithms.algorithm import LossInputs, Sums
 from rlhf_cluster.algorithms.group_relative import GroupRelative, GroupRelativeConfig
 from rlhf_cluster.algorithms.policy_losses import cispo_policy_loss
 
@@ -54,7 +51,7 @@ class CispoConfig(GroupRelativeConfig):
 
 
 class Cispo(GroupRelative[CispoConfig]):
-    """The formula is in the module's docstring."""
+    """CISPO by the formula of the module's docstring."""
 
     def surrogate(self, log_ratios: Tensor, inputs: LossInputs) -> tuple[Tensor, Sums]:
         losses, clipped = cispo_policy_loss(
@@ -68,5 +65,5 @@ class Cispo(GroupRelative[CispoConfig]):
         return losses, {"learner/clip_fraction": (clipped.sum(), count)}
 
     def truncation(self, ratios: Tensor, low: float, high: float) -> Tensor:
-        """1: the clip has bounded the weight, and by no less."""
+        """Return 1: the clip has already bounded the weight, at least as tightly."""
         return ratios.new_ones(ratios.shape)

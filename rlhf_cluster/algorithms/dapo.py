@@ -1,17 +1,20 @@
-"""DAPO: GRPO with a higher upper bound, a token mean, and answers that run too long handled apart.
+"""DAPO: GRPO with a higher upper bound, a token mean, and rules for answers that run too long.
 
     A_i = (R_i + P(T_i) - mean(group)) / (std(group) + 1e-4)
     J = (1 / sum_i T_i) sum_i sum_t min(r_t A_i, clip(r_t, 1 - clip_low, 1 + clip_high) A_i)
 
-    P(T) = 0 up to L - B tokens, falls in a line to -1 at L, with L = max_response_tokens and
+    P(T) = 0 up to L - B tokens, falls linearly to -1 at L, with L = max_response_tokens and
            B = `overlong_buffer_tokens` (soft overlong punishment)
 
-Each of its parts is a switch: `clip_high`, `aggregation`, `dynamic_sampling`, which discards groups
-whose rewards are all equal and samples others in their place, so that every step has
-`run.groups_per_step` groups with a gradient, `overlong_buffer_tokens`, and `overlong_filter`, which
-leaves answers cut at the limit out of the loss and out of its denominators
-(their rewards still count in their group's mean: they happened). When every rollout of a step was
-cut, none is left out but all their advantages are 0. Yu et al. 2025, arXiv 2503.14476.
+Each of its parts is a key:
+- `clip_high`, `aggregation`, `overlong_buffer_tokens`: as above.
+- `dynamic_sampling` discards groups whose rewards are all equal and samples others in their place, so
+  that every step has `run.groups_per_step` groups with a gradient.
+- `overlong_filter` masks answers cut at the limit, in the loss and in its denominators. Their rewards
+  still count in their group's mean. If every rollout of a step was cut, none is masked but all
+  advantages are 0.
+
+Yu et al. 2025, arXiv 2503.14476.
 """
 
 from __future__ import annotations
@@ -24,10 +27,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from rlhf_cluster.algorithms.advantages import all_equal
-from rlhf_cluster.algorithms.algorithm import (
-    LossInputs,
-    Sums,
-)
+from rlhf_cluster.algorithms.algorithm import LossInputs, Sums
 from rlhf_cluster.algorithms.group_relative import GroupRelative, GroupRelativeConfig
 from rlhf_cluster.algorithms.policy_gradient import clipped_surrogate
 from rlhf_cluster.algorithms.policy_gradient_config import ClippedConfig
@@ -47,10 +47,10 @@ class DapoConfig(ClippedConfig, GroupRelativeConfig):
     dynamic_sampling: bool = False
     """Discard groups whose rewards are all equal, and sample others in their place."""
     overlong_filter: bool = False
-    """Leave answers that were cut at the limit out of the loss."""
+    """Mask answers that were cut at the limit."""
     overlong_buffer_tokens: int = Field(default=0, ge=0)
-    """The last tokens before the limit, over which the reward falls by up to
-    `overlong_penalty`; 0 for no punishment."""
+    """Number of tokens before the limit over which the reward falls by up to `overlong_penalty`;
+    0: no punishment."""
     overlong_penalty: float = Field(default=1.0, gt=0)
 
     @model_validator(mode="after")
@@ -68,39 +68,39 @@ class DapoConfig(ClippedConfig, GroupRelativeConfig):
 
 
 class Dapo(GroupRelative[DapoConfig]):
-    """The formula is in the module's docstring."""
+    """DAPO by the formula of the module's docstring."""
 
     def surrogate(self, log_ratios: Tensor, inputs: LossInputs) -> tuple[Tensor, Sums]:
         return clipped_surrogate(log_ratios, inputs, self.config)
 
     def response_reward(self, scored: ScoredRollout) -> float:
         mask = scored.rollout.response_mask
-        # a rollout that is left out has no trained token, and keeps its punishment
+        # a filtered rollout has no trained token, and keeps its punishment
         return super().response_reward(scored) + self.overlong_punishment(
             int(mask.sum()) or len(mask)
         )
 
     def advantages(self, groups: Sequence[ExperienceGroup]) -> list[list[np.ndarray]]:
-        """As `GroupRelative.advantages`, and 0 for answers that are left out."""
-        found = super().advantages(groups)
-        for group, arrays in zip(groups, found, strict=True):
+        """Return `GroupRelative.advantages`, with 0 for answers that `overlong_filter` masks."""
+        advantages = super().advantages(groups)
+        for group, arrays in zip(groups, advantages, strict=True):
             for scored, array in zip(group.scored, arrays, strict=True):
                 if self._filtered(scored.rollout):
                     array[:] = 0.0
-        return found
+        return advantages
 
     def trained_groups(self, groups: Sequence[ExperienceGroup]) -> Sequence[ExperienceGroup]:
-        """The groups with the masks of answers cleared that were cut at the limit."""
+        """Return the groups, with the masks of answers cleared that were cut at the limit."""
         rollouts = [s.rollout for g in groups for s in g.scored]
         if all(self._filtered(r) or not r.response_mask.any() for r in rollouts):
             return groups
-        return [replace(g, scored=tuple(self._unmasked(s) for s in g.scored)) for g in groups]
+        return [replace(g, scored=tuple(self._clear_mask(s) for s in g.scored)) for g in groups]
 
     def overlong_punishment(self, num_tokens: int) -> float:
-        """What a response of this many tokens adds to its reward, in [-overlong_penalty, 0].
+        """Return the change of the reward for this number of tokens, in [-overlong_penalty, 0].
 
         Raises:
-            ConfigError: a buffer, and no limit of responses that it would be the last part of.
+            ConfigError: a buffer without a limit, or larger than the limit.
         """
         buffer, limit = self.config.overlong_buffer_tokens, self.max_response_tokens
         if not buffer:
@@ -117,7 +117,7 @@ class Dapo(GroupRelative[DapoConfig]):
     def _filtered(self, rollout: Rollout) -> bool:
         return self.config.overlong_filter and rollout.finish_reason is FinishReason.LENGTH
 
-    def _unmasked(self, scored: ScoredRollout) -> ScoredRollout:
+    def _clear_mask(self, scored: ScoredRollout) -> ScoredRollout:
         if not self._filtered(scored.rollout):
             return scored
         nothing = np.zeros_like(scored.rollout.response_mask)

@@ -3,8 +3,8 @@
     A_i = R_i - mean(group)          no division by the group's standard deviation
     J = (1 / (R L)) sum_i sum_t min(r_t A_i, clip(r_t, 1 - clip_low, 1 + clip_high) A_i)
 
-with L = `generation.max_response_tokens` for all: dividing by a response's own length rewards long
-wrong answers, dividing by the standard deviation favours prompts that are nearly solved or nearly
+with L = `generation.max_response_tokens`. Dividing by the length of the response rewards long wrong
+answers; dividing by the standard deviation favours prompts that are nearly solved or nearly
 hopeless. Liu et al. 2025, arXiv 2503.20783.
 """
 
@@ -14,10 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from rlhf_cluster.algorithms.algorithm import (
-    LossInputs,
-    Sums,
-)
+from rlhf_cluster.algorithms.algorithm import LossInputs, Sums
 from rlhf_cluster.algorithms.group_relative import GroupRelative, StepConfig
 from rlhf_cluster.algorithms.policy_gradient import clipped_surrogate
 from rlhf_cluster.algorithms.policy_gradient_config import ClippedConfig
@@ -38,7 +35,7 @@ class DrGrpoConfig(ClippedConfig, StepConfig):
 
 
 class DrGrpo(GroupRelative[DrGrpoConfig]):
-    """The formula is in the module's docstring."""
+    """Dr. GRPO by the formula of the module's docstring."""
 
     def surrogate(self, log_ratios: Tensor, inputs: LossInputs) -> tuple[Tensor, Sums]:
         return clipped_surrogate(log_ratios, inputs, self.config)

@@ -1,13 +1,13 @@
-"""GDPO: GRPO with every reward normalised apart.
+"""GDPO: GRPO with every reward normalised separately.
 
     loss_t = -w_t min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A)
     S_i = sum_k reward_weights_k (r_ik - mean_k(group)) / (std_k(group) + 1e-4)
     A_i = S_i / std                      over the trained rollouts of the step, whose mean is 0
 
 the same for every token of response i; w_t and r_t as in `policy_gradient`. r_ik is reward k of the
-rollout before `scoring.rewards.weight`, whose scale a normalised reward forgets; `reward_weights_k` is
-that weight where it is not given, so that a cost stays a cost. With a single reward of weight 1 it is
-GRPO, normalised once more over the step.
+rollout before `scoring.rewards.weight`, whose scale normalisation removes. `reward_weights_k`
+defaults to that weight, so that a cost stays a cost. With a single reward of weight 1 it is GRPO,
+normalised again over the step.
 
 Liu et al. 2026, arXiv 2601.05242.
 """
@@ -21,11 +21,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from rlhf_cluster.algorithms.advantages import EQUAL_WITHIN, decoupled_advantages
-from rlhf_cluster.algorithms.algorithm import (
-    LossInputs,
-    PerToken,
-    Sums,
-)
+from rlhf_cluster.algorithms.algorithm import LossInputs, PerToken, Sums
 from rlhf_cluster.algorithms.policy_gradient import PolicyGradient, clipped_surrogate
 from rlhf_cluster.algorithms.policy_gradient_config import ClippedConfig
 from rlhf_cluster.records import ExperienceGroup
@@ -41,21 +37,21 @@ class GdpoConfig(ClippedConfig):
     group_size: int = Field(default=8, ge=2)
     """Rollouts of one prompt."""
     reward_weights: dict[str, float] = Field(default_factory=dict)
-    """Weight of each reward by its name, after it was normalised, of the sign of its weight in
-    `scoring.rewards`; default: that weight."""
+    """Weight of each normalised reward by name, with the sign of its weight in `scoring.rewards`;
+    default: that weight."""
     normalize_std: bool = True
-    """Divide every reward by its standard deviation in the group, not only centre it."""
+    """Divide every centred reward by its standard deviation in the group."""
 
     @property
     def no_steps(self) -> str | None:
-        return "it normalises every reward apart, and of steps only their sum is known apart"
+        return "it normalises every reward separately, and step rewards are recorded as a sum only"
 
     @model_validator(mode="after")
     def _kl_is_no_reward(self) -> GdpoConfig:
         if self.kl_active and self.kl_in == "reward":
             raise ValueError(
-                "kl_in = 'reward' with type = 'gdpo': there is no one reward that the KL could be "
-                "taken off before each is normalised. Use kl_in = 'loss'"
+                "kl_in = 'reward' with type = 'gdpo': no single reward exists that the KL could "
+                "lower before each is normalised. Use kl_in = 'loss'"
             )
         return self
 
@@ -65,10 +61,10 @@ class Gdpo(PolicyGradient[GdpoConfig]):
         return clipped_surrogate(log_ratios, inputs, self.config)
 
     def advantages(self, groups: Sequence[ExperienceGroup]) -> PerToken:
-        """One float32 array [T] per rollout, nested like `groups[i].scored[j]`.
+        """Return one float32 array [T] per rollout, nested like `groups[i].scored[j]`.
 
         Raises:
-            RecordError: rollouts whose rewards have other names than those of the others.
+            RecordError: rollouts whose rewards have different names.
         """
         scored = [s for g in groups for s in g.scored]
         ids = [g.group_id for g in groups for _ in g.scored]

@@ -1,13 +1,13 @@
-"""Advantages relative to the group: of whole responses, or of their reasoning steps.
+"""Advantages relative to the group, per response or per reasoning step.
 
     outcome   A_t = (R_i - mean(R)) / (std(R) + 1e-4)         the same for all tokens of response i
     process   A_t = sum over the steps j of response i that end at t or later of
                     (r_ij - mean(r)) / (std(r) + 1e-4)  +  A_t of the outcome rewards alone
 
 R are the rewards of the group, r those of ALL steps of the group (`ScoredRollout.step_rewards`). The
-paper trains with one or the other; where a run has rewards of both kinds, each is normalised apart
-and the two are added, so that with outcome rewards that are all equal, as they are without any, what
-is left is the paper's. Steps of equal rewards get exactly 0, and so do tokens after the last step.
+paper trains with one or the other. If a run has rewards of both kinds, each is normalised separately
+and the two are added: with equal outcome rewards, or with none, the result is the paper's. Steps of
+equal rewards and tokens after the last step get exactly 0.
 
 Shao et al. 2024, arXiv 2402.03300, sections 4.1.2 and 4.1.3.
 """
@@ -28,11 +28,12 @@ from rlhf_cluster.records import ExperienceGroup, ScoredRollout
 
 
 class StepConfig(PolicyGradientConfig):
-    """Keys of the algorithms whose advantages may come from rewards of reasoning steps."""
+    """Keys of algorithms whose advantages may come from rewards of reasoning steps."""
 
     advantage: Literal["outcome", "process"] = "outcome"
-    """`outcome`: of a whole response. `process`: of its reasoning steps, each token by the steps that
-    end at it or later; needs a reward that scores steps."""
+    """Rewards that advantages come from. `outcome`: those of whole responses. `process`: those of
+    reasoning steps, each token by the steps that end at it or later; needs a reward that scores
+    steps."""
 
     @property
     def no_steps(self) -> str | None:
@@ -51,7 +52,7 @@ class StepConfig(PolicyGradientConfig):
 
 
 class GroupRelativeConfig(StepConfig):
-    """`StepConfig` of the algorithms that may divide by the group's deviation."""
+    """Keys of algorithms that may divide by the group's standard deviation."""
 
     normalize_std: bool = True
     """Divide the centred rewards by the group's standard deviation."""
@@ -61,7 +62,7 @@ S = TypeVar("S", bound=StepConfig)
 
 
 class GroupRelative(PolicyGradient[S]):
-    """A policy gradient but for its `surrogate`. The formula is in the module's docstring."""
+    """Policy gradient with group-relative advantages; subclasses add the `surrogate`."""
 
     @property
     def normalizes_std(self) -> bool:
@@ -74,24 +75,24 @@ class GroupRelative(PolicyGradient[S]):
         return group_advantages(rewards.tolist(), group_ids, self.normalizes_std)
 
     def advantages(self, groups: Sequence[ExperienceGroup]) -> list[list[np.ndarray]]:
-        """One float32 array [T] per rollout, nested like `groups[i].scored[j]`.
+        """Return one float32 array [T] per rollout, nested like `groups[i].scored[j]`.
 
         Raises:
-            RecordError: `advantage = "process"` and a rollout without step rewards; and as
-                `PolicyGradient.advantages`.
+            RecordError: `advantage = "process"` and a rollout without step rewards, or what
+                `PolicyGradient.advantages` raises.
         """
-        found = super().advantages(groups)
+        outcome = super().advantages(groups)
         if self.config.advantage == "outcome":
-            return found
+            return outcome
         scored = [s for g in groups for s in g.scored]
-        ends, rewards = zip(*(_steps(s) for s in scored), strict=True) if scored else ((), ())
+        ends, rewards = zip(*(_get_steps(s) for s in scored), strict=True) if scored else ((), ())
         lengths = [len(s.rollout.response_ids) for s in scored]
         ids = [g.group_id for g in groups for _ in g.scored]
-        of_steps = iter(process_advantages(rewards, ends, lengths, ids, self.normalizes_std))
-        return [[own + next(of_steps) for own in group] for group in found]
+        process = iter(process_advantages(rewards, ends, lengths, ids, self.normalizes_std))
+        return [[values + next(process) for values in group] for group in outcome]
 
 
-def _steps(scored: ScoredRollout) -> tuple[np.ndarray, np.ndarray]:
+def _get_steps(scored: ScoredRollout) -> tuple[np.ndarray, np.ndarray]:
     if scored.step_ends is None or scored.step_rewards is None:
         raise RecordError(
             f"algorithm.advantage = 'process' but rollout {scored.rollout.rollout_id} has no step "

@@ -6,7 +6,7 @@
 The gradient flows through the mean, so a response's tokens move together or, where s_i is clipped,
 not at all. Every token carries its response's loss; with `aggregation = "sequence_mean"` their
 weighted sum is J. The bounds are small, because a mean of log-ratios is. Advantages are those of
-GRPO, the off-policy weight is the length-normalised one too (`geometric_tis`).
+GRPO; the correction weight is normalised by length too (`geometric_tis`).
 Zheng et al. 2025, arXiv 2507.18071.
 """
 
@@ -19,15 +19,9 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from rlhf_cluster.algorithms.advantages import group_advantages
-from rlhf_cluster.algorithms.algorithm import (
-    LossInputs,
-    Sums,
-)
+from rlhf_cluster.algorithms.algorithm import LossInputs, Sums
 from rlhf_cluster.algorithms.importance_weights import sequence_means
-from rlhf_cluster.algorithms.off_policy_correction import (
-    Correction,
-    GeometricTis,
-)
+from rlhf_cluster.algorithms.off_policy_correction import Correction, GeometricTis
 from rlhf_cluster.algorithms.policy_gradient import PolicyGradient, clipped_surrogate
 from rlhf_cluster.algorithms.policy_gradient_config import ClippedConfig
 from rlhf_cluster.algorithms.policy_losses import Aggregation
@@ -52,14 +46,14 @@ class GspoConfig(ClippedConfig):
 
     @property
     def no_steps(self) -> str | None:
-        return "its one ratio a response would spread a step's advantage over all tokens"
+        return "its one ratio per response would spread a step's advantage over all tokens"
 
     @model_validator(mode="after")
     def _whole_responses(self) -> GspoConfig:
         if any(rule.level == "token" for rule in self.correction.rules()):
             raise ValueError(
-                f"correction.type = {self.correction.type!r} with type = 'gspo': a weight of its own "
-                "for each token takes the response's ratio apart again. Use 'geometric_tis', "
+                f"correction.type = {self.correction.type!r} with type = 'gspo': a separate weight "
+                "for each token would split the response's ratio again. Use 'geometric_tis', "
                 "'geometric_mask', a sequence rule, or 'none'"
             )
         if self.aggregation != "sequence_mean":
@@ -71,15 +65,15 @@ class GspoConfig(ClippedConfig):
 
 
 class Gspo(PolicyGradient[GspoConfig]):
-    """The formula is in the module's docstring."""
+    """GSPO by the formula of the module's docstring."""
 
     def response_advantages(self, rewards: np.ndarray, group_ids: Sequence[Hashable]) -> np.ndarray:
         return group_advantages(rewards.tolist(), group_ids, self.config.normalize_std)
 
     def surrogate(self, log_ratios: Tensor, inputs: LossInputs) -> tuple[Tensor, Sums]:
-        return clipped_surrogate(self.shared(log_ratios, inputs), inputs, self.config)
+        return clipped_surrogate(self.surrogate_log_ratios(log_ratios, inputs), inputs, self.config)
 
-    def shared(self, log_ratios: Tensor, inputs: LossInputs) -> Tensor:
-        """The mean over the token's response."""
+    def surrogate_log_ratios(self, log_ratios: Tensor, inputs: LossInputs) -> Tensor:
+        """Return the mean over the token's response."""
         means = sequence_means(log_ratios, inputs.sequence, inputs.num_sequences)
         return means[inputs.sequence]

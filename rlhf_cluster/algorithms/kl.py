@@ -1,4 +1,4 @@
-"""KL terms: estimators a token, the two places where they may act, and their coefficient over time.
+"""KL terms: estimators per token, the two terms they may act in, and their coefficient over time.
 
 With d = log pi - log q on tokens sampled from pi (Schulman 2020, "Approximating KL divergence"):
 
@@ -6,8 +6,8 @@ With d = log pi - log q on tokens sampled from pi (Schulman 2020, "Approximating
     k2 = d^2 / 2                biased, never negative
     k3 = exp(-d) - 1 + d        unbiased, never negative: the one to report
 
-**In the loss** what counts is the gradient, which does not follow from the value. Differentiated
-as they stand, E[grad k1] = E[grad log pi] = 0: no force at all; E[grad k3] = grad KL(q || pi): the
+**In the loss** what counts is the gradient, which the value does not determine. Differentiated
+directly, E[grad k1] = E[grad log pi] = 0: no force at all; E[grad k3] = grad KL(q || pi): the
 other direction; E[grad k2] = grad KL(pi || q): the right one. The sampling distribution depends on
 pi too, so an estimate of KL(pi || q) is ratio times k, differentiated as a product. `kl_loss`:
 
@@ -19,9 +19,10 @@ pi too, so an estimate of KL(pi || q) is ratio times k, differentiated as a prod
 The first three descend KL(pi || q) (k1 with more noise, as E[grad log pi] = 0); k3_direct is what
 GRPO publishes (arXiv 2402.03300) and descends KL(q || pi). v is the token's own importance weight.
 
-**In full** (`full`) nothing is estimated: K_t = sum over the vocabulary of pi (log pi - log q) at the
-place of token t, from the logits of both policies at the learner (`models.logprobs`). In the loss it
-is differentiated as it stands, and needs no weight: which token was sampled there does not enter.
+**Over the vocabulary** (`full`) nothing is estimated: K_t = sum over the vocabulary of
+pi (log pi - log q) at the position of token t, from the logits of both policies at the learner
+(`models.logprobs`). In the loss it is differentiated directly, and needs no weight: it does not
+depend on which token was sampled there.
 
 **In the reward** a rollout's reward is lowered by coef times the sum of k over its tokens, before
 advantages. The policy gradient of that with k1 is grad KL(pi || q). With k2 or k3 it is not: for k3
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_LOG_RATIO = 20.0
-"""Bound of -d inside an exponential; e^20 and its square are finite in float32."""
+"""Bound of -d in an exponential; e^20 and its square are finite in float32."""
 
 SampledEstimator = Literal["k1", "k2", "k3", "k3_direct"]
 Estimator = Literal[SampledEstimator, "full"]
@@ -60,7 +61,7 @@ class FixedKl(Section):
 
 
 class AdaptiveKl(Section):
-    """The coefficient follows the KL of a whole response towards a target.
+    """The coefficient steers the KL of a whole response towards a target.
 
     coef <- coef (1 + clip(KL / target - 1, -0.2, 0.2) min(rollouts / horizon, 1)) after each step.
     Ziegler et al. 2019, arXiv 1909.08593.
@@ -68,13 +69,13 @@ class AdaptiveKl(Section):
 
     type: Literal["adaptive"] = "adaptive"
     target: PositiveFloat
-    """Nats a response, such as 6."""
+    """Target KL in nats per response, such as 6."""
     horizon: PositiveInt = 10_000
     """Rollouts after which a deviation of 20 % has changed the coefficient by 20 %."""
 
 
 class LinearKl(Section):
-    """The coefficient goes from `kl_coef` to `final` in equal parts over `steps` steps."""
+    """The coefficient changes linearly from `kl_coef` to `final` over `steps` steps."""
 
     type: Literal["linear"] = "linear"
     final: float = Field(ge=0)
@@ -85,7 +86,7 @@ KlControl = Annotated[FixedKl | AdaptiveKl | LinearKl, Field(discriminator="type
 
 
 class KlController:
-    """The coefficient of the KL term, moved once a step. All of its state is two numbers."""
+    """Coefficient of the KL term, updated once per step. Its state is two numbers."""
 
     def __init__(self, coef: float, control: FixedKl | AdaptiveKl | LinearKl) -> None:
         self._start, self._control = coef, control
@@ -96,7 +97,7 @@ class KlController:
         return self._coef
 
     def update(self, kl: float | None, num_rollouts: int) -> None:
-        """A step ended. `kl` is that of a whole response, in nats, None when it is not known."""
+        """Update after a step. `kl` is in nats per response; None if unknown."""
         self._step += 1
         control = self._control
         if isinstance(control, LinearKl):
@@ -107,26 +108,26 @@ class KlController:
             self._coef *= 1 + error * min(num_rollouts / control.horizon, 1.0)
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint must keep."""
+        """Return the state that a checkpoint must keep."""
         return {"kl_coef": self._coef, "kl_step": float(self._step)}
 
     def load_state(self, state: dict[str, float]) -> None:
-        """Go on from `state()`; every later coefficient is that of a run without interruption."""
+        """Resume from `state()`; all later coefficients are those of an uninterrupted run."""
         self._coef, self._step = float(state["kl_coef"]), int(state["kl_step"])
 
 
 def k1(policy_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """[N], [N] -> [N]. Differentiated as it stands its expected gradient is zero."""
+    """Return k1. [N], [N] -> [N]. Differentiated directly, its expected gradient is zero."""
     return policy_logprobs - ref_logprobs
 
 
 def k2(policy_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """[N], [N] -> [N]. Its expected gradient is that of KL(policy || reference)."""
+    """Return k2. [N], [N] -> [N]. Its expected gradient is that of KL(policy || reference)."""
     return (policy_logprobs - ref_logprobs).square() / 2
 
 
 def k3(policy_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """[N], [N] -> [N]. For reports; differentiated as it stands it descends KL(ref || policy)."""
+    """Return k3, to report. [N], [N] -> [N]. Differentiated directly it descends KL(ref || policy)."""
     difference = policy_logprobs - ref_logprobs
     return (-difference).clamp(max=MAX_LOG_RATIO).exp() - 1 + difference
 
@@ -134,7 +135,7 @@ def k3(policy_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def kl_loss(
     estimator: SampledEstimator, policy_logprobs: Tensor, ref_logprobs: Tensor, weights: Tensor
 ) -> Tensor:
-    """The KL term of each token in a loss, not yet times its coefficient; see the module.
+    """Return the KL term of each token in a loss, not yet times its coefficient; see the module.
 
     Args:
         estimator: k1, k2, k3 (gradient of KL(policy || reference)), k3_direct (the other).
@@ -165,10 +166,10 @@ def reward_penalty(
     ref_logprobs: np.ndarray,
     mask: np.ndarray,
 ) -> np.ndarray:
-    """What each token takes off the reward, not yet times the coefficient: [T] float64.
+    """Return each token's reduction of the reward, not yet times the coefficient: [T] float64.
 
-    Of the record alone: sampler against reference, at the weights that sampled. 0 where `mask` is
-    False. Stiennon et al. 2020, arXiv 2009.01325 (k1).
+    It uses the record only: sampler against reference, with the weights that sampled. 0 where `mask`
+    is False. Stiennon et al. 2020, arXiv 2009.01325 (k1).
 
     Raises:
         RecordError: shapes that differ.

@@ -1,18 +1,18 @@
-"""How far the current policy is from the sampler, as sums over tokens that add and divide once.
+"""Distance of the current policy from the sampler, as sums over tokens that add and divide once.
 
-`distance_sums` is called once a micro-batch, `derive_distance` once a step on the reduced means.
-All of it is about ratios pi / mu BEFORE any rule is applied, so the report shows the distance and
-not the cap; what the rule did is reported by its own shares (`shares_by_staleness`).
+`distance_sums` is called once per micro-batch, `derive_distance` once per step on the reduced means.
+The ratios pi / mu are those BEFORE any rule is applied, so the report shows the distance and not the
+cap. What a rule did is reported as shares of tokens (`shares_by_staleness`).
 
     effective sample size   (sum w)^2 / (n sum w^2), a share in (0, 1]         Kish 1965
     chi-squared             mean(w^2) - 1, an estimate of chi^2(pi || mu)
-    p50, p95 of |log w|     from a histogram with 8 bins a decade: exact to within a bin, a factor
+    p50, p95 of |log w|     from a histogram with 8 bins per decade: exact to within a bin, a factor
                             of 1.33; below 1e-4 to within 1e-4
 
 Each is reported for all tokens, and as NAME_by_staleness/S for those of staleness S, 0 to 4 and 5+.
 
-Names that start with `_` are sums for `derive_distance` and are taken out by it. The same names
-come from every micro-batch, with count 0 where there is nothing to say.
+Names that start with `_` are sums for `derive_distance`, which removes them. Every micro-batch gives
+the same names, with count 0 where it has no such token.
 """
 
 from __future__ import annotations
@@ -22,27 +22,24 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rlhf_cluster.algorithms.algorithm import Sums
-from rlhf_cluster.algorithms.importance_weights import (
-    MAX_LOG_RATIO,
-    log_ratio,
-)
+from rlhf_cluster.algorithms.importance_weights import MAX_LOG_RATIO, log_ratio
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 BAND = (0.5, 5.0)
-"""Ratios outside are counted as outside the band (the token band of IcePop)."""
+"""Band of ratios that is reported (the token band of IcePop)."""
 
 STALENESS_LABELS = ("0", "1", "2", "3", "4", "5+")
 
 SMALLEST = 1e-4
-BINS_A_DECADE = 8
-NUM_BINS = 1 + math.ceil(BINS_A_DECADE * math.log10(MAX_LOG_RATIO / SMALLEST))
+BINS_PER_DECADE = 8
+NUM_BINS = 1 + math.ceil(BINS_PER_DECADE * math.log10(MAX_LOG_RATIO / SMALLEST))
 """Bin 0 is [0, 1e-4); bin i > 0 is [1e-4 10^((i - 1) / 8), 1e-4 10^(i / 8))."""
 
 
 def distance_sums(logprobs: Tensor, sampled_logprobs: Tensor, staleness: Tensor) -> Sums:
-    """Sums over the tokens of a micro-batch. Each argument [N]."""
+    """Return sums over the tokens of a micro-batch. Each argument [N]."""
     logs = log_ratio(logprobs.detach(), sampled_logprobs.detach()).double()
     ratio, sizes = logs.exp(), logs.abs()
     per_token = {
@@ -52,12 +49,15 @@ def distance_sums(logprobs: Tensor, sampled_logprobs: Tensor, staleness: Tensor)
         "logprob_diff_mean": (logprobs.detach() - sampled_logprobs).abs().double(),
     }
     count = ratio.new_tensor(ratio.numel())
-    bucket = _bucket(staleness)
-    counts = _by_bucket(ratio.new_ones(ratio.shape), bucket)
+    bucket = _to_bucket(staleness)
+    counts = _sum_by_bucket(ratio.new_ones(ratio.shape), bucket)
     bins = histogram(sizes, bucket)
     return {
-        **{_total(name): (values.sum(), count) for name, values in per_token.items()},
-        **{_split(name): (_by_bucket(v, bucket), counts) for name, v in per_token.items()},
+        **{_name_total(name): (values.sum(), count) for name, values in per_token.items()},
+        **{
+            _name_by_staleness(name): (_sum_by_bucket(v, bucket), counts)
+            for name, v in per_token.items()
+        },
         "importance/ratio_max": (_largest(ratio), count),
         "importance/log_ratio_max": (_largest(sizes), count),
         "_log_ratio_by_staleness_max": (
@@ -70,48 +70,49 @@ def distance_sums(logprobs: Tensor, sampled_logprobs: Tensor, staleness: Tensor)
 
 
 def shares_by_staleness(shares: Mapping[str, Tensor], staleness: Tensor) -> Sums:
-    """Sums for the share of tokens, of each staleness, where `shares` [N] bool is True.
+    """Return sums for the share of tokens, per staleness, where each of `shares` [N] bool is True.
 
     `derive_distance` turns them into metrics importance/NAME_by_staleness.
     """
-    bucket = _bucket(staleness)
-    counts = _by_bucket(staleness.new_ones(staleness.shape).double(), bucket)
+    bucket = _to_bucket(staleness)
+    counts = _sum_by_bucket(staleness.new_ones(staleness.shape).double(), bucket)
     return {
-        _split(name): (_by_bucket(share.double(), bucket), counts) for name, share in shares.items()
+        _name_by_staleness(name): (_sum_by_bucket(share.double(), bucket), counts)
+        for name, share in shares.items()
     }
 
 
 def derive_distance(means: Mapping[str, float]) -> dict[str, float]:
-    """The metrics to report from the reduced means; others pass through."""
-    found = {name: value for name, value in means.items() if not name.startswith("_")}
+    """Return the metrics to report, given the reduced means; others pass through."""
+    metrics = {name: value for name, value in means.items() if not name.startswith("_")}
     if "_ratio_squared" in means:
         shares = [means[f"_bin/{i}"] for i in range(NUM_BINS)]
-        own = _derived(means["importance/ratio_mean"], means["_ratio_squared"], shares)
-        found |= {f"importance/{name}": value for name, value in own.items()}
+        derived = _derive(means["importance/ratio_mean"], means["_ratio_squared"], shares)
+        metrics |= {f"importance/{name}": value for name, value in derived.items()}
     for index, label in enumerate(STALENESS_LABELS):
-        own = _of_staleness(means, index)
-        found |= {f"importance/{n}_by_staleness/{label}": v for n, v in own.items()}
-    return found
+        derived = _derive_bucket(means, index)
+        metrics |= {f"importance/{n}_by_staleness/{label}": v for n, v in derived.items()}
+    return metrics
 
 
-def _of_staleness(means: Mapping[str, float], index: int) -> dict[str, float]:
-    """The report on the tokens in one bucket, by names without `_by_staleness`."""
+def _derive_bucket(means: Mapping[str, float], index: int) -> dict[str, float]:
+    """Return the metrics of the tokens in one bucket, by names without `_by_staleness`."""
     ending = f"_by_staleness/{index}"
-    found = {
+    metrics = {
         name.removeprefix("_").removesuffix(ending): value
         for name, value in means.items()
         if name.endswith(ending) and not name.startswith("_bin")
     }
-    squared = found.pop("ratio_squared", None)
+    squared = metrics.pop("ratio_squared", None)
     if squared is not None:
         first = index * NUM_BINS
         shares = [means[f"_bin_by_staleness/{first + i}"] for i in range(NUM_BINS)]
-        found |= _derived(found["ratio_mean"], squared, shares)
-        found["log_ratio_max"] = means[f"_log_ratio_by_staleness_max/{index}"]
-    return found
+        metrics |= _derive(metrics["ratio_mean"], squared, shares)
+        metrics["log_ratio_max"] = means[f"_log_ratio_by_staleness_max/{index}"]
+    return metrics
 
 
-def _derived(ratio: float, ratio_squared: float, shares: list[float]) -> dict[str, float]:
+def _derive(ratio: float, ratio_squared: float, shares: list[float]) -> dict[str, float]:
     return {
         "effective_sample_size": ratio**2 / ratio_squared,
         "chi_squared": ratio_squared - 1,
@@ -121,7 +122,7 @@ def _derived(ratio: float, ratio_squared: float, shares: list[float]) -> dict[st
 
 
 def quantile(shares: list[float], q: float) -> float:
-    """The value of |log ratio| under which a share `q` lies, by the share of tokens in each bin."""
+    """Return the quantile `q` of |log ratio|, given the share of tokens in each bin."""
     below = 0.0
     for index, share in enumerate(shares):
         # shares that add up to exactly q may fall short of it by rounding
@@ -129,18 +130,18 @@ def quantile(shares: list[float], q: float) -> float:
             part = min(1.0, (q - below) / share)
             if index == 0:
                 return SMALLEST * part
-            return SMALLEST * 10 ** ((index - 1 + part) / BINS_A_DECADE)
+            return SMALLEST * 10 ** ((index - 1 + part) / BINS_PER_DECADE)
         below += share
     return MAX_LOG_RATIO
 
 
 def histogram(sizes: Tensor, bucket: Tensor | None = None) -> Tensor:
-    """[N] |log ratio| -> [NUM_BINS] how many lie in each bin.
+    """Count |log ratio| [N] per bin: [NUM_BINS].
 
-    With `bucket` [N] int64, one histogram for each staleness label: [labels, NUM_BINS].
+    With `bucket` [N] int64, one histogram per staleness label: [labels, NUM_BINS].
     """
     decades = (sizes.clamp(min=SMALLEST / 10) / SMALLEST).log10()
-    bins = (decades * BINS_A_DECADE).floor().long() + 1
+    bins = (decades * BINS_PER_DECADE).floor().long() + 1
     bins = bins.clamp(0, NUM_BINS - 1)
     ones = sizes.new_ones(sizes.shape)
     if bucket is None:
@@ -149,11 +150,11 @@ def histogram(sizes: Tensor, bucket: Tensor | None = None) -> Tensor:
     return flat.index_add(0, bucket * NUM_BINS + bins, ones).view(-1, NUM_BINS)
 
 
-def _bucket(staleness: Tensor) -> Tensor:
+def _to_bucket(staleness: Tensor) -> Tensor:
     return staleness.detach().long().clamp(0, len(STALENESS_LABELS) - 1)
 
 
-def _by_bucket(values: Tensor, bucket: Tensor) -> Tensor:
+def _sum_by_bucket(values: Tensor, bucket: Tensor) -> Tensor:
     return values.new_zeros(len(STALENESS_LABELS)).index_add(0, bucket, values)
 
 
@@ -161,9 +162,9 @@ def _largest(values: Tensor) -> Tensor:
     return values.max() if values.numel() else values.new_tensor(0.0)
 
 
-def _total(name: str) -> str:
+def _name_total(name: str) -> str:
     return name if name.startswith("_") else f"importance/{name}"
 
 
-def _split(name: str) -> str:
+def _name_by_staleness(name: str) -> str:
     return f"_{name.removeprefix('_')}_by_staleness"

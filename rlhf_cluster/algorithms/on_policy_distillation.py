@@ -3,13 +3,13 @@
     J = E_t min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t)
     A_t = log T(token t) - sg(log pi(token t)) + reward_coef (R_i - mean(group)) / (std(group) + 1e-4)
 
-T is the teacher, pi the policy as it is at the optimizer step; everything else, correction weights
-among it, is that of `policy_gradient`. In expectation over the sampled token the gradient of the first
-part is that of -KL(pi, T) at that token, exactly, while no ratio is bounded: log pi is the present
-policy's and not the sampler's, so that staleness and several optimizer steps a batch need the ratio
-pi / mu alone, as in every policy gradient. What a token does to later ones is not counted: each prefix
-is learnt as it comes, by the reverse KL of a token as GKD has it on the student's own samples, but
-estimated from the sampled token instead of the whole vocabulary.
+T is the teacher, pi the policy at the optimizer step; everything else, such as correction weights, is
+in `policy_gradient`. In expectation over the sampled token the gradient of the first part is exactly
+that of -KL(pi, T) at that token, as long as no ratio is bounded. log pi is the current policy's and
+not the sampler's, so staleness and several optimizer steps per batch need only the ratio pi / mu, as
+in every policy gradient. The effect of a token on later ones is ignored: each sampled prefix is
+learnt by the reverse KL per token. GKD does the same on the student's samples, but over the whole
+vocabulary instead of the sampled token.
 
 Agarwal et al. 2023, arXiv 2306.13649 (GKD); Gu et al. 2023, arXiv 2306.08543 (MiniLLM); Lu and Thinking
 Machines Lab 2025, "On-Policy Distillation".
@@ -25,10 +25,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from rlhf_cluster.algorithms.advantages import group_advantages
-from rlhf_cluster.algorithms.algorithm import (
-    LossInputs,
-    Sums,
-)
+from rlhf_cluster.algorithms.algorithm import LossInputs, Sums
 from rlhf_cluster.algorithms.kl import k3
 from rlhf_cluster.algorithms.policy_gradient import PolicyGradient, clipped_surrogate
 from rlhf_cluster.algorithms.policy_gradient_config import ClippedConfig
@@ -45,7 +42,7 @@ class OnPolicyDistillationConfig(ClippedConfig):
     group_size: int = Field(default=1, ge=1)
     """Rollouts of one prompt. The teacher rates each token, so one is enough."""
     reward_coef: float = Field(default=0.0, ge=0)
-    """Weight of the reward's advantage in its group, beside the teacher's nats."""
+    """Weight of the reward's advantage in its group, added to the teacher's nats."""
 
     @property
     def needs_teacher(self) -> bool:
@@ -55,7 +52,7 @@ class OnPolicyDistillationConfig(ClippedConfig):
     def _rewards_have_a_group(self) -> OnPolicyDistillationConfig:
         if self.reward_coef > 0 and self.group_size == 1:
             raise ValueError(
-                f"reward_coef = {self.reward_coef:g} with group_size = 1: a reward's advantage is over "
+                f"reward_coef = {self.reward_coef:g} with group_size = 1: a reward's advantage needs "
                 "the other rollouts of its group, and there are none. Use a larger group_size"
             )
         if self.kl_active and self.kl_in == "reward":
@@ -67,8 +64,8 @@ class OnPolicyDistillationConfig(ClippedConfig):
 
 
 class OnPolicyDistillation(PolicyGradient[OnPolicyDistillationConfig]):
-    """The formula is in the module's docstring. `advantages` has the reward's part alone: the
-    teacher's is known when the policy's log-probabilities are."""
+    """On-policy distillation. `advantages` has the reward's part only: the teacher's depends on the
+    policy's log-probabilities at the optimizer step, so `surrogate` adds it."""
 
     @property
     def zero_advantage_is_zero_loss(self) -> bool:
@@ -81,7 +78,11 @@ class OnPolicyDistillation(PolicyGradient[OnPolicyDistillationConfig]):
         return coef * group_advantages(rewards.tolist(), group_ids, normalize_std=True)
 
     def surrogate(self, log_ratios: Tensor, inputs: LossInputs) -> tuple[Tensor, Sums]:
-        """`PolicyGradient.surrogate`. Raises `RecordError` without the teacher's log-probabilities."""
+        """Return the clipped loss of each token [N] with the teacher's advantages, and metric sums.
+
+        Raises:
+            RecordError: no teacher log-probabilities.
+        """
         if inputs.teacher_logprobs is None:
             raise RecordError(
                 "algorithm.type = 'on_policy_distillation' but the experience has no "

@@ -1,25 +1,24 @@
-"""Online DPO: a preference loss of pairs that the policy sampled itself and the scoring pool judged.
+"""Online DPO: a preference loss of pairs that the policy sampled and the scoring pool judged.
 
-    of each group   chosen = the response with the highest reward, rejected = that with the lowest
+    in each group   chosen = the response with the highest reward, rejected = that with the lowest
     loss            (1 / P) sum over the P pairs of an optimizer step of L(pair)
 
-L is any loss of pairs of `algorithms.preference_loss_config`, DPO where nothing is said, computed as
-the offline stage `preference` does; log-probabilities, the reference's too, are those of the trained
-tokens at the temperature of the sampling. Guo et al. 2024, arXiv 2402.04792, compare two responses a
-prompt; of a larger group the others are not trained. Of equal rewards the earlier response is taken; a
-group whose rewards are all equal up to rounding says nothing and gives no pair. A step without a pair
-has loss 0.
+L is any loss of pairs of `algorithms.preference_loss_config` (default DPO), computed as in the offline
+stage `preference`. Log-probabilities of policy and reference are those of the trained tokens at the
+sampling temperature. Guo et al. 2024, arXiv 2402.04792, compare two responses per prompt; the others
+of a larger group are not trained. Among equal rewards the earlier response is taken. A group whose
+rewards are all equal up to rounding gives no pair. A step without a pair has loss 0.
 
-Nothing is corrected for staleness. A policy gradient is an expectation under the policy, so samples of
-an older one need a weight; a preference loss is none: it takes a pair as given, whatever sampled it, as
-it does offline. What staleness changes is which pairs are seen: what an older policy sampled, and
-the newer one may have learnt already. `importance/*` reports the distance to the sampler all the same.
-Every optimizer step computes the loss of its pairs under the policy as it is, so several epochs or
-minibatches need no proximal policy.
+There is no correction for staleness. A policy gradient is an expectation under the policy, so samples
+of an older one need a weight. A preference loss takes a pair as given, whichever policy sampled it, as
+it does offline. Staleness only changes which pairs are seen: those of an older policy, which the newer
+one may have learnt already. `importance/*` still reports the distance to the sampler. Every optimizer
+step computes the loss of its pairs under the current policy, so several epochs or minibatches need no
+proximal policy.
 
 Promises: value and gradient are those of the mean over the pairs of the optimizer step, whatever the
-ranks, micro-batches and packing; gradients flow into `learner_logprobs` only; while the policy is the
-reference every log-ratio is 0 up to the rounding of passes that are laid out differently.
+ranks, micro-batches and packing; gradients flow into `learner_logprobs` only; while the policy equals
+the reference every log-ratio is 0 up to the rounding of passes with different packing.
 
 Shapes: N trained tokens of a micro-batch, P pairs of it.
 """
@@ -34,15 +33,8 @@ import numpy as np
 from pydantic import Field
 
 from rlhf_cluster.algorithms.advantages import all_equal
-from rlhf_cluster.algorithms.algorithm import (
-    LossInputs,
-    PerToken,
-    Sums,
-)
-from rlhf_cluster.algorithms.off_policy_distance import (
-    derive_distance,
-    distance_sums,
-)
+from rlhf_cluster.algorithms.algorithm import LossInputs, PerToken, Sums
+from rlhf_cluster.algorithms.off_policy_distance import derive_distance, distance_sums
 from rlhf_cluster.algorithms.policy_gradient import reference_sums
 from rlhf_cluster.algorithms.policy_gradient_config import AlgorithmSection
 from rlhf_cluster.algorithms.policy_losses import Aggregation
@@ -72,9 +64,9 @@ class OnlineDpoConfig(AlgorithmSection):
 
     type: Literal["online_dpo"] = "online_dpo"
     group_size: int = Field(default=2, ge=2)
-    """Rollouts of one prompt, of which the best and the worst are compared."""
+    """Rollouts of one prompt; the best and the worst are compared."""
     loss: PairLossChoice = DpoConfig()
-    """Which loss of pairs, and its keys; see `algorithms.preference_loss_config`."""
+    """Loss of pairs and its keys; see `algorithms.preference_loss_config`."""
     dynamic_sampling: bool = False
     """Discard groups whose rewards are all equal, and sample others in their place."""
 
@@ -83,7 +75,7 @@ class OnlineDpoConfig(AlgorithmSection):
 
     @property
     def aggregation(self) -> Aggregation:
-        """With it the weights of a pair's tokens add up to one share of the mean over pairs."""
+        """Sequence mean: the weights of a pair's tokens add up to one share of the mean over pairs."""
         return "sequence_mean"
 
     @property
@@ -100,8 +92,8 @@ class OnlineDpoConfig(AlgorithmSection):
 
 
 class OnlineDpo:
-    """Implements `algorithms.algorithm.Algorithm`. A rollout's advantage says which of its pair it is:
-    1 the chosen, -1 the rejected, 0 neither."""
+    """Online DPO; implements `algorithms.algorithm.Algorithm`. A rollout's advantage is its role in the
+    pair: 1 chosen, -1 rejected, 0 neither."""
 
     full_kl_in: Literal["loss", "reward"] | None = None
     trains_entropy = False
@@ -128,31 +120,31 @@ class OnlineDpo:
         return self.config.needs_reference
 
     def trained_groups(self, groups: Sequence[ExperienceGroup]) -> Sequence[ExperienceGroup]:
-        """The same groups, with the masks of all rollouts cleared that are in no pair.
+        """Return the groups, with the masks of all rollouts cleared that are in no pair.
 
-        Where there is no pair at all the groups are as they were; their advantages are 0.
+        Without any pair the groups are unchanged; their advantages are 0.
         """
-        found = [pair_of(group) for group in groups]
-        num_pairs = sum(pair is not None for pair in found)
+        pairs = [pair_of(group) for group in groups]
+        num_pairs = sum(pair is not None for pair in pairs)
         self._pairs = {
             "preference/pairs": float(num_pairs),
             "preference/tied_groups": float(len(groups) - num_pairs),
         }
         if not num_pairs:
             return groups
-        return [_only(group, pair or ()) for group, pair in zip(groups, found, strict=True)]
+        return [_mask_others(group, pair or ()) for group, pair in zip(groups, pairs, strict=True)]
 
     def advantages(self, groups: Sequence[ExperienceGroup]) -> PerToken:
-        """One float32 array [T] per rollout, nested like `groups[i].scored[j]`."""
-        return [_marks(group) for group in groups]
+        """Return one float32 array [T] per rollout, nested like `groups[i].scored[j]`."""
+        return [_mark_pair(group) for group in groups]
 
     def loss(self, inputs: LossInputs) -> tuple[Tensor, Sums]:
-        """The loss of its pair for each token [N], not yet weighted, and metric sums.
+        """Return for each token [N] the loss of its pair, not yet weighted, and metric sums.
 
         Raises:
-            RecordError: units that are no pairs, or no reference where the loss needs one.
+            RecordError: units that are not pairs, or a missing reference that the loss needs.
         """
-        pairs = _pairs_of(inputs, self.config.loss.needs_reference)
+        pairs = _build_pairs(inputs, self.config.loss.needs_reference)
         losses, sums = self.config.loss.losses(pairs)
         return losses[inputs.sequence // 2], {
             **sums,
@@ -163,35 +155,35 @@ class OnlineDpo:
         }
 
     def correction_weights(self, inputs: LossInputs) -> Tensor | None:
-        """None: a preference loss takes a pair as given, whatever sampled it."""
+        """Return None: a preference loss takes a pair as given, whichever policy sampled it."""
         return None
 
     def derive(self, means: Mapping[str, float]) -> dict[str, float]:
-        """The metrics to report, from the reduced ones; and how many pairs the step had."""
+        """Return the metrics to report, given the reduced ones, and the number of pairs."""
         return derive_distance(means) | self._pairs
 
     def finish_step(self, metrics: Mapping[str, float]) -> None:
-        """A step ended: nothing here depends on it."""
+        """Do nothing: no controller depends on the step."""
 
     def state(self) -> dict[str, float]:
-        """Nothing outlives a step."""
+        """Return no state: nothing outlives a step."""
         return {}
 
     def load_state(self, state: Mapping[str, float]) -> None:
-        """Go on from `state()`."""
+        """Resume from `state()`, which is empty."""
 
 
 def pair_of(group: ExperienceGroup) -> tuple[int, int] | None:
-    """Places of the chosen and of the rejected response, of those with a trained token; None for a
-    group without signal."""
-    places = [i for i, s in enumerate(group.scored) if s.rollout.response_mask.any()]
-    rewards = [group.scored[i].reward for i in places]
+    """Return the indices of the chosen and of the rejected response among those with a trained token;
+    None for a group whose rewards are all equal."""
+    trained = [i for i, s in enumerate(group.scored) if s.rollout.response_mask.any()]
+    rewards = [group.scored[i].reward for i in trained]
     if all_equal(rewards):
         return None
-    return places[int(np.argmax(rewards))], places[int(np.argmin(rewards))]
+    return trained[int(np.argmax(rewards))], trained[int(np.argmin(rewards))]
 
 
-def _marks(group: ExperienceGroup) -> list[np.ndarray]:
+def _mark_pair(group: ExperienceGroup) -> list[np.ndarray]:
     marks = np.zeros(len(group.scored), dtype=np.float32)
     if (pair := pair_of(group)) is not None:
         marks[list(pair)] = 1.0, -1.0
@@ -201,17 +193,17 @@ def _marks(group: ExperienceGroup) -> list[np.ndarray]:
     ]
 
 
-def _only(group: ExperienceGroup, places: Sequence[int]) -> ExperienceGroup:
-    scored = (s if i in places else _untrained(s) for i, s in enumerate(group.scored))
+def _mask_others(group: ExperienceGroup, indices: Sequence[int]) -> ExperienceGroup:
+    scored = (s if i in indices else _clear_mask(s) for i, s in enumerate(group.scored))
     return replace(group, scored=tuple(scored))
 
 
-def _untrained(scored: ScoredRollout) -> ScoredRollout:
+def _clear_mask(scored: ScoredRollout) -> ScoredRollout:
     nothing = np.zeros_like(scored.rollout.response_mask)
     return replace(scored, rollout=replace(scored.rollout, response_mask=nothing))
 
 
-def _pairs_of(inputs: LossInputs, with_reference: bool) -> Pairs:
+def _build_pairs(inputs: LossInputs, with_reference: bool) -> Pairs:
     if set(inputs.unit_sizes) - {2} or 2 * len(inputs.unit_sizes) != inputs.num_sequences:
         raise RecordError(
             f"{inputs.num_sequences} sequences in {len(inputs.unit_sizes)} units of "
@@ -230,9 +222,9 @@ def _pairs_of(inputs: LossInputs, with_reference: bool) -> Pairs:
     first = sums(inputs.advantages)[0::2] > 0
 
     def sides(values: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the chosen and of the rejected ones, [P] each."""
-        of = sums(values)
-        return of[0::2].where(first, of[1::2]), of[1::2].where(first, of[0::2])
+        """Return the sums over the chosen and over the rejected responses, [P] each."""
+        one, other = sums(values).view(-1, 2).unbind(1)
+        return one.where(first, other), other.where(first, one)
 
     chosen, rejected = sides(logprobs)
     chosen_tokens, rejected_tokens = sides(logprobs.detach().new_ones(logprobs.shape))

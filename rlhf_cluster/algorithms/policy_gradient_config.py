@@ -1,6 +1,6 @@
-"""Configuration that algorithms share, and the combinations that are refused.
+"""Configuration that algorithms share, and the combinations of keys that it refuses.
 
-What the keys do is in `policy_gradient`, `importance_weights`, `off_policy_correction` and `kl`.
+The formulas are in `policy_gradient`, `importance_weights`, `off_policy_correction` and `kl`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from rlhf_cluster.algorithms.kl import Estimator, FixedKl, KlControl, LinearKl
-from rlhf_cluster.algorithms.off_policy_correction import (
-    Correction,
-    TokenTis,
-)
+from rlhf_cluster.algorithms.off_policy_correction import Correction, TokenTis
 from rlhf_cluster.algorithms.policy_losses import Aggregation
 from rlhf_cluster.sections.section import Section
 
@@ -22,28 +19,28 @@ Proximal = Literal["recompute", "interpolate", "bypass"]
 
 
 class AlgorithmSection(Section):
-    """What the rest of a run reads of any algorithm's section."""
+    """Keys and properties that the rest of a run reads of every algorithm's section."""
 
     group_size: int = Field(default=8, ge=1)
     """Rollouts of one prompt."""
 
     def trains_on(self, rewards: Sequence[float]) -> bool:
-        """Whether a group with these rewards is trained on, or discarded for another one."""
+        """Return whether to train on a group with these rewards; if not, another replaces it."""
         return True
 
     @property
     def unit_size(self) -> int:
-        """Rollouts of a group that are laid out together, because the loss compares them."""
+        """Rollouts of a group that stay in one micro-batch, because the loss compares them."""
         return 1
 
     @property
     def no_steps(self) -> str | None:
-        """Why rewards of reasoning steps would lose their places; None where they keep them."""
+        """Reason why this algorithm cannot use rewards of reasoning steps, or None if it can."""
         return "it gives every token of a response the same advantage"
 
     @property
     def full_kl_in(self) -> Literal["loss", "reward"] | None:
-        """Where the KL over the whole vocabulary acts, if it does."""
+        """Term that the KL over the whole vocabulary acts in; None if it is not used."""
         return None
 
     @property
@@ -53,7 +50,7 @@ class AlgorithmSection(Section):
 
     @property
     def needs_teacher(self) -> bool:
-        """The scoring pool has to serve a teacher."""
+        """Whether the scoring pool has to serve a teacher."""
         return False
 
 
@@ -61,37 +58,37 @@ class PolicyGradientConfig(AlgorithmSection):
     """Keys of every policy-gradient algorithm."""
 
     aggregation: Aggregation = "token_mean"
-    """How token losses become one number; see `algorithms.policy_losses`."""
+    """Weights of token losses in the loss of a step; see `algorithms.policy_losses`."""
     proximal: Proximal = "recompute"
-    """What the ratio is against: `recompute`, the learner at the start of the step, and
-    `correction` weights the distance to the sampler; `interpolate`, the same without a pass of its
-    own (A-3PO); `bypass`, the sampler itself, truncated or masked by `correction`."""
+    """Denominator of the ratio. `recompute`: the learner at the start of the step; `correction` weights
+    the distance to the sampler. `interpolate`: the same without an extra forward pass (A-3PO).
+    `bypass`: the sampler itself, truncated or masked by `correction`."""
     correction: Correction = TokenTis()
-    """What is done about tokens whose sampler is not the policy that is trained; see
-    `algorithms.off_policy_correction`. A list of rules is one whose weights multiply."""
+    """Weighting or masking of tokens whose sampler is not the trained policy; see
+    `algorithms.off_policy_correction`. The weights of a list of rules multiply."""
     sampler: Literal["sampled", "exact"] = "sampled"
-    """Whose log-probabilities stand for the sampler mu: `sampled`, the engine's own; `exact`, those
-    of the same weights as the learner computes, so that ratios hold staleness and no engine
-    mismatch. Needs `scoring.exact_logprobs = true`."""
+    """Log-probabilities of the sampler mu. `sampled`: those of the engine. `exact`: those that the
+    learner's code computes with the same weights, so that ratios contain staleness and no engine
+    mismatch; needs `scoring.exact_logprobs = true`."""
     entropy_coef: float = Field(default=0.0, ge=0)
     """Weight of the entropy bonus."""
     kl_coef: float = Field(default=0.0, ge=0)
     """Weight of the KL term at the start; `kl_to = "reference"` needs `scoring.reference = true`, or
     `kl_estimator = "full"`."""
     kl_in: Literal["loss", "reward"] = "loss"
-    """Where the KL acts: on each token's loss, or on the reward before advantages."""
+    """Term that the KL is added to: each token's loss, or the reward before advantages."""
     kl_estimator: Estimator | None = None
-    """See `algorithms.kl`; default: k2 in the loss, k1 in the reward. `full` is no estimate but the KL
-    over the whole vocabulary; the learner then holds the reference and passes every batch through
-    it."""
+    """Estimator, see `algorithms.kl`; default: k2 in the loss, k1 in the reward. `full` is not an
+    estimate but the KL over the whole vocabulary; the learner then holds the reference and passes
+    every batch through it."""
     kl_to: Literal["reference", "sampler"] = "reference"
-    """Which policy the KL holds on to."""
+    """Policy that the KL is measured to."""
     kl_control: KlControl = FixedKl()
-    """How the coefficient changes over the run."""
+    """Change of the coefficient over the run."""
 
     @property
     def kl_active(self) -> bool:
-        """The coefficient is, or may become, larger than 0."""
+        """Whether the coefficient is, or may become, greater than 0."""
         control = self.kl_control
         return self.kl_coef > 0 or (isinstance(control, LinearKl) and control.final > 0)
 
@@ -134,7 +131,7 @@ class PolicyGradientConfig(AlgorithmSection):
         if self.kl_control.type == "adaptive" and self.kl_coef == 0:
             return (
                 "kl_control.type = 'adaptive' with kl_coef = 0: the coefficient is multiplied and "
-                "would stay 0. Set kl_coef to a start, such as 0.01"
+                "would stay 0. Set kl_coef to a start value, such as 0.01"
             )
         if self.kl_control.type == "adaptive" and self.kl_to == "sampler":
             return (
@@ -160,10 +157,10 @@ class PolicyGradientConfig(AlgorithmSection):
 
 
 class ClippedConfig(PolicyGradientConfig):
-    """Keys of the algorithms with the clipped surrogate."""
+    """Keys of algorithms with the clipped surrogate."""
 
     clip_low: float = Field(default=0.2, gt=0, lt=1)
     clip_high: float = Field(default=0.28, gt=0)
     """Bounds of the ratio: [1 - clip_low, 1 + clip_high]."""
     dual_clip: float | None = Field(default=None, gt=1)
-    """Where A is negative the loss is at most `dual_clip` times |A|; default: no bound."""
+    """Bound of the loss where A is negative, as a multiple of |A|; default: no bound."""

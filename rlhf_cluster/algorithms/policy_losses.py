@@ -1,4 +1,4 @@
-"""Policy losses: the loss of each token from log-ratios, and the weight of each token.
+"""Policy losses: the loss of each token, given log-ratios, and the weight of each token.
 
 Losses are pure functions, neither weighted nor summed, of r = exp(log ratio) and the advantage A:
 
@@ -45,9 +45,9 @@ def clipped_policy_loss(
     clip_high: float,
     dual_clip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The clipped objective, negated, one value a token (Schulman et al. 2017, arXiv 1707.06347).
+    """Return the negated clipped objective of each token (Schulman et al. 2017, arXiv 1707.06347).
 
-    Unequal bounds are those of DAPO (Yu et al. 2025, arXiv 2503.14476). With `dual_clip` c, where
+    Unequal bounds: DAPO (Yu et al. 2025, arXiv 2503.14476). With `dual_clip` c, where
     A < 0 the loss is at most c |A| (Ye et al. 2020, arXiv 1912.09729).
 
     Args:
@@ -55,7 +55,7 @@ def clipped_policy_loss(
         advantages: [N].
 
     Returns:
-        (loss [N], clipped [N] bool: where a bound was taken, so that the gradient is zero).
+        (loss [N], clipped [N] bool: a bound applies, so the gradient is zero).
 
     Raises:
         RecordError: shapes that differ.
@@ -76,13 +76,15 @@ def clipped_policy_loss(
 def gated_policy_loss(
     log_ratio: Tensor, advantages: Tensor, positive_temperature: float, negative_temperature: float
 ) -> Tensor:
-    """A soft gate instead of a clip, one value a token (Gao et al. 2025, arXiv 2511.20347, SAPO).
+    """Return the loss of each token with a soft gate instead of a clip (SAPO).
+
+    Gao et al. 2025, arXiv 2511.20347.
 
     f(1) = 2 / tau and f'(1) = 1: near r = 1 the gradient is that of r A, and it fades as r leaves.
 
     Args:
         log_ratio: [N], carries the gradient.
-        advantages: [N]; those over 0 take `positive_temperature`, others `negative_temperature`.
+        advantages: [N]; `positive_temperature` applies where positive, else the negative one.
 
     Raises:
         RecordError: shapes that differ.
@@ -102,9 +104,9 @@ def cispo_policy_loss(
     clip_low: float,
     clip_high: float,
 ) -> tuple[Tensor, Tensor]:
-    """REINFORCE with a clipped ratio as its weight (MiniMax 2025, arXiv 2506.13585, CISPO).
+    """Return the REINFORCE loss of each token with a clipped ratio as its weight (CISPO).
 
-    No token loses its gradient: a clipped ratio bounds the weight only.
+    Every token keeps its gradient: the clip bounds the weight only. MiniMax 2025, arXiv 2506.13585.
 
     Args:
         log_ratio: [N], its gradient is stopped.
@@ -112,7 +114,7 @@ def cispo_policy_loss(
         advantages: [N].
 
     Returns:
-        (loss [N], clipped [N] bool: where the weight is a bound).
+        (loss [N], clipped [N] bool: the weight is a bound).
 
     Raises:
         RecordError: shapes that differ.
@@ -125,7 +127,7 @@ def cispo_policy_loss(
 
 
 def plain_policy_loss(log_ratio: Tensor, advantages: Tensor) -> Tensor:
-    """-r A, one value a token: where r = 1 its gradient is -A grad log pi (Williams 1992).
+    """Return -r A of each token; its gradient at r = 1 is -A grad log pi (Williams 1992).
 
     Args:
         log_ratio: [N], carries the gradient.
@@ -152,7 +154,7 @@ Aggregation = Literal["token_mean", "sequence_mean", "fixed_length"]
 def token_weights(
     num_tokens: Sequence[int], aggregation: Aggregation, max_tokens: int
 ) -> list[float]:
-    """The weight of each token of each rollout.
+    """Return the weight of the tokens of each rollout.
 
     Args:
         num_tokens: trained tokens of each rollout of the optimizer step, 0 allowed.
@@ -160,7 +162,7 @@ def token_weights(
         max_tokens: `generation.max_response_tokens`, the divisor of `fixed_length`.
 
     Returns:
-        One weight a rollout (all its tokens share it); 0 for a rollout without trained tokens.
+        One weight per rollout, which all its tokens share; 0 for one without trained tokens.
 
     Raises:
         RecordError: more trained tokens than `max_tokens` with fixed_length.
@@ -172,6 +174,6 @@ def token_weights(
         return [1 / (num_rollouts * n) if n else 0.0 for n in num_tokens]
     if max(num_tokens, default=0) > max_tokens:
         raise RecordError(
-            f"a rollout has {max(num_tokens)} trained tokens, over the fixed length {max_tokens}"
+            f"a rollout has {max(num_tokens)} trained tokens, more than the fixed length {max_tokens}"
         )
     return [1 / (num_rollouts * max_tokens) if n else 0.0 for n in num_tokens]

@@ -1,15 +1,15 @@
-"""Proximal policy optimisation with a learned critic.
+"""PPO: proximal policy optimisation with a learned critic.
 
     loss_t  = -w_t min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t) - entropy_coef H_t
     value_t = max((V_t - G_t)^2, (clip(V_t, V0_t - value_clip, V0_t + value_clip) - G_t)^2) / 2
     A_t = GAE(discount, trace) of the rewards with the values V0, whitened over the step;  G = A + V0
 
-A before whitening goes into the returns G. V0 are the critic's values at the start of the step, V_t
-its values before token t at the optimizer step, w_t and r_t as in `policy_gradient`. The response's
-reward lies on its last trained token, a reasoning step's on the last one of the step, and with
-`kl_in = "reward"` every token pays its KL. The value after the last token is 0, for answers that were
-cut too. The critic has settings of its own (`[critic]`); several optimizer steps a batch are
-`learner.epochs` times `learner.minibatches`.
+G uses A before whitening. V0 are the critic's values at the start of the step, V_t its values before
+token t at the optimizer step, w_t and r_t as in `policy_gradient`. The response's reward is at its
+last trained token, a reasoning step's at the last one of the step, and with `kl_in = "reward"` every
+token pays its KL. The value after the last token is 0, also for answers that were cut. The section
+`[critic]` configures the critic; a batch has `learner.epochs` times `learner.minibatches` optimizer
+steps.
 
 Schulman et al. 2017, arXiv 1707.06347; Schulman et al. 2015, arXiv 1506.02438 (GAE); Ouyang et al.
 2022, arXiv 2203.02155 (for language models).
@@ -46,13 +46,13 @@ class PpoConfig(ClippedConfig):
     """Rollouts of one prompt. The critic is the baseline, so one is enough."""
     clip_high: float = Field(default=0.2, gt=0)
     discount: float = Field(default=1.0, gt=0, le=1)
-    """gamma: what a reward is worth one token earlier."""
+    """gamma: factor of a reward per token that it is earlier."""
     trace: float = Field(default=0.95, ge=0, le=1)
     """lambda of GAE: 1 trusts the rewards alone, 0 the critic's next value alone."""
     whiten: bool = True
-    """Advantages get mean 0 and standard deviation 1 over the trained tokens of the step."""
+    """Whether to scale advantages to mean 0 and deviation 1 over the trained tokens of the step."""
     value_clip: float = Field(default=0.2, ge=0)
-    """How far a value may move in a step before its loss stops pulling; 0 leaves the clip out."""
+    """Distance a value may move in a step before its gradient becomes 0; 0: no clip."""
 
     @property
     def no_steps(self) -> str | None:
@@ -60,7 +60,7 @@ class PpoConfig(ClippedConfig):
 
 
 class Ppo(PolicyGradient[PpoConfig]):
-    """Implements `algorithms.algorithm.CriticAlgorithm`."""
+    """PPO; implements `algorithms.algorithm.CriticAlgorithm`."""
 
     @property
     def needs_critic(self) -> bool:
@@ -76,7 +76,7 @@ class Ppo(PolicyGradient[PpoConfig]):
     def estimate(
         self, groups: Sequence[ExperienceGroup], values: PerToken
     ) -> tuple[PerToken, PerToken]:
-        """(advantages, returns), float32, from the value before each response token is sampled.
+        """Return (advantages, returns), float32, given the value before each response token.
 
         Raises:
             RecordError: values that do not fit, or a KL in the reward without a reference.
@@ -91,10 +91,10 @@ class Ppo(PolicyGradient[PpoConfig]):
         advantages, returns = gae(rewards, flat, masks, self.config.discount, self.config.trace)
         if self.config.whiten:
             advantages = whiten(advantages, masks)
-        return _nested(advantages, groups), _nested(returns, groups)
+        return _nest(advantages, groups), _nest(returns, groups)
 
     def value_loss(self, inputs: ValueInputs) -> tuple[Tensor, Sums]:
-        """The value loss of each token [N], not yet weighted, and metric sums."""
+        """Return the value loss of each token [N], not yet weighted, and metric sums."""
         losses, clipped = clipped_value_loss(
             inputs.values, inputs.start_values, inputs.returns, self.config.value_clip
         )
@@ -105,17 +105,16 @@ class Ppo(PolicyGradient[PpoConfig]):
 def clipped_value_loss(
     values: Tensor, start_values: Tensor, returns: Tensor, clip: float
 ) -> tuple[Tensor, Tensor]:
-    """Half the squared error of the values, the larger of free and clipped, one a token.
+    """Return half the squared error of each value, the larger of free and clipped.
 
     Args:
         values: [N], carries the gradient.
         start_values: [N], the critic's at the start of the step.
         returns: [N].
-        clip: how far values may move from `start_values`; 0 for no clip.
+        clip: distance that values may move from `start_values`; 0 for no clip.
 
     Returns:
-        (loss [N], clipped [N] bool: where the clipped error was the larger one, so that the
-        gradient is zero).
+        (loss [N], clipped [N] bool: the clipped error is the larger one, so the gradient is zero).
 
     Raises:
         RecordError: shapes that differ.
@@ -130,12 +129,12 @@ def clipped_value_loss(
     if clip == 0:
         return free, free.new_zeros(free.shape).bool()
     bounded = values.clamp(start_values - clip, start_values + clip)
-    held = (bounded - returns).square() / 2
-    clipped = (held > free).detach()
-    # where they are equal `maximum` would take half of each gradient
-    return held.where(clipped, free), clipped
+    bounded_loss = (bounded - returns).square() / 2
+    clipped = (bounded_loss > free).detach()
+    # `maximum` would take half of each gradient where the two are equal
+    return bounded_loss.where(clipped, free), clipped
 
 
-def _nested(flat: list, groups: Sequence[ExperienceGroup]) -> PerToken:
+def _nest(flat: list, groups: Sequence[ExperienceGroup]) -> PerToken:
     values = iter(flat)
     return [[next(values) for _ in group.scored] for group in groups]

@@ -1,11 +1,12 @@
-"""Preference losses as sections of a run file: `loss = { type = "...", ... }`, one entry each in
-`PREFERENCE_LOSSES`. Formulas and sources are in `algorithms.preference_losses`.
+"""Preference losses as sections of a run file: `loss = { type = "...", ... }`.
+
+Each is an entry of `PREFERENCE_LOSSES`. Formulas and sources are in `algorithms.preference_losses`.
 
     dpo, and with label_smoothing cDPO, with nll_coef RPO      ipo    dpop    robust_dpo
-    simpo, orpo                   no reference, no pass for it
+    simpo, orpo                   no reference, so no forward pass of one
     kto                           single responses with a verdict instead of pairs
 
-Promises: a loss is one value a pair (or labelled response), and metrics are (sum, count), so both add
+Promises: a loss is one value per pair (or labelled response), and metrics are (sum, count), so both add
 over micro-batches and ranks; the caller divides by the pairs of the whole optimizer step. Importing
 this loads no torch.
 
@@ -20,11 +21,7 @@ from pydantic import Field, PositiveFloat
 
 from rlhf_cluster.algorithms import preference_losses
 from rlhf_cluster.algorithms.algorithm import Sums
-from rlhf_cluster.algorithms.preference_losses import (
-    Divergence,
-    Labelled,
-    Pairs,
-)
+from rlhf_cluster.algorithms.preference_losses import Divergence, Labelled, Pairs
 from rlhf_cluster.sections.section import Section
 
 if TYPE_CHECKING:
@@ -32,25 +29,25 @@ if TYPE_CHECKING:
 
 
 class PairLoss(Section):
-    """Keys that every loss of pairs has."""
+    """Keys of every loss of pairs."""
 
     needs_reference: ClassVar[bool] = True
     paired: ClassVar[bool] = True
 
     nll_coef: float = Field(default=0.0, ge=0)
-    """Weight of the chosen response's negative log-likelihood, a mean over its tokens. It holds up
-    what the loss alone may let fall."""
+    """Weight of the chosen response's negative log-likelihood, a mean over its tokens. It keeps the
+    chosen response likely, which the loss alone may not."""
 
     def objective(self, pairs: Pairs) -> Tensor:
-        """[P], without the likelihood term."""
+        """Return the loss of each pair [P] without the likelihood term."""
         raise NotImplementedError
 
     def rewards(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        """Implicit rewards of the chosen and of the rejected responses, [P] each."""
+        """Return implicit rewards of the chosen and of the rejected responses, [P] each."""
         raise NotImplementedError
 
     def losses(self, pairs: Pairs) -> tuple[Tensor, Sums]:
-        """(loss of each pair [P], metric sums)."""
+        """Return (loss of each pair [P], metric sums)."""
         losses = self.objective(pairs)
         if self.nll_coef > 0:
             losses = losses + self.nll_coef * preference_losses.nll(pairs)
@@ -67,15 +64,15 @@ class _AgainstReference(PairLoss):
 
 
 class DpoConfig(_AgainstReference):
-    """Direct preference optimisation, with its divergences; cDPO and RPO by two of its keys."""
+    """Direct preference optimisation with its divergences; two keys make it cDPO or RPO."""
 
     type: Literal["dpo"] = "dpo"
     divergence: Divergence = "reverse_kl"
-    """What ties the policy to the reference. `reverse_kl` is DPO as published."""
+    """Divergence that ties the policy to the reference. `reverse_kl` is DPO as published."""
     alpha: float = Field(default=0.5, gt=0, lt=1)
-    """With divergence = "alpha" only: near 0 it is reverse_kl, near 1 forward_kl."""
+    """Parameter of divergence = "alpha": near 0 it is reverse_kl, near 1 forward_kl."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """Share of pairs held to be labelled the wrong way round (cDPO)."""
+    """Assumed share of pairs whose labels are swapped (cDPO)."""
 
     def objective(self, pairs: Pairs) -> Tensor:
         return preference_losses.dpo_loss(
@@ -84,7 +81,7 @@ class DpoConfig(_AgainstReference):
 
 
 class RobustDpoConfig(_AgainstReference):
-    """DPO whose mean over randomly flipped labels is DPO on the right ones."""
+    """DPO whose mean over randomly flipped labels is DPO on the correct labels."""
 
     type: Literal["robust_dpo"] = "robust_dpo"
     flip_probability: float = Field(default=0.1, ge=0, lt=0.5)
@@ -95,36 +92,36 @@ class RobustDpoConfig(_AgainstReference):
 
 
 class IpoConfig(_AgainstReference):
-    """A squared distance to a margin of 1 / (2 beta) instead of a margin without end."""
+    """Squared distance to a margin of 1 / (2 beta), instead of an unbounded margin."""
 
     type: Literal["ipo"] = "ipo"
     per_token: bool = True
-    """Divide each log-ratio by the response's length before the margin is taken."""
+    """Whether to divide each log-ratio by the response's length before taking the margin."""
 
     def objective(self, pairs: Pairs) -> Tensor:
         return preference_losses.ipo_loss(pairs, self.beta, self.per_token)
 
 
 class DpopConfig(_AgainstReference):
-    """DPO that pays for chosen responses less likely than under the reference."""
+    """DPO with a penalty on chosen responses that are less likely than under the reference."""
 
     type: Literal["dpop"] = "dpop"
     penalty: PositiveFloat = 50.0
-    """Weight of the shortfall, in nats of the margin a nat of shortfall."""
+    """Weight of the shortfall: nats of margin per nat of shortfall."""
 
     def objective(self, pairs: Pairs) -> Tensor:
         return preference_losses.dpop_loss(pairs, self.beta, self.penalty)
 
 
 class SimpoConfig(PairLoss):
-    """Mean log-probabilities a token with a margin, without a reference."""
+    """Mean log-probabilities per token with a margin, without a reference."""
 
     needs_reference: ClassVar[bool] = False
 
     type: Literal["simpo"] = "simpo"
     beta: PositiveFloat = 2.0
     gamma: float = Field(default=1.0, ge=0)
-    """The margin, after beta."""
+    """Margin, after scaling by beta."""
 
     def objective(self, pairs: Pairs) -> Tensor:
         return preference_losses.simpo_loss(pairs, self.beta, self.gamma)
@@ -154,7 +151,7 @@ class OrpoConfig(PairLoss):
 
 
 class KtoConfig(Section):
-    """Single responses, each called desirable or not, against a KL baseline."""
+    """Single responses, each labelled desirable or not, against a KL baseline."""
 
     needs_reference: ClassVar[bool] = True
     paired: ClassVar[bool] = False
@@ -163,13 +160,13 @@ class KtoConfig(Section):
     beta: PositiveFloat = 0.1
     """Strength of the tie to the reference."""
     desirable_weight: PositiveFloat = 1.0
-    """Keep desirable_weight times the desirable examples over undesirable_weight times the others
-    between 1 and 4/3."""
+    """Weight of desirable responses. Keep (desirable_weight times desirable examples) / (
+    undesirable_weight times the others) between 1 and 4/3."""
     undesirable_weight: PositiveFloat = 1.0
 
     def losses(self, labelled: Labelled, baseline: Tensor) -> tuple[Tensor, Sums]:
-        """(loss of each response [N], metric sums); `baseline` is `preference_losses.kto_baseline`
-        of the whole optimizer step."""
+        """Return (loss of each response [N], metric sums); `baseline` is
+        `preference_losses.kto_baseline` of the whole optimizer step."""
         losses = preference_losses.kto_loss(
             labelled, baseline, self.beta, self.desirable_weight, self.undesirable_weight
         )
@@ -195,10 +192,10 @@ PreferenceLoss = Annotated[
 def pair_metrics(
     pairs: Pairs, losses: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor
 ) -> Sums:
-    """Metric sums of pairs. An equal reward counts as half right: the policy it started from has 0.5.
+    """Return metric sums of pairs. Equal rewards are half right: the initial policy has accuracy 0.5.
 
-    Log-probabilities are those of whole responses in nats, both reported: a margin can grow while
-    both fall.
+    Log-probabilities are those of whole responses in nats. Both are reported, because a margin can
+    grow while both fall.
     """
     count = losses.new_tensor(losses.numel())
     margins = chosen_rewards - rejected_rewards
@@ -221,7 +218,7 @@ def pair_metrics(
 
 
 def labelled_metrics(labelled: Labelled, losses: Tensor, baseline: Tensor, beta: float) -> Sums:
-    """Metric sums of single responses; an accuracy is the share on the right side of the baseline."""
+    """Return metric sums of responses; accuracy is the share on the right side of the baseline."""
     ratios = labelled.log_ratios
     desirable = labelled.desirable.bool()
     signed = (ratios - baseline).where(desirable, baseline - ratios)

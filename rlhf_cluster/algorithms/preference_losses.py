@@ -1,4 +1,4 @@
-"""Preference losses: pure functions from log-probabilities of whole responses to one loss a pair.
+"""Preference losses: pure functions from log-probabilities of whole responses to a loss per pair.
 
 With w the chosen and l the rejected response, pi the policy, ref the frozen reference,
 r = log pi(y) - log ref(y), m = log pi(y) / |y| (a mean over tokens), s = log sigmoid:
@@ -15,10 +15,10 @@ r = log pi(y) - log ref(y), m = log pi(y) / |y| (a mean over tokens), s = log si
 
     g(r)      reverse_kl r,  forward_kl -exp(-r),  js s(r),  alpha (1 - exp(-alpha r)) / alpha
 
-Promises: one loss a pair, not weighted and not summed, so that a caller's sum depends on no
-micro-batch; shapes are checked, nothing broadcasts; no gradient flows into the reference or into z;
-finite for any finite input: beyond `MAX_LOG_RATIO` an exponential goes on as its tangent. Where policy
-and reference agree, each loss over r has the gradient of its formula, not 0.
+Promises: one loss per pair, neither weighted nor summed, so that a caller's sum does not depend on
+micro-batches; shapes are checked, nothing broadcasts; no gradient flows into the reference or into z;
+finite for any finite input: beyond `MAX_LOG_RATIO` an exponential continues as its tangent. Where
+policy and reference agree, each loss over r has the gradient of its formula, not 0.
 
 Shapes: P pairs, N single responses, M unmatched responses.
 """
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 
 MAX_LOG_RATIO = 20.0
-"""Where an exponential becomes its tangent; e^20 times any usual coefficient is finite in float32."""
+"""Bound above which an exponential is its tangent; e^20 times usual coefficients is finite."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +45,7 @@ class Pairs:
 
     chosen: Tensor  # [P] carries the gradient
     rejected: Tensor  # [P] carries the gradient
-    chosen_tokens: Tensor  # [P] how many tokens were summed, at least 1
+    chosen_tokens: Tensor  # [P] number of summed tokens, at least 1
     rejected_tokens: Tensor  # [P]
     ref_chosen: Tensor | None = None  # [P] of the frozen reference
     ref_rejected: Tensor | None = None  # [P]
@@ -62,8 +62,11 @@ class Pairs:
 
     @property
     def log_ratios(self) -> tuple[Tensor, Tensor]:
-        """r of the chosen and of the rejected responses, [P] each. `RecordError` without a
-        reference."""
+        """r of the chosen and of the rejected responses, [P] each.
+
+        Raises:
+            RecordError: the pairs have no reference.
+        """
         if self.ref_chosen is None or self.ref_rejected is None:
             raise RecordError(
                 "this preference loss compares with a reference, and the pairs have no log-"
@@ -73,13 +76,13 @@ class Pairs:
 
     @property
     def means(self) -> tuple[Tensor, Tensor]:
-        """m of the chosen and of the rejected responses, [P] each."""
+        """m of the chosen and of the rejected responses, [P] each: means over tokens."""
         return self.chosen / self.chosen_tokens, self.rejected / self.rejected_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Labelled:
-    """Log-probabilities of single responses, each with a verdict, summed over their tokens."""
+    """Log-probabilities of single responses, each with a label, summed over their tokens."""
 
     policy: Tensor  # [N] carries the gradient
     ref: Tensor  # [N] of the frozen reference
@@ -94,7 +97,7 @@ class Labelled:
 
 
 def link(log_ratios: Tensor, divergence: Divergence, alpha: float = 0.5) -> Tensor:
-    """g(r), f'(pi / ref) of the f-divergence to the reference but for a constant, which cancels.
+    """Return g(r): f'(pi / ref) of the f-divergence to the reference, up to a constant that cancels.
 
     Wang et al. 2023, arXiv 2309.16240. `alpha` goes to 0 at reverse_kl, and is forward_kl at 1.
 
@@ -117,10 +120,10 @@ def dpo_loss(
     alpha: float = 0.5,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """[P]. Rafailov et al. 2023, arXiv 2305.18290; divergences: Wang et al. 2023, arXiv 2309.16240.
+    """Return DPO [P]. Rafailov et al. 2023, arXiv 2305.18290; divergences: arXiv 2309.16240.
 
-    `label_smoothing` e is the share of pairs held to be labelled the wrong way round (cDPO, Mitchell
-    2023, "A note on DPO with noisy preferences"): it bounds the margin that is asked for.
+    `label_smoothing` e is the assumed share of pairs whose labels are swapped (cDPO, Mitchell 2023,
+    "A note on DPO with noisy preferences"): it makes the best margin finite.
     """
     logits = beta * _margin(pairs, divergence, alpha)
     right, flipped = _log_sigmoid(logits), _log_sigmoid(-logits)
@@ -128,7 +131,7 @@ def dpo_loss(
 
 
 def robust_dpo_loss(pairs: Pairs, beta: float, flip_probability: float) -> Tensor:
-    """[P]. Its mean over labels flipped with that probability is the DPO loss of the right labels.
+    """Return robust DPO [P]: its mean over flipped labels is the DPO loss of the correct labels.
 
     Chowdhury et al. 2024, arXiv 2403.00409. `flip_probability` in [0, 0.5). Not bounded below.
     """
@@ -139,10 +142,11 @@ def robust_dpo_loss(pairs: Pairs, beta: float, flip_probability: float) -> Tenso
 
 
 def ipo_loss(pairs: Pairs, beta: float, per_token: bool) -> Tensor:
-    """[P]. A squared distance to the margin 1 / (2 beta): Azar et al. 2023, arXiv 2310.12036, eq. 17.
+    """Return IPO [P], the squared distance to the margin 1 / (2 beta). arXiv 2310.12036, eq. 17.
 
-    `per_token` divides each log-ratio by its response's length first, as its authors did for the
-    results of the paper; else the target means the same number of nats for a line and a page.
+    Azar et al. 2023. `per_token` first divides each log-ratio by its response's length, as its authors
+    did for the results of the paper; else the target is the same number of nats for a line and a
+    page.
     """
     chosen, rejected = pairs.log_ratios
     if per_token:
@@ -151,7 +155,7 @@ def ipo_loss(pairs: Pairs, beta: float, per_token: bool) -> Tensor:
 
 
 def dpop_loss(pairs: Pairs, beta: float, penalty: float) -> Tensor:
-    """[P]. DPO that pays for a chosen response less likely than under the reference.
+    """Return DPOP [P]: DPO with a penalty on chosen responses less likely than under the reference.
 
     Pal et al. 2024, arXiv 2402.13228 (Smaug), `penalty` is its lambda.
     """
@@ -160,35 +164,35 @@ def dpop_loss(pairs: Pairs, beta: float, penalty: float) -> Tensor:
 
 
 def simpo_loss(pairs: Pairs, beta: float, gamma: float) -> Tensor:
-    """[P]. No reference; means over tokens; Meng et al. 2024, arXiv 2405.14734."""
+    """Return SimPO [P]: no reference, means over tokens. Meng et al. 2024, arXiv 2405.14734."""
     chosen, rejected = pairs.means
     return -_log_sigmoid(beta * (chosen - rejected) - gamma)
 
 
 def odds_loss(pairs: Pairs) -> Tensor:
-    """[P]. The odds-ratio part of ORPO, no reference; Hong et al. 2024, arXiv 2403.07691."""
+    """Return the odds-ratio part of ORPO [P], no reference. Hong et al. 2024, arXiv 2403.07691."""
     chosen, rejected = (mean - _log_1m_exp(mean) for mean in pairs.means)
     return -_log_sigmoid(chosen - rejected)
 
 
 def nll(pairs: Pairs) -> Tensor:
-    """[P] negative log-likelihood of the chosen response, a mean over its tokens.
+    """Return the negative log-likelihood of the chosen response [P], a mean over its tokens.
 
-    Beside DPO: Pang et al. 2024, arXiv 2404.19733, and Liu et al. 2024, arXiv 2405.16436 (RPO).
-    Beside the odds ratio: ORPO.
+    Added to DPO it is RPO: Pang et al. 2024, arXiv 2404.19733; Liu et al. 2024, arXiv 2405.16436.
+    Added to the odds ratio it is ORPO.
     """
     return -pairs.means[0]
 
 
 def kto_baseline(policy: Tensor, ref: Tensor) -> Tensor:
-    """z, a scalar: the policy's KL to the reference, estimated on responses of OTHER prompts.
+    """Return z, a scalar: the policy's KL to the reference, estimated on responses of OTHER prompts.
 
     z = max(0, mean of log pi(y'|x) - log ref(y'|x)) over all unmatched responses of the optimizer
     step, on all ranks; without gradient. Ethayarajh et al. 2024, arXiv 2402.01306.
 
     Args:
         policy: [M] log-probability of a response after a prompt that it does not belong to.
-        ref: [M] the same of the reference.
+        ref: [M] log-probability of the same response under the reference.
 
     Raises:
         RecordError: shapes that differ, or none of them.
@@ -206,10 +210,10 @@ def kto_loss(
     desirable_weight: float,
     undesirable_weight: float,
 ) -> Tensor:
-    """[N]. Ethayarajh et al. 2024, arXiv 2402.01306, eq. 7 and 8; no pairs are needed.
+    """Return KTO [N], which needs no pairs. Ethayarajh et al. 2024, arXiv 2402.01306, eq. 7 and 8.
 
     Args:
-        baseline: [] of `kto_baseline`; its gradient is stopped.
+        baseline: scalar of `kto_baseline`; its gradient is stopped.
         desirable_weight, undesirable_weight: with n_d and n_u examples, the paper advises
             desirable_weight n_d / (undesirable_weight n_u) in [1, 4/3].
     """
@@ -233,27 +237,28 @@ def _log_sigmoid(values: Tensor) -> Tensor:
 
 
 def _exp(values: Tensor) -> Tensor:
-    """e^x up to `MAX_LOG_RATIO`, its tangent beyond: finite, and never without a gradient."""
+    """Return e^x up to `MAX_LOG_RATIO` and its tangent beyond: finite, with a gradient everywhere."""
     bounded = values.clamp(max=MAX_LOG_RATIO)
     return bounded.exp() * (1 + values - bounded)
 
 
 def _log_1m_exp(means: Tensor) -> Tensor:
-    """log(1 - exp(m)) for m < 0 without cancellation; m = 0, a certain response, counts as -eps."""
+    """Return log(1 - exp(m)) for m < 0 without cancellation; m = 0 is treated as -eps."""
     import torch
 
     means = means.clamp(max=-torch.finfo(means.dtype).eps)
     near = means > -0.6931
-    of_near, of_far = means.where(near, -0.5), means.where(~near, -1.0)
-    return (-of_near.expm1()).log().where(near, (-of_far.exp()).log1p())
+    # each branch gets a harmless value where the other one applies, so that no gradient is NaN
+    near_means, far_means = means.where(near, -0.5), means.where(~near, -1.0)
+    return (-near_means.expm1()).log().where(near, (-far_means.exp()).log1p())
 
 
 def _one_shape(**tensors: Tensor | None) -> None:
-    """Raises `RecordError` unless all are vectors of one length."""
+    """Raise `RecordError` unless all are vectors of one length."""
     shapes = {name: list(t.shape) for name, t in tensors.items() if t is not None}
     if (
         len({tuple(shape) for shape in shapes.values()}) != 1
         or len(next(iter(shapes.values()))) != 1
     ):
-        found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        raise RecordError(f"all must be vectors of one length, one entry a response; found {found}")
+        text = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise RecordError(f"all must be vectors of one length, an entry per response; found {text}")

@@ -1,10 +1,10 @@
-"""Plain REINFORCE: the reward, less a baseline if asked, times the ratio; nothing is clipped.
+"""Plain REINFORCE: reward minus an optional baseline, times the ratio; nothing is clipped.
 
     J = E_t r_t A_i,   A_i = R_i                          baseline = "none"
                        A_i = R_i - mean(all of the step)  baseline = "batch"
                        A_i = R_i - mean(group)            baseline = "group"
 
-With one optimizer step a batch r_t is 1 in value and the gradient A_i grad log pi_t; with more it is
+With one optimizer step per batch r_t is 1 in value and the gradient A_i grad log pi_t; with more it is
 the exact importance ratio. Each mean contains R_i itself, which shrinks the gradient by 1 - 1/n and
 leaves its direction. Williams 1992, Machine Learning 8.
 """
@@ -18,10 +18,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from rlhf_cluster.algorithms.advantages import group_advantages
-from rlhf_cluster.algorithms.algorithm import (
-    LossInputs,
-    Sums,
-)
+from rlhf_cluster.algorithms.algorithm import LossInputs, Sums
 from rlhf_cluster.algorithms.policy_gradient import PolicyGradient
 from rlhf_cluster.algorithms.policy_gradient_config import PolicyGradientConfig
 from rlhf_cluster.algorithms.policy_losses import plain_policy_loss
@@ -37,20 +34,20 @@ class ReinforceConfig(PolicyGradientConfig):
     group_size: int = Field(default=1, ge=1)
     """Rollouts of one prompt."""
     baseline: Literal["none", "batch", "group"] = "batch"
-    """What is taken off each reward: nothing, or the mean over the step or over the group."""
+    """Value subtracted from each reward: none, or the mean over the step or over the group."""
 
     @model_validator(mode="after")
     def _baseline_fits(self) -> ReinforceConfig:
         if self.baseline == "group" and self.group_size == 1:
             raise ValueError(
-                "baseline = 'group' with group_size = 1: a reward less itself is always 0, and "
+                "baseline = 'group' with group_size = 1: a reward minus itself is always 0, and "
                 "nothing would be learned. Use baseline = 'batch', or larger groups"
             )
         return self
 
 
 class Reinforce(PolicyGradient[ReinforceConfig]):
-    """The formula is in the module's docstring."""
+    """REINFORCE by the formula of the module's docstring."""
 
     def response_advantages(self, rewards: np.ndarray, group_ids: Sequence[Hashable]) -> np.ndarray:
         if self.config.baseline == "none":

@@ -4,9 +4,9 @@
     G_t = sum over trained tokens s >= t of (reward at s - coef KL_s)
     A_t = (G_t - mean) / std             over the trained tokens of ALL rollouts of the step
 
-The response's reward lies on its last trained token, a reasoning step's on the last one of the step;
-coef KL_s is there with `kl_in = "reward"`. With `baseline = "group"` the mean reward of the prompt's
-rollouts is taken off the response's first. w_t and r_t as in `policy_gradient`.
+The response's reward is at its last trained token, a reasoning step's at the last one of the step.
+coef KL_s applies with `kl_in = "reward"`. With `baseline = "group"` the mean reward of the prompt's
+rollouts is subtracted from the response's first. w_t and r_t as in `policy_gradient`.
 
 Hu et al. 2025, arXiv 2501.03262.
 """
@@ -25,11 +25,7 @@ from rlhf_cluster.algorithms.advantages import (
     terminal_rewards,
     whiten,
 )
-from rlhf_cluster.algorithms.algorithm import (
-    LossInputs,
-    PerToken,
-    Sums,
-)
+from rlhf_cluster.algorithms.algorithm import LossInputs, PerToken, Sums
 from rlhf_cluster.algorithms.policy_gradient import PolicyGradient, clipped_surrogate
 from rlhf_cluster.algorithms.policy_gradient_config import ClippedConfig
 from rlhf_cluster.records import ExperienceGroup
@@ -46,7 +42,7 @@ class ReinforcePpConfig(ClippedConfig):
     """Rollouts of one prompt."""
     clip_high: float = Field(default=0.2, gt=0)
     baseline: Literal["none", "group"] = "none"
-    """What is taken off the rewards before they are normalised over the batch."""
+    """Value subtracted from the rewards before they are normalised over the batch."""
 
     @property
     def no_steps(self) -> str | None:
@@ -67,7 +63,7 @@ class ReinforcePp(PolicyGradient[ReinforcePpConfig]):
         return clipped_surrogate(log_ratios, inputs, self.config)
 
     def advantages(self, groups: Sequence[ExperienceGroup]) -> PerToken:
-        """One float32 array [T] per rollout, nested like `groups[i].scored[j]`."""
+        """Return one float32 array [T] per rollout, nested like `groups[i].scored[j]`."""
         scored = [s for g in groups for s in g.scored]
         masks = [s.rollout.response_mask for s in scored]
         outcomes = [s.outcome_reward for s in scored]
@@ -77,13 +73,15 @@ class ReinforcePp(PolicyGradient[ReinforcePpConfig]):
             centred = group_advantages(totals.tolist(), ids, normalize_std=False)
             outcomes = (outcomes + centred - totals).tolist()
         returns = [
-            _to_go(terminal_rewards(outcome, mask) + step_rewards(s) - self.token_penalties(s))
+            _rewards_to_go(
+                terminal_rewards(outcome, mask) + step_rewards(s) - self.token_penalties(s)
+            )
             for s, outcome, mask in zip(scored, outcomes, masks, strict=True)
         ]
         flat = iter(whiten(returns, masks))
         return [[next(flat) for _ in group.scored] for group in groups]
 
 
-def _to_go(rewards: np.ndarray) -> np.ndarray:
-    """[T] -> [T]: the sum of the rewards from each token onward."""
+def _rewards_to_go(rewards: np.ndarray) -> np.ndarray:
+    """Sum the rewards from each token onward. [T] -> [T]."""
     return rewards[::-1].cumsum()[::-1]

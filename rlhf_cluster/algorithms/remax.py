@@ -4,11 +4,11 @@
     A_i = reward_i - reward of the greedy response to the same prompt
 
 the same for every token of response i; w_t and r_t as in `policy_gradient`. The greedy response is
-generated and scored with its group and never trained; it depends on the prompt alone, so it biases
-nothing, whichever version answered. The gradient is that of the expected reward, up to a factor,
-with `aggregation = "fixed_length"`; the other aggregations divide by lengths that were sampled. With
-one optimizer step a batch r_t is exactly 1 in value and the loss is REINFORCE's. A KL in the reward
-lowers reward_i only.
+generated and scored with its group and never trained. It depends on the prompt alone, so the baseline
+is unbiased, whichever version generated it. The gradient is that of the expected reward, up to a
+factor, with `aggregation = "fixed_length"`; the other aggregations divide by lengths that were
+sampled. With one optimizer step per batch r_t is exactly 1 in value and the loss is REINFORCE's. A KL
+in the reward lowers reward_i only.
 
 Li et al. 2023, arXiv 2310.10505.
 """
@@ -21,11 +21,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from pydantic import Field
 
-from rlhf_cluster.algorithms.algorithm import (
-    LossInputs,
-    PerToken,
-    Sums,
-)
+from rlhf_cluster.algorithms.algorithm import LossInputs, PerToken, Sums
 from rlhf_cluster.algorithms.policy_gradient import PolicyGradient, clipped_surrogate
 from rlhf_cluster.algorithms.policy_gradient_config import ClippedConfig
 from rlhf_cluster.errors import RecordError
@@ -40,7 +36,7 @@ class RemaxConfig(ClippedConfig):
 
     type: Literal["remax"] = "remax"
     group_size: int = Field(default=1, ge=1)
-    """Sampled rollouts of one prompt; the greedy response comes on top."""
+    """Sampled rollouts of one prompt; the greedy response is an additional one."""
     clip_high: float = Field(default=0.2, gt=0)
 
 
@@ -53,17 +49,17 @@ class Remax(PolicyGradient[RemaxConfig]):
         return clipped_surrogate(log_ratios, inputs, self.config)
 
     def advantages(self, groups: Sequence[ExperienceGroup]) -> PerToken:
-        """One float32 array [T] per rollout, nested like `groups[i].scored[j]`.
+        """Return one float32 array [T] per rollout, nested like `groups[i].scored[j]`.
 
         Raises:
             RecordError: a group without a greedy reward.
         """
-        return [self._of_group(group) for group in groups]
+        return [self._group_advantages(group) for group in groups]
 
-    def _of_group(self, group: ExperienceGroup) -> list[np.ndarray]:
+    def _group_advantages(self, group: ExperienceGroup) -> list[np.ndarray]:
         if group.greedy_reward is None:
             raise RecordError(
-                f"group {group.group_id} has no greedy reward; ReMax needs one of every prompt "
+                f"group {group.group_id} has no greedy reward; ReMax needs one for every prompt "
                 "(Sampling.greedy_baseline)"
             )
         advantages = []

@@ -4,11 +4,11 @@
     A_i = reward_i - mean reward of the OTHER rollouts of the prompt
 
 the same for every token of response i; w_t and r_t as in `policy_gradient`. The baseline does not
-contain the response it is subtracted from, so it biases nothing, with no learned value and no
-division by a deviation. The gradient is that of the expected reward, up to a factor, with
+contain the response it is subtracted from, so it is unbiased, without a learned value and without
+dividing by a standard deviation. The gradient is that of the expected reward, up to a factor, with
 `aggregation = "fixed_length"`; the other aggregations divide by lengths that were sampled, which
-tilts it. With one optimizer step a batch r_t is exactly 1 in value and the loss is REINFORCE's; the
-clip acts when `learner.epochs` or `learner.minibatches` are over 1.
+tilts it. With one optimizer step per batch r_t is exactly 1 in value and the loss is REINFORCE's;
+the clip acts when `learner.epochs` or `learner.minibatches` is greater than 1.
 
 Ahmadian et al. 2024, arXiv 2402.14740; Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline
 for free!".
@@ -23,10 +23,7 @@ import numpy as np
 from pydantic import Field
 
 from rlhf_cluster.algorithms.advantages import leave_one_out_advantages
-from rlhf_cluster.algorithms.algorithm import (
-    LossInputs,
-    Sums,
-)
+from rlhf_cluster.algorithms.algorithm import LossInputs, Sums
 from rlhf_cluster.algorithms.policy_gradient import PolicyGradient, clipped_surrogate
 from rlhf_cluster.algorithms.policy_gradient_config import ClippedConfig
 

@@ -174,7 +174,7 @@ def test_process_advantages_are_the_slow_loop(
 
 @pytest.mark.parametrize("ends", [[1, 0], [0, 5], [-1, 2], [1]])
 def test_steps_that_do_not_lie_in_the_response_are_refused(ends: list[int]) -> None:
-    with pytest.raises(RecordError, match="one end a reward"):
+    with pytest.raises(RecordError, match="one end per reward"):
         process_advantages([np.ones(2)], [np.array(ends)], [5], ["g"], True)
 
 

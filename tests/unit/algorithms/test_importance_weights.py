@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from rlhf_cluster.algorithms.importance_weights import (
-    Weighed,
     interpolated_proximal,
     sequence_means,
     sequence_sums,
     token_cap,
-    weigh,
 )
 from rlhf_cluster.algorithms.off_policy_correction import (
+    PRESETS,
     Correction,
     Rule,
 )
+from rlhf_cluster.algorithms.policy_gradient import ImportanceWeights, weigh
 from rlhf_cluster.errors import RecordError
 
 RULES: TypeAdapter[Any] = TypeAdapter(Correction)
@@ -32,7 +32,7 @@ def rules_of(*parts: Any, **keys: Any) -> tuple[Rule, ...]:
     return RULES.validate_python(list(parts) or keys).rules()
 
 
-def apply(rules: Sequence[Rule], ratios: list[float], lengths: list[int]) -> Weighed:
+def apply(rules: Sequence[Rule], ratios: list[float], lengths: list[int]) -> ImportanceWeights:
     sequence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     logs = torch.tensor(ratios, dtype=torch.float64).log()
     return weigh(rules, logs - 3.0, torch.full_like(logs, -3.0), sequence, len(lengths))
@@ -93,6 +93,14 @@ def test_the_defaults_are_the_documented_bands() -> None:
     for name, band in bands.items():
         (rule,) = rules_of(type=name)
         assert (rule.low, rule.high) == band
+
+
+def test_every_preset_is_a_row_of_the_table_and_takes_its_bounds_from_the_keys() -> None:
+    for name, rows in PRESETS.items():
+        rules = rules_of(type=name)
+        assert tuple((r.level, r.action, r.keep_ratio) for r in rules) == rows
+    truncation, mask = rules_of(type="token_tis_geometric_mask", cap=3.0, low=0.5, high=4.0)
+    assert (truncation.low, truncation.high, mask.low, mask.high) == (0.0, 3.0, 0.5, 4.0)
 
 
 @pytest.mark.parametrize("ratio", [0.7, 1.3])

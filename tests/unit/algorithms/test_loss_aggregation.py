@@ -17,7 +17,7 @@ def test_s1_every_token_counts_the_same_in_a_token_mean() -> None:
 
 def test_a_fixed_length_divides_by_rollouts_and_the_longest_answer_allowed() -> None:
     assert token_weights([2, 4], "fixed_length", 8) == [1 / 16, 1 / 16]
-    with pytest.raises(RecordError, match="9 trained tokens, over the fixed length 8"):
+    with pytest.raises(RecordError, match="9 trained tokens, more than the fixed length 8"):
         token_weights([9], "fixed_length", 8)
 
 
