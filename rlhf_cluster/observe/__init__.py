@@ -1,1 +1,1 @@
-"""What a run shows of itself: metrics, the run's log, samples, pictures and the live view."""
+"""Record of a run: metrics, log, samples, report, traces, and the rules of its alerts."""

@@ -1,4 +1,4 @@
-"""What a run has of its experience, one line a group: for `rlhf-cluster inspect`.
+"""Listing of a run's experience, one line per group: for `rlhf-cluster inspect`.
 
     stored groups    experience/*.arrow        whole groups of the last steps, and open ones
     samples          samples/step-*.parquet    of each step the first rollouts, whole run
@@ -23,8 +23,10 @@ from rlhf_cluster.records import ExperienceGroup
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupRow:
-    """`steps` are those that trained the group: several where it was replayed, none while it is open.
-    `source` is "store" or "sample"."""
+    """Row of the listing: one group. `source` is "store" or "sample".
+
+    `steps` trained the group: several where it was replayed, none while it is open.
+    """
 
     group_id: str
     prompt_id: str
@@ -39,7 +41,10 @@ class GroupRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """Which groups. What is None does not matter; `version` is from a group's oldest to its newest."""
+    """Filter of groups; a field that is None matches every group.
+
+    `version` matches from a group's oldest to its newest.
+    """
 
     prompt: str | None = None
     version: int | None = None
@@ -59,14 +64,14 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """By group id. `damaged` has a message for each file that cannot be used."""
+    """Groups by id. `damaged` has a message for each file that cannot be used."""
 
     rows: list[GroupRow] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
 
 
 def list_groups(run_dir: Path, wanted: Wanted, limit: int | None = None) -> Listing:
-    """The first `limit` groups that are `wanted`, by group id. Every stored file is looked at."""
+    """Return the first `limit` groups that match `wanted`, by group id. Reads every stored file."""
     found = Listing()
     store = ExperienceStore(run_dir / "experience")
     steps = read_trained(store.root)
@@ -93,8 +98,10 @@ def list_groups(run_dir: Path, wanted: Wanted, limit: int | None = None) -> List
 
 
 def table(rows: Sequence[GroupRow]) -> list[str]:
-    """A heading and a line a row. A group that no step trained is open, or was discarded; one that was
-    replayed has the steps of all its uses."""
+    """Return a heading and a line per row.
+
+    A group that no step trained is open, or was discarded; a replayed one has the steps of all uses.
+    """
     cells = [("group", "prompt", "versions", "reward", "rollouts", "tokens", "step", "from")]
     for row in rows:
         versions = f"{row.oldest_version}..{row.newest_version}"

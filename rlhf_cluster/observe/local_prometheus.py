@@ -1,7 +1,7 @@
-"""A local Prometheus that scrapes this machine's Ray nodes, with our rules: for `rlhf-cluster monitor`.
+"""Local Prometheus that scrapes this machine's Ray nodes, with our rules: for `rlhf-cluster monitor`.
 
 Promises: it listens on loopback alone; what it has collected stays in the `monitor` folder of the run
-directory, and goes on there the next time; it is ready when the block begins, or the error says what it
+directory, and is continued the next time; it is ready when the block begins, or the error says what it
 printed; it ends with the block. Nothing is installed or downloaded.
 
 A run writes down where its nodes' metrics were when it began (`control.json`). A Ray with a dashboard
@@ -45,7 +45,7 @@ GRAFANA = (
 
 
 def find_prometheus(given: Path | None) -> Path:
-    """`given`, or the one on the PATH. Raises `RunError` that says how to get it."""
+    """Return `given`, or the Prometheus on the PATH. Raises `RunError` that says how to get it."""
     if given is not None:
         if not os.access(given, os.X_OK) or given.is_dir():
             raise RunError(f"--prometheus {given}: no program that can be started")
@@ -57,7 +57,7 @@ def find_prometheus(given: Path | None) -> Path:
 
 
 def targets_of(run_dir: Path) -> list[str]:
-    """HOST:PORT of the nodes' metrics when the run began. Raises `RunError`."""
+    """Return HOST:PORT of the nodes' metrics when the run began. Raises `RunError`."""
     path = run_dir / "control.json"
     try:
         found = json.loads(path.read_text())["metrics"]
@@ -70,7 +70,7 @@ def targets_of(run_dir: Path) -> list[str]:
 
 
 def followed(targets: Sequence[str], discovery: Path = DISCOVERY) -> Path | None:
-    """Ray's own list of nodes, where it is one of the cluster of `targets`."""
+    """Return Ray's own list of nodes if a node of `targets` is in it, else None."""
     try:
         listed = json.loads(discovery.read_text())
         known = {target for entry in listed for target in entry["targets"]}
@@ -80,7 +80,10 @@ def followed(targets: Sequence[str], discovery: Path = DISCOVERY) -> Path | None
 
 
 def write_configuration(folder: Path, targets: Sequence[str], discovery: Path | None) -> Path:
-    """The configuration, with the rules beside it: scrape what `discovery` lists, or `targets`."""
+    """Write the configuration and its rules to `folder`; return the configuration's path.
+
+    Prometheus scrapes what `discovery` lists or, without it, `targets`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for rules in RULES:
         (folder / rules.name).write_text(rules.read_text())
@@ -117,7 +120,7 @@ def monitoring(
     ready_timeout_s: float = READY_TIMEOUT_S,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """Prometheus for as long as the block runs; yields its address and its process.
+    """Run Prometheus while the block runs; yield its address and its process.
 
     Waits for: it to be ready. Unblocked by: that, its end (`RunError` with what it printed), or
     `StalledError` after `ready_timeout_s`.
@@ -167,7 +170,7 @@ def _last_lines(path: Path) -> str:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """It writes what it holds, and ends; killed when it does not."""
+    """End Prometheus, which writes what it holds. Kill it when it does not end."""
     if process.poll() is None:
         process.terminate()
         try:

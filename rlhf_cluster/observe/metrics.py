@@ -1,4 +1,4 @@
-"""Metrics of a process: checks every value against the table and hands it to a sender.
+"""Metrics of a process: every value is checked against the table and handed to a sender.
 
 Promises: a name that is not in `rlhf_cluster.observe.metric_table` is a `MetricError`, so that a
 misspelt metric cannot get lost.

@@ -1,10 +1,8 @@
 """Use of a pool of workers, and memory of a process.
 
-Pool: the share of time in which its workers had something to do.
-
-A worker counts as busy while there are at least as many calls under way as workers, or it is among
-the first of them: with n calls at w workers, min(n, w) of w are busy. Calls that wait for a worker
-count as calls, so a pool that is always asked for more than it can do is busy all the time.
+Occupancy is the share of time in which the workers of a pool were busy. With n calls in flight at w
+workers, min(n, w) of them are busy. Calls that wait for a worker are counted, so a pool that is always
+asked for more than it can do is busy all the time.
 
 `busy_s` is the mean over the workers; `idle_s` is the time in which none had a call.
 """
@@ -31,7 +29,7 @@ class Spent:
 
 @dataclass(slots=True)
 class Occupancy:
-    """One pool. `num_workers` tells how many workers it has now."""
+    """Occupancy of one pool. `num_workers` returns the current number of its workers."""
 
     clock: Callable[[], float]
     num_workers: Callable[[], int]
@@ -46,7 +44,7 @@ class Occupancy:
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """A call is under way inside the block."""
+        """Count a call as in flight inside the block."""
         self.enter()
         try:
             yield
@@ -62,7 +60,7 @@ class Occupancy:
         self._num_calls -= 1
 
     def take(self) -> Spent:
-        """What was spent since the last time, or since `start`."""
+        """Return the time spent since the last `take`, or since `start`."""
         self._pass()
         spent = Spent(self._idle_s, self._busy_s)
         self._idle_s = self._busy_s = 0.0

@@ -1,9 +1,9 @@
-"""Where metrics go besides metrics.jsonl: TensorBoard, W&B, MLflow, through one small interface.
+"""Destinations of metrics besides metrics.jsonl: TensorBoard, W&B, MLflow, through one interface.
 
 Promises: a package that is missing is an error before anything starts (`check_sinks`); a sink that
-fails to open, raises, or falls behind is counted, told of once and dropped, and never ends or delays
-the run: each has a thread of its own, and what it is given is a queue. Values that are not finite are
-left out. To add one: a class with `log` and `close`, and a row in `SINKS`.
+fails to open, raises, or falls behind is counted, logged once and dropped, and never ends or delays
+the run: each has its own thread and queue. Values that are not finite are not sent. To add one: a class
+with `log` and `close`, and a row in `SINKS`.
 """
 
 from __future__ import annotations
@@ -32,21 +32,20 @@ MAX_BEHIND = 1000  # records that wait for one sink
 
 
 class Sink(Protocol):
-    """Called from one thread."""
+    """Destination of the metrics of a run. Its methods are called from one thread."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Finite values by the names of `rlhf_cluster.observe.metric_table`. Steps may be given
-        again."""
+        """Log finite values by the names of the table of metrics. A step may come twice."""
         ...
 
     def close(self) -> None:
-        """Everything logged is where it belongs when this returns."""
+        """Write everything that was logged."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class About:
-    """The run that is logged. `folder` is the sink's own, and may not exist yet."""
+    """Run that is logged. `folder` belongs to the sink, and may not exist yet."""
 
     name: str
     folder: Path
@@ -55,7 +54,7 @@ class About:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SinkKind:
-    """`package` is imported by `build` alone."""
+    """Kind of sink. `package` is imported by `build` alone."""
 
     package: str
     build: Callable[[About], Sink]
@@ -81,7 +80,7 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """A run that goes on is the same W&B run."""
+    """Run of W&B; a resumed run is the same one."""
 
     def __init__(self, about: About) -> None:
         import wandb  # type: ignore[reportMissingImports]
@@ -139,7 +138,7 @@ SINKS: Mapping[str, SinkKind] = MappingProxyType(
 
 
 def check_sinks(names: Sequence[str], kinds: Mapping[str, SinkKind] = SINKS) -> None:
-    """Raises `ConfigError` for a sink whose package is not installed."""
+    """Check that the package of each sink is installed. Raises `ConfigError`."""
     for name in names:
         if importlib.util.find_spec(kinds[name].package) is None:
             raise ConfigError(
@@ -150,7 +149,7 @@ def check_sinks(names: Sequence[str], kinds: Mapping[str, SinkKind] = SINKS) -> 
 
 @dataclass(slots=True, eq=False)
 class _Carried:
-    """A sink and its thread. `failure` is set by the thread, or by who finds it too far behind."""
+    """Sink with its thread. `failure` is set by the thread, or when the sink is too far behind."""
 
     name: str
     build: Callable[[], Sink]
@@ -164,7 +163,10 @@ class _Carried:
         self.thread.start()
 
     def _run(self) -> None:
-        """Waits for: the next record. Unblocked by: it, or the end that `Sinks.close` sends."""
+        """Open the sink and log records until the end.
+
+        Waits for: the next record. Unblocked by: it, or the end that `Sinks.close` sends.
+        """
         try:
             sink = self.build()
             while self.failure is None:
@@ -179,7 +181,7 @@ class _Carried:
 
 
 class Sinks:
-    """Those of one run. All methods belong to one thread."""
+    """Sinks of one run. All methods belong to one thread."""
 
     def __init__(
         self,
@@ -198,7 +200,7 @@ class Sinks:
         return sum(each.failure is not None for each in self._carried)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Returns at once. Raises nothing."""
+        """Hand the values of a step to every sink. Returns at once. Raises nothing."""
         finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
         for each in self._carried:
             if each.failure is None:
@@ -209,7 +211,10 @@ class Sinks:
         self._tell_of_failures()
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
-        """Waits for: every sink to write what it has, at most `timeout_s` for all. Raises nothing."""
+        """Close every sink. Raises nothing.
+
+        Waits for: every sink to write what it has, at most `timeout_s` for all.
+        """
         ends = time.monotonic() + timeout_s
         for each in self._carried:
             if each.failure is None:
@@ -239,7 +244,7 @@ def open_sinks(
     tell: Callable[[str], None],
     kinds: Mapping[str, SinkKind] = SINKS,
 ) -> Sinks:
-    """Those that `observe.sinks` names, each with a folder below `sinks` in the run directory."""
+    """Open the sinks in `observe.sinks`, each with a folder below `sinks` in the run directory."""
     settings = without_secrets(config.model_dump(mode="json"))
 
     def build(name: str) -> Sink:

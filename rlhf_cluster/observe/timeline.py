@@ -1,9 +1,9 @@
-"""A run as a timeline for Perfetto (https://ui.perfetto.dev) and chrome://tracing.
+"""Timeline of a run for Perfetto (https://ui.perfetto.dev) and chrome://tracing.
 
     learner      of every step: waiting for groups, training, copy of the weights (metrics.jsonl)
-    generation   a span a group that is still stored: from its first to its last token, by worker
+    generation   a span per stored group: from its first to its last token, by worker
     counters     reward, staleness, buffer, live workers, live version
-    events       what the controller told: restarts, discards, scaling, states
+    events       messages of the controller: restarts, discards, scaling, states
 
 Promises: times are microseconds since the first thing shown; no span begins before 0 or has a negative
 length; the learner's spans do not overlap. A step's spans are laid out backwards from the time at which
@@ -46,7 +46,7 @@ Event = dict[str, Any]
 
 
 def write_timeline(run: RunDir, path: Path) -> int:
-    """Write the trace as JSON; returns how many events it has."""
+    """Write the trace as JSON; return its number of events."""
     found = timeline(read_run(run), list(_groups(run)))
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps({"traceEvents": found, "displayTimeUnit": "ms"}))
@@ -55,7 +55,7 @@ def write_timeline(run: RunDir, path: Path) -> int:
 
 
 def timeline(run: RunRecord, groups: Sequence[Event]) -> list[Event]:
-    """All events by time. `groups` are those of `_groups`; times in them are unix seconds."""
+    """Return all events by time. `groups` are those of `_groups`, with times in unix seconds."""
     timed = [*_steps(run), *_counters(run), *map(_told, run.events), *groups]
     start_s = min((event["ts"] for event in timed), default=0.0)
     for event in timed:
@@ -109,8 +109,10 @@ def _told(event: Told) -> Event:
 
 
 def _groups(run: RunDir) -> Iterator[Event]:
-    """Two events a stored group; groups of one worker overlap, so these are asynchronous spans. A
-    damaged file is left out."""
+    """Yield two events per stored group: groups of one worker overlap, so spans are asynchronous.
+
+    A damaged file is skipped.
+    """
     store = ExperienceStore(run.path / "experience")
     for number in store.numbers():
         try:

@@ -82,7 +82,7 @@ def learner_facts(
 def _reason(
     row: Row | None, step: int | None, uses: Sequence[int], response_ids: Sequence[int]
 ) -> str:
-    """Why nothing can be shown; empty where something can."""
+    """Return the reason why nothing can be shown; empty where something can."""
     if not uses:
         return "not known: no step has trained it"
     if row is None:
@@ -111,11 +111,11 @@ def _range(weights: Column) -> str:
 
 
 SLACK_S = 1.0
-"""By so much the clocks of two machines of a run may differ before a time is not believed."""
+"""Largest difference between the clocks of two machines at which a time is still believed."""
 
 
 def stored_at(path: Path, finished_s: float, trained_from_s: float | None) -> float | None:
-    """Unix time at which the group's file was whole; None where that is not known."""
+    """Return the unix time at which the group's file was complete; None where unknown."""
     written_s = path.stat().st_mtime
     latest = float("inf") if trained_from_s is None else trained_from_s
     return written_s if finished_s - SLACK_S <= written_s <= latest + SLACK_S else None
@@ -124,7 +124,7 @@ def stored_at(path: Path, finished_s: float, trained_from_s: float | None) -> fl
 def trained_between(
     records: Sequence[Mapping[str, Any]], step: int | None
 ) -> tuple[float, float] | None:
-    """Unix times between which the learner trained `step`; None where its line is not there."""
+    """Return the unix times between which the learner trained `step`; None without its line."""
     for record in records:
         if record["step"] == step and record.get("time/train_s") is not None:
             end = record["time_s"] - (record.get("time/publish_wait_s") or 0.0)
@@ -139,7 +139,10 @@ def station_facts(
     step: int | None,
     shown: Callable[[float], str],
 ) -> dict[str, str]:
-    """For people. `finished_s`: end of sampling; `step`: the first that trained it; None: none did."""
+    """Return when a group was stored and trained, as text.
+
+    `finished_s`: end of sampling; `step`: the first that trained it, None where none did.
+    """
     trained = trained_between(records, step)
     stored_s = stored_at(path, finished_s, None if trained is None else trained[0])
     facts = {"scored and stored": "not known" if stored_s is None else shown(stored_s)}
@@ -164,8 +167,11 @@ _OF_STEP = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traced:
-    """`facts` in order, and the columns of the token table, each [T], None where a token has no value.
-    `step` is the last that trained it; None: none did."""
+    """Trace of a rollout. `step` is the last that trained it; None where none did.
+
+    `facts` are in order. `tokens` are the columns of the token table, each [T], None where a token has
+    no value.
+    """
 
     rollout_id: str
     step: int | None
@@ -175,8 +181,10 @@ class Traced:
     tokens: Mapping[str, Sequence[Value]] = field(default_factory=dict)
 
     def lines(self, places: range | None = None) -> Iterator[str]:
-        """For people. `places`: only these tokens of the table, and no texts. Raises `RunError` where
-        it has none of them."""
+        """Yield the trace as text. `places`: only these tokens of the table, and no texts.
+
+        Raises `RunError` where the table has none of them.
+        """
         width = max(len(name) for name in self.facts)
         for name, value in self.facts.items():
             yield f"{name:<{width}}  {value}"
@@ -200,7 +208,10 @@ class Traced:
 
 
 def trace_sample(run: RunDir, rollout_id: str) -> Traced:
-    """Raises `RunError` for a rollout of which nothing is kept, `StoreError` for a damaged file."""
+    """Return the trace of a rollout.
+
+    Raises `RunError` for a rollout of which nothing is kept, `StoreError` for a damaged file.
+    """
     found = _ID.fullmatch(rollout_id)
     if found is None:
         raise RunError(
@@ -226,7 +237,7 @@ def trace_sample(run: RunDir, rollout_id: str) -> Traced:
 
 
 def trace_step(run: RunDir, step: int) -> list[str]:
-    """The metrics of a step and a line for each rollout of it that is kept. Raises `RunError`."""
+    """Return the metrics of a step and a line per kept rollout of it. Raises `RunError`."""
     records = [record for record in read_metrics(run.metrics) if record["step"] == step]
     store = ExperienceStore(run.path / "experience")
     rows = {row["rollout_id"]: row for row in _rows(run, step)}
@@ -259,7 +270,7 @@ def trace_step(run: RunDir, step: int) -> list[str]:
 
 
 def shown(text: str) -> str:
-    """`text` as a terminal may have it: control characters are written out."""
+    """Return `text` as a terminal may have it, with control characters written out."""
     return re.sub(
         r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]",
         lambda match: f"\\x{ord(match[0]):02x}",
@@ -328,7 +339,10 @@ def _stored(
 
 
 def _of_samples(row: Row, step: int) -> Traced:
-    """Less is known: versions only as a range, no reference, no exact log-probabilities."""
+    """Return the trace of a rollout that only the samples have.
+
+    They have versions only as a range, no reference, and no exact log-probabilities.
+    """
     learnt, columns = learner_facts(row, step, (step,), row["response_ids"])
     facts = {
         "rollout": row["rollout_id"],
@@ -368,7 +382,7 @@ def _advantages(
     step: int | None,
     steps: dict[int, tuple[int, ...]],
 ) -> tuple[list[np.ndarray], str]:
-    """Of the rollouts of `group`, each [T], or none and the reason."""
+    """Compute the advantages of the rollouts of `group`, each [T], or none and the reason."""
     if step is None:
         return [], "not trained"
     from rlhf_cluster.algorithms import build_algorithm
@@ -392,7 +406,7 @@ def _advantages(
 
 
 def _num_groups(run: RunDir, config: RunConfig, step: int) -> int:
-    """That a step trained: with replay there may be fewer than asked for."""
+    """Return the number of groups that a step trained: with replay it may be less than configured."""
     if config.buffer.replay is None:
         return config.run.groups_per_step
     records = [r for r in read_metrics(run.metrics) if r["step"] == step]
@@ -416,7 +430,7 @@ def _rows(run: RunDir, step: int) -> list[Row]:
 
 
 def _sampled(run: RunDir, rollout_id: str) -> tuple[Row, int] | None:
-    """The row of a rollout and its step: the last one, where a resumed run has it twice."""
+    """Return the row of a rollout and its step: the last one, where a resumed run has it twice."""
     for path in sorted(run.samples.glob("step-*.parquet"), reverse=True):
         for row in _read(path):
             if row["rollout_id"] == rollout_id:
@@ -447,7 +461,7 @@ def _stored_rows(group: ExperienceGroup, step: int) -> Iterator[dict[str, Any]]:
 
 
 def parse_places(text: str) -> range:
-    """ "17" is one token, "10:20" those from 10 on before 20. Raises `RunError`."""
+    """Parse "17" as one token, "10:20" as those from 10 on before 20. Raises `RunError`."""
     found = re.fullmatch(r"(\d+)(?::(\d+))?", text)
     if found is None or (found[2] is not None and int(found[2]) <= int(found[1])):
         raise RunError(f"--token {text}: expected a place such as 17, or a range such as 10:20")

@@ -50,10 +50,10 @@ class _LineFormatter(logging.Formatter):
 
 
 class FileBehind(QueueHandler):
-    """Hands each record to a thread that appends it to the file at `path`.
+    """Log handler whose thread appends each record to the file at `path`.
 
-    At most `max_waiting` records wait. One that finds no room, or that the disk refuses, is dropped,
-    and counted in the next line that is written. `write` is replaced by tests.
+    At most `max_waiting` records wait. One more, or one that the disk refuses, is dropped and counted
+    in the next line that is written. `write` is replaced by tests.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class FileBehind(QueueHandler):
         self._writer.start()
 
     def prepare(self, record: logging.LogRecord) -> Any:
-        """The text, made by who logs: what the arguments stand for may change."""
+        """Format the text in the logging thread: its arguments may change later."""
         return self.format(record)
 
     def enqueue(self, record: Any) -> None:
@@ -86,14 +86,14 @@ class FileBehind(QueueHandler):
             self._drop()
 
     def flush(self) -> None:
-        """Waits for: all that was logged to be written, at most `FLUSH_S`."""
+        """Write all that was logged. Waits for: that, at most `FLUSH_S`."""
         if os.getpid() == self._pid:
             waiting = self._waiting
             with waiting.all_tasks_done:
                 waiting.all_tasks_done.wait_for(lambda: not waiting.unfinished_tasks, FLUSH_S)
 
     def close(self) -> None:
-        """Waits as `flush`. What is not written by then is left to the thread."""
+        """Flush and close. What is not written within `FLUSH_S` is left to the thread."""
         self.flush()
         if self._writer.is_alive() and os.getpid() == self._pid:
             try:
@@ -135,16 +135,16 @@ class FileBehind(QueueHandler):
 
 
 def flush() -> None:
-    """Waits for: what this process has logged to be in its file, at most `FLUSH_S`."""
+    """Write what this process has logged to its file. Waits for: that, at most `FLUSH_S`."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, FileBehind):
             handler.flush()
 
 
 def configure(role: str, name: str, log_dir: str | Path) -> logging.Logger:
-    """Set up this process's logging and return its logger. Libraries log from WARNING on. From then on
-    the process tells its stacks when it is asked (`observe.record.stacks`).
+    """Set up this process's logging and return its logger. Libraries log from WARNING on.
 
+    Afterwards the process answers requests for its stacks (`observe.record.stacks`).
     `RLHF_DEBUG=1` in the environment lets our own loggers write DEBUG lines too.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
@@ -172,12 +172,12 @@ def configure(role: str, name: str, log_dir: str | Path) -> logging.Logger:
 
 
 def log_names(log_dir: str | Path) -> list[str]:
-    """Names of the processes that have a log."""
+    """Return the names of the processes that have a log."""
     return sorted(path.stem for path in Path(log_dir).glob("*.log"))
 
 
 def read_logs(log_dir: str | Path, names: list[str], tail: int | None = None) -> Iterator[str]:
-    """Lines of the named logs in order of time, the last `tail` of them (None = all)."""
+    """Return lines of the named logs in order of time, the last `tail` of them (None = all)."""
     streams = [_lines(Path(log_dir) / f"{name}.log") for name in names]
     merged = heapq.merge(*streams)
     yield from merged if tail is None else deque(merged, maxlen=tail)

@@ -1,4 +1,4 @@
-"""What killed a run: one document that a person can read on its own, written when the run fails.
+"""Post-mortem: one readable document about why a run failed, written when it fails.
 
     post_mortem.json    what failed, first cause first, and what was known at that moment
 
@@ -58,10 +58,10 @@ def describe(
     packages: Mapping[str, Any],
     variables: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The document. `status` is the last snapshot, `services` what pools and buffer said last.
+    """Build the document. `status` is the last snapshot, `services` the last state of pools and buffer.
 
-    `variables` are those of the environment; they are not in the document: the secret ones among them
-    are kept out of it.
+    `variables` are those of the environment; they are not in the document, and the values of the secret
+    ones are removed from it.
     """
     chain = causes(error)
     document = {
@@ -82,7 +82,7 @@ def describe(
 
 
 def causes(error: BaseException) -> list[dict[str, Any]]:
-    """The errors that led to `error`, the first one first, `error` itself last."""
+    """Return the errors that led to `error`, the first one first, `error` itself last."""
     found: list[BaseException] = []
     _collect(error, found, set())
     if len(found) > MAX_CAUSES:
@@ -103,9 +103,9 @@ def causes(error: BaseException) -> list[dict[str, Any]]:
 
 
 def read_tails(folder: Path) -> dict[str, list[str]]:
-    """The last lines of the logs in `folder`, by name; of the latest ones, where there are many.
+    """Return the last lines of the logs in `folder`, by name; of the newest logs if there are many.
 
-    Waits for: what this process has logged to be in its own, at most `logs.FLUSH_S`.
+    Waits for: this process's own log to be written, at most `logs.FLUSH_S`.
     """
     logs.flush()
     written = sorted(folder.glob("*.log"), key=lambda path: path.stat().st_mtime, reverse=True)
@@ -113,7 +113,7 @@ def read_tails(folder: Path) -> dict[str, list[str]]:
 
 
 def own_stacks() -> dict[str, dict[str, list[str]]]:
-    """Where every thread of this process is, and every task of the running event loop, if one runs."""
+    """Return the stack of every thread of this process, and every task of its running event loop."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     threads = {
         f"{names.get(ident, '?')} ({ident})": _frames(traceback.extract_stack(frame))
@@ -137,7 +137,7 @@ def own_stacks() -> dict[str, dict[str, list[str]]]:
 
 
 def write(path: Path, document: Callable[[], Mapping[str, Any]]) -> None:
-    """Write what `document` gives, as a whole. What goes wrong in it is logged and goes no further."""
+    """Write the document that `document` returns, whole or not at all. Log what fails in it."""
     try:
         text = json.dumps(document(), indent=1, default=str) + "\n"
         partial = path.with_name(f".{path.name}.partial")
@@ -149,9 +149,9 @@ def write(path: Path, document: Callable[[], Mapping[str, Any]]) -> None:
 
 @contextmanager
 def pointing_to(path: Path) -> Iterator[None]:
-    """An error that leaves ends with where the post-mortem lies, where one was written meanwhile.
+    """Add the path of the post-mortem to an error that leaves the block, if one was written there.
 
-    One that an earlier attempt left is kept beside it.
+    A post-mortem that an earlier attempt left is kept under another name.
     """
     if path.exists():
         path.replace(path.with_name(f"earlier_{path.name}"))
@@ -164,7 +164,7 @@ def pointing_to(path: Path) -> Iterator[None]:
 
 
 def _collect(error: BaseException, found: list[BaseException], seen: set[int]) -> None:
-    """Depth first: what an error came from stands before it. A group stands for its members."""
+    """Collect depth first: causes before the error. A group is replaced by its members."""
     if id(error) in seen:
         return
     seen.add(id(error))
@@ -179,7 +179,7 @@ def _collect(error: BaseException, found: list[BaseException], seen: set[int]) -
 
 
 def _role(error: BaseException) -> str:
-    """The process that it arose in, as far as the error tells."""
+    """Return the process in which the error arose, if the error names it."""
     title = getattr(error, "proctitle", None)  # of an error that Ray carried here
     if isinstance(title, str):
         place = [

@@ -1,4 +1,4 @@
-"""Samples of experience for people and tools: one Parquet file a step.
+"""Samples of experience for reading and for tools: one Parquet file per step.
 
 Promises: token ids, log-probabilities, versions and step rewards are those that were trained on; a
 file appears as a whole; `learner_logprobs` and `correction_weights` are those of the step's first pass
@@ -40,7 +40,7 @@ def write_samples(
 ) -> Path | None:
     """Write the first `limit` rollouts of a step, whole groups first. None when there are none.
 
-    `learner_version` is the version before the step. `decode` turns token ids into text for people;
+    `learner_version` is the version before the step. `decode` turns token ids into text;
     the ids themselves are written as sampled. `kept` is by rollout id. Raises `StoreError`, and
     leaves nothing half written.
     """
@@ -57,8 +57,9 @@ def write_samples(
 
 
 def keep_samples(write: Callable[[], object], within_s: float = WRITE_S) -> None:
-    """Call `write`, which is `write_samples` of a step that is trained. Where the disk refuses it or is
-    slow that is logged, and the run goes on without that file.
+    """Call `write`, which is `write_samples` of a trained step, and survive a bad disk.
+
+    An error or a slow disk is logged, and the run continues without the file.
 
     Waits for: the write, `within_s` at most.
     """
@@ -69,7 +70,7 @@ def keep_samples(write: Callable[[], object], within_s: float = WRITE_S) -> None
 
 
 def read_samples(path: str | Path) -> list[Row]:
-    """Rows of one samples file."""
+    """Return the rows of a samples file."""
     import pyarrow.parquet as parquet
 
     return parquet.read_table(Path(path)).to_pylist()

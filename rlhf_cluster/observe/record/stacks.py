@@ -1,4 +1,4 @@
-"""Where the threads of a run's processes are, told by each of them when it is asked.
+"""Stacks of the threads of a run's processes, which each process writes when it is asked.
 
     <logs>/<name>.stacks    first line: host, pid and start of the process; then what each asking left
 
@@ -32,7 +32,7 @@ _files: list[IO[str]] = []
 
 
 def answer(log_dir: str | Path, name: str) -> None:
-    """From now on this process tells its stacks when it is asked."""
+    """Make this process write its stacks whenever it is asked."""
     file = (Path(log_dir) / f"{name}{_ENDING}").open("w", encoding="utf-8")
     faulthandler.register(
         ASK, file=file, all_threads=True
@@ -46,12 +46,12 @@ def answer(log_dir: str | Path, name: str) -> None:
 
 
 def hosts(log_dir: str | Path) -> set[str]:
-    """Where processes of the run were started."""
+    """Return the hosts where processes of the run were started."""
     return {str(who["host"]) for _, who, _ in _known(log_dir)}
 
 
 def ask(log_dir: str | Path, within_s: float) -> dict[str, list[str]]:
-    """Stacks of the living processes on this host but this one, by name, each as lines.
+    """Return the stacks of the other living processes on this host, by name, each as lines.
 
     Waits for: an answer of each of them; `within_s` unblocks it.
     """
@@ -78,7 +78,7 @@ def ask(log_dir: str | Path, within_s: float) -> dict[str, list[str]]:
 
 
 def _told(path: Path, length: int) -> bytes:
-    """What was written after the first `length` bytes."""
+    """Return what was written after the first `length` bytes."""
     with path.open("rb") as file:
         file.seek(length)
         return file.read()
@@ -89,7 +89,7 @@ def _lines(told: bytes) -> list[str]:
 
 
 def _known(log_dir: str | Path) -> Iterator[tuple[Path, dict[str, Any], int]]:
-    """Files, who writes them, and how long they are."""
+    """Return the files, the processes that write them, and their lengths."""
     for path in sorted(Path(log_dir).glob(f"*{_ENDING}")):
         data = path.read_bytes()
         try:
@@ -99,7 +99,7 @@ def _known(log_dir: str | Path) -> Iterator[tuple[Path, dict[str, Any], int]]:
 
 
 def _start_of(pid: int) -> str | None:
-    """When the process was started, in the kernel's ticks; None where there is none."""
+    """Return the start time of the process in the kernel's ticks; None where there is none."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

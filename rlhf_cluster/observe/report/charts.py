@@ -19,7 +19,7 @@ NUM_COLOURS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """`colour` is a number; `style`: 0 a line, 1 dashed, 2 dotted, 3 points."""
+    """Curve of a chart. `colour` is a number; `style`: 0 a line, 1 dashed, 2 dotted, 3 points."""
 
     label: str
     points: Sequence[tuple[float, float]]
@@ -28,7 +28,7 @@ class Curve:
 
 
 def chart(title: str, curves: Sequence[Curve], x_label: str = "step", note: str = "") -> str:
-    """A figure with heading and legend. One that says so where there is nothing to draw."""
+    """Return a figure with heading and legend, and a note where there is nothing to draw."""
     drawn = [
         Curve(label=c.label, points=_binned(_finite(c.points)), colour=c.colour, style=c.style)
         for c in curves
@@ -55,7 +55,7 @@ def chart(title: str, curves: Sequence[Curve], x_label: str = "step", note: str 
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers from `low` to `high`, which must differ."""
+    """Return round numbers from `low` to `high`, which must differ."""
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
@@ -91,7 +91,7 @@ def _binned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _padded(low: float, high: float, share: float) -> tuple[float, float]:
-    """A range with room at both ends, also where all values are the same."""
+    """Return a range with a margin at both ends, also where all values are equal."""
     if high - low <= 1e-12 * max(abs(low), abs(high), 1e-12):
         room = 0.5 * abs(low) or 0.5
         return low - room, high + room

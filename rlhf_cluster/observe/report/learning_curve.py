@@ -65,14 +65,14 @@ def draw_curve(records: Records, path: str | Path, title: str) -> None:
 
 
 def series(records: Records, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of one metric, each [n] float64; what is missing is NaN."""
+    """Return steps and values of one metric, each [n] float64; NaN where a value is missing."""
     steps = np.array([record["step"] for record in records], dtype=np.float64)
     found = [record.get(name) for record in records]
     return steps, np.array([np.nan if v is None else v for v in found], dtype=np.float64)
 
 
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the last `window` values up to each, NaNs left out. [n] -> [n]."""
+    """Return the mean of the last `window` values up to each, ignoring NaN. [n] -> [n]."""
     known = np.isfinite(values)
     sums = np.cumsum(np.where(known, values, 0.0))
     counts = np.cumsum(known).astype(np.float64)
@@ -175,7 +175,7 @@ def _tidy(axes: Axes) -> None:
 
 
 def held_out_name(metric: str) -> str:
-    """Under which name the record has the held-out value of a metric."""
+    """Return the name under which the record has the held-out value of a metric."""
     return f"stage/held_out/{metric.replace('/', '.')}"
 
 

@@ -1,4 +1,4 @@
-"""The live view of a run: a panel on a terminal, one plain line a step elsewhere.
+"""Live view of a run: a panel on a terminal, one plain line per step elsewhere.
 
 `render` and `line` are pure; only `LiveView` writes.
 """
@@ -23,7 +23,7 @@ _STATE_STYLE = {"running": "green", "finished": "bold green", "failed": "bold re
 
 
 def line(snapshot: Snapshot) -> str:
-    """One step in one line of plain text."""
+    """Return one step as a line of plain text."""
     s = snapshot
     parts = [
         f"step {s.step}/{s.num_steps}",
@@ -49,7 +49,7 @@ def line(snapshot: Snapshot) -> str:
 
 
 def render(snapshot: Snapshot) -> RenderableType:
-    """The whole view as a rich renderable."""
+    """Return the view as a rich renderable."""
     from rich.console import Group
     from rich.panel import Panel
     from rich.text import Text
@@ -67,7 +67,7 @@ def render(snapshot: Snapshot) -> RenderableType:
 
 
 class LiveView:
-    """Shows snapshots as they come. Use as a context manager.
+    """View of a run that shows snapshots as they come. Use as a context manager.
 
     With `live` and a terminal the view is redrawn in place; otherwise a line is printed whenever
     the step or the state changes.

@@ -1,4 +1,4 @@
-"""The page of a report. Pure: from what was read to HTML."""
+"""Page of a report, as HTML. Pure: reads and writes no file but in `write_page`."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ details{margin:.4rem 0}summary{cursor:pointer}.bad{color:var(--c7)}
 
 
 def page(runs: Sequence[RunRecord], now_s: float) -> str:
-    """The whole document. `now_s` is unix time."""
+    """Return the whole document. `now_s` is unix time."""
     title = "Run " + ", ".join(run.name for run in runs)
     made = datetime.fromtimestamp(now_s, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     parts = [
@@ -100,14 +100,14 @@ def page(runs: Sequence[RunRecord], now_s: float) -> str:
 
 
 def write_page(path: Path, content: str) -> None:
-    """Replace `path` as a whole: a browser that reloads sees the old page or the new one."""
+    """Replace `path` atomically: a browser that reloads sees the old page or the new one."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(content, encoding="utf-8", errors="replace")
     os.replace(partial, path)
 
 
 def text(value: object) -> str:
-    """Any text, safe in HTML and in attributes, without characters that rearrange what is around."""
+    """Return a text that is safe in HTML and attributes, without characters that reorder others."""
     return escape(_CONTROL.sub("\ufffd", str(value)), quote=True)
 
 
@@ -170,7 +170,7 @@ def _facts(run: RunRecord) -> Iterator[tuple[str, str]]:
 
 
 def _curves(runs: Sequence[RunRecord]) -> Iterator[str]:
-    """Charts of what the runs have recorded; all of them, empty, where that is nothing yet."""
+    """Draw charts of the runs' records, all of them empty where nothing is recorded."""
     found: list[tuple[str, list[Curve], str]] = []
     for name in sorted({name for run in runs for name in run.watched}):
         found.append((name, list(_of_all(runs, ((name, name),))), ""))
@@ -192,7 +192,7 @@ def _curves(runs: Sequence[RunRecord]) -> Iterator[str]:
 
 
 def _of_all(runs: Sequence[RunRecord], names: Sequence[tuple[str, str]]) -> Iterator[Curve]:
-    """One run: a colour a metric. Several: a colour a run, a style a metric."""
+    """Draw one run with a colour per metric, several with a colour per run and a style per metric."""
     for i, run in enumerate(runs):
         for k, (name, label) in enumerate(names):
             several = len(runs) > 1
@@ -205,7 +205,7 @@ def _of_all(runs: Sequence[RunRecord], names: Sequence[tuple[str, str]]) -> Iter
 
 
 def _gains(runs: Sequence[RunRecord]) -> tuple[str, list[Curve], str]:
-    """Of a worker more in any pool."""
+    """Draw the predicted speedup from one more worker in any pool."""
     names = sorted({n for run in runs for r in run.records for n in r if n.startswith(GAIN)})
     labels = [(n, n.removeprefix(GAIN)) for n in names[:MAX_PARTS]]
     shown = [(n, f"{own} twice as fast" if own == "learner" else own) for n, own in labels]

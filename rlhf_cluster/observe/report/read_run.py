@@ -1,7 +1,7 @@
-"""What a run directory has at this moment, as far as a report shows it.
+"""Content of a run directory at this moment, as far as a report shows it.
 
-Everything but the directory itself may be missing, half written by a run that is going, or damaged;
-what cannot be read is named in `problems` and left out.
+Everything but the directory itself may be missing, half written by a running process, or damaged; what
+cannot be read is named in `problems` and skipped.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _ROUTINE = re.compile(r"step \d+: reward |group \S+ was on disk|checkpoint of st
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Told:
-    """An event, and when, as the log has it (UTC, ISO 8601)."""
+    """Event, with its time as in the log (UTC, ISO 8601)."""
 
     time: str
     text: str
@@ -46,7 +46,7 @@ class Told:
 
 @dataclass(slots=True, kw_only=True)
 class RunRecord:
-    """`samples` are by step. `active`: a process holds the run now."""
+    """Record of a run. `samples` are by step. `active`: a process holds the run now."""
 
     path: Path
     active: bool
@@ -70,14 +70,16 @@ class RunRecord:
 
     @property
     def watched(self) -> list[str]:
-        """Metrics of an offline stage: the number that it is watched by."""
+        """Metrics of an offline stage: its headline metric."""
         s = self.snapshot
         return [s.metric] if s is not None and s.stage is not None and s.metric else []
 
     @property
     def parts(self) -> list[str]:
-        """Metrics of the reward's parts and of what is watched beside it; of what is told of them, only
-        how far an ensemble disagrees."""
+        """Metrics of the reward's parts and of watched rewards.
+
+        Of their details only the disagreement of an ensemble is among them.
+        """
         found = {n for r in self.records for n in r if n.startswith("reward/part/")}
         return sorted(n for n in found if "." not in n or n.endswith(".disagreement"))
 
@@ -87,13 +89,13 @@ class RunRecord:
         return [(step, value) for step, value in found if value is not None]
 
     def points(self, name: str) -> list[tuple[float, float]]:
-        """Step and value of one metric, where it has one."""
+        """Return step and value of one metric at the steps that have it."""
         found = ((r["step"], r.get(name)) for r in self.records)
         return [(float(step), float(value)) for step, value in found if value is not None]
 
 
 def read_run(run: RunDir) -> RunRecord:
-    """All of it. Raises nothing but `OSError` of a directory that goes away meanwhile."""
+    """Read all of it. Raises only the `OSError` of a directory that is deleted meanwhile."""
     found = RunRecord(path=run.path, active=run.is_held())
     try:
         found.snapshot = run.read_status()
@@ -126,21 +128,21 @@ def _read_samples(run: RunDir, found: RunRecord) -> None:
 
 
 def _spread(paths: Sequence[Path], limit: int) -> list[Path]:
-    """The first, the last, and some between them, evenly."""
+    """Return the first, the last, and some between them, evenly."""
     if len(paths) <= limit:
         return list(paths)
     return [paths[round(i * (len(paths) - 1) / (limit - 1))] for i in range(limit)]
 
 
 def _ends(rows: Sequence[Row], limit: int) -> list[Row]:
-    """The best and the worst."""
+    """Return the best and the worst."""
     if len(rows) <= limit:
         return list(rows)
     return [*rows[: limit - limit // 2], *rows[-(limit // 2) :]]
 
 
 def _events(run: RunDir) -> list[Told]:
-    """From the controller's log, or, without one, the few that status.json keeps."""
+    """Return the events of the controller's log or, without one, the few in status.json."""
     try:
         text = (run.logs / "controller.log").read_text(encoding="utf-8", errors="replace")
     except OSError:

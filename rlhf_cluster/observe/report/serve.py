@@ -1,4 +1,4 @@
-"""The report of a run that is going, served to a browser on this machine and refreshed.
+"""Report of an active run, served to a browser on this machine and refreshed.
 
 Promises: it listens on loopback alone; only the address with its random token gets anything, the one
 page, and every other request 403, compared in constant time; it is made anew from the run directories
@@ -28,7 +28,7 @@ _LOOK_S = 0.05  # how soon it ends when the block does
 
 
 class _Server(ThreadingHTTPServer):
-    """`page` makes the document."""
+    """Server of one document, which `page` makes."""
 
     daemon_threads = True
 
@@ -113,7 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing: the address holds the token."""
+        """Log nothing: the address holds the token."""
 
 
 @contextmanager
@@ -124,7 +124,7 @@ def served(
     token: str | None = None,
     make_timeout_s: float = MAKE_TIMEOUT_S,
 ) -> Iterator[str]:
-    """Serve what `page` makes for as long as the block runs; yields the address.
+    """Serve the document of `page` while the block runs; yield the address.
 
     `port` 0: any that is free. `token` None: a new one of 256 bits. Raises `RunError` for a port that
     is taken.
