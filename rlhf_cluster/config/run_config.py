@@ -21,6 +21,7 @@ from rlhf_cluster.config.check_scoring import (
     check_steps,
     check_teacher,
 )
+from rlhf_cluster.config.check_served_adapters import check_served_adapters
 from rlhf_cluster.config.check_training import (
     check_checkpoint,
     check_devices,
@@ -59,6 +60,7 @@ class RunConfig(RunSections):
             check_teacher,
             check_pools,
             check_weights,
+            check_served_adapters,
             check_learner,
             check_replay,
             check_autoscale,
