@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf_cluster.config import RunConfig
+from rlhf_cluster.config.check_served_adapters import SERVED_RANKS
 from rlhf_cluster.errors import ConfigError, WorkerError
 from rlhf_cluster.generation.segments import stable_hash
 from rlhf_cluster.sections.gpu_shares import (
@@ -30,6 +31,8 @@ WORKER_EXTENSION = "actors.vllm.vllm_weights.WorkerExtension"
 _CPU_BATCHED_TOKENS = 8192
 _CPU_BLOCK_SIZE = 32  # vLLM's own default on CPU is 128: prefix caching would then share little
 _CPU_KV_CACHE_BYTES = 256 << 20
+MAX_ADAPTERS = 4
+"""The most adapters of which vLLM is told to hold room for on the device."""
 INT8 = "int8"
 """The one value of generation.quantization that this project makes itself; others are vLLM's."""
 _CPU_QUANTIZATION = (INT8, "fp8_per_channel")
@@ -40,6 +43,7 @@ _NEEDED_API = {
     "vllm.v1.engine.llm_engine.LLMEngine": (
         "from_engine_args", "add_request", "abort_request", "step", "collective_rpc",
         "set_weight_version", "reset_prefix_cache", "has_unfinished_requests",
+        "add_lora", "remove_lora",
     ),
     "vllm.v1.core.sched.scheduler.Scheduler": ("get_request_counts", "get_kv_cache_usage"),
     "vllm.outputs.CompletionOutput": ("weight_versions",),
@@ -113,7 +117,7 @@ def engine_arguments(config: RunConfig, model_dir: str, worker_name: str) -> dic
         "weight_transfer_config": {"backend": TRANSFER_BACKEND},
         "worker_extension_cls": WORKER_EXTENSION,
     }
-    arguments |= _of_device(config)
+    arguments |= _of_device(config) | _of_adapters(config)
     owned = sorted(set(_OWNED) & set(generation.engine_args))
     if owned:
         raise ConfigError(
@@ -142,6 +146,27 @@ def _with_head(arguments: dict[str, Any], config: RunConfig) -> dict[str, Any]:
 def _has_plain_head(config: RunConfig) -> bool:
     """Whether the output projection is 16 bits wide and can be asked for float32 logits."""
     return config.generation.dtype != "float32" and config.generation.quantization is None
+
+
+def _of_adapters(config: RunConfig) -> dict[str, Any]:
+    """What an engine that serves adapters needs; it replaces no weights."""
+    lora = config.learner.lora
+    if config.generation.lora != "served" or lora is None:
+        return {}
+    # A response keeps its adapter to its end, so as many versions may be in use at once as the run
+    # lets a response become old. Requests of further ones wait for a place.
+    behind = config.staleness.bound // config.weights.publish_every
+    max_loras = min(MAX_ADAPTERS, behind + 2)
+    return {
+        "weight_transfer_config": None,
+        "worker_extension_cls": None,
+        "enable_lora": True,
+        "max_lora_rank": next(rank for rank in SERVED_RANKS if rank >= lora.rank),
+        "max_loras": max_loras,
+        "max_cpu_loras": max_loras + 1,  # a new one then takes no place of one in use
+        # Without names vLLM also makes room for an adapter of the output projection.
+        "lora_target_modules": None if isinstance(lora.targets, str) else list(lora.targets),
+    }
 
 
 def _of_device(config: RunConfig) -> dict[str, Any]:

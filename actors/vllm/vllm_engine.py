@@ -14,6 +14,8 @@ Promises:
   with "salt" and "keep" a running request goes on from what the old weights computed, and with
   "salt" no request starts from it (`actors.vllm.vllm_requests`); a version that is not newer, as after
   the loss of a learner, drops all caches: they may stand under its number with other weights;
+- where `generation.lora` is "served", an update adds an adapter and replaces nothing: requests that
+  have had a step go on with theirs, all others take the new one (`actors.vllm.vllm_adapters`);
 - a request that vLLM refuses fails alone; an exception in a step or while weights are replaced
   ends the engine: every waiting call raises `WorkerError`, and so do `check` and later calls.
 
@@ -31,6 +33,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from actors.vllm.vllm_adapters import Adapter, Adapters
 from actors.vllm.vllm_arguments import (
     INT8,
     engine_arguments,
@@ -49,6 +52,7 @@ from rlhf_cluster.generation.engine import (
     LoadedWeights,
     Request,
     Sample,
+    read_beside,
 )
 from rlhf_cluster.records import WeightVersion
 from rlhf_cluster.util.slow_disk import aside
@@ -65,6 +69,7 @@ __all__ = ["VllmEngine", "engine_environment", "make_engine"]
 _CLOSE_TIMEOUT_S = 30.0
 _READ_SHARE = 0.8  # of the deadline of a pull; the rest is for the swap and for the answer
 _HANG_SHARE = 0.85  # of it, after which a read that looks at no deadline is given up
+_STOP_SHARE = 0.1  # of that, in which a read that looks at its deadline may end
 _POLL_S = 0.02  # between two looks at whether a version is read
 INITIAL_VERSION = -1  # of the weights in the model folder, before the first update
 
@@ -96,6 +101,8 @@ class VllmEngine(Engine):
         self._salted = config.generation.cache_on_update == "salt"
         self._start_timeout_s = config.run.start_timeout_s
         self._take_deadline_s = config.generation.take_deadline_s
+        self._serves = config.generation.lora == "served"
+        self._adapters: Adapters
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._lock = threading.Lock()  # over _failure and the decision to queue a command
         self._failure: RlhfError | None = None
@@ -146,6 +153,10 @@ class VllmEngine(Engine):
         number = version.version
         whole_s = self._take_deadline_s(version.num_bytes)
         deadline = Deadline(f"{self._name}: reading version {number}", _READ_SHARE * whole_s)
+        if self._serves:
+            async with self._updating:
+                self.check()
+                return await self._load_adapter(version, deadline, _HANG_SHARE * whole_s)
         stage = {
             "version": number,
             "path": version.path,
@@ -163,6 +174,27 @@ class VllmEngine(Engine):
             num_tensors=staged["num_tensors"],
             pause_s=pause_s,
         )
+
+    async def _load_adapter(
+        self, version: WeightVersion, deadline: Deadline, limit_s: float
+    ) -> LoadedWeights:
+        """Write the adapter of `version` beside the steps, then let new requests sample with it.
+
+        Waits for: the storage, `limit_s` at most. `WeightError` after that; the old one serves on.
+        """
+        stop_s = _STOP_SHARE * limit_s
+        try:
+            async with asyncio.timeout(limit_s):
+                adapter = await read_beside(
+                    lambda: self._adapters.write(version, deadline), deadline, stop_s
+                )
+        except (TimeoutError, StalledError) as error:
+            raise WeightError(
+                f"{self._name}: {version.path} did not answer for {limit_s:g} s while version "
+                f"{version.version} was read ({error}). Look at that disk, or raise "
+                "generation.pull_timeout_s"
+            ) from error
+        return adapter.loaded(await self._call(lambda: self._serve(adapter)))
 
     async def _staged(self, stage: dict[str, Any], limit_s: float) -> list[Any]:
         """The reports of all worker processes, each of which reads in a thread while steps go on.
@@ -253,6 +285,8 @@ class VllmEngine(Engine):
                 if self._llm.has_unfinished_requests() and not self._closing:
                     self._deliver(self._requests.collect(self._llm.step()))
                     self._num_steps += 1
+                    if self._serves:
+                        self._adapters.retire(self._llm, self._requests.adapters_used)
         except Exception as error:
             cause = error
         finally:
@@ -269,6 +303,13 @@ class VllmEngine(Engine):
 
         self._llm = LLMEngine.from_engine_args(EngineArgs(**self._arguments))
         self._scheduler = self._llm.engine_core.engine_core.scheduler  # type: ignore[attr-defined]
+        self._llm.set_weight_version(str(INITIAL_VERSION))
+        self._requests = Requests(
+            self._llm, self._scheduler, self._salted, INITIAL_VERSION, self._serves
+        )
+        if self._serves:
+            self._adapters = Adapters(self._model_dir, self._name)
+            return
         store = {
             "checkpoint": self._model_dir,
             "draft": self._draft,
@@ -276,8 +317,6 @@ class VllmEngine(Engine):
             "int8": self._int8,
         }
         self._rpc("init_weight_transfer_engine", {"init_info": store})
-        self._llm.set_weight_version(str(INITIAL_VERSION))
-        self._requests = Requests(self._llm, self._scheduler, self._salted, INITIAL_VERSION)
 
     def _run_commands(self, wait: bool) -> None:
         while not self._closing:
@@ -305,6 +344,14 @@ class VllmEngine(Engine):
         self._llm.set_weight_version(str(version))
         self._requests.follow(version)
         self._version = version
+        return time.perf_counter() - started
+
+    def _serve(self, adapter: Adapter) -> float:
+        started = time.perf_counter()
+        self._adapters.add(self._llm, adapter)
+        self._requests.follow(adapter.version, adapter)
+        self._adapters.retire(self._llm, self._requests.adapters_used)
+        self._version = adapter.version
         return time.perf_counter() - started
 
     def _rpc(self, method: str, kwargs: dict[str, Any] | None = None) -> list[Any]:
@@ -341,6 +388,8 @@ class VllmEngine(Engine):
         self._deliver([(answer, _again(failure)) for answer in orphans])
         if hasattr(self, "_llm"):
             self._llm.engine_core.shutdown()
+        if hasattr(self, "_adapters"):
+            self._adapters.close()
 
     def _is_refusal(self, cause: Exception) -> bool:
         """A start that this project refused, as opposed to vLLM breaking down."""

@@ -5,7 +5,9 @@ Promises:
 - with `salted`, a request carries the version of its first step as vLLM's `cache_salt`, which is
   part of the key of every cached block: no request starts from keys and values that the weights
   of another version computed. One that waits while the version changes has had no step, and takes
-  the new salt; one that has had a step keeps its salt, and with it what it computed itself.
+  the new salt; one that has had a step keeps its salt, and with it what it computed itself;
+- where adapters are served, a request samples with the adapter of its first step to its end, and all
+  its tokens are told to be of that version. One that waits takes the new one in the same way.
 
 Everything here runs on the engine's stepping thread, between two steps.
 """
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from actors.vllm.vllm_adapters import Adapter
 from rlhf_cluster.errors import DataError, WorkerError
 from rlhf_cluster.generation.engine import (
     Request,
@@ -36,7 +39,8 @@ Answer = tuple["asyncio.Future[Any]", Any]  # an exception instance is raised, a
 class _InFlight:
     request: Request
     answer: asyncio.Future[list[Sample]]
-    sequences: Sequence[Any]  # vLLM's own requests, one a sample, where salts are kept
+    sequences: Sequence[Any]  # vLLM's own requests, one a sample, where waiting ones follow
+    adapter: Adapter | None  # that it samples with, to its end
 
 
 @dataclass(slots=True)
@@ -69,14 +73,19 @@ class Totals:
 class Requests:
     """All requests of one engine that are not answered yet."""
 
-    def __init__(self, llm: LLMEngine, scheduler: Any, salted: bool, version: int) -> None:
-        """`version`: of the weights that the engine starts with."""
+    def __init__(
+        self, llm: LLMEngine, scheduler: Any, salted: bool, version: int, serves: bool = False
+    ) -> None:
+        """`version`: of the weights that the engine starts with. `serves`: adapters beside them."""
         from vllm.exceptions import VLLMClientError
 
         self._llm = llm
         self._scheduler = scheduler
         self._salted = salted
         self._salt = str(version)
+        self._first_version = version
+        self._serves = serves
+        self._adapter: Adapter | None = None
         self._refusals = (ValueError, VLLMClientError)
         self._in_flight: dict[str, _InFlight] = {}
         self.totals = Totals()
@@ -90,8 +99,13 @@ class Requests:
             raise DataError(f"request {request.request_id} is already running")
         sequences = self._submit(request)
         self._in_flight[request.request_id] = _InFlight(
-            request=request, answer=answer, sequences=sequences
+            request=request, answer=answer, sequences=sequences, adapter=self._adapter
         )
+
+    @property
+    def adapters_used(self) -> set[int]:
+        """Numbers of the adapters with which requests sample."""
+        return {f.adapter.number for f in self._in_flight.values() if f.adapter is not None}
 
     def abort(self, request_id: str) -> None:
         if self._in_flight.pop(request_id, None) is not None:
@@ -105,7 +119,8 @@ class Requests:
             if done is None:  # aborted in this very step
                 continue
             try:
-                samples = [_to_sample(output.request_id, choice) for choice in output.outputs]
+                version = self._served_version(done)
+                samples = [_to_sample(output.request_id, c, version) for c in output.outputs]
             except WorkerError as error:
                 answers.append((done.answer, error))
                 continue
@@ -119,10 +134,11 @@ class Requests:
         self._in_flight.clear()
         return owed
 
-    def follow(self, version: int) -> None:
-        """Steps from here on run the weights of `version`."""
-        self._salt = str(version)
-        if not self._salted:
+    def follow(self, version: int, adapter: Adapter | None = None) -> None:
+        """Steps from here on run the weights of `version`; where adapters are served, those of
+        requests that have had none yet run `adapter`."""
+        self._salt, self._adapter = str(version), adapter
+        if not (self._salted or self._serves):
             return
         from vllm.v1.request import RequestStatus
 
@@ -130,16 +146,24 @@ class Requests:
             if all(s.status is RequestStatus.WAITING for s in flight.sequences):
                 self._llm.abort_request([request_id])
                 flight.sequences = self._submit(flight.request)
+                flight.adapter = adapter
+
+    def _served_version(self, flight: _InFlight) -> int | None:
+        if not self._serves:
+            return None
+        return self._first_version if flight.adapter is None else flight.adapter.version
 
     def _submit(self, request: Request) -> Sequence[Any]:
         prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": request.prompt_ids}
         if self._salted:
             prompt["cache_salt"] = self._salt
         try:
-            self._llm.add_request(request.request_id, prompt, sampling_params(request))  # type: ignore[arg-type]
+            lora = None if self._adapter is None else self._adapter.lora_request
+            params = sampling_params(request)
+            self._llm.add_request(request.request_id, prompt, params, lora_request=lora)  # type: ignore[arg-type]
         except self._refusals as error:
             raise DataError(f"vLLM refused request {request.request_id}: {error}") from error
-        if not self._salted:
+        if not (self._salted or self._serves):
             return ()
         newest = reversed(self._scheduler.requests.values())
         return tuple(islice(newest, request.num_samples))
@@ -161,8 +185,12 @@ def sampling_params(request: Request) -> SamplingParams:
     )
 
 
-def _to_sample(request_id: str, choice: CompletionOutput) -> Sample:
-    """Plain values of one finished sequence. Raises `WorkerError` when something is missing."""
+def _to_sample(request_id: str, choice: CompletionOutput, served: int | None = None) -> Sample:
+    """Plain values of one finished sequence. Raises `WorkerError` when something is missing.
+
+    `served`: the version of the adapter that sampled all of it. vLLM's own labels name the version
+    that the engine had at each step, which is that of newer requests.
+    """
     token_ids, flat = list(choice.token_ids), choice.logprobs
     if choice.finish_reason not in ("stop", "length"):
         raise WorkerError(
@@ -176,6 +204,8 @@ def _to_sample(request_id: str, choice: CompletionOutput) -> Sample:
     return Sample(
         token_ids=token_ids,
         logprobs=list(flat.logprobs),  # type: ignore[union-attr]
-        version_spans=[(int(s.version), s.start, s.end) for s in choice.weight_versions or ()],
+        version_spans=[(int(s.version), s.start, s.end) for s in choice.weight_versions or ()]
+        if served is None
+        else [(served, 0, len(token_ids))],
         finish_reason=choice.finish_reason,
     )

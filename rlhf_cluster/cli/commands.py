@@ -151,6 +151,8 @@ def validate(config: ConfigArgument, set_: SetOption = None, deep: Deep = False)
 def plan(config: ConfigArgument, set_: SetOption = None) -> None:
     """Show what the run needs of a cluster: one line a bundle. Needs no cluster."""
     loaded = _load(config, set_)
+    from rlhf_cluster.config import RunConfig
+    from rlhf_cluster.planning.kept_updates import kept_lines
     from rlhf_cluster.planning.placement import demand, total_resources
 
     for each in loaded:
@@ -161,6 +163,8 @@ def plan(config: ConfigArgument, set_: SetOption = None) -> None:
             amounts = ", ".join(f"{amount:g} {kind}" for kind, amount in bundle.resources.items())
             typer.echo(f"{bundle.owner:<16} {amounts}")
         typer.echo(f"{'total':<16} {total_resources(bundles)} in {len(bundles)} bundles")
+        for line in kept_lines(each) if isinstance(each, RunConfig) else ():
+            typer.echo(line)
 
 
 @app.command()

@@ -172,10 +172,11 @@ def doctor(
     if config is None:
         if set_:
             raise RunError("--set changes a setting of CONFIG: give a run file")
-        facts = checks.look(Path("runs"))
+        facts, kept = checks.look(Path("runs")), ()
     else:
         from rlhf_cluster.config import RunConfig
         from rlhf_cluster.config.chain import load_all
+        from rlhf_cluster.planning.kept_updates import kept_lines
         from rlhf_cluster.planning.placement import demand
 
         loaded = load_all(config, set_ or ())  # they run one after the other, in one folder
@@ -183,8 +184,9 @@ def doctor(
         ports = tuple({c.cluster.dashboard_port for c in loaded if c.cluster.dashboard})
         publisher = next((c for c in loaded if isinstance(c, RunConfig)), loaded[0])
         facts = checks.look(Path(loaded[0].run.root), publisher.weights_dir, gpus, ports)
+        kept = kept_lines(publisher) if isinstance(publisher, RunConfig) else ()
     findings = checks.judge(facts)
-    for line in checks.report(findings):
+    for line in (*checks.report(findings), *kept):
         typer.echo(line)
     _refuse_wrong(findings)
 

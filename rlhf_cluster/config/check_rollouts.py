@@ -17,6 +17,7 @@ _KEYS_OF_THEIR_OWN = {
     "speculative_config": "speculative",
     "quantization": "quantization",
     "enable_prefix_caching": "prefix_caching",
+    "enable_lora": "lora",
 }
 
 

@@ -21,6 +21,7 @@ from rlhf_cluster.config.check_scoring import (
     check_steps,
     check_teacher,
 )
+from rlhf_cluster.config.check_served_adapters import check_served_adapters
 from rlhf_cluster.config.check_training import (
     check_checkpoint,
     check_devices,
@@ -273,6 +274,7 @@ _CHECKS: Sequence[Callable[[RunSections], None]] = (
     check_teacher,
     check_pools,
     check_weights,
+    check_served_adapters,
     check_learner,
     check_replay,
     check_autoscale,

@@ -1,16 +1,20 @@
 """Names and shapes of a model folder's tensors, and whether others are the same.
 
-Promises: only the headers of the files are read; what differs is named.
+Promises: only the headers of the files are read, but by `checkpoint_tensors`; what differs is named.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlhf_cluster.errors import ConfigError, WeightError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -23,22 +27,36 @@ def checkpoint_shapes(model_dir: str | Path) -> dict[str, tuple[int, ...]]:
     """Tensor names and shapes of a Hugging Face folder. Raises `WeightError`."""
     from safetensors import safe_open
 
-    index = Path(model_dir) / "model.safetensors.index.json"
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in _files(Path(model_dir)):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                shapes[name] = tuple(tensors.get_slice(name).get_shape())
+    return shapes
+
+
+def checkpoint_tensors(model_dir: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a Hugging Face folder, one in memory at a time. Raises `WeightError`."""
+    from safetensors import safe_open
+
+    for file in _files(Path(model_dir)):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                yield name, tensors.get_tensor(name)
+
+
+def _files(model_dir: Path) -> list[Path]:
+    index = model_dir / "model.safetensors.index.json"
     if index.is_file():
-        files = [Path(model_dir) / name for name in sorted(set(indexed_files(index).values()))]
+        files = [model_dir / name for name in sorted(set(indexed_files(index).values()))]
     else:
-        files = sorted(Path(model_dir).glob("*.safetensors"))
+        files = sorted(model_dir.glob("*.safetensors"))
     if not files:
         raise WeightError(
             f"{model_dir}: no .safetensors file, so published weights cannot be compared with the "
             "model. Save the model in safetensors format"
         )
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                shapes[name] = tuple(tensors.get_slice(name).get_shape())
-    return shapes
+    return files
 
 
 def indexed_files(index: Path) -> dict[str, str]:

@@ -189,6 +189,11 @@ class Generation(Section):
     """Bytes for the paged KV cache; default: vLLM's share of the device."""
     block_size: PositiveInt | None = None
     prefix_caching: bool = True
+    lora: Literal["merged", "served"] = "merged"
+    """How engines hold what [learner.lora] trains. `merged`: in the weights, each version in the place
+    of the one before. `served`, with weights.format = "adapter": as an adapter beside the weights of
+    the model folder, of which an engine reads nothing else; a response keeps the adapter it began with.
+    In bfloat16 that loses most of a small update (`rlhf-cluster doctor CONFIG`). LoRA only."""
     speculative: dict[str, Any] | None = None
     """vLLM's speculative_config, such as {method = "ngram", num_speculative_tokens = 3}. A draft model
     must hold tensors of the policy's (all, or its first layers), and moves with it at every pull;

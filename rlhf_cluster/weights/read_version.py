@@ -163,6 +163,42 @@ def read(
     return _read_tensors(source, manifest, verify, held, deadline)
 
 
+def read_factors(
+    path: str | Path,
+    expected_digest: str,
+    deadline: Deadline | None = None,
+) -> tuple[Manifest, dict[str, Tensor]]:
+    """The manifest of a version of adapters, and its adapters by name, verified and on the CPU.
+
+    Of its files only these are read, and none of the version that it builds on. Raises `WeightError`
+    naming tensor and file, or for a version of another format; `StalledError` past the deadline.
+    """
+    source = FileSource(Path(path).parent)
+    manifest = open_version(path, source)
+    if (manifest.digest, manifest.format) != (expected_digest, "adapter"):
+        raise WeightError(
+            f"{path}: format {manifest.format!r} and digest {manifest.digest}, expected 'adapter' and "
+            f"{expected_digest}: not the version that was announced. Pull the latest version again"
+        )
+    factors: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        link = _open_link(source, manifest, stack, deadline)
+        for name, entry in manifest.factors.items():
+            if not name.endswith(lora_factors.TRAINED):
+                continue
+            if deadline is not None:
+                deadline.left_s(f"tensor {name!r}")
+            factors[name] = _rebuild([link], name, None, entry)
+            found = _hash(name, entry, factors[name])
+            if found != entry.hash:
+                held_by = ", ".join(link.files[part.file].where for part in entry.parts)
+                raise WeightError(
+                    f"tensor {name!r} has hash {found}, expected {entry.hash}: damaged in {held_by}. "
+                    "Publish the version again"
+                )
+    return manifest, factors
+
+
 def _read_tensors(
     source: ShardSource,
     manifest: Manifest,

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,14 +17,13 @@ from actors.vllm.vllm_engine import engine_environment
 from rlhf_cluster.errors import WeightError
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.formats import lora_factors
-from rlhf_cluster.weights.manifest import LocalPart
 from rlhf_cluster.weights.shards import ShardBase
-from tests.support.builders import tiny_llama
 from tests.support.builders.engine_models import (
     ERRORS,
     TOLERANCE,
     Models,
     Publisher,
+    adapted,
     build_models,
     check_8_bit_update,
     check_damage_is_refused,
@@ -35,7 +33,6 @@ from tests.support.builders.engine_models import (
     in_flight,
     make_request,
     mean_error,
-    parts_of,
     worst,
 )
 from tests.support.engines import engine_process
@@ -93,28 +90,6 @@ async def test_s27_a_difference_pulled_in_flight_loses_nothing_and_labels_every_
         for version, start, end in sample.version_spans:
             expected = expected_logprobs(by_version[version], request, sample)[start:end]
             assert np.abs(np.asarray(sample.logprobs)[start:end] - expected).max() < TOLERANCE
-
-
-def adapted(model: Any, seed: int, changed: Any) -> list[LocalPart]:
-    """The parts of an anchor: `model` under random adapters, merged into `changed`."""
-    generator = torch.Generator().manual_seed(seed)
-    parts = parts_of(changed, torch.float32)
-    for name, weight in tiny_llama.checkpoint_tensors(model).items():
-        if not name.endswith("proj.weight"):
-            continue
-        shapes = {lora_factors.DOWN: (4, weight.shape[1]), lora_factors.UP: (weight.shape[0], 4)}
-        down, up = (torch.randn(shape, generator=generator) for shape in shapes.values())
-        merged = lora_factors.merge(weight.detach().reshape(-1), 0, down, up, 0.03)
-        changed.get_parameter(name).data.copy_(merged.view(weight.shape))
-        parts[name] = replace(parts[name], tensor=merged, scale=0.03)
-        for kind, tensor in (
-            (lora_factors.BASE, weight.detach()),
-            (lora_factors.DOWN, down),
-            (lora_factors.UP, up),
-        ):
-            shape, flat = tuple(tensor.shape), tensor.reshape(-1)
-            parts[name + kind] = LocalPart(name=name + kind, shape=shape, offset=0, tensor=flat)
-    return list(parts.values())
 
 
 async def test_s27_adapters_pulled_in_flight_are_merged_lose_nothing_and_label_every_token(

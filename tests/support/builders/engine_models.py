@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from rlhf_cluster.generation.engine import (
 )
 from rlhf_cluster.records import WeightVersion
 from rlhf_cluster.weights import store
+from rlhf_cluster.weights.formats import lora_factors
 from rlhf_cluster.weights.manifest import LocalPart
 from rlhf_cluster.weights.shards import ShardBase
 from tests.support.builders import tiny_llama
@@ -164,6 +165,28 @@ class Publisher:
         report = store.write_shard(self._root, version, 0, parts.values(), base=self._base)
         self._base = ShardBase(version=version, parts=parts)
         return store.commit(self._root, version, [report], keep=10)
+
+
+def adapted(model: Any, seed: int, changed: Any) -> list[LocalPart]:
+    """The parts of an anchor: `model` under random adapters, merged into `changed`."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = parts_of(changed, torch.float32)
+    for name, weight in tiny_llama.checkpoint_tensors(model).items():
+        if not name.endswith("proj.weight"):
+            continue
+        shapes = {lora_factors.DOWN: (4, weight.shape[1]), lora_factors.UP: (weight.shape[0], 4)}
+        down, up = (torch.randn(shape, generator=generator) for shape in shapes.values())
+        merged = lora_factors.merge(weight.detach().reshape(-1), 0, down, up, 0.03)
+        changed.get_parameter(name).data.copy_(merged.view(weight.shape))
+        parts[name] = replace(parts[name], tensor=merged, scale=0.03)
+        for kind, tensor in (
+            (lora_factors.BASE, weight.detach()),
+            (lora_factors.DOWN, down),
+            (lora_factors.UP, up),
+        ):
+            shape, flat = tuple(tensor.shape), tensor.reshape(-1)
+            parts[name + kind] = LocalPart(name=name + kind, shape=shape, offset=0, tensor=flat)
+    return list(parts.values())
 
 
 def mean_error(model: Any, request: Any, sample: Any, span: slice = slice(None)) -> float:
