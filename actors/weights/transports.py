@@ -6,8 +6,10 @@ the ranks' memory, and read the storage only where nobody else has a file (`node
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Protocol
 
@@ -17,6 +19,7 @@ from actors.weights.node_mirrors import (
     serving_relay,
 )
 from rlhf_cluster.config import RunConfig
+from rlhf_cluster.errors import WeightError
 from rlhf_cluster.records import WeightVersion
 from rlhf_cluster.weights.manifest import ShardReport
 from rlhf_cluster.weights.store import commit
@@ -33,6 +36,8 @@ from rlhf_cluster.weights.transports.transport import (
 )
 from rlhf_cluster.weights.writer_fence import Writer
 
+log = logging.getLogger(__name__)
+
 
 class WritesSnapshots(Protocol):
     """Learner rank, as a transport sees it."""
@@ -48,7 +53,13 @@ class WritesSnapshots(Protocol):
 class Transport:
     """A learner rank calls `write`, rank 0 `commit`; the driver holds the run inside `serving`."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        lends: Callable[[RunConfig], ShardLender | None] = lender_of,
+    ) -> None:
+        """`lends` begins to serve the shards of this process, where the run has the relay."""
+        self._lends = lends
         self._config = config
         self._root = str(config.weights_dir)
         self._keep = config.staleness.oldest_in_flight + 2
@@ -89,8 +100,11 @@ class Transport:
         )
         lender = self._lender()
         if lender is not None:
-            manifest = memoryview(FileSource(self._root).manifest(version))
-            lender.write(version, MANIFEST_NAME, ShardImage(chunks=(manifest,)))
+            with contextlib.suppress(
+                WeightError
+            ):  # the version is visible, and readers try as well
+                manifest = memoryview(FileSource(self._root).manifest(version))
+                lender.write(version, MANIFEST_NAME, ShardImage(chunks=(manifest,)))
         return published
 
     def begin_anew(self) -> None:
@@ -104,8 +118,11 @@ class Transport:
         return serving_relay(self._config) if self._config.weights.is_relayed else nullcontext()
 
     def _lender(self) -> ShardLender | None:
-        """Of this process, which lends from the first write on."""
+        """Of this process, which lends from the first write on. A process that cannot serve costs the
+        relay a source, and the version nothing; it tries again with the next one."""
         with self._starting:
-            if self._lent is None:
-                self._lent = lender_of(self._config)
+            try:
+                self._lent = self._lent or self._lends(self._config)
+            except (OSError, RuntimeError) as error:  # no file descriptor or no thread is left
+                log.warning("this rank lends nothing to the relay: %s", error)
             return self._lent

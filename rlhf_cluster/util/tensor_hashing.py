@@ -72,14 +72,13 @@ def combine_hashes(tensor_hashes: Mapping[str, str]) -> str:
 
 def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """The digest that a version holding exactly these tensors (full shape, on the CPU) has."""
-    return combine_hashes(
-        {
-            name: tensor_hash(
-                name, dtype_name(tensor), tuple(tensor.shape), hash_pieces(tensor_bytes(tensor), 0)
-            )
-            for name, tensor in tensors
-        }
-    )
+    return combine_hashes({name: hash_of(name, tensor) for name, tensor in tensors})
+
+
+def hash_of(name: str, tensor: Tensor) -> str:
+    """The hash of a tensor, whole and on the CPU."""
+    hashes = hash_pieces(tensor_bytes(tensor), 0)
+    return tensor_hash(name, dtype_name(tensor), tuple(tensor.shape), hashes)
 
 
 def dtype_name(tensor: Tensor) -> str:

@@ -10,7 +10,6 @@ Where tensors are merged from adapters, what no rank reports is kept from the ba
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
@@ -58,7 +57,7 @@ def assemble(
 ) -> Manifest:
     """The manifest of the shards that `reports` describe. Raises `WeightError`.
 
-    `open_blobs` opens files by name; of each, the header and `border_ranges` are read.
+    `open_blobs` opens files by name; of each, the header is read, and what chunks that span ranks need.
     """
     reports = sorted(reports, key=lambda report: report.rank)
     _check_reports(version, reports)
@@ -117,20 +116,6 @@ def _kept(base: Manifest, held: Mapping[str, object]) -> dict[str, TensorEntry]:
         for name, entry in base.stored.items()
         if name not in held and not name.endswith(lora_factors.TRAINED)
     }
-
-
-def border_ranges(report: ShardReport, file: ShardFile) -> list[tuple[int, int]]:
-    """(position, length) of all that `assemble` reads of a shard beside its header."""
-    ranges = []
-    for name, part in report.parts.items():
-        item_bytes = ITEM_BYTES[part.dtype]
-        size = math.prod(part.shape) * item_bytes
-        start, stop = part.offset * item_bytes, (part.offset + part.numel) * item_bytes
-        ranges += [
-            (_border_position(name, part, file, size, a), b - a)
-            for a, b in border_pieces(start, stop, size)
-        ]
-    return ranges
 
 
 def chain_on(base: Manifest | None) -> tuple[Link, ...]:

@@ -1,8 +1,8 @@
 """The whole loop with nothing faked: vLLM, Ray, FSDP2, the weight store, the shipped quickstart.
 
 One run overlaps generation and training on two learner ranks; its record, its weights and its
-exported model are examined from every side. A second one is synchronous, its versions travel through
-the object store, and it is compared with a plain loop that has no concurrency and no store at all
+exported model are examined from every side. A second one is synchronous, its versions travel by the
+relay, and it is compared with a plain loop that has no concurrency and no store at all
 (tests/support/simulation/plain_loop.py): seeds belong to groups and float32
 sampling does not depend on the batch around it, so the two agree to the last bit.
 """

@@ -5,8 +5,8 @@
     reader    ShardSource.manifest, ShardSource.open  -->  Blob.read_into  -->  verified tensors
 
 A transport moves opaque bytes. What they mean (manifest, hashes, digest, differences) is the same for
-all: `assemble` checks a version before it is visible, `reading` each tensor before it is handed out.
-A transport is one module with a sink and a source, and an entry in `actors/weights/transports.py`.
+all: `assemble` checks a version before it is visible, `read_version` each tensor before it is handed
+out. Sinks are the files of the store, and the memory that a rank lends to the relay.
 
 Promises of every transport:
 - a version is found only when all its shards are there;
