@@ -186,3 +186,13 @@ def test_l09_an_answer_counts_in_each_usual_spelling(maths, target, right, wrong
 )
 def test_l09_a_formula_that_is_denied_hedged_ranged_or_one_of_several_is_no_answer(maths, text):
     assert scores(maths, "x^2", text) == [0.0]
+
+
+@pytest.mark.parametrize(
+    "form",
+    ["{}", "So:\n**{}**", "Final answer: `{}`", "The answer is \\[{}.\\]", "\\boxed{{{}.}}",
+     "\\boxed{{\\displaystyle {}}}", "\\begin{{align*}} {} \\end{{align*}}"],
+)  # fmt: skip
+@pytest.mark.parametrize(("target", "written"), [("x^2+1", "1+x^2"), ("1, 2", "x = 1, x = 2")])
+def test_l09_a_formula_counts_in_each_usual_setting(maths, form, target, written):
+    assert scores(maths, target, form.format(written)) == [1.0]

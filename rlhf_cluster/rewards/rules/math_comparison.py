@@ -129,9 +129,12 @@ def _formula(statement: Statement, may_deny: bool) -> str | None:
     text = statement.text[-2000:] if statement.kind == "prose" else statement.text
     found = list(FORMULA.finditer(text)) if statement.kind != "box" else []
     if not found:
-        if statement.kind == "prose" or (_is_withheld(text) and not may_deny):
+        if statement.kind == "prose":  # a last line that is nothing but a formula
+            text = text.rstrip().rpartition("\n")[2]
+            text = "" if has_words(text) else text
+        if not text or (_is_withheld(text) and not may_deny):
             return None
-        return text.strip() if statement.kind == "box" else text.strip().rstrip(".").strip("*_ ")
+        return text if statement.kind == "box" else text.strip().rstrip(".").strip("*_` ")
     first = last = len(found) - 1 if statement.kind == "prose" else 0
     while first > 0 and _are_joined(text, *found[first - 1 : first + 1]):
         first -= 1
@@ -242,6 +245,7 @@ def _parse(text: str, is_target: bool = False) -> list[Any]:
 def _plain(answer: str) -> str:
     """What the library does not read by itself, in LaTeX."""
     answer = in_latex(answer).replace("\\$", "").strip().strip("$").strip()
+    answer = answer.removesuffix(".")
     if "\\pm" in answer:
         upper = answer.replace("\\pm", "+").replace("\\mp", "-").lstrip("+ ")
         lower = answer.replace("\\pm", "-").replace("\\mp", "+")

@@ -21,6 +21,7 @@ _SIGNS = str.maketrans(
         "\u22c5": "\\cdot ", "\u00f7": "/",
     }
 )  # fmt: skip
+_STYLE = re.compile(r"\\(?:mathbf|boldsymbol|bm|displaystyle)(?![A-Za-z])")
 _NATURAL = re.compile(r"\\log\s?_\s?(?:e|\{\s?e\s?\})")
 _MEMBER = re.compile(r"^\s*[A-Za-z]\s*\\in(?![A-Za-z])\s*(?!\\mathbb)")
 _LISTED = re.compile(
@@ -48,8 +49,8 @@ def alike(target: str, answer: str) -> tuple[str, str]:
 
 
 def in_latex(text: str) -> str:
-    """The text with LaTeX for signs of Unicode, and `\\ln` for `\\log_e`."""
-    text = _NATURAL.sub(r"\\ln ", text)
+    """The text with LaTeX for signs of Unicode, `\\ln` for `\\log_e`, and without styles."""
+    text = _NATURAL.sub(r"\\ln ", _STYLE.sub("", text))
     if text.isascii():
         return text
     text = _ROOT.sub(lambda found: rf"\sqrt{{{found[1] or found[2]}}}", text).translate(_SIGNS)

@@ -154,13 +154,15 @@ _CLAUSE = re.compile(
     r"[,;]\s|\.\s|[.!?]$|\s(?:because|since|as|so|which|where|when|after|before|given)\b|(?<=[\w%])\s\("
 )
 _DENIED = re.compile(
-    r"\b(?:wrong|incorrect|false|unknown|undetermined|unsure|maybe|perhaps|possibly|i guess|neither"
+    r"\b(?:wrong|incorrect|false|unknown|undetermined|unsure|maybe|perhaps|possibly|probably|neither"
+    r"|(?:i|a|my|just a) guess|impossible|doubt(?:ful)?|cannot be (?:right|correct)|or so"
     r"|not (?:right|correct|sure|known)|(?:cannot|can't|unable to) (?:be )?(?:determine|say|tell|know)"
     r"|don't know)",
     re.IGNORECASE,
 )
 _DOUBTED = re.compile(
-    r"(?:\b(?:not|never|cannot|might|could|may)|n't)(?:\s(?:be|equal|to|exactly|really|just))*[\s$]*$",
+    r"(?:\b(?:not|never|cannot|might|could|may|hardly|anything but|unlikely to)|n't)"
+    r"(?:\s(?:be|equal|to|exactly|really|just))*[\s$]*$",
     re.IGNORECASE,
 )
 _BOUNDED = re.compile(
@@ -394,7 +396,7 @@ def _chosen(text: str, tokens: list[_Token], index: int) -> Quantity | None:
             return None
     if is_withheld(text, token.start, token.end):
         return None
-    if re.match(r"\s?(?:\\pm|\\mp|\+/-|[-+*^<>|]|!(?=\s*[\d$]))", text[token.end :]):
+    if re.match(r"\s?(?:\?|\\pm|\\mp|\+/-|[-+*^<>|]|!(?=\s*[\d$]))", text[token.end :]):
         return None
     return _quantity(text, token)
 

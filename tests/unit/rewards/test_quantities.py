@@ -100,3 +100,14 @@ def test_l06_a_sentence_states_the_same_number_wherever_it_stands(form, sentence
 def test_l07_a_side_before_that_is_arithmetic_has_to_come_to_the_number(equation, number):
     assert final_number(f"\\boxed{{{equation}}}") == number
     assert final_number(f"The answer is ${equation}$.") == number
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["42 cannot be right.", "I doubt it is 42.", "Is it 42?", "The answer is probably 42.",
+     "The answer is unknown; a guess is 42.", "The answer is anything but 42.",
+     "The answer is unlikely to be 42.", "It's impossible that it is 42."],
+)  # fmt: skip
+def test_l09_a_number_that_is_doubted_or_asked_for_is_no_answer(text):
+    assert final_number(text) is None
+    assert final_number(f"{text}\nThe answer is 42.") == 42
