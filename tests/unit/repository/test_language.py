@@ -26,7 +26,7 @@ def test_the_number_of_every_room_only_falls():
     assert kept.keys() == counted.keys(), "run: python -m tests.unit.repository.language"
     grown = [
         f"{room}: {counted[room]} matches, the table has {kept[room]}. Find them by "
-        f"`python -m tests.unit.repository.language {room}`, and say it in plain words; `say` of the pattern helps"
+        f"`python -m tests.unit.repository.language {room}`, and use the words that it lists"
         for room in counted
         if counted[room] > kept[room]
     ]
