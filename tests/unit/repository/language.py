@@ -94,7 +94,7 @@ def texts(source: str) -> Iterator[Text]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             if isinstance(node.value.value, str):
-                yield Text("docstring", node.lineno, collapse(node.value.value))
+                yield Text("docstring", node.lineno, collapse(without_names(node.value.value)))
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             if not is_value(node):
                 yield Text("function", node.lineno, node.name)
@@ -152,6 +152,11 @@ def comments(source: str) -> Iterator[Text]:
         last = token.start[0]
     if words:
         yield Text("comment", first, collapse(" ".join(words)))
+
+
+def without_names(docstring: str) -> str:
+    """Remove the names of arguments and errors that begin an indented line: they are not prose."""
+    return re.sub(r"(?m)^ +\w+(, \w+)*:", "", docstring)
 
 
 def collapse(words: str) -> str:

@@ -51,6 +51,7 @@ def test_the_number_of_every_room_only_falls():
         ("raise A('x') from ValueError('gone')", ["P4"]),
         ("x = 'gone'", []),
         ('"""The key `gone` goes over `x`."""', ["P15"]),
+        ('"""Read.\n\n    Args:\n        cure: of the error."""', []),
         ("def _told(): ...", ["N1"]),
         ("def _told() -> bool: ...", []),
         ("def told(): ...\ndef fitted(): ...", ["N1p", "N1p"]),
