@@ -164,12 +164,12 @@ def test_long_prompts_are_left_out_and_counted_when_asked_and_nothing_is_cut(
 
 def test_a_data_set_of_long_prompts_only_is_refused_even_with_skip(tmp_path: Path) -> None:
     data = Data(path=lengths(tmp_path), max_prompt_tokens=1, on_long_prompt="skip")
-    with pytest.raises(DataError, match=r"6 of 6 prompts are over.*Raise data.max_prompt_tokens$"):
+    with pytest.raises(DataError, match=r"6 of 6 prompts are longer.*Raise data.max_prompt_tokens$"):
         PromptSource(data, TOKENIZER, seed=0)
 
 
 def test_a_task_whose_prompts_are_too_long_is_refused() -> None:
-    with pytest.raises(DataError, match=r"task sort_digits: 256 of 256 prompts are over.*= 7"):
+    with pytest.raises(DataError, match=r"task sort_digits: 256 of 256 prompts are longer than.*= 7"):
         PromptSource(Data(task="sort_digits", max_prompt_tokens=7), TOKENIZER, seed=0)
 
 
