@@ -1,8 +1,8 @@
 """Every error that this project raises on purpose.
 
-Each carries one message that names what was found, the bound or expectation, and the cure.
+Each carries one message that names the value, the bound or expectation, and the fix.
 All are built from a single string, so that they survive pickling between processes. Each also
-inherits the standard type that fits, so that `except ValueError` keeps working.
+inherits the matching standard type, so that `except ValueError` catches it too.
 """
 
 
@@ -11,84 +11,82 @@ class RlhfError(Exception):
 
 
 class ConfigError(RlhfError, ValueError):
-    """A configuration that cannot run: unknown key, wrong type, impossible combination."""
+    """A configuration that cannot run: unknown key, wrong type or impossible combination."""
 
 
 class DataError(RlhfError, ValueError):
-    """Prompts, preferences or a tokenizer that cannot be used as given."""
+    """Prompts, preferences or a tokenizer that cannot be used as they are."""
 
 
 class RecordError(RlhfError, ValueError):
-    """A record whose arrays do not fit each other."""
+    """A record with missing or invalid values, or with arrays that do not match each other."""
 
 
 class PlacementError(RlhfError, RuntimeError):
-    """What was asked for does not fit the cluster."""
+    """A placement, such as an actor's CPUs and GPUs, that does not fit the cluster."""
 
 
 class StalenessError(RlhfError, RuntimeError):
-    """A token older than `max_staleness` reached the learner."""
+    """A token that is older than the staleness bound and reached the learner."""
 
 
 class StalledError(RlhfError, TimeoutError):
-    """A wait ran past its deadline; the message names what is missing."""
+    """A wait that passed its deadline. The message names what is missing."""
 
 
 class WeightError(RlhfError, RuntimeError):
-    """A weight version that is incomplete, damaged, or not the one expected."""
+    """A weight version that is incomplete, damaged, or not the expected one."""
 
 
 class FencedError(RlhfError, RuntimeError):
-    """A learner or a run that was given up wanted to publish: another one has taken over."""
+    """An attempt to publish by a learner or a run that another one has replaced."""
 
 
 class CheckpointError(RlhfError, RuntimeError):
-    """A checkpoint that cannot be written, or is not whole, or does not fit the run."""
+    """A checkpoint that cannot be written, is incomplete, or does not fit the run."""
 
 
 class StorageError(CheckpointError):
-    """A storage answers with an error: what is there may be whole, and never counts as damaged."""
+    """An error of the storage itself. The files may be intact and are not treated as damaged."""
 
 
 class StoreError(RlhfError, RuntimeError):
-    """A finished group that cannot be written to disk, or is missing or damaged there."""
+    """A finished group that cannot be written to disk, or is missing or damaged on disk."""
 
 
 class WorkerError(RlhfError, RuntimeError):
-    """A worker died, hung, or answered with an error."""
+    """A worker that died, hung, or answered with an error."""
 
 
 class RecordLost(WorkerError):
-    """A record that a call needs is gone: the only copy was on a node that died."""
+    """A record that a call needs and whose only copy was on a node that died."""
 
 
 class PoolLost(WorkerError):
-    """A pool has used up its restarts: nobody is left to do its work."""
+    """A pool that has used up its restarts and has no worker left."""
 
 
 class RankFailed(WorkerError):
-    """A learner rank raised what another attempt may not meet (`failures`); its process lives."""
+    """A learner rank's error that another attempt may avoid (`failures`). Its process is alive."""
 
 
 class CoreLost(WorkerError):
-    """A learner rank or the buffer is gone: a run can go on from a checkpoint (`run.restarts`).
-
-    `process` says who, such as "learner-1"; "" where it is no single one.
-    """
+    """A dead learner rank or buffer. The run can resume from a checkpoint (`run.restarts`)."""
 
     process: str = ""
+    """Name of the dead process, such as "learner-1"; "" when it is not a single one."""
 
 
 class ScoringError(RlhfError, RuntimeError):
-    """A reward that raised, hung, or returned something that is not a score. Never a score of 0."""
+    """A reward that raised, hung, or returned no valid score. It is never replaced by a score of 0."""
 
 
 class RunError(RlhfError, RuntimeError):
-    """The run directory or the run's control channel cannot be used."""
+    """A run directory or control channel that cannot be used."""
 
 
 class DivergenceError(RlhfError, ArithmeticError):
-    """Training numbers that are no longer finite, step after step."""
+    """Training values that were not finite in several consecutive steps."""
 
 
 class MetricError(RlhfError, ValueError):
@@ -96,7 +94,7 @@ class MetricError(RlhfError, ValueError):
 
 
 def first_failure(failures: BaseExceptionGroup) -> BaseException:
-    """Of a group of failures the first that this project raised on purpose, else the first."""
+    """Return the first `RlhfError` in a nested group of errors, or the first error if none is one."""
     leaves: list[BaseException] = []
     waiting: list[BaseException] = [failures]
     while waiting:
@@ -109,8 +107,8 @@ def first_failure(failures: BaseExceptionGroup) -> BaseException:
 
 
 class WorkerDied(WorkerError):
-    """The actor's process is gone or cannot be reached."""
+    """An actor whose process is dead or cannot be reached."""
 
 
 class WorkerSilent(WorkerError):
-    """The actor did not answer within the deadline."""
+    """An actor that did not answer within the deadline."""

@@ -1,6 +1,6 @@
-"""Consequences of an error in a learner rank, in a call for one group, and in many groups.
+"""Classification of errors: those of a learner rank, of a call for one group, of many groups.
 
-Errors of a rank whose process lives. "Retry" means that another attempt may succeed:
+Errors of a rank whose process is alive. "Retry" means that another attempt may succeed:
 
     raised in a rank                                         a resumed run          at its first setup
     StalledError: a deadline passed                          retry                  retry
@@ -18,7 +18,7 @@ A "retry" error becomes a `RankFailed`: the learner and the buffer return to the
 cause. A "final" error is raised unchanged and ends the run. A step that hangs raises nothing here:
 the process that waits for the rank has a deadline, and treats the rank as dead.
 
-Errors of a call for one group, which a worker raised or died of:
+Errors of a call for one group, whether the worker raised the error or died:
 
     raised for one group                                     another worker tries   after the last try
     WorkerError, StalledError, WeightError                   yes                    a discard
@@ -30,9 +30,9 @@ Errors of a call for one group, which a worker raised or died of:
     CoreLost, RankFailed: learner or buffer                  no                     restart budget
     every other error (full disk, bound, configuration)      no                     the run ends
 
-A bad sample is blamed on the worker first, since a broken device or engine makes such samples, and
-then on the group: one discard, counted with its reason. `Outcomes` ends the run when too many of
-the last groups failed.
+A bad sample is first attributed to the worker, since a broken device or engine produces such samples.
+If other workers fail too, it is attributed to the group, which is discarded and counted by its reason.
+`Outcomes` ends the run when too many of the last groups failed.
 
 Classes of torch are recognised by their names, so this module does not import torch.
 """
@@ -60,6 +60,7 @@ _OF_TORCH = frozenset({"DistError", "OutOfMemoryError", "AcceleratorError"})
 _COMES_AGAIN = (NotImplementedError, RecursionError)
 
 MAX_TEXT = 1000
+"""Characters of an error's text that a `RankFailed` keeps."""
 
 _OF_A_GROUP = (WorkerError, ScoringError, RecordError, DataError)
 
@@ -69,18 +70,21 @@ _OF_NO_GROUP = (PoolLost, CoreLost, RankFailed)
 
 
 def may_pass_elsewhere(error: RlhfError) -> bool:
-    """Whether another worker is asked, after one raised `error` for a group."""
+    """Whether another worker should try a group for which one worker raised `error`."""
     return isinstance(error, _OF_A_CALL) and not isinstance(error, (*_OF_NO_GROUP, RecordLost))
 
 
 def costs_one_group(error: RlhfError) -> bool:
-    """Whether `error`, which outlived its retries, discards a group and lets the run go on."""
+    """Whether `error`, raised after the last retry, costs one group instead of ending the run."""
     return isinstance(error, _OF_A_GROUP) and not isinstance(error, _OF_NO_GROUP)
 
 
 def may_pass(error: Exception, starting: bool = False) -> bool:
-    """Whether another attempt may not meet `error`. `starting`: it is of a rank's setup, where most
-    errors are of what it was given."""
+    """Whether another attempt of a learner rank may succeed after `error`.
+
+    `starting`: the error is of a rank's setup, where most errors are caused by the configuration or
+    the data, so that fewer of them are retried.
+    """
     if isinstance(error, RlhfError):
         return isinstance(error, StalledError | RankFailed)
     if isinstance(error, MemoryError):
@@ -93,7 +97,7 @@ def may_pass(error: Exception, starting: bool = False) -> bool:
 
 
 def judged(error: Exception, starting: bool = False) -> Exception:
-    """`error` itself, or the `RankFailed` that stands for one which may pass."""
+    """Return `error`, or a `RankFailed` with its type and text if another attempt may succeed."""
     if isinstance(error, RankFailed) or not may_pass(error, starting):
         return error
     text = " ".join(str(error).split())
@@ -102,25 +106,28 @@ def judged(error: Exception, starting: bool = False) -> Exception:
 
 
 WINDOW = 100
+"""Number of last groups whose share of failures is checked."""
 
 LEAST = 8
-"""Groups before which no share of failures ends the run."""
+"""Number of groups below which no share of failures ends the run."""
 
 
 class Outcomes:
-    """The last `WINDOW` groups. `max_error_rate` is the run's `scoring.max_error_rate`."""
+    """Success or failure of the last `WINDOW` groups, checked against `scoring.max_error_rate`."""
 
     def __init__(self, max_error_rate: float) -> None:
         self._max_error_rate = max_error_rate
         self._failed: deque[bool] = deque(maxlen=WINDOW)
 
     def add(self, error: RlhfError | None) -> None:
-        """One more group; `error` is what it failed with. Raises an error of its kind when more than
-        `max_error_rate` of the last groups failed."""
+        """Record the outcome of one group: `error` if it failed, None if it succeeded.
+
+        Raises an error of the same type when more than `max_error_rate` of the last groups failed.
+        """
         self._failed.append(error is not None)
         rate = sum(self._failed) / len(self._failed)
         if error is not None and len(self._failed) >= LEAST and rate > self._max_error_rate:
             raise type(error)(
-                f"{rate:.0%} of the last {len(self._failed)} groups failed, over "
+                f"{rate:.0%} of the last {len(self._failed)} groups failed, more than "
                 f"scoring.max_error_rate = {self._max_error_rate:g}. The last reason: {error}"
             )

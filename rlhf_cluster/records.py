@@ -1,13 +1,16 @@
-"""The records that travel between the services.
+"""Records that the services exchange.
 
     Prompt -> Rollout -> RolloutGroup -> ScoredRollout -> ExperienceGroup
 
-A group that is generated in segments is a PartialGroup until the last of them.
+A group that is generated in segments is a PartialGroup until its last segment.
 
-Promises: frozen; arrays are numpy, one dimension, and every per-token array of a rollout has
-exactly one entry a response token (checked when built, `RecordError` otherwise). Token ids are
-those the engine sampled, never decoded and encoded again. Every record has an id, so a trained
-token can be traced to its prompt, its worker and the weights that sampled it.
+Promises:
+- records are frozen, and arrays are numpy arrays of one dimension;
+- every per-token array of a rollout has exactly one entry per response token. This is checked when
+  the record is built (`RecordError`);
+- token ids are those that the engine sampled, never decoded and encoded again;
+- every record has an id, so a trained token can be traced to its prompt, its worker and the weights
+  that sampled it.
 
 Shapes: P prompt tokens, T response tokens.
 """
@@ -27,7 +30,7 @@ Array = np.ndarray
 
 
 class FinishReason(StrEnum):
-    """Why sampling ended."""
+    """Reason why sampling of a response ended."""
 
     STOP = "stop"  # the model ended its answer; the end token is part of the response
     LENGTH = "length"  # cut at max_response_tokens
@@ -37,8 +40,8 @@ class FinishReason(StrEnum):
 class Prompt:
     """One prompt, tokenized once.
 
-    `source` is the prompt as the data set gave it (text, or chat messages); rewards receive it.
-    `columns` are the data set's other columns, handed to rewards by name.
+    `source` is the prompt as the data set has it (text or chat messages). `columns` are the data
+    set's other columns by name. Rewards receive both.
     """
 
     prompt_id: str
@@ -54,11 +57,11 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ticket:
-    """Permission to start one group. `number` is its place in admission order.
+    """Permission to start one group. `number` is its index in admission order.
 
     `version` is the oldest weight version that any generation worker could have sampled with
-    when the ticket was admitted. `attempt` counts the starts of the run, and its returns to a
-    checkpoint: versions of one attempt are one timeline (`buffer.group_recovery`).
+    when the ticket was admitted. `attempt` counts the starts of the run and its restarts from a
+    checkpoint. The versions of one attempt form one timeline (`buffer.group_recovery`).
     """
 
     number: int
@@ -73,9 +76,9 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How a group is sampled. `temperature = 0` is greedy (evaluation only).
+    """Sampling parameters of one group. `temperature = 0` is greedy (evaluation only).
 
-    `greedy_baseline` asks for one greedy response beside the samples, as `RolloutGroup.greedy`.
+    `greedy_baseline` asks for one greedy response in addition to the samples (`RolloutGroup.greedy`).
     """
 
     num_samples: int
@@ -88,9 +91,9 @@ class Sampling:
 class Rollout:
     """One sampled response, exactly as the engine produced it.
 
-    `sampled_logprobs` are natural logarithms of the probability the engine sampled each token
-    with: temperature applied, no truncation of the vocabulary (top-p and top-k are refused by
-    the configuration).
+    `sampled_logprobs` are natural logarithms of the probabilities with which the engine sampled
+    each token. The temperature is applied, and the vocabulary is not truncated (the configuration
+    refuses top-p and top-k).
     """
 
     rollout_id: str
@@ -102,7 +105,7 @@ class Rollout:
     response_mask: Array  # [T] bool, True = trained
     finish_reason: FinishReason
     temperature: float
-    worker: str  # all that sampled it, in order, between commas
+    worker: str  # names of the workers that sampled it, in order, separated by commas
     started_s: float  # unix time
     finished_s: float
 
@@ -122,9 +125,9 @@ _PER_TOKEN = {"sampled_logprobs": np.float32, "versions": np.int32, "response_ma
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutGroup:
-    """All rollouts of one prompt under one ticket.
+    """All rollouts of one prompt, for one ticket.
 
-    `greedy` is there for its reward only: it is no rollout of the group and never trained.
+    `greedy` is used for its reward only. It is not in `rollouts` and never trained.
     """
 
     ticket: Ticket
@@ -139,14 +142,14 @@ class RolloutGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartialResponse:
-    """One response so far, as the engine produced it. It goes on while it has no `finish_reason`."""
+    """Tokens of one response so far. Sampling continues while `finish_reason` is None."""
 
     rollout_id: str
     response_ids: Array  # [T] int32
     sampled_logprobs: Array  # [T] float32
     versions: Array  # [T] int32
     temperature: float
-    workers: tuple[str, ...] = ()  # that sampled it, in order
+    workers: tuple[str, ...] = ()  # names of the workers that sampled it, in order
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
@@ -155,7 +158,7 @@ class PartialResponse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartialGroup:
-    """A group between two segments: its samples in order, then the greedy response if asked for."""
+    """A group between two segments: samples in order, then the greedy response if asked for."""
 
     group_id: str
     responses: tuple[PartialResponse, ...]
@@ -172,17 +175,18 @@ class PartialGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredRollout:
-    """A rollout with what the scoring pool says of it.
+    """A rollout with its rewards and the log-probabilities of other models.
 
-    `reward` is what `scoring.objective` makes of `reward_parts`, by default their weighted sum; a
-    part that scores reasoning steps is the sum of its steps' scores. `step_rewards` are the weighted
-    sums of such parts step by step, so `reward` is `outcome_reward` and all of them together. No
-    algorithm reads `watched`: scores that are shown only, and what is told of the parts (see
-    `scoring.score_parts`). Log-probabilities are at the rollout's temperature:
-    `ref_logprobs` the reference policy's, `teacher_logprobs` the teacher's, `exact_logprobs` those of
-    the version that sampled each token, as the learner computes. `reference_kl` is the learner's own:
-    the KL of its policy to the reference, over the whole vocabulary, at the start of the step. Absent
-    when not configured.
+    Rewards: `reward` is the result of `scoring.objective` on `reward_parts`, by default their weighted
+    sum. A part that scores reasoning steps is the sum of its steps' scores. `step_rewards` has the
+    weighted sum of such parts for each step, so `reward` = `outcome_reward` + sum of `step_rewards`.
+    `watched` has values that are logged and that no algorithm reads: monitor-only scores, and values
+    about the other scores (`scoring.score_parts`).
+
+    Log-probabilities are at the rollout's temperature: `ref_logprobs` of the reference policy,
+    `teacher_logprobs` of the teacher, `exact_logprobs` of the version that sampled each token,
+    computed as the learner does. `reference_kl` is computed by the learner: the KL of its policy to
+    the reference over the whole vocabulary, at the start of the step. None when not configured.
     """
 
     rollout: Rollout
@@ -193,10 +197,10 @@ class ScoredRollout:
     exact_logprobs: Array | None = None  # [T] float32
     teacher_logprobs: Array | None = None  # [T] float32
     reference_kl: Array | None = None  # [T] float32
-    step_ends: Array | None = None  # [S] int32, last token of each reasoning step, never falling
+    step_ends: Array | None = None  # [S] int32, last token of each reasoning step, non-decreasing
     step_rewards: Array | None = None  # [S] float64
     watched: Mapping[str, float] = field(default_factory=dict)
-    scorer_version: str = ""  # equal where rewards, their models and the objective are
+    scorer_version: str = ""  # equal for equal rewards, reward models and objective
 
     def __post_init__(self) -> None:
         if not np.isfinite(self.reward):
@@ -215,7 +219,7 @@ class ScoredRollout:
 
     @property
     def outcome_reward(self) -> float:
-        """What of the reward belongs to the response as a whole: all but its steps'."""
+        """Part of the reward that belongs to the whole response: all but the step rewards."""
         steps = 0.0 if self.step_rewards is None else float(self.step_rewards.sum())
         return self.reward - steps
 
@@ -228,8 +232,8 @@ class ScoredRollout:
         if len(rewards) != len(ends) or not inside or (np.diff(ends) < 0).any():
             raise RecordError(
                 f"rollout {self.rollout.rollout_id}: {len(rewards)} step rewards with ends "
-                f"{ends.tolist()} in {num_tokens} response tokens; needed is one end a reward, never "
-                "falling, inside the response"
+                f"{ends.tolist()} in {num_tokens} response tokens; expected one end per reward, "
+                "non-decreasing and inside the response"
             )
         if not np.isfinite(rewards).all():
             raise RecordError(f"rollout {self.rollout.rollout_id}: step_rewards must be finite")
@@ -246,11 +250,11 @@ class ScoredRollout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExperienceGroup:
-    """A scored group: what the learner trains on.
+    """A scored group, as the learner trains on it.
 
-    `greedy_reward` is the reward of the greedy response to the prompt, where one was asked for. `uses`
-    and `weight` are of the step that has it: how many trained it before, and what the losses of its
-    tokens are multiplied by (`buffer.replay_pool`).
+    `greedy_reward` is the reward of the greedy response to the prompt, None if none was asked for.
+    `uses` counts the earlier steps that trained the group. `weight` is the factor on the losses of
+    its tokens in the current step (`buffer.replay_pool`).
     """
 
     ticket: Ticket
@@ -286,17 +290,17 @@ class ExperienceGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupSummary:
-    """The little that the control plane sees of a group."""
+    """Numbers of a group that the control plane uses in place of its arrays."""
 
     group_id: str
     oldest_version: int
     num_rollouts: int
     num_tokens: int
     rewards: tuple[float, ...]
-    step_rewards: tuple[float, ...] = ()  # of all reasoning steps of all rollouts
+    step_rewards: tuple[float, ...] = ()  # one per reasoning step, over all rollouts
     parts: Mapping[str, float] = field(default_factory=dict)
-    """Means over the rollouts, of parts of the reward and of what is watched."""
-    longest_tokens: int = 0  # of one response
+    """Mean over the rollouts of each entry of `reward_parts` and `watched`."""
+    longest_tokens: int = 0  # tokens of the longest response
     num_stopped: int = 0  # responses that the model ended itself
 
 
@@ -309,20 +313,20 @@ class WeightVersion:
     digest: str
     num_tensors: int
     num_bytes: int  # of the tensors
-    stored_bytes: int = 0  # of the files written for it: fewer when only changes are stored
+    stored_bytes: int = 0  # of the files written for it: fewer than num_bytes for a delta
 
 
 def _means(values: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """By name, over those that have it."""
-    found: dict[str, list[float]] = {}
-    for own in values:
-        for name, value in own.items():
-            found.setdefault(name, []).append(value)
-    return {name: float(np.mean(all_of_it)) for name, all_of_it in found.items()}
+    """Average each entry over the mappings that have it."""
+    by_name: dict[str, list[float]] = {}
+    for mapping in values:
+        for name, value in mapping.items():
+            by_name.setdefault(name, []).append(value)
+    return {name: float(np.mean(numbers)) for name, numbers in by_name.items()}
 
 
 def _check_tokens(record: Rollout | PartialResponse, names: tuple[str, ...]) -> None:
-    """One entry a response token in every array of `names`, and finite log-probabilities."""
+    """Raise `RecordError` unless each array has one entry per token and logprobs are finite."""
     _check_array(record, "response_ids", np.int32)
     num_tokens = len(record.response_ids)
     for name in names:
@@ -349,21 +353,21 @@ def _check_array(record: Any, name: str, dtype: Any) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerState:
-    """The numbers of the learner, the same on every rank."""
+    """Counters and state of the learner, equal on every rank."""
 
     version: int
     num_bytes: int  # of the tensors of all ranks
-    skips: dict[str, tuple[int, int]]  # by model: `Updater.skips`
+    skips: dict[str, tuple[int, int]]  # `Updater.skips` by model
     algorithm: dict[str, float]  # `Algorithm.state()`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BufferState:
-    """What a resumed run needs of the buffer, taken between two steps.
+    """State of the buffer that a resumed run needs, saved between two steps.
 
-    `open` are the tickets that are admitted, not taken and not discarded, in order. Groups that
-    were finished are among them, and not among `finished`: they finish once more. `used` are those
-    taken that may be taken again.
+    `open` are the tickets that are admitted, not taken and not discarded, in order. Tickets of
+    finished groups are in `open` and not counted in `finished`, since the resumed run finishes these
+    groups again. `used` are the taken groups that may be taken again (replay).
     """
 
     learner_version: int
@@ -378,16 +382,16 @@ class BufferState:
 
     @property
     def replayable(self) -> tuple[int, ...]:
-        """The numbers of `used`."""
-        return tuple(each.ticket.number for each in self.used)
+        """Ticket numbers of `used`."""
+        return tuple(group.ticket.number for group in self.used)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Used:
-    """A group that `steps` trained, in order. What a checkpoint keeps of it."""
+    """A trained group as a checkpoint keeps it. `steps` are the steps that trained it, in order."""
 
     ticket: Ticket
-    summary: GroupSummary  # without what only metrics of its first step need
+    summary: GroupSummary  # without the fields that only the metrics of its first step need
     steps: tuple[int, ...]
 
     @property
@@ -406,8 +410,7 @@ class Used:
 
 @dataclass(frozen=True, slots=True)
 class StoredGroup:
-    """The handle of a group that is read from the store; for `uses` and `weight` see
-    `records.ExperienceGroup`."""
+    """Handle of a group in the store. `uses` and `weight` are those of `ExperienceGroup`."""
 
     number: int
     uses: int = 0
@@ -415,22 +418,23 @@ class StoredGroup:
 
 
 Handle = Any
+"""Reference to an `ExperienceGroup` outside the control plane, such as `StoredGroup`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Taken:
-    """One group that the buffer hands to the learner."""
+    """One group that the buffer gives to the learner for a step."""
 
     ticket: Ticket
-    handle: Handle  # of an ExperienceGroup
+    handle: Handle  # the ExperienceGroup
     summary: GroupSummary
-    uses: int = 0  # steps that trained it before; over 0 it is replayed (`buffer.replay_pool`)
-    weight: float = 1.0  # of its losses, where it is replayed
+    uses: int = 0  # earlier steps that trained it; at least 1 for a replay (`buffer.replay_pool`)
+    weight: float = 1.0  # factor on the losses of a replayed group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenSample:
-    """What the learner computed for the tokens of one rollout; NaN at tokens that are not trained."""
+    """Values that the learner computed per token of one rollout; NaN at tokens not trained."""
 
     learner_logprobs: np.ndarray  # [T] float32
     correction_weights: np.ndarray | None  # [T] float32
@@ -439,7 +443,7 @@ class TokenSample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """What one step says of itself. Metric names are `area/quantity_unit`."""
+    """Metrics of one step by name. Names have the form `area/quantity_unit`."""
 
     step: int  # learner version after the step
     metrics: Mapping[str, float]

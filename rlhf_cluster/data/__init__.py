@@ -1,1 +1,1 @@
-"""Prompts, tasks and tokenizers. Importing this package loads no torch and no transformers."""
+"""Data sets, prompts, tasks and tokenizers. Importing it loads neither torch nor transformers."""

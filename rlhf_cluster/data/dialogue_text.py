@@ -1,7 +1,7 @@
 r"""Dialogues written as one text, as in hh-rlhf: "\n\nHuman: ...\n\nAssistant: ...", to messages.
 
-Promises: no character of a turn is lost but white space at its ends; what stands before the first
-mark, or is no dialogue at all, is refused, never swallowed.
+Promises: no character of a turn is dropped except white space at its ends. Text before the first mark,
+and a text without any mark, is refused.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _MARK = re.compile(r"(?:^|\n\n)(Human|Assistant|System):")
 
 
 def is_dialogue(text: str) -> bool:
-    """The text begins with a turn's mark."""
+    """Whether the text begins with the mark of a turn."""
     return _MARK.match(text.lstrip("\n")) is not None
 
 
 def parse_dialogue(text: str, where: str) -> Messages:
-    """The turns in order. Raises `DataError` with `where` for a text that is none."""
+    """Return the turns in order. Raises `DataError` with `where` if the text is not a dialogue."""
     parts = _MARK.split("\n\n" + text.lstrip("\n"))
     before, turns = parts[0], parts[1:]
     if before.strip() or not turns:
@@ -39,7 +39,7 @@ def parse_dialogue(text: str, where: str) -> Messages:
 
 
 def checked_messages(value: Any, where: str) -> Messages:
-    """Role and content of each message. Raises `DataError` with `where` for anything else."""
+    """Return role and content of each message. Raises `DataError` with `where` for other values."""
     whole = isinstance(value, list) and all(
         isinstance(m, dict) and all(isinstance(m.get(key), str) for key in ("role", "content"))
         for m in value
@@ -54,9 +54,9 @@ def checked_messages(value: Any, where: str) -> Messages:
 
 
 def without_answer(value: Any, where: str) -> Messages:
-    """The turns of a dialogue, text or messages, before the assistant's answer that ends it.
+    """Return the turns of a dialogue (text or messages) before the assistant's final answer.
 
-    Raises `DataError` with `where` for a dialogue that ends otherwise, or that is nothing but it.
+    Raises `DataError` with `where` if the dialogue has no final answer, or no turn before it.
     """
     parse = parse_dialogue if isinstance(value, str) else checked_messages
     turns = parse(value, where)

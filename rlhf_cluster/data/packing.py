@@ -1,4 +1,4 @@
-"""Sequences of unequal length -> micro-batches of equal count on every rank.
+"""Packing: sequences of unequal length to an equal number of micro-batches on every rank.
 
 Promises:
 - Every rank that calls `plan` with the same arguments gets the same plan; nothing is communicated.
@@ -6,15 +6,15 @@ Promises:
 - Every rank has the same number of micro-batches, at least one. Short ranks get dummies (no rows),
   because FSDP's collectives are matched by count: a rank with one pass fewer would hang the others.
 - No micro-batch costs more than `tokens_per_micro_batch` positions, padding included.
-- Sequences of one unit (a pair, the answers of one ranking) lie end to end and in order in one row, so
-  they share a micro-batch: a loss can compare them.
-- Lengths alone say what is padding. Token ids are never compared with a padding id, so a model
+- Sequences of one unit (a pair, the answers of one ranking) are packed end to end and in order in one
+  row. So they share a micro-batch, and a loss can compare them.
+- Lengths alone determine what is padding. Token ids are never compared with a padding id, so a model
   whose padding token is also its end token trains its end token.
 
 A sequence of P prompt and T target tokens is fed as its first P + T - 1 tokens (`num_inputs`);
 position s predicts token s + 1, so the targets' predictions are the LAST T positions, the first of
-them at the last prompt token. Position ids start again at 0 for each sequence, and padding is a
-run of position 0: attention by position ids keeps all of them apart.
+them at the last prompt token. Position ids start again at 0 for each sequence, and each padding token
+has position 0: attention by position ids keeps all of them separate.
 
 Shapes: B rows, S positions of a row, T target tokens.
 """
@@ -35,9 +35,9 @@ Batching = Literal["packed", "padded"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenSequence:
-    """Prompt and target tokens, and one value a target token in each stream.
+    """Prompt and target tokens, and streams with one value per target token.
 
-    `target_mask` says which targets are trained; the others are context only.
+    `target_mask` marks the trained targets; the others are context only.
     """
 
     prompt_ids: Array  # [P] integers, P >= 1
@@ -57,25 +57,25 @@ class TokenSequence:
         for name, values in per_token.items():
             if values.shape != (len(self.target_ids),):
                 raise RecordError(
-                    f"stream {name} has shape {list(values.shape)}, expected one value a target "
+                    f"stream {name} has shape {list(values.shape)}, expected one value per target "
                     f"token, [{len(self.target_ids)}]"
                 )
 
     @property
     def num_inputs(self) -> int:
-        """Positions that the sequence takes in a row: P + T - 1."""
+        """Number of positions of the sequence in a row: P + T - 1."""
         return len(self.prompt_ids) + len(self.target_ids) - 1
 
 
 def value_sequence(
     token_ids: Array, at: Array | None = None, streams: Mapping[str, Array] | None = None
 ) -> TokenSequence:
-    """A sequence for a model of values: ALL tokens [L] are fed, and values are read at the positions
-    `at` [n], or, with None, at the last token alone.
+    """Build a sequence for a value model: it is fed ALL L tokens.
 
-    `streams` have one value for each of the L tokens with `at`, one value in all without.
+    Values are read at the positions `at` [n], or at the last token only if `at` is None. Each of
+    `streams` has one value per token [L] with `at`, and a single value [1] without.
     """
-    after_end = np.zeros(1, dtype=token_ids.dtype)  # a label, never fed and never read
+    after_end = np.zeros(1, dtype=token_ids.dtype)  # a dummy label, never fed and never read
     if at is None:
         return TokenSequence(prompt_ids=token_ids, target_ids=after_end, streams=streams or {})
     mask = np.zeros(len(token_ids), dtype=np.bool_)
@@ -89,15 +89,15 @@ def value_sequence(
 
 
 Row = tuple[int, ...]
-"""Indices of the sequences that lie end to end in one row."""
+"""Indices of the sequences that are packed end to end in one row."""
 
 MicroBatchPlan = tuple[Row, ...]
-"""The rows of one forward pass; none for a dummy."""
+"""Rows of one forward pass; no rows for a dummy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetSpan:
-    """Where the predictions of one sequence's targets lie: `values[row, start:stop]` is [T]."""
+    """Location of the predictions of one sequence's targets: `values[row, start:stop]` is [T]."""
 
     sequence: int
     row: int
@@ -107,14 +107,14 @@ class TargetSpan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """The arrays of one forward pass. A dummy has one position and trains nothing."""
+    """Arrays of one forward pass. A dummy has one position and trains nothing."""
 
     input_ids: Array  # [B, S] int64
     position_ids: Array  # [B, S] int64
-    labels: Array  # [B, S] int64, the token after each position (0 where there is none)
+    labels: Array  # [B, S] int64, the token after each position (0 if none)
     mask: Array  # [B, S] bool, True = the label is a trained target
     sequence: Array  # [B, S] int64, the index in `spans` of the sequence a target belongs to
-    streams: Mapping[str, Array]  # each [B, S] float32, 0 where no target is
+    streams: Mapping[str, Array]  # each [B, S] float32, 0 where there is no target
     spans: tuple[TargetSpan, ...]
 
 
@@ -126,11 +126,11 @@ def plan(
     batching: Batching,
     unit_sizes: Sequence[int] | None = None,
 ) -> list[list[MicroBatchPlan]]:
-    """Lay sequences into rows and micro-batches for every rank.
+    """Distribute sequences over ranks, micro-batches and rows.
 
-    Sequences go to the rank with the fewest tokens, longest first; then on each rank into rows
-    (packed: first-fit decreasing; padded: one a row) and rows into micro-batches, longest first,
-    so that rows of one micro-batch are of similar length.
+    Longest first, each sequence goes to the rank with the fewest tokens. On each rank sequences are
+    put into rows (packed: first-fit decreasing; padded: one per row), and rows into micro-batches,
+    longest first, so that the rows of one micro-batch have similar lengths.
 
     Args:
         lengths: positions of each sequence (`TokenSequence.num_inputs`).
@@ -138,11 +138,11 @@ def plan(
         tokens_per_micro_batch: bound of rows times the longest row.
         tokens_per_row: capacity of a packed row, and bound of a single sequence.
         batching: "packed" or "padded".
-        unit_sizes: how many sequences each unit has, in order. A unit is laid out like one sequence
-            as long as all of its own together. Default: each sequence is a unit.
+        unit_sizes: number of sequences of each unit, in order. A unit is planned like one sequence
+            with the total length of its sequences. Default: each sequence is a unit.
 
     Returns:
-        One list of micro-batches a rank, all of the same length.
+        One list of micro-batches per rank, all of the same length.
 
     Raises:
         DataError: a length outside [1, tokens_per_row].
@@ -172,7 +172,7 @@ def plan(
 
 
 def _units(num_sequences: int, sizes: Sequence[int]) -> list[range]:
-    """The indices of each unit's sequences."""
+    """Return the indices of the sequences of each unit."""
     if any(size < 1 for size in sizes) or sum(sizes) != num_sequences:
         raise RecordError(
             f"units of {list(sizes)[:8]} sequences do not add up to {num_sequences} sequences; each "
@@ -209,9 +209,10 @@ def _check_bounds(
 
 
 def _rows(share: Sequence[int], lengths: Sequence[int], capacity: int) -> list[Row]:
-    """First-fit decreasing of `share` (longest first) into rows, by falling row length.
+    """Put the sequences of `share` (longest first) into rows by first-fit decreasing.
 
-    A sequence longer than `capacity` gets a row of its own; capacity 0 gives one each.
+    Returns the rows, longest first. A sequence longer than `capacity` gets its own row, so with
+    capacity 0 every sequence does.
     """
     rows: list[list[int]] = []
     used: list[int] = []
@@ -246,7 +247,7 @@ def _micro_batches(
 def collate(
     batch: MicroBatchPlan, sequences: Sequence[TokenSequence], streams: Sequence[str] = ()
 ) -> MicroBatch:
-    """The arrays of one planned micro-batch, with the named streams (all sequences have them)."""
+    """Build the arrays of one planned micro-batch, with the named streams (all sequences have them)."""
     num_rows = max(1, len(batch))
     width = max([1, *(sum(sequences[i].num_inputs for i in row) for row in batch)])
     shape = (num_rows, width)

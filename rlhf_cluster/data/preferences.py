@@ -3,7 +3,7 @@
 A row's layout is recognised by its columns:
 
     pair       prompt, chosen, rejected      prompt: text or messages; responses: text, or messages
-                                             that go on from the prompt or repeat it
+                                             that continue the prompt or repeat it first
     dialogue   chosen, rejected              whole dialogues that differ in the last answer alone:
                                              messages, or text as in hh-rlhf, each turn after an empty
                                              line and "Human:" or "Assistant:"
@@ -11,13 +11,14 @@ A row's layout is recognised by its columns:
     labelled   prompt, completion, label     label: true or false (KTO)
     graded     prompt, completion, ...       a number in each of the columns asked for, null for none
 
-A pair may have a `margin`, by how much the chosen response is better, and its responses in other words
-in `chosen_paraphrase` and `rejected_paraphrase`. Other columns are ignored.
+A pair may have a `margin` (how much better the chosen response is), and paraphrases of its responses in
+`chosen_paraphrase` and `rejected_paraphrase`. Other columns are ignored.
 
-Promises: a row of no layout, or that does not fit its own, is refused with file and line. A row that
-fits and teaches nothing (`REASONS`) raises `UnusableRow`, so that whoever reads the file can refuse it
-too, or leave it out and count it by its reason. No text is changed but white space at the ends of a
-dialogue's turns.
+Promises:
+- a row that has no layout, or that does not fit its layout, is refused with file and line;
+- a row that fits its layout but has nothing to learn (`REASONS`) raises `UnusableRow`, so that the
+  reader of the file can refuse it too, or skip it and count it by its reason;
+- texts are not changed, except that white space at the ends of a dialogue's turns is removed.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ LAYOUTS: Mapping[Layout, tuple[str, ...]] = {
     "labelled": ("prompt", "completion", "label"),
     "dialogue": ("chosen", "rejected"),
 }
+# reasons of `UnusableRow`, with the text of the message
 REASONS = {
     "equal": "two of the responses are the same",
     "empty": "a response has no text",
@@ -52,7 +54,7 @@ REASONS = {
 
 
 class UnusableRow(DataError):
-    """A row that fits its layout and teaches nothing. `reason` is a key of `REASONS`."""
+    """A row that fits its layout but has nothing to learn. `reason` is a key of `REASONS`."""
 
     @property
     def reason(self) -> str:
@@ -88,7 +90,7 @@ class LabelledResponse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GradedResponse:
-    """One response and its grades, None where one was not given."""
+    """One response and its grades; None for a missing grade."""
 
     prompt: str | Messages
     completion: str
@@ -96,19 +98,19 @@ class GradedResponse:
 
 
 def recognise(columns: Mapping[str, Any], where: str) -> Layout:
-    """The layout of a row. Raises `DataError` that starts with `where` for none."""
+    """Return the layout of a row. Raises `DataError`, starting with `where`, if it has none."""
     for layout, names in LAYOUTS.items():
         if all(columns.get(name) is not None for name in names):
             return layout
     known = "; ".join(f"{', '.join(names)} ({layout})" for layout, names in LAYOUTS.items())
     found = ", ".join(repr(name) for name, value in columns.items() if value is not None)
     raise DataError(
-        f"{where}: the columns {found} are no layout of preferences. Expected {known}. Rename them"
+        f"{where}: the columns {found} match no layout of preferences. Expected {known}. Rename them"
     )
 
 
 def parse_pair(columns: Mapping[str, Any], where: str) -> Pair:
-    """A row in the layout `pair` or `dialogue`. Raises `DataError`, `UnusableRow`."""
+    """Parse a row in the layout `pair` or `dialogue`. Raises `DataError`, `UnusableRow`."""
     layout = recognise(columns, where)
     if layout in ("labelled", "ranking"):
         found, other = ("a single response with a label", "kto")
@@ -130,8 +132,10 @@ def parse_pair(columns: Mapping[str, Any], where: str) -> Pair:
 
 
 def parse_paraphrases(columns: Mapping[str, Any], pair: Pair, where: str) -> tuple[str, str] | None:
-    """Both responses of a row's `pair`, said in other words where the row has a paraphrase; None where
-    it has neither. Raises `DataError`."""
+    """Return chosen and rejected of a row's `pair`, replaced by paraphrases where the row has them.
+
+    None if the row has no paraphrase that differs. Raises `DataError`.
+    """
     found = []
     for name, own in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         column = f"{name}_paraphrase"
@@ -146,7 +150,7 @@ def parse_paraphrases(columns: Mapping[str, Any], pair: Pair, where: str) -> tup
 
 
 def parse_ranking(columns: Mapping[str, Any], where: str) -> Ranking:
-    """A row in the layout `ranking`, or a pair. Raises `DataError`, `UnusableRow`."""
+    """Parse a row in the layout `ranking`, or a pair. Raises `DataError`, `UnusableRow`."""
     if recognise(columns, where) != "ranking":
         pair = parse_pair(columns, where)
         return Ranking(prompt=pair.prompt, responses=(pair.chosen, pair.rejected))
@@ -166,7 +170,10 @@ def parse_ranking(columns: Mapping[str, Any], where: str) -> Ranking:
 
 
 def parse_labelled(columns: Mapping[str, Any], where: str) -> list[LabelledResponse]:
-    """One response of the layout `labelled`, or both of a pair. Raises `DataError`, `UnusableRow`."""
+    """Parse a row in the layout `labelled` to one response, or a pair to two.
+
+    Raises `DataError`, `UnusableRow`.
+    """
     if recognise(columns, where) != "labelled":
         pair = parse_pair(columns, where)
         return [
@@ -186,8 +193,10 @@ def parse_labelled(columns: Mapping[str, Any], where: str) -> list[LabelledRespo
 
 
 def parse_graded(columns: Mapping[str, Any], where: str, names: Sequence[str]) -> GradedResponse:
-    """A row of prompt, completion, and a grade in each of the columns `names`. Raises `DataError`,
-    `UnusableRow`."""
+    """Parse a row of prompt, completion, and a grade in each of the columns `names`.
+
+    Raises `DataError`, `UnusableRow`.
+    """
     missing = [name for name in ("prompt", "completion") if columns.get(name) is None]
     missing += [name for name in names if name not in columns]
     if missing:
@@ -206,8 +215,11 @@ def parse_graded(columns: Mapping[str, Any], where: str, names: Sequence[str]) -
 
 
 def opening(prompt: str | Messages) -> str:
-    """What decides on which side of a held-out split a row falls: the prompt's text, or the first turn
-    of its user. So two dialogues of which one goes on from the other are on one side."""
+    """Return the text that decides on which side of a held-out split a row is.
+
+    It is the prompt's text, or its first user turn. So a dialogue and its continuation are on the same
+    side.
+    """
     if isinstance(prompt, str):
         return prompt
     return next((m for m in prompt if m["role"] == "user"), prompt[0])["content"]
@@ -274,7 +286,7 @@ def _prompt(value: Any, where: str) -> str | Messages:
 
 
 def _response(value: Any, prompt: str | Messages, where: str) -> str:
-    """The text of a response: itself, or the last of messages that go on from the prompt."""
+    """Return a response's text: the value, or the last of messages that continue the prompt."""
     if isinstance(value, str):
         return value
     messages = checked_messages(value, where)

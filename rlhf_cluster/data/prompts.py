@@ -1,12 +1,12 @@
-"""Prompts: the endless training stream, held-out prompts, examples of the warm-up.
+"""Prompts: the endless training stream, held-out prompts, and examples for the SFT warm-up.
 
     file:  epoch 0 | epoch 1 | ...   every row once per epoch, reshuffled by (seed, epoch)
-    task:  block 0 | block 1 | ...   fresh rows for ever (with data.limit: epochs over that many)
+    task:  block 0 | block 1 | ...   endless fresh rows (with data.limit: epochs over that many)
 
 Promises:
 - `cursor` is the number of prompts drawn. `seek(cursor)` continues exactly there, in constant
   time, in another process too;
-- the id of a prompt names its row and its epoch, whatever was drawn before;
+- the id of a prompt names its row and its epoch, and does not depend on earlier draws;
 - the whole data set is checked when the source is built; `next` cannot fail afterwards;
 - prompts that are too long are refused, or skipped and counted; none is shortened.
 """
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 class SftExample:
     """A prompt and the answer to learn. `target_ids` ends with the end token.
 
-    Prompt and target are tokenized apart, so that the border lies where it lies in generation.
+    Prompt and target are tokenized separately, so that the border is where it is in generation.
     """
 
     prompt_ids: np.ndarray  # [P] int32
@@ -64,7 +64,7 @@ _NAMED_ROWS = 8  # places listed in a message
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """One usable row: its number in the data set, and its prompt but for the id."""
+    """One usable row: its number in the data set, and the fields of its prompt except the id."""
 
     number: int
     place: str
@@ -81,19 +81,19 @@ class _Item:
 class _Stream(Protocol):
     name: str
     num_skipped: int
-    size: int | None  # items of one epoch; None: it has no end
+    size: int | None  # items of one epoch; None for an endless stream
 
     def at(self, cursor: int) -> tuple[_Item, int]:
-        """The item at a place of the stream, and its epoch."""
+        """Return the item at index `cursor` of the stream, and its epoch."""
         ...
 
     def for_sft(self) -> _Stream:
-        """The same rows in an order of their own; of a task without end, other rows."""
+        """Return a stream of these rows in another order; of other rows for an endless task."""
         ...
 
 
 class PromptSource:
-    """Draws prompts for training. Not safe for threads: it has one owner.
+    """Source of training prompts. Not safe for threads: it has one owner.
 
     Raises `DataError` when built from data that cannot be used.
     """
@@ -106,16 +106,16 @@ class PromptSource:
 
     @property
     def num_skipped(self) -> int:
-        """Rows left out because their prompt is too long."""
+        """Number of rows that are skipped because their prompt is too long."""
         return self._stream.num_skipped
 
     @property
     def epoch_size(self) -> int | None:
-        """Prompts of one epoch, those left out not counted; None for a task without `data.limit`."""
+        """Prompts of one epoch without the skipped ones; None for a task without `data.limit`."""
         return self._stream.size
 
     def next(self) -> Prompt:
-        """The next prompt. The stream never ends."""
+        """Return the next prompt. The stream never ends."""
         item, epoch = self._stream.at(self.cursor)
         self.cursor += 1
         return item.prompt(f"{item.number}-e{epoch}")
@@ -129,10 +129,10 @@ class PromptSource:
     def sft_examples(
         self, num: int, target_column: str, max_target_tokens: int | None = None
     ) -> Iterator[SftExample]:
-        """`num` prompts with their targets, in an order of their own. Leaves `cursor` alone.
+        """Yield `num` prompts with their targets, in a separate order. `cursor` does not change.
 
-        Raises `DataError`, as examples are drawn: no such column, a target that is not text, or one
-        over `max_target_tokens` (end token included).
+        Raises `DataError` while examples are drawn: no such column, a target that is not text, or one
+        longer than `max_target_tokens` (end token included).
         """
         stream = self._stream.for_sft()
         for index in range(num):
@@ -152,7 +152,7 @@ def sft_examples(
     target_column: str,
     max_target_tokens: int | None = None,
 ) -> Iterator[SftExample]:
-    """`PromptSource.sft_examples` for a caller without a source."""
+    """Build a source and yield its `sft_examples`."""
     source = PromptSource(data, tokenizer, seed)
     return source.sft_examples(num, target_column, max_target_tokens)
 
@@ -164,9 +164,9 @@ def evaluation_prompts(
     tokenizer: PreTrainedTokenizerBase,
     num: int,
 ) -> list[Prompt]:
-    """The first `num` held-out prompts: of `evaluation.path`, or of the built-in task.
+    """Return the first `num` held-out prompts of `evaluation.path`, or of the built-in task.
 
-    Always the same ones in the same order. Raises `DataError`, also when there are fewer.
+    They are always the same and in the same order. Raises `DataError`, also if there are fewer.
     """
     if num == 0:
         return []
@@ -178,8 +178,8 @@ def evaluation_prompts(
         rows, name = _task_rows(held_out_rows(data.task, seed, num), 0), f"task {data.task}"
     else:
         raise DataError(
-            f"evaluation.num_prompts = {num} with data.path: held-out prompts need a file of their "
-            "own. Set evaluation.path"
+            f"evaluation.num_prompts = {num} with data.path: held-out prompts need a separate "
+            "file. Set evaluation.path"
         )
     items, _ = _usable(rows, name, data, tokenizer)
     if len(items) < num:
@@ -191,7 +191,7 @@ def evaluation_prompts(
 
 
 class _Epochs:
-    """A finite set of rows, again and again."""
+    """Stream of a finite set of rows, reshuffled in every epoch."""
 
     def __init__(
         self, name: str, items: Sequence[_Item], num_skipped: int, seed: str, shuffle: bool
@@ -220,7 +220,7 @@ class _Epochs:
 
 
 class _TaskBlocks:
-    """Fresh rows of a built-in task for ever. They are all of epoch 0."""
+    """Endless stream of fresh rows of a built-in task, all of epoch 0."""
 
     def __init__(self, data: Data, tokenizer: PreTrainedTokenizerBase, seed: str) -> None:
         self.name = f"task {data.task}"
@@ -230,7 +230,7 @@ class _TaskBlocks:
         self._tokenizer = tokenizer
         self._seed = seed
         self._block = lru_cache(maxsize=2)(self._make_block)
-        self._block(0)  # what is wrong shows now
+        self._block(0)  # raises now if the rows cannot be used
 
     def at(self, cursor: int) -> tuple[_Item, int]:
         block, index = divmod(cursor, _TASK_BLOCK_ROWS)
@@ -269,7 +269,7 @@ def _task_rows(rows: Sequence[dict[str, str]], first: int) -> list[Row]:
 def _usable(
     rows: Sequence[Row], name: str, data: Data, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[_Item], int]:
-    """The rows whose prompt is short enough, and how many were left out."""
+    """Return the rows whose prompt is short enough, and the number of skipped rows."""
     items: list[_Item] = []
     long: list[tuple[str, int]] = []
     for row in rows:
@@ -293,9 +293,9 @@ def _explain_long(name: str, data: Data, long: list[tuple[str, int]], num_rows: 
     more = ", ..." if len(long) > _NAMED_ROWS else ""
     cure = "Raise data.max_prompt_tokens"
     if data.on_long_prompt == "error" and len(long) < num_rows:
-        cure += ", or set data.on_long_prompt = 'skip' to leave them out"
+        cure += ", or set data.on_long_prompt = 'skip' to skip them"
     return (
-        f"{name}: {len(long)} of {num_rows} prompts are over data.max_prompt_tokens = "
+        f"{name}: {len(long)} of {num_rows} prompts are longer than data.max_prompt_tokens = "
         f"{data.max_prompt_tokens} ({places}{more}; the longest has {max(n for _, n in long)} "
         f"tokens). {cure}"
     )

@@ -1,14 +1,14 @@
-"""Responses with labelled reasoning steps, from the rows of a data file.
+"""Responses with labelled reasoning steps, parsed from the rows of a data file.
 
     listed    prompt, steps, labels       steps: a list of texts; the response is these, with the
                                           separator between them
     split     prompt, completion, labels  completion: a text, cut at the separator
 
-A label is true, false, or the chance in [0, 1] that the step is right, such as the share of completions
-from there that reach the right answer; null where a step has none. There are as many labels as steps;
-segments that are blank are no steps (`data.reasoning_steps`).
+A label is true, false, or a probability in [0, 1] that the step is right, such as the share of
+completions from there that reach the right answer. A step without a label has null. There are as many
+labels as steps; blank segments are not steps (`data.reasoning_steps`).
 
-Promises: a row that does not fit is refused with file and line; a row without any label raises
+Promises: a row that does not fit is refused with file and line. A row without any label raises
 `UnusableRow`. No text is changed.
 """
 
@@ -32,15 +32,15 @@ from rlhf_cluster.errors import DataError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelledSteps:
-    """A response and what is known of its steps."""
+    """A response and the labels of its steps."""
 
     prompt: str | Messages
     completion: str
-    labels: tuple[float | None, ...]  # one a step, at least one of them a number
+    labels: tuple[float | None, ...]  # one per step, at least one of them a number
 
 
 def parse_steps(columns: Mapping[str, Any], where: str, separator: str) -> LabelledSteps:
-    """A row in either layout. Raises `DataError`, `UnusableRow`."""
+    """Parse a row in either layout. Raises `DataError`, `UnusableRow`."""
     missing = [name for name in ("prompt", "labels") if columns.get(name) is None]
     texts = [name for name in ("steps", "completion") if columns.get(name) is not None]
     if missing or len(texts) != 1:
@@ -53,7 +53,7 @@ def parse_steps(columns: Mapping[str, Any], where: str, separator: str) -> Label
     if not isinstance(prompt, str) or not prompt:
         prompt = checked_messages(prompt, f"{where}, column 'prompt'")
     if texts == ["steps"]:
-        completion = _joined(columns["steps"], f"{where}, column 'steps'", separator)
+        completion = _join(columns["steps"], f"{where}, column 'steps'", separator)
     else:
         completion = columns["completion"]
         if not isinstance(completion, str):
@@ -67,14 +67,14 @@ def parse_steps(columns: Mapping[str, Any], where: str, separator: str) -> Label
     if len(labels) != (num_steps := len(step_spans(completion, separator))):
         raise DataError(
             f"{where}: {len(labels)} labels and {num_steps} steps, with the separator {separator!r}. "
-            "Give one label a step, null where there is none, or set stage.step_separator"
+            "Give one label per step, null where there is none, or set stage.step_separator"
         )
     if all(label is None for label in labels):
         raise UnusableRow(f"{where}: {REASONS['unlabelled']}. Correct or remove the row")
     return LabelledSteps(prompt=prompt, completion=completion, labels=labels)
 
 
-def _joined(steps: Any, where: str, separator: str) -> str:
+def _join(steps: Any, where: str, separator: str) -> str:
     if not isinstance(steps, list) or not steps:
         raise DataError(f"{where}: found {steps!r:.60}, expected a list of texts. Correct the row")
     for number, step in enumerate(steps):

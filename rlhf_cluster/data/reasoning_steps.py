@@ -1,17 +1,17 @@
 """Reasoning steps: segments of a response's text, and the tokens at which they end.
 
     text    "4 * 3 = 12\n\n12 + 1 = 13<end>"       separator "\n"
-    steps   "4 * 3 = 12", "12 + 1 = 13"            segments that are blank are no steps
+    steps   "4 * 3 = 12", "12 + 1 = 13"            blank segments are not steps
 
 Promises:
-- the tokens are those that were sampled, and their text is that which rewards read: nothing is
-  encoded again;
-- a step ends at the token that completes the last character of its segment, also where several
-  tokens share a character, or two steps a token; what follows the last step (the end token, white
-  space) belongs to it, so its end is the last token of the response;
-- a response without any text is one step, so that every response has something to be scored;
-- a response of T tokens takes T calls of the decoder on a few tokens each. Where their texts do not
-  add up to the whole (a decoder that looks back further), prefixes are bisected instead.
+- the tokens are the sampled ones and the text is the one that rewards read: nothing is encoded again;
+- a step ends at the token that completes the last character of its segment, even if several tokens
+  share a character, or two steps share a token;
+- text after the last step (the end token, white space) belongs to that step, so its end is the last
+  token of the response;
+- a response without text is one step, so that every response has a step to score;
+- a response of T tokens takes T calls of the decoder on a few tokens each. If their texts do not add
+  up to the response's text (a decoder that looks back further), prefixes are bisected instead.
 
 Shapes: T response tokens, S steps.
 """
@@ -27,12 +27,12 @@ import numpy as np
 Decode = Callable[[Sequence[int]], str]
 Span = tuple[int, int]
 
-_INCOMPLETE = "\ufffd"  # what decoders give for the bytes of a character that has not ended
+_INCOMPLETE = "\ufffd"  # decoders return it for the bytes of an incomplete character
 _MAX_PENDING = 8  # tokens; a character has at most 4 bytes
 
 
 def step_spans(text: str, separator: str) -> list[Span]:
-    """Where the steps of `text` begin and end, in characters: [S], S at least 1."""
+    """Return begin and end of each step of `text`, in characters: [S], S at least 1."""
     spans, begin = [], 0
     for segment in text.split(separator):
         if segment.strip():
@@ -44,17 +44,17 @@ def step_spans(text: str, separator: str) -> list[Span]:
 def step_ends(
     decode: Decode, ids: Sequence[int], silent: frozenset[int], text: str, spans: Sequence[Span]
 ) -> np.ndarray:
-    """The index of each step's last token.
+    """Return the index of each step's last token.
 
     Args:
-        decode: from token ids to text, `text` of all of them.
+        decode: function from token ids to text. For all of `ids` it returns `text`.
         ids: [T], as sampled, at least one.
         silent: ids that never have a text (special tokens).
-        text: of the response.
-        spans: [S], as `step_spans` gives them.
+        text: the response's text.
+        spans: [S], the result of `step_spans`.
 
     Returns:
-        [S] int32, never falling; the last one is T - 1.
+        [S] int32, non-decreasing; the last one is T - 1.
     """
     last = len(ids) - 1
     wanted = [end for _, end in spans[:-1]]
@@ -65,13 +65,16 @@ def step_ends(
     if complete and complete[-1] == len(text):
         found = [spoken[bisect_left(complete, end)] for end in wanted]
     else:
-        found = [_bisected(decode, ids, end) for end in wanted]
+        found = [_bisect(decode, ids, end) for end in wanted]
     return np.array([*found, last], dtype=np.int32)
 
 
 def _complete_characters(decode: Decode, ids: Sequence[int]) -> list[int]:
-    """How many characters are complete after each token. Decodes a token with those before it that
-    began a character, and the piece before them, for decoders that treat a beginning apart."""
+    """Return how many characters are complete after each token.
+
+    Decodes each token together with the pending tokens of the same character, and with the piece
+    before them, for decoders that treat the beginning of a text differently.
+    """
     counts: list[int] = []
     before = done = total = 0  # ids[before:done] is the piece before, ids[done:] are pending
     known = 0  # characters of ids[before:done]
@@ -86,8 +89,8 @@ def _complete_characters(decode: Decode, ids: Sequence[int]) -> list[int]:
     return counts
 
 
-def _bisected(decode: Decode, ids: Sequence[int], end: int) -> int:
-    """The first token after which `end` characters are complete, by the texts of prefixes."""
+def _bisect(decode: Decode, ids: Sequence[int], end: int) -> int:
+    """Return the first token after which `end` characters are complete, by decoding prefixes."""
 
     def complete(index: int) -> int:
         return len(decode(ids[: index + 1]).rstrip(_INCOMPLETE))
@@ -99,7 +102,7 @@ Reduction = Literal["min", "product", "last", "mean"]
 
 
 def reduced(scores: np.ndarray, how: Reduction) -> float:
-    """One score of a response from its steps' scores [S] in [0, 1], S at least 1."""
+    """Reduce the scores of a response's steps, [S] in [0, 1] with S at least 1, to one score."""
     if how == "min":
         return float(scores.min())
     if how == "product":

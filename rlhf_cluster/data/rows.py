@@ -4,9 +4,9 @@ Promises:
 - every row keeps all its columns with their types, and its position in the data set;
 - every defect is one `DataError` that names file, line, value, expectation and fix.
 
-`texts` gives all texts of the rows in any layout, which is what a tokenizer learns from. The marks
-of a dialogue that is written as one text ("Human:", "Assistant:") are not among them, as a model
-never sees them. The turns that the two dialogues of a preference share come once.
+`texts` yields all texts of a row in any layout, for a tokenizer to learn from. The marks of a dialogue
+that is written as one text ("Human:", "Assistant:") are not included, as a model never sees them. The
+turns that the two dialogues of a preference share are yielded once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from rlhf_cluster.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row. `number` counts from 0 over the file's rows; `place` is how a person finds it."""
+    """One row of a file. `number` counts from 0; `place` locates the row in messages ("line 3")."""
 
     number: int
     place: str
@@ -39,7 +39,7 @@ class Row:
 
 
 def expand(path: str, environment: Mapping[str, str] = os.environ) -> Path:
-    """Replace each `${NAME}` by the environment variable. `DataError` names an unset one."""
+    """Replace each `${NAME}` by the environment variable. Raises `DataError` for an unset one."""
 
     def value(match: re.Match[str]) -> str:
         name = match[1]
@@ -54,7 +54,7 @@ def expand(path: str, environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def read_rows(path: Path, limit: int | None = None) -> list[Row]:
-    """The first `limit` rows of the file, all when None. Raises `DataError`; never empty."""
+    """Read the first `limit` rows of the file, all if None. Raises `DataError`, also for no rows."""
     try:
         rows = list(islice(_reader(path)(path), limit))
     except (OSError, EOFError, zlib.error) as error:  # the last two of a damaged .gz
@@ -65,7 +65,7 @@ def read_rows(path: Path, limit: int | None = None) -> list[Row]:
 
 
 def _reader(path: Path) -> Callable[[Path], Iterator[Row]]:
-    """How the file is read, by its name; a folder of `datasets` by its state.json."""
+    """Return the reader for a file's suffix, or for a folder of `datasets` (it has a state.json)."""
     if (path / "state.json").is_file():
         return _read_dataset_folder
     name = path.name.removesuffix(".gz") if path.name.endswith(".jsonl.gz") else path.name
@@ -87,7 +87,7 @@ def _reader(path: Path) -> Callable[[Path], Iterator[Row]]:
 
 
 def column(row: Row, path: Path | str, name: str, setting: str) -> Any:
-    """The value of a column that must be there. `setting` is the configuration key naming it."""
+    """Return the value of a required column. `setting` is the configuration key that names it."""
     if name not in row.columns:
         raise DataError(
             f"{path}, {row.place}: no column {name!r}; found {', '.join(map(repr, row.columns))}. "
@@ -107,7 +107,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                 value = json.loads(line)
             except ValueError as error:  # also not UTF-8
                 raise DataError(
-                    f"{path}, {place}: not valid JSON ({error}). JSONL has one JSON object a line"
+                    f"{path}, {place}: not valid JSON ({error}). JSONL has one JSON object per line"
                 ) from error
             if not isinstance(value, dict):
                 raise DataError(
@@ -134,7 +134,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
 
 def _read_dataset_folder(path: Path) -> Iterator[Row]:
-    """What `Dataset.save_to_disk` writes: state.json names Arrow streams, in order."""
+    """Read the output of `Dataset.save_to_disk`: state.json lists Arrow streams in order."""
     import pyarrow
 
     number = 0
@@ -157,7 +157,7 @@ def _read_dataset_folder(path: Path) -> Iterator[Row]:
 
 
 def texts(columns: Mapping[str, Any]) -> Iterator[str]:
-    """Every text in the columns, and in lists of messages there, each once a row."""
+    """Yield every text in the columns, and in lists of messages there, once each."""
     yield from dict.fromkeys(text for value in columns.values() for text in _texts(value) if text)
 
 

@@ -1,9 +1,10 @@
-"""Built-in tasks: verifiable prompts made from a seed, with no file.
+"""Built-in tasks: verifiable prompts generated from a seed, without a file.
 
-Promises: the same seed gives the same rows on every machine; training rows and held-out rows never
-share a prompt. Which prompts are held out is a property of the prompt itself (a hash of its text,
-one in `HELD_OUT_ONE_IN`), so it holds for every seed, number of rows and worker. Training rows may
-repeat; held-out rows are distinct.
+Promises:
+- the same seed gives the same rows on every machine;
+- training rows and held-out rows never share a prompt. A hash of its text decides whether a prompt is
+  held out (one in `HELD_OUT_ONE_IN`), whatever the seed, the number of rows and the worker;
+- training rows may repeat; held-out rows are distinct.
 """
 
 from __future__ import annotations
@@ -19,14 +20,13 @@ from rlhf_cluster.errors import DataError
 Row = dict[str, str]
 
 HELD_OUT_ONE_IN = 16
-_DRAWS_PER_ROW = (
-    100 * HELD_OUT_ONE_IN
-)  # a task with so few distinct prompts cannot fill the request
+# draws after which a task has too few distinct prompts for the request
+_DRAWS_PER_ROW = 100 * HELD_OUT_ONE_IN
 
 
 class Task(Protocol):
     def rows(self, num: int, rng: random.Random) -> list[Row]:
-        """`num` independent rows with the keys `prompt` and `answer`."""
+        """Draw `num` independent rows with the keys `prompt` and `answer`."""
         ...
 
 
@@ -47,7 +47,7 @@ TASKS: Mapping[str, Task] = {"sort_digits": SortDigits()}
 
 
 def train_rows(task: str, seed: str | int, block: int, num: int) -> list[Row]:
-    """Block number `block` of the endless stream of training rows: `num` rows."""
+    """Return block `block` of the endless stream of training rows, with `num` rows."""
     rng = random.Random(f"{task}/train/{seed}/{block}")
     rows: list[Row] = []
     for _ in range(_DRAWS_PER_ROW):
@@ -58,7 +58,7 @@ def train_rows(task: str, seed: str | int, block: int, num: int) -> list[Row]:
 
 
 def held_out_rows(task: str, seed: int, num: int) -> list[Row]:
-    """`num` distinct rows that no training stream contains."""
+    """Return `num` distinct rows that no training stream contains."""
     rng = random.Random(f"{task}/held_out/{seed}")
     rows: dict[str, Row] = {}
     for _ in range(_DRAWS_PER_ROW):

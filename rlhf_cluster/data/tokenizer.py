@@ -1,4 +1,4 @@
-"""Tokenizers: loading one, the tokens that end an answer, and the token ids of a prompt.
+"""Tokenizers: loading, tokens that end an answer, and token ids of a prompt.
 
 Promises:
 - a prompt is tokenized once, here, and is not shortened;
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 PLAIN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
-"""Tokenizers that are all in tokenizer.json."""
+"""Classes of tokenizers that tokenizer.json defines completely."""
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in folder `path`, or of hub id `path`. Runs no code from there.
+    """Load the tokenizer of folder or hub id `path`. Runs no code from there.
 
     Raises `DataError`: no such folder, no tokenizer in it, no end token.
     """
@@ -37,7 +37,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise DataError(f"{path}: no such folder. Give the folder of a model with its tokenizer")
     try:
         tokenizer = _loader(folder).from_pretrained(str(path), trust_remote_code=False)
-    # Its tokenizers raise bare Exceptions for a damaged tokenizer.json.
+    # The tokenizers library raises bare Exceptions for a damaged tokenizer.json.
     except Exception as error:
         raise DataError(
             f"{path}: no tokenizer can be loaded ({type(error).__name__}: {error}). Give a folder "
@@ -52,8 +52,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def _loader(folder: Path) -> Any:
-    """The class to load with. The one for all tokenizers imports torch, which takes seconds; where the
-    folder names the plain class that it would choose, that one is taken at once."""
+    """Return the class to load with.
+
+    AutoTokenizer imports torch, which takes seconds. If the folder names a plain class, which
+    AutoTokenizer would choose, that class is used directly.
+    """
     try:
         named = json.loads((folder / "tokenizer_config.json").read_bytes())["tokenizer_class"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -68,7 +71,7 @@ def _loader(folder: Path) -> Any:
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase, model_dir: str | Path) -> tuple[int, ...]:
-    """The ids that end an answer, sorted: the tokenizer's, and those of generation_config.json."""
+    """Return the ids that end an answer, sorted: the tokenizer's and generation_config.json's."""
     ids: list[Any] = [tokenizer.eos_token_id]
     path = Path(model_dir) / "generation_config.json"
     try:
@@ -83,8 +86,11 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase, model_dir: str | Path) -> 
 
 
 def refuse_other_tokens(key: str, path: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `ConfigError` unless the folder `path`, the setting `key`, has a tokenizer with the tokens
-    of `tokenizer`: else the probabilities of its model could not be compared token by token."""
+    """Raise `ConfigError` unless the tokenizer in folder `path` has the tokens of `tokenizer`.
+
+    With other tokens, the two models' probabilities could not be compared token by token. `key` is the
+    setting of `path`.
+    """
     try:
         own = load_tokenizer(path).get_vocab()
     except DataError as error:
@@ -102,7 +108,7 @@ Messages = list[dict[str, str]]
 
 
 def check_template(data: Data | StageData, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `DataError` when the chat template is asked for and the tokenizer has none."""
+    """Raise `DataError` if the data needs a chat template and the tokenizer has none."""
     if data.template == "chat" and not tokenizer.chat_template:
         raise DataError(
             f"data.template = 'chat': the tokenizer {tokenizer.name_or_path or '(unnamed)'} has no "
@@ -112,9 +118,9 @@ def check_template(data: Data | StageData, tokenizer: PreTrainedTokenizerBase) -
 
 
 def render(value: Any, where: str, data: Data, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """The token ids, int32 [P], of a prompt as the data set gave it: text, or messages.
+    """Return the token ids, int32 [P], of a prompt (text or messages).
 
-    `where` names file, place and column in the `DataError` for what is neither.
+    Raises `DataError` for other values. It starts with `where`: file, place and column.
     """
     _check_value(value, where, data)
     try:
@@ -167,7 +173,7 @@ def _messages(value: str | Messages, where: str, data: Data) -> Messages:
         return messages
     if messages[0]["role"] == "system":
         raise DataError(
-            f"{where}: has a system message of its own, and data.system_prompt is set. Remove one"
+            f"{where}: has its own system message, and data.system_prompt is set. Remove one"
         )
     return [{"role": "system", "content": data.system_prompt}, *messages]
 

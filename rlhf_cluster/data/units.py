@@ -1,7 +1,7 @@
-"""Units of an offline stage: sequences that are trained together, and their order.
+"""Units of an offline stage: groups of sequences that are trained together, and their order.
 
 A unit is one sequence (supervised fine-tuning), a chosen and a rejected one, or the answers of one
-ranking. Two texts decide its use. A hash of `key` puts it on one side of the held-out split, so
+ranking. Two texts determine its use. A hash of `key` puts it on one side of the held-out split, so
 equal keys are never on both sides. `content` finds duplicates.
 
     rows of each source -> units -> too long? -> seen before? -> held out | trained, epoch after epoch
@@ -45,12 +45,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """Sequences that are laid out together, in this order."""
+    """Sequences that are packed and trained together, in this order."""
 
     sequences: tuple[TokenSequence, ...]
-    key: str  # equal keys are on one side of the held-out split; such as the prompt
+    key: str  # such as the prompt; equal keys are on one side of the held-out split
     content: str  # equal contents are the same row twice
-    place: str  # where it came from, for messages
+    place: str  # file and row, for messages
     values: Mapping[str, float] = field(default_factory=dict)  # numbers of the whole unit
 
     def __post_init__(self) -> None:
@@ -59,12 +59,12 @@ class Unit:
 
     @property
     def longest(self) -> int:
-        """Tokens that a model reads of the longest sequence."""
+        """Number of tokens that a model reads of the longest sequence."""
         return max(sequence.num_inputs for sequence in self.sequences)
 
     @property
     def num_trained(self) -> int:
-        """Trained targets of all sequences."""
+        """Number of trained targets of all sequences."""
         return sum(num_trained(sequence) for sequence in self.sequences)
 
 
@@ -74,9 +74,9 @@ def num_trained(sequence: TokenSequence) -> int:
 
 
 def sequence_of(token_ids: np.ndarray, trained: np.ndarray) -> TokenSequence | None:
-    """A sequence whose tokens [L] are trained where `trained` [L] says so; None where nowhere.
+    """Build a sequence of tokens [L] that trains those marked in `trained` [L]; None if it trains none.
 
-    What follows the last trained token is left out. The first token is never trained: nothing
+    Tokens after the last trained one are dropped. The first token is never trained, since no position
     predicts it.
     """
     places = np.flatnonzero(trained[1:]) + 1
@@ -91,7 +91,7 @@ def sequence_of(token_ids: np.ndarray, trained: np.ndarray) -> TokenSequence | N
 
 
 def cut_end(sequence: TokenSequence, max_tokens: int) -> TokenSequence | None:
-    """The sequence without what is over `max_tokens` inputs; None when no trained target is left."""
+    """Cut the sequence to `max_tokens` inputs; None if no trained target is left."""
     num_targets = max_tokens + 1 - len(sequence.prompt_ids)
     if num_targets >= len(sequence.target_ids):
         return sequence
@@ -109,7 +109,7 @@ def cut_end(sequence: TokenSequence, max_tokens: int) -> TokenSequence | None:
 
 
 def flat(units: Sequence[Unit]) -> tuple[list[TokenSequence], list[int]]:
-    """All sequences in order, and how many of them each unit has."""
+    """Return all sequences in order, and the number of sequences of each unit."""
     return [s for unit in units for s in unit.sequences], [len(unit.sequences) for unit in units]
 
 
@@ -119,15 +119,15 @@ def is_held_out(key: str, share: float) -> bool:
 
 
 def order_of(key: str) -> int:
-    """By which held-out units are ordered, whatever the order of the files."""
+    """Return the sort key of a held-out unit. It does not depend on the order of the files."""
     return xxh3_64_intdigest(f"order/{key}".encode())
 
 
-_NAMED_ROWS = 8
+_NAMED_ROWS = 8  # places listed in a message
 
 
 class Reader(Protocol):
-    """What a stage makes of rows."""
+    """Conversion of rows to units by a kind of stage."""
 
     def read(self, row: Row, name: str) -> Sequence[Unit]: ...
 
@@ -138,24 +138,24 @@ class Reader(Protocol):
 
 @dataclass(slots=True, kw_only=True)
 class Counts:
-    """What became of the rows."""
+    """Counts of rows and units by outcome."""
 
     rows: int = 0
     units: int = 0  # trained and held out
     held_out: int = 0
-    unread: int = 0  # held out, and over data.held_out_limit
+    unread: int = 0  # held out, but beyond data.held_out_limit
     truncated: int = 0
     duplicates: int = 0
     skipped: Counter[str] = field(default_factory=Counter)  # rows or units by reason
 
     @property
     def notes(self) -> list[str]:
-        """For people: what is not trained as it stands in the files."""
-        found = [f"{count} left out: {reason}" for reason, count in sorted(self.skipped.items())]
+        """Human-readable counts of the rows that are not trained exactly as in the files."""
+        found = [f"{count} skipped: {reason}" for reason, count in sorted(self.skipped.items())]
         if self.truncated:
             found.append(f"{self.truncated} cut to data.max_tokens")
         if self.duplicates:
-            found.append(f"{self.duplicates} left out: there before")
+            found.append(f"{self.duplicates} skipped: duplicates of earlier rows")
         return found
 
     def metrics(self) -> dict[str, float]:
@@ -170,7 +170,7 @@ class Counts:
 
 
 class UnitStream:
-    """The trained units of all sources, endless, and the held-out ones."""
+    """Endless stream of the trained units of all sources, and the held-out units."""
 
     def __init__(
         self,
@@ -181,7 +181,7 @@ class UnitStream:
         held_out: Sequence[Unit] = (),
         counts: Counts | None = None,
     ) -> None:
-        """Raises `DataError` for a source without units."""
+        """Combine `sources` by `weights`. Raises `DataError` for a source without units."""
         self.held_out = list(held_out)
         self.counts = counts or Counts()
         self._sources, self._weights = sources, weights
@@ -196,16 +196,16 @@ class UnitStream:
         self._order = lru_cache(maxsize=2 * len(sources))(self._make_order)
 
     def end_of(self, epochs: int) -> int:
-        """How many units the first `epochs` epochs have."""
-        return sum(self._drawn(i, epochs) for i in range(len(self._sources)))
+        """Return the number of units of the first `epochs` epochs."""
+        return sum(self._num_drawn(i, epochs) for i in range(len(self._sources)))
 
     def batch(self, step: int, size: int, end: int | None = None) -> list[Unit]:
-        """The units of step `step` (from 0): `size` of them, fewer where the stream stops at `end`."""
+        """Return the units of step `step` (from 0): `size`, or fewer if the stream stops at `end`."""
         stop = (step + 1) * size
         return [self.at(place) for place in range(step * size, min(stop, end or stop))]
 
     def at(self, place: int) -> Unit:
-        """The unit at a place of the endless stream."""
+        """Return the unit at index `place` of the endless stream."""
         epoch = int(place / self.end_of(1)) if self.end_of(1) else 0
         while self.end_of(epoch) > place:
             epoch -= 1
@@ -215,21 +215,21 @@ class UnitStream:
         units = self._sources[source]
         return units[self._order(source, drawn // len(units))[drawn % len(units)]]
 
-    def _drawn(self, source: int, epochs: int) -> int:
-        """How many units of `source` the first `epochs` epochs draw."""
+    def _num_drawn(self, source: int, epochs: int) -> int:
+        """Return the number of units that the first `epochs` epochs draw from `source`."""
         return int(epochs * self._weights[source] * len(self._sources[source]) + 1e-9)
 
     def _make_epoch(self, epoch: int) -> list[tuple[int, int]]:
-        """(source, place in the source's own stream) of all units of an epoch, in order."""
+        """Return (source, index in the source's stream) of all units of an epoch, in order."""
         places = [
             (source, drawn)
             for source in range(len(self._sources))
-            for drawn in range(self._drawn(source, epoch), self._drawn(source, epoch + 1))
+            for drawn in range(self._num_drawn(source, epoch), self._num_drawn(source, epoch + 1))
         ]
         return [places[i] for i in self._permutation(len(places), f"epoch/{epoch}")]
 
     def _make_order(self, source: int, around: int) -> np.ndarray:
-        """In which order a source is gone over for the `around`-th time."""
+        """Return the order of a source's units in its pass number `around`."""
         return self._permutation(len(self._sources[source]), f"source/{source}/{around}")
 
     def _permutation(self, size: int, name: str) -> np.ndarray:
@@ -240,8 +240,10 @@ class UnitStream:
 
 
 def load_units(data: StageData, reader: Reader, seed: int) -> UnitStream:
-    """Read all sources. Raises `DataError` for the first row that cannot be used, and for data with
-    nothing to train on."""
+    """Read all sources and build their stream.
+
+    Raises `DataError` for the first row that cannot be used, and for data with nothing to train on.
+    """
     counts, seen = Counts(), set[str]()
     held_out: list[Unit] = []
     sources = []
@@ -276,7 +278,7 @@ def load_units(data: StageData, reader: Reader, seed: int) -> UnitStream:
 
 
 def _rows(source: Source, seed: str) -> tuple[str, list[Row]]:
-    """The source's name and rows. A task's answer is its completion."""
+    """Return the source's name and rows. The answer of a task's row is its completion."""
     if source.path is not None:
         path = expand(source.path)
         return str(path), read_rows(path, source.limit)
@@ -307,7 +309,7 @@ def _read(
 
 
 def renamed(row: Row, name: str, source: Source) -> Row:
-    """The row with its columns under the names of `source.columns`. Raises `DataError`."""
+    """Rename the row's columns as `source.columns` says. Raises `DataError` for a missing column."""
     missing = [theirs for theirs in source.columns.values() if theirs not in row.columns]
     if missing:
         raise DataError(
@@ -320,13 +322,13 @@ def renamed(row: Row, name: str, source: Source) -> Row:
 
 
 def _fitting(units: Sequence[Unit], data: StageData, reader: Reader, counts: Counts) -> list[Unit]:
-    """The units whose sequences are short enough, or were made so."""
+    """Return the units that fit `data.max_tokens`, shortened if `data.on_long` asks for it."""
     long = [unit for unit in units if unit.longest > data.max_tokens]
     if long and data.on_long == "error":
         places = ", ".join(unit.place for unit in long[:_NAMED_ROWS])
         more = ", ..." if len(long) > _NAMED_ROWS else ""
         raise DataError(
-            f"{len(long)} of {len(units)} units have a sequence over data.max_tokens = "
+            f"{len(long)} of {len(units)} units have a sequence longer than data.max_tokens = "
             f"{data.max_tokens} ({places}{more}; the longest has {max(u.longest for u in long)} "
             "tokens). Raise data.max_tokens, or set data.on_long = 'skip' or 'truncate'"
         )
@@ -336,7 +338,7 @@ def _fitting(units: Sequence[Unit], data: StageData, reader: Reader, counts: Cou
         if unit.longest > data.max_tokens:
             kept = reader.shorten(unit, data.max_tokens) if data.on_long == "truncate" else None
             if kept is None:
-                counts.skipped["over data.max_tokens"] += 1
+                counts.skipped["longer than data.max_tokens"] += 1
             else:
                 counts.truncated += 1
         if kept is not None:
@@ -345,7 +347,7 @@ def _fitting(units: Sequence[Unit], data: StageData, reader: Reader, counts: Cou
 
 
 def _new(units: Sequence[Unit], seen: set[str], counts: Counts) -> list[Unit]:
-    """The units that were not there before; `seen` grows."""
+    """Return the units whose content is not in `seen`, and add theirs to it."""
     found = []
     for unit in units:
         if unit.content in seen:

@@ -1,14 +1,16 @@
-"""How far a distribution S is from another one T over the same vocabulary, and its gradient.
+"""Divergence of a distribution S from another one T over the same vocabulary, with its gradient.
 
     reverse_kl   sum S (log S - log T)
     forward_kl   sum T (log T - log S)
     js           alpha sum T (log T - log M) + (1 - alpha) sum S (log S - log M),
                  M = alpha T + (1 - alpha) S
 
-S is what is trained. `js` is the generalised Jensen-Shannon divergence of Agarwal et al. 2023, arXiv
-2306.13649, eq. 1, and bounded; divided by alpha it becomes forward_kl as alpha goes to 0, divided by
-1 - alpha reverse_kl as it goes to 1. Promises: finite for any finite logarithms; no gradient flows into
-T. No torch is loaded here.
+S is the trained distribution. `js` is the generalised Jensen-Shannon divergence of Agarwal et al. 2023,
+arXiv 2306.13649, eq. 1, and bounded. Divided by alpha it becomes forward_kl as alpha goes to 0; divided
+by 1 - alpha it becomes reverse_kl as alpha goes to 1.
+
+Promises: values are finite for any finite logarithms. No gradient flows into T. Importing this module
+does not load torch.
 
 Shapes: N distributions over a vocabulary of V.
 """
@@ -27,13 +29,13 @@ Kind = Literal["forward_kl", "reverse_kl", "js"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Divergence:
-    """`alpha`, in (0, 1), is the share of T in the mixture of `js`, which alone has one."""
+    """Kind of divergence. `alpha`, in (0, 1), is the share of T in the mixture M of `js`."""
 
     kind: Kind = "reverse_kl"
     alpha: float = 0.5
 
     def values(self, logs: Tensor, other: Tensor) -> Tensor:
-        """[N] nats, from log S and log T, [N, V] each."""
+        """Compute the divergences, [N] in nats, from log S and log T, [N, V] each."""
         if self.kind == "reverse_kl":
             return (logs.exp() * (logs - other)).sum(-1)
         if self.kind == "forward_kl":
@@ -44,7 +46,7 @@ class Divergence:
         return self.alpha * of_other + (1 - self.alpha) * of_own
 
     def gradient(self, logs: Tensor, other: Tensor) -> Tensor:
-        """[N, V] of each value, in the logits of S."""
+        """Compute the gradient of each value with respect to the logits of S, [N, V]."""
         own = logs.exp()
         if self.kind == "forward_kl":
             return own - other.exp()
@@ -55,7 +57,7 @@ class Divergence:
         return own * (slope - (own * slope).sum(-1, keepdim=True))
 
     def _mixture(self, logs: Tensor, other: Tensor) -> Tensor:
-        """log M."""
+        """Compute log M, [N, V]."""
         return (logs + math.log1p(-self.alpha)).logaddexp(other + math.log(self.alpha))
 
 

@@ -1,8 +1,8 @@
-"""A process with a share of a GPU keeps to it: torch raises in that process, before another one of
-the GPU has to miss what it was promised.
+"""Memory limit of a process with a share of a GPU.
 
-Source: `torch.cuda.set_per_process_memory_fraction`, which bounds torch's allocator; what CUDA and
-libraries take beside it is left free by `sections.gpu_shares.FILLED`.
+Torch raises in the process that exceeds its share, before another process on the GPU lacks memory.
+Source: `torch.cuda.set_per_process_memory_fraction`, which bounds torch's allocator.
+`sections.gpu_shares.FILLED` leaves memory free for what CUDA and libraries use in addition.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 
 def keep_to_share(num_gpus: float, device: torch.device | str) -> None:
-    """From now on `torch.OutOfMemoryError` where this process would fill more of `device` than its
-    share; whole GPUs and CPUs are left as they are."""
+    """Limit this process to its share of the memory of `device`; no limit for full GPUs and CPUs.
+
+    Beyond the share torch raises `torch.OutOfMemoryError`.
+    """
     if is_share(num_gpus):
         import torch
 

@@ -1,15 +1,18 @@
-"""Frozen linear layers in 8 bits: one scale an output channel, weights only.
+"""Frozen linear layers in 8 bits: weights only, one scale per output channel.
 
     W[o, i] = code[o, i] * scale[o]        code int8, scale = max |row| / 127, float32
 
-rounded as the generation pool rounds (`weights.formats.int8`), in compressed-tensors' format.
+The rounding is that of the generation pool (`weights.formats.int8`), in compressed-tensors' format.
 
-Promises: a product is in the type of its input. The codes are exact in bfloat16 as in float32, so W
-is not rounded a second time: the scale is applied to the product, in float32. Embeddings, norms, the
-output projection and a score head stay as they are. No gradient reaches W.
+Promises:
+- a product has the type of its input;
+- the codes are exact in bfloat16 as in float32, so W is not rounded a second time: the scale is applied
+  to the product, in float32;
+- embeddings, norms, the output projection and a score head are unchanged;
+- no gradient reaches W.
 
-Memory: a byte a weight and four a row; W's codes in the type of the input exist for one product at a
-time.
+Memory: 1 byte per weight and 4 bytes per row. W's codes in the type of the input exist for one product
+at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from rlhf_cluster.models.int8_rounding import rounded
 
 
 class Linear8bit(nn.Module):
-    """A frozen linear layer that stands for another one, whose weights it rounds to 8 bits."""
+    """Frozen linear layer that replaces another one and holds its weights rounded to 8 bits."""
 
     codes: Tensor
     scale: Tensor
@@ -37,11 +40,11 @@ class Linear8bit(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """A copy of W, [out, in] float32."""
+        """Dequantised copy of W, [out, in] float32."""
         return self.codes * self.scale[:, None]
 
     def replace(self, weight: Tensor) -> None:
-        """Round `weight` [out, in], on any device, in the place of what is here."""
+        """Round `weight` [out, in], on any device, and replace codes and scales by it."""
         codes, scale = rounded(weight.detach().to(self.codes.device))
         self.codes.copy_(codes)
         self.scale.copy_(scale.squeeze(1))
@@ -54,10 +57,10 @@ class Linear8bit(nn.Module):
 
 
 def quantize_linear(decoder: nn.Module, what: str) -> None:
-    """Replace every plain linear layer under `decoder`, in place. `what` names the model in errors.
+    """Replace every plain linear layer below `decoder`, in place. `what` names the model in errors.
 
     Raises:
-        ConfigError: it has fused experts, which are no linear layers and hold most of the weights,
+        ConfigError: it has fused experts, which are not linear layers and hold most of the weights,
             or no linear layer at all.
     """
     fused = next((name for name, p in decoder.named_parameters() if p.ndim > 2), None)

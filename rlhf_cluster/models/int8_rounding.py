@@ -1,4 +1,4 @@
-"""How weights are rounded to INT8, for generation and for frozen models alike. No torch at import."""
+"""INT8 rounding of weights, for generation and frozen models. Importing it loads no torch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _LARGEST = 127
 
 
 def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`weight` [out, in] as INT8 [out, in] and its scales [out, 1], float32."""
+    """Round `weight` [out, in] to INT8. Returns codes int8 [out, in] and scales float32 [out, 1]."""
     import torch
 
     weight = weight.float()
-    # A row of zeros keeps a scale that can be divided by.
+    # a row of zeros still needs a scale that is not zero
     scale = weight.abs().amax(dim=1, keepdim=True).div(_LARGEST).clamp_min(1e-12)
     return weight.div(scale).round_().to(torch.int8), scale

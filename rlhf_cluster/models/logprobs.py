@@ -5,15 +5,18 @@
     kl[n]       = sum over the vocabulary of p (log p - log q), q the distribution of a reference,
                   or another divergence of the two (`divergence`)
 
-Promises: at most `chunk_tokens` rows of logits (of each model) exist at once, forward and backward,
-in memory that all chunks share; logits are divided by the temperature BEFORE the softmax, so
-`logprobs` are those of the distribution that is sampled at that temperature; results are at least
-float32 whatever the inputs are, finite for any finite logits; gradients flow to `hidden` and
-`weight`, through `entropy` only where `entropy_gradient` asks for it, and never to a reference.
-With `float32_logits` the products of 16-bit hidden states and weights are not rounded to 16 bits:
-rounded logits of 20 are wrong by up to 0.06, and so are log-probabilities.
-Where the reference's hidden states and weight equal the policy's, `kl` and its gradient are exactly
-0. Under autocast the products are computed in its type.
+Promises:
+- at most `chunk_tokens` rows of logits (of each model) exist at once, forward and backward, in memory
+  that all chunks share;
+- logits are divided by the temperature BEFORE the softmax, so `logprobs` are of the distribution that
+  is sampled at that temperature;
+- results are at least float32 whatever the inputs are, and finite for any finite logits;
+- gradients flow to `hidden` and `weight`, through `entropy` only with `entropy_gradient`, and never to
+  a reference;
+- with `float32_logits` the products of 16-bit hidden states and weights are not rounded to 16 bits.
+  Rounding would change logits of 20, and with them log-probabilities, by up to 0.06;
+- if the reference's hidden states and weight equal the policy's, `kl` and its gradient are exactly 0;
+- under autocast the products are computed in its type.
 
 Shapes: N tokens, H hidden size, V vocabulary.
 """
@@ -43,19 +46,19 @@ def linear_logprobs(
     divergence: Divergence = REVERSE_KL,
     float32_logits: bool = True,
 ) -> tuple[Tensor, ...]:
-    """Log-probability of each label, the entropy of its distribution, and its KL, in nats.
+    """Compute each label's log-probability, its distribution's entropy, and the KL, in nats.
 
     Args:
         hidden: [N, H].
         weight: [V, H], the output projection (no bias).
         labels: [N] int64, each in [0, V).
-        temperature: over 0.
+        temperature: greater than 0.
         chunk_tokens: rows of logits that exist at once.
         entropy_gradient: whether the entropy carries a gradient.
         reference: hidden states [N, G] and output projection [V, G] of another model, for the KL.
-        divergence: what stands for the KL.
+        divergence: divergence that is computed as the KL.
         float32_logits: whether logits are at least float32 whatever the inputs are; else they have
-            the type of the inputs, as a linear layer gives them.
+            the type of the inputs, like the output of a linear layer.
 
     Returns:
         (logprobs [N], entropy [N]), with a reference (logprobs [N], entropy [N], kl [N]); float32
@@ -66,7 +69,9 @@ def linear_logprobs(
         RecordError: shapes that do not fit.
     """
     if not temperature > 0:
-        raise ConfigError(f"temperature = {temperature} must be over 0; greedy has no distribution")
+        raise ConfigError(
+            f"temperature = {temperature} must be greater than 0; greedy has no distribution"
+        )
     if chunk_tokens < 1:
         raise ConfigError(f"chunk_tokens = {chunk_tokens} must be at least 1")
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
@@ -75,7 +80,7 @@ def linear_logprobs(
         )
     if labels.shape != hidden.shape[:1]:
         raise RecordError(
-            f"labels {list(labels.shape)} must have one entry a row of hidden {list(hidden.shape)}"
+            f"labels {list(labels.shape)} must have one entry per row of hidden {list(hidden.shape)}"
         )
     tensors = [hidden, weight, *(reference or ())]
     if reference is not None:
@@ -110,10 +115,10 @@ class _Chunks(NamedTuple):
 
 
 class _Logits:
-    """The logits of one chunk after another, over the temperature, in memory that is reused.
+    """Logits of consecutive chunks, divided by the temperature, in memory that is reused.
 
-    Fresh memory for each chunk would be handed back and mapped again, which on a CPU costs as much
-    as the arithmetic.
+    Fresh memory for each chunk would be freed and mapped again, which on a CPU costs as much as the
+    arithmetic.
     """
 
     def __init__(self, chunks: _Chunks, hidden: Tensor, weight: Tensor) -> None:
@@ -123,12 +128,15 @@ class _Logits:
         wide = _accumulation_dtype(hidden)
         self._wide = self._product if hidden.dtype == wide else hidden.new_empty(shape, dtype=wide)
         self._unrounded = chunks.float32_logits and self._wide is not self._product
-        # a GPU adds the products up in float32 by itself, and need only not round the sum
+        # a GPU accumulates the products in float32 anyway; only the sum must not be rounded
         widen = self._unrounded and not hidden.is_cuda
         self._wide_weight = weight.to(wide) if widen else None
 
     def of(self, rows: slice) -> Tensor:
-        """[n, V] at least float32; the caller may change it, the next call overwrites it."""
+        """Compute logits [n, V], at least float32.
+
+        The caller may change them. The next call overwrites them.
+        """
         hidden = self._hidden[rows]
         wide = self._wide[: len(hidden)]
         if self._wide_weight is not None:
@@ -141,16 +149,18 @@ class _Logits:
                 logits = wide.copy_(logits)
         return logits if self._temperature == 1 else logits.div_(self._temperature)
 
-    def narrowed(self, values: Tensor) -> Tensor:
-        """[n, V] in the type of the hidden states, in the memory of the product."""
+    def narrow(self, values: Tensor) -> Tensor:
+        """Convert `values` [n, V] to the type of the hidden states, in the memory of the product."""
         if self._wide is self._product:
             return values
         return self._product[: len(values)].copy_(values)
 
 
 def _shift(logits: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Take its maximum off each row of logits, in place; returns their exponentials in the memory
-    of `scratch`, the sums of those, and the maxima."""
+    """Subtract the maximum of each row of logits, in place.
+
+    Returns the exponentials, in the memory of `scratch`, their sums per row, and the maxima.
+    """
     largest = logits.amax(-1, keepdim=True)
     logits -= largest
     powers = torch.exp(logits, out=scratch[: len(logits)])
@@ -158,7 +168,7 @@ def _shift(logits: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Saves a few numbers a token; going back computes the logits again."""
+    """Autograd function that saves a few numbers per token; backward computes the logits again."""
 
     @staticmethod
     def forward(
@@ -173,7 +183,7 @@ class _LinearLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         # with l the logits less their maximum m, and Z = sum exp(l):
         #   logprob = l[label] - log Z,   normaliser = m + log Z,   entropy = log Z - sum(l exp(l)) / Z
-        #   kl = sum(d exp(l)) / Z,       d = (l - log Z) - (the same of the reference)
+        #   kl = sum(d exp(l)) / Z,       d = (l - log Z) - (l - log Z of the reference)
         num_tokens = hidden.shape[0]
         logprobs = hidden.new_empty(num_tokens, dtype=_accumulation_dtype(hidden))
         normaliser, entropy = torch.empty_like(logprobs), torch.empty_like(logprobs)
@@ -250,7 +260,7 @@ class _LinearLogprobs(torch.autograd.Function):
             if apart is not None:
                 grad_logits += apart
             grad_logits.scatter_add_(1, labels[rows, None], force)
-            grad_logits = chunks.narrowed(grad_logits)
+            grad_logits = chunks.narrow(grad_logits)
             if grad_hidden is not None:
                 grad_hidden[rows] = grad_logits @ weight
             if grad_weight is not None:
@@ -260,7 +270,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 class _Accumulated:
-    """A sum of products `grad_logits.T @ hidden` [V, H] in a wider type than theirs."""
+    """Sum of products `grad_logits.T @ hidden` [V, H], in a wider type than theirs."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         self.total = torch.zeros_like(weight, dtype=dtype)

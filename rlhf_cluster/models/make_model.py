@@ -1,22 +1,22 @@
-"""Small causal LMs made from numbers: random weights and a tokenizer, no download.
+"""Small causal LMs made from a configuration: random weights and a tokenizer, no download.
 
-The folder holds what transformers and vLLM load: config, generation config, float32 safetensors,
-tokenizer. There are two tokenizers:
+The folder has the files that transformers and vLLM load: config, generation config, float32
+safetensors, tokenizer. There are two tokenizers:
 
 - characters (the default): one token for each printable ASCII character and the newline. Text is
   encoded as `<bos>` and its characters, and decoded without separators. A character outside the
-  alphabet becomes `<unk>`, never nothing.
+  alphabet becomes `<unk>`; it is never dropped.
 - byte pairs, learned from the texts of a data file, with a chat template. Text is encoded as
   `<bos>` and its tokens, without loss, since all 256 bytes are tokens. A chat is rendered as
 
     <bos> <system>...<eos> <user>...<eos> <assistant>...<eos> ...
 
-Every turn of a chat ends with the end token, at which generation stops. A role of another name is
-refused. The assistant's words and their end token are marked for `return_assistant_tokens_mask`.
+Every turn of a chat ends with the end token, at which generation stops. Other roles are refused. The
+assistant's words and their end token are marked for `return_assistant_tokens_mask`.
 
 Promises:
-- equal `ModelInit` and seed give equal bytes; the folder appears complete, by a rename, or not at
-  all;
+- equal `ModelInit` and seed give equal bytes;
+- the folder appears complete, by a rename, or not at all;
 - an equal file and section give an equal byte-pair tokenizer, byte for byte, on any number of
   threads.
 """
@@ -66,7 +66,7 @@ CHAT_TEMPLATE = (
 
 
 def make_bpe(section: BpeTokenizer) -> PreTrainedTokenizerFast:
-    """The tokenizer as transformers has it. Raises `DataError`, see `learn`."""
+    """Learn a byte-pair tokenizer and wrap it for transformers. Raises `DataError`, see `learn`."""
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
@@ -82,7 +82,7 @@ def make_bpe(section: BpeTokenizer) -> PreTrainedTokenizerFast:
 
 
 def learn(section: BpeTokenizer) -> Tokenizer:
-    """Raises `DataError`: a file that cannot be read, or without any text."""
+    """Learn a byte-pair tokenizer. Raises `DataError`: a file that cannot be read, or without text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     path = expand(section.path)
@@ -115,14 +115,14 @@ HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 """Sizes of an attention head that vLLM's paged attention supports on every device."""
 
 FLAT_CONFIGS = ("llama", "mistral", "qwen2", "qwen3")
-"""Kinds of models whose config.json says itself what `check_fit` asks."""
+"""Model types whose config.json has all values that `check_fit` needs."""
 
 
 def make_model(init: ModelInit, out_dir: str | Path, seed: int) -> Path:
     """Write the model into the new folder `out_dir` and return it.
 
-    Raises `DataError`: a head size that the engine cannot run, `out_dir` exists, or the data file of
-    the tokenizer cannot be used.
+    Raises `DataError`: the engine cannot run the head size, `out_dir` exists, or the tokenizer's data
+    file cannot be used.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -151,8 +151,11 @@ def make_model(init: ModelInit, out_dir: str | Path, seed: int) -> Path:
 
 
 def _save(model: PreTrainedModel, folder: Path) -> None:
-    """What `save_pretrained` writes for a small model, without importing every training library
-    that is installed (it looks for their wrappers), which takes seconds."""
+    """Write the files that `save_pretrained` writes for a small model.
+
+    `save_pretrained` itself imports every installed training library to look for its wrappers, which
+    takes seconds.
+    """
     from safetensors.torch import save_file
 
     model.config.architectures = [type(model).__name__]
@@ -166,7 +169,7 @@ def _save(model: PreTrainedModel, folder: Path) -> None:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """The character tokenizer."""
+    """Make the character tokenizer."""
     from tokenizers import Tokenizer, decoders, models, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -217,8 +220,10 @@ def check_positions(
     max_sequence_tokens: int,
     settings: str = "data.max_prompt_tokens or generation.max_response_tokens",
 ) -> None:
-    """Raise `DataError` unless the model places sequences of the run's lengths, whatever is beside
-    them. `settings` name the lengths."""
+    """Raise `DataError` unless the model has positions for sequences of the run's lengths.
+
+    Positions must not depend on the other sequences of a batch. `settings` name the lengths.
+    """
     config = text_config(model_dir)
     max_positions = config["max_position_embeddings"]
     if max_positions is not None and max_positions < max_sequence_tokens:
@@ -232,25 +237,25 @@ def check_positions(
 def _check_rope(
     model_dir: str | Path, config: Mapping[str, Any], max_sequence_tokens: int, settings: str
 ) -> None:
-    """Raise `DataError` where lengths of the run have rotary positions that depend on the batch."""
+    """Raise `DataError` if rotary positions depend on the batch for some length of the run."""
     longest = longest_alone(model_dir, config)
     if longest is not None and max_sequence_tokens > longest:
         raise DataError(
-            f"{model_dir}: rope_type = 'longrope' has other factors for sequences over "
+            f"{model_dir}: rope_type = 'longrope' has other factors for sequences longer than "
             f"original_max_position_embeddings = {longest}, by the longest of a batch; the run allows "
             f"{max_sequence_tokens} tokens. Lower {settings} to {longest} in all, or take another model"
         )
 
 
 def longest_alone(model_dir: str | Path, config: Mapping[str, Any]) -> int | None:
-    """Tokens up to which no sequence's rotary positions depend on what else is in a batch; None: all.
+    """Return the length up to which rotary positions do not depend on the batch; None: any length.
 
-    transformers chooses their factors by the longest sequence of each batch, vLLM once: for `longrope`
-    by the longest that it admits, for `dynamic` always the same. So a packed learner and the engine
-    would compute other distributions of the same tokens.
+    transformers chooses the factors by the longest sequence of each batch. vLLM chooses them once: for
+    `longrope` by the longest sequence that it admits, for `dynamic` always the same. So a packed
+    learner and the engine would compute different distributions for the same tokens.
 
     Raises:
-        DataError: they depend on it at any length.
+        DataError: the positions depend on the batch at any length.
     """
     limits = []
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
@@ -272,16 +277,18 @@ def longest_alone(model_dir: str | Path, config: Mapping[str, Any]) -> int | Non
 
 
 def text_config(model_dir: str | Path) -> dict[str, Any]:
-    """The configuration of the language model: how many tokens it embeds, its positions, which are
-    missing where it has no limit, and how they rotate. Transformers, which takes seconds to import, is
-    asked where config.json does not tell. Raises `DataError`."""
+    """Return the configuration of the language model. Raises `DataError`.
+
+    It has `vocab_size`, `max_position_embeddings` (None without a limit) and the rotary settings.
+    Transformers takes seconds to import, so it is used only if config.json does not have the values.
+    """
     try:
         told = json.loads((Path(model_dir) / "config.json").read_bytes())
         if told["model_type"] in FLAT_CONFIGS:
             sizes = ("vocab_size", "max_position_embeddings")
             return {**told, **{name: int(told[name]) for name in sizes}}
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # a hub id, a damaged file, or values that are transformers' own
+        pass  # a hub id, a damaged file, or values that only transformers knows
     from transformers import AutoConfig
 
     try:

@@ -1,6 +1,7 @@
-"""Names and shapes of a model folder's tensors, and whether others are the same.
+"""Names and shapes of a model folder's tensors, and comparison with other tensors.
 
-Promises: only the headers of the files are read, but by `checkpoint_tensors`; what differs is named.
+Promises: only `checkpoint_tensors` reads more than the headers of the files. Errors name the tensors
+that differ.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 
 
 def checkpoint_shapes(model_dir: str | Path) -> dict[str, tuple[int, ...]]:
-    """Tensor names and shapes of a Hugging Face folder. Raises `WeightError`."""
+    """Return the tensor names and shapes of a Hugging Face folder. Raises `WeightError`."""
     from safetensors import safe_open
 
     shapes: dict[str, tuple[int, ...]] = {}
@@ -60,9 +61,9 @@ def _files(model_dir: Path) -> list[Path]:
 
 
 def indexed_files(index: Path) -> dict[str, str]:
-    """What a `model.safetensors.index.json` says: the file of each tensor, a plain name beside it.
+    """Read a `model.safetensors.index.json`, and return the file name of each tensor.
 
-    Raises `WeightError` for an index that cannot be read, or that names a file elsewhere.
+    Raises `WeightError` for an index that cannot be read, or that names a file outside its folder.
     """
     try:
         found = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
@@ -73,13 +74,14 @@ def indexed_files(index: Path) -> dict[str, str]:
     for name, file in found.items():
         if not isinstance(file, str) or not _PLAIN_NAME.fullmatch(file):
             raise WeightError(
-                f"{index}: tensor {name!r} is said to be in {file!r}, which is no .safetensors file "
-                "of that folder; nothing outside of it is read. Save the model again"
+                f"{index}: tensor {name!r} is said to be in {file!r}, which is not a .safetensors "
+                "file of that folder; nothing outside of it is read. Save the model again"
             )
     return found
 
 
 def without_tied_head(shapes: Shapes, tied: bool) -> dict[str, tuple[int, ...]]:
+    """Return the shapes without the output projection if it is tied to the embeddings."""
     return {name: shape for name, shape in shapes.items() if not (tied and name == TIED_HEAD)}
 
 
@@ -107,9 +109,9 @@ def refuse_other_model(path: str, found: Shapes, expected: Shapes) -> None:
 
 
 def refuse_other_draft(draft_dir: str | Path, draft: Shapes, policy: Shapes) -> None:
-    """Raise `ConfigError` unless each tensor of the draft is one of the policy's.
+    """Raise `ConfigError` unless each tensor of the draft is a tensor of the policy.
 
-    Only then does a published version hold the draft's weights too.
+    Only then does a published version include the draft's weights.
     """
     others = sorted(name for name, shape in draft.items() if policy.get(name) != shape)
     if not others:

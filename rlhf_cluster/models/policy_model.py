@@ -3,15 +3,15 @@
     logprobs[b, s] = log p(labels[b, s] | the sequence up to and with input_ids[b, s])
 
 Promises:
-- Sequences laid end to end in a row do not see each other: attention is kept apart by position
-  ids that start again at 0, which holds only without a KV cache and without an attention mask.
-  `load_policy` proves it on the model at hand, together with the next point, or refuses the model.
-- `forward` gives the distribution of the model's own logits: a model that caps, scales or biases
-  its logits after the output projection is refused instead of trained on another distribution.
-- No dropout: the learner's probabilities are a function of weights and tokens alone. A model that
-  draws random numbers in training mode all the same, such as a router with jitter, is refused.
-- The output projection is used inside its owner's `forward`, so it can be sharded; embeddings tied
-  to it stay one parameter.
+- Sequences packed end to end in a row do not see each other: position ids that start again at 0
+  separate their attention, which holds only without a KV cache and without an attention mask.
+  `load_policy` tests this and the next point on the model that it loads, or refuses the model.
+- `forward` returns the distribution of the model's own logits: a model that caps, scales or biases
+  its logits after the output projection is refused, as it would be trained on another distribution.
+- No dropout: the learner's probabilities depend on weights and tokens alone. A model that still
+  draws random numbers in training mode, such as a router with jitter, is refused.
+- The output projection is used inside its owner's `forward`, so it can be sharded. Embeddings tied
+  to it remain one parameter.
 
 Shapes: B rows, S positions.
 """
@@ -42,7 +42,7 @@ _INDEX = "model.safetensors.index.json"
 
 
 class LogprobHead(nn.Linear):
-    """An output projection that can answer with log-probabilities of labels."""
+    """Output projection that can return log-probabilities of labels instead of logits."""
 
     float32_logits = True
 
@@ -56,7 +56,7 @@ class LogprobHead(nn.Linear):
         reference: tuple[Tensor, Tensor | None] | None = None,
         divergence: Divergence = REVERSE_KL,
     ) -> Any:
-        """Logits [..., V] without labels, else what `linear_logprobs` returns, shaped like them."""
+        """Return logits [..., V], or with labels the results of `linear_logprobs` in their shape."""
         if labels is None:
             return self._logits(hidden)
         if reference is not None:
@@ -88,7 +88,7 @@ class LogprobHead(nn.Linear):
 
 
 class PolicyLM(nn.Module):
-    """Wraps a Hugging Face causal LM; the root for sharding. Takes over its output projection."""
+    """Wrapper of a Hugging Face causal LM, the root for sharding. Replaces its output projection."""
 
     def __init__(self, lm: PreTrainedModel, head_dtype: HeadDtype = "float32") -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class PolicyLM(nn.Module):
         reference: tuple[Tensor, Tensor | None] | None = None,
         divergence: Divergence = REVERSE_KL,
     ) -> Any:
-        """Log-probabilities of `labels` (the caller shifts) and entropies, in nats.
+        """Compute log-probabilities of `labels` (shifted by the caller) and entropies, in nats.
 
         Args:
             input_ids: [B, S] int64.
@@ -131,7 +131,7 @@ class PolicyLM(nn.Module):
             with_hidden: whether the last hidden states are returned too.
             reference: last hidden states [B, S, H] and output projection [V, H] (None: this one's)
                 of the policy that the KL is to.
-            divergence: what stands for the KL.
+            divergence: divergence that is computed as the KL.
 
         Returns:
             (logprobs [B, S], entropy [B, S]), with a reference the KL [B, S], all float32, and with
@@ -158,12 +158,15 @@ class PolicyLM(nn.Module):
 
 
 def hidden_states(decoder: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """Last hidden states [B, S, H] of sequences that position ids keep apart. [B, S], [B, S]."""
+    """Compute the last hidden states [B, S, H] of packed sequences.
+
+    `input_ids` and `position_ids` are [B, S]; position ids separate the sequences of a row.
+    """
     shape = input_ids.shape
     attention = str(getattr(decoder.config, "_attn_implementation", ""))
     bounds = {}
     if "flash" in attention or attention == varlen_attention.NAME:
-        # both tell sequences apart in a batch of one row only
+        # both separate sequences in a batch of one row only
         input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
         bounds = varlen_attention.bounds(position_ids) if attention == varlen_attention.NAME else {}
     hidden = decoder(
@@ -184,7 +187,7 @@ def load_policy(
     compute_dtype: torch.dtype | None = None,
     head_dtype: HeadDtype = "float32",
 ) -> PolicyLM:
-    """Load a causal LM, without code from the model folder, and prove that it can be packed.
+    """Load a causal LM, without code from the model folder, and check that it can be packed.
 
     Args:
         model_dir: a Hugging Face model folder (or hub id where the hub can be reached).
@@ -238,19 +241,21 @@ def load_policy(
 
 
 def checkpoint_name(name: str) -> str:
-    """Name of a `PolicyLM` parameter in the Hugging Face checkpoint, that of the adapted weight
-    for what lies under an adapter."""
+    """Return the name of a `PolicyLM` parameter in the Hugging Face checkpoint.
+
+    The base weight of an adapter has the name of the adapted weight.
+    """
     return name.removeprefix("lm.").replace(".base_layer.", ".")
 
 
 def check_names(policy: PolicyLM, model_dir: str | Path) -> None:
-    """Raise `ConfigError` unless the parameters are named as in the checkpoint they came from.
+    """Raise `ConfigError` unless the parameters have the names of their checkpoint.
 
     Published weights carry these names, and an engine loads them as it would load the checkpoint.
     """
     folder = Path(model_dir)
     if not folder.is_dir():
-        return  # a hub id: the files lie in a cache whose layout is not ours
+        return  # a hub id: the files are in a cache whose layout is not documented
     stored = _stored_names(folder)
     own = {checkpoint_name(n) for n, _ in policy.named_parameters(remove_duplicate=False)}
     unique = {checkpoint_name(n) for n, _ in policy.named_parameters()}
@@ -274,7 +279,7 @@ def _stored_names(folder: Path) -> set[str]:
     single = folder / "model.safetensors"
     if not single.is_file():
         raise ConfigError(
-            f"{folder}: neither model.safetensors nor its index is there. Save the model as "
+            f"{folder}: neither model.safetensors nor its index exists. Save the model as "
             "safetensors"
         )
     with safe_open(single, framework="pt") as file:
@@ -306,7 +311,8 @@ def _attention(device: torch.device, compute_dtype: torch.dtype, config: Any) ->
 def check_distribution(policy: PolicyLM, compute_dtype: torch.dtype) -> None:
     """Raise `ConfigError` unless the policy keeps the promises of this module.
 
-    Two short sequences in one row must score as each does alone by the model's own logits.
+    Two short sequences packed in one row must have the log-probabilities that the model's own logits
+    give each of them alone.
     """
     device = next(policy.parameters()).device
     vocabulary = policy.config.get_text_config().vocab_size
@@ -327,20 +333,23 @@ def check_distribution(policy: PolicyLM, compute_dtype: torch.dtype) -> None:
     if not distance <= bound:
         raise ConfigError(
             f"{type(policy.lm).__name__}: log-probabilities of packed sequences are {distance:.3g} "
-            f"nats from the model's own, over the bound {bound}. Its attention mixes packed "
+            f"nats from the model's own, more than the bound {bound}. Its attention mixes packed "
             "sequences, or its logits are capped or scaled; use another model"
         )
 
 
 PROBE_TOKENS = 512
-"""A router that draws only between experts that are nearly equal does so at one token of many."""
+"""Tokens of the probe. A router that draws only between nearly equal experts does so rarely."""
 PROBE_SEEDS = (1, 2, 3)
 
 
 @torch.no_grad()
 def check_training_mode(policy: PolicyLM, compute_dtype: torch.dtype) -> None:
-    """Raise `ConfigError` where training mode gives other log-probabilities than evaluation, or others
-    each time. The model is left in the mode that it was in, and so are the random numbers."""
+    """Raise `ConfigError` if log-probabilities in training mode differ from evaluation, or vary.
+
+    Afterwards the model is in the mode that it was in, and the state of the random numbers is
+    unchanged.
+    """
     device = next(policy.parameters()).device
     text = policy.config.get_text_config()
     num_tokens = min(PROBE_TOKENS, getattr(text, "max_position_embeddings", None) or PROBE_TOKENS)
@@ -356,18 +365,18 @@ def check_training_mode(policy: PolicyLM, compute_dtype: torch.dtype) -> None:
 
     was_training = policy.training
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        plain, again = probe(0, False), probe(0, False)
+        plain, repeated = probe(0, False), probe(0, False)
         trained = [probe(seed, True) for seed in PROBE_SEEDS]
     policy.train(was_training)
-    # an accelerator may add up in another order each time
-    noise = 10 * (plain - again).abs().max().item()
+    # an accelerator may sum in another order each time
+    noise = 10 * (plain - repeated).abs().max().item()
     bound = noise + (1e-2 if half else 1e-5)
-    distance = max((each - plain).abs().max().item() for each in trained)
+    distance = max((logprobs - plain).abs().max().item() for logprobs in trained)
     if not distance <= bound:
         raise ConfigError(
             f"{type(policy.lm).__name__}: log-probabilities in training mode are {distance:.3g} nats "
-            f"from those in evaluation, over the bound {bound:.3g}. It draws random numbers while it "
-            "trains (jitter of a router, layers left out) or routes otherwise, so that the learner "
+            f"from those in evaluation, more than the bound {bound:.3g}. It draws random numbers while "
+            "it trains (jitter of a router, skipped layers) or routes otherwise, so that the learner "
             "would train another policy than the one that samples. Set what draws them to 0 in "
             "config.json (router_jitter_noise of Mixtral, layerdrop of OPT); PhiMoE has no such "
             "setting, take another model"

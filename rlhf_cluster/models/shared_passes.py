@@ -1,18 +1,19 @@
-"""Calls that wait for one model are served together: groups share its forward passes.
+"""Batching of concurrent calls to one model: waiting calls share its forward passes.
 
-A model serves one thread at a time. Threads hand in their items; the one that finds the model free
-takes along what waits, the oldest calls first, as whole calls: at most `max_calls` of them, and no
-further one that would take their items over `budget`. Nobody waits for company.
+A model serves one thread at a time. Threads enqueue their items. The thread that finds the model free
+serves a round: the oldest waiting calls, each with all its items, at most `max_calls` of them, and only
+as many as fit into `budget` together. A call never waits for others to fill a round.
 
 Promises:
-- with `max_calls` = 1 every call is computed alone, so that no result depends, not in its last bits
-  either, on what was asked beside it;
-- each caller gets the results of its own items, in order; what fails in company is computed again call
-  by call, so that an error reaches the caller whose items it is of, and nobody else; what the failed
-  pass held is let go first, so that what was out of memory in company may fit alone;
-- a caller that is not served within `timeout_s` gets `late()`, and what it left is not computed, unless
-  somebody is at it already. A round whose `compute` itself waited that long (`StalledError`) is late
-  for all of its calls, which came before it began;
+- with `max_calls` = 1 every call is computed alone, so its result does not depend on concurrent calls,
+  not even in the last bits;
+- each caller gets the results of its own items, in order;
+- if a round fails, its calls are computed again one by one, so that an error reaches only the caller
+  whose items caused it. The memory of the failed pass is released first, so that a call that was out of
+  memory in the round may fit alone;
+- a caller that is not served within `timeout_s` gets `late()`, and its items are not computed unless
+  their round has begun. A round whose `compute` itself raised `StalledError` is late for all of its
+  calls, which came before it began;
 - calls are served in the order in which they came.
 """
 
@@ -43,7 +44,7 @@ class _Call(Generic[T, R]):
 
 
 class SharedPasses(Generic[T, R]):
-    """In front of one model. Several threads may call it."""
+    """Queue of calls in front of one model. Several threads may call it."""
 
     def __init__(
         self,
@@ -56,21 +57,31 @@ class SharedPasses(Generic[T, R]):
         late: Callable[[], Exception],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`compute` gives a result an item, and is called by one thread at a time. `size` of an item,
-        such as its tokens, is in the unit of `budget`."""
+        """Set up the queue.
+
+        Args:
+            compute: returns one result per item. One thread at a time calls it.
+            size: size of an item, such as its tokens, in the unit of `budget`.
+            budget: largest total size of the calls of a round; a single call may exceed it.
+            max_calls: largest number of calls of a round.
+            timeout_s: seconds that a call waits.
+            late: makes the error of a call that was not served in time.
+        """
         self._compute, self._size, self._budget = compute, size, budget
         self._max_calls, self._timeout_s = max_calls, timeout_s
         self._late, self._clock = late, clock
         self._waiting: deque[_Call[T, R]] = deque()
         self._is_busy = False
-        self._changed = threading.Condition()  # held for a look only
+        self._changed = threading.Condition()  # never held during a pass
         self.num_calls = self.num_rounds = 0
 
     def __call__(self, items: Sequence[T]) -> list[R]:
-        """[len(items)] results, one an item.
+        """Return one result per item.
 
-        Waits for: rounds of others, of which one may serve this call too. Raises what `compute` raises
-        for these items, and `late()` past the deadline.
+        Raises what `compute` raises for these items, and `late()` past the deadline.
+
+        Waits for: rounds of other callers, one of which may serve this call too. Unblocked by: the end
+        of a round, or the deadline.
         """
         call: _Call[T, R] = _Call(list(items), sum(map(self._size, items)))
         ends_s = self._clock() + left_of_call(self._timeout_s)
@@ -87,7 +98,7 @@ class SharedPasses(Generic[T, R]):
         return call.found
 
     def _turn(self, call: _Call[T, R], ends_s: float) -> list[_Call[T, R]] | None:
-        """The calls that this thread is to serve; None: somebody has served `call`."""
+        """Return the calls that this thread must serve; None if another thread has served `call`."""
         with self._changed:
             while self._is_busy and not call.ended:
                 left_s = ends_s - self._clock()
@@ -104,6 +115,7 @@ class SharedPasses(Generic[T, R]):
             return self._oldest()
 
     def _oldest(self) -> list[_Call[T, R]]:
+        """Take the calls of the next round from the queue."""
         taken = [self._waiting.popleft()]
         filled = taken[0].size
         while self._waiting and len(taken) < self._max_calls:

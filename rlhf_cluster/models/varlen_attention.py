@@ -1,14 +1,18 @@
-"""Attention over sequences laid end to end, without a mask: torch's variable-length kernel.
+"""Attention over sequences packed end to end, without a mask: torch's variable-length kernel.
 
-For machines without flash-attn. `register` makes it known to transformers under `NAME`; a model with
-that attention is given one row of tokens and the bounds of its sequences (`bounds`), computed once a
-pass. Promises: tokens of different sequences do not see each other, causal within each; the work
-grows with the sum of the squared lengths, not with the row's; what the kernel cannot do (a mask,
-dropout, capped scores, a sliding window, attention sinks) is refused, never left out.
+For machines without flash-attn. `register` adds it to transformers as `NAME`. A model with
+that attention gets one row of tokens and the bounds of its sequences (`bounds`), computed once per
+pass.
 
-On a CUDA device the kernel is `torch.nn.attention.varlen.varlen_attn` (float16 and bfloat16).
-Elsewhere the same is computed with one call of scaled dot product attention a sequence, which is
-what the kernel is tested against.
+Promises:
+- tokens of different sequences do not see each other, and attention within a sequence is causal;
+- the work grows with the sum of the sequences' squared lengths, not with the row's squared length;
+- a feature that the kernel does not have (a mask, dropout, capped scores, a sliding window, attention
+  sinks) is refused, never ignored.
+
+On a CUDA device the kernel is `torch.nn.attention.varlen.varlen_attn` (float16 and bfloat16). On other
+devices one call of scaled dot product attention per sequence computes the result. Tests compare the
+kernel with it.
 
 Shapes: T tokens of all sequences, Q query heads, K key and value heads, D head size.
 """
@@ -36,7 +40,7 @@ def register() -> None:
 
 
 def available(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernel runs there, forward and backward, found out by running it."""
+    """Whether the kernel runs on `device`, forward and backward. Finds out by running it."""
     if device.type != "cuda":
         return False
     try:
@@ -49,15 +53,15 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def suits(config: Any) -> bool:
-    """Whether a model's configuration asks for no attention that the kernel does not know."""
+    """Whether the kernel has every attention feature that a model's configuration asks for."""
     text = config.get_text_config()
     return all(getattr(text, name, None) is None for name in _UNSUITABLE)
 
 
 def bounds(position_ids: Tensor) -> dict[str, Any]:
-    """Where sequences begin and end in a row [1, T], as keyword arguments of the model's forward.
+    """Return the bounds of the sequences in a row [1, T], as keyword arguments of the model's forward.
 
-    A sequence begins wherever a position is 0, so each token of padding is one of its own.
+    A sequence begins at each position id 0, so each padding token is a separate sequence.
     """
     starts = (position_ids.reshape(-1) == 0).nonzero().reshape(-1).to(torch.int32)
     end = starts.new_tensor([position_ids.numel()])
@@ -77,27 +81,27 @@ def attention(
     max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each sequence, as transformers calls it.
+    """Compute causal attention within each sequence. transformers calls this function.
 
     Args:
-        query: [B, Q, S, D]; one row (B = 1) where `cu_seq_lens_q` says what lies in it.
+        query: [B, Q, S, D]; one row (B = 1) if `cu_seq_lens_q` gives its sequences.
         key, value: [B, K, S, D], K dividing Q.
         attention_mask: must be None.
-        scaling: of the scores; default 1 / sqrt(D).
+        scaling: factor on the scores; default 1 / sqrt(D).
         cu_seq_lens_q: [number of sequences + 1] int32; without it every row is one sequence.
-        max_length_q: the longest of them.
+        max_length_q: length of the longest sequence.
 
     Returns:
         ([B, S, Q, D], None).
 
     Raises:
-        ConfigError: an argument that changes attention in a way the kernel does not know.
+        ConfigError: an argument that asks for a feature that the kernel does not have.
     """
     found = [name for name in _REFUSED if kwargs.get(name) is not None]
     if attention_mask is not None or dropout or found:
         names = found + ["attention_mask"] * (attention_mask is not None)
         raise ConfigError(
-            f"{type(module).__name__}: variable-length attention knows no "
+            f"{type(module).__name__}: variable-length attention does not support "
             f"{', '.join(names or ['dropout'])}. Install flash-attn, or use another model"
         )
     rows, num_heads, width, size = query.shape
@@ -105,7 +109,7 @@ def attention(
         cu_seq_lens_q = torch.arange(rows + 1, device=query.device, dtype=torch.int32) * width
         max_length_q = width
     q, k, v = (t.transpose(1, 2).reshape(-1, t.shape[1], size) for t in (query, key, value))
-    # rotary embeddings leave autocast's queries and keys wider than its values
+    # under autocast, rotary embeddings leave queries and keys in a wider type than values
     q, k = q.to(v.dtype), k.to(v.dtype)
     run = _kernel if query.is_cuda else _one_by_one
     mixed = run(q, k, v, cu_seq_lens_q, max_length_q, scaling)
@@ -115,7 +119,7 @@ def attention(
 def _kernel(
     query: Tensor, key: Tensor, value: Tensor, edges: Tensor, longest: int, scaling: float | None
 ) -> Tensor:
-    """[T, Q, D], [T, K, D], [T, K, D] -> [T, Q, D]."""
+    """Run torch's kernel: [T, Q, D], [T, K, D], [T, K, D] -> [T, Q, D]."""
     from torch.nn.attention.varlen import varlen_attn
 
     mixed = varlen_attn(
@@ -137,7 +141,7 @@ def _kernel(
 def _one_by_one(
     query: Tensor, key: Tensor, value: Tensor, edges: Tensor, longest: int, scaling: float | None
 ) -> Tensor:
-    """[T, Q, D], [T, K, D], [T, K, D] -> [T, Q, D]."""
+    """Attend in one sequence after another: [T, Q, D], [T, K, D], [T, K, D] -> [T, Q, D]."""
     lengths = edges.diff().tolist()
     parts = [t.transpose(0, 1).split(lengths, 1) for t in (query, key, value)]
     mixed = [
@@ -150,5 +154,5 @@ def _one_by_one(
 
 
 def _no_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:
-    """The bounds take the mask's place; one that a caller gave is passed on, to be refused."""
+    """Make no mask, as bounds replace it. Return a caller's mask, which `attention` refuses."""
     return attention_mask

@@ -1,6 +1,6 @@
 """Sections that every run file has: [run], [cluster] and [observe].
 
-The run directory is defined only here. `with_absolute_paths` changes no other setting.
+This module alone defines the paths of the run directory.
 """
 
 from __future__ import annotations
@@ -16,64 +16,66 @@ SinkName = Literal["tensorboard", "wandb", "mlflow"]
 
 
 class ClusterSection(Section):
-    """The Ray cluster: the one at `address`, or one started on this machine."""
+    """Ray cluster to join at `address`, or to start on this machine."""
 
     address: str | None = None
-    """Address to join; default: RAY_ADDRESS, else a local cluster of this run alone."""
+    """Address of the cluster to join. Default: RAY_ADDRESS, else a new local cluster for this run."""
     num_cpus: PositiveFloat | None = None
-    """Logical CPUs of a local cluster; default: this machine's cores."""
+    """Logical CPUs of a local cluster. Default: this machine's cores."""
     object_store_bytes: PositiveInt | None = None
-    """Shared memory of a local cluster for objects; default: Ray's share of the machine."""
+    """Bytes of shared memory for objects of a local cluster. Default: Ray's share of the machine."""
     dashboard: bool = False
     dashboard_port: int = Field(default=8265, ge=1, le=65535)
     placement_timeout_s: PositiveFloat = 60.0
     node_timeout_s: float = Field(default=0.0, ge=0)
-    """Over 0: what has no room on the nodes that are there waits this long for nodes that the cluster's
-    autoscaler starts. 0: it is refused at once."""
+    """Seconds that a placement which does not fit the present nodes waits for nodes that the cluster's
+    autoscaler starts. 0: the placement is refused at once."""
     worker_groups: bool = False
-    """Every worker asks for nodes of its own group, by a resource that they offer: rlhf_generation,
-    rlhf_scoring, rlhf_training. deploy/kuberay and deploy/slurm set up such nodes."""
+    """Place each kind of worker on its own group of nodes, by a resource that these nodes offer:
+    rlhf_generation, rlhf_scoring, rlhf_training. deploy/kuberay and deploy/slurm set up such nodes."""
     heartbeat_s: PositiveFloat = 5.0
-    """How often every worker is asked whether it can serve."""
+    """Seconds between two health checks of a worker."""
     heartbeat_timeout_s: PositiveFloat = 60.0
-    """A worker that does not answer for this long is replaced."""
+    """Seconds without an answer after which a worker is replaced."""
     max_restarts: int = Field(default=10, ge=0)
-    """Replacements of a pool within `restart_window_s`, or one for each of its workers if that is more.
-    With none left the pool goes on with the workers that live, until the window allows another; with
-    fewer than its `min_workers` the run fails with the first cause. 0: none is ever replaced."""
+    """Replacements that a pool may make within `restart_window_s`, or one per worker if that is more.
+    With none left, the pool continues with the live workers until the window allows another. With fewer
+    than `min_workers` live, the run fails with the first cause. 0: no worker is ever replaced."""
     restart_window_s: PositiveFloat = 3600.0
-    """The time within which restarts are counted, those of `learner.max_restarts` too."""
+    """Seconds over which restarts are counted, those of `learner.max_restarts` too."""
 
     @property
     def room_timeout_s(self) -> float:
-        """How long a placement may wait for room, new nodes included."""
+        """Seconds that a placement may wait for free resources, new nodes included."""
         return max(self.placement_timeout_s, self.node_timeout_s)
 
 
 class Observe(Section):
-    """What a run leaves behind."""
+    """Records that a run writes: samples, metrics, live view."""
 
     samples_per_step: int = Field(default=16, ge=0)
-    """Rollouts of each step written to samples/*.parquet; 0 for none."""
+    """Rollouts per step that are written to samples/*.parquet; 0 for none."""
     live: bool = True
-    """A live view on a terminal; plain lines otherwise."""
+    """Show a live view on a terminal. False, or without a terminal: plain lines."""
     sinks: tuple[SinkName, ...] = ()
-    """Where metrics go besides metrics.jsonl: "tensorboard", "wandb", "mlflow", each an extra of that
-    name (pip install 'rlhf-cluster[wandb]'). W&B stays offline unless WANDB_MODE says otherwise, MLflow
-    in the run directory unless MLFLOW_TRACKING_URI does."""
+    """Destinations of metrics in addition to metrics.jsonl: "tensorboard", "wandb", "mlflow". Each
+    needs the extra of that name (pip install 'rlhf-cluster[wandb]'). W&B stays offline unless
+    WANDB_MODE is set. MLflow writes into the run directory unless MLFLOW_TRACKING_URI is set."""
 
     write_timeout_s: PositiveFloat = 60.0
-    """Deadline of a line of metrics.jsonl. Until then lines wait in memory, in order, and the run goes
-    on; past it the run ends."""
+    """Deadline in seconds for writing a line of metrics.jsonl. Until then lines wait in memory, in
+    order, and the run continues. Past it the run ends."""
     slow_write_fraction: float = Field(default=0.25, gt=0, lt=1)
-    """A write to disk (a group, a line, a checkpoint, a version) is told of as slow after this share of
-    its own deadline."""
+    """Share of its deadline after which a write to disk (a group, a line, a checkpoint, a version) is
+    logged as slow."""
 
     @field_validator("samples_per_step")
     @classmethod
-    def _bounded(cls, value: int) -> int:
+    def _check_sample_size(cls, value: int) -> int:
         if value > 100_000:
-            raise ValueError(f"samples_per_step = {value} is over 100000; it is a sample, lower it")
+            raise ValueError(
+                f"samples_per_step = {value} is greater than 100000; it is a sample, lower it"
+            )
         return value
 
 
@@ -81,22 +83,22 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
 class RunSection(Section):
-    """Where a run leaves its files, and from which seed it follows."""
+    """Name, folder and seed of a run."""
 
     name: str = Field(pattern=NAME_PATTERN)
     """Folder name of the run below `root`."""
     root: str = "runs"
-    """Folder that holds the runs; on a cluster one that every node sees."""
+    """Folder that holds the runs. On a cluster every node must see it."""
     seed: int = Field(default=0, ge=0)
     start_timeout_s: PositiveFloat = 600.0
-    """The run fails when its services or ranks are not up after this long."""
+    """Seconds after which the run fails if its services or ranks are not up."""
 
 
 R = TypeVar("R", bound=RunSection)
 
 
 class RunFile(Section, Generic[R]):
-    """A run file of any kind."""
+    """Sections that a run file of any kind has."""
 
     run: R
     cluster: ClusterSection = ClusterSection()
@@ -111,6 +113,6 @@ class RunFile(Section, Generic[R]):
         return self.run_dir / "weights"
 
     def with_absolute_paths(self) -> Self:
-        """The same with folders that mean the same in every process."""
+        """Return a copy with an absolute `run.root`, valid in every process. Other settings stay."""
         root = str(Path(self.run.root).absolute())
         return self.model_copy(update={"run": self.run.model_copy(update={"root": root})})

@@ -1,5 +1,8 @@
-"""The sections that only a stage's run file has. What two sections must agree on is checked in
-`rlhf_cluster.config.stage_config`; each stage keeps its own section beside its code."""
+"""Sections that only a stage's run file has.
+
+`rlhf_cluster.config.stage_config` checks what two sections must agree on. Each kind of stage keeps its
+own section next to its code.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +16,19 @@ from rlhf_cluster.sections.values import Dtype
 
 
 class StageRun(RunSection):
-    """What is run, how long, and where it leaves its files."""
+    """Name, length and output of a stage."""
 
     steps: PositiveInt | None = None
-    """Optimizer steps; or give `epochs`."""
+    """Number of optimizer steps. Alternative: `epochs`."""
     epochs: PositiveInt | None = None
-    """How often the data is gone over; the last batch is what is left. Default: once, where `steps` is
-    not given."""
+    """Number of passes over the data; the last batch may be smaller. Default: 1 if `steps` is not
+    given."""
     units_per_step: PositiveInt
-    """What one optimizer step trains on: dialogues, pairs or rankings, over all ranks."""
+    """Units (dialogues, pairs or rankings) per optimizer step, over all ranks."""
     evaluate_every: int = Field(default=0, ge=0)
-    """Steps between two evaluations on held-out units; 0: before the first and after the last only."""
+    """Steps between two evaluations on held-out units. 0: only before the first and after the last."""
     export_dtype: Dtype = "float32"
-    """Type of the weights in `final/`; float32 loses nothing."""
+    """Type of the weights in `final/`. float32 is lossless."""
 
     @model_validator(mode="before")
     @classmethod
@@ -39,51 +42,52 @@ class Source(Section):
     """One file or task of `data.sources`."""
 
     path: str | None = None
-    """A .jsonl, .jsonl.gz or .parquet file, or a folder of Hugging Face `datasets`; `${NAME}` is
+    """A .jsonl, .jsonl.gz or .parquet file, or a folder of Hugging Face `datasets`. `${NAME}` is
     replaced by the environment variable."""
     task: Literal["sort_digits"] | None = None
-    """A built-in task, of which `limit` rows are made."""
+    """Built-in task that generates `limit` rows."""
     weight: PositiveFloat = 1.0
-    """How often an epoch goes over the source: 2 is twice, 0.5 one half of it and the other half in the
-    next epoch."""
+    """Passes over the source per epoch. 2: twice. 0.5: one half of it, and the other half in the next
+    epoch."""
     limit: PositiveInt | None = None
-    """Use only the first `limit` rows."""
+    """Number of rows to use, from the first. Default: all."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Name that the stage knows = name in the file, such as {messages = "conversation"}."""
+    """Mapping of the stage's column names to those in the file, such as {messages = "conversation"}."""
 
 
 class StageData(Section):
-    """What a stage trains on, and how rows become tokens."""
+    """Data of a stage, and how its rows become tokens."""
 
     sources: tuple[Source, ...] = Field(min_length=1)
     template: Literal["none", "chat"] = "none"
     """`chat` renders dialogues with the tokenizer's chat template."""
     system_prompt: str | None = None
-    """Put before every dialogue, with template = "chat" only. One that has its own is refused."""
+    """System turn put before every dialogue. Only with template = "chat". A dialogue that already has a
+    system turn is refused."""
     drop_system: bool = False
-    """Leave out the dialogues' own system turns, with template = "chat" only."""
+    """Remove the dialogues' own system turns. Only with template = "chat"."""
     max_tokens: PositiveInt
-    """Tokens that the model reads of one sequence."""
+    """Largest number of tokens that the model reads of one sequence."""
     on_long: Literal["error", "skip", "truncate"] = "error"
-    """A sequence over `max_tokens`: refuse the data, leave the unit out, or cut it. The last two are
-    counted."""
+    """Treatment of a sequence longer than `max_tokens`. `error`: refuse the data. `skip`: skip the
+    unit. `truncate`: cut the sequence. The last two are counted."""
     on_unusable: Literal["error", "skip"] = "error"
-    """A row that fits its layout and teaches nothing, such as two equal answers: refuse the data, or
-    leave the row out and count it."""
+    """Treatment of a row that fits its layout but has nothing to learn, such as two equal answers.
+    `error`: refuse the data. `skip`: skip and count the row."""
     deduplicate: bool = True
-    """Leave out, and count, what was there before."""
+    """Skip and count duplicates of earlier units."""
     shuffle: bool = True
     held_out: float = Field(default=0.0, ge=0, le=0.5)
-    """Share of the units, by a hash of their content, that is never trained on."""
+    """Share of the units that is never trained on. A hash of a unit's key selects it."""
     held_out_limit: PositiveInt = 1024
-    """Held-out units that an evaluation uses, at most."""
+    """Largest number of held-out units that an evaluation uses."""
 
 
 class StageSectionBase(Section):
-    """What the section of every kind of stage has."""
+    """Base of the section of every kind of stage."""
 
     model_kind: ClassVar[Literal["policy", "value"]] = "policy"
-    """A model of tokens, or one of values."""
+    """Kind of the trained model: of tokens (policy) or of values."""
 
     @property
     def max_unit_size(self) -> int:

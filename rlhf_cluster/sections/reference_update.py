@@ -1,4 +1,4 @@
-"""When a reference gets newer weights: never, periodically, or as a moving average."""
+"""Updates of the reference's weights: never, periodically, or as a moving average."""
 
 from __future__ import annotations
 
@@ -10,27 +10,29 @@ from rlhf_cluster.sections.section import Section
 
 
 class FixedReference(Section):
-    """The reference stays the policy as it is when reinforcement learning begins."""
+    """Fixed reference: the policy at the start of reinforcement learning."""
 
     type: Literal["fixed"] = "fixed"
 
 
 class PeriodicReference(Section):
-    """The reference becomes the policy's live version."""
+    """Reference that is periodically replaced by the policy's live version."""
 
     type: Literal["periodic"] = "periodic"
     every: PositiveInt
-    """Versions between two moves; it moves when one goes live that many after the last."""
+    """Versions between two updates. An update happens when a version goes live that is at least
+    this many after the last update's."""
 
 
 class EmaReference(Section):
-    """The reference is an exponential moving average of the policy's live versions."""
+    """Reference that is an exponential moving average of the policy's live versions."""
 
     type: Literal["ema"] = "ema"
     every: PositiveInt = 1
-    """Versions between two moves; it moves when one goes live that many after the last."""
+    """Versions between two updates. An update happens when a version goes live that is at least
+    this many after the last update's."""
     decay: float = Field(default=0.99, gt=0, lt=1)
-    """Share of the old reference that stays at a move."""
+    """Weight of the old reference at an update."""
 
 
 ReferenceUpdate = Annotated[

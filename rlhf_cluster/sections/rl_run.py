@@ -1,6 +1,6 @@
 """Sections of an RL run file, and the tokenizers of a model made from numbers.
 
-Each section checks its bounds. `rlhf_cluster.config.run_config` checks what two sections must
+Each section checks its own bounds. `rlhf_cluster.config.run_config` checks what two sections must
 agree on. Algorithms and rewards keep their sections next to their code.
 """
 
@@ -18,24 +18,27 @@ from rlhf_cluster.sections.values import Dtype, HeadDtype, OnStale, Rounding
 
 
 class Quarantine(Section):
-    """When a generation worker that still answers is drained and replaced
-    (`rlhf_cluster.generation.worker_quarantine`). Each costs one of `cluster.max_restarts`."""
+    """Rules by which a generation worker that still answers is drained and replaced
+    (`rlhf_cluster.generation.worker_quarantine`). Each replacement uses one of
+    `cluster.max_restarts`."""
 
     max_faults: int = Field(default=5, ge=0)
-    """Groups that failed on one worker within `window_s`, and on no other half as many. 0: no rule."""
+    """Failed groups on one worker within `window_s` at which it is replaced, provided that no other
+    worker has half as many. 0: no rule."""
     window_s: PositiveFloat = 600.0
     straggler_factor: float = Field(default=5.0, ge=0)
-    """A straggler takes more than this many times as long a token as the others do, by the medians of
-    the last `straggler_groups` groups, and seconds more a group. 0: no rule."""
+    """Factor that defines a straggler: its time per token is more than this many times that of the
+    other workers, by the medians of the last `straggler_groups` groups, and it takes seconds more
+    per group. 0: no rule."""
     straggler_groups: PositiveInt = 20
 
     @field_validator("straggler_factor")
     @classmethod
-    def _above_one(cls, value: float) -> float:
+    def _check_factor(cls, value: float) -> float:
         if 0 < value <= 1:
             raise ValueError(
                 f"straggler_factor = {value:g} would drain workers that are as fast as the others. "
-                "Give a factor over 1, or 0 for no rule"
+                "Give a factor greater than 1, or 0 for no rule"
             )
         return value
 
@@ -44,24 +47,24 @@ Priority = Literal["uniform", "reward_spread"]
 
 
 class Replay(Section):
-    """Groups are trained more than once. Without this section each is trained exactly once."""
+    """Replay: train groups more than once. Without this section each is trained exactly once."""
 
     fraction: float = Field(default=0.25, gt=0, lt=1)
-    """Part of `run.groups_per_step` that was trained before, rounded to whole groups. The others are
-    fresh; a step that finds too few groups to replay is smaller, and has as many fresh ones."""
+    """Part of `run.groups_per_step` that was trained before, rounded to a number of groups. The others
+    are fresh. A step with too few groups to replay is smaller: its number of fresh groups stays."""
     max_uses: int = Field(default=2, ge=2)
-    """How many steps may train a group in all."""
+    """Largest number of steps that may train one group."""
     priority: Priority = "uniform"
-    """`uniform`: each group that may be replayed is as likely. `reward_spread`: one is likelier, the
-    further its rewards are from their mean (their mean absolute deviation)."""
+    """Probability of replaying a group. `uniform`: equal for all groups that may be replayed.
+    `reward_spread`: grows with the mean absolute deviation of the group's rewards from their mean."""
     alpha: float = Field(default=0.6, gt=0)
-    """With priority = "reward_spread" only: the exponent of the spread."""
+    """Exponent of the spread. Only with priority = "reward_spread"."""
     beta: float = Field(default=1.0, ge=0, le=1)
-    """With priority = "reward_spread" only: exponent of the importance weight that makes up for being
-    likelier. 1: the gradient of replayed groups is, on average, that of uniform replay."""
+    """Exponent of the importance weight that corrects for unequal probabilities. 1: the gradient of
+    replayed groups is, on average, that of uniform replay. Only with priority = "reward_spread"."""
 
     def num_replayed(self, groups_per_step: int) -> int:
-        """Groups of a step that are to be replayed ones."""
+        """Return how many groups of a step should be replayed ones."""
         return round(self.fraction * groups_per_step)
 
 
@@ -72,34 +75,35 @@ class CharacterTokenizer(Section):
 
 
 class BpeTokenizer(Section):
-    """Byte pairs learned from the texts of a data file, with a chat template."""
+    """Byte-pair tokenizer learned from the texts of a data file, with a chat template."""
 
     type: Literal["bpe"] = "bpe"
     path: str
-    """The data file, any that prompts or preferences can come from; `${NAME}` is replaced by the
+    """Data file, of any format that prompts or preferences may have. `${NAME}` is replaced by the
     environment variable."""
     vocab_size: int = Field(default=2048, ge=512)
-    """Tokens at most, the 256 bytes and special tokens among them; a small file may give fewer."""
+    """Largest number of tokens, including the 256 bytes and the special tokens. A small file may give
+    fewer."""
     limit: PositiveInt | None = None
-    """Learn from the first `limit` rows only."""
+    """Number of rows to learn from, from the first. Default: all."""
 
 
 TokenizerInit = Annotated[CharacterTokenizer | BpeTokenizer, Field(discriminator="type")]
 
 
 class Run(RunSection):
-    """What is run, how long, and where it leaves its files."""
+    """Name, length and output of an RL run."""
 
     steps: PositiveInt
-    """Steps of reinforcement learning, each on one batch of groups."""
+    """Number of steps of reinforcement learning, each on one batch of groups."""
     groups_per_step: PositiveInt
-    """Prompts (groups of rollouts) that one step trains on."""
+    """Groups of rollouts (prompts) that one step trains on."""
     stall_timeout_s: PositiveFloat = 300.0
-    """The run fails when the learner got nothing to train on for this long."""
+    """Seconds without groups to train on after which the run fails."""
 
 
 class ModelInit(Section):
-    """A small causal LM built from numbers: no download, random weights, a tokenizer of its own."""
+    """Small causal LM with random weights and its own tokenizer, made without a download."""
 
     architecture: Literal["llama", "qwen3"] = "llama"
     hidden_size: PositiveInt = 128
@@ -112,46 +116,47 @@ class ModelInit(Section):
     """Standard deviation of the weights times sqrt(hidden_size)."""
     tie_embeddings: bool = True
     tokenizer: TokenizerInit = CharacterTokenizer()
-    """One token a character, or byte pairs learned from a data file."""
+    """One token per character, or byte pairs learned from a data file."""
 
 
 class Model(Section):
-    """The policy: a Hugging Face folder, or one made from `init`."""
+    """Model of the policy: a Hugging Face folder, or one made from `init`."""
 
     path: str | None = None
     """Folder (or hub id, where the hub can be reached) of a causal LM with its tokenizer."""
     tokenizer: str | None = None
-    """Folder of another tokenizer than the model's own."""
+    """Folder of a tokenizer to use instead of the model's own."""
     init: ModelInit | None = None
 
 
 class Data(Section):
-    """Where prompts come from: a built-in task, or a JSONL / Parquet file."""
+    """Source of prompts: a built-in task, or a JSONL or Parquet file."""
 
     task: Literal["sort_digits"] | None = None
-    """A built-in task that makes its own verifiable prompts."""
+    """Built-in task that generates verifiable prompts."""
     path: str | None = None
-    """A .jsonl or .parquet file; `${NAME}` is replaced by the environment variable."""
+    """A .jsonl or .parquet file. `${NAME}` is replaced by the environment variable."""
     prompt_column: str = "prompt"
     """Column with the prompt: text, or a list of {role, content} messages."""
     drop_answer: bool = False
-    """The column has whole dialogues, messages or text as in hh-rlhf ("\\n\\nHuman: ..."): the
-    assistant's answer at the end is left out, and the turns before it are the prompt. Needs
-    template = "chat"."""
+    """Remove the assistant's answer at the end of each dialogue; the turns before it are the
+    prompt. For a column of whole dialogues, as messages or as text like hh-rlhf's ("\\n\\nHuman:
+    ..."). Only with template = "chat"."""
     template: Literal["none", "chat"] = "none"
     """`chat` renders prompts with the tokenizer's chat template (text becomes a user turn)."""
     system_prompt: str | None = None
-    """Put before every prompt, with template = "chat" only."""
+    """System turn put before every prompt. Only with template = "chat"."""
     max_prompt_tokens: PositiveInt = 512
     on_long_prompt: Literal["error", "skip"] = "error"
-    """A prompt over `max_prompt_tokens`: refuse the data set, or leave it out and count it."""
+    """Treatment of a prompt longer than `max_prompt_tokens`. `error`: refuse the data set. `skip`: skip
+    and count the prompt."""
     shuffle: bool = True
     limit: PositiveInt | None = None
-    """Use only the first `limit` rows."""
+    """Number of rows to use, from the first. Default: all."""
 
 
 class Sft(Section):
-    """Supervised warm-up before reinforcement learning. `steps = 0` leaves it out."""
+    """Supervised warm-up before reinforcement learning. `steps = 0`: no warm-up."""
 
     steps: int = Field(default=0, ge=0)
     batch_size: PositiveInt = 128
@@ -162,31 +167,32 @@ class Sft(Section):
 
 
 class Evaluation(Section):
-    """Greedy answers to held-out prompts, scored like any rollout, before and after training."""
+    """Evaluation before and after training: greedy answers to held-out prompts, scored as usual."""
 
     num_prompts: int = Field(default=0, ge=0)
     path: str | None = None
-    """Held-out file with the same columns; a built-in task makes its own."""
+    """Held-out file with the same columns as the data. A built-in task generates held-out prompts."""
 
 
 class Generation(Section):
-    """The generation pool: vLLM workers. Keys map onto vLLM's engine arguments."""
+    """Generation pool of vLLM workers. Keys map onto vLLM's engine arguments."""
 
     workers: PositiveInt = 1
     min_workers: PositiveInt | None = None
-    """Live workers without which the pool does not start, and cannot live on once it may replace none;
-    default: half of `workers`, rounded up. The others may join later."""
+    """Least number of live workers. The pool needs them to start, and to continue once it may
+    replace no worker. The others may join later. Default: half of `workers`, rounded up."""
     max_response_tokens: PositiveInt
     temperature: PositiveFloat = 1.0
     dtype: Dtype = "bfloat16"
     quantization: str | None = None
-    """`int8`: weights and activations in 8 bits, made from each published version by the worker that
-    loads it. Else vLLM's name of a quantisation, such as "fp8_per_channel". Training, published
-    versions and scoring stay as they are; the correction metrics show the mismatch it adds."""
+    """Quantisation of the engine. `int8`: weights and activations in 8 bits, made from each published
+    version by the worker that loads it. Else vLLM's name, such as "fp8_per_channel". Training,
+    published versions and scoring stay unchanged; the correction metrics show the mismatch that it
+    adds."""
     tensor_parallel_size: PositiveInt = 1
     max_num_seqs: PositiveInt = 256
     kv_cache_bytes: PositiveInt | None = None
-    """Bytes for the paged KV cache; default: vLLM's share of the device."""
+    """Bytes for the paged KV cache. Default: vLLM's share of the device."""
     block_size: PositiveInt | None = None
     prefix_caching: bool = True
     lora: Literal["merged", "served"] = "merged"
@@ -195,188 +201,192 @@ class Generation(Section):
     the model folder, of which an engine reads nothing else; a response keeps the adapter it began with.
     In bfloat16 that loses most of a small update (`rlhf-cluster doctor CONFIG`). LoRA only."""
     speculative: dict[str, Any] | None = None
-    """vLLM's speculative_config, such as {method = "ngram", num_speculative_tokens = 3}. A draft model
-    must hold tensors of the policy's (all, or its first layers), and moves with it at every pull;
-    its folder is `model`, seen by every node."""
+    """vLLM's speculative_config, such as {method = "ngram", num_speculative_tokens = 3}. The
+    tensors of a draft model must be tensors of the policy (all, or its first layers), and every
+    pull updates them. The draft's folder is `model`; every node must see it."""
     enforce_eager: bool = False
     engine_args: dict[str, Any] = Field(default_factory=dict)
-    """Further vLLM engine arguments by name."""
+    """Additional vLLM engine arguments by name."""
     num_cpus: PositiveFloat = 1.0
     num_gpus: float = Field(default=0.0, ge=0)
-    """GPUs of one worker: 0, or `tensor_parallel_size`, or a share of one; see
+    """GPUs of one worker: 0, `tensor_parallel_size`, or a share of one GPU; see
     `sections.gpu_shares`."""
     segment_tokens: PositiveInt | None = None
-    """A worker samples at most this many tokens more of each response of a group, then hands the
-    group back, to be continued from there: a worker's death costs one segment. Each costs a call and,
-    without `prefix_caching`, the tokens so far again. Default: whole responses."""
+    """Tokens that a worker samples of each response of a group in one segment. It then returns the
+    group, and a next segment continues it, so a worker's death costs one segment only. Each segment
+    costs a call and, without `prefix_caching`, processing the tokens so far again. Default:
+    complete responses."""
     request_timeout_s: PositiveFloat = 600.0
-    """Deadline of one group, or of one segment of it; then the worker counts as failed and the group
-    goes elsewhere."""
+    """Deadline in seconds of one group, or of one segment of it. Past it the worker is treated as
+    failed, and the group goes to another one."""
     max_retries: int = Field(default=3, ge=0)
-    """How often a group, or one segment of it, is tried again on another worker before the group is
-    discarded."""
+    """Retries of a group, or of one segment of it, on another worker before the group is discarded."""
     pull_timeout_s: PositiveFloat = 120.0
-    """Deadline for a worker to take a version, beside what its bytes take at `pull_bytes_per_s`;
-    twice as long with the relay of `weights.transport`."""
+    """Deadline in seconds for a worker to load a version, plus the time for its bytes at
+    `pull_bytes_per_s`. Twice as long with the relay of `weights.transport`."""
     pull_bytes_per_s: PositiveFloat = 2e8
-    """The slowest rate at which weights are still read for a worker; one that is slower is late."""
+    """Slowest rate, in bytes per second, at which a worker may read weights before it is late."""
     quarantine: Quarantine = Quarantine()
-    """[generation.quarantine]: which workers are replaced although they answer."""
+    """[generation.quarantine]: rules for replacing workers that still answer."""
     cache_on_update: Literal["recompute", "salt", "keep"] = "recompute"
-    """What happens to KV caches when new weights arrive in flight. `recompute`: all are computed
-    again. `salt`: running requests go on from theirs, and others start from none of another version.
-    `keep`: nothing is dropped or kept apart. docs/architecture.md has what each costs."""
+    """Treatment of KV caches when new weights arrive in flight. `recompute`: compute all of them again.
+    `salt`: running requests keep theirs, and new requests use only caches of their own version. `keep`:
+    keep all caches and share them across versions. docs/architecture.md has the cost of each."""
 
     @property
     def draft_folder(self) -> str | None:
-        """Folder of the model that proposes tokens, where one does."""
+        """Folder of the draft model; None without one."""
         return (self.speculative or {}).get("model")
 
     def take_deadline_s(self, num_bytes: int) -> float:
-        """Seconds for an engine to read and apply a version of so many bytes."""
+        """Return the seconds that an engine has to read and apply a version of `num_bytes` bytes."""
         return self.pull_timeout_s + num_bytes / self.pull_bytes_per_s
 
 
 class Lora(Section):
-    """Adapters by peft: only they are trained, and versions are published with them merged."""
+    """LoRA by peft: only adapters are trained, and published versions have them merged."""
 
     rank: PositiveInt = 16
     alpha: PositiveFloat = 32.0
-    """The adapter's product counts alpha / rank times."""
+    """Scale of the adapter: its product is multiplied by alpha / rank."""
     targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
-    """Names of linear layers, such as ["q_proj", "v_proj"]; `all-linear`: all but the output's."""
+    """Names of linear layers, such as ["q_proj", "v_proj"]. `all-linear`: all but the output layer."""
     dora: bool = False
-    """Learn the size of each row apart from its direction (DoRA)."""
+    """Learn the magnitude of each row separately from its direction (DoRA)."""
     quantize_base: bool = False
-    """Hold the decoder's frozen linear layers in 4 bits (QLoRA), by bitsandbytes. The policy and its
+    """Store the decoder's frozen linear layers in 4 bits (QLoRA), by bitsandbytes. The policy and its
     reference start as the model with these layers rounded, which is version 0."""
 
 
 class Learner(Section):
-    """The learner: sharded ranks with fp32 master weights."""
+    """Learner: sharded ranks with fp32 master weights."""
 
     ranks: PositiveInt = 1
     backend: Literal["fsdp2", "zero3"] = "fsdp2"
-    """What shards weights, gradients and moments: torch FSDP2, or DeepSpeed ZeRO-3. Equal results."""
+    """Sharding of weights, gradients and moments: torch FSDP2 or DeepSpeed ZeRO-3. Equal results."""
     lora: Lora | None = None
-    """A section of its own, [learner.lora], trains adapters instead of the weights themselves."""
+    """[learner.lora]: train adapters instead of the weights themselves."""
     epochs: PositiveInt = 1
-    """How often a step goes over its batch."""
+    """Passes of a step over its batch."""
     minibatches: PositiveInt = 1
-    """Random parts of a batch with an optimizer step each; a step makes epochs * minibatches."""
+    """Random parts of a batch with one optimizer step each, so epochs * minibatches per step."""
     learning_rate: PositiveFloat
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
-    """Of the learning rate, in optimizer steps. `wsd`: constant, and a decay in a line at the end."""
+    """Learning-rate schedule over optimizer steps. `wsd` (warmup-stable-decay): constant, then linear
+    decay over the last `decay_steps`."""
     warmup_steps: int = Field(default=0, ge=0)
     decay_steps: PositiveInt | None = None
-    """Optimizer steps of the decay at the end, with schedule = "wsd" only."""
+    """Optimizer steps of the decay at the end. Only with schedule = "wsd"."""
     min_learning_rate: float = Field(default=0.0, ge=0)
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
     adam_eps: PositiveFloat = 1e-8
-    """Added to the root of AdamW's second moment. Where it is near the size of the gradients, weights
-    with small ones make smaller steps."""
+    """Term added to the root of AdamW's second moment. If it is near the size of the gradients, weights
+    with small gradients make smaller steps."""
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: PositiveFloat = 1.0
     dtype: Dtype = "bfloat16"
     """Compute type of the forward and backward pass; master weights and moments are float32."""
     head_dtype: HeadDtype = "float32"
-    """Type of the logits, of this policy and of the frozen models that it is compared with, and of the
-    engine's where `generation.quantization` is not set. `float32` does not round them to 16 bits, which
-    would cost up to 0.06 nats a token; `model` is as the model's own head."""
+    """Type of the logits: of this policy, of the frozen models that it is compared with, and of the
+    engine if `generation.quantization` is not set. `float32` avoids rounding them to 16 bits, which
+    would cost up to 0.06 nats per token. `model`: the type of the model's own head."""
     gradient_checkpointing: bool = False
     batching: Literal["packed", "padded"] = "packed"
-    """`packed` lays sequences end to end in rows, `padded` one a row. Equal results."""
+    """Layout of sequences. `packed`: end to end in rows. `padded`: one per row. Equal results."""
     tokens_per_micro_batch: PositiveInt = 16384
-    """Budget of one forward pass on one rank, padding included; more tokens make more passes."""
+    """Tokens, including padding, of one forward pass on one rank. A larger batch takes more passes."""
     tokens_per_row: PositiveInt | None = None
-    """Length of a packed row; default: the longest sequence that the run allows."""
+    """Length of a packed row in tokens. Default: the longest sequence that the run allows."""
     logprob_chunk_tokens: PositiveInt = 1024
-    """Log-probabilities are computed for this many tokens at once, never for all."""
+    """Tokens whose log-probabilities are computed at once, which bounds the memory of the logits."""
     num_cpus: PositiveFloat = 1.0
     num_gpus: float = Field(default=0.0, ge=0)
-    """Of one rank: 0, 1, or a share of one; see `sections.gpu_shares`."""
+    """GPUs of one rank: 0, 1, or a share of one; see `sections.gpu_shares`."""
     max_restarts: int = Field(default=3, ge=0)
-    """How often within `cluster.restart_window_s` a run starts its ranks and the buffer again, from the
-    newest checkpoint, after one of these processes was lost. The loss after that ends the run with the
-    first cause."""
+    """Restarts of the ranks and the buffer from the newest checkpoint, within
+    `cluster.restart_window_s`, after one of these processes failed. The next failure ends the run with
+    the first cause."""
     on_loss: Literal["restart", "shrink"] = "restart"
-    """When a rank is lost and there is no room for all of them within `cluster.placement_timeout_s`,
-    or `cluster.node_timeout_s` where that is longer. `restart`: a loss more. `shrink`: the run goes on
-    with the ranks that fit, and with all of them again from the first checkpoint after which there is
-    room. Results do not depend on their number."""
+    """Policy when a rank fails and the cluster cannot place all ranks within the larger of
+    `cluster.placement_timeout_s` and `cluster.node_timeout_s`. `restart`: count another failure.
+    `shrink`: continue with the ranks that fit, and return to the full number at the first checkpoint
+    after resources are free again. Results do not depend on the number of ranks."""
     spares: int = Field(default=0, ge=0)
-    """Hot spares: processes with the place (CPUs, GPUs) of a rank each, which have imported all that a
-    rank needs and wait. After a loss they become ranks, the lost ones first, before room is sought for
-    new processes; others are started behind the steps that follow. All ranks begin anew after a loss,
-    so that with as many spares as ranks none has to start. `max_restarts` of them are replaced
-    within `cluster.restart_window_s` when they die while they wait; that never ends a run."""
+    """Number of hot spares: processes that wait with the resources (CPUs, GPUs) of one rank each
+    and have imported everything that a rank needs. After a failure they become ranks, the failed
+    ones first, before new processes are placed. New spares start in the background during the next
+    steps. All ranks are restarted after a failure, so with as many spares as ranks no new process
+    is needed. At most `max_restarts` spares that die while waiting are replaced within
+    `cluster.restart_window_s`; their deaths never end a run."""
     min_ranks: PositiveInt = 1
-    """With on_loss = "shrink" only: the fewest ranks to go on with. The fewer, the more of the model
-    each of them holds."""
+    """Least number of ranks to continue with. With fewer ranks each holds more of the model. Only with
+    on_loss = "shrink"."""
     collective_timeout_s: PositiveFloat = 60.0
     step_timeout_s: PositiveFloat = 1800.0
 
 
 class Critic(Section):
-    """What learns the values of algorithms that need them (PPO). What is not here is as in
+    """Value model of algorithms that need one (PPO). Settings that are not listed here are those of
     `learner`."""
 
     kind: Literal["separate", "head"] = "separate"
-    """`separate`: the policy's architecture with a scalar head, a model of its own in every learner
-    rank. `head`: a scalar head on the policy's own last hidden states, trained in the same passes."""
+    """Kind of the value model. `separate`: a second model in every learner rank, with the policy's
+    architecture and a scalar head. `head`: a scalar head on the policy's last hidden states, trained in
+    the same passes."""
     coef: PositiveFloat = 0.5
-    """With kind = "head" only: weight of the value loss in the policy's loss."""
+    """Weight of the value loss in the policy's loss. Only with kind = "head"."""
     learning_rate: PositiveFloat = 1e-5
     warmup_steps: int = Field(default=0, ge=0)
-    """Optimizer steps of linear warm-up; the rate is constant after it."""
+    """Optimizer steps of linear warm-up. The rate is constant after it."""
     max_grad_norm: PositiveFloat = 1.0
 
 
 class AdaptiveDepth(Section):
-    """`staleness.pipeline_depth` follows what is measured; see `buffer.adaptive_depth`."""
+    """Adaptation of `staleness.pipeline_depth` to measurements; see `buffer.adaptive_depth`."""
 
     ess_low: float = Field(default=0.5, gt=0, lt=1)
-    """Effective sample size (a share of the tokens) under which generation runs less far ahead."""
+    """Effective sample size (share of the tokens) below which the depth is reduced."""
     ess_high: float = Field(default=0.8, gt=0, le=1)
-    """Effective sample size from which generation may run further ahead."""
+    """Effective sample size from which on the depth may grow."""
     wait_share: float = Field(default=0.1, gt=0, lt=1)
-    """The learner waits when it spends more than this share of a step waiting for groups."""
+    """Share of a step above which time spent waiting for groups means that the learner waits."""
     steps: PositiveInt = 4
-    """Steps whose mean decides. Those trained on groups of an earlier depth do not count."""
+    """Number of steps whose mean decides. Steps trained on groups of an earlier depth are excluded."""
 
 
 class Staleness(Section):
-    """How old a token may be when it is trained, and how far generation runs ahead."""
+    """Bound on the age of trained tokens, and how far generation runs ahead."""
 
     max_staleness: int = Field(default=1, ge=0)
-    """The bound: learner version minus the version that sampled. 0 is synchronous training."""
+    """Largest learner version minus sampling version of a trained token. 0 is synchronous training."""
     pipeline_depth: int = Field(default=1, ge=0)
     """Steps that generation may run ahead of the learner, within the bound."""
     max_in_flight_groups: PositiveInt | None = None
-    """Groups being generated or scored at once; default: no limit but the two above."""
+    """Groups being generated or scored at once. Default: no limit but the two above."""
     look_ahead: PositiveInt = 1
-    """The learner may take finished groups among this many from the oldest on, so that a slow one
-    holds up fewer. 1 is strict admission order. Admission allows for it: the bound stays."""
+    """Number of oldest groups among which the learner may take finished ones, so that a slow group
+    holds up fewer. 1 is strict admission order. Admission accounts for it, so the staleness bound
+    holds."""
     on_stale: OnStale = "wait"
-    """What happens when publishing is slow. `wait`: admission waits for live weights, no group is
-    ever over `max_staleness`. `drop`: admission goes on, groups that get too old are discarded and
-    replaced. `reweight`: admission goes on, groups up to `stale_limit` are trained, with the
-    algorithm's correction."""
+    """Policy when publishing is slow. `wait`: admission waits for live weights, so no group ever
+    exceeds `max_staleness`. `drop`: admission continues, and groups that become too old are
+    discarded and replaced. `reweight`: admission continues, and groups up to `stale_limit` are
+    trained with the algorithm's correction."""
     stale_limit: PositiveInt | None = None
-    """The bound with on_stale = "reweight", over `max_staleness`."""
+    """Staleness bound with on_stale = "reweight", greater than `max_staleness`."""
     adaptive: AdaptiveDepth | None = None
-    """Makes `pipeline_depth` the start of a depth that follows what is measured."""
+    """[staleness.adaptive]: adapt the depth to measurements, starting from `pipeline_depth`."""
 
     @property
     def bound(self) -> int:
-        """The largest staleness that is trained."""
+        """Largest staleness that is trained."""
         return self.max_staleness if self.stale_limit is None else self.stale_limit
 
     @property
     def oldest_in_flight(self) -> int:
-        """How far a version that sampled a token of a group in flight can be behind the learner's;
-        see `scoring.exact_logprobs`."""
+        """Largest difference between the learner's version and one that sampled a token of a group in
+        flight; see `scoring.exact_logprobs`."""
         return 2 * self.max_staleness if self.on_stale == "drop" else self.bound
 
 
@@ -385,47 +395,50 @@ IN_MEMORY = "/dev/shm"
 
 
 class Weights(Section):
-    """The weight store."""
+    """Weight store: where and how versions are published."""
 
     root: str | None = None
-    """Folder of the versions; default: `weights` in the run directory. /dev/shm suits one box."""
+    """Folder of the versions. Default: `weights` in the run directory. /dev/shm suits one machine."""
     transport: Literal["auto", "files", "relay"] = "auto"
-    """What carries versions to the workers that generate. `files`: each reads the folder above, which
-    every node sees. `relay`: each file is brought once to every node, from the learner's memory or
-    from another node, and from that folder where neither has it. `auto`: `relay` where `mirror` is
-    set, or a version is larger than `relay_above_bytes` and read by more than one process."""
+    """Way of a version to the workers that generate. `files`: each worker reads the folder above, which
+    every node must see. `relay`: each file is brought once to every node, from the learner's memory
+    or from another node, and from the folder above if neither has it. `auto`: `relay` if `mirror`
+    is set, or if a version is larger than `relay_above_bytes` and several processes read it."""
     relay_above_bytes: int = Field(default=8 << 30, ge=0)
-    """With transport = "auto": the largest version that each reader takes from the folder."""
+    """Largest version, in bytes, that each reader takes from the folder with transport = "auto"."""
     mirror: str | None = None
-    """Where the relay keeps its copies: a folder that each node has for itself, in memory or on a fast
-    disk; default: /dev/shm, or the folder for temporary files where there is none. Needs room for a
-    version as stored, twice while a new one comes, with what it builds on: where there is none, the
-    workers of that node read the storage. Not in `run.root` or `root`, nor around them."""
+    """Folder on every node, in memory or on a fast disk, for the relay's copies. Default: /dev/shm, or
+    the folder for temporary files if there is none. Needs space for a version as stored with the
+    versions that it builds on, twice while a new one arrives. On a node without the space, the
+    workers read the storage. Must not be inside or above `run.root` or `root`."""
     mirror_streams: PositiveInt = 8
-    """Files that the relay reads from the storage at once, over all nodes."""
+    """Files that the relays of all nodes together read from the storage at once."""
     dtype: Dtype | None = None
-    """Type of the published tensors; default: the generation pool's."""
+    """Type of the published tensors. Default: the generation pool's."""
     rounding: Rounding | None = None
-    """How weights merged from adapters become bfloat16. `stochastic`, the default: up or down by the
-    chance that makes the mean exact, the same bits each time. `nearest` loses most of a small update:
-    a weight that moves by less than half a unit does not move."""
+    """Rounding to bfloat16 of weights merged from adapters. `stochastic`, the default: up or down
+    with the probability that makes the mean exact, and with the same bits each time. `nearest`
+    loses most of a
+    small update: a weight that changes by less than half a unit does not change."""
     format: Literal["full", "delta", "adapter"] = "full"
-    """`delta` writes only what changed since the version before, without loss. Suits small steps in
-    bfloat16 and slow file systems. Each learner rank then keeps its share of the last version in
-    host memory, and each part of a generation worker the whole of it. `adapter`, with [learner.lora],
-    writes adapters only, after a first version in full; each part of a generation worker keeps the
-    weights under them in host memory. What readers get is the same in all formats, to the bit."""
+    """Format of stored versions. Readers get bitwise identical weights in all formats.
+    `full`: all tensors.
+    `delta`: only the changes since the previous version, without loss. Suits small steps in
+    bfloat16 and slow file systems. Each learner rank keeps its share of the last version in host
+    memory, and each part of a generation worker keeps all of it.
+    `adapter`: adapters only, after a first full version. Only with [learner.lora]. Each part of a
+    generation worker keeps the base weights in host memory."""
     anchor_every: int = Field(default=8, ge=2, le=64)
-    """With format = "delta" one version in this many is written in full, which bounds how many a
-    worker that joins late has to read."""
+    """Versions between two full ones with format = "delta". Bounds how many versions a worker that
+    joins late has to read."""
     publish_every: PositiveInt = 1
-    """Steps between two published versions; a step is learner.epochs * learner.minibatches optimizer
+    """Steps between two published versions. A step is learner.epochs * learner.minibatches optimizer
     steps."""
     publish_timeout_s: PositiveFloat = 300.0
 
     @field_validator("transport", mode="before")
     @classmethod
-    def _not_removed(cls, transport: Any) -> Any:
+    def _refuse_removed(cls, transport: Any) -> Any:
         if transport in REMOVED_TRANSPORTS:
             raise ValueError(
                 f"weights.transport = {transport!r} does not exist. Set 'relay', which carries "
@@ -448,45 +461,47 @@ class Weights(Section):
 
 
 class Buffer(Section):
-    """Finished groups on disk, from which a resumed run and a learner that lost one take them."""
+    """Storage of finished groups on disk, for a resumed run and for a learner that needs one again."""
 
     durable: bool = True
-    """Write every finished group to `experience/` in the run directory before it counts as finished.
-    A group that cannot be written ends the run."""
+    """Write every group to `experience/` in the run directory before it is treated as finished. A group
+    that cannot be written ends the run."""
     fsync: Literal["group", "never"] = "never"
-    """`never`: a finished group survives the death of any process. `group`: a power cut as well; each
-    group then waits for the disk."""
+    """Durability of a finished group. `never`: it survives the death of any process. `group`: it
+    survives a power cut too, and each group waits for the disk."""
     write_timeout_s: PositiveFloat = 60.0
-    """Deadline of writing one group. Past it the run ends as with a full disk, and the same command
-    goes on."""
+    """Deadline in seconds for writing one group. Past it the run ends, as with a full disk. To
+    resume it, run the same command again."""
     keep_steps: int = Field(default=2, ge=0)
-    """Groups of this many last steps stay to be looked at (`rlhf-cluster inspect`), beside those that
-    a checkpoint on disk can still ask for."""
+    """Number of last steps whose groups are kept for `rlhf-cluster inspect`, in addition to the groups
+    that a checkpoint on disk may still need."""
     replay: Replay | None = None
-    """[buffer.replay]: part of each step's groups are such as earlier steps trained. Default: every
-    group is trained exactly once."""
+    """[buffer.replay]: train part of each step on groups of earlier steps. Default: every group is
+    trained exactly once."""
 
 
 class Checkpoint(Section):
-    """Checkpoints of the whole run, from which the same command continues it."""
+    """Checkpoints of the whole run. Running the same command again resumes from the newest one."""
 
     every: int = Field(default=50, ge=0)
-    """Steps between two checkpoints; the last step has one too. 0: only when the run is stopped.
-    Writing goes on behind the steps that follow, from a copy in host memory of 12 bytes a trained
-    parameter, shared among the ranks."""
+    """Steps between two checkpoints; the last step has one too. 0: only when the run is stopped. A
+    checkpoint is written in the background during the next steps, from a copy in host memory of 12
+    bytes per trained parameter, divided among the ranks."""
     keep: PositiveInt = 2
-    """How many stay on disk. An older one is deleted once a newer one is complete."""
+    """Number of checkpoints on disk. An older one is deleted once a newer one is complete."""
     keep_best: int = Field(default=0, ge=0, le=1)
-    """1: beside the newest the one stays whose last 10 steps had the highest mean reward. A run goes on
-    from the newest."""
+    """1: keep in addition the checkpoint whose last 10 steps had the highest mean reward. A run resumes
+    from the newest in any case."""
     copy_to: str | None = None
-    """URL of a folder for a second copy of what is on disk, such as file:///mnt/copies or
-    s3://bucket/runs (any storage of fsspec, below it a folder a run). A run without a whole checkpoint
-    where it is started goes on from there. Credentials belong into the storage's own environment."""
+    """URL of a folder for a second copy of the checkpoints on disk, such as file:///mnt/copies or
+    s3://bucket/runs. Any storage of fsspec; each run has a folder in it. A run that has no complete
+    checkpoint where it is started resumes from the copy. Put credentials into the storage's own
+    environment variables."""
     timeout_s: PositiveFloat = 600.0
-    """Deadline of writing one, of reading all of one before a run goes on from it, and of each of
-    copying one and fetching one."""
+    """Deadline in seconds for writing a checkpoint, for reading all of it before a run resumes from it,
+    for copying it, and for fetching a copy; each has this time."""
     notice_s: float = Field(default=45.0, gt=0, le=3600)
-    """After SIGTERM, Ctrl-C or stop the run ends its step and writes a checkpoint, within this: more
-    than both take. A second signal ends it at once. A job is given that time; a pod of Kubernetes has
-    its terminationGracePeriodSeconds, 120 in the files of deploy/kuberay: over 100 s raise that too."""
+    """Seconds in which the run finishes its step and writes a checkpoint after SIGTERM, Ctrl-C or stop.
+    Set it to more than both take. A second signal ends the run at once. A job gets this time. A pod of
+    Kubernetes has terminationGracePeriodSeconds, 120 in the files of deploy/kuberay: for values greater
+    than 100 raise that too."""

@@ -2,7 +2,7 @@
 
 A configuration is a TOML file of pydantic sections: frozen, unknown keys refused, no infinities.
 Overrides come as `section.key=value` with the value in TOML syntax (a bare word is a string).
-Everything that is wrong ends as one `ConfigError` listing file, key, what was found and the cure.
+All problems are raised as one `ConfigError` that lists file, key, value and fix.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rlhf_cluster.errors import ConfigError
 
 
 class Section(BaseModel):
-    """Base of every configuration section."""
+    """Base of every configuration section: frozen, unknown keys refused, no infinities."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -37,12 +37,12 @@ C = TypeVar("C")
 
 
 def load(cls: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
-    """Read `path`, apply `overrides` in order, validate. Raises `ConfigError`."""
+    """Read `path`, apply `overrides` in order and validate. Raises `ConfigError`."""
     return validate(cls, read_tree(path, overrides), source=str(path))
 
 
 def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """What `path` holds, with `overrides` applied in order. Raises `ConfigError`."""
+    """Read the TOML file at `path` and apply `overrides` in order. Raises `ConfigError`."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -87,7 +87,7 @@ def check_all(config: C, checks: Iterable[Callable[[C], None]]) -> None:
 
 
 def validate(cls: type[S], tree: dict[str, Any], source: str) -> S:
-    """Build `cls` from `tree`; every problem in one `ConfigError` that starts with `source`."""
+    """Build `cls` from `tree`. Raises one `ConfigError` with all problems, starting with `source`."""
     try:
         return cls.model_validate(tree)
     except ValidationError as error:
@@ -125,6 +125,7 @@ def _explain(cls: type[Section], problem: Any) -> Sequence[str]:
 
 
 def _explain_one(cls: type[Section], problem: Any) -> str:
+    """Return one line that describes a problem of pydantic: key, what is wrong, hint."""
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location) or "configuration"
     kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
@@ -136,9 +137,7 @@ def _explain_one(cls: type[Section], problem: Any) -> str:
     if kind == "missing":
         return f"{key}: required, and not given"
     if kind == "model_type":
-        return (
-            f"{key}: expected a section, [{key}] with keys of its own; found {problem['input']!r}"
-        )
+        return f"{key}: expected a section, [{key}] with its own keys; found {problem['input']!r}"
     if kind == "union_tag_invalid":
         context = problem["ctx"]
         return f"{key}: unknown type {context['tag']!r}; expected one of {context['expected_tags']}"
@@ -148,6 +147,7 @@ def _explain_one(cls: type[Section], problem: Any) -> str:
 
 
 def _known_keys(cls: type[BaseModel], location: Sequence[str]) -> list[str]:
+    """Return the keys that are allowed at `location`, over all types of a tagged union."""
     models: list[type[BaseModel]] = [cls]
     for part in location:
         models = (

@@ -1,4 +1,4 @@
-"""Values that several sections share. This module imports no other section."""
+"""Types of values that several sections share. This module imports no section."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ Rounding = Literal["nearest", "stochastic"]
 
 
 FrozenQuantization = Literal["int8"]
-"""How the linear layers of a model that is not trained are held, computed in its `dtype`."""
+"""Storage type of the linear layers of a model that is not trained. It computes in its `dtype`."""
 
 
 HeadDtype = Literal["float32", "model"]
+"""Type of the logits: float32, or that of the model's own head."""
 
 
 OnStale = Literal["wait", "drop", "reweight"]

@@ -1,4 +1,4 @@
-"""Several works at once, of which the first failure ends the others."""
+"""Run coroutines concurrently; the first failure cancels the others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 async def together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """What all give, in order. The first failure ends the others, and is raised."""
+    """Return the results in order. The first failure cancels the other coroutines and is raised."""
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(work) for work in works]

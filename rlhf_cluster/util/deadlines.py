@@ -1,11 +1,11 @@
-"""How deadlines nest: who waits for a reply waits longer than who works on it may take.
+"""Nested deadlines: a caller waits longer than its callee may take.
 
-With equal deadlines the one that began first passes first, and it is the caller's: a worker that is
-only slow would look silent, and be killed with everything else that it does, before it could say that
-its call was late. So every wait for a remote call is `reply_deadline` of what the callee may take, and
-the deadline around several of them is the `reply_deadline` of their sum.
+If both deadlines were equal, the caller's would pass first, since it began first. A worker that is only
+slow would then look silent, and would be killed with all its other work before it could report that its
+call was late. So every wait for a remote call is `reply_deadline` of the callee's time limit. The
+deadline around several calls is `reply_deadline` of their sum.
 
-`tests/unit/util/test_deadlines.py` walks the pairs of a run's configuration.
+`tests/unit/util/test_deadlines.py` checks the pairs of deadlines in a run's configuration.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ _SHARE, _LEAST_S, _MOST_S = 0.1, 0.5, 30.0
 
 
 def reply_deadline(*inner_s: float) -> float:
-    """Seconds to wait for calls, one after another, that may take `inner_s` each: their sum, and a
-    margin of half a second and a tenth of it, at most 30 s."""
+    """Return the seconds to wait for consecutive calls that may take `inner_s` seconds each.
+
+    The result is their sum and a margin: 0.5 s plus a tenth of the sum, at most 30 s.
+    """
     total_s = sum(inner_s)
     return total_s + min(_MOST_S, _LEAST_S + _SHARE * total_s)
 
 
 def callee_deadline(outer_s: float) -> float:
-    """The longest that a callee may take whose caller waits `outer_s`, by `reply_deadline`."""
+    """Return the seconds that a callee may take if its caller waits `outer_s` (`reply_deadline`)."""
     return max(0.0, (outer_s - _LEAST_S) / (1 + _SHARE), outer_s - _MOST_S)
 
 
@@ -35,7 +37,7 @@ _call_ends: ContextVar[float | None] = ContextVar("call_ends", default=None)
 
 @contextmanager
 def call_deadline(seconds: float, clock: Callable[[], float] = time.monotonic) -> Iterator[None]:
-    """What this thread waits for inside the block, one thing after another, has `seconds` in all."""
+    """Limit all waits of this thread inside the block to `seconds` in total (`left_of_call`)."""
     token = _call_ends.set(clock() + seconds)
     try:
         yield
@@ -44,6 +46,6 @@ def call_deadline(seconds: float, clock: Callable[[], float] = time.monotonic) -
 
 
 def left_of_call(limit_s: float, clock: Callable[[], float] = time.monotonic) -> float:
-    """Seconds for one wait: `limit_s`, or what is left of the `call_deadline` that it is part of."""
+    """Return the seconds for one wait: `limit_s`, or what remains of the `call_deadline` around it."""
     ends = _call_ends.get()
     return limit_s if ends is None else max(0.0, min(limit_s, ends - clock()))

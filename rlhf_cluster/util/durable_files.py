@@ -1,13 +1,14 @@
-"""Files that survive a power cut, and errors of a storage that may pass.
+"""Files that survive a power cut, and retries after transient errors of a storage.
 
 Promises:
-- `write_whole`: a reader sees the old file or the new one, never a part; with `fsync` that holds after
-  a power cut too, and the new one is there when it returns;
-- a folder that `make_folders` made, and what `sync_tree` went through, is there after a power cut;
-- `take_lock` excludes other processes or says why it cannot, and which mount option is missing;
-- `share` gives a file that a library wrote for its owner alone the permissions of any new file;
-- an error that the file system answers with (EIO, ESTALE, EACCES, ETIMEDOUT, ...) never passes for a
-  file that is missing or damaged: `patiently` tries again, a bounded number of times, then refuses.
+- `write_whole`: a reader sees the old file or the new one, never a part. With `fsync` this holds after
+  a power cut too, and the new file is on disk when the call returns;
+- folders that `make_folders` made, and entries of the folders below `sync_tree`'s root, survive a power
+  cut;
+- `take_lock` excludes other processes, or raises an error that names the missing mount option;
+- `share` gives a file that a library made readable by its owner alone the permissions of a new file;
+- an error of the file system (EIO, ESTALE, EACCES, ETIMEDOUT, ...) is never treated as a missing or
+  damaged file: `patiently` tries again a bounded number of times, then raises `StorageError`.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ T = TypeVar("T")
 
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Seconds between tries of `patiently`."""
+
+# errors that mean that the path does not exist, rather than that the storage fails
 _OF_NAMES = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
 
 def passing(error: BaseException) -> BaseException | None:
-    """The error of the storage that caused `error`; None where what was read is missing or damaged."""
+    """Return the storage's error that caused `error`; None if the file is missing or damaged."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, StalledError):
         if isinstance(cause, StorageError):
@@ -49,9 +52,16 @@ def patiently(
     sleep: Callable[[float], None] = time.sleep,
     pauses: Sequence[float] = PAUSES,
 ) -> T:
-    """What `read` returns; tried again after each of `pauses` while the storage answers with an error.
+    """Call `read` and return its result; try again while the storage answers with an error.
 
-    Raises `StorageError`, which names `what`, in the end; at once what else `read` raises.
+    Args:
+        read: the call. Errors other than the storage's (`passing`) are raised at once.
+        what: name of what is read, for the error.
+        cure: last sentence of the error: what else the user can do.
+        pauses: seconds to sleep before each further try.
+
+    Raises:
+        StorageError: the storage still answers with an error at the last try.
     """
     for pause in (*pauses, None):
         try:
@@ -64,8 +74,8 @@ def patiently(
                 where = "" if isinstance(error, OSError) else f" ({error})"
                 raise StorageError(
                     f"{what}: cannot be read, {type(cause).__name__}: {cause}{where}, in "
-                    f"{len(pauses) + 1} tries over {sum(pauses):g} s. It may be whole, so nothing "
-                    f"older takes its place. Mend the storage and give the same command again. {cure}"
+                    f"{len(pauses) + 1} tries over {sum(pauses):g} s. It may be intact, so nothing "
+                    f"older takes its place. Repair the storage and run the same command again. {cure}"
                 ) from error
         sleep(pause)
     raise AssertionError("the last try returns or raises")
@@ -77,9 +87,10 @@ def take_lock(
     shared: bool = False,
     flock: Callable[[int, int], None] = fcntl.flock,
 ) -> bool:
-    """Whether the lock of the open file `fd` at `path` was taken now; it ends with the file.
+    """Try to lock the open file `fd` at `path`, and return whether that succeeded.
 
-    Raises `StorageError` on a file system that has no locks between processes.
+    Closing the file releases the lock. Raises `StorageError` on a file system that has no locks
+    between processes.
     """
     try:
         flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -96,7 +107,7 @@ def take_lock(
 
 
 def share(path: Path) -> None:
-    """Give the file the permissions that the umask leaves a new one. Raises `OSError`."""
+    """Give the file the permissions that a new file has under the umask. Raises `OSError`."""
     probe = path.with_name(f".{path.name}.mode")
     probe.unlink(missing_ok=True)
     os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
@@ -119,7 +130,7 @@ def write_whole(path: Path, data: bytes, fsync: bool = False) -> None:
 
 
 def make_folders(path: Path) -> None:
-    """Make `path` and all folders above it, each durable in its parent. Raises `OSError`."""
+    """Make `path` and all folders above it, so that they survive a power cut. Raises `OSError`."""
     if path.is_dir():
         return
     make_folders(path.parent)
@@ -137,6 +148,6 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_tree(root: Path) -> None:
-    """`sync_folder` of `root` and of every folder below it, the innermost first."""
+    """Call `sync_folder` for `root` and every folder below it, the innermost first."""
     for folder, _, _ in os.walk(root, topdown=False):
         sync_folder(Path(folder))

@@ -1,6 +1,6 @@
-"""JSON files that are written as a whole.
+"""JSON files that are replaced atomically.
 
-Promises: a reader sees the old file or the new one, never a part; no secret of this process is in it.
+Promises: a reader sees the old file or the new one, never a part. No secret of this process is in it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,19 @@ from rlhf_cluster.util.durable_files import write_whole
 
 
 def write_json(path: Path, value: Mapping[str, Any], fsync: bool = False) -> None:
-    """`fsync`: what is written survives a power cut. Raises `OSError`."""
+    """Write `value` without the secrets of this process (`redaction`). Raises `OSError`.
+
+    `fsync`: the file survives a power cut.
+    """
     text = json.dumps(redaction.of_process(value), indent=2, default=str) + "\n"
     write_whole(path, text.encode(), fsync)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """None where there is no such file, or one that is not JSON. Raises `OSError` for any other error
-    of the storage: the file may be there."""
+    """Read a JSON file; None if there is no such file, or if it is not JSON.
+
+    Raises `OSError` for any other error of the storage, as the file may exist.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):

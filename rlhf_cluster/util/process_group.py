@@ -1,7 +1,7 @@
-"""The group of learner ranks: where they meet, and how long anyone waits for the others.
+"""Process group of the learner ranks: rendezvous store, joining, deadlines.
 
-The ranks meet at a store, which is served on a socket that listens already when its address is given
-out: a port that is looked for first and opened later may be taken in between.
+The ranks meet at a store. Its socket listens before its address is published, since another process
+could take a port that is chosen first and opened later.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ TCPStore = dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 
 def serve_store(listener: socket.socket) -> TCPStore:
-    """A store for the ranks of one group, served on `listener` while the object lives.
+    """Serve a store for the ranks of one group on `listener`, for as long as the returned object lives.
 
-    Takes the socket over. Ranks may connect before: they wait in the socket's queue.
+    The store takes over the socket. Ranks that connect earlier wait in the socket's queue.
     """
     host, port = listener.getsockname()[:2]
     return TCPStore(
@@ -42,13 +42,15 @@ def join_group(
 ) -> DeviceMesh:
     """Meet the other ranks and build the data-parallel mesh.
 
-    Waits for the store at `init_method` (tcp://host:port of `serve_store`; None: a group of one) and
-    for all ranks to reach it, both within `start_timeout_s`, so that ranks may take unequal time to
-    load. After that every collective has `collective_timeout_s`.
+    `init_method` is tcp://host:port of `serve_store`; None for a group of one. Ranks may take
+    different times to load: only `start_timeout_s` bounds the wait for all of them. After that every
+    collective has `collective_timeout_s`.
 
     Raises:
         ConfigError: an address that is not tcp://host:port, or none for several ranks.
-        StalledError: no store, or not all ranks came; names those that did not.
+        StalledError: no store, or ranks that did not come in time; the message names them.
+
+    Waits for: the store, then all ranks. Unblocked by: the last rank, or `start_timeout_s` for both.
     """
     ends = time.monotonic() + start_timeout_s
     store = _store(init_method, world_size, start_timeout_s)
@@ -89,7 +91,7 @@ def _store(init_method: str | None, world_size: int, timeout_s: float) -> Store:
 
 
 def _wait_for_all(store: Store, rank: int, world_size: int, timeout_s: float) -> None:
-    """Waits until every rank has said that it came."""
+    """Report this rank in the store, and wait until every rank has done so."""
     store.set(f"rank {rank}", "came")
     try:
         store.wait([f"rank {r}" for r in range(world_size)], datetime.timedelta(seconds=timeout_s))

@@ -1,4 +1,4 @@
-"""What a run was made with: versions, commit, command line. Secrets never get in."""
+"""Provenance of a run: versions, commit and command line, without secrets."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ PACKAGES = (
     "deepspeed",
     "flash-attn",
 )
+# names of settings and variables whose values are secrets
 SECRET = re.compile(
     r"(^|[._-])(token|secret|password|passwd|passphrase|credentials?|authorization|cookie"
     r"|((api|access|account|private|secret)[_-]?)?key)$",
@@ -43,7 +44,7 @@ GIT_TIMEOUT_S = 10.0
 
 
 def describe_environment(argv: Iterable[str], seed: int) -> dict[str, Any]:
-    """Python, platform, package versions (None = not installed), git commit, argv, seed."""
+    """Return Python, platform, package versions (None: not installed), git commit, argv and seed."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -56,7 +57,7 @@ def describe_environment(argv: Iterable[str], seed: int) -> dict[str, Any]:
 
 @functools.cache
 def code_digest() -> str:
-    """A digest of this project's Python files, as this process has them on disk."""
+    """Return a digest of this project's Python files on this machine's disk."""
     found = hashlib.sha256()
     for package in ("rlhf_cluster", "actors"):
         for path in sorted((CODE / package).rglob("*.py")):
@@ -65,8 +66,11 @@ def code_digest() -> str:
 
 
 def check_same_code(variables: Mapping[str, str], where: str) -> None:
-    """Raise `RunError` when the process that started this one has other code; `where` names this node.
-    `variables` are those of the environment: `DIGEST_VARIABLE` says what that one has."""
+    """Raise `RunError` if this process has other code than the driver that started it.
+
+    `variables` are the environment's; `DIGEST_VARIABLE` holds the driver's digest. `where` names this
+    node.
+    """
     wanted, here = variables.get(DIGEST_VARIABLE), code_digest()
     if wanted is not None and wanted != here:
         raise RunError(
@@ -77,7 +81,7 @@ def check_same_code(variables: Mapping[str, str], where: str) -> None:
 
 
 def git_commit(folder: Path) -> dict[str, Any] | None:
-    """Commit of the checkout that holds `folder`, and whether it has changes. None outside one."""
+    """Return commit and `has_changes` of the checkout around `folder`; None outside a checkout."""
     commit = _git(folder, "rev-parse", "HEAD")
     if commit is None:
         return None
@@ -86,8 +90,10 @@ def git_commit(folder: Path) -> dict[str, Any] | None:
 
 
 def without_secrets(value: Any, key: str = "") -> Any:
-    """`value` with whatever stands under a secret's key replaced by "(hidden)", and so are the
-    credentials of URLs."""
+    """Replace values whose key names a secret, and credentials in URLs, by "(hidden)".
+
+    `key` is the key of `value` itself.
+    """
     if isinstance(value, Mapping):
         return {k: without_secrets(v, str(k)) for k, v in value.items()}
     if isinstance(value, list):
@@ -98,7 +104,7 @@ def without_secrets(value: Any, key: str = "") -> Any:
 
 
 def without_credentials(text: str) -> str:
-    """`text` with user, password and query of every URL in it replaced by "(hidden)"."""
+    """Replace user, password and query of every URL in `text` by "(hidden)"."""
     text = _USER.sub(rf"\1{HIDDEN}@", text)
     return _QUERY.sub(rf"\1?{HIDDEN}", text)
 

@@ -1,10 +1,14 @@
-"""Secrets in text: which values they are, and text without them.
+"""Secrets: finding their values, and removing them from what is written.
 
-A secret is what stands in an environment variable whose name says so, in one that a setting NAME_env
-names, or under a setting whose own name says so; and whatever a process has told by `hide`.
+The secrets are:
+- the value of an environment variable whose name looks like that of a secret;
+- the value of an environment variable that a setting NAME_env names;
+- the value of a setting whose own name looks like that of a secret;
+- the values that the process has passed to `hide`.
 
-Promises: `redacted` leaves none of them in any part of a value, nor the credentials of a URL. What a
-process writes for people to read (logs, the JSON files of a run directory) goes through it.
+Promises: `redacted` leaves no secret, and no credentials of a URL, in any part of a value.
+Everything that a process writes for users to read (logs, JSON files of a run directory) goes
+through it.
 """
 
 from __future__ import annotations
@@ -21,27 +25,27 @@ from rlhf_cluster.util.provenance import (
 )
 
 MIN_CHARACTERS = 6
-"""A shorter value would blank out ordinary words."""
+"""Least length of a secret. Replacing a shorter value would blank out ordinary words."""
 _SECRET_VARIABLE = re.compile(r"(token|secret|passw|credential|key|authorization)", re.I)
 _NO_SECRET = re.compile(r"(tokenizers?_|_(mode|path|file|dir|folder)$)", re.I)
 _NAMES_A_VARIABLE = "_env"
 
-_hidden: list[str] = []  # of this process, the longest first
+_hidden: list[str] = []  # secrets of this process, the longest first
 
 
 def hide(secrets: Iterable[str]) -> None:
-    """From now on `of_process` leaves these values out, in this process."""
+    """Make `of_process` replace these values from here on, in this process."""
     found = {*_hidden, *(s for s in secrets if len(s) >= MIN_CHARACTERS)}
     _hidden[:] = _longest_first(found)
 
 
 def of_process(value: Any) -> Any:
-    """`redacted` of all that this process has been told to hide."""
+    """Return `value` without the secrets that this process has passed to `hide`."""
     return redacted(value, _hidden)
 
 
 def secrets_of(config: Mapping[str, Any], variables: Mapping[str, str] = os.environ) -> list[str]:
-    """The values that must not be read anywhere, the longest first."""
+    """Return the secrets in a configuration and the environment, the longest first."""
     found = {
         value
         for name, value in variables.items()
@@ -56,8 +60,10 @@ def secrets_of(config: Mapping[str, Any], variables: Mapping[str, str] = os.envi
 
 
 def redacted(value: Any, secrets: Sequence[str]) -> Any:
-    """`value`, of mappings and sequences of any depth, without `secrets` and without credentials of
-    URLs. Sequences become lists, keys strings."""
+    """Return `value` without `secrets` and without credentials of URLs, at any depth.
+
+    Mappings and sequences are copied: sequences become lists, keys become strings.
+    """
     if isinstance(value, Mapping):
         return {str(redacted(str(k), secrets)): redacted(v, secrets) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -70,7 +76,7 @@ def redacted(value: Any, secrets: Sequence[str]) -> Any:
 
 
 def _leaves(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """The values that are no container, as text, each with the key that it stands under."""
+    """Yield (key, text) of every value that is not a container; `key` is the innermost key above it."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             yield from _leaves(inner, str(name))
@@ -82,4 +88,5 @@ def _leaves(value: Any, key: str) -> Iterator[tuple[str, str]]:
 
 
 def _longest_first(values: Iterable[str]) -> list[str]:
+    """Sort so that a secret is replaced before a shorter one that is part of it."""
     return sorted(values, key=lambda value: (-len(value), value))

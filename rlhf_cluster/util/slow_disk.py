@@ -1,14 +1,16 @@
-"""Writes that may take very long: told of after a while, given up at a deadline.
+"""File operations with a deadline, each in a separate thread.
 
-A system call that waits for a disk cannot be ended. So it runs in a thread of its own, which ends with
-its process at the latest, and who waits for it waits here, with a deadline.
+A system call that waits for a disk cannot be cancelled. So it runs in a daemon thread, which ends with
+the process at the latest, and the caller waits for the thread with a deadline.
 
 Promises:
-- a write that has taken `told_fraction` of its deadline is told of, once, with what it is, where, and
-  how long it may take; so is that it came to its end after all;
-- nobody waits longer than the deadline, whatever the disk does, nor does the end of the process;
-- a call that was given up learns it from `check_wanted`, which whatever makes something visible asks
-  right before it does: what was given up stays invisible.
+- a write that has taken `told_fraction` of its deadline is logged once as slow, with its path and its
+  deadline. `Patience.wait` also logs when it has finished after all;
+- no caller waits longer than the deadline, whatever the disk does, and neither does the process when
+  it exits;
+- an operation whose caller has stopped waiting (an abandoned operation) makes nothing visible. Code
+  that is about to make something visible, such as a rename, calls `check_wanted` first, which
+  raises in an abandoned operation.
 """
 
 from __future__ import annotations
@@ -31,14 +33,17 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 GRACE_S = 0.5
-"""How long a caller of `Behind` waits for a disk that is not slow."""
+"""Seconds that a caller of `Behind.put` waits for its write, enough for a disk that is not slow."""
 MAX_BEHIND = 10_000
-"""Writes that wait for the one under way."""
+"""Bound on the writes of a `Behind` that wait behind the running one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patience:
-    """`setting` is what `limit_s` was given as, for the error's cure."""
+    """Deadline of a file operation, with the texts that report it.
+
+    `setting` is the configuration key of `limit_s`, for the messages. `tell` logs a message.
+    """
 
     limit_s: float
     setting: str
@@ -47,25 +52,27 @@ class Patience:
 
     @property
     def slow_s(self) -> float:
-        """From here on a write is slow."""
+        """Seconds after which an operation is logged as slow."""
         return self.limit_s * self.told_fraction
 
     def slow(self, what: str) -> str:
+        """Return the warning for an operation that is slow."""
         return (
             f"slow disk: {what} is not written after {self.slow_s:g} s, and has "
             f"{self.setting} = {self.limit_s:g} s"
         )
 
     def over(self, what: str) -> str:
+        """Return the error message for an operation that passed its deadline."""
         return (
             f"{what} was not written within {self.setting} = {self.limit_s:g} s: the disk is slow, or "
             "does not answer"
         )
 
     def wait(self, what: str, write: Callable[[], T]) -> T:
-        """What `write` returns or raises. `what` names the path, too.
+        """Run `write` in a thread, and return or raise what it does. `what` names it and its path.
 
-        Waits for: its end, in a thread. Unblocked by: that, or `StalledError` at the deadline.
+        Waits for: the end of `write`. Unblocked by: that, or `StalledError` at the deadline.
         """
         job = _Job(write)
         threading.Thread(target=job.run, name="disk", daemon=True).start()
@@ -78,19 +85,19 @@ class Patience:
         return job.result()
 
     async def aside(self, what: str, call: Callable[..., T], *arguments: Any) -> T:
-        """`aside` with the deadline. Raises what `call` raises, and `StalledError`."""
+        """Run the function `aside` with this deadline; a passed deadline raises `StalledError`."""
         ends = asyncio.timeout(self.limit_s)
         try:
             async with ends, self.telling(what):
                 return await aside(call, *arguments)
         except TimeoutError:
             if not ends.expired():
-                raise  # its own
+                raise  # an error of the call itself
             raise StalledError(f"{self.over(what)}. Give it a faster disk, or raise that") from None
 
     @asynccontextmanager
     async def telling(self, what: str) -> AsyncIterator[None]:
-        """Tell of the block when it is slow. Its deadline is the caller's."""
+        """Log the block once if it is slow. The caller sets the deadline."""
         timer = asyncio.get_running_loop().call_later(
             self.slow_s, lambda: self.tell(self.slow(what))
         )
@@ -101,10 +108,10 @@ class Patience:
 
 
 def within(limit_s: float, what: str, call: Callable[[], T]) -> T:
-    """What `call` returns or raises.
+    """Run `call` in a thread, and return or raise what it does.
 
-    Waits for: its end, in a thread. Unblocked by: that, or `StalledError` after `limit_s`; the thread
-    is left to itself then, and makes nothing visible (`check_wanted`).
+    Waits for: the end of `call`. Unblocked by: that, or `StalledError` after `limit_s`. The thread is
+    abandoned then, and makes nothing visible (`check_wanted`).
     """
     job = _Job(call)
     threading.Thread(target=job.run, name="disk", daemon=True).start()
@@ -115,17 +122,17 @@ def within(limit_s: float, what: str, call: Callable[[], T]) -> T:
 
 
 _jobs = threading.local()
-"""`running`: the jobs that this thread is inside of."""
+"""Per thread: `running` lists the jobs that the thread is running, the outermost first."""
 
 
 def check_wanted(what: object) -> None:
-    """Raise `StalledError` in a call that its caller has given up. `what` would become visible next."""
+    """Raise `StalledError` inside an abandoned operation, before it makes `what` visible."""
     if any(job.given_up for job in getattr(_jobs, "running", ())):
-        raise StalledError(f"{what}: comes after its deadline and was given up; it stays invisible")
+        raise StalledError(f"{what}: abandoned after its deadline; it stays invisible")
 
 
 class _Job(Generic[T]):
-    """One call, and what came of it. `given_up`: its caller waits no more."""
+    """One call with its result or error. `given_up`: its caller has stopped waiting."""
 
     def __init__(self, call: Callable[[], T]) -> None:
         self._call = contextvars.copy_context().run, call
@@ -139,7 +146,7 @@ class _Job(Generic[T]):
         _jobs.running = [*getattr(_jobs, "running", ()), self]
         try:
             self._returned.append(in_context(call))
-        # Whatever it raises is raised again where the result is asked for.
+        # Any error is raised again by `result`.
         except BaseException as error:
             self._raised = error
         finally:
@@ -153,11 +160,13 @@ class _Job(Generic[T]):
 
 
 async def aside(call: Callable[..., T], *arguments: Any) -> T:
-    """What `call` returns or raises, in a daemon thread: neither the loop nor the process waits for
-    it in the end, as they do for the threads of `asyncio.to_thread`.
+    """Run `call` in a daemon thread, and return or raise what it does.
 
-    Waits for: the call. Cancelling leaves the thread to itself, and what it does from then on stays
-    invisible (`check_wanted`).
+    Neither the event loop nor the process waits for the thread at its end, as they would with
+    `asyncio.to_thread`.
+
+    Waits for: the call, without a deadline. Cancelling abandons the thread, which then makes nothing
+    visible (`check_wanted`).
     """
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[None] = loop.create_future()
@@ -169,7 +178,7 @@ async def aside(call: Callable[..., T], *arguments: Any) -> T:
 
     def run() -> None:
         job.run()
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        with suppress(RuntimeError):  # the loop is closed: no task waits any more
             loop.call_soon_threadsafe(tell)
 
     threading.Thread(target=run, name="disk", daemon=True).start()
@@ -182,16 +191,16 @@ async def aside(call: Callable[..., T], *arguments: Any) -> T:
 
 
 class Latest(Generic[T]):
-    """The newest answer of `look`, which asks a disk that may take very long: nobody waits for it."""
+    """Newest result of `look`, which asks a disk that may be slow. No caller waits for it."""
 
     def __init__(self, look: Callable[[], T], first: T) -> None:
-        """`first` is the answer until there is one. The first look begins now."""
+        """Start the first call of `look`. Until it returns, `value` returns `first`."""
         self._look, self._found = look, first
         self._looking: threading.Thread | None = None
         self.value()
 
     def value(self) -> T:
-        """The last answer, or the one before the look that is under way. Begins the next look."""
+        """Return the newest result, and start the next call of `look` unless one is running."""
         if self._looking is None or not self._looking.is_alive():
             self._looking = threading.Thread(target=self._again, name="disk", daemon=True)
             self._looking.start()
@@ -203,11 +212,12 @@ class Latest(Generic[T]):
 
 @dataclass(slots=True, eq=False)
 class Behind:
-    """Writes in order, in one thread, which a caller waits for only where the disk is not slow.
+    """Queue of writes that one thread does in order. A slow disk does not hold up the caller.
 
-    `put` waits `grace_s` for its own write, and not at all behind one that is late. At most
-    `MAX_BEHIND` writes wait, each at most `patience.limit_s`. One that failed is raised by the call
-    that waits for it, or by the next; what waits behind it is given up with it.
+    `put` waits up to `grace_s` for its own write, but not at all if an earlier write is still running.
+    At most `MAX_BEHIND` writes wait, each at most `patience.limit_s`. The error of a failed write is
+    raised by the `put` or `flush` that waits for it, or by the next one, and the writes queued behind
+    it are dropped.
     """
 
     what: str
@@ -221,9 +231,10 @@ class Behind:
     _told: bool = False
 
     def put(self, write: Callable[[], None], latest: bool = False) -> None:
-        """`latest`: it takes the place of those that wait and have not begun.
+        """Queue one write. `latest`: it replaces the queued writes that have not begun.
 
-        Raises what a write raised; `StalledError` when one is over its deadline, or too many wait.
+        Raises the error of a failed write, and `StalledError` if a write has passed its deadline or
+        more than `MAX_BEHIND` wait.
         """
         with self._turn:
             self._raise()
@@ -239,7 +250,10 @@ class Behind:
             self._raise()
 
     def flush(self) -> None:
-        """Waits for: all that was put, at most the deadline. Raises as `put`."""
+        """Wait until all queued writes are done. Raises what `put` raises.
+
+        Waits for: the queued writes. Unblocked by: the last one, or `StalledError` at the deadline.
+        """
         with self._turn:
             ended = self._turn.wait_for(lambda: not self._running, self.patience.limit_s)
             self._raise()
@@ -260,7 +274,7 @@ class Behind:
             self.patience.tell(self.patience.slow(self.what))
 
     def _work(self) -> None:
-        """Until nothing waits. A write stays in the line until it is over."""
+        """Do the queued writes until none is left. A write stays in the queue until it is done."""
         while True:
             with self._turn:
                 if not self._waiting:
@@ -274,7 +288,7 @@ class Behind:
                 self._waiting.popleft()
                 try:
                     job.result()
-                # It is raised where the next write is put.
+                # `_raise` raises it in a later call of the caller.
                 except BaseException as error:
                     self._error = error
                     self._waiting.clear()

@@ -6,10 +6,9 @@ A tensor's bytes are cut into chunks of `CHUNK_BYTES`, counted from the tensor's
     tensor hash = xxh3_128(name, type, shape as JSON, newline, chunk hashes in order)
     digest      = xxh3_128(tensor hashes in order of the tensors' names)
 
-A rank that holds a range of a tensor hashes the pieces between chunk borders from its own memory;
-only a chunk that spans two ranks (`border_pieces`) has to be read again when the version is put
-together. xxh3 finds
-damage, not forgery: whoever can write the store is trusted.
+A rank that holds a range of a tensor hashes the pieces between chunk borders from its own memory.
+Only a chunk that spans two ranks (`border_pieces`) has to be read again when the version is
+assembled. xxh3 detects damage, not forgery: every process that can write the store is trusted.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK_BYTES = 1 << 16
-"""Part of the digest's definition: a multiple of every element size."""
+"""Bytes per chunk, a multiple of every element size. Part of the digest's definition."""
 HASH_BYTES = 16
 HASH_SCHEME = "xxh3_128/64KiB"
 
@@ -38,7 +37,7 @@ def pieces(start: int, stop: int) -> Iterator[tuple[int, int]]:
 
 
 def border_pieces(start: int, stop: int, size: int) -> list[tuple[int, int]]:
-    """The pieces of [start, stop) that are not a whole chunk of a tensor of `size` bytes."""
+    """Return the pieces of [start, stop) that are not a whole chunk of a tensor of `size` bytes."""
     return [(a, b) for a, b in pieces(start, stop) if not is_whole_chunk(a, b, size)]
 
 
@@ -47,7 +46,10 @@ def is_whole_chunk(start: int, stop: int, size: int) -> bool:
 
 
 def hash_pieces(data: memoryview, start: int) -> bytes:
-    """The hashes, `HASH_BYTES` each, of the pieces of `data`, whose first byte is byte `start`."""
+    """Return the hashes, `HASH_BYTES` each, of the pieces of `data`.
+
+    The first byte of `data` is byte `start` of the tensor.
+    """
     return b"".join(
         xxh3_128_digest(data[a - start : b - start]) for a, b in pieces(start, start + len(data))
     )
@@ -58,25 +60,25 @@ def hash_bytes(data: bytes | memoryview) -> str:
 
 
 def tensor_hash(name: str, dtype: str, shape: Sequence[int], chunk_hashes: bytes) -> str:
-    """The hash of a tensor from the hashes of all its chunks in order."""
+    """Return the hash of a tensor from the hashes of all its chunks in order."""
     header = json.dumps([name, dtype, list(shape)]).encode()
     return xxh3_128_hexdigest(header + b"\n" + chunk_hashes)
 
 
 def combine_hashes(tensor_hashes: Mapping[str, str]) -> str:
-    """The digest of a set of tensors, by name."""
+    """Return the digest of a set of tensors from their hashes by name."""
     return xxh3_128_hexdigest(
         "".join(tensor_hashes[name] for name in sorted(tensor_hashes)).encode()
     )
 
 
 def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """The digest that a version holding exactly these tensors (full shape, on the CPU) has."""
+    """Return the digest of a version with exactly these tensors (full shape, on the CPU)."""
     return combine_hashes({name: hash_of(name, tensor) for name, tensor in tensors})
 
 
 def hash_of(name: str, tensor: Tensor) -> str:
-    """The hash of a tensor, whole and on the CPU."""
+    """Return the hash of a tensor, complete and on the CPU."""
     hashes = hash_pieces(tensor_bytes(tensor), 0)
     return tensor_hash(name, dtype_name(tensor), tuple(tensor.shape), hashes)
 
@@ -86,7 +88,7 @@ def dtype_name(tensor: Tensor) -> str:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """A CPU tensor's memory, flattened, without a copy when it is contiguous."""
+    """Return a CPU tensor's memory, flattened, without a copy when it is contiguous."""
     import torch
 
     flat = tensor.detach().contiguous().reshape(-1)

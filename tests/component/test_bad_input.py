@@ -157,7 +157,7 @@ CASES = {
     ),
     "a prompt that is too long": (
         from_file("long.jsonl"),
-        ["1 of 2 prompts are over data.max_prompt_tokens = 8", "line 2", "15 tokens"],
+        ["1 of 2 prompts are longer than data.max_prompt_tokens = 8", "line 2", "15 tokens"],
     ),
     "sequences longer than the model": (
         ["data.max_prompt_tokens=60"],

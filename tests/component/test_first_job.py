@@ -15,7 +15,7 @@ from tests.support.servers.job_cluster import (
 )
 
 ENDS_S = 120.0
-ERROR = "error: task sort_digits: 256 of 256 prompts are over data.max_prompt_tokens = 3"
+ERROR = "error: task sort_digits: 256 of 256 prompts are longer than data.max_prompt_tokens = 3"
 
 pytestmark = pytest.mark.timeout(300)
 

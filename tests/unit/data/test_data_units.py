@@ -128,7 +128,7 @@ def test_every_row_that_is_not_trained_as_it_stands_is_counted_by_its_reason(tmp
     path = write_rows(tmp_path / "rows.jsonl", rows)
     kept = load_units(data(path, on_long="skip", on_unusable="skip"), Reading(), 0).counts
     assert (kept.rows, kept.units, kept.duplicates, kept.truncated) == (4, 1, 1, 0)
-    assert kept.skipped == {"empty": 1, "over data.max_tokens": 1}
+    assert kept.skipped == {"empty": 1, "longer than data.max_tokens": 1}
     assert kept.metrics()["stage/data_skipped"] == 2
     cut = load_units(data(path, on_long="truncate", on_unusable="skip"), Reading(), 0)
     assert (cut.counts.units, cut.counts.truncated) == (2, 1)
@@ -138,7 +138,7 @@ def test_every_row_that_is_not_trained_as_it_stands_is_counted_by_its_reason(tmp
         data(path, on_long="skip", on_unusable="skip", deduplicate=False), Reading(), 0
     )
     assert twice.counts.units == 2
-    with pytest.raises(DataError, match=r"over data.max_tokens = 6 \(line 3; the longest has 29"):
+    with pytest.raises(DataError, match=r"longer than .* = 6 \(line 3; the longest has 29"):
         load_units(data(path, on_unusable="skip"), Reading(), 0)
     with pytest.raises(DataError, match=r"line 4: .*set data.on_unusable = 'skip'"):
         load_units(data(path, on_long="skip"), Reading(), 0)

@@ -79,11 +79,11 @@ def test_labels_are_read_and_a_pair_makes_two_of_them() -> None:
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no layout": (
         {"question": "x", "good": "y"},
-        "'question', 'good' are no layout.*Expected prompt",
+        "'question', 'good' match no layout.*Expected prompt",
     ),
     "a null": (
         {"prompt": "x", "chosen": "y", "rejected": None},
-        "the columns 'prompt', 'chosen' are no layout",
+        "the columns 'prompt', 'chosen' match no layout",
     ),
     "labels": ({"prompt": "x", "completion": "y", "label": True}, "pairs are needed.*'kto'"),
     "a number": (

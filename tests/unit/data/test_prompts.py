@@ -146,7 +146,7 @@ def test_long_prompts_are_refused_with_their_lines(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         PromptSource(Data(path=path, max_prompt_tokens=9), TOKENIZER, seed=0)
     message = str(caught.value)
-    assert f"{path}: 3 of 6 prompts are over data.max_prompt_tokens = 9" in message
+    assert f"{path}: 3 of 6 prompts are longer than data.max_prompt_tokens = 9" in message
     assert "(line 2, line 4, line 6; the longest has 31 tokens)" in message
     assert "on_long_prompt = 'skip'" in message
 
@@ -164,12 +164,16 @@ def test_long_prompts_are_left_out_and_counted_when_asked_and_nothing_is_cut(
 
 def test_a_data_set_of_long_prompts_only_is_refused_even_with_skip(tmp_path: Path) -> None:
     data = Data(path=lengths(tmp_path), max_prompt_tokens=1, on_long_prompt="skip")
-    with pytest.raises(DataError, match=r"6 of 6 prompts are over.*Raise data.max_prompt_tokens$"):
+    with pytest.raises(
+        DataError, match=r"6 of 6 prompts are longer.*Raise data.max_prompt_tokens$"
+    ):
         PromptSource(data, TOKENIZER, seed=0)
 
 
 def test_a_task_whose_prompts_are_too_long_is_refused() -> None:
-    with pytest.raises(DataError, match=r"task sort_digits: 256 of 256 prompts are over.*= 7"):
+    with pytest.raises(
+        DataError, match=r"task sort_digits: 256 of 256 prompts are longer than.*= 7"
+    ):
         PromptSource(Data(task="sort_digits", max_prompt_tokens=7), TOKENIZER, seed=0)
 
 
@@ -255,7 +259,7 @@ def test_a_chat_template_that_fails_names_the_row(tmp_path: Path) -> None:
 
 def test_two_system_messages_are_refused(tmp_path: Path) -> None:
     messages = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
-    with pytest.raises(DataError, match=r"line 1.*system message of its own.*Remove one"):
+    with pytest.raises(DataError, match=r"line 1.*own system message.*Remove one"):
         chat_prompt(tmp_path, messages, system_prompt="c")
 
 

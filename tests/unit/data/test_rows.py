@@ -36,7 +36,7 @@ GOOD = '{"prompt": "1+1="}'
 @pytest.mark.parametrize(
     ("bad", "says"),
     [
-        ('{"prompt": "1', r"line 3: not valid JSON \(.*\)\. JSONL has one JSON object a line"),
+        ('{"prompt": "1', r"line 3: not valid JSON \(.*\)\. JSONL has one JSON object per line"),
         ('["1+1="]', r"line 3: a JSON list, expected an object such as"),
         (
             '{"text": "x", "n": 1}',

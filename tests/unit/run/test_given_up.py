@@ -217,7 +217,7 @@ def test_what_is_wanted_is_told_from_what_was_given_up():
         within(0.05, "a call", outer)
     answers.set()
     assert ended.wait(NEVER_S)
-    assert "version 7: comes after its deadline and was given up" in str(raised[0])
+    assert "version 7: abandoned after its deadline" in str(raised[0])
 
 
 class FailingMarker:
