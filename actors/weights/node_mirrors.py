@@ -20,7 +20,9 @@ from actors.cluster.named_actors import (
 )
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.util.slow_disk import aside
+from rlhf_cluster.weights.transports.mirror_carrier import ThreadCarrier
 from rlhf_cluster.weights.transports.mirror_folder import (
+    NodeCopies,
     copies_of,
     sweep,
 )
@@ -43,7 +45,7 @@ _CLEAR_TIMEOUT_S = 20.0
 
 
 class RelayActor:
-    """`node_mirror.Planner` for all nodes, one call at a time."""
+    """`mirror_ports.Planner` for all nodes, one call at a time."""
 
     def __init__(self, streams: int) -> None:
         self._plan = RelayPlan(streams=streams, uploads=PARALLEL)
@@ -55,11 +57,7 @@ class RelayActor:
         done: Sequence[tuple[Piece, Any]],
         failed: Sequence[tuple[Piece, str | None]],
     ) -> Assignment | None:
-        for piece, address in done:
-            self._plan.done(node, piece, address)
-        for piece, source in failed:
-            self._plan.failed(node, piece, source)
-        return self._plan.next(node, wanted) if wanted else None
+        return self._plan.exchange(node, wanted, done, failed)
 
     def keeps(self, node: str, versions: Sequence[int]) -> None:
         self._plan.keeps(node, versions)
@@ -69,7 +67,7 @@ class RelayActor:
 
 
 class RemotePlanner(NamedActor):
-    """`node_mirror.Planner` of the run, from a worker's process."""
+    """`mirror_ports.Planner` of the run, from a worker's process."""
 
     def __init__(self, run_name: str) -> None:
         super().__init__(_name(run_name), "which plans who fetches which weights from whom")
@@ -99,7 +97,10 @@ def mirror_of(config: RunConfig, worker: str) -> Mirror | None:
     server = ShardServer(f"{worker} on {host}", host, config.generation.pull_timeout_s)
     name = f"{worker} ({host}, process {os.getpid()})"
     return Mirror(
-        config.weights_dir, config.weights.mirror, name, RemotePlanner(config.run.name), server
+        name,
+        RemotePlanner(config.run.name),
+        NodeCopies(config.weights_dir, config.weights.mirror),
+        ThreadCarrier(config.weights_dir, name, server),
     )
 
 
