@@ -291,7 +291,8 @@ class Outcome:
     staleness: list[int] = field(default_factory=list)  # of each group, when it was trained
     told: list[str] = field(default_factory=list)
     live_s: list[float] = field(default_factory=list)
-    storage_bytes: float = 0.0
+    started_s: float = 0.0  # until the pool had enough workers
+    storage_bytes: float = 0.0  # read of versions
     versions_held: float = 0.0  # in the memory of a node at one moment, the most of all nodes
     took_s: float = 0.0
 
@@ -438,6 +439,7 @@ class SimulatedCluster:
         try:
             events(self, 0)
             await self.pool.start(shape.nodes * shape.workers_per_node)
+            outcome.started_s = self.loop.time() - began
             supervising = self.loop.create_task(self.pool.supervise())
             pipeline = await self._pipeline()
             self.observer.after = lambda step: self._stepped(events, step)
