@@ -104,7 +104,7 @@ class NodeCopies:
                 os.close(fd)
 
     def _begin_use(self, deadline: Deadline) -> None:
-        """Until `close`, or the end of this process, `sweep` leaves the folder alone."""
+        """Until `leave`, or the end of this process, `sweep` leaves the folder alone."""
         if self._use is not None and not is_in_use(self._use, self.local):
             os.close(self._use)  # somebody removed the folder
             self._use = None
@@ -158,7 +158,7 @@ class NodeCopies:
     def free_bytes(self) -> int:
         return self._free(self.local)
 
-    def close(self) -> None:
+    def leave(self) -> None:
         if self._use is not None:
             os.close(self._use)
             self._use = None

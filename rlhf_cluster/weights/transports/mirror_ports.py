@@ -60,7 +60,7 @@ class Copies(Protocol):
 
     def turn(self, deadline: Deadline) -> AbstractAsyncContextManager[None]:
         """No other reader of this node brings anything inside the block; the copies are in use from
-        then on until `close`. Raises `StalledError`."""
+        then on until `leave`. Raises `StalledError`."""
         ...
 
     def has(self, piece: Piece) -> bool: ...
@@ -91,7 +91,7 @@ class Copies(Protocol):
 
     def free_bytes(self) -> int: ...
 
-    def close(self) -> None:
+    def leave(self) -> None:
         """Remove the copies where this was the node's last reader."""
         ...
 

@@ -196,7 +196,7 @@ class Mirror:
     def close(self) -> None:
         """Serve nobody any more, and remove the files where this was the node's last reader."""
         self._carrier.close()
-        self._copies.close()
+        self._copies.leave()
 
     # What is here
 

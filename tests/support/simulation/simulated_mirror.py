@@ -140,7 +140,7 @@ class SimulatedCopies:
     def free_bytes(self) -> int:
         return 1 << 60
 
-    def close(self) -> None:
+    def leave(self) -> None:
         return None
 
 
