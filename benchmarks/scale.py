@@ -163,21 +163,20 @@ def found_in(shape: Shape, outcome: Outcome) -> dict[str, Any]:
 
 
 def measure(part: str) -> None:
-    runs: dict[str, Any] = {}
     for name, (shape, events) in SCENARIOS[part].items():
         outcome = simulated(shape, events)
-        runs[name] = found_in(shape, outcome)
+        run = found_in(shape, outcome)
         done = outcome.steps == shape.steps
         print(f"{name}: {outcome.ended or 'whole' if done else outcome.ended}", flush=True)
-    write_result(
-        "scale", figures_of({**results("scale").get("runs", {}), **runs}), list(runs.items())
-    )
+        runs = {**results("scale").get("runs", {}), name: run}
+        write_result("scale", figures_of(runs), [(name, run)])
 
 
 def measure_others() -> None:
-    runs = {name: found_in(shape, simulated(shape)) for name, shape in OTHERS.items()}
-    figures = {"without_relay_over_storage_limit": runs["without_relay"]["over_limit"]}
-    write_result("scale", figures, list(runs.items()))
+    for name, shape in OTHERS.items():
+        run = found_in(shape, simulated(shape))
+        figures = {f"{name}_over_storage_limit": run["over_limit"]}
+        write_result("scale", figures, [(name, run)])
 
 
 def figures_of(runs: Mapping[str, Any]) -> dict[str, float]:
