@@ -40,7 +40,11 @@ MEASURED: Mapping[str, Sequence[str]] = {
             "actors/services/generation_client.py",
             "rlhf_cluster/run/worker_loads.py",
         ),
-        *("tests/support/simulation/simulated_cluster.py", "benchmarks/scale.py"),
+        *(
+            f"tests/support/simulation/simulated_{part}.py"
+            for part in ("cluster", "mirror", "network")
+        ),
+        *("rlhf_cluster/generation/generation_worker.py", "benchmarks/scale.py"),
     ),
 }
 """Files and folders by result; the whole product where nothing is said."""
@@ -62,6 +66,8 @@ AIMS: Mapping[str, Mapping[str, Bound]] = {
     },
     "scale": {
         "over_storage_limit": ("<=", 1.3),
+        "over_storage_limit_after_a_slow_minute": ("<=", 1.3),
+        "ram_versions_held": ("<=", 2),
         "healthy_workers_killed": ("<=", 0),
         "runs_ended": ("<=", 0),
     },

@@ -22,7 +22,9 @@ from actors.cluster.named_actors import (
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.util.slow_disk import aside
 from rlhf_cluster.weights.transports.lent_shards import ShardLender
+from rlhf_cluster.weights.transports.mirror_carrier import ThreadCarrier
 from rlhf_cluster.weights.transports.mirror_folder import (
+    NodeCopies,
     copies_of,
     sweep,
 )
@@ -45,7 +47,7 @@ _CLEAR_TIMEOUT_S = 20.0
 
 
 class RelayActor:
-    """`node_mirror.Planner` for all nodes, one call at a time."""
+    """`mirror_ports.Planner` for all nodes, one call at a time."""
 
     def __init__(self, streams: int) -> None:
         self._plan = RelayPlan(streams=streams, uploads=PARALLEL)
@@ -57,11 +59,7 @@ class RelayActor:
         done: Sequence[tuple[Piece, Any]],
         failed: Sequence[tuple[Piece, str | None]],
     ) -> Assignment | None:
-        for piece, address in done:
-            self._plan.done(node, piece, address)
-        for piece, source in failed:
-            self._plan.failed(node, piece, source)
-        return self._plan.next(node, wanted) if wanted else None
+        return self._plan.exchange(node, wanted, done, failed)
 
     def keeps(self, node: str, versions: Sequence[int]) -> None:
         self._plan.keeps(node, versions)
@@ -74,7 +72,7 @@ class RelayActor:
 
 
 class RemotePlanner(NamedActor):
-    """`node_mirror.Planner` of the run, from a worker's process."""
+    """`mirror_ports.Planner` of the run, from a worker's process."""
 
     def __init__(self, run_name: str) -> None:
         super().__init__(_name(run_name), "which plans who fetches which weights from whom")
@@ -105,11 +103,10 @@ def mirror_of(config: RunConfig, worker: str) -> Mirror | None:
         return None
     name, server = _server(config, worker)
     return Mirror(
-        config.weights_dir,
-        config.weights.mirror_folder,
         name,
         RemotePlanner(config.run.name),
-        server,
+        NodeCopies(config.weights_dir, config.weights.mirror_folder),
+        ThreadCarrier(config.weights_dir, name, server),
     )
 
 

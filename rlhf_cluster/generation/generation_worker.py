@@ -45,7 +45,7 @@ from rlhf_cluster.util.slow_disk import aside
 from rlhf_cluster.weights.transports.node_mirror import Mirror
 from rlhf_cluster.weights.transports.transport import Deadline
 
-_BRING_SHARE = 0.85  # of the seconds to bring a version to the node
+BRING_SHARE = 0.85  # of the seconds to bring a version to the node
 _STOP_SHARE = 0.05  # of them, in which a late thread may end
 DEFAULT_ENGINE = "actors.vllm.vllm_engine:make_engine"
 
@@ -186,7 +186,7 @@ class GenerationWorker:
             return version
         bring = self._mirror.bring
         what = f"{self._name}: bringing version {version.version} to this node"
-        limit_s, stop_s = _BRING_SHARE * timeout_s, _STOP_SHARE * timeout_s
+        limit_s, stop_s = BRING_SHARE * timeout_s, _STOP_SHARE * timeout_s
         deadline = Deadline(what, limit_s)
         try:
             async with asyncio.timeout(limit_s + stop_s):

@@ -196,10 +196,10 @@ class Generation(Section):
     block_size: PositiveInt | None = None
     prefix_caching: bool = True
     lora: Literal["merged", "served"] = "merged"
-    """How engines hold what [learner.lora] trains. `merged`: in the weights, each version in the place
-    of the one before. `served`, with weights.format = "adapter": as an adapter beside the weights of
-    the model folder, of which an engine reads nothing else; a response keeps the adapter it began with.
-    In bfloat16 that loses most of a small update (`rlhf-cluster doctor CONFIG`). LoRA only."""
+    """Form in which engines hold what [learner.lora] trains. `merged`: in the weights, each version in
+    place of the one before. `served`, with weights.format = "adapter": as an adapter, in addition to
+    the weights of the model folder; a response keeps the adapter that it began with. In bfloat16
+    `served` loses most of a small update (`rlhf-cluster doctor CONFIG`). LoRA only."""
     speculative: dict[str, Any] | None = None
     """vLLM's speculative_config, such as {method = "ngram", num_speculative_tokens = 3}. The
     tensors of a draft model must be tensors of the policy (all, or its first layers), and every
@@ -438,7 +438,7 @@ class Weights(Section):
 
     @field_validator("transport", mode="before")
     @classmethod
-    def _refuse_removed(cls, transport: Any) -> Any:
+    def _check_transport(cls, transport: Any) -> Any:
         if transport in REMOVED_TRANSPORTS:
             raise ValueError(
                 f"weights.transport = {transport!r} does not exist. Set 'relay', which carries "
@@ -454,7 +454,7 @@ class Weights(Section):
 
     @property
     def mirror_folder(self) -> str:
-        """Where the relay keeps copies on the node that asks."""
+        """Folder in which the relay keeps copies on this node."""
         if self.mirror is not None:
             return self.mirror
         return IN_MEMORY if Path(IN_MEMORY).is_dir() else tempfile.gettempdir()

@@ -81,8 +81,14 @@ class Report:
         self.violations.append(Violation(kind=kind, text=text))
 
 
-def check(run: Path, asked: Asked, orphans: Mapping[int, str] | None = None) -> Report:
-    """`orphans` are the processes of the run that are still alive (`processes.py`), by id."""
+def check(
+    run: Path,
+    asked: Asked,
+    orphans: Mapping[int, str] | None = None,
+    mirror: Path | None = None,
+) -> Report:
+    """`orphans` are the processes of the run that are still alive (`processes.py`), by id; `mirror` is
+    the folder in which the run's copies of its versions were."""
     report = Report()
     groups = _samples(run, asked, report)
     _outcome(run, asked, report)
@@ -92,6 +98,8 @@ def check(run: Path, asked: Asked, orphans: Mapping[int, str] | None = None) -> 
     _logs(run, report)
     _checkpoints(run, asked, report)
     _weights(run, asked, report)
+    if mirror is not None:
+        _mirror(mirror, report)
     for pid, command in sorted((orphans or {}).items()):
         report.orphans += 1
         report.found("orphan", f"process {pid} ({command}) outlived the run")
@@ -352,6 +360,15 @@ def _weights(run: Path, asked: Asked, report: Report) -> None:
         broken = _guarded(report, path, lambda p=path: list(not_finite(p)))
         for name in broken or ():
             report.found("weights", f"{path.parent.name}/{path.name}: {name} is not finite")
+
+
+def _mirror(mirror: Path, report: Report) -> None:
+    """There were copies, and none is left."""
+    if not mirror.is_dir():
+        report.found("mirror", f"{mirror.name}: no version was ever copied to it")
+        return
+    for path in sorted(mirror.iterdir()):
+        report.found("leftover", f"{path.name} of the mirror outlived the run")
 
 
 def _discards(run: Path) -> dict[str, str]:

@@ -79,7 +79,9 @@ def chaotic_run(
         stuck = str(error)
     finally:
         subject.end()
-    report = check(subject.path, subject.asked, monkey.stragglers | subject.remains())
+    report = check(
+        subject.path, subject.asked, monkey.stragglers | subject.remains(), subject.mirror
+    )
     if stuck:
         report.found("stuck", stuck)
     return monkey, report
@@ -152,6 +154,7 @@ def one(seed: int, arguments: argparse.Namespace, address: str, nodes: Nodes) ->
             print(f"  {violation}", flush=True)
     else:
         shutil.rmtree(folder)
+        shutil.rmtree(subject.mirror)
     found = asdict(report)
     return {
         "seed": seed,

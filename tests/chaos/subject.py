@@ -61,6 +61,11 @@ class Subject:
         return self.folder / self.name
 
     @property
+    def mirror(self) -> Path:
+        """Where the machine's copies of the versions are while the run goes."""
+        return self.folder.with_name(f"{self.folder.name}-mirror")
+
+    @property
     def output(self) -> Path:
         return self.folder / "output.txt"
 
@@ -118,6 +123,7 @@ class Subject:
             "checkpoint": {"every": 2},
             "cluster": {"heartbeat_s": 1.0, "max_restarts": 50},
             "observe": {"live": False, "samples_per_step": 100_000},
+            "weights": {"mirror": str(self.mirror)},
         }
         names = {*sections, *self.changes}
         return tiny_tree(**{n: {**sections.get(n, {}), **self.changes.get(n, {})} for n in names})

@@ -166,7 +166,7 @@ def main(command: Sequence[str]) -> int:
             samples = sampled(subject, arguments.every, object_store(address))
         finally:
             subject.end()
-        report = check(subject.path, subject.asked, subject.remains())
+        report = check(subject.path, subject.asked, subject.remains(), subject.mirror)
     wrong = [str(violation) for violation in report.violations]
     wrong += violations(samples, arguments.steps, BOUNDS, LASTING)
     result = {
@@ -188,6 +188,7 @@ def main(command: Sequence[str]) -> int:
         print(f"it lies in {folder}", flush=True)
     else:
         shutil.rmtree(folder)
+        shutil.rmtree(subject.mirror)
     return 1 if wrong else 0
 
 

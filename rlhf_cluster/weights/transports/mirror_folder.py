@@ -16,20 +16,161 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import mmap
 import os
 import re
 import secrets
 import shutil
 import stat
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 from rlhf_cluster.errors import StorageError
 from rlhf_cluster.util.durable_files import take_lock
+from rlhf_cluster.weights.transports.relay_plan import Piece
+from rlhf_cluster.weights.transports.shared_files import free_bytes, version_dir
+from rlhf_cluster.weights.transports.transport import Deadline
 
 MARK = ".mark"
 _NAME = re.compile(r"rlhf_mirror_[0-9a-f]{16}(\.[0-9a-f]{8})?")
 """With a suffix while it is made or removed."""
 _FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+_LOCK_POLL_S = 0.05
+
+
+class FilePart:
+    """A file below a temporary name (`mirror_ports.Part`)."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+        self._file = self._partial.open("xb", buffering=0)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._file.tell()
+
+    def write(self, data: bytes | memoryview) -> None:
+        view = memoryview(data).cast("B")
+        done = 0
+        while done < len(view):
+            done += self._file.write(view[done:])
+
+    def keep(self) -> None:
+        self._file.close()
+        self._partial.replace(self._path)
+
+    def close(self) -> None:
+        self._file.close()
+        self._partial.unlink(missing_ok=True)
+
+
+class NodeCopies:
+    """The files in `copies_of(root, mirror)` (`mirror_ports.Copies`)."""
+
+    def __init__(
+        self,
+        root: str | Path,
+        mirror: str | Path,
+        free: Callable[[Path], int] = free_bytes,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.local = copies_of(root, mirror)
+        self._free, self._sleep = free, sleep
+        self._use: int | None = None
+
+    @property
+    def where(self) -> str:
+        return str(self.local)
+
+    def path(self, version: int) -> str:
+        return str(version_dir(self.local, version))
+
+    @contextlib.asynccontextmanager
+    async def turn(self, deadline: Deadline) -> AsyncIterator[None]:
+        """Waits for: the other readers of this node, a look every `_LOCK_POLL_S`."""
+        fd = None
+        try:
+            self._begin_use(deadline)
+            path = self.local / ".lock"
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            while not take_lock(fd, path):
+                deadline.left_s(f"{path}, which another reader of this node holds")
+                self._sleep(_LOCK_POLL_S)
+            yield
+        finally:
+            if fd is not None:
+                os.close(fd)
+
+    def _begin_use(self, deadline: Deadline) -> None:
+        """Until `leave`, or the end of this process, `sweep` leaves the folder alone."""
+        if self._use is not None and not is_in_use(self._use, self.local):
+            os.close(self._use)  # somebody removed the folder
+            self._use = None
+        if self._use is None:
+            sweep(self.local.parent)
+        while self._use is None:
+            self._use = begin_use(self.local)
+            if self._use is None:
+                deadline.left_s(f"{self.local}, which a reader that starts on this node holds")
+                self._sleep(_LOCK_POLL_S)
+
+    def has(self, piece: Piece) -> bool:
+        return self._path(piece).exists()
+
+    def read(self, piece: Piece) -> bytes:
+        return self._path(piece).read_bytes()
+
+    def identity(self, piece: Piece) -> object | None:
+        try:
+            return _identity(self._path(piece).stat())
+        except FileNotFoundError:
+            return None
+
+    @contextlib.contextmanager
+    def part(self, piece: Piece) -> Iterator[FilePart]:
+        path = self._path(piece)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = FilePart(path)
+        try:
+            yield part
+        finally:
+            part.close()
+
+    def mapped(self, piece: Piece) -> tuple[memoryview, object]:
+        """It is mapped, not copied: files are removed here, and never cut."""
+        with self._path(piece).open("rb") as file:
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            return data, _identity(os.fstat(file.fileno()))
+
+    def versions(self) -> list[int]:
+        names = (folder.name[1:] for folder in self.local.glob("v*"))
+        return [int(name) for name in names if name.isdigit()]
+
+    def remove(self, version: int) -> None:
+        shutil.rmtree(version_dir(self.local, version), ignore_errors=True)
+
+    def remove_parts(self) -> None:
+        for partial in self.local.glob("v*/.*.partial"):
+            partial.unlink(missing_ok=True)
+
+    def free_bytes(self) -> int:
+        return self._free(self.local)
+
+    def leave(self) -> None:
+        if self._use is not None:
+            os.close(self._use)
+            self._use = None
+        sweep(self.local.parent)
+
+    def _path(self, piece: Piece) -> Path:
+        return version_dir(self.local, piece.version) / piece.name
+
+
+def _identity(found: os.stat_result) -> tuple[int, int]:
+    """The inode alone may be used again once a file is gone."""
+    return found.st_ino, found.st_mtime_ns
 
 
 def copies_of(root: str | Path, mirror: str | Path) -> Path:

@@ -72,6 +72,20 @@ class RelayPlan:
     _strikes: dict[str, dict[str, float]] = field(default_factory=dict)
     """source -> reader -> when it last got nothing from there."""
 
+    def exchange(
+        self,
+        node: str,
+        wanted: Sequence[Piece],
+        done: Sequence[tuple[Piece, Any]],
+        failed: Sequence[tuple[Piece, str | None]],
+    ) -> Assignment | None:
+        """`done`, `failed` and `next` in one call; None where nothing is wanted."""
+        for piece, address in done:
+            self.done(node, piece, address)
+        for piece, source in failed:
+            self.failed(node, piece, source)
+        return self.next(node, wanted) if wanted else None
+
     def next(self, node: str, wanted: Sequence[Piece]) -> Assignment | None:
         """What `node` fetches next of `wanted`, none of which it is fetching; None: ask again
         soon."""

@@ -1,9 +1,9 @@
 """A cluster of hundreds of generation workers, in virtual time.
 
-The product's own `Pipeline`, `WeightSync`, `WorkerPool`, `RayGeneration`, `PoolVersion`, buffer and
-`RelayPlan` decide everything. Simulated are what they decide about: nodes, worker processes, the
-learner, and a network in which every link is shared evenly by the transfers on it. Nothing here waits
-for real time; run it on a `JumpingLoop`.
+The product's own `Pipeline`, `WeightSync`, `WorkerPool`, `RayGeneration`, `PoolVersion`, buffer,
+`Mirror` and `RelayPlan` decide everything. Simulated are what they decide about: nodes, worker
+processes, the learner, and a network in which every link is shared evenly by the transfers on it.
+Nothing here waits for real time; run it on a `JumpingLoop`.
 
     storage --(streams)--> a few nodes --> the other nodes --> each node's memory --> its readers
 """
@@ -24,7 +24,8 @@ from actors.cluster.calls import answer
 from actors.services.generation_client import RayGeneration
 from rlhf_cluster.buffer.buffer import ExperienceBuffer
 from rlhf_cluster.buffer.staleness import AdmissionGate
-from rlhf_cluster.errors import PlacementError, RlhfError, StalledError, WorkerError
+from rlhf_cluster.errors import PlacementError, RlhfError, StalledError, WeightError, WorkerError
+from rlhf_cluster.generation.generation_worker import BRING_SHARE
 from rlhf_cluster.pipeline import Pipeline
 from rlhf_cluster.records import (
     GroupSummary,
@@ -40,12 +41,9 @@ from rlhf_cluster.run.worker_pool import (
     WorkerPool,
 )
 from rlhf_cluster.weights.sync import WeightSync
-from rlhf_cluster.weights.transports.node_mirror import PARALLEL, blamed
-from rlhf_cluster.weights.transports.relay_plan import (
-    Assignment,
-    Piece,
-    RelayPlan,
-)
+from rlhf_cluster.weights.transports.node_mirror import PARALLEL, Mirror
+from rlhf_cluster.weights.transports.relay_plan import RelayPlan
+from rlhf_cluster.weights.transports.transport import Deadline
 from tests.support.builders.run_configs import tiny_config
 from tests.support.fakes.services import (
     FakeLearner,
@@ -53,79 +51,24 @@ from tests.support.fakes.services import (
     FakePrompts,
     LocalBuffer,
 )
+from tests.support.simulation.simulated_mirror import (
+    ROOT,
+    NodeState,
+    SimulatedCarrier,
+    SimulatedCopies,
+    Storage,
+    manifest_of,
+)
+from tests.support.simulation.simulated_network import Link, Network
 
 GB = 1e9
-START_S, HANG_S, HEALTH_S = 90.0, 600.0, 10.0
-ASK_S, POLL_S = 0.0005, (0.01, 0.5)  # a call of the planner, and how soon it is asked again
-
-
-@dataclass(eq=False)
-class Link:
-    bytes_per_s: float
-    used: int = 0
-
-
-@dataclass(eq=False)
-class _Flow:
-    left: float
-    links: tuple[Link, ...]
-    ended: asyncio.Future[None]
-    rate: float = 0.0
-
-
-class Network:
-    """Transfers, each at the smallest of its even shares of the links that it takes."""
-
-    def __init__(self) -> None:
-        self._flows: dict[_Flow, None] = {}
-        self._then = 0.0
-        self._timer: asyncio.Handle | None = None
-
-    async def move(self, num_bytes: float, *links: Link) -> None:
-        flow = _Flow(num_bytes, links, asyncio.get_running_loop().create_future())
-        self._flows[flow] = None
-        self.changed()
-        try:
-            await flow.ended
-        finally:
-            if self._flows.pop(flow, flow) is None:
-                self.changed()
-
-    def changed(self) -> None:
-        """Flows or links are others: look at it once all that happens now has happened."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = asyncio.get_running_loop().call_soon(self._share)
-
-    def _share(self) -> None:
-        loop = asyncio.get_running_loop()
-        now, self._timer = loop.time(), None
-        passed, self._then = now - self._then, now
-        for flow in list(self._flows):
-            flow.left -= flow.rate * passed
-            if flow.left <= 1.0:
-                del self._flows[flow]
-                if not flow.ended.done():
-                    flow.ended.set_result(None)
-        for flow in self._flows:
-            for link in flow.links:
-                link.used = 0
-        for flow in self._flows:
-            for link in flow.links:
-                link.used += 1
-        next_s = float("inf")
-        for flow in self._flows:
-            shares = (link.bytes_per_s / link.used for link in flow.links)
-            flow.rate = min(shares)
-            if flow.rate:
-                next_s = min(next_s, flow.left / flow.rate)
-        if next_s < float("inf"):
-            self._timer = loop.call_later(next_s, self._share)
+PROCESS_S, HEALTH_S = 30.0, 10.0  # a worker's process up to its first read of the model; an answer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What is simulated. Rates are bytes a second, times seconds."""
+    """What is simulated. Rates are bytes a second, times seconds. A worker starts from a model of
+    `num_bytes`, which its node reads from the storage once."""
 
     nodes: int = 56
     workers_per_node: int = 8
@@ -137,22 +80,13 @@ class Shape:
     reader: float = 25 * GB  # from a node's memory to a GPU
     memory: float = 200 * GB
     relay: bool = True
+    start_timeout_s: float = 3600.0
     steps: int = 6
     groups_per_step: int = 448
     train_s: float = 240.0
     group_s: float = 120.0  # the median; some take four times as long
     max_staleness: int = 2
     generation: dict[str, Any] = field(default_factory=dict)
-
-
-class _Node:
-    def __init__(self, number: int, shape: Shape) -> None:
-        self.name = f"node-{number}"
-        self.up, self.down = Link(shape.nic), Link(shape.nic)
-        self.memory = Link(shape.memory)
-        self.room, self.is_alive, self.hangs = shape.workers_per_node, True, False
-        self.turn = asyncio.Lock()
-        self.has: set[Piece] = set()
 
 
 class _Call:
@@ -187,10 +121,12 @@ class _Method:
 class Actor:
     """A generation worker's process on a node."""
 
-    def __init__(self, name: str, node: _Node, cluster: SimulatedCluster) -> None:
+    def __init__(self, name: str, node: NodeState, cluster: SimulatedCluster) -> None:
         self.name, self.node, self.cluster = name, node, cluster
         self.version, self.is_alive = -1, True
-        self._open: dict[asyncio.Task[None], _Call] = {}
+        self._open: dict[asyncio.Task[None], _Call | None] = {}
+        self.carrier = SimulatedCarrier(node, cluster.storage, self._spawn)
+        self.mirror = Mirror(name, cluster.plan, SimulatedCopies(node), self.carrier)
         self.generate = _Pair(self._generate, self)
         self.pull = _Method(self._pull, self)
         self.health = _Method(self._health, self)
@@ -201,10 +137,23 @@ class Actor:
             work.close()
             call.end(error=RayActorError())
             return call
-        task = asyncio.get_running_loop().create_task(self._end(call, work))
-        self._open[task] = call
-        task.add_done_callback(lambda ended: self._open.pop(ended, None))
+        self._spawn(self._end(call, work), call)
         return call
+
+    def _spawn(
+        self, work: Coroutine[Any, Any, None], call: _Call | None = None
+    ) -> asyncio.Task[None]:
+        """Work of this process, whose error is for who waits for it, if anybody does."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._open[task] = call
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._open.pop(task, None)
+            if not task.cancelled():
+                task.exception()
+
+        task.add_done_callback(ended)
+        return task
 
     def kill(self) -> None:
         """The process is gone, with all that it did."""
@@ -212,9 +161,11 @@ class Actor:
             return
         self.is_alive = False
         self.node.room += 1
+        self.carrier.close()
         for task, call in list(self._open.items()):
             task.cancel()
-            call.end(error=RayActorError())
+            if call is not None:
+                call.end(error=RayActorError())
 
     async def _end(self, call: _Call, work: Coroutine[Any, Any, Any]) -> None:
         try:
@@ -239,14 +190,33 @@ class Actor:
         return {"num_tokens": 100, "queued": 0, "num_unfinished": 0, "generate_s": took_s}
 
     async def _pull(self, version: WeightVersion) -> WeightVersion:
-        limit_s = self.cluster.config.pull_deadline_s(version.num_bytes)
+        """As `GenerationWorker.pull`, deadline by deadline."""
+        cluster = self.cluster
+        limit_s = cluster.config.generation.take_deadline_s(version.num_bytes)
+        here = version
+        if cluster.shape.relay:
+            what = f"{self.name}: bringing version {version.version} to {self.node.name}"
+            deadline = Deadline(what, BRING_SHARE * limit_s, cluster.loop.time)
+            try:
+                here = await self.mirror.bringing(version, deadline)
+            except TimeoutError as error:
+                raise WeightError(str(error)) from error
         try:
             async with asyncio.timeout(limit_s):
-                await self.cluster.bring(self, version)
+                await self._read(here)
         except TimeoutError:
             raise StalledError(f"{self.name}: version {version.version} not read") from None
         self.version = version.version
         return version
+
+    async def _read(self, version: WeightVersion) -> None:
+        cluster, reader = self.cluster, Link(self.cluster.shape.reader)
+        if version.path.startswith(ROOT):
+            cluster.storage.given += version.num_bytes
+            links = (cluster.storage.out, self.node.down, reader)
+        else:
+            links = (self.node.memory, reader)
+        await cluster.network.move(version.num_bytes, *links)
 
 
 class _Pair(_Method):
@@ -268,12 +238,14 @@ class _Learner(FakeLearner):
     async def publish(self) -> WeightVersion:
         number, cluster = self.snapshot_version, self.cluster
         shape = cluster.shape
-        await cluster.network.move(shape.num_bytes, cluster.storage_in)
+        await cluster.network.move(shape.num_bytes, cluster.storage.into)
+        manifest = manifest_of(number, shape.files, shape.num_bytes)
+        cluster.storage.publish(manifest)
         return WeightVersion(
             version=number,
-            path=f"/weights/v{number}",
-            digest=f"d{number}",
-            num_tensors=2,
+            path=f"{ROOT}/v{number}",
+            digest=manifest.digest,
+            num_tensors=1,
             num_bytes=int(shape.num_bytes),
         )
 
@@ -319,7 +291,9 @@ class Outcome:
     staleness: list[int] = field(default_factory=list)  # of each group, when it was trained
     told: list[str] = field(default_factory=list)
     live_s: list[float] = field(default_factory=list)
-    storage_bytes: float = 0.0
+    started_s: float = 0.0  # until the pool had enough workers
+    storage_bytes: float = 0.0  # read of versions
+    versions_held: float = 0.0  # in the memory of a node at one moment, the most of all nodes
     took_s: float = 0.0
 
 
@@ -330,15 +304,24 @@ class SimulatedCluster:
         self.shape, self.outcome = shape, Outcome()
         self.loop = asyncio.get_running_loop()
         self.config = tiny_config(
-            weights={"mirror": "/dev/shm"} if shape.relay else {}, generation=shape.generation
+            run={"start_timeout_s": shape.start_timeout_s},
+            weights={"mirror": "/dev/shm"} if shape.relay else {},
+            generation=shape.generation,
         )
         self.network = Network()
-        self.storage_out, self.storage_in = Link(shape.storage), Link(shape.storage)
-        self.nodes = [_Node(number, shape) for number in range(shape.nodes)]
+        links = Link(shape.storage), Link(shape.storage)
+        self.storage = Storage(self.network, *links, shape.stream, self.loop.time)
+        self.nodes = [
+            NodeState(
+                f"node-{number}",
+                *(Link(shape.nic), Link(shape.nic), Link(shape.memory)),
+                shape.workers_per_node,
+            )
+            for number in range(shape.nodes)
+        ]
         self.plan = RelayPlan(
             streams=self.config.weights.mirror_streams, uploads=PARALLEL, clock=self.loop.time
         )
-        self._planner = asyncio.Lock()
         self.sampled: dict[int, int] = {}
         self.published_s = 0.0
         self.sync: WeightSync | None = None
@@ -369,15 +352,29 @@ class SimulatedCluster:
         actor = self.actors[name] = Actor(name, node, self)
         self.outcome.started += 1
         try:
-            await asyncio.sleep(HANG_S if node.hangs else START_S)
-            if node.hangs:
-                raise WorkerError(f"{name} was not up within {HANG_S:g} s on {node.name}")
+            await self._start(name, node)
             worker = Worker(name=name, actor=actor, placement=node)
             await self.client.join(worker)
         except BaseException:
             actor.kill()
             raise
         return worker
+
+    async def _start(self, name: str, node: NodeState) -> None:
+        """Waits for: the process; the model, which the node's first worker reads from the storage, and
+        the others find in its memory."""
+        shape, limit_s = self.shape, self.config.run.start_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                await asyncio.sleep(limit_s + 1.0 if node.hangs else PROCESS_S)
+                async with node.loading:
+                    if not node.has_model:
+                        links = (self.storage.out, node.down, Link(shape.stream))
+                        await self.network.move(shape.num_bytes, *links)
+                        node.has_model = True
+                await self.network.move(shape.num_bytes, node.memory, Link(shape.reader))
+        except TimeoutError:
+            raise WorkerError(f"{name} was not up within {limit_s:g} s on {node.name}") from None
 
     def _retire(self, worker: Worker) -> None:
         actor = worker.actor
@@ -387,75 +384,6 @@ class SimulatedCluster:
 
     async def _check(self, worker: Worker) -> None:
         await answer(worker.actor.health.remote(), HEALTH_S, f"{worker.name}.health")
-
-    # Weights
-
-    async def bring(self, actor: Actor, version: WeightVersion) -> None:
-        """As `weights.mirror`: one reader of the node brings, all of them read what is there."""
-        node, size = actor.node, self.shape.num_bytes / self.shape.files
-        reader = Link(self.shape.reader)
-        if not self.shape.relay:
-            self.outcome.storage_bytes += version.num_bytes
-            await self.network.move(version.num_bytes, self.storage_out, node.down, reader)
-            return
-        async with node.turn:
-            pieces = [Piece(version.version, f"shard-{n}") for n in range(self.shape.files)]
-            wanted = [piece for piece in pieces if piece not in node.has]
-            async with asyncio.TaskGroup() as fetching:
-                for _ in range(PARALLEL):
-                    fetching.create_task(self._fetch_some(actor, wanted, size))
-            node.has = set(pieces)
-            await self._ask(self.plan.keeps, actor.name, [version.version])
-        await self.network.move(version.num_bytes, node.memory, reader)
-
-    async def _fetch_some(self, actor: Actor, wanted: list[Piece], size: float) -> None:
-        node, pause_s = actor.node, POLL_S[0]
-        while wanted:
-            found = await self._ask(self._next, actor.name, wanted)
-            if found is None:
-                await asyncio.sleep(pause_s)
-                pause_s = min(POLL_S[1], 2 * pause_s)
-                continue
-            pause_s, piece = POLL_S[0], found.piece
-            wanted.remove(piece)
-            try:
-                got = await self._fetched(node, found, size)
-            except asyncio.CancelledError:
-                if actor.is_alive:  # its own deadline has passed
-                    self.plan.failed(actor.name, piece, blamed(found, is_own=True))
-                raise
-            if got:
-                node.has.add(piece)
-                await self._ask(self.plan.done, actor.name, piece, actor)
-            else:
-                wanted.append(piece)
-                source = blamed(found, is_own=False)
-                await self._ask(self.plan.failed, actor.name, piece, source)
-
-    async def _fetched(self, node: _Node, found: Assignment, size: float) -> bool:
-        source: Actor | None = found.address
-        if source is None:
-            self.outcome.storage_bytes += size
-            await self.network.move(size, self.storage_out, node.down, Link(self.shape.stream))
-            return True
-        if source.node.is_alive and not source.is_alive:
-            return False  # nobody listens there any more
-        try:
-            async with asyncio.timeout(self.plan.lease_s):
-                stream = Link(self.shape.stream)
-                await self.network.move(size, source.node.up, node.down, stream)
-            return source.is_alive
-        except TimeoutError:
-            return False
-
-    def _next(self, node: str, wanted: list[Piece]) -> Assignment | None:
-        return self.plan.next(node, wanted) if wanted else None
-
-    async def _ask(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        """The planner is one process, and serves one call at a time."""
-        async with self._planner:
-            await asyncio.sleep(ASK_S)
-            return call(*arguments)
 
     # What happens
 
@@ -486,8 +414,17 @@ class SimulatedCluster:
         if share < 1.0:
             self.loop.call_later(seconds, self.slow_network, 0.0, 1.0)
 
+    def slow_links(self, seconds: float, share: float) -> None:
+        """All of them, those of the storage too."""
+        self.slow_network(seconds, share)
+        self._set_storage(share * self.shape.storage)
+        for node in self.nodes:
+            node.down.bytes_per_s = share * self.shape.nic
+        if share < 1.0:
+            self.loop.call_later(seconds, self.slow_links, 0.0, 1.0)
+
     def _set_storage(self, bytes_per_s: float) -> None:
-        self.storage_in.bytes_per_s = self.storage_out.bytes_per_s = bytes_per_s
+        self.storage.into.bytes_per_s = self.storage.out.bytes_per_s = bytes_per_s
         self.network.changed()
 
     # The run
@@ -502,6 +439,7 @@ class SimulatedCluster:
         try:
             events(self, 0)
             await self.pool.start(shape.nodes * shape.workers_per_node)
+            outcome.started_s = self.loop.time() - began
             supervising = self.loop.create_task(self.pool.supervise())
             pipeline = await self._pipeline()
             self.observer.after = lambda step: self._stepped(events, step)
@@ -515,6 +453,8 @@ class SimulatedCluster:
         outcome.refused = self.sync.stats.refused if self.sync is not None else 0
         outcome.staleness = [age for _, _, age in self.learner.trained]
         outcome.took_s = self.loop.time() - began
+        outcome.storage_bytes = self.storage.given
+        outcome.versions_held = max(node.most_held for node in self.nodes) / shape.num_bytes
         outcome.live_at_end, outcome.behind = self.pool.num_live, self.pool.num_behind
         return outcome
 

@@ -113,6 +113,17 @@ def test_a_good_run_passes_with_its_counts(run: Path) -> None:
     assert (report.groups_lost, report.groups_trained_twice, report.orphans) == (0, 0, 0)
 
 
+def test_copies_that_outlive_the_run_are_found_and_so_is_a_mirror_that_was_never_used(
+    run: Path, tmp_path: Path
+) -> None:
+    mirror = tmp_path / "copies"
+    assert kinds(check(run, ASKED, mirror=mirror)) == {"mirror"}
+    mirror.mkdir()
+    assert check(run, ASKED, mirror=mirror).violations == []
+    (mirror / "rlhf_mirror_0123456789abcdef").mkdir()
+    assert kinds(check(run, ASKED, mirror=mirror)) == {"leftover"}
+
+
 def test_a_group_that_vanished_is_lost(run: Path) -> None:
     edit_rows(run, 2, lambda rows: [r for r in rows if r["group_id"] != "g00000004"])
     report = check(run, ASKED)

@@ -19,10 +19,30 @@ HARMLESS = frozenset(
 )
 
 
+IN_A_THREAD = tuple(
+    f"rlhf_cluster.weights.transports.{module}:"
+    for module in ("node_mirror", "mirror_carrier", "mirror_folder")
+)
+"""`mirror_carrier.finish` runs these coroutines to their end in a thread; only a simulated cluster has
+them on a loop, with ports that do not block."""
+
+
 def test_no_coroutine_calls_what_blocks():
     source = Source.of("rlhf_cluster", "actors", harmless=HARMLESS)
     assert len(list(source.functions)) > 500
-    assert not [f"{where} {why}" for where, why in source.blocking_coroutines()]
+    found = [f"{where} {why}" for where, why in source.blocking_coroutines()]
+    assert not [text for text in found if not text.startswith(IN_A_THREAD)]
+
+
+def test_no_loop_of_the_product_runs_a_mirror():
+    calls = [
+        (path.name, ast.unparse(node))
+        for folder in ("rlhf_cluster", "actors")
+        for path in Path(folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr == "bringing"
+    ]
+    assert calls == [("node_mirror.py", "self.bringing")], "which `finish` gets"
 
 
 def test_n07_a_write_behind_the_loop_has_no_grace():

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.scale import at, hang, simulated, soon
+from benchmarks.scale import at, hang, hang_reading, limit_s, over_limit_after, simulated, soon
 from tests.support.simulation.simulated_cluster import (
     GB,
     Shape,
@@ -23,6 +23,24 @@ def test_the_storage_gives_each_file_once_and_24_readers_wait_little_longer_than
     assert max(outcome.live_s) < 2 * one_copy_s + memory_s + 0.5 * one_copy_s
     alone = simulated(Shape(**{**vars(SMALL), "relay": False}))
     assert min(alone.live_s) > 10 * one_copy_s
+
+
+def test_a_node_never_holds_more_than_two_versions_and_a_slow_minute_ends_with_itself():
+    outcome = simulated(SMALL, soon(18.0, lambda c: c.slow_links(60.0, 0.01)))
+    assert (outcome.steps, outcome.ended, outcome.healthy_killed) == (4, "", 0)
+    assert over_limit_after(SMALL, outcome.live_s[2:3], 0) > 2.0, "it was slow"
+    assert over_limit_after(SMALL, outcome.live_s, 3) < 1.4, "and is no longer"
+    assert outcome.storage_bytes == pytest.approx(5 * SMALL.num_bytes)
+    assert outcome.versions_held == pytest.approx(2.0, rel=1e-5), "the newest, and what it replaces"
+
+
+def test_a_start_takes_the_time_in_which_the_storage_gives_the_model_to_every_node():
+    for storage in (10 * GB, 5 * GB):
+        shape = Shape(**{**vars(SMALL), "storage": storage, "steps": 1})
+        given_s = shape.nodes * shape.num_bytes / storage
+        memory_s = shape.workers_per_node * shape.num_bytes / shape.memory
+        begun_s = 30.0 + given_s + memory_s
+        assert simulated(shape).started_s == pytest.approx(begun_s + limit_s(shape) / 2, rel=0.2)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +68,14 @@ def test_a_stall_longer_than_a_workers_deadline_costs_a_publish_and_no_worker():
     assert (outcome.steps, outcome.ended, outcome.healthy_killed) == (4, "", 0)
     assert (outcome.live_at_end, outcome.started) == (24, 24)
     assert outcome.refused > 0, "nobody could read it in time, and it was published again"
+
+
+def test_n13_a_node_to_which_the_storage_gives_nothing_has_its_copy_from_others_in_time():
+    """All readers of the node ask at one moment, and have the same deadline."""
+    shape = Shape(**{**vars(SMALL), "num_bytes": 8 * GB, "generation": SHORT})
+    outcome = simulated(shape, at(1, hang_reading))
+    assert (outcome.steps, outcome.ended, outcome.healthy_killed) == (4, "", 0)
+    assert (outcome.refused, outcome.most_behind, outcome.live_at_end) == (0, 0, 24)
 
 
 TINY = Shape(
@@ -107,7 +133,7 @@ def test_n03_a_slow_moment_of_the_network_is_forgotten_when_it_is_over():
     and no source is to blame."""
     shape = Shape(**{**vars(SMALL), "num_bytes": 8 * GB, "steps": 6, "generation": SHORT})
     calm = simulated(shape)
-    outcome = simulated(shape, soon(1.0, lambda c: c.slow_network(250.0, 0.0)))
+    outcome = simulated(shape, soon(1.0, lambda c: c.slow_network(100.0, 0.0)))
     assert (outcome.steps, outcome.ended, outcome.healthy_killed) == (6, "", 0)
     assert outcome.refused > 0, "nobody could read it in time"
     assert outcome.live_s[3:] == pytest.approx(calm.live_s[3:], rel=0.05)

@@ -14,6 +14,8 @@ from rlhf_cluster.records import WeightVersion
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.shards import send_shard
 from rlhf_cluster.weights.transports.lent_shards import ShardLender
+from rlhf_cluster.weights.transports.mirror_carrier import ThreadCarrier
+from rlhf_cluster.weights.transports.mirror_folder import NodeCopies
 from rlhf_cluster.weights.transports.node_mirror import Mirror
 from rlhf_cluster.weights.transports.rank_memory import ShardServer
 from rlhf_cluster.weights.transports.relay_plan import (
@@ -109,7 +111,9 @@ def node(tmp_path: Path, learner: Learner) -> Iterator[Callable[[str], Mirror]]:
 
     def build(name: str) -> Mirror:
         server = ShardServer(name, "127.0.0.1", 30.0, learner.told.append)
-        mirrors.append(Mirror(learner.root, tmp_path / name, name, learner.planner, server))
+        copies = NodeCopies(learner.root, tmp_path / "copies" / name)
+        carrier = ThreadCarrier(learner.root, name, server)
+        mirrors.append(Mirror(name, learner.planner, copies, carrier))
         return mirrors[-1]
 
     yield build
@@ -119,7 +123,7 @@ def node(tmp_path: Path, learner: Learner) -> Iterator[Callable[[str], Mirror]]:
 
 def read(mirror: Mirror, version: WeightVersion) -> dict[str, Any]:
     here = mirror.bring(version, Deadline(f"bringing {version.version}", 30.0))
-    assert Path(here.path).is_relative_to(mirror.local)
+    assert "copies" in Path(here.path).parts
     return dict(store.read(here.path, expected_digest=version.digest))
 
 

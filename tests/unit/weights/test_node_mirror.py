@@ -18,7 +18,9 @@ import pytest
 from rlhf_cluster.errors import StalledError, WeightError
 from rlhf_cluster.records import WeightVersion
 from rlhf_cluster.weights import store
-from rlhf_cluster.weights.transports.mirror_folder import sweep
+from rlhf_cluster.weights.transports.mirror_carrier import MAX_HUNG, ThreadCarrier, finish
+from rlhf_cluster.weights.transports.mirror_folder import NodeCopies, sweep
+from rlhf_cluster.weights.transports.mirror_ports import NoProgress
 from rlhf_cluster.weights.transports.node_mirror import Mirror
 from rlhf_cluster.weights.transports.rank_memory import Served, ShardServer
 from rlhf_cluster.weights.transports.relay_plan import (
@@ -26,7 +28,7 @@ from rlhf_cluster.weights.transports.relay_plan import (
     Piece,
     RelayPlan,
 )
-from rlhf_cluster.weights.transports.shared_files import MANIFEST_NAME
+from rlhf_cluster.weights.transports.shared_files import MANIFEST_NAME, version_dir
 from rlhf_cluster.weights.transports.transport import Deadline
 from tests.support.builders.small_weights import (
     assert_same,
@@ -45,6 +47,7 @@ class Planner:
             list[Any](),
         )
         self.lock, self.gone = threading.Lock(), False
+        self.on_failure: Callable[[str, Piece], None] = lambda node, piece: None
 
     def exchange(
         self, node: str, wanted: Sequence[Piece], done: Sequence[Any], failed: Sequence[Any]
@@ -57,6 +60,7 @@ class Planner:
             for piece, source in failed:
                 self.failures.append((piece, source))
                 self.plan.failed(node, piece, source)
+                self.on_failure(node, piece)
             found = self.plan.next(node, wanted) if wanted else None
             if found is not None:
                 self.sources.append(found.source)
@@ -79,17 +83,11 @@ class Node:
         self.server = ShardServer(name, "127.0.0.1", 30.0, told=lambda text: None)
         self.room, self.told = 1 << 40, list[str]()
         self.free: Callable[[Path], int] = lambda folder: self.room
-        self.mirror = Mirror(
-            folder / "weights",
-            folder / (host or name),
-            name,
-            planner,
-            self.server,
-            lease_s=lease_s,
-            free=lambda folder: self.free(folder),
-            told=self.told.append,
-        )
-        self.local = self.mirror.local
+        root = folder / "weights"
+        copies = NodeCopies(root, folder / (host or name), lambda folder: self.free(folder))
+        carrier = ThreadCarrier(root, name, self.server)
+        self.mirror = Mirror(name, planner, copies, carrier, lease_s, self.told.append)
+        self.local = copies.local
 
     def bring(self, version: WeightVersion, seconds: float = 30.0) -> WeightVersion:
         return self.mirror.bring(version, Deadline(f"bringing {version.version}", seconds))
@@ -232,7 +230,7 @@ def test_a_version_that_is_gone_is_refused_and_a_truncated_file_named(
 def test_a_turn_that_never_comes_ends_with_the_deadline(tmp_path: Path, node, planner) -> None:
     version = publish(tmp_path / "weights", 1, small_model(seed=1))
     planner.plan.next("hangs", [Piece(1, MANIFEST_NAME)])
-    with pytest.raises(StalledError, match="waiting for (its turn at a source|some of 1 files)"):
+    with pytest.raises(StalledError, match=r"waiting for (its turn at a source|some of 1 files)"):
         node("a").bring(version, seconds=0.1)
 
 
@@ -423,6 +421,90 @@ def test_n13_a_read_that_hangs_ends_with_its_deadline_and_so_does_its_hold_of_th
         assert not thread.is_alive()
     assert partials(other) == []
     assert_same(other.read(version), small_model(seed=1))
+
+
+def test_n13_readers_of_one_node_get_from_a_peer_what_the_storage_does_not_give(
+    tmp_path: Path, node, planner: Planner
+) -> None:
+    """All of them ask at one moment, and have one deadline."""
+    version = publish(tmp_path / "weights", 1, small_model(seed=1))
+    apart = Planner()
+    peer = Node(tmp_path, "peer", apart)
+    peer.bring(version)
+    [shard, *_] = sorted((tmp_path / "weights" / "v000001").glob("*.safetensors"))
+    let_go = hanging(shard)
+    piece = Piece(1, shard.name)
+    with apart.lock:
+        lent = apart.plan.next("anyone", [piece])
+    assert lent is not None
+
+    def failed(name: str, lost: Piece) -> None:
+        if lost == piece:
+            planner.plan.done("peer", piece, lent.address)
+
+    planner.on_failure = failed
+    readers = [node(f"reader {i}", host="one", lease_s=0.3) for i in range(3)]
+    with ThreadPoolExecutor(3) as threads:
+        for found in threads.map(lambda reader: reader.read(version), readers):
+            assert_same(found, small_model(seed=1))
+    assert planner.failures == [(piece, None)], "the storage is no node's fault"
+    assert planner.sources[-1] == "peer"
+    assert partials(readers[0]) == []
+    let_go()
+    peer.mirror.close()
+
+
+@pytest.fixture
+def pipe(tmp_path: Path) -> Iterator[tuple[Path, int]]:
+    """File "shard" of version 1, which gives what is written to the descriptor, and has no end."""
+    path = version_dir(tmp_path / "weights", 1) / "shard"
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+    fd = os.open(path, os.O_RDWR)
+    yield path, fd
+    os.close(fd)
+
+
+def test_n13_a_read_is_given_up_when_nothing_comes_and_not_when_it_takes_long(pipe) -> None:
+    path, fd = pipe
+    now, got = 0.0, bytearray()
+
+    class Copied:
+        def write(self, data: bytes) -> None:
+            nonlocal now
+            got.extend(data)
+            now += 0.9  # and more in all than what nothing may take
+            if len(got) < 5:
+                os.write(fd, b"x")
+
+    def clock() -> float:
+        nonlocal now
+        now += 0.001 if len(got) < 5 else 0.5
+        return now
+
+    server = ShardServer("a", "127.0.0.1", 30.0)
+    carrier = ThreadCarrier(path.parents[1], "a", server, clock=clock)
+    os.write(fd, b"x")
+    with pytest.raises(NoProgress, match="nothing was read for 1 s"):
+        finish(carrier.from_storage(Piece(1, "shard"), Copied(), 1.0, lambda: 60.0))
+    assert got == b"xxxxx"
+    carrier.close()
+
+
+def test_n13_a_storage_that_is_gone_for_good_takes_no_more_threads_than_the_bound(pipe) -> None:
+    path, _ = pipe
+    server = ShardServer("a", "127.0.0.1", 30.0)
+    carrier = ThreadCarrier(path.parents[1], "a", server)
+
+    def read() -> None:
+        finish(carrier.from_storage(Piece(1, "shard"), None, 0.0, lambda: 60.0))
+
+    for _ in range(MAX_HUNG):
+        with pytest.raises(NoProgress):
+            read()
+    with pytest.raises(WeightError, match=f"{MAX_HUNG} reads of that storage hang"):
+        read()
+    carrier.close()
 
 
 def test_n13_parts_that_a_lost_reader_left_are_removed_by_the_next_one(
