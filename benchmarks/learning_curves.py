@@ -253,7 +253,7 @@ def _train_missing(names: Sequence[str], seeds: Sequence[int], steps: int, again
 
 def main() -> None:
     table = cases()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", default=["*"], help="cases, as patterns")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--steps", type=int, default=default_steps())

@@ -248,7 +248,7 @@ def write_figures() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=("search", "confirm", "figures"))
     parser.add_argument("--part", default="1/1", help="k/n: the k-th of n parts of the runs")
     parser.add_argument("--minutes", type=float, default=20, help="start no run that ends later")
