@@ -127,7 +127,9 @@ def without_machine_paths(text: str) -> str:
     return re.sub(rf"{temporary}/[^/\"\s]+", "TMP", text.replace(f"{root}/", ""))
 
 
-def write_result(name: str, figures: Mapping[str, float], runs: Sequence[Any], **more: Any) -> Path:
+def write_result(
+    name: str, figures: Mapping[str, float], runs: Mapping[str, Any] | Sequence[Any], **more: Any
+) -> Path:
     """Write `results/<name>.json`, replacing it as a whole. Figures that exist and are not given
     again stay, so that parts of a benchmark can be run apart."""
     path, before = RESULTS / f"{name}.json", results(name)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from rlhf_cluster.config import RunConfig
@@ -39,17 +40,22 @@ from rlhf_cluster.scoring.scorer import Scorer
 Weights = dict[str, Tensor]
 
 
-def train(config: RunConfig, folder: Path, staleness: int) -> dict[str, Any]:
+def train(
+    config: RunConfig, folder: Path, staleness: int, look_every: int | None = None
+) -> dict[str, Any]:
     """Train from warm-up to the last step, on one CPU thread.
 
     Args:
         config: its model is made from numbers; no reference.
         folder: empty; the model is written into it.
         staleness: at most `staleness.max_staleness`.
+        look_every: steps between two looks; None takes none.
 
     Returns:
         `reward_before` and `reward_after` (greedy, held-out prompts), `rewards` (mean of each
-        step's rollouts), `staleness` (largest of each step, as the learner met it), `seconds`.
+        step's rollouts), `staleness` (largest of each step, as the learner met it), `seconds`;
+        `looks`, each with the `step` after which it was taken, its greedy `reward`, and `kl` and
+        `effective_sample_size` of that step's batch before it was trained on.
     """
     started = time.perf_counter()
     inputs = check_inputs(config, folder)
@@ -64,7 +70,7 @@ def train(config: RunConfig, folder: Path, staleness: int) -> dict[str, Any]:
         versions = deque([_weights(learner)], maxlen=staleness + 1)
         sampler.load(versions[-1], 0)
         before = _evaluate(sampler, scorer, inputs.evaluation_prompts, config)
-        rewards, met = [], []
+        rewards, met, looks = [], [], []
         for step in range(config.run.steps):
             sampler.load(versions[0], max(0, step - staleness))
             prompts = [inputs.prompts.next() for _ in range(config.run.groups_per_step)]
@@ -72,13 +78,20 @@ def train(config: RunConfig, folder: Path, staleness: int) -> dict[str, Any]:
                 Ticket(number=step * len(prompts) + i, version=sampler.version)
                 for i in range(len(prompts))
             ]
-            groups = [
-                scorer.score(group) for group in sampler.sample(tickets, prompts, config.sampling)
-            ]
+            sampled = sampler.sample(tickets, prompts, config.sampling)
+            groups = [scorer.score(group) for group in sampled]
             rewards.append(float(np.mean([s.reward for g in groups for s in g.scored])))
+            look: dict[str, float] = {"step": step + 1}
+            if is_look := look_every is not None and (step + 1) % look_every == 0:
+                sampler.load(versions[-1], step)
+                look |= sampler.distance(sampled)
             report = learner.train_step(groups)
             met.append(int(report.metrics["staleness/max"]))
             versions.append(_weights(learner))
+            if is_look:
+                sampler.load(versions[-1], step + 1)
+                look["reward"] = _evaluate(sampler, scorer, inputs.evaluation_prompts, config)
+                looks.append(look)
         sampler.load(versions[-1], config.run.steps)
         after = _evaluate(sampler, scorer, inputs.evaluation_prompts, config)
     finally:
@@ -89,6 +102,7 @@ def train(config: RunConfig, folder: Path, staleness: int) -> dict[str, Any]:
         "reward_after": after,
         "rewards": [round(r, 4) for r in rewards],
         "staleness": met,
+        "looks": looks,
         "seconds": round(time.perf_counter() - started, 1),
     }
 
@@ -127,6 +141,24 @@ class PlainSampler:
                 RolloutGroup(ticket=ticket, prompt=prompt, rollouts=own, greedy=greedy[index])
             )
         return groups
+
+    @torch.no_grad()
+    def distance(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+        """How far these weights, pi, are from mu, which sampled the groups: `kl`, that of mu to pi a
+        token in nats, estimated as the mean of r - 1 - log r, and `effective_sample_size`."""
+        rollouts = [r for group in groups for r in group.rollouts]
+        rows = [np.concatenate([r.prompt_ids, r.response_ids]) for r in rollouts]
+        ids = pad_sequence([torch.from_numpy(row).long() for row in rows], batch_first=True)
+        logits = self._lm(input_ids=ids, use_cache=False).logits / (rollouts[0].temperature or 1.0)
+        logs = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].double()
+        starts, ends = [len(r.prompt_ids) - 1 for r in rollouts], [len(row) - 1 for row in rows]
+        now = torch.cat([logs[i, a:b] for i, (a, b) in enumerate(zip(starts, ends, strict=True))])
+        then = torch.cat([torch.from_numpy(r.sampled_logprobs) for r in rollouts]).double()
+        ratio = (now - then).exp()
+        return {
+            "kl": float((ratio - 1 - (now - then)).mean()),
+            "effective_sample_size": float(ratio.mean() ** 2 / ratio.square().mean()),
+        }
 
     def _rollouts(
         self,

@@ -93,7 +93,9 @@ def cases() -> dict[str, Case]:
     return found
 
 
-def run(name: str, case: Case, seed: int, steps: int) -> dict[str, Any]:
+def run(
+    name: str, case: Case, seed: int, steps: int, look_every: int | None = None
+) -> dict[str, Any]:
     """Train one case; returns what the result file keeps of it."""
     from benchmarks.in_process import train
     from rlhf_cluster.config import RunConfig, validate
@@ -101,8 +103,9 @@ def run(name: str, case: Case, seed: int, steps: int) -> dict[str, Any]:
     settings = tree_of(case, seed, steps)
     with tempfile.TemporaryDirectory() as folder:
         tree = {**settings, "run": {**settings["run"], "root": folder}}
-        found = train(validate(RunConfig, tree, source=name), Path(folder), case.staleness)
-    return {"case": name, "seed": seed, "settings": _changes(case, steps), **found}
+        config = validate(RunConfig, tree, source=name)
+        found = train(config, Path(folder), case.staleness, look_every)
+    return {"case": name, "seed": seed, "settings": changes(case, steps), **found}
 
 
 def tree_of(case: Case, seed: int, steps: int) -> dict[str, Any]:
@@ -122,7 +125,8 @@ def default_steps() -> int:
     return int(tomllib.loads(QUICKSTART.read_text(encoding="utf-8"))["run"]["steps"])
 
 
-def _changes(case: Case, steps: int) -> dict[str, Any]:
+def changes(case: Case, steps: int) -> dict[str, Any]:
+    """What is different from the quick start, as a result keeps it."""
     sections = {"algorithm": case.algorithm, "learner": case.learner, "critic": case.critic}
     changed = {key: dict(value) for key, value in sections.items() if value}
     return {"steps": steps, "staleness": case.staleness, **changed}
@@ -146,7 +150,8 @@ def finished() -> dict[str, dict[str, Any]]:
 
 
 @contextmanager
-def _one_writer() -> Iterator[None]:
+def one_writer() -> Iterator[None]:
+    """Keep other processes from merging into a result."""
     RESULTS.mkdir(exist_ok=True)
     folder = os.open(RESULTS, os.O_RDONLY)
     try:
@@ -232,7 +237,7 @@ def _train_missing(names: Sequence[str], seeds: Sequence[int], steps: int, again
         for name in names:
             key = f"{name}/{seed}"
             known = finished().get(key)
-            if known and not again and known["settings"] == _changes(table[name], steps):
+            if known and not again and known["settings"] == changes(table[name], steps):
                 print(f"{key}: {known['reward_after']:.3f} (finished before)")
                 continue
             record = run(name, table[name], seed, steps)
@@ -241,14 +246,14 @@ def _train_missing(names: Sequence[str], seeds: Sequence[int], steps: int, again
                 f"in {record['seconds']:.0f} s",
                 flush=True,
             )
-            with _one_writer():
+            with one_writer():
                 runs = {**finished(), key: record}
                 write_result(NAME, figures(runs), runs, machine=before)
 
 
 def main() -> None:
     table = cases()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", default=["*"], help="cases, as patterns")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--steps", type=int, default=default_steps())

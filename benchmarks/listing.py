@@ -32,6 +32,10 @@ MEASURED: Mapping[str, Sequence[str]] = {
         "rlhf_cluster/models/int8_rounding.py",
         "benchmarks/lora_rounding.py",
     ),
+    "staleness_study": (
+        *("rlhf_cluster/algorithms", "rlhf_cluster/learner", "rlhf_cluster/models"),
+        *("benchmarks/in_process.py", "configs/quickstart.toml"),
+    ),
     "scale": (
         *("rlhf_cluster/buffer", "rlhf_cluster/weights", "rlhf_cluster/pipeline.py"),
         *(
@@ -72,6 +76,7 @@ AIMS: Mapping[str, Mapping[str, Bound]] = {
         "runs_ended": ("<=", 0),
     },
     "soak": {"steps": (">=", 2000), "violations": ("<=", 0)},
+    "staleness_study": {"difference": ("<=", 0.05)},
     "verifiers": {
         "presentations": (">=", 20),
         "numeric_accuracy_min": (">=", 0.999),
