@@ -106,7 +106,7 @@ class PolicyGradientConfig(AlgorithmSection):
 
     @property
     def correction_key(self) -> str:
-        """The key as messages show it; a default is named as one, for nobody finds it in the file."""
+        """Key and type of the correction for error messages, marked if the run file leaves it out."""
         given = "" if "correction" in self.model_fields_set else " (the default)"
         return f"correction.type = {self.correction.type!r}{given}"
 

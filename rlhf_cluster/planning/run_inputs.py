@@ -58,7 +58,7 @@ from rlhf_cluster.weights.manifest import ITEM_BYTES
 RULES = ("exact_match", "numeric")
 
 _ENDING_TOKENS = 256
-"""Of a prompt's end, in which the opening tag of its reasoning stands."""
+"""Length of the end of a prompt that is searched for an opening tag of reasoning."""
 
 
 def try_rewards(configs: Sequence[RewardConfig], tokenizer_dir: str, prompt: Prompt) -> None:
@@ -81,23 +81,19 @@ def try_rewards(configs: Sequence[RewardConfig], tokenizer_dir: str, prompt: Pro
 
 
 def check_reasoning(configs: Sequence[RewardConfig], ending: str) -> None:
-    """Raise `ConfigError` where a reward expects other prompts than those, of which one ends so.
+    """Raise `ConfigError` where a reward expects another `ending` of the rendered prompts.
 
-    Unnoticed, either every completion without a closing tag would have no answer, or what is found in
-    the middle of reasoning that was cut off would count as one.
+    Otherwise every completion that lacks a closing tag would score 0, or a guess within reasoning that
+    was cut off would be scored.
     """
     for config in configs:
         if not isinstance(config, ReasoningSection):
             continue
-        begun, takes_open = (
-            open_reasoning(ending, config.reasoning_tags),
-            config.prompt_opens_reasoning,
-        )
+        begun = open_reasoning(ending, config.reasoning_tags)
+        takes_open = config.prompt_opens_reasoning
         if begun is None and takes_open:
-            found, instead = (
-                "leaves no tag of reasoning open",
-                "false, or name the tags in reasoning_tags",
-            )
+            found = "leaves no tag of reasoning open"
+            instead = "false, or name the tags in reasoning_tags"
         elif begun is not None and not begun.strip() and not takes_open:
             found, instead = "ends in an open tag of reasoning", "true"
         else:

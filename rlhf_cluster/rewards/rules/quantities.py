@@ -18,8 +18,8 @@ and nothing else: `x = 72`, `\text{Total: } 72 \text{ cm}^2`, `48 + 24 = 72`, bu
 In a marked sentence the number that it begins with counts ("72, which is 8 more"), else the last one
 of its first clause with a number ("the 5 boys have 72"); in prose the last one of the last line; a bold
 one goes first. A number that is denied ("not 6"), hedged ("maybe 6"), bounded ("more than 6"), in a
-range or a list ("6 to 7", "6, 7") is no answer, nor one that is supposed ("if it were 6"); one that is
-told apart ("6, not 7") or counted out of others ("6 of 7") is 6.
+range or a list ("6 to 7", "6, 7") is no answer, nor one that is supposed ("if it were 6").
+"6, not 7" and "6 of 7" are 6.
 `tests/support/builders/answer_table.py` has verdicts.
 """
 
@@ -178,7 +178,7 @@ _CONTRASTED = re.compile(
     r"-?\d+(?:[.,]\d+)*(?:\s?%|\s[A-Za-z]+)?\)?(?=\s*(?:[.!;,)]|$))",
     re.MULTILINE,
 )
-"""`42, not 41`: what the number before is told apart from."""
+"""Number after a "not" that follows another one: `42, not 41`."""
 _OF = re.compile(r"\s(?:out )?of (?:the |all |all the )?[$]?")
 _SUPPOSED = re.compile(
     r"\bif\b[^,;.\n]{0,24}\b(?:were|was|had been)\s[$]?$"

@@ -45,7 +45,7 @@ class ReasoningSection(RewardSection):
 
 
 def open_reasoning(text: str, tags: tuple[Tags, ...] = ()) -> str | None:
-    """Return what stands after a tag that the text, such as a rendered prompt, leaves open."""
+    """Return the text after an opening tag that is never closed, or None if there is none."""
     found = list(_pattern(tags).finditer(text))
     return text[found[-1].end() :] if found and found[-1]["opening"] else None
 
