@@ -161,7 +161,7 @@ def check_inputs(config: RunConfig, scratch: Path) -> Inputs:
             for path in filter(os.path.isdir, reward.model_paths):
                 check_positions(path, config.max_sequence_tokens)
     first = prompts.next()
-    ending = tokenizer.decode(first.token_ids[-_ENDING_TOKENS:], skip_special_tokens=False)
+    ending = tokenizer.decode(first.token_ids[-_ENDING_TOKENS:].tolist(), skip_special_tokens=False)
     check_reasoning(config.scoring.rewards, str(ending))
     try_rewards(config.scoring.rewards, tokenizer_dir, first)
     prompts.seek(num_warmup)

@@ -410,7 +410,8 @@ def _chosen(text: str, tokens: list[_Token], index: int) -> Quantity | None:
         return None
     if index and _OF.fullmatch(text[tokens[index - 1].end : tokens[index].start]):
         index -= 1  # "42 of 50" is 42, and "2/3 of 60" is arithmetic
-        if tokens[index].value is None or tokens[index].value.denominator != 1:
+        value = tokens[index].value
+        if value is None or value.denominator != 1:
             return None
     token = tokens[index]
     for one, other in pairwise(tokens[max(index - 1, 0) : index + 2]):
