@@ -86,7 +86,7 @@ class Launcher:
     spawn: Callable[..., Any] = spawn
     failed_starts: FailedStarts = field(default_factory=FailedStarts)
     last_resorts: dict[int, tuple[Any, PlacementError]] = field(default_factory=dict)
-    """By its identity, a group on a node that is avoided, and why it is there."""
+    """Groups on avoided nodes, by their `id`, each with the reason."""
 
     def placement_name(self, owner: str) -> str:
         return f"rlhf-{self.config.run.name}-{owner}-{self.attempt or uuid.uuid4().hex[:8]}"
@@ -94,8 +94,8 @@ class Launcher:
     async def actor(
         self, cls: type, arguments: list[Any], bundle: Bundle, **options: Any
     ) -> tuple[Any, Any]:
-        """An actor alone in a placement group of its own; no group is left where it fails. On a node
-        that is avoided only where no other has room in time: it may be well again."""
+        """An actor alone in a placement group of its own; no group is left where it fails. On an
+        avoided node only if no other node has the resources in time: it may work again."""
         environment = options.pop("environment", {})
         timeout_s = self.config.cluster.room_timeout_s
         name = self.placement_name(bundle.owner)
@@ -127,8 +127,8 @@ class Launcher:
 
     async def ready(self, worker: Worker, join: Callable[[Worker], Awaitable[None]]) -> Worker:
         """Start `worker`, and let it join. It is taken down when either fails, and its node is
-        remembered for that. One that fails where it was the last resort has found no room, which
-        costs a pool with its quorum no restart."""
+        remembered for that. A failed start on an avoided node raises `PlacementError`, which costs
+        a pool with its quorum no restart."""
         node = self.places.node_of(worker.placement)
         _, no_room = self.last_resorts.pop(id(worker.placement), (None, None))
         try:

@@ -190,9 +190,7 @@ def point_of_return(
     that is damaged, or, with None, from the beginning. Reads all of the checkpoint; call while holding
     `run`: a `RunError` where another process took it. Raises `CheckpointError`, `StorageError` and
     `StalledError` rather than go back further than it has to."""
-    run.check_claim(
-        sleep
-    )  # what is fetched or set aside below is in the directory of whoever has it
+    run.check_claim(sleep)  # before it is changed: another may own it
     found = resume.whole_or_copy(run, config, sleep)
     if found.checkpoint is not None:
         return found.checkpoint

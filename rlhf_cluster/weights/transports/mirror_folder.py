@@ -234,7 +234,7 @@ def _remove_unused(folder: Path) -> None:
 
 
 def _remove_mark_last(folder: Path) -> None:
-    """Remove `folder`, so that the next sweep goes on where this one is killed or refused."""
+    """Remove `folder`, its mark last: the next sweep completes a removal that was cut short."""
     for entry in list(folder.iterdir()):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry, ignore_errors=True)

@@ -68,7 +68,7 @@ class RelayPlan:
     _uses: dict[str, int] = field(default_factory=dict)
     """Fetches under way from each node."""
     _reading: set[Piece] = field(default_factory=set)
-    """What is under way from the storage."""
+    """Pieces that nodes are reading from the storage."""
     _leases: dict[tuple[str, Piece], tuple[float, str | None]] = field(default_factory=dict)
     """(node, piece) -> when it ends, and the source; the oldest first."""
     _strikes: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -103,7 +103,7 @@ class RelayPlan:
         return None
 
     def _by_rarity(self, node: str, wanted: Sequence[Piece], shunned: set[str]) -> list[Piece]:
-        """Those of `wanted` that a source may have a turn for, the rarest first."""
+        """Return the pieces of `wanted` that a source may have a turn for, the rarest first."""
         found = [p for p in wanted if self._free.get(p) or self._from_storage(p, shunned)]
         return sorted(found, key=lambda piece: (self._num_holders(piece), _rank(node, piece)))
 
@@ -167,7 +167,7 @@ class RelayPlan:
         return strikes
 
     def _from_storage(self, piece: Piece, shunned: set[str]) -> Assignment | None:
-        """Where no node has it but `shunned` ones, and nobody reads it from there."""
+        """Return a read of the storage if only `shunned` nodes have the piece and none reads it."""
         if piece in self._reading or len(self._reading) >= self.streams:
             return None
         holders = self._holders.get(piece, ())

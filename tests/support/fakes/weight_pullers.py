@@ -50,7 +50,8 @@ class Puller:
     """An actor: the n-th of its pulls gives `answers[n]`, the last one again and again."""
 
     def __init__(self, *answers: Exception | str) -> None:
-        self.answers, self.healthy, self.pulled = list(answers), True, list[int]()
+        self.answers: list[Exception | str] = list(answers)
+        self.healthy, self.pulled = True, list[int]()
         self.versions: list[int] = []  # those that it took
         self.pull = self.load_reference = self.health = self
         self.never: list[Reference] = []

@@ -7,7 +7,9 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -109,12 +111,12 @@ def test_n07_the_text_is_that_of_the_moment_and_closing_writes_it(logger, tmp_pa
 
 def test_a_disk_that_does_not_answer_is_waited_for_once_and_again_when_it_goes_on(logger, tmp_path):
     """The end of a process flushes, and then closes, each log: it waits `FLUSH_S` in all."""
-    disk, waits = Disk(), list[float]()
+    disk, waits = Disk(), list[float | None]()
     handler = behind(logger, tmp_path / "a.log", disk)
 
-    def wait_for(is_over, timeout):
+    def wait_for(predicate: Callable[[], Any], timeout: float | None = None) -> Any:
         waits.append(timeout)
-        return is_over()
+        return predicate()
 
     handler._waiting.all_tasks_done.wait_for = wait_for
     logger.warning("first")
