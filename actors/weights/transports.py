@@ -61,9 +61,13 @@ class Transport:
         self,
         config: RunConfig,
         lends: Callable[[RunConfig], ShardLender | None] = lender_of,
+        planner: Callable[[str], RemotePlanner] = RemotePlanner,
     ) -> None:
-        """`lends`: builds the lender of this process's shards; None if the run has no relay."""
-        self._lends = lends
+        """`lends`: builds the lender of this process's shards; None if the run has no relay.
+
+        `planner`: builds the handle of the run's planner, from the run's name.
+        """
+        self._lends, self._planner = lends, planner
         self._config = config
         self._root = str(config.weights_dir)
         self._keep = config.staleness.oldest_in_flight + 2
@@ -118,10 +122,18 @@ class Transport:
     def begin_anew(self) -> None:
         """Reset the relay after a failure of the learner, whose successor repeats version numbers.
 
-        The versions in files have been rewound before. Raises `WeightError`.
+        The versions in files have been rewound before. If the planner cannot be reached, as when it was
+        on the learner's node, the run continues: Ray restarts the planner empty, or readers are sent to
+        files that they verify and refuse.
         """
-        if self._config.weights.is_relayed:
-            RemotePlanner(self._config.run.name).begin_anew()
+        if not self._config.weights.is_relayed:
+            return
+        try:
+            self._planner(self._config.run.name).begin_anew()
+        except WeightError as error:
+            log.warning(
+                "the relay may send readers to files of the learner that was lost: %s", error
+            )
 
     def serving(self) -> AbstractAsyncContextManager[None]:
         """Return a context inside which the cluster has the actors that the transport needs."""

@@ -35,6 +35,8 @@ LATE_OR_REFUSED = (WeightError, StalledError, WorkerSilent)
 """What a load ends with where the storage is slow or the version damaged, and the worker is well."""
 MAX_CATCH_UP = 3
 """How often a worker that was left behind is brought to the newest version before it is replaced."""
+PAUSE_S = 2.0
+"""Before the first of these; longer before the next: a storage may refuse at once, for a moment."""
 
 
 class PoolVersion:
@@ -105,9 +107,10 @@ class PoolVersion:
     async def _catch_up(self, worker: Worker) -> None:
         """`_bring` for a worker that was left behind, a few times: what it reads from may be slow.
 
-        Waits for: its loads, each with its deadline. Raises the last try's error.
+        Waits for: a pause, then its loads, each with its deadline. Raises the last try's error.
         """
         for num_tries in range(1, MAX_CATCH_UP + 1):
+            await self._pool.sleep(PAUSE_S * num_tries)
             try:
                 await self._bring(worker)
                 return

@@ -188,8 +188,9 @@ def point_of_return(
 ) -> Checkpoint | None:
     """From where the run goes on after `lost`: its newest whole checkpoint, or the copy of a newer one
     that is damaged, or, with None, from the beginning. Reads all of the checkpoint; call while holding
-    `run`. Raises `CheckpointError`, `StorageError` and `StalledError` rather than go back further than
-    it has to."""
+    `run`: a `RunError` where another process took it. Raises `CheckpointError`, `StorageError` and
+    `StalledError` rather than go back further than it has to."""
+    run.check_claim(sleep)  # before it is changed: another may own it
     found = resume.whole_or_copy(run, config, sleep)
     if found.checkpoint is not None:
         return found.checkpoint
