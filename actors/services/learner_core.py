@@ -239,7 +239,7 @@ class Core:
             )
             return num_spares + new, group
         raise PlacementError(
-            f"{no_room}. Fewer, down to learner.min_ranks = {section.min_ranks}, cannot be placed either"
+            f"{no_room}. Fewer cannot be placed either, down to learner.min_ranks = {section.min_ranks}"
         ) from no_room
 
     async def _start_learner(self, prepare: Callable[[RayLearner], Awaitable[None]]) -> RayLearner:
