@@ -1,4 +1,4 @@
-"""Reading and cutting metrics.jsonl, which `rlhf_cluster.observe.record.run_log` writes."""
+"""Reading and truncation of metrics.jsonl, which `observe.record.run_log` writes."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ def cut_metrics(path: str | Path, last_step: int) -> None:
 
 
 def read_metrics(path: str | Path) -> list[Record]:
-    """All records by step; lines of one step are joined. A missing file is an empty one.
+    """Return all records, sorted by step, with the lines of one step merged.
 
-    A torn last line is left out; a damaged line anywhere else raises `RunError`.
+    A missing file has no records. A partially written last line is skipped. Raises `RunError` for a
+    damaged line anywhere else.
     """
     records: dict[int, Record] = {}
     for record in _read_lines(Path(path)):

@@ -477,7 +477,7 @@ async def test_d03_storage_that_cannot_be_asked_refuses_a_run_whose_newest_is_da
     assert whole.checkpoint.state.step == 4, "what is whole here needs nobody else"
     assert paused == []
     tear(run, 4)
-    with pytest.raises(StorageError, match=r"refused.*Nobody can tell"):
+    with pytest.raises(StorageError, match=r"refused.*It is unknown"):
         resume.whole_or_copy(run, config(tmp_path), paused.append)
     assert paused == [*PAUSES]
     assert checkpoint_folder.steps(run.checkpoints) == [2, 4]
