@@ -54,8 +54,10 @@ from rlhf_cluster.weights.sync import WeightSync
 NO_SIGNAL = "no_signal"
 """Discard reason of a group whose rewards give the algorithm no learning signal."""
 MAX_READS = 32
-"""Bound of concurrent reads of stored groups, and of groups per read. A run may resume with
-thousands, and each read has a deadline."""
+"""Bound of concurrent reads of stored groups, and of groups per read.
+
+A run may resume with thousands, and each read has a deadline.
+"""
 MAX_LOSSES = 3
 """Times that a group is generated again when a node failure loses it before it is scored."""
 
@@ -131,7 +133,7 @@ class Pipeline:
     checkpoints: CheckpointsPort | None = None
     recovery: RecoveryPort | None = None  # None: no group is stored on disk
     trainable: Callable[[Ticket, int], bool] = lambda ticket, oldest_version: True
-    """Whether a stored group with tokens of that version is within the staleness bound at its turn."""
+    """Whether a stored group with tokens of that version is fresh enough at its turn."""
     on_disk: Callable[..., Awaitable[Any]] = (
         aside  # runs a blocking method of `recovery` in a thread
     )
@@ -201,7 +203,7 @@ class Pipeline:
         await self.buffer.stop()
 
     async def produce(self, ticket: Ticket, prompt: Prompt) -> None:
-        """Bring one group from its ticket into the buffer: recover it from disk, or generate and score.
+        """Bring one group into the buffer: recover it from disk, or generate and score it.
 
         A group that failed after all retries, or that the algorithm does not train on, is discarded
         and another admitted. `rlhf_cluster.failures` says which errors end the run instead.
@@ -333,7 +335,9 @@ async def evaluate(
     max_tokens: int,
     version: int,
 ) -> Evaluation:
-    """Answer held-out prompts greedily with the live weights, which must be `version`, and score.
+    """Answer held-out prompts greedily and score them.
+
+    The live weights must be `version`.
 
     A prompt that no worker could answer or score is one of `failures`. Raises `WorkerError` when an
     answer came from other weights, and what ends a run (`rlhf_cluster.failures`).

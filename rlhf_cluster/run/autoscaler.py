@@ -1,4 +1,4 @@
-"""Autoscaling: when a pool gets a worker more or fewer, by the bottleneck advisor's numbers alone.
+"""Decisions to resize a pool by one worker, from the bottleneck advisor's numbers alone.
 
     grow     the pool is the bottleneck, and one more worker is predicted to make steps `grow_at`
              times as fast: in every part of the advisor's window, and also if engines gain nothing
@@ -137,9 +137,10 @@ class Autoscaler:
     def _grow_together(
         self, now_s: float, advice: Advice, sizes: Mapping[str, int]
     ) -> Action | None:
-        """Grow the first of the pools that bound the run together: one worker of either gives nothing.
+        """Grow the first of the pools that bound the run together.
 
-        After its worker has joined, the other pool is the bottleneck.
+        One worker of either gives nothing alone. After the first has joined, the other pool is the
+        bottleneck.
         """
         pools = [p for p in self._settings.scales if p in advice.load.demand]
         low = min(part.speed(dict.fromkeys(pools, 1), sure=True) for part in advice.parts)

@@ -1,4 +1,4 @@
-"""The bottleneck of a run, and the gain of one more worker, from the times of its last steps.
+"""Bottleneck of a run, and gain of one more worker, from the times of its last steps.
 
 The model. A run has three stations: generation, scoring and learner. The demand D of each is known. It
 is the time in seconds per step for which the station is busy:
@@ -123,7 +123,7 @@ class Advice:
 
 
 def advise(records: Sequence[Record]) -> Advice | None:
-    """Return advice from the last `WINDOW` steps in the records of metrics.jsonl (`read_metrics`).
+    """Return advice from the last `WINDOW` steps of metrics.jsonl (`read_metrics`).
 
     None while fewer than `MIN_STEPS` steps were made since the pools have their size.
     """

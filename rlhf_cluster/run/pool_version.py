@@ -33,9 +33,9 @@ from rlhf_cluster.run.worker_pool import (
 )
 
 LATE_OR_REFUSED = (WeightError, StalledError, WorkerSilent)
-"""Errors of a load when the storage is slow or the version damaged, and the worker is healthy."""
+"""Errors of a load when the storage is slow or the version damaged, but the worker healthy."""
 MAX_CATCH_UP = 3
-"""Tries to bring a worker that is behind to the newest version before the worker is replaced."""
+"""Tries to bring a worker that is behind to the newest version before it is replaced."""
 
 
 class PoolVersion:
@@ -112,7 +112,7 @@ class PoolVersion:
                 return
 
     async def _catch_up(self, worker: Worker) -> None:
-        """Call `_bring` at most `MAX_CATCH_UP` times for a worker that is behind: storage may be slow.
+        """Call `_bring` up to `MAX_CATCH_UP` times, since the storage may be slow.
 
         Waits for: its loads, each with its deadline. Raises the last try's error.
         """

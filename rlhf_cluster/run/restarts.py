@@ -120,7 +120,7 @@ MAX_PAUSE_S = 60.0
 
 
 class RoomAgain(RlhfError):
-    """An attempt with too few ranks ended at a checkpoint: the cluster can place all ranks again."""
+    """An attempt with too few ranks ended at a checkpoint, since all ranks can be placed."""
 
 
 @dataclass(slots=True, kw_only=True)

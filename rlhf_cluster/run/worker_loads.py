@@ -23,7 +23,10 @@ class State(StrEnum):
 
 
 class Worker:
-    """One actor and what its pool knows of it. `changed` is called on every change of state or load."""
+    """One actor and what its pool knows of it.
+
+    `changed` is called on every change of state or load.
+    """
 
     __slots__ = ("_num_in_flight", "_state", "actor", "changed", "name", "placement")
 
@@ -62,7 +65,7 @@ class Loads:
     _load: dict[Worker, int] = field(default_factory=dict)
     _place: dict[Worker, int] = field(default_factory=dict)  # in the order of coming
     _heap: list[tuple[int, int, Worker]] = field(default_factory=list)
-    """(load, place, worker), each once. An entry with a load that is no longer current is ignored."""
+    """(load, place, worker), each once. An entry with an outdated load is ignored."""
     _in_heap: set[tuple[int, int]] = field(default_factory=set)  # (load, place)
 
     def __len__(self) -> int:

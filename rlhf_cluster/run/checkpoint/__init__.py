@@ -1,1 +1,1 @@
-"""Checkpoints of a run: one consistent snapshot between two steps, and how a run resumes from it."""
+"""Checkpoints of a run: consistent snapshots between two steps, and resuming from them."""

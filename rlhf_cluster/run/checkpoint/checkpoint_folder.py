@@ -65,7 +65,10 @@ LEARNER = "learner"
 SHARD = ".safetensors"
 SPARE_BYTES = 1 << 20  # for everything except the learner's tensors
 Fence = Callable[[], AbstractContextManager[None]]
-"""Held while a checkpoint gets its name. It raises if this attempt may no longer complete one."""
+"""Context held while a checkpoint gets its name.
+
+It raises if this attempt may no longer complete one.
+"""
 ASIDE = "damaged-"
 MAX_ASIDE = 2
 
@@ -308,7 +311,7 @@ def step_of(name: str) -> int:
 
 
 def is_plain(name: str) -> bool:
-    """Whether `name`, which was read from a file, is that of a file below the folder of that file."""
+    """Whether a name that was read leads to a file below the folder it was read in."""
     plain = re.fullmatch(r"[A-Za-z0-9_.\-]+(/[A-Za-z0-9_.\-]+)*", name)
     return plain is not None and ".." not in name
 

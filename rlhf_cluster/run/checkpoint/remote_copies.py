@@ -325,7 +325,9 @@ def fetch_newest(
     wanted: Callable[[int], bool] = lambda step: True,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Found:
-    """Fetch the newest intact copy of `wanted` steps into `run`; return what is wrong with newer ones.
+    """Fetch the newest intact copy of `wanted` steps into `run`.
+
+    Returns it, and what is wrong with newer ones.
 
     Raises `StorageError`, `StalledError` when the storage does not answer.
     """

@@ -1,4 +1,4 @@
-"""Resuming: what an earlier attempt left in a run directory, and what the same command does next.
+"""Resuming: what a run directory holds, and what the same command does with it.
 
     finished, same configuration       nothing to do
     a complete checkpoint              resume from the last one

@@ -101,7 +101,7 @@ def test_a_group_that_a_disk_does_not_take_in_time_is_named_with_the_cure(
     text = str(caught.value)
     assert f"{tmp_path}/g00000002.arrow" in text
     assert "not written within a.timeout_s = 0.02 s" in text
-    assert "raise buffer.write_timeout_s, and start the same command again" in text
+    assert "raise buffer.write_timeout_s, and rerun the command" in text
     assert len(disk.told) == 1
     assert "g00000002.arrow" in disk.told[0]
     assert store.numbers() == [], "it does not count as finished"
