@@ -50,7 +50,7 @@ from rlhf_cluster.config.pool_sections import (
     GENERATION,
     pool_sections,
 )
-from rlhf_cluster.errors import RlhfError, RunError
+from rlhf_cluster.errors import PlacementError, RlhfError, RunError
 from rlhf_cluster.generation.generation_worker import DEFAULT_ENGINE
 from rlhf_cluster.planning.placement import Bundle, pool_bundle
 from rlhf_cluster.run.control_channel import ControlChannel
@@ -85,6 +85,8 @@ class Launcher:
     places: RayPlaces = RAY_PLACES
     spawn: Callable[..., Any] = spawn
     failed_starts: FailedStarts = field(default_factory=FailedStarts)
+    last_resorts: dict[int, tuple[Any, PlacementError]] = field(default_factory=dict)
+    """Groups on avoided nodes, by their `id`, each with the reason."""
 
     def placement_name(self, owner: str) -> str:
         return f"rlhf-{self.config.run.name}-{owner}-{self.attempt or uuid.uuid4().hex[:8]}"
@@ -92,12 +94,20 @@ class Launcher:
     async def actor(
         self, cls: type, arguments: list[Any], bundle: Bundle, **options: Any
     ) -> tuple[Any, Any]:
-        """An actor alone in a placement group of its own; no group is left where it fails."""
+        """An actor alone in a placement group of its own; no group is left where it fails. On an
+        avoided node only if no other node has the resources in time: it may work again."""
         environment = options.pop("environment", {})
         timeout_s = self.config.cluster.room_timeout_s
         name = self.placement_name(bundle.owner)
         avoid = self.failed_starts.avoided(lambda: self.places.fitting(bundle.resources))
-        group = await place([bundle], name, timeout_s, self.places, avoid)
+        no_room = None
+        try:
+            group = await place([bundle], name, timeout_s, self.places, avoid)
+        except PlacementError as error:
+            if not avoid:
+                raise
+            no_room = error
+            group = await place([bundle], name, timeout_s, self.places)
         try:
             actor = self.spawn(
                 cls,
@@ -111,12 +121,16 @@ class Launcher:
         except BaseException:
             self.places.give_back(group)
             raise
+        if no_room is not None:
+            self.last_resorts[id(group)] = group, no_room
         return actor, group
 
     async def ready(self, worker: Worker, join: Callable[[Worker], Awaitable[None]]) -> Worker:
         """Start `worker`, and let it join. It is taken down when either fails, and its node is
-        remembered for that."""
+        remembered for that. A failed start on an avoided node raises `PlacementError`, which costs
+        a pool with its quorum no restart."""
         node = self.places.node_of(worker.placement)
+        _, no_room = self.last_resorts.pop(id(worker.placement), (None, None))
         try:
             timeout_s = self.config.run.start_timeout_s
             await answer(worker.actor.start.remote(), timeout_s, f"{worker.name}.start")
@@ -128,6 +142,8 @@ class Launcher:
                 take_down(worker.actor, worker.placement, self.places)
             except Exception:  # what failed first says more
                 log.exception("%s: not ended", worker.name)
+            if no_room is not None and isinstance(error, RlhfError):
+                raise PlacementError(f"{no_room}. A start there failed again: {error}") from error
             raise
         self.failed_starts.succeeded(node)
         return worker

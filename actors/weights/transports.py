@@ -57,9 +57,11 @@ class Transport:
         self,
         config: RunConfig,
         lends: Callable[[RunConfig], ShardLender | None] = lender_of,
+        planner: Callable[[str], RemotePlanner] = RemotePlanner,
     ) -> None:
-        """`lends` begins to serve the shards of this process, where the run has the relay."""
-        self._lends = lends
+        """`lends` begins to serve the shards of this process, where the run has the relay; `planner`
+        makes the caller of that run's planner."""
+        self._lends, self._planner = lends, planner
         self._config = config
         self._root = str(config.weights_dir)
         self._keep = config.staleness.oldest_in_flight + 2
@@ -109,9 +111,19 @@ class Transport:
 
     def begin_anew(self) -> None:
         """The learner that published is gone, and its successor publishes from an earlier version on;
-        the versions in files are rewound already. Raises `WeightError`."""
-        if self._config.weights.is_relayed:
-            RemotePlanner(self._config.run.name).begin_anew()
+        the versions in files are rewound already.
+
+        A planner that cannot be asked, as when its node went with the learner's, costs the relay and
+        not the run: it comes back empty, or sends readers to files that they verify and refuse.
+        """
+        if not self._config.weights.is_relayed:
+            return
+        try:
+            self._planner(self._config.run.name).begin_anew()
+        except WeightError as error:
+            log.warning(
+                "the relay may send readers to files of the learner that was lost: %s", error
+            )
 
     def serving(self) -> AbstractAsyncContextManager[None]:
         """What the transport needs in the cluster is there inside the block."""

@@ -41,7 +41,7 @@ class CispoConfig(GroupRelativeConfig):
             narrower = rule.low > low or rule.high < high
             if self.proximal == "bypass" and rule.action == "truncate" and narrower:
                 raise ValueError(
-                    f"correction.type = {self.correction.type!r} bounds the ratio to [{rule.low:g}, "
+                    f"{self.correction_key} bounds the ratio to [{rule.low:g}, "
                     f"{rule.high:g}], with type = 'cispo', proximal = 'bypass' and a weight of "
                     f"[{low:g}, {high:g}]: they bound the same weight, and clip_low or clip_high would "
                     "never act. Use correction = { type = 'none' } or a rule that masks, or bounds no "

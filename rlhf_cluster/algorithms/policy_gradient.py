@@ -56,7 +56,11 @@ from rlhf_cluster.algorithms.off_policy_distance import (
     distance_sums,
     shares_by_staleness,
 )
-from rlhf_cluster.algorithms.policy_gradient_config import ClippedConfig, PolicyGradientConfig
+from rlhf_cluster.algorithms.policy_gradient_config import (
+    ClippedConfig,
+    PolicyGradientConfig,
+    Proximal,
+)
 from rlhf_cluster.algorithms.policy_losses import Aggregation, clipped_policy_loss
 from rlhf_cluster.errors import RecordError
 from rlhf_cluster.records import ExperienceGroup, ScoredRollout
@@ -291,7 +295,7 @@ class PolicyGradient(ABC, Generic[C]):
         learner, sampler = inputs.learner_logprobs, self._sampler(inputs)
         log_ratios, corrected = self.correct(sampler, inputs)
         losses, sums = self.surrogate(log_ratios, inputs)
-        losses = losses * corrected.weights
+        losses = scale_losses(losses, corrected.weights, self.config.proximal)
         sums = {
             **sums,
             **distance_sums(learner, inputs.sampled_logprobs.detach(), inputs.staleness),
@@ -329,6 +333,19 @@ class PolicyGradient(ABC, Generic[C]):
             ratio = log_ratios.detach().exp()
             weights = weights * self.truncation(ratio, rule.low, rule.high)
         return log_ratios, replace(weighed, weights=weights)
+
+
+def scale_losses(losses: Tensor, weights: Tensor, proximal: Proximal) -> Tensor:
+    """Weigh the loss of each token. [N], [N] -> [N].
+
+    With "bypass" a weight above 1 is low / r: it lifts the gradient of a token to the lower bound.
+    Where the surrogate is flat (a clip, SAPO's gate at a small r) its value does not shrink with r, and
+    low / r times it would be a number without meaning, up to e^20: the value stays the surrogate's own.
+    """
+    if proximal != "bypass":
+        return losses * weights
+    value = losses.detach()
+    return value * weights.clamp(max=1) + weights * (losses - value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -104,6 +104,12 @@ class PolicyGradientConfig(AlgorithmSection):
     def estimator(self) -> Estimator:
         return self.kl_estimator or ("k2" if self.kl_in == "loss" else "k1")
 
+    @property
+    def correction_key(self) -> str:
+        """Key and type of the correction for error messages, marked if the run file leaves it out."""
+        given = "" if "correction" in self.model_fields_set else " (the default)"
+        return f"correction.type = {self.correction.type!r}{given}"
+
     @model_validator(mode="after")
     def _keys_agree(self) -> PolicyGradientConfig:
         for problem in (self._correction_problem(), self._kl_problem()):
@@ -112,13 +118,13 @@ class PolicyGradientConfig(AlgorithmSection):
         return self
 
     def _correction_problem(self) -> str | None:
-        rules, name = self.correction.rules(), f"correction.type = {self.correction.type!r}"
+        rules, name = self.correction.rules(), self.correction_key
         actions = {rule.action for rule in rules if rule.level != "token"}
         if "truncate" in actions and self.proximal == "bypass":
             return (
                 f"{name} with proximal = 'bypass': the ratio against the sampler is the weight "
-                "already, and a rollout's weight on top would count it twice. Use a rule that "
-                "masks, 'token_tis' or 'none', or proximal = 'recompute'"
+                "already, and a rollout's weight on top would count it twice. Set correction = "
+                "{ type = 'none' }, or a rule that masks, or proximal = 'recompute'"
             )
         if "mask" in actions and self.group_size == 1:
             return (

@@ -52,9 +52,13 @@ from rlhf_cluster.records import FinishReason, Prompt, Rollout
 from rlhf_cluster.rewards import RewardConfig, build_rewards
 from rlhf_cluster.rewards.reward import Reward
 from rlhf_cluster.rewards.reward_failure import RewardFailure
+from rlhf_cluster.rewards.rules.reasoning import ReasoningSection, open_reasoning
 from rlhf_cluster.weights.manifest import ITEM_BYTES
 
 RULES = ("exact_match", "numeric")
+
+_ENDING_TOKENS = 256
+"""Length of the end of a prompt that is searched for an opening tag of reasoning."""
 
 
 def try_rewards(configs: Sequence[RewardConfig], tokenizer_dir: str, prompt: Prompt) -> None:
@@ -74,6 +78,31 @@ def try_rewards(configs: Sequence[RewardConfig], tokenizer_dir: str, prompt: Pro
             raise ConfigError(f"reward {name!r} cannot score this data set: {failure}") from failure
         finally:
             reward.close()
+
+
+def check_reasoning(configs: Sequence[RewardConfig], ending: str) -> None:
+    """Raise `ConfigError` where a reward expects another `ending` of the rendered prompts.
+
+    Otherwise every completion that lacks a closing tag would score 0, or a guess within reasoning that
+    was cut off would be scored.
+    """
+    for config in configs:
+        if not isinstance(config, ReasoningSection):
+            continue
+        begun = open_reasoning(ending, config.reasoning_tags)
+        takes_open = config.prompt_opens_reasoning
+        if begun is None and takes_open:
+            found = "leaves no tag of reasoning open"
+            instead = "false, or name the tags in reasoning_tags"
+        elif begun is not None and not begun.strip() and not takes_open:
+            found, instead = "ends in an open tag of reasoning", "true"
+        else:
+            continue
+        raise ConfigError(
+            f"reward {config.name or config.type!r}: prompt_opens_reasoning = "
+            f"{str(takes_open).lower()}, and the first prompt {found}: it ends in {ending[-40:]!r}. "
+            f"Set prompt_opens_reasoning = {instead}"
+        )
 
 
 def _made_up(prompt: Prompt) -> Rollout:
@@ -131,7 +160,10 @@ def check_inputs(config: RunConfig, scratch: Path) -> Inputs:
         if getattr(reward, "tokenizer", "shared") == "shared":  # it reads the policy's tokens
             for path in filter(os.path.isdir, reward.model_paths):
                 check_positions(path, config.max_sequence_tokens)
-    try_rewards(config.scoring.rewards, tokenizer_dir, prompts.next())
+    first = prompts.next()
+    ending = tokenizer.decode(first.token_ids[-_ENDING_TOKENS:].tolist(), skip_special_tokens=False)
+    check_reasoning(config.scoring.rewards, str(ending))
+    try_rewards(config.scoring.rewards, tokenizer_dir, first)
     prompts.seek(num_warmup)
     return Inputs(
         model_dir=model_dir,

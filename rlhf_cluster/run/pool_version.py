@@ -36,6 +36,11 @@ LATE_OR_REFUSED = (WeightError, StalledError, WorkerSilent)
 """Errors of a load when the storage is slow or the version damaged, but the worker healthy."""
 MAX_CATCH_UP = 3
 """Tries to bring a worker that is behind to the newest version before it is replaced."""
+PAUSE_S = 2.0
+"""Seconds before the first of these tries, longer before the next.
+
+A storage may refuse at once, for a moment.
+"""
 
 
 class PoolVersion:
@@ -114,9 +119,10 @@ class PoolVersion:
     async def _catch_up(self, worker: Worker) -> None:
         """Call `_bring` up to `MAX_CATCH_UP` times, since the storage may be slow.
 
-        Waits for: its loads, each with its deadline. Raises the last try's error.
+        Waits for: a pause, then its loads, each with its deadline. Raises the last try's error.
         """
         for num_tries in range(1, MAX_CATCH_UP + 1):
+            await self._pool.sleep(PAUSE_S * num_tries)
             try:
                 await self._bring(worker)
                 return

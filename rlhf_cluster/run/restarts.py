@@ -207,9 +207,10 @@ def point_of_return(
     It is the newest intact checkpoint of the run, or the copy of a newer one that is damaged. Reads all
     of it. Call while holding `run`.
 
-    Raises `CheckpointError`, `StorageError` and `StalledError` rather than go back further than
-    necessary.
+    Raises `RunError` if another process took `run`. Raises `CheckpointError`, `StorageError` and
+    `StalledError` rather than go back further than necessary.
     """
+    run.check_claim(sleep)  # before anything is changed: another process may own it
     found = resume.whole_or_copy(run, config, sleep)
     if found.checkpoint is not None:
         return found.checkpoint

@@ -88,7 +88,7 @@ def test_a_submitted_run_can_be_followed_to_its_end(dashboard, folder, capsys):
 def test_a_job_that_fails_ends_with_its_own_error(dashboard, folder, capsys):
     assert submit(dashboard, folder, "bad", "data.max_prompt_tokens=3", follow=True) == 1
     error = capsys.readouterr().err
-    assert "ended: FAILED. error: task sort_digits: 256 of 256 prompts are over" in error
+    assert "ended: FAILED. error: task sort_digits: 256 of 256 prompts are longer" in error
     assert error.count("\n") == 1
     assert not (folder / "bad").exists()
 

@@ -69,6 +69,7 @@ class FileBehind(QueueHandler):
         self._pid = os.getpid()
         self._counting = threading.Lock()
         self._num_dropped, self._is_torn = 0, False
+        self._num_written, self._given_up_at = 0, -1
         self._writer = threading.Thread(target=self._work, name="log", daemon=True)
         self._writer.start()
 
@@ -86,11 +87,16 @@ class FileBehind(QueueHandler):
             self._drop()
 
     def flush(self) -> None:
-        """Write all that was logged. Waits for: that, at most `FLUSH_S`."""
-        if os.getpid() == self._pid:
-            waiting = self._waiting
-            with waiting.all_tasks_done:
-                waiting.all_tasks_done.wait_for(lambda: not waiting.unfinished_tasks, FLUSH_S)
+        """Write all that was logged. Waits for: that, at most `FLUSH_S`; not again for a disk that has
+        taken nothing since a flush gave up."""
+        if os.getpid() != self._pid or self._num_written == self._given_up_at:
+            return
+        waiting = self._waiting
+        with waiting.all_tasks_done:
+            is_empty = waiting.all_tasks_done.wait_for(
+                lambda: not waiting.unfinished_tasks, FLUSH_S
+            )
+            self._given_up_at = -1 if is_empty else self._num_written
 
     def close(self) -> None:
         """Flush and close. What is not written within `FLUSH_S` is left to the thread."""
@@ -107,6 +113,7 @@ class FileBehind(QueueHandler):
             try:
                 self._append(text)
             finally:
+                self._num_written += 1
                 self._waiting.task_done()
         self._waiting.task_done()
         os.close(self._fd)

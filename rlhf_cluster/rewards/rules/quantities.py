@@ -18,7 +18,9 @@ and nothing else: `x = 72`, `\text{Total: } 72 \text{ cm}^2`, `48 + 24 = 72`, bu
 In a marked sentence the number that it begins with counts ("72, which is 8 more"), else the last one
 of its first clause with a number ("the 5 boys have 72"); in prose the last one of the last line; a bold
 one goes first. A number that is denied ("not 6"), hedged ("maybe 6"), bounded ("more than 6"), in a
-range or a list ("6 to 7", "6, 7") is no answer. `tests/support/builders/answer_table.py` has verdicts.
+range or a list ("6 to 7", "6, 7") is no answer, nor one that is supposed ("if it were 6").
+"6, not 7" and "6 of 7" are 6.
+`tests/support/builders/answer_table.py` has verdicts.
 """
 
 from __future__ import annotations
@@ -171,6 +173,21 @@ _BOUNDED = re.compile(
     re.IGNORECASE,
 )
 _CORRECTED = re.compile(r"\bnot\b[^.;\n]{1,60}?\bbut(?: rather)?\s", re.IGNORECASE)
+_CONTRASTED = re.compile(
+    r"(\d[^.;\n\d]{0,24}?),?\s\(?(?:(?:(?<=,\s)|(?<=\()|(?:and|but)\s)not|rather than|instead of)\s[$]?"
+    r"-?\d+(?:[.,]\d+)*(?:\s?%|\s[A-Za-z]+)?\)?(?=\s*(?:[.!;,)]|$))",
+    re.MULTILINE,
+)
+"""Number after a "not" that follows another one: `42, not 41`."""
+_OF = re.compile(r"\s(?:out )?of (?:the |all |all the )?[$]?")
+_SUPPOSED = re.compile(
+    r"\bif\b[^,;.\n]{0,24}\b(?:were|was|had been)\s[$]?$"
+    r"|\b(?:suppose|assume|assuming|imagine)\b[^,;.\n]{0,24}\s[$]?$",
+    re.IGNORECASE,
+)
+_NO_ANSWER = re.compile(
+    r"(?:^|[.:;]\s|\b(?:is|have|give|find)\s)no (?:final )?answer\s*(?:[.;,:!]|$)", re.IGNORECASE
+)
 _UNREAD = "\u25cc"
 """Stands in a sentence for a formula that is no number."""
 _BEFORE = re.compile(r"[\s(]*\u2248?\s?(?:[A-Za-z][A-Za-z'-]*+[:,.]?\s++){0,12}+[\s(]*")
@@ -239,7 +256,7 @@ def read_sentence(text: str) -> Quantity | None:
     if len(text) > MAX_PROSE_CHARACTERS:
         return None
     bold = [part for part in _BOLD.findall(text) if _is_numeric(part)]
-    text = _CORRECTED.sub("", bold[-1] if bold else text)
+    text = _CONTRASTED.sub(r"\1", _CORRECTED.sub("", bold[-1] if bold else text))
     text = _plain(FORMULA.sub(_inline, text), spaced=True)
     if not re.search(r"[A-Za-z]{2}", text):
         return read_formula(text.rstrip(" .!"))
@@ -279,7 +296,9 @@ def read_prose(text: str) -> Quantity | None:
         for bold in reversed(_BOLD.findall(line)):
             if _is_numeric(bold):
                 return read_sentence(bold)
-        plain = _plain(line, spaced=False)
+        if _NO_ANSWER.search(line):
+            return None
+        plain = _plain(_CONTRASTED.sub(r"\1", line), spaced=False)
         tokens = _tokens(plain)
         tokens = [token for token in tokens if not _is_remark(plain, token)] or tokens
         if tokens and _EQUALS.search(plain) and re.search(r"[A-Za-z]{2}", plain):
@@ -389,6 +408,11 @@ def _chosen(text: str, tokens: list[_Token], index: int) -> Quantity | None:
     """The number at `index`, where it is neither denied, bounded nor one of several."""
     if not tokens:
         return None
+    if index and _OF.fullmatch(text[tokens[index - 1].end : tokens[index].start]):
+        index -= 1  # "42 of 50" is 42, and "2/3 of 60" is arithmetic
+        value = tokens[index].value
+        if value is None or value.denominator != 1:
+            return None
     token = tokens[index]
     for one, other in pairwise(tokens[max(index - 1, 0) : index + 2]):
         between = text[one.end : other.start]
@@ -406,10 +430,9 @@ def is_withheld(text: str, start: int, end: int) -> bool:
     begin = max(text.rfind(mark, 0, start) for mark in (". ", "; ", "\n", ", ", ": "))
     cut = _CLAUSE.search(text, end)
     clause = text[begin + 1 : cut.start() if cut else len(text)]
-    before = text[max(start - 24, 0) : start]
-    return any(
-        words.search(part)
-        for words, part in ((_DENIED, clause), (_BOUNDED, before), (_DOUBTED, before))
+    before = text[max(start - 40, 0) : start]
+    return _DENIED.search(clause) is not None or any(
+        words.search(before) for words in (_BOUNDED, _DOUBTED, _SUPPOSED)
     )
 
 

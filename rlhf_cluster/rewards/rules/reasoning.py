@@ -34,13 +34,20 @@ class ReasoningSection(RewardSection):
     """Opening and closing tags of reasoning, besides `<think>`, `<thinking>`, `<thought>`,
     `<reasoning>`, `<seed:think>`, `[THINK]` and `<|begin_of_thought|>`."""
     prompt_opens_reasoning: bool = False
-    """Every prompt ends in an open tag: a completion without a closing one has no answer."""
+    """Every prompt ends in an open tag: a completion without a closing one has no answer. A run whose
+    first prompt says otherwise is refused."""
 
     def without_reasoning(self, completions: Sequence[str]) -> list[str]:
         return [
             without_reasoning(text, self.reasoning_tags, self.prompt_opens_reasoning)
             for text in completions
         ]
+
+
+def open_reasoning(text: str, tags: tuple[Tags, ...] = ()) -> str | None:
+    """Return the text after an opening tag that is never closed, or None if there is none."""
+    found = list(_pattern(tags).finditer(text))
+    return text[found[-1].end() :] if found and found[-1]["opening"] else None
 
 
 def without_reasoning(text: str, tags: tuple[Tags, ...] = (), is_open: bool = False) -> str:

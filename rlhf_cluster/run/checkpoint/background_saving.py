@@ -169,6 +169,7 @@ class Checkpoints:
         what = f"the checkpoint of step {state.step} in {self.root}, {num_bytes} bytes,"
         try:
             async with asyncio.timeout(self.timeout_s), patience.telling(what):
+                await aside(self.check_owner)  # first: another's half-written one may be there
                 partial = await aside(checkpoint_folder.begin, self.root, state.step, num_bytes)
                 await self.learner.write_state(partial / checkpoint_folder.LEARNER)
                 await aside(self.check_owner)

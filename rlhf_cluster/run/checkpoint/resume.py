@@ -64,6 +64,14 @@ FIXED = (
     "scoring.reference_update",
 )
 """Settings, or whole sections, that may not change: a checkpoint would not fit any more."""
+FREE = (
+    "weights.transport",
+    "weights.mirror",
+    "weights.mirror_streams",
+    "weights.relay_above_bytes",
+    "weights.durable_every",  # of runs by commits that had transports without files
+)
+"""Settings of how versions travel. They change nothing that a run computes, and may change."""
 FIXED_OF_STAGES = ("run.units_per_step", "run.seed", "model", "data", "stage", "learner.lora")
 """Such settings of an offline stage, whose position in the data is determined by its steps."""
 FIXED_OF_GENERATION = (
@@ -181,6 +189,8 @@ def look(
     is_last = found is not None or config.checkpoint.copy_to is None
     described = run.read_resolved()
     changes = differences(described, describe(config), defaults(config)) if described else []
+    free = _of(changes, FREE)
+    changes = [change for change in changes if change not in free]
     if found is not None and found.origin:  # fetched to where the run never was
         changes = [change for change in changes if not change.startswith("run.root = ")]
     finished = run.summary.is_file()

@@ -9,7 +9,8 @@ Promises:
 - nothing but a folder that this user's processes made, with the name and the mark of one, is ever
   removed; what else is in `weights.mirror` may have any name;
 - the folder belongs to one store: two runs of one name that write to different stores never meet;
-- a folder has its name only together with its mark, and loses both at once.
+- a folder has its name only together with its mark, and loses both at once; the mark is the last file
+  to go, so that a sweep that is killed is ended by the next one.
 """
 
 from __future__ import annotations
@@ -227,9 +228,20 @@ def _remove_unused(folder: Path) -> None:
             if not folder.suffix:
                 doomed = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}")
                 folder.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            _remove_mark_last(doomed)
     finally:
         os.close(fd)
+
+
+def _remove_mark_last(folder: Path) -> None:
+    """Remove `folder`, its mark last: the next sweep completes a removal that was cut short."""
+    for entry in list(folder.iterdir()):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.name != MARK:
+            entry.unlink(missing_ok=True)
+    if os.listdir(folder) == [MARK]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _make(local: Path) -> int | None:

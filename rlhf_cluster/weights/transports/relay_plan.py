@@ -23,11 +23,12 @@ Pure bookkeeping: who moves the bytes is `node_mirror`, who carries the question
 
 from __future__ import annotations
 
+import itertools
 import time
 import zlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 MAX_STRIKES = 2
 """Readers that got nothing from a node before it serves nobody."""
@@ -35,9 +36,8 @@ STRIKE_S = 600.0
 """How long that counts."""
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Piece:
-    """One file of a published version."""
+class Piece(NamedTuple):
+    """One file of a published version. A tuple, since the plan looks thousands of them up."""
 
     version: int
     name: str
@@ -65,8 +65,10 @@ class RelayPlan:
     _free: dict[Piece, dict[str, None]] = field(default_factory=dict)
     """Its holders that can serve one more, the one that waits longest first."""
     _has: dict[str, set[Piece]] = field(default_factory=dict)
-    _uses: dict[str | None, int] = field(default_factory=dict)
-    """Fetches under way from each source."""
+    _uses: dict[str, int] = field(default_factory=dict)
+    """Fetches under way from each node."""
+    _reading: set[Piece] = field(default_factory=set)
+    """Pieces that nodes are reading from the storage."""
     _leases: dict[tuple[str, Piece], tuple[float, str | None]] = field(default_factory=dict)
     """(node, piece) -> when it ends, and the source; the oldest first."""
     _strikes: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -92,13 +94,18 @@ class RelayPlan:
         self._end_leases()
         for piece in self._has.get(node, set()).intersection(wanted):
             self._drop(node, piece)  # another reader of its node removed it
-        by_rarity = sorted(wanted, key=lambda piece: (self._num_holders(piece), _rank(node, piece)))
-        for piece in by_rarity:
-            found = self._from_storage(node, piece) or self._from_a_node(node, piece)
+        shunned = {source for source in self._strikes if node in self._accusers(source)}
+        for piece in self._by_rarity(node, wanted, shunned):
+            found = self._from_storage(piece, shunned) or self._from_a_node(piece, shunned)
             if found is not None:
                 self._take(node, found)
                 return found
         return None
+
+    def _by_rarity(self, node: str, wanted: Sequence[Piece], shunned: set[str]) -> list[Piece]:
+        """Return the pieces of `wanted` that a source may have a turn for, the rarest first."""
+        found = [p for p in wanted if self._free.get(p) or self._from_storage(p, shunned)]
+        return sorted(found, key=lambda piece: (self._num_holders(piece), _rank(node, piece)))
 
     def done(self, node: str, piece: Piece, address: Any) -> None:
         """`node` has the piece, and serves it at `address`."""
@@ -147,6 +154,7 @@ class RelayPlan:
         for state in (self._holders, self._free, self._has, self._uses, self._leases):
             state.clear()
         self._strikes.clear()
+        self._reading.clear()
 
     def _accusers(self, source: str) -> dict[str, float]:
         """The readers that got nothing from `source` lately."""
@@ -158,19 +166,16 @@ class RelayPlan:
             del strikes[reader]
         return strikes
 
-    def _from_storage(self, node: str, piece: Piece) -> Assignment | None:
-        """Where no other node has it that `node` can be sent to, and nobody reads it from there."""
-        if self._uses.get(None, 0) >= self.streams:
+    def _from_storage(self, piece: Piece, shunned: set[str]) -> Assignment | None:
+        """Return a read of the storage if only `shunned` nodes have the piece and none reads it."""
+        if piece in self._reading or len(self._reading) >= self.streams:
             return None
-        if any(node not in self._accusers(holder) for holder in self._holders.get(piece, ())):
-            return None
-        if any(p == piece for (_, p), (_, source) in self._leases.items() if source is None):
-            return None
-        return Assignment(piece=piece, source=None)
+        holders = self._holders.get(piece, ())
+        return Assignment(piece=piece, source=None) if shunned.issuperset(holders) else None
 
-    def _from_a_node(self, node: str, piece: Piece) -> Assignment | None:
+    def _from_a_node(self, piece: Piece, shunned: set[str]) -> Assignment | None:
         for source in self._free.get(piece, ()):
-            if node not in self._accusers(source):
+            if source not in shunned:
                 address = self._holders[piece][source]
                 return Assignment(piece=piece, source=source, address=address)
         return None
@@ -179,26 +184,33 @@ class RelayPlan:
         return len(self._holders.get(piece, ()))
 
     def _take(self, node: str, found: Assignment) -> None:
-        source = found.source
-        self._leases[node, found.piece] = self.clock() + self.lease_s, source
+        source, piece = found.source, found.piece
+        self._release(node, piece)  # an answer that came too late for who asked
+        self._leases[node, piece] = self.clock() + self.lease_s, source
+        if source is None:
+            self._reading.add(piece)
+            return
         self._uses[source] = self._uses.get(source, 0) + 1
-        if source is not None and self._uses[source] >= self.uploads:
-            for piece in self._has[source]:
-                self._free[piece].pop(source, None)
+        if self._uses[source] >= self.uploads:
+            for other in self._has[source]:
+                self._free[other].pop(source, None)
 
     def _release(self, node: str, piece: Piece) -> None:
         """The turn of `node` at its source ends, if it has one."""
         if (node, piece) not in self._leases:
             return
         _, source = self._leases.pop((node, piece))
+        if source is None:
+            self._reading.discard(piece)
+            return
         self._uses[source] -= 1
-        if source is not None:
-            for other in self._has.get(source, ()):
-                self._free.setdefault(other, {})[source] = None
+        for other in self._has.get(source, ()):
+            self._free.setdefault(other, {})[source] = None
 
     def _end_leases(self) -> None:
         now = self.clock()
-        ended = [use for use, (ends, _) in self._leases.items() if ends <= now]
+        by_end = self._leases.items()  # each is as long as the others
+        ended = [use for use, _ in itertools.takewhile(lambda lease: lease[1][0] <= now, by_end)]
         for node, piece in ended:
             self._release(node, piece)
 

@@ -90,7 +90,12 @@ def slow_losses(config: Any, case: Case, live: Sequence[float] | None = None) ->
         ratios = _geometric_means(ratios, case.sequence)
     found = []
     for t, advantage in enumerate(case.advantages):
-        loss = weights[t] * _surrogate(config, ratios[t], frozen[t], live[t], advantage)
+        loss = _surrogate(config, ratios[t], frozen[t], live[t], advantage)
+        if config.proximal == "bypass" and weights[t] > 1:  # lifts the slope, and not the value
+            start = _surrogate(config, frozen[t], frozen[t], case.learner[t], advantage)
+            loss = start + weights[t] * (loss - start)
+        else:
+            loss *= weights[t]
         if config.kl_coef and config.kl_in == "loss":
             loss += config.kl_coef * _kl(config, case, live[t], t)
         found.append(loss - config.entropy_coef * case.entropy[t])

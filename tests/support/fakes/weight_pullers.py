@@ -50,7 +50,8 @@ class Puller:
     """An actor: the n-th of its pulls gives `answers[n]`, the last one again and again."""
 
     def __init__(self, *answers: Exception | str) -> None:
-        self.answers, self.healthy, self.pulled = list(answers), True, list[int]()
+        self.answers: list[Exception | str] = list(answers)
+        self.healthy, self.pulled = True, list[int]()
         self.versions: list[int] = []  # those that it took
         self.pull = self.load_reference = self.health = self
         self.never: list[Reference] = []
@@ -75,11 +76,13 @@ class Pulling:
 
     def __init__(self, *pullers: Puller, **limits: Any) -> None:
         self.pullers, self.ended = list(pullers), list[str]()
+        self.slept, self.refuses_until_s = list[float](), float("inf")
         self.pool = WorkerPool(
             kind=self.kind,
             launch=self._launch,
             retire=lambda worker: self.ended.append(worker.name),
             check=self._check,
+            sleep=self._sleep,
             limits=PoolLimits(acquire_timeout_s=5.0, backoff_s=0.0, **limits),
         )
         self.client = self._client()
@@ -96,6 +99,14 @@ class Pulling:
 
     async def _join(self, worker: Worker) -> None:
         await self.client.join(worker)
+
+    async def _sleep(self, seconds: float) -> None:
+        """No time passes; after `refuses_until_s` of it every puller takes what it is asked to."""
+        self.slept.append(seconds)
+        if sum(self.slept) >= self.refuses_until_s:
+            for puller in self.pullers:
+                puller.answers = ["fine"]
+        await asyncio.sleep(0)
 
     async def _check(self, worker: Worker) -> None:
         await answer(worker.actor.health.remote(), 1.0, f"{worker.name}.health")

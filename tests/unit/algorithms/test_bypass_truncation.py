@@ -98,6 +98,25 @@ def test_l02_a_lower_bound_raises_the_weight_of_what_the_clip_lets_through() -> 
     assert force(algorithm, 0.9, -1.0) == pytest.approx(-0.9)
 
 
+@pytest.mark.parametrize("name", ["grpo", "sapo", "reinforce"])
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_l02_a_lower_bound_lifts_the_gradient_and_not_the_value_of_the_loss(
+    name: str, advantage: float
+) -> None:
+    rule = {"type": "custom", "level": "token", "action": "truncate", "low": 0.5, "high": 2.0}
+    algorithm = build(name, correction=rule)
+    plain = build(name, correction={"type": "none"})
+    learner = torch.tensor([-19.0, -2.5, -1.0], dtype=torch.float64, requires_grad=True)
+    sampled = torch.tensor([-1.0, -1.0, -1.0], dtype=torch.float64)
+    inputs = loss_inputs(learner, sampled, torch.full((3,), advantage, dtype=torch.float64))
+    losses, _ = algorithm.loss(inputs)
+    torch.testing.assert_close(losses, plain.loss(inputs)[0], rtol=1e-12, atol=0)
+    (lifted,) = torch.autograd.grad(losses.sum(), learner)
+    if name == "reinforce":
+        expected = torch.tensor([0.5, 0.5, 1.0], dtype=torch.float64)
+        torch.testing.assert_close(lifted, -advantage * expected)
+
+
 @pytest.mark.parametrize("high", [5.0, 7.0])
 @pytest.mark.parametrize("ratio", [*RATIOS, 4.9, 5.1, 1e6])
 def test_l02_cispo_truncates_by_itself(ratio: float, high: float) -> None:
@@ -154,7 +173,10 @@ def test_l02_far_from_the_sampler_loss_and_gradient_are_those_of_the_slow_loop(
     torch.testing.assert_close(losses, expected, rtol=1e-9, atol=1e-12)
     (found,) = torch.autograd.grad(losses.sum(), inputs.learner_logprobs)
     slow = slow_gradient(algorithm.config, case, [1.0] * len(case.learner))
-    lost = 1e-9 * expected.abs().max().item()  # digits that differences of large sums lose
+    low = rule["low"] if isinstance(rule.get("low"), float) else 0.0
+    lifted = low * (inputs.sampled_logprobs - inputs.learner_logprobs).detach().exp().max().item()
+    # digits that differences of large sums, or of what a weight low / r lifts, lose
+    lost = 1e-9 * max(expected.abs().max().item(), lifted)
     torch.testing.assert_close(found, torch.tensor(slow).double(), rtol=1e-5, atol=1e-7 + lost)
 
 
@@ -167,3 +189,17 @@ def test_l02_the_weight_of_a_sample_is_the_bounded_ratio(name: str) -> None:
     torch.testing.assert_close(found, ratios.clamp(max=CAP))
     wide = build("cispo", correction={"type": "token_tis", "cap": 6.0})
     torch.testing.assert_close(wide.correction_weights(inputs), ratios.clamp(max=6.0))
+
+
+@pytest.mark.parametrize("name", ["cispo", "gspo"])
+def test_l02_a_refused_default_is_called_one_and_what_the_message_asks_for_is_taken(
+    name: str,
+) -> None:
+    with pytest.raises(ConfigError, match=r"\(the default\).*correction = \{ type = 'none' \}"):
+        build(name)
+    build(name, correction={"type": "none"})
+    written = {"type": "sequence_tis"} if name == "gspo" else {"type": "token_tis"}
+    with pytest.raises(
+        ConfigError, match=f"correction.type = '{written['type']}' (?!.the default)"
+    ):
+        build(name, correction=written)

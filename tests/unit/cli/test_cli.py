@@ -210,7 +210,7 @@ def test_validate_says_that_a_run_directory_is_taken(finished, capsys):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data.max_prompt_tokens=3"], "over data.max_prompt_tokens = 3"),
+        (["data.max_prompt_tokens=3"], "longer than data.max_prompt_tokens = 3"),
         (["scoring.rewards=[{type='exact_match', target_column='gold'}]"], "no column 'gold'"),
         (["scoring.rewards=[{type='python', function='absent_module:f'}]"], "absent_module"),
         (

@@ -7,7 +7,9 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -105,6 +107,27 @@ def test_n07_the_text_is_that_of_the_moment_and_closing_writes_it(logger, tmp_pa
     disk.answers.set()
     handler.close()
     assert told(tmp_path / "a.log") == ["[1]"]
+
+
+def test_a_disk_that_does_not_answer_is_waited_for_once_and_again_when_it_goes_on(logger, tmp_path):
+    """The end of a process flushes, and then closes, each log: it waits `FLUSH_S` in all."""
+    disk, waits = Disk(), list[float | None]()
+    handler = behind(logger, tmp_path / "a.log", disk)
+
+    def wait_for(predicate: Callable[[], Any], timeout: float | None = None) -> Any:
+        waits.append(timeout)
+        return predicate()
+
+    handler._waiting.all_tasks_done.wait_for = wait_for
+    logger.warning("first")
+    for _ in range(3):
+        handler.flush()
+    assert waits == [logs.FLUSH_S]
+    disk.answers.set()
+    handler._waiting.join()
+    handler.close()
+    assert waits == 2 * [logs.FLUSH_S]
+    assert told(tmp_path / "a.log") == ["first"]
 
 
 ENDING = """

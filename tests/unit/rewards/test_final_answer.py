@@ -7,7 +7,7 @@ from rlhf_cluster.rewards.rules.final_answer import (
     target_statement,
 )
 from rlhf_cluster.rewards.rules.numeric import final_number
-from rlhf_cluster.rewards.rules.reasoning import USUAL_TAGS, without_reasoning
+from rlhf_cluster.rewards.rules.reasoning import USUAL_TAGS, open_reasoning, without_reasoning
 
 
 @pytest.mark.parametrize(
@@ -105,6 +105,23 @@ def test_l05_a_section_may_name_further_tags():
     tags = (("[[", "]]"),)
     assert without_reasoning("a[[5]]b<think>c</think>", tags) == "ab"
     assert without_reasoning("a[[5]]b") == "a[[5]]b"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "begun"),
+    [
+        ("user: 1+1?\nassistant: <think>\n", "\n"),
+        ("assistant: <think>\n\n</think>\n\n", None),
+        ("Think between <think> and </think>. 1+1?", None),
+        ("assistant: <think>\nOkay,", "\nOkay,"),
+        ("1+1?", None),
+    ],
+)
+def test_l05_a_prompt_tells_whether_it_leaves_reasoning_open(prompt, begun):
+    assert open_reasoning(prompt) == begun
+    assert open_reasoning(prompt.replace("think>", "muse>")) is None
+    tags = (("<muse>", "</muse>"),)
+    assert open_reasoning(prompt.replace("think>", "muse>"), tags) == begun
 
 
 def test_l05_a_completion_that_begins_within_reasoning_and_never_leaves_it_has_no_answer():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_cluster.errors import FencedError, StalledError, StorageError, WeightError
+from rlhf_cluster.errors import FencedError, RunError, StalledError, StorageError, WeightError
 from rlhf_cluster.records import LearnerState, WeightVersion
 from rlhf_cluster.run.checkpoint import checkpoint_folder
 from rlhf_cluster.run.checkpoint.background_saving import Checkpoints
@@ -265,6 +265,21 @@ async def test_n10_a_marker_that_cannot_be_read_costs_the_checkpoint_and_not_the
         checkpoints.check_owner = lambda: None
         await saved(checkpoints, 6)
         assert checkpoints.stats.last == 6
+
+
+async def test_who_lost_its_directory_leaves_the_checkpoint_that_another_is_writing(tmp_path):
+    """A driver that was cut off goes on until it meets who took over, with its next checkpoint too."""
+
+    def taken() -> None:
+        raise RunError("was taken by process 7 on other")
+
+    root = tmp_path / "checkpoints"
+    writing = checkpoint_folder.begin(root, 5, 0)
+    checkpoints = saving(tmp_path, fence_of(tmp_path, store.begin_attempt(tmp_path / "weights")))
+    checkpoints.check_owner = taken
+    await saved(checkpoints, 4)
+    assert checkpoints.stats.failed == 1
+    assert list(root.iterdir()) == [writing]
 
 
 def test_n10_a_pin_that_cannot_be_written_or_listed_is_an_error_of_the_store(tmp_path):

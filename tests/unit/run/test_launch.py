@@ -18,6 +18,7 @@ from rlhf_cluster.errors import PlacementError, WorkerError
 from rlhf_cluster.planning.placement import Bundle
 from rlhf_cluster.run.restarts import FailedStarts
 from rlhf_cluster.run.worker_pool import (
+    ROOM_AGAIN_S,
     PoolLimits,
     Worker,
     WorkerPool,
@@ -47,6 +48,7 @@ class Places(RayPlaces):
 
     has_room: bool = True
     nodes: list[str] = field(default_factory=lambda: ["node-a"])
+    full: set[str] = field(default_factory=set)
     kills: bool = True
     reserved: list[Any] = field(default_factory=list)
     killed: list[Any] = field(default_factory=list)
@@ -54,8 +56,9 @@ class Places(RayPlaces):
     def reserve(
         self, resources: list[dict[str, float]], name: str, avoid: Collection[str] = ()
     ) -> Any:
-        self.reserved.append(Group(self.has_room))
-        self.reserved[-1].node = next((node for node in self.nodes if node not in avoid), "")
+        node = next((node for node in self.nodes if node not in {*avoid, *self.full}), "")
+        self.reserved.append(Group(self.has_room and bool(node)))
+        self.reserved[-1].node = node
         return self.reserved[-1]
 
     def node_of(self, group: Any) -> str:
@@ -167,7 +170,9 @@ class Starting:
         return done
 
 
-def launching(places: Places, bad: set[str]) -> tuple[Launcher, WorkerPool]:
+def launching(
+    places: Places, bad: set[str], cluster: Mapping[str, float] | None = None
+) -> tuple[Launcher, WorkerPool]:
     """A pool of one worker, whose workers start where `places` has them."""
 
     async def joined(worker: Worker) -> None:
@@ -178,7 +183,7 @@ def launching(places: Places, bad: set[str]) -> tuple[Launcher, WorkerPool]:
         return await launcher.ready(Worker(name=name, actor=actor, placement=group), joined)
 
     launcher = Launcher(
-        config=tiny_config(),
+        config=tiny_config(cluster=dict(cluster or {})),
         model_dir="",
         engine_factory="",
         engine_environment={},
@@ -232,6 +237,30 @@ async def test_n16_who_waits_for_another_node_is_told_which_is_avoided_and_why()
     avoid = {"node-a": WorkerError("CUDA error")}
     with pytest.raises(PlacementError, match=r"Node node-a is avoided: CUDA error\. Free in the"):
         await place([BUNDLE], "generation-0", 0.01, places, avoid)
+
+
+async def test_an_avoided_node_is_tried_again_where_all_others_are_full_and_costs_no_restart():
+    """The learner fills the only other node: for the window of failed starts there is no room else."""
+    bad = {"node-a"}
+    places = Places(nodes=["node-b"])
+    launcher, pool = launching(places, bad, {"placement_timeout_s": 0.01})
+    waits: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if waits.count(ROOM_AGAIN_S) == 3:
+            bad.clear()
+
+    pool.sleep = sleep
+    await pool.start(2)
+    places.nodes, places.full = ["node-a", "node-b"], {"node-b"}
+    await pool.fail(pool.live[0], WorkerError("the process died"))
+    await settled(pool)
+    assert [worker.placement.node for worker in pool.live] == ["node-b", "node-a"]
+    assert waits.count(ROOM_AGAIN_S) == 3
+    assert pool.restarts.total == 1 + launcher.failed_starts.limit
+    assert len(places.reserved) == 2
+    assert launcher.last_resorts == {}
 
 
 async def test_n16_a_failed_start_says_why_though_its_actor_cannot_be_ended():

@@ -19,6 +19,7 @@ from rlhf_cluster.errors import (
     DivergenceError,
     PlacementError,
     RlhfError,
+    RunError,
     StalenessError,
     StalledError,
     WeightError,
@@ -35,7 +36,7 @@ from rlhf_cluster.run.restarts import (
     point_of_return,
     with_recovery,
 )
-from rlhf_cluster.run.run_directory import RunDir
+from rlhf_cluster.run.run_directory import MARKER, RunDir
 from rlhf_cluster.weights.sync import WeightSync
 from tests.support.builders.checkpoint_files import write_whole
 from tests.support.builders.run_configs import tiny_config
@@ -224,6 +225,14 @@ def test_the_newest_whole_checkpoint_is_gone_on_from(run, tmp_path):
     found = point_of_return(run, settings(tmp_path), LOST)
     assert found is not None
     assert found.state.step == 2
+
+
+def test_who_lost_its_directory_fetches_nothing_into_it_and_goes_nowhere(run, tmp_path):
+    marker = run.path / MARKER
+    other = {**json.loads(marker.read_text()), "host": "other"}
+    marker.write_text(json.dumps(other))
+    with pytest.raises(RunError, match="was taken by process .* on other"):
+        point_of_return(run, settings(tmp_path), LOST)
 
 
 def test_a_run_without_a_checkpoint_yet_begins_anew_and_nothing_of_it_stays(run, tmp_path):

@@ -204,3 +204,11 @@ def test_a_setting_with_names_of_its_own_stands_beside_no_default():
     found = differences(describe(without), same, defaults(with_them))
     assert 'scoring.pools.proxies.serves = ["exact_match"], was not set' in found
     assert all(line.startswith("scoring.pools.proxies.") for line in found)
+
+
+def test_how_versions_travel_may_differ_in_a_resumed_run(left: RunDir):
+    assert look(left, weights={"transport": "relay"}).notes == look(left).notes
+    with pytest.raises(RunError, match="weights.publish_every"):
+        look(
+            left, weights={"transport": "relay", "publish_every": 2}, staleness={"max_staleness": 4}
+        )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,3 +99,40 @@ def test_n02_a_mark_that_was_removed_is_in_use_no_more(tmp_path: Path) -> None:
     (local / MARK).unlink()
     assert not is_in_use(fd, local)
     os.close(fd)
+
+
+KILLED_SWEEP = """
+import os, pathlib, sys
+from rlhf_cluster.weights.transports.mirror_folder import sweep
+left = int(sys.argv[2])
+def at_a_removal(event, arguments):
+    global left
+    if event in ("os.remove", "os.rmdir", "os.rename"):
+        if not left:
+            os._exit(9)
+        left -= 1
+sys.addaudithook(at_a_removal)
+sweep(pathlib.Path(sys.argv[1]))
+"""
+
+
+def test_a_sweep_that_is_killed_anywhere_is_ended_by_the_next_one(tmp_path: Path) -> None:
+    """Workers are killed while they leave; what they leave is as large as the weights."""
+    for num_removals in range(20):
+        mirror = tmp_path / str(num_removals)
+        local = copies_of(tmp_path / "store", mirror)
+        use = begin_use(local)
+        assert use is not None
+        for version in ("v000001", "v000002"):
+            (local / version).mkdir()
+            (local / version / "shard").touch()
+        (local / ".lock").touch()
+        os.close(use)
+        arguments = [sys.executable, "-c", KILLED_SWEEP, str(mirror), str(num_removals)]
+        ended = subprocess.run(arguments, check=False, timeout=60).returncode
+        sweep(mirror)
+        assert [path for path in mirror.rglob("*") if path.is_file()] == [], num_removals
+        if ended == 0:
+            return
+        assert ended == 9
+    raise AssertionError("no sweep came to its end")

@@ -246,3 +246,34 @@ def test_n03_who_asks_for_a_piece_has_lost_it_and_is_not_sent_to_itself() -> Non
     assert told.sources("good") == {"other"}
     told.plan.keeps("other", [])
     assert told.sources("good") == {None}
+
+
+def test_who_asks_again_after_an_answer_that_was_lost_holds_one_turn_and_not_two():
+    plan = RelayPlan(streams=1, uploads=1, clock=lambda: 0.0)
+    assert plan.next("n0", [A]) == Assignment(piece=A, source=None)
+    plan.lends("learner", [(A, "address")])  # the answer before came too late for n0
+    from_learner = Assignment(piece=A, source="learner", address="address")
+    assert plan.next("n0", [A]) == from_learner
+    assert plan.next("n1", [B]) == Assignment(piece=B, source=None), "the storage is free again"
+    plan.done("n0", A, "n0's")
+    assert plan.next("n1", [A]) == from_learner, "so is the learner"
+
+
+def test_a_node_that_asks_for_hundreds_of_files_is_answered_by_looking_at_few():
+    """A version of 512 files and a thousand nodes: who has to wait costs the plan nearly nothing."""
+    looked: list[Piece] = []
+
+    class Counted(RelayPlan):
+        def _num_holders(self, piece: Piece) -> int:
+            looked.append(piece)
+            return super()._num_holders(piece)
+
+    plan = Counted(streams=8, uploads=4, clock=lambda: 0.0)
+    pieces = [Piece(1, f"rank-{i}") for i in range(512)]
+    plan.lends("learner", [(piece, "address") for piece in pieces])
+    for number in range(4):
+        assert plan.next(f"n{number}", pieces) is not None
+    looked.clear()
+    for number in range(4, 1000):
+        assert plan.next(f"n{number}", pieces) is None
+    assert looked == []
