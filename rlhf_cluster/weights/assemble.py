@@ -59,8 +59,7 @@ def assemble(
 ) -> Manifest:
     """Return the manifest of the shards that `reports` describe. Raises `WeightError`.
 
-    `open_blobs` opens files by name. From each file the header is read, and the bytes of chunks that
-    span ranks.
+    `open_blobs` opens files by name. Their headers are read, and the bytes of chunks that span ranks.
     """
     reports = sorted(reports, key=lambda report: report.rank)
     _check_reports(version, reports)

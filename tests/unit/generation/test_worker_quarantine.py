@@ -136,7 +136,7 @@ def test_a_rule_that_is_off_says_nothing(off):
 
 
 def test_a_factor_that_would_drain_everyone_is_refused():
-    with pytest.raises(ValidationError, match=r"straggler_factor = 1 .* over 1, or 0"):
+    with pytest.raises(ValidationError, match=r"straggler_factor = 1 .* greater than 1, or 0"):
         Quarantine(straggler_factor=1.0)
 
 
