@@ -310,5 +310,5 @@ async def test_a_publish_that_does_not_end_is_named():
     sync = sync_of(learner, FakeGeneration())
     await sync.after_step(1)
     await learner.asked.wait()
-    with pytest.raises(StalledError, match="version 1, whose learner is gone, still ran"):
+    with pytest.raises(StalledError, match="version 1, whose learner is dead, still ran"):
         await sync.abandon(0.01)
