@@ -1,18 +1,17 @@
-"""Remote calls with a deadline and errors that name what failed.
+"""Remote calls with a deadline, and errors that name the call that failed.
 
-`answer` is how an event loop of this project waits for a Ray reference, `answer_now` how a thread does.
-It turns
-- an error that our own code raised in the other process into that same error,
-- any other error there into `WorkerError` with its last line,
-- a dead or unreachable actor into `WorkerDied`,
-- an argument that was lost with the node that held it into `RecordLost`,
+An event loop waits for a Ray reference with `answer`, a thread with `answer_now`. Both turn
+- an `RlhfError` that the callee raised into that same error;
+- any other error of the callee into `WorkerError` with its last line;
+- a dead or unreachable actor into `WorkerDied`;
+- an argument that was lost with the node that held it into `RecordLost`;
 - a passed deadline into `WorkerSilent`.
+`core_answer` is for learner ranks and the buffer: their death or silence is a `CoreLost`.
 
-Promises: a wait takes longer than the callee may (`rlhf_cluster.util.deadlines`), so that what the
-callee says of its own deadline arrives; an answer that has arrived counts, however late the loop looks
-at it.
-
-`core_answer` is the same for a learner rank or the buffer, whose death or silence is a `CoreLost`.
+Promises:
+- a wait is longer than the time that the callee may take (`rlhf_cluster.util.deadlines`), so the
+  callee's error about its own deadline still arrives;
+- an answer that has arrived is returned, however late the loop looks at it.
 """
 
 from __future__ import annotations
@@ -44,15 +43,18 @@ from rlhf_cluster.util.deadlines import reply_deadline
 
 
 async def answer(ref: ray.ObjectRef, timeout_s: float, what: str) -> Any:
-    """The value of `ref`, whose callee may take `timeout_s`. `what` names the call in errors, such as
-    "generation-0.pull"."""
+    """Return the value of `ref`, whose callee may take `timeout_s`.
+
+    Args:
+        what: name of the call in errors, such as "generation-0.pull".
+    """
     future, wait_s = ref.future(), reply_deadline(timeout_s)
     try:
         try:
             async with asyncio.timeout(wait_s):
                 return await asyncio.wrap_future(future)
         except TimeoutError:
-            # A loop that was held up sees answer and timer at once, and the timer first.
+            # A delayed loop sees the answer and the timer in one turn, and the timer first.
             if not future.done() or future.cancelled():
                 raise
             return future.result()
@@ -63,7 +65,10 @@ async def answer(ref: ray.ObjectRef, timeout_s: float, what: str) -> Any:
 
 
 async def core_answer(ref: ray.ObjectRef, timeout_s: float, what: str) -> Any:
-    """`answer` of a learner rank or the buffer: nobody can take over from one that is gone."""
+    """Return `answer` of a learner rank or the buffer, with `CoreLost` for its death or silence.
+
+    No other process can take over from one of these.
+    """
     try:
         return await answer(ref, timeout_s, what)
     except (WorkerDied, WorkerSilent) as error:
@@ -73,7 +78,7 @@ async def core_answer(ref: ray.ObjectRef, timeout_s: float, what: str) -> Any:
 
 
 def answer_now(ref: ray.ObjectRef, timeout_s: float, what: str) -> Any:
-    """`answer` for code without an event loop."""
+    """Return the value of `ref` like `answer`, for code without an event loop."""
     wait_s = reply_deadline(timeout_s)
     try:
         return ray.get(ref, timeout=wait_s)
@@ -84,7 +89,7 @@ def answer_now(ref: ray.ObjectRef, timeout_s: float, what: str) -> Any:
 
 
 def fetch_there(refs: Sequence[ray.ObjectRef], timeout_s: float = 60.0) -> list[Any | None]:
-    """What `refs` stand for; None for what was lost with its node, or did not come in time.
+    """Return the values of `refs`; None for a value that was lost with its node, or is late.
 
     Waits for: all of them, within one deadline.
     """
@@ -101,7 +106,7 @@ def _get_unless_lost(ref: ray.ObjectRef) -> Any | None:
 
 
 def translate(error: Exception, what: str) -> RlhfError:
-    """One of our own errors for any error of Ray."""
+    """Convert an error of Ray to one of this project's. `what` names the call."""
     if isinstance(error, RayTaskError):
         cause = error.cause
         if isinstance(cause, RlhfError):

@@ -1,4 +1,4 @@
-"""Whether a run finds a place where it is to run, for `validate --deep`. Nothing is placed there."""
+"""Check of `validate --deep` that a run's bundles fit its cluster. The check places nothing."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from rlhf_cluster.planning.placement import demand
 
 
 def placement(config: AnyConfig) -> Finding:
-    """On the cluster that is given; else on one of this machine alone, which may not be the one that
-    it is meant for. Raises `PlacementError`, `ConfigError` as a run that joins the cluster."""
+    """Judge whether the run fits the configured cluster, or this machine alone without one.
+
+    The run may be meant for another cluster than this machine, so a bad verdict here is only a note.
+    Raises `PlacementError`, `ConfigError` like a run that joins the cluster.
+    """
     if address_of(config) is not None:
         return _on_the_cluster(config)
     here = {"CPU": float(local_cpus(config)), "GPU": float(len(doctor.gpus()))}

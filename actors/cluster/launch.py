@@ -1,8 +1,8 @@
-"""Starting actors: preflight, one placement group a replica, environment, and taking them down.
+"""Start and end of actors: preflight, one placement group per replica, environment, removal.
 
-Nothing starts before `preflight` has found room for every bundle, or may wait for new nodes. Every
-actor runs with the same small environment; each kind adds its own. Names carry a token of this attempt,
-so that a second attempt never meets the leftovers of a first.
+Nothing starts before `preflight` has found resources for every bundle, unless the run may wait for new
+nodes. Every actor runs with the same small environment, to which each kind adds its own variables.
+Names contain a token of this attempt, so a second attempt never meets an actor that a first one left.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rlhf_cluster.util.provenance import DIGEST_VARIABLE, check_same_code, code_
 log = logging.getLogger(__name__)
 
 OWN_CODE = code_digest()
-"""Read as this module is imported: no event loop waits for it."""
+"""Digest of this process's code. Computed at import, so that no event loop waits for it."""
 
 BASE_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -41,12 +41,12 @@ CPU_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 class RayPlaces:
-    """Reserving room and ending actors, as Ray does it. Tests put their own in its place."""
+    """Ray's reservation of resources and killing of actors. Tests replace it by a fake."""
 
     def reserve(
         self, resources: list[dict[str, float]], name: str, avoid: Collection[str] = ()
     ) -> PlacementGroup:
-        """Reserve room on any nodes but those whose ids are in `avoid`."""
+        """Reserve `resources`, one entry per bundle, on nodes whose ids are not in `avoid`."""
         if not avoid:
             return placement_group(resources, strategy="PACK", name=name)
         elsewhere = {"ray.io/node-id": f"!in({','.join(sorted(avoid))})"}
@@ -58,7 +58,7 @@ class RayPlaces:
         )
 
     def node_of(self, group: PlacementGroup) -> str:
-        """Id of the node that has the first bundle; "" where that is not known."""
+        """Return the id of the node that has the first bundle; "" if it is not known."""
         try:
             return placement_group_table(group).get("bundles_to_node_id", {}).get(0) or ""
         except RayError as error:
@@ -66,7 +66,7 @@ class RayPlaces:
             return ""
 
     def fitting(self, resources: Mapping[str, float]) -> list[str]:
-        """Ids of the live nodes that are large enough, whatever they hold now."""
+        """Return the ids of the live nodes that are large enough, whether or not they are in use."""
         return [
             node["NodeID"]
             for node in ray.nodes()
@@ -75,15 +75,15 @@ class RayPlaces:
         ]
 
     def give_back(self, group: PlacementGroup) -> None:
-        """Fine when it is gone."""
+        """Remove a placement group; does nothing if it no longer exists."""
         remove_placement_group(group)
 
     def kill(self, actor: Any) -> None:
-        """Fine when it is gone."""
+        """Kill an actor; does nothing if it is dead already."""
         ray.kill(actor, no_restart=True)
 
     def free(self) -> dict[str, float]:
-        """What the cluster has left."""
+        """Return the CPUs and GPUs that nothing in the cluster has reserved."""
         return {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
 
 
@@ -91,7 +91,7 @@ RAY_PLACES = RayPlaces()
 
 
 def resources_by_node() -> dict[str, dict[str, float]]:
-    """Resources of every live node, by address, whether or not another job holds part of them."""
+    """Return the resources of every live node by address, including those that other jobs hold."""
     return {
         f"{node['NodeManagerAddress']}/{node['NodeID'][:6]}": dict(node["Resources"])
         for node in ray.nodes()
@@ -100,8 +100,11 @@ def resources_by_node() -> dict[str, dict[str, float]]:
 
 
 def preflight(bundles: Sequence[Bundle], node_timeout_s: float = 0.0) -> None:
-    """Raise `PlacementError` before anything starts when the run cannot fit the cluster, unless it
-    may wait for nodes that are not there yet: its placement groups ask the autoscaler for them."""
+    """Raise `PlacementError` if the run cannot fit the cluster, before anything starts.
+
+    A run with `node_timeout_s` is not checked. It may wait for nodes that do not exist yet, for which
+    its placement groups ask the autoscaler.
+    """
     if node_timeout_s == 0:
         check_fits(bundles, resources_by_node())
 
@@ -113,8 +116,13 @@ async def place(
     places: RayPlaces = RAY_PLACES,
     avoid: Mapping[str, BaseException] | None = None,
 ) -> PlacementGroup:
-    """Reserve `bundles`, on no node of `avoid`, whose values say why. Waits for: room.
-    `PlacementError` after `timeout_s`."""
+    """Reserve `bundles` in one placement group.
+
+    Args:
+        avoid: nodes that must not be used, with the reason of each.
+    Raises: `PlacementError` after `timeout_s`.
+    Waits for: free resources.
+    """
     avoid = avoid or {}
     group = places.reserve([b.resources for b in bundles], name, avoid)
     try:
@@ -125,8 +133,8 @@ async def place(
             raise
         avoided = "".join(f" Node {node} is avoided: {why}." for node, why in avoid.items())
         raise PlacementError(
-            f"no room for {', '.join(str(b) for b in bundles)} within {timeout_s:g} s, the larger of "
-            f"cluster.placement_timeout_s and cluster.node_timeout_s.{avoided} Free in the cluster "
+            f"no resources for {', '.join(str(b) for b in bundles)} within {timeout_s:g} s, the larger "
+            f"of cluster.placement_timeout_s and cluster.node_timeout_s.{avoided} Free in the cluster "
             f"now: {places.free() or 'nothing'}. Free some, or lower what the run asks for"
         ) from error
     return group
@@ -142,10 +150,13 @@ def spawn(
     environment: Mapping[str, str],
     options: Mapping[str, Any],
 ) -> Any:
-    """An actor of the plain class `cls` in bundle `index` of `group`."""
+    """Start an actor of the plain class `cls` in bundle `index` of `group`, and return its handle."""
     on_gpu = bundle.gpus > 0
     variables = BASE_ENVIRONMENT | ({} if on_gpu else CPU_ENVIRONMENT) | dict(environment)
-    paths = [os.environ.get("PYTHONPATH", ""), os.getcwd()]  # where rewards of users are found
+    paths = [
+        os.environ.get("PYTHONPATH", ""),
+        os.getcwd(),
+    ]  # where users' rewards are imported from
     variables[DIGEST_VARIABLE] = OWN_CODE
     variables.setdefault("PYTHONPATH", os.pathsep.join(path for path in paths if path))
     strategy = PlacementGroupSchedulingStrategy(
@@ -162,12 +173,12 @@ def spawn(
 
 
 def check_code() -> None:
-    """Called by every actor as it starts: refuse to work for a driver with other code. `RunError`."""
+    """Refuse to work for a driver with other code: `RunError`. Every actor calls it as it starts."""
     check_same_code(os.environ, f"node {ray.util.get_node_ip_address()}")
 
 
 def take_down(actor: Any, group: PlacementGroup | None, places: RayPlaces = RAY_PLACES) -> None:
-    """Kill `actor` and give its place back, which happens whatever the kill meets."""
+    """Kill `actor` and remove its placement group, even if the kill fails."""
     try:
         places.kill(actor)
     finally:

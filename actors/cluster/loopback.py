@@ -1,9 +1,9 @@
-"""A Ray cluster that listens on loopback alone, and joining one.
+"""Start and join of a Ray cluster that listens on loopback alone.
 
-On Linux, Ray takes a machine's outward address even where it is given 127.0.0.1, and then listens on
-all interfaces: whoever reaches the machine could run code in the run's processes. Where it believes
-that it is on a system without clusters of several nodes, it stays on 127.0.0.1 with each of its
-sockets (`tests/component/test_loopback.py`).
+On Linux, Ray uses a machine's outward address even if it is configured with 127.0.0.1, and then listens
+on all interfaces. Any host that reaches the machine could run code in the run's processes. On a system
+without clusters of several nodes Ray keeps all its sockets on 127.0.0.1, so this module makes it
+believe that it runs on one (`tests/component/test_loopback.py`).
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ _VARIABLE = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
 
 
 def stay_on_loopback(stay: bool = True) -> None:
-    """The cluster that this process starts or joins next is at 127.0.0.1; with `stay` False it is
-    wherever Ray takes it to be."""
-    os.environ[_VARIABLE] = "0" if stay else "1"  # of Ray's processes
+    """Keep the cluster that this process starts or joins next on 127.0.0.1.
+
+    Without `stay`, Ray chooses the address.
+    """
+    os.environ[_VARIABLE] = "0" if stay else "1"  # inherited by Ray's processes
     ray_constants.ENABLE_RAY_CLUSTER = not stay
     if stay:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -33,20 +35,30 @@ def stay_on_loopback(stay: bool = True) -> None:
 
 
 def refuse_silent(address: str, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
-    """Raise `ConnectionError` where nobody answers at `address`, HOST:PORT with or without a scheme,
-    within `timeout_s`: Ray itself would ask a cluster that has ended for many minutes."""
+    """Raise `ConnectionError` if nothing listens at `address` within `timeout_s`.
+
+    Ray itself would try to reach a cluster that has ended for many minutes.
+
+    Args:
+        address: HOST:PORT, with or without a scheme.
+    """
     parts = urlsplit(address if "://" in address else f"//{address}")
     if parts.hostname is None or parts.port is None:
         return
     try:
         socket.create_connection((parts.hostname, parts.port), timeout_s).close()
     except OSError as error:
-        raise ConnectionError(f"nobody listens there ({error}): it may have ended") from error
+        raise ConnectionError(f"nothing listens there ({error}): it may have ended") from error
 
 
 def follow(address: str, outward: str | None = None) -> None:
-    """`stay_on_loopback` if the cluster to join at `address`, HOST:PORT, is on loopback and does not
-    answer at this machine's `outward` address (default: the one that Ray would take)."""
+    """Call `stay_on_loopback` if the cluster to join listens on loopback alone.
+
+    Args:
+        address: HOST:PORT of the cluster. It listens on loopback alone if this is on loopback and the
+            port does not answer at `outward`.
+        outward: outward address of this machine; by default the one that Ray would use.
+    """
     stay_on_loopback(False)
     host, _, port = address.rpartition(":")
     if host != LOOPBACK or not port.isdigit():

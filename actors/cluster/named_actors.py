@@ -1,4 +1,4 @@
-"""Small actors of a run that every process finds by name: one that holds a table, and its callers."""
+"""Small actors of a run that every process finds by name, and the handle that calls them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ _NAME_TIMEOUT_S = 30.0
 
 
 class NamedActor:
-    """The actor `name` as seen by another process. Calls block: it is for threads."""
+    """Handle of the actor `name` in another process. Calls block, so it is for threads."""
 
     def __init__(self, name: str, role: str) -> None:
-        """`role` is what errors say of it, such as "which lists the versions"."""
+        """`role`: relative clause for errors about the actor, such as "which lists the versions"."""
         self._name, self._role = name, role
         self._actor: Any = None
 
     def call(self, timeout_s: float, method: str, *arguments: Any) -> Any:
-        """Raises `WeightError`: it cannot be reached, or does not answer within `timeout_s`."""
+        """Call a method of the actor and return its result.
+
+        Raises: `WeightError` if it cannot be reached, or does not answer within `timeout_s`.
+        """
         try:
             if self._actor is None:
                 self._actor = ray.get_actor(self._name, namespace=NAMESPACE)
@@ -41,9 +44,12 @@ class NamedActor:
 
 @asynccontextmanager
 async def serving(build: Callable[[], Any], name: str) -> AsyncIterator[None]:
-    """The actor of class `build` lives under `name`; when it dies it comes back empty.
+    """Run an actor of class `build` with the name `name` for the duration of the block.
 
-    Waits for: the name, where a run that was killed still holds it. Raises `RunError`.
+    Ray restarts an actor that died; it then has no state.
+
+    Raises: `RunError` if the name is still taken after `_NAME_TIMEOUT_S`.
+    Waits for: the name, if a run that was killed still holds it.
     """
     ends = time.monotonic() + _NAME_TIMEOUT_S
     while True:

@@ -1,4 +1,4 @@
-"""Joining a Ray cluster, or starting one on this machine for a single run."""
+"""Connection of a run to a Ray cluster: an existing one, or one started on this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlhf_cluster.config.load import AnyConfig
 from rlhf_cluster.errors import ConfigError, PlacementError
 
 # A local cluster listens on loopback alone (`actors.cluster.loopback`). Ray turns token authentication
-# on by itself depending on the home directory, so the choice is made here, before ray is imported.
+# on automatically depending on the home directory, so the choice is made here, before the import.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
@@ -32,10 +32,12 @@ OBJECT_STORE_BYTES = 512 << 20
 
 @contextmanager
 def connected(config: AnyConfig) -> Iterator[str]:
-    """A Ray connection for the duration of a run; yields the cluster's address.
+    """Connect to Ray for the duration of the block; yields the cluster's address.
 
-    Raises `PlacementError` when the cluster cannot be reached or started, `ConfigError` when the
-    dashboard's port is taken, or when the cluster is another machine's and asks for no token.
+    Raises:
+        PlacementError: the cluster cannot be reached or started.
+        ConfigError: the dashboard's port is taken, or the cluster is on another machine and asks for
+            no token.
     """
     address = address_of(config)
     if address is not None:
@@ -83,7 +85,7 @@ def _start_local(config: AnyConfig) -> None:
 
 
 def metrics_targets() -> list[str]:
-    """HOST:PORT at which each live node answers Prometheus."""
+    """Return HOST:PORT of each live node's Prometheus endpoint."""
     nodes = (node for node in ray.nodes() if node["Alive"])
     return [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in nodes]
 

@@ -1,8 +1,8 @@
-"""Metrics of Ray workers: from the table to Prometheus, through Ray's agent on every node.
+"""Metrics of Ray workers, sent to Prometheus through Ray's agent on every node.
 
-For use inside a Ray worker or driver only. A gauge of a dead worker disappears by itself, a
-counter of its replacement starts at 0 under a new worker id: graphs use rate() and aggregate over
-WorkerId. Ray adds its own prefix `ray_`, and `_total` to counters.
+For use inside a Ray worker or driver only. Ray removes the gauge of a dead worker. A counter of its
+replacement starts at 0 with a new worker id, so graphs use rate() and aggregate over WorkerId. Ray adds
+the prefix `ray_` to every name, and `_total` to counters.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rlhf_cluster.observe.metrics import Metrics
 
 
 class RayMetrics(Metrics):
-    """Sends values with `labels`, such as {"worker": "generation-0"}, and the role on each."""
+    """Metrics whose values carry `labels`, such as {"worker": "generation-0"}, and the role."""
 
     def __init__(self, role: str, labels: Mapping[str, str]) -> None:
         super().__init__(_RaySender({"role": role, **labels}))

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT to a driver: an end at the next good moment, or at once."""
+"""Signals SIGTERM and SIGINT to a driver: a clean end within a notice, or an immediate one."""
 
 from __future__ import annotations
 
@@ -18,9 +18,14 @@ async def ended_by_signals(
     notice_s: float,
     text: Callable[[], str],
 ) -> T:
-    """What `run` returns. The first signal calls `stop`, which says whether the run will end by itself;
-    then it has `notice_s` for that. The end of that time, a second signal, or a `stop` that says no
-    ends it at once, with a `RunError` of `text`."""
+    """Await `run`, let signals end it, and return its result.
+
+    The first signal calls `stop`, which returns whether the run will end itself. If so, the run has
+    `notice_s` for that.
+
+    Raises: `RunError` of `text`, when the run is cancelled: after `notice_s`, at a second signal, or
+    where `stop` returns False.
+    """
     task = asyncio.ensure_future(run)
     loop = asyncio.get_running_loop()
     asked: list[asyncio.TimerHandle] = []

@@ -1,8 +1,9 @@
-"""Stacks of every process of a run, those on other nodes included; see
-`rlhf_cluster.observe.record.stacks`.
+"""Stacks of every process of a run on all nodes; see `rlhf_cluster.observe.record.stacks`.
 
-Waits for: the processes of this host, `WITHIN_S` at most, and at the same time for a task on each other
-node that has some, `NODE_TIMEOUT_S` at most. Raises nothing: what cannot be asked is told as that.
+Raises nothing: a host that cannot be asked has a line that says so.
+
+Waits for: the processes of this host, at most `WITHIN_S`; then one task on each other node that has
+processes of the run, at most `NODE_TIMEOUT_S`.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ NODE_TIMEOUT_S = 10.0
 
 
 async def of_every_process(log_dir: Path) -> dict[str, list[str]]:
-    """By the name of the process's log."""
+    """Return the lines of every process's stacks by the name of its log, without blocking the loop."""
     return await aside(_gather, log_dir)
 
 
 def nodes_of(hosts: set[str], nodes: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Living Ray nodes by host, one each, of those hosts."""
+    """Return the id of one live Ray node per host, for those of `hosts` that have one."""
     return {
         node["NodeManagerHostname"]: node["NodeID"]
         for node in nodes
@@ -41,7 +42,7 @@ def nodes_of(hosts: set[str], nodes: Sequence[dict[str, Any]]) -> dict[str, str]
 
 
 def ask_on(nodes: dict[str, str], log_dir: Path) -> dict[str, list[str]]:
-    """The processes of other hosts, asked by a task on each."""
+    """Collect the stacks on other hosts, with a task on the node of each."""
     ask = ray.remote(num_cpus=0, max_retries=0)(stacks.ask)
     tasks = {
         host: ask.options(

@@ -1,18 +1,18 @@
-"""Adapters that vLLM serves beside its weights: `generation.lora = "served"`.
+"""Adapters that vLLM serves on top of its weights: `generation.lora = "served"`.
 
-    write    any thread: the version's A and B from the store, verified, into a folder of peft's
+    write    any thread: read the version's A and B from the store, verify them, write a peft folder
     add      between two steps: vLLM loads that folder; a refusal changes nothing
-    retire   between two steps: what no request samples with is taken from vLLM
+    retire   between two steps: remove the adapters from vLLM that no request samples with
 
 Promises:
-- each loading of a version has a name, a number and a folder that no other one has, in this engine:
-  vLLM keys cached blocks by name and folder, and loaded adapters by number, so nothing that one
-  version computed is ever taken for another's, also when a version's number comes again with other
-  weights, as after the loss of a learner;
+- each load of a version has a name, a number and a folder that are unique in this engine. vLLM keys
+  cached blocks by name and folder, and loaded adapters by number. So results of one version are never
+  used for another one. This also holds if a version number is published again with other weights, as
+  happens after a failure of the learner;
 - an adapter is only added to the weights that it was trained over: the first version of each anchor is
   compared with the engine's model folder (`weights.formats.peft_folder.refuse_other_base`);
-- a folder stays as long as a request may need it: vLLM reads it again after it made room. Folders lie
-  under TMPDIR of the node and go with `close`; those of a process that was killed stay there.
+- a folder exists as long as a request may need it, because vLLM reads it again after an eviction.
+  Folders are under TMPDIR of the node. `close` deletes them; those of a killed process remain.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
-    """One version as vLLM knows it. `number` counts the loadings of this engine, from 1."""
+    """One loaded version as vLLM identifies it. `number` counts this engine's loads, from 1."""
 
     version: int
     number: int
@@ -76,8 +76,10 @@ class Adapters:
         self._writing = threading.Lock()
 
     def write(self, version: WeightVersion, deadline: Deadline) -> Adapter:
-        """Read `version` and write its folder. Raises `WeightError`, also while an earlier version is
-        still being read, and `StalledError`."""
+        """Read `version` and write its folder.
+
+        Raises: `WeightError`, also while an earlier version is still being read; `StalledError`.
+        """
         if not self._writing.acquire(blocking=False):
             raise WeightError(
                 f"version {version.version} was not loaded: the storage does not answer: an earlier "
@@ -108,7 +110,7 @@ class Adapters:
         )
 
     def add(self, llm: Any, adapter: Adapter) -> None:
-        """Let vLLM load an adapter. Raises `WeightError`; those that it serves stay as they are."""
+        """Let vLLM load an adapter. Raises `WeightError`, with the served adapters unchanged."""
         try:
             llm.add_lora(adapter.lora_request)
         except (ValueError, RuntimeError, OSError) as error:
@@ -119,7 +121,7 @@ class Adapters:
         self._served[adapter.number] = adapter
 
     def retire(self, llm: Any, used: Collection[int]) -> None:
-        """Take from vLLM all but the newest and those whose numbers are `used`."""
+        """Remove all adapters from vLLM but the newest and those whose numbers are `used`."""
         newest = max(self._served, default=0)
         for number in [n for n in self._served if n != newest and n not in used]:
             llm.remove_lora(number)

@@ -1,10 +1,13 @@
-"""How a run's `[generation]` section becomes the environment and arguments of a vLLM engine.
+"""Environment and arguments of a vLLM engine, from a run's `[generation]` section.
 
-Nothing here imports vllm, so the driver can ask for a worker's environment before it starts one.
+Importing this module does not import vllm, so the driver can build a worker's environment before it
+starts the worker.
 
-Promises: what the learner cannot replay, and what vLLM is known to get wrong on CPU, is refused
-before the engine starts, with the cure; `generation.engine_args` comes last and wins, except over
-the arguments that make weight versions exact.
+Promises:
+- settings that the learner cannot replay, or that vLLM is known to get wrong on CPU, are refused before
+  the engine starts. The error says what to set instead;
+- `generation.engine_args` overrides all other arguments. It cannot set those that make weight versions
+  exact.
 """
 
 from __future__ import annotations
@@ -32,13 +35,13 @@ _CPU_BATCHED_TOKENS = 8192
 _CPU_BLOCK_SIZE = 32  # vLLM's own default on CPU is 128: prefix caching would then share little
 _CPU_KV_CACHE_BYTES = 256 << 20
 MAX_ADAPTERS = 4
-"""The most adapters of which vLLM is told to hold room for on the device."""
+"""Most adapters that vLLM reserves device memory for."""
 INT8 = "int8"
-"""The one value of generation.quantization that this project makes itself; others are vLLM's."""
+"""Value of generation.quantization that this project implements itself; others are vLLM's."""
 _CPU_QUANTIZATION = (INT8, "fp8_per_channel")
 _OWNED = ("weight_transfer_config", "worker_extension_cls", "async_scheduling")
 _UNPICKLED = ("auto", "hf", "pt", "npcache", "mistral")
-"""Values of load_format with which vLLM reads, or falls back to, files that are unpickled."""
+"""Values of load_format that let vLLM read files that are unpickled, at least as a fallback."""
 _NEEDED_API = {
     "vllm.v1.engine.llm_engine.LLMEngine": (
         "from_engine_args", "add_request", "abort_request", "step", "collective_rpc",
@@ -54,9 +57,9 @@ _NEEDED_API = {
 
 
 def engine_environment(on_gpu: bool, num_threads: int = 1) -> dict[str, str]:
-    """Environment variables that a process needs before it imports vllm.
+    """Return the environment variables that a process needs before it imports vllm.
 
-    More than one thread on CPU pays only where the cores are the engine's own.
+    More than one thread on CPU helps only if no other process uses the engine's cores.
     """
     environment = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -67,18 +70,18 @@ def engine_environment(on_gpu: bool, num_threads: int = 1) -> dict[str, str]:
         environment |= {
             "TORCHDYNAMO_DISABLE": "1",
             "OMP_NUM_THREADS": str(num_threads),
-            # vLLM would bind the parts of every tensor-parallel worker to the same cores, and refuse a
-            # machine with fewer NUMA nodes than parts.
+            # vLLM would bind the processes of every tensor-parallel worker to the same cores, and
+            # refuse a machine with fewer NUMA nodes than processes.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         }
     return environment
 
 
 def engine_arguments(config: RunConfig, model_dir: str, worker_name: str) -> dict[str, Any]:
-    """vLLM's `EngineArgs` for one worker, as plain values. Raises `ConfigError`.
+    """Return vLLM's `EngineArgs` for one worker, as plain values. Raises `ConfigError`.
 
-    The seed differs by worker name, so that two workers never share a random stream (requests
-    carry seeds of their own on top of that).
+    The seed differs by worker name, so two workers never share a random stream. In addition, each
+    request has its own seed.
     """
     generation, on_gpu = config.generation, config.generation.num_gpus > 0
     if not on_gpu:
@@ -91,7 +94,7 @@ def engine_arguments(config: RunConfig, model_dir: str, worker_name: str) -> dic
             "INT8 layers compute in bfloat16 only. Set generation.dtype = 'bfloat16'"
         )
     arguments: dict[str, Any] = {
-        # The folder says itself how its weights are quantised.
+        # the config file in the folder says how its weights are quantised
         "model": str(config.run_dir.absolute() / "engine-int8") if int8 else model_dir,
         "tokenizer": config.model.tokenizer,
         "dtype": generation.dtype,
@@ -124,13 +127,16 @@ def engine_arguments(config: RunConfig, model_dir: str, worker_name: str) -> dic
             f"generation.engine_args.{owned[0]}: set by the run, because weight versions depend on "
             "it. Remove it"
         )
-    _refuse_untrusted(generation.engine_args)
+    _refuse_untrusted_files(generation.engine_args)
     given = {key: value for key, value in arguments.items() if value is not None}
     return _with_head({**given, **generation.engine_args}, config)
 
 
 def _with_head(arguments: dict[str, Any], config: RunConfig) -> dict[str, Any]:
-    """`arguments`, with float32 logits where `learner.head_dtype` has them. Raises `ConfigError`."""
+    """Add float32 logits to `arguments` if `learner.head_dtype` asks for them.
+
+    Raises: `ConfigError` if `generation.engine_args` asks for another type.
+    """
     asked, head = arguments.get("hf_overrides", {}), config.learner.head_dtype
     if asked.get("head_dtype", head) != head:
         raise ConfigError(
@@ -149,12 +155,12 @@ def _has_plain_head(config: RunConfig) -> bool:
 
 
 def _of_adapters(config: RunConfig) -> dict[str, Any]:
-    """What an engine that serves adapters needs; it replaces no weights."""
+    """Return the arguments of an engine that serves adapters, which replaces no weights; else {}."""
     lora = config.learner.lora
     if config.generation.lora != "served" or lora is None:
         return {}
-    # A response keeps its adapter to its end, so as many versions may be in use at once as the run
-    # lets a response become old. Requests of further ones wait for a place.
+    # A response keeps its adapter to its end, so the staleness bound limits the number of versions in
+    # use at once. Requests of further versions wait until vLLM can load another adapter.
     behind = config.staleness.bound // config.weights.publish_every
     max_loras = min(MAX_ADAPTERS, behind + 2)
     return {
@@ -163,14 +169,14 @@ def _of_adapters(config: RunConfig) -> dict[str, Any]:
         "enable_lora": True,
         "max_lora_rank": next(rank for rank in SERVED_RANKS if rank >= lora.rank),
         "max_loras": max_loras,
-        "max_cpu_loras": max_loras + 1,  # a new one then takes no place of one in use
-        # Without names vLLM also makes room for an adapter of the output projection.
+        "max_cpu_loras": max_loras + 1,  # loading a new one then evicts none that is in use
+        # without names vLLM also reserves memory for an adapter of the output projection
         "lora_target_modules": None if isinstance(lora.targets, str) else list(lora.targets),
     }
 
 
 def _of_device(config: RunConfig) -> dict[str, Any]:
-    """What differs between a whole GPU, a share of one, and a CPU."""
+    """Return the arguments that depend on the device: a full GPU, a share of one, or a CPU."""
     generation = config.generation
     if generation.num_gpus:
         shared = is_share(generation.num_gpus)
@@ -178,15 +184,15 @@ def _of_device(config: RunConfig) -> dict[str, Any]:
     return {
         "kv_cache_memory_bytes": generation.kv_cache_bytes or _CPU_KV_CACHE_BYTES,
         "block_size": generation.block_size or _CPU_BLOCK_SIZE,
-        # A prompt that is split over steps rewinds the request's random generator, which torch's
-        # CPU generator cannot do: the step fails and takes the engine with it.
+        # A prompt that is split over steps rewinds the request's random generator. torch's CPU
+        # generator cannot do that: the step would fail and end the engine.
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(_CPU_BATCHED_TOKENS, config.max_sequence_tokens),
     }
 
 
 def refuse_unknown_arguments(arguments: dict[str, Any], engine_args_class: type) -> None:
-    """Raise `ConfigError` for a name that this vLLM's `EngineArgs` does not have."""
+    """Raise `ConfigError` for a name that the installed vLLM's `EngineArgs` does not have."""
     known = {field.name for field in dataclasses.fields(engine_args_class)}
     for name in sorted(set(arguments) - known):
         close = difflib.get_close_matches(name, known, n=1)
@@ -195,7 +201,7 @@ def refuse_unknown_arguments(arguments: dict[str, Any], engine_args_class: type)
 
 
 def probe_vllm() -> None:
-    """Raise `WorkerError` when the installed vLLM lacks something that this project uses."""
+    """Raise `WorkerError` if the installed vLLM lacks an interface that this project uses."""
     try:
         version = importlib.import_module("vllm").__version__
     except ImportError as error:
@@ -219,8 +225,8 @@ def probe_vllm() -> None:
                 )
 
 
-def _refuse_untrusted(engine_args: Mapping[str, Any]) -> None:
-    """What would run code from a model folder, or unpickle its files."""
+def _refuse_untrusted_files(engine_args: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for arguments that run code from a model folder, or unpickle its files."""
     if engine_args.get("trust_remote_code", False):
         raise ConfigError(
             "generation.engine_args.trust_remote_code = true: code from a model folder is never run. "

@@ -1,26 +1,28 @@
-"""vLLM as the engine of a generation worker: one engine in this process, stepped by one thread.
+"""Generation engine over vLLM: one engine in this process, stepped by one thread.
 
     event loop                              stepping thread
     generate, load_weights, close  --command-->  between two steps
     futures                        <--answers--  after a step
 
 Promises:
-- only the stepping thread touches vLLM (reading a version from disk on a single worker aside, which
-  goes on beside sampling);
-- commands run between steps, so a weight update never meets a half-done step, and every token is
-  labelled with the version that sampled it;
-- an update keeps all requests, and their caches as `generation.cache_on_update` says: "recompute"
-  computes them again with the new weights, so that every later token depends on one version only;
-  with "salt" and "keep" a running request goes on from what the old weights computed, and with
-  "salt" no request starts from it (`actors.vllm.vllm_requests`); a version that is not newer, as after
-  the loss of a learner, drops all caches: they may stand under its number with other weights;
-- where `generation.lora` is "served", an update adds an adapter and replaces nothing: requests that
-  have had a step go on with theirs, all others take the new one (`actors.vllm.vllm_adapters`);
-- a request that vLLM refuses fails alone; an exception in a step or while weights are replaced
-  ends the engine: every waiting call raises `WorkerError`, and so do `check` and later calls.
+- only the stepping thread calls vLLM. A single worker reads versions from disk in another thread, while
+  sampling continues;
+- commands run between steps, so a weight update never interrupts a step, and every token is labelled
+  with the version that sampled it;
+- an update keeps all requests. `generation.cache_on_update` decides about their caches:
+  - "recompute": the caches are computed again with the new weights, so every later token depends on one
+    version only;
+  - "keep": a running request continues from the caches of the old weights;
+  - "salt": the same, but no request starts from caches of other weights (`actors.vllm.vllm_requests`);
+- a version that is not newer, as after a failure of the learner, drops all caches. They may have been
+  computed by other weights with the same version number;
+- if `generation.lora` is "served", an update adds an adapter and replaces nothing. Requests that have
+  had a step keep their adapter, all others get the new one (`actors.vllm.vllm_adapters`);
+- a request that vLLM refuses fails alone. An exception in a step, or while weights are replaced, ends
+  the engine: every waiting call raises `WorkerError`, like `check` and later calls.
 
-The process needs `engine_environment` set before it starts, and must not train: vLLM takes
-`torch.set_num_threads` away.
+The process needs `engine_environment` set before it starts. It must not train, because vLLM disables
+`torch.set_num_threads`.
 """
 
 from __future__ import annotations
@@ -67,11 +69,11 @@ if TYPE_CHECKING:
 __all__ = ["VllmEngine", "engine_environment", "make_engine"]
 
 _CLOSE_TIMEOUT_S = 30.0
-_READ_SHARE = 0.8  # of the deadline of a pull; the rest is for the swap and for the answer
-_HANG_SHARE = 0.85  # of it, after which a read that looks at no deadline is given up
-_STOP_SHARE = 0.1  # of that, in which a read that looks at its deadline may end
-_POLL_S = 0.02  # between two looks at whether a version is read
-INITIAL_VERSION = -1  # of the weights in the model folder, before the first update
+_READ_SHARE = 0.8  # of a pull's deadline, for reading; the rest is for the swap and the answer
+_HANG_SHARE = 0.85  # of a pull's deadline, after which a read that hangs is abandoned
+_STOP_SHARE = 0.1  # of _HANG_SHARE's time, for a read to end after its own deadline
+_POLL_S = 0.02  # between two checks of whether a version is read
+INITIAL_VERSION = -1  # version number of the weights in the model folder
 
 
 def make_engine(config: RunConfig, model_dir: str, worker_name: str) -> VllmEngine:
@@ -80,7 +82,7 @@ def make_engine(config: RunConfig, model_dir: str, worker_name: str) -> VllmEngi
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Command:
-    """`run` is called on the stepping thread. Its failure ends the engine when `fatal`."""
+    """Work for the stepping thread, which calls `run`. If `fatal`, a failure ends the engine."""
 
     run: Callable[[], Any]
     answer: asyncio.Future[Any] | None = None
@@ -88,7 +90,7 @@ class _Command:
 
 
 class VllmEngine(Engine):
-    """`Engine` over `vllm.LLMEngine`; the same class on CPU and on GPUs."""
+    """Generation `Engine` that runs `vllm.LLMEngine`, on CPU and on GPUs."""
 
     def __init__(self, config: RunConfig, model_dir: str, worker_name: str) -> None:
         self._arguments = engine_arguments(config, model_dir, worker_name)
@@ -104,15 +106,15 @@ class VllmEngine(Engine):
         self._serves = config.generation.lora == "served"
         self._adapters: Adapters
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # over _failure and the decision to queue a command
+        self._lock = threading.Lock()  # guards _failure and the decision to queue a command
         self._failure: RlhfError | None = None
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop
         self._llm: LLMEngine
-        self._scheduler: Any  # read by `stats`; vLLM's own metrics would cost some of every step
+        self._scheduler: Any  # read by `stats`; vLLM's own metrics would take time in every step
         self._requests: Requests
         self._updating = asyncio.Lock()
-        # The stepping thread's own.
+        # used by the stepping thread only
         self._closing = False
         self._num_steps = 0
         self._version = INITIAL_VERSION
@@ -135,9 +137,10 @@ class VllmEngine(Engine):
             ) from None
 
     async def generate(self, request: Request) -> list[Sample]:
-        """Waits for: the last sample of the request. Unblocked by: steps, failure, close.
+        """Sample all responses of one request.
 
-        Raises `DataError` when vLLM refuses the request, `WorkerError` when the engine is dead.
+        Raises: `DataError` if vLLM refuses the request, `WorkerError` if the engine is dead.
+        Waits for: the last sample of the request. Unblocked by: steps, failure, close.
         """
         answer: asyncio.Future[list[Sample]] = self._loop.create_future()
         self._post(_Command(run=lambda: self._requests.add(request, answer), answer=answer))
@@ -165,8 +168,8 @@ class VllmEngine(Engine):
         }
         async with self._updating:
             self.check()
-            reports = await self._staged(stage, _HANG_SHARE * whole_s)
-            staged = _agreed(reports, version)
+            reports = await self._stage(stage, _HANG_SHARE * whole_s)
+            staged = _require_equal_reports(reports, version)
             pause_s = await self._call(lambda: self._apply(version.version), fatal=True)
         return LoadedWeights(
             version=version.version,
@@ -178,9 +181,10 @@ class VllmEngine(Engine):
     async def _load_adapter(
         self, version: WeightVersion, deadline: Deadline, limit_s: float
     ) -> LoadedWeights:
-        """Write the adapter of `version` beside the steps, then let new requests sample with it.
+        """Write the adapter of `version` while steps continue; new requests then sample with it.
 
-        Waits for: the storage, `limit_s` at most. `WeightError` after that; the old one serves on.
+        Raises: `WeightError` after `limit_s`; the old adapter keeps serving.
+        Waits for: the storage, at most `limit_s`.
         """
         stop_s = _STOP_SHARE * limit_s
         try:
@@ -196,11 +200,14 @@ class VllmEngine(Engine):
             ) from error
         return adapter.loaded(await self._call(lambda: self._serve(adapter)))
 
-    async def _staged(self, stage: dict[str, Any], limit_s: float) -> list[Any]:
-        """The reports of all worker processes, each of which reads in a thread while steps go on.
+    async def _stage(self, stage: dict[str, Any], limit_s: float) -> list[Any]:
+        """Let all worker processes read a version, and return their reports.
 
-        Waits for: those threads, a margin longer than they may read. `WeightError` when one hangs in a
-        storage that does not answer: nothing is replaced by then, and the old weights go on to serve.
+        Each process reads in a thread while steps continue.
+
+        Raises: `WeightError` if a read hangs in storage that does not answer. Nothing is replaced
+        then, and the old weights keep serving.
+        Waits for: those threads, at most `limit_s`, which is longer than they may read.
         """
         ended = False
         try:
@@ -224,7 +231,7 @@ class VllmEngine(Engine):
                 self._post(_Command(run=lambda: self._rpc("cancel_stage")))
 
     def stats(self) -> Mapping[str, float]:
-        """Sequences sampled and queued, share of the KV cache in use, and totals since start."""
+        """Return numbers of sequences, the share of the KV cache in use, and totals since start."""
         num_running, num_waiting = self._scheduler.get_request_counts()
         totals = self._requests.totals
         return {
@@ -247,7 +254,11 @@ class VllmEngine(Engine):
             raise WorkerError(f"{self._name}: the engine is not running; call start first")
 
     async def close(self) -> None:
-        """Waits for: the step under way, then vLLM's shutdown. `StalledError` if it hangs."""
+        """Stop the stepping thread and shut vLLM down.
+
+        Raises: `StalledError` if that takes longer than `_CLOSE_TIMEOUT_S`.
+        Waits for: the current step, then vLLM's shutdown.
+        """
         if self._thread is None:
             return
         self._commands.put(_Command(run=self._stop))
@@ -258,7 +269,7 @@ class VllmEngine(Engine):
                 "end the process"
             )
 
-    # Event loop to stepping thread.
+    # From the event loop to the stepping thread.
 
     async def _call(self, run: Callable[[], Any], fatal: bool = False) -> Any:
         answer = self._loop.create_future()
@@ -272,10 +283,13 @@ class VllmEngine(Engine):
             self.check()
             self._commands.put(command)
 
-    # The stepping thread.
+    # On the stepping thread.
 
     def _run(self, started: asyncio.Future[None]) -> None:
-        """Waits for: a command when idle. Unblocked by: any call above, `close` among them."""
+        """Build the engine, then run commands and steps until `close` or a failure.
+
+        Waits for: a command, when idle. Unblocked by: any call above, including `close`.
+        """
         cause: Exception | None = None
         try:
             self._build()
@@ -329,7 +343,7 @@ class VllmEngine(Engine):
                 command.run()
             except Exception as error:
                 if command.answer is not None:
-                    self._deliver([(command.answer, self._named(error, command.fatal))])
+                    self._deliver([(command.answer, self._to_failure(error, command.fatal))])
                 if command.fatal or command.answer is None:
                     raise
 
@@ -364,7 +378,8 @@ class VllmEngine(Engine):
         if answers and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(_settle, answers)
 
-    def _named(self, error: Exception, fatal: bool) -> RlhfError:
+    def _to_failure(self, error: Exception, fatal: bool) -> RlhfError:
+        """Wrap an error of vLLM in a `WorkerError` that names the worker; see `_Command.fatal`."""
         if isinstance(error, RlhfError) and not fatal:
             return error
         failure = WorkerError(f"{self._name}: vLLM failed: {type(error).__name__}: {error}")
@@ -372,11 +387,11 @@ class VllmEngine(Engine):
         return failure
 
     def _end(self, cause: Exception | None, started: asyncio.Future[None]) -> None:
-        """Mark the engine dead, answer everyone who waits, release vLLM."""
+        """Mark the engine dead, answer every waiting call with the failure, and shut vLLM down."""
         if cause is None:
             failure: RlhfError = WorkerError(f"{self._name}: the engine is closed")
         else:
-            failure = self._named(cause, fatal=not self._is_refusal(cause))
+            failure = self._to_failure(cause, fatal=not self._is_refusal(cause))
         with self._lock:
             self._failure = failure
         orphans: list[asyncio.Future[Any]] = [started]
@@ -392,12 +407,12 @@ class VllmEngine(Engine):
             self._adapters.close()
 
     def _is_refusal(self, cause: Exception) -> bool:
-        """A start that this project refused, as opposed to vLLM breaking down."""
+        """Whether this project refused to start, as opposed to a failure inside vLLM."""
         return isinstance(cause, RlhfError) and not hasattr(self, "_llm")
 
 
 def _again(failure: RlhfError) -> RlhfError:
-    """A copy to raise: one instance raised many times would collect all their tracebacks."""
+    """Copy an error to raise it: one instance raised many times would collect all tracebacks."""
     copy = type(failure)(str(failure))
     copy.__cause__ = failure.__cause__
     return copy
@@ -405,7 +420,7 @@ def _again(failure: RlhfError) -> RlhfError:
 
 def _settle(answers: list[Answer]) -> None:
     for answer, result in answers:
-        if answer.done():  # cancelled meanwhile
+        if answer.done():  # cancelled in the meantime
             continue
         if isinstance(result, Exception):
             answer.set_exception(result)
@@ -413,8 +428,8 @@ def _settle(answers: list[Answer]) -> None:
             answer.set_result(result)
 
 
-def _agreed(reports: list[dict[str, Any]], version: WeightVersion) -> dict[str, Any]:
-    """The one report of all parts of a tensor-parallel worker. Raises `WeightError`."""
+def _require_equal_reports(reports: list[dict[str, Any]], version: WeightVersion) -> dict[str, Any]:
+    """Return the report that all processes of a tensor-parallel worker agree on, or `WeightError`."""
     for report in reports:
         if "error" in report:
             raise WeightError(f"version {version.version} was not loaded: {report['error']}")

@@ -1,13 +1,13 @@
-"""The requests that an engine has handed to vLLM: from plain values, and back to plain values.
+"""Requests in flight in vLLM: conversion from plain values, and of the results back to plain values.
 
 Promises:
 - a request is answered once, with all its samples or with an error that names it;
 - with `salted`, a request carries the version of its first step as vLLM's `cache_salt`, which is
-  part of the key of every cached block: no request starts from keys and values that the weights
-  of another version computed. One that waits while the version changes has had no step, and takes
-  the new salt; one that has had a step keeps its salt, and with it what it computed itself;
-- where adapters are served, a request samples with the adapter of its first step to its end, and all
-  its tokens are told to be of that version. One that waits takes the new one in the same way.
+  part of the key of every cached block. So no request starts from keys and values that the weights
+  of another version computed. A request that waits while the version changes has had no step, and
+  gets the new salt. A request that has had a step keeps its salt, and with it its own cached blocks;
+- if adapters are served, a request samples with the adapter of its first step to its end, and all its
+  tokens are labelled with that version. A waiting request gets the new adapter like the new salt.
 
 Everything here runs on the engine's stepping thread, between two steps.
 """
@@ -39,17 +39,17 @@ Answer = tuple["asyncio.Future[Any]", Any]  # an exception instance is raised, a
 class _InFlight:
     request: Request
     answer: asyncio.Future[list[Sample]]
-    sequences: Sequence[Any]  # vLLM's own requests, one a sample, where waiting ones follow
-    adapter: Adapter | None  # that it samples with, to its end
+    sequences: Sequence[Any]  # vLLM's own requests, one per sample; empty unless salted or serving
+    adapter: Adapter | None  # the one that it samples with, to its end
 
 
 @dataclass(slots=True)
 class Totals:
-    """Tokens since the start, of answered requests.
+    """Token counts of answered requests since the start.
 
-    `num_prefix` are prompt tokens that the cache was asked for, `num_cached` those that it had; vLLM
-    tells both of one sample a request, the last to end. Of `num_drafted` proposed tokens `num_accepted`
-    were taken.
+    `num_prefix` counts prompt tokens that were looked up in the cache, `num_cached` those that it had.
+    vLLM reports both for one sample per request, the last to end. `num_accepted` of the `num_drafted`
+    proposed tokens were accepted.
     """
 
     num_sampled: int = 0
@@ -59,7 +59,7 @@ class Totals:
     num_accepted: int = 0
 
     def add(self, output: Any) -> None:
-        """`output`: a finished `RequestOutput`."""
+        """Add the tokens of `output`, a finished `RequestOutput`."""
         self.num_prefix += len(output.prompt_token_ids or ())
         self.num_cached += output.num_cached_tokens or 0
         for choice in output.outputs:
@@ -71,12 +71,12 @@ class Totals:
 
 
 class Requests:
-    """All requests of one engine that are not answered yet."""
+    """All requests of one engine that have no answer yet."""
 
     def __init__(
         self, llm: LLMEngine, scheduler: Any, salted: bool, version: int, serves: bool = False
     ) -> None:
-        """`version`: of the weights that the engine starts with. `serves`: adapters beside them."""
+        """`version`: that of the engine's first weights. `serves`: whether it serves adapters."""
         from vllm.exceptions import VLLMClientError
 
         self._llm = llm
@@ -94,7 +94,10 @@ class Requests:
         return len(self._in_flight)
 
     def add(self, request: Request, answer: asyncio.Future[list[Sample]]) -> None:
-        """Raises `DataError` when vLLM refuses the request, or has one of the same name."""
+        """Submit a request, whose samples or error become the result of `answer`.
+
+        Raises: `DataError` if vLLM refuses the request, or one with the same id is in flight.
+        """
         if request.request_id in self._in_flight:
             raise DataError(f"request {request.request_id} is already running")
         sequences = self._submit(request)
@@ -104,7 +107,7 @@ class Requests:
 
     @property
     def adapters_used(self) -> set[int]:
-        """Numbers of the adapters with which requests sample."""
+        """Numbers of the adapters that requests in flight sample with."""
         return {f.adapter.number for f in self._in_flight.values() if f.adapter is not None}
 
     def abort(self, request_id: str) -> None:
@@ -112,11 +115,11 @@ class Requests:
             self._llm.abort_request([request_id])
 
     def collect(self, outputs: Sequence[Any]) -> list[Answer]:
-        """The answers that a step's outputs, of `RequestOutput`, complete."""
+        """Return the answers that the outputs of a step, `RequestOutput`s, complete."""
         answers: list[Answer] = []
         for output in outputs:
             done = self._in_flight.pop(output.request_id, None)
-            if done is None:  # aborted in this very step
+            if done is None:  # aborted during this step
                 continue
             try:
                 version = self._served_version(done)
@@ -129,14 +132,16 @@ class Requests:
         return answers
 
     def drop_all(self) -> list[asyncio.Future[Any]]:
-        """Forget every request; returns the answers that are still owed."""
+        """Forget every request, and return the futures that still need an answer."""
         owed: list[asyncio.Future[Any]] = [flight.answer for flight in self._in_flight.values()]
         self._in_flight.clear()
         return owed
 
     def follow(self, version: int, adapter: Adapter | None = None) -> None:
-        """Steps from here on run the weights of `version`; where adapters are served, those of
-        requests that have had none yet run `adapter`."""
+        """Label all later steps with `version`, whose weights they run.
+
+        If adapters are served, requests that have had no step sample with `adapter`.
+        """
         self._salt, self._adapter = str(version), adapter
         if not (self._salted or self._serves):
             return
@@ -186,10 +191,11 @@ def sampling_params(request: Request) -> SamplingParams:
 
 
 def _to_sample(request_id: str, choice: CompletionOutput, served: int | None = None) -> Sample:
-    """Plain values of one finished sequence. Raises `WorkerError` when something is missing.
+    """Convert one finished sequence to plain values. Raises `WorkerError` if a value is missing.
 
-    `served`: the version of the adapter that sampled all of it. vLLM's own labels name the version
-    that the engine had at each step, which is that of newer requests.
+    Args:
+        served: version of the adapter that sampled all tokens. vLLM's own labels name the version that
+            the engine had at each step, which is that of newer requests.
     """
     token_ids, flat = list(choice.token_ids), choice.logprobs
     if choice.finish_reason not in ("stop", "length"):

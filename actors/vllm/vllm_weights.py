@@ -1,26 +1,30 @@
-"""Loading a version of the weight store inside a vLLM worker process.
+"""Weight updates from the store inside a vLLM worker process.
 
-vLLM imports this module in every worker (it holds `worker_extension_cls`), before the model is
-loaded, which is what registers the transfer backend there.
+vLLM imports this module in every worker before the model is loaded, because it defines
+`worker_extension_cls`. The import registers the transfer backend.
 
-An update has two phases, so that a bad version never touches a model, with any number of workers:
+An update has two phases, so that a bad version never changes a model, with any number of workers:
 
     stage   read and verify every tensor, compare names and shapes with the model's checkpoint,
-            in a thread of each worker process (`weights.read_version`), while steps go on
+            in a thread of each worker process (`weights.read_version`), while steps continue
     apply   vLLM's start_weight_update, update_weights, finish_weight_update
 
-Promises: a version that is damaged, incomplete, or not of this model fails in `stage`, and the old
-weights keep serving; `apply` takes only what was staged, and consumes it. While a version is
-staged, a worker holds a second copy of the weights in host memory.
+Promises:
+- a version that is damaged, incomplete, or of another model fails in `stage`, and the old weights keep
+  serving;
+- `apply` uses only the staged version, and consumes it. While a version is staged, a worker holds a
+  second copy of the weights in host memory.
 
-A draft model for speculation holds tensors of the policy's, by name. It is given them from the same
-staged version, right after the policy and before the next step.
+A draft model for speculation has tensors of the policy, by name. It gets them from the same staged
+version, right after the policy and before the next step.
 
-With `hold_base`, every worker process keeps its last version in host memory, whole and as
-published, and reads only what changed since (`reading.Held`); where versions are adapters it keeps
-the weights under them. After a failure it lets go of it and reads the next version from its anchor
-on. With `int8`, what was read and verified is quantised before it is
-staged: the digest that is reported stays that of the published tensors.
+With `hold_base`, every worker process keeps its last version in host memory, complete and as published,
+and reads only the changes since then (`read_version.Held`). If versions are adapters, it keeps the
+weights that they are trained over. After a failure it drops the copy and reads the next version from
+its anchor on.
+
+With `int8`, the tensors are quantised after they were read and verified, before they are staged. The
+reported digest is that of the published tensors.
 """
 
 from __future__ import annotations
@@ -66,8 +70,11 @@ from rlhf_cluster.weights.transports.transport import (
 
 @dataclass
 class StoreInitInfo(WeightTransferInitInfo):
-    """`checkpoint`: the folder of the model that is trained, whose names versions have; `draft`:
-    that of the draft model, where there is one."""
+    """Arguments of the transfer engine, the same in every worker process.
+
+    `checkpoint`: folder of the trained model, whose tensor names versions have. `draft`: folder of the
+    draft model, if there is one.
+    """
 
     checkpoint: str
     draft: str | None
@@ -83,7 +90,7 @@ class StoreUpdateInfo(WeightTransferUpdateInfo):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Staged:
-    """A verified version that waits in host memory: as published, and as the model loads it."""
+    """Verified version in host memory: tensors as published, and as the model loads them."""
 
     version: int
     published: dict[str, torch.Tensor]
@@ -91,7 +98,7 @@ class Staged:
 
 
 class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
-    """vLLM's weight-transfer port over the weight store."""
+    """Weight-transfer engine of vLLM that reads from the weight store."""
 
     init_info_cls = StoreInitInfo
     update_info_cls = StoreUpdateInfo
@@ -112,7 +119,7 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
         self._linear = linear_weights(init_info.checkpoint) if init_info.int8 else frozenset()
 
     def begin_stage(self, deadline: Deadline, **announced: Any) -> dict[str, Any] | None:
-        """Start to read a version; an `error` where an earlier read still hangs."""
+        """Start to read a version; returns an `error` if an earlier read still hangs, else None."""
         return self.staging.begin(lambda: self.stage(deadline=deadline, **announced), deadline)
 
     def stage(
@@ -122,11 +129,11 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
         digest: str,
         deadline: Deadline | None = None,
     ) -> dict[str, Any]:
-        """Read version `version`; returns its digest and number of tensors, or an `error`.
+        """Read and stage a version; returns its digest and number of tensors, or an `error`.
 
-        The digest is computed from the tensors in memory, not taken from what was announced.
+        The digest is computed from the tensors in memory; the announced one is not trusted.
         """
-        self._staged = None  # shares memory with what is held, which the read changes
+        self._staged = None  # it shares memory with `_held`, which the read changes
         try:
             tensors = dict(store.read(path, True, digest, self._held, deadline=deadline))
             found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -144,8 +151,8 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
     def start_weight_update(self) -> None:
         if self._staged is None:
             raise WeightError("no version is staged; call begin_stage before an update")
-        # Moves parameters to the meta device, then loads and re-packs layer by layer. A plain
-        # load_weights would miss every linear layer on CPU, whose weights live in packed form.
+        # This moves parameters to the meta device, then loads and re-packs layer by layer. A plain
+        # load_weights would miss every linear layer on CPU, whose weights are packed.
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: StoreUpdateInfo) -> None:
@@ -166,8 +173,8 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
         if _is_tied(self.model_config):
-            # A tied head has no tensor of its own, so the reload above passes it by; on CPU it
-            # computes with a packed copy, which would stay at the old weights.
+            # A tied head has no separate tensor, so the reload above skips it. On CPU it computes
+            # with a packed copy, which would keep the old weights.
             for head in self.model.modules():
                 if isinstance(head, ParallelLMHead):
                     head.quant_method.process_weights_after_loading(head)
@@ -199,16 +206,17 @@ def _is_news(record: logging.LogRecord) -> bool:
     return "Failed to load weights" not in record.getMessage()
 
 
-# vLLM warns at every reload of layers that no tensor was meant for (rotary embeddings, tied heads).
-# Tensors that are really missing were refused by name before.
+# At every reload vLLM warns about layers that have no tensor in a version (rotary embeddings, tied
+# heads). `stage` has refused a version with missing tensors before.
 logging.getLogger(finalize_layerwise_reload.__module__).addFilter(_is_news)
 
 
 def keep_scales_alive(ops: Any) -> None:
-    """Mend vLLM's INT8 layers on CPU: their handler keeps the address of the scales and no more.
+    """Work around a defect of vLLM's INT8 layers on CPU, by patching `ops`.
 
-    A reload in place frees the tensor at that address, and later steps compute with whatever is
-    there. With this, the handler also holds the tensor.
+    The layers' handler keeps only the address of the scales. A reload in place frees the tensor at that
+    address, and later steps compute with arbitrary memory. The patch lets the handler also hold the
+    tensor.
     """
     create = getattr(ops, "create_onednn_scaled_mm", None)
     if create is None or hasattr(create, "__wrapped__"):

@@ -1,5 +1,7 @@
-"""The relay of a run: mirrors of its generation workers, shards that its learner ranks lend, and the
-actor that plans who fetches what from whom."""
+"""Weight relay of a run: mirrors of generation workers, shards lent by learner ranks, and a planner.
+
+The planner is an actor. It decides which node fetches which piece from which other process.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,7 @@ _CLEAR_TIMEOUT_S = 20.0
 
 
 class RelayActor:
-    """`mirror_ports.Planner` for all nodes, one call at a time."""
+    """Actor that is `mirror_ports.Planner` for all nodes, one call at a time."""
 
     def __init__(self, streams: int) -> None:
         self._plan = RelayPlan(streams=streams, uploads=PARALLEL)
@@ -72,7 +74,7 @@ class RelayActor:
 
 
 class RemotePlanner(NamedActor):
-    """`mirror_ports.Planner` of the run, from a worker's process."""
+    """Handle of the run's `mirror_ports.Planner` in a worker's process."""
 
     def __init__(self, run_name: str) -> None:
         super().__init__(_name(run_name), "which plans who fetches which weights from whom")
@@ -98,7 +100,7 @@ class RemotePlanner(NamedActor):
 
 
 def mirror_of(config: RunConfig, worker: str) -> Mirror | None:
-    """The mirror of this process, where the run has mirrors."""
+    """Build the mirror of this process; None if the run has no relay."""
     if not config.weights.is_relayed:
         return None
     name, server = _server(config, worker)
@@ -111,7 +113,7 @@ def mirror_of(config: RunConfig, worker: str) -> Mirror | None:
 
 
 def lender_of(config: RunConfig) -> ShardLender | None:
-    """What lends the shards of this process, a learner rank, where the run has the relay."""
+    """Build the lender of this learner rank's shards; None if the run has no relay."""
     if not config.weights.is_relayed:
         return None
     name, server = _server(config, "learner")
@@ -119,7 +121,7 @@ def lender_of(config: RunConfig) -> ShardLender | None:
 
 
 def _server(config: RunConfig, role: str) -> tuple[str, ShardServer]:
-    """The name of this process among all that serve files, and its server."""
+    """Return the name of this process among all that serve files, and its server."""
     host = ray.util.get_node_ip_address()
     name = f"{role} ({host}, process {os.getpid()})"
     return name, ShardServer(name, host, config.generation.pull_timeout_s)
@@ -127,10 +129,12 @@ def _server(config: RunConfig, role: str) -> tuple[str, ShardServer]:
 
 @asynccontextmanager
 async def serving_relay(config: RunConfig) -> AsyncIterator[None]:
-    """The planner lives inside the block; after it no node has a mirror of the run any more.
+    """Run the planner inside the block, and remove the run's mirrors from all nodes after it.
 
-    Waits for: the name, as `serving`; in the end for every node to remove its files, at most
-    `_CLEAR_TIMEOUT_S`. Those of a node that does not answer are removed by the next run there.
+    The files of a node that does not answer are removed by the next run there.
+
+    Waits for: the planner's name, like `serving`; at the end for every node to remove its files, at
+    most `_CLEAR_TIMEOUT_S`.
     """
     streams = config.weights.mirror_streams
 
@@ -157,7 +161,7 @@ def _clear_nodes(local: Path) -> None:
             if node["Alive"]
         ]
         _, late = ray.wait(tasks, num_returns=len(tasks), timeout=_CLEAR_TIMEOUT_S)
-    except RayError as error:  # the run has ended, one way or the other
+    except RayError as error:  # the run has ended, so this must not fail it
         log.warning("the copies in %s are left to the next run there (%s)", local, error)
         return
     if late:
@@ -165,7 +169,10 @@ def _clear_nodes(local: Path) -> None:
 
 
 def _clear(local: Path) -> None:
-    """Remove the run's files on this node, as soon as its workers, which were killed, are gone."""
+    """Remove the run's files on this node as soon as the killed workers have ended.
+
+    Waits for: those workers, at most `_GONE_TIMEOUT_S`.
+    """
     ends = time.monotonic() + _GONE_TIMEOUT_S
     while local.exists() and time.monotonic() < ends:
         sweep(local.parent)

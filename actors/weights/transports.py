@@ -1,7 +1,8 @@
-"""How a learner rank publishes, and what the run needs in the cluster for it.
+"""Publishing by learner ranks, and the actors that it needs in the cluster.
 
-A version is files of the weight store. With the relay its readers take these from each other and from
-the ranks' memory, and read the storage only where nobody else has a file (`node_mirrors`).
+A version is a set of files of the weight store. With the relay, readers take these files from each
+other and from the ranks' memory. They read the storage only if no other process has a file
+(`node_mirrors`).
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ log = logging.getLogger(__name__)
 
 
 class WritesSnapshots(Protocol):
-    """Learner rank, as a transport sees it."""
+    """Port to a learner rank that can write its last snapshot."""
 
     def write_snapshot(self, to: Sequence[ShardSink], base: int | None) -> ShardReport:
-        """Send the last snapshot to all sinks, as a difference to the version `base` if one is given.
+        """Send the last snapshot to all sinks, as a difference to version `base` unless it is None.
 
         Raises `WeightError`, `StalledError`.
         """
@@ -51,7 +52,10 @@ class WritesSnapshots(Protocol):
 
 
 class Transport:
-    """A learner rank calls `write`, rank 0 `commit`; the driver holds the run inside `serving`."""
+    """Publishing to the weight store and the relay.
+
+    Each learner rank calls `write`, rank 0 then `commit`. The driver runs the run inside `serving`.
+    """
 
     def __init__(
         self,
@@ -59,8 +63,10 @@ class Transport:
         lends: Callable[[RunConfig], ShardLender | None] = lender_of,
         planner: Callable[[str], RemotePlanner] = RemotePlanner,
     ) -> None:
-        """`lends` begins to serve the shards of this process, where the run has the relay; `planner`
-        makes the caller of that run's planner."""
+        """`lends`: builds the lender of this process's shards; None if the run has no relay.
+
+        `planner`: builds the handle of the run's planner, from the run's name.
+        """
         self._lends, self._planner = lends, planner
         self._config = config
         self._root = str(config.weights_dir)
@@ -71,8 +77,10 @@ class Transport:
     def write(
         self, rank: WritesSnapshots, base: int | None, deadline: Deadline, writer: Writer
     ) -> ShardReport:
-        """Write the rank's share of its snapshot, and lend it to the relay. Raises `WeightError`,
-        `StalledError`."""
+        """Write the rank's share of its snapshot, and lend it to the relay.
+
+        Raises `WeightError`, `StalledError`.
+        """
         sinks: list[ShardSink] = [FileSink(self._root, deadline=deadline, attempt=writer.attempt)]
         lender = self._lender()
         if lender is not None:
@@ -88,8 +96,10 @@ class Transport:
         deadline: Deadline,
         writer: Writer,
     ) -> WeightVersion:
-        """Check what all ranks wrote and make it visible. Raises `WeightError`, `StalledError`;
-        `FencedError` when a later attempt than `writer` has begun."""
+        """Check the shards of all ranks and make the version visible.
+
+        Raises `WeightError`, `StalledError`; `FencedError` if a later attempt than `writer` has begun.
+        """
         left_s = deadline.left_s("the commit")
         published = commit(
             self._root,
@@ -104,17 +114,17 @@ class Transport:
         if lender is not None:
             with contextlib.suppress(
                 WeightError
-            ):  # the version is visible, and readers try as well
+            ):  # the version is visible, and readers can get the manifest elsewhere
                 manifest = memoryview(FileSource(self._root).manifest(version))
                 lender.write(version, MANIFEST_NAME, ShardImage(chunks=(manifest,)))
         return published
 
     def begin_anew(self) -> None:
-        """The learner that published is gone, and its successor publishes from an earlier version on;
-        the versions in files are rewound already.
+        """Reset the relay after a failure of the learner, whose successor repeats version numbers.
 
-        A planner that cannot be asked, as when its node went with the learner's, costs the relay and
-        not the run: it comes back empty, or sends readers to files that they verify and refuse.
+        The versions in files have been rewound before. If the planner cannot be reached, as when it was
+        on the learner's node, the run continues: Ray restarts the planner empty, or readers are sent to
+        files that they verify and refuse.
         """
         if not self._config.weights.is_relayed:
             return
@@ -126,12 +136,15 @@ class Transport:
             )
 
     def serving(self) -> AbstractAsyncContextManager[None]:
-        """What the transport needs in the cluster is there inside the block."""
+        """Return a context inside which the cluster has the actors that the transport needs."""
         return serving_relay(self._config) if self._config.weights.is_relayed else nullcontext()
 
     def _lender(self) -> ShardLender | None:
-        """Of this process, which lends from the first write on. A process that cannot serve costs the
-        relay a source, and the version nothing; it tries again with the next one."""
+        """Return the lender of this process, started by the first write; None if there is none.
+
+        If the process cannot serve, the relay has one source less, and the version is not affected.
+        The next version tries again.
+        """
         with self._starting:
             try:
                 self._lent = self._lent or self._lends(self._config)

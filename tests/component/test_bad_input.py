@@ -315,6 +315,6 @@ def test_a_cluster_that_has_ended_is_told_at_once(
     ended = here / "runs" / "tiny"
     (ended / "control.json").write_text(f'{{"ray_address": "127.0.0.1:{port}"}}')
     assert main(["scale", str(ended), "generation=2"]) == 1
-    assert "nobody listens there" in capfd.readouterr().err
+    assert "nothing listens there" in capfd.readouterr().err
     join = f"cluster.address='127.0.0.1:{port}'"
-    assert "nobody listens there" in refusal(capfd, "run.toml", join)
+    assert "nothing listens there" in refusal(capfd, "run.toml", join)

@@ -43,7 +43,7 @@ def test_processes_with_shares_of_a_gpu_are_put_on_the_same_one(ray_cluster: Ray
         seen = ray.get([actor.gpus.remote() for actor, _ in started], timeout=60.0)
         assert seen == [("0", node.node_id)] * 3
         late = Bundle(owner="generation-1", cpus=1.0, gpus=0.2)
-        with pytest.raises(PlacementError, match="no room for generation-1"):
+        with pytest.raises(PlacementError, match="no resources for generation-1"):
             asyncio.run(place([late], late.owner, timeout_s=2.0))
     finally:
         for actor, group in started:

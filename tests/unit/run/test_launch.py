@@ -118,7 +118,7 @@ def test_a_place_is_given_back_though_its_actor_cannot_be_killed():
 
 async def test_a_place_that_is_never_ready_is_given_back():
     places = Places(has_room=False)
-    with pytest.raises(PlacementError, match="no room for .* within 0.01 s"):
+    with pytest.raises(PlacementError, match="no resources for .* within 0.01 s"):
         await place([BUNDLE], "generation-0", 0.01, places)
     assert places.reserved == []
 
