@@ -254,7 +254,7 @@ class Reviser:
     async def _score_both(
         self, prompt: Prompt, both: tuple[Rollout, Rollout], chain: Chain, stream: int
     ) -> tuple[Answer, str]:
-        """Score a response and its last revision together."""
+        """Score the first response and its last revision together."""
         ticket = Ticket(number=stream, version=self.version)
         rollouts = tuple(
             replace(rollout, rollout_id=f"{ticket.group_id}/{index}")
