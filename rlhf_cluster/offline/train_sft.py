@@ -1,13 +1,16 @@
 """Supervised fine-tuning: the mean negative log-likelihood of what the assistant says.
 
 A row is a dialogue (`messages`: a list of {role, content}, or one text as in hh-rlhf), or a `prompt`
-and its `completion`. Of a dialogue every assistant turn is trained, its end token included
-(`data.assistant_turns`). Without a chat template a completion follows its prompt as it stands, with the
-end token after it.
+and its `completion`. Every assistant turn of a dialogue is trained, its end token included
+(`data.assistant_turns`). Without a chat template a completion is appended to its prompt unchanged, and
+the end token after it.
 
-Promises: the loss is the mean over all trained tokens of the batch, whatever the ranks, micro-batches
-and packing; no label smoothing, no dropout; masks come from where text was put, never from ids, so a
-padding token that is also the end token is trained where it ends an answer.
+Promises:
+- the loss is the mean over all trained tokens of the batch, whatever the ranks, micro-batches and
+  packing;
+- there is no label smoothing and no dropout;
+- masks come from where text was put, never from ids, so a padding token that is also the end token is
+  trained where it ends an answer.
 """
 
 from __future__ import annotations
@@ -142,7 +145,11 @@ class SftStage(DialogueStage[SftConfig]):
 
 
 def with_system(messages: Messages, prompt: str | None, drop: bool, where: str) -> Messages:
-    """The dialogue without its own system turns, or with `prompt` before it. Raises `DataError`."""
+    """Return the dialogue with `prompt` as its system message, if there is one.
+
+    `drop`: remove the dialogue's system messages first. Raises `DataError` where it keeps one and
+    `prompt` is set.
+    """
     if drop:
         messages = [m for m in messages if m["role"] != "system"]
     if prompt is None or not messages:

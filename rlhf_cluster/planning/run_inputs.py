@@ -62,7 +62,10 @@ _ENDING_TOKENS = 256
 
 
 def try_rewards(configs: Sequence[RewardConfig], tokenizer_dir: str, prompt: Prompt) -> None:
-    """Raises `ConfigError` naming the reward that cannot score answers to `prompt`."""
+    """Build all rewards, and let rules score a made-up answer to `prompt`.
+
+    Raises `ConfigError` with the name of a reward that cannot score it.
+    """
     for config in configs:
         name = config.name or config.type
         if config.model_paths:
@@ -140,7 +143,10 @@ class Inputs:
 
 
 def check_inputs(config: RunConfig, scratch: Path) -> Inputs:
-    """Raises `DataError`, `WeightError` or `ConfigError` for the first input that cannot be used."""
+    """Check and load the inputs of a run. A made model is written below `scratch`.
+
+    Raises `DataError`, `WeightError` or `ConfigError` for the first input that cannot be used.
+    """
     check_sinks(config.observe.sinks)
     model_dir = model_dir_of(config, scratch)
     if (draft := config.generation.draft_folder) is not None:
@@ -183,7 +189,7 @@ def check_inputs(config: RunConfig, scratch: Path) -> Inputs:
 
 
 def model_dir_of(config: RunConfig | StageConfig, scratch: Path) -> Path:
-    """The model's folder; one made from numbers is made in `scratch`. Raises `DataError`."""
+    """Return the model's folder. A made model is written to `scratch`. Raises `DataError`."""
     if config.model.init is not None:
         return make_model(config.model.init, scratch / "model", config.run.seed)
     assert config.model.path is not None
@@ -201,17 +207,20 @@ class StageInputs:
     end: int | None  # units after which the last epoch is over
 
     def batch(self, step: int) -> list[Unit]:
-        """The units of step `step`, from 0."""
+        """Return the units of step `step`, from 0."""
         return self.stream.batch(step, self.units_per_step, self.end)
 
     @property
     def notes(self) -> list[str]:
-        """For people: what of the data is not trained as it stands there."""
+        """Notes for the user on data that is skipped or changed before training."""
         return [f"data: {note}" for note in self.stream.counts.notes]
 
 
 def check_stage_inputs(config: StageConfig, scratch: Path) -> StageInputs:
-    """Raises `DataError` or `ConfigError` for the first input that cannot be used."""
+    """Check and load the inputs of an offline stage. A made model is written below `scratch`.
+
+    Raises `DataError` or `ConfigError` for the first input that cannot be used.
+    """
     check_sinks(config.observe.sinks)
     model_dir = model_dir_of(config, scratch)
     tokenizer = load_tokenizer(config.model.tokenizer or str(model_dir))

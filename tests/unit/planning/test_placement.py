@@ -34,7 +34,7 @@ def test_the_error_names_demand_supply_and_the_bundle():
     with pytest.raises(PlacementError) as error:
         check_fits([bundle("generation-0", 1.5), bundle("learner-0", 1.0)], nodes)
     message = str(error.value)
-    assert "no node has room for learner-0 (1 CPU)" in message
+    assert "no node can hold learner-0 (1 CPU)" in message
     assert "Demand: 2.5 CPU in 2 bundles" in message
     assert "Supply: 10.0.0.1: 2 CPU" in message
 
