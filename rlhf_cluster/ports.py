@@ -19,8 +19,8 @@ from rlhf_cluster.records import (
     Prompt,
     Sampling,
     StepReport,
-    Taken,
     Ticket,
+    TrainingGroup,
     WeightVersion,
 )
 
@@ -74,7 +74,7 @@ class BufferPort(Protocol):
         """Withdraw `ticket`, counted by `reason`; another group is admitted instead."""
         ...
 
-    async def take(self, num_groups: int, learner_version: int) -> Sequence[Taken]:
+    async def take(self, num_groups: int, learner_version: int) -> Sequence[TrainingGroup]:
         """Wait for the oldest `num_groups` within the look-ahead window of admission order.
 
         Returns them, followed by replayed groups. Empty after `stop`.
@@ -126,7 +126,7 @@ class RecoveryPort(Protocol):
 class LearnerPort(Protocol):
     """All ranks of the learner."""
 
-    async def train_step(self, groups: Sequence[Taken]) -> StepReport:
+    async def train_step(self, groups: Sequence[TrainingGroup]) -> StepReport:
         """Train one step on `groups`."""
         ...
 

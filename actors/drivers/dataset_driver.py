@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.drivers.open_run import in_run_directory
-from rlhf_cluster.util.slow_disk import aside
+from rlhf_cluster.util.slow_disk import run_in_thread
 
 # isort: split
 from actors.cluster.calls import answer
@@ -151,7 +151,7 @@ class _Generation:
             discarded: dict[str, int] = {}
             if len(self.file.done) < self.num_prompts:
                 discarded = await self._sampled()
-            summary = await aside(self._finish, discarded)
+            summary = await run_in_thread(self._finish, discarded)
             await observer.finished()
             return summary
         except BaseException as error:
@@ -163,12 +163,14 @@ class _Generation:
             raise
         finally:
             self.file.close()
-            await aside(observer.close)
+            await run_in_thread(observer.close)
 
     async def _sampled(self) -> dict[str, int]:
         """Waits for: the answers to every prompt that is missing; the prompts discarded, by reason."""
         launcher, observer = self.launcher, self.observer
-        control = await aside(control_channel, launcher.config, self.patience_s, observer.event)
+        control = await run_in_thread(
+            control_channel, launcher.config, self.patience_s, observer.event
+        )
         generation, scoring = generation_pool(launcher), scoring_pools(launcher)
         self.pools, self.clients = (generation[0], *scoring[0]), (generation[1], scoring[1])
         for pool in self.pools:

@@ -30,7 +30,10 @@ from rlhf_cluster.run.status_snapshot import (
     Snapshot,
     State,
 )
-from rlhf_cluster.util.slow_disk import Patience, aside
+from rlhf_cluster.util.slow_disk import (
+    DiskDeadline,
+    run_in_thread,
+)
 
 log = logging.getLogger("actors.drivers.rl_observer")
 
@@ -57,7 +60,7 @@ class Observer(Generic[C]):
     ) -> None:
         self._config, self._rundir, self._show = config, rundir, show
         self._clock, self._started_s = clock, started_s
-        self.patience = patience = Patience(
+        self.patience = patience = DiskDeadline(
             limit_s=config.observe.write_timeout_s,
             setting="observe.write_timeout_s",
             told_fraction=config.observe.slow_write_fraction,
@@ -87,7 +90,7 @@ class Observer(Generic[C]):
 
         Waits for: the lines that wait, at most their deadline. Raises `RunError`.
         """
-        await aside(self._log.flush)
+        await run_in_thread(self._log.flush)
         self.state("finished")
 
     def records(self) -> list[Record]:

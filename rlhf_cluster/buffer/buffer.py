@@ -29,8 +29,8 @@ from rlhf_cluster.records import (
     BufferState,
     GroupSummary,
     Handle,
-    Taken,
     Ticket,
+    TrainingGroup,
 )
 
 STALE = "stale"
@@ -59,7 +59,7 @@ class BufferStats:
         return sum(self.discarded.values())
 
 
-def fitted(state: BufferState, gate: AdmissionGate) -> BufferState:
+def trim_to_bound(state: BufferState, gate: AdmissionGate) -> BufferState:
     """Return `state` without the tickets that would be trained beyond the bound of `gate`.
 
     The bound may be smaller, or the window larger, than when the tickets were admitted. The newest
@@ -90,7 +90,7 @@ class ExperienceBuffer:
     learner_version: int = 0
     live_version: int = -1
     replay: ReplayPool | None = None  # None: a group is returned once
-    _waiting: OrderedDict[int, Taken | Ticket] = field(default_factory=OrderedDict)
+    _waiting: OrderedDict[int, TrainingGroup | Ticket] = field(default_factory=OrderedDict)
     _num_in_flight: int = 0
     _admitted: int = 0
     _finished: int = 0
@@ -203,7 +203,7 @@ class ExperienceBuffer:
                 f"tokens of version {summary.oldest_version}: a worker sampled with weights older "
                 "than those reported live"
             )
-        self._waiting[ticket.number] = Taken(ticket=ticket, handle=handle, summary=summary)
+        self._waiting[ticket.number] = TrainingGroup(ticket=ticket, handle=handle, summary=summary)
         self._finished += 1
         self._num_in_flight -= 1
         self._drop_stale([ticket.number])
@@ -238,7 +238,7 @@ class ExperienceBuffer:
         """Change the pacing of admission. The bound does not depend on it."""
         self.gate = replace(self.gate, pipeline_depth=depth)
 
-    def take(self, num_groups: int) -> list[Taken]:
+    def take(self, num_groups: int) -> list[TrainingGroup]:
         """Return the next `num_groups` groups and those that are replayed. Call only when `ready`.
 
         Raises `StalenessError`.
@@ -287,20 +287,20 @@ class ExperienceBuffer:
             else len(self.replay.candidates(self.learner_version)),
         )
 
-    def _next(self, num_groups: int) -> list[Taken]:
+    def _next(self, num_groups: int) -> list[TrainingGroup]:
         """Return up to `num_groups` finished groups in the window, the oldest first.
 
         The window starts at the oldest group that is not taken. The groups picked here are treated as
         taken, so it starts at the first one that is not finished.
         """
-        found: list[Taken] = []
+        found: list[TrainingGroup] = []
         head: int | None = None
         for number, entry in self._waiting.items():
             if len(found) == num_groups:
                 break
             if head is not None and number >= head + self.gate.look_ahead:
                 break
-            if isinstance(entry, Taken):
+            if isinstance(entry, TrainingGroup):
                 found.append(entry)
             elif head is None:
                 head = number
@@ -315,12 +315,12 @@ class ExperienceBuffer:
             return
         waiting = self._waiting
         entries = waiting.values() if among is None else [waiting[number] for number in among]
-        ready = [entry for entry in entries if isinstance(entry, Taken)]
+        ready = [entry for entry in entries if isinstance(entry, TrainingGroup)]
         for group in filter(self._is_stale, ready):
             del self._waiting[group.ticket.number]
             self._discarded[STALE] += 1
 
-    def _is_stale(self, group: Taken) -> bool:
+    def _is_stale(self, group: TrainingGroup) -> bool:
         return self.gate.is_stale(group.summary.oldest_version, self.learner_version)
 
     def _open(self, ticket: Ticket, action: str) -> None:

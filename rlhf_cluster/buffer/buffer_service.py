@@ -23,8 +23,8 @@ from rlhf_cluster.records import (
     BufferState,
     GroupSummary,
     Handle,
-    Taken,
     Ticket,
+    TrainingGroup,
 )
 
 
@@ -86,7 +86,7 @@ class BufferService:
             self._buffer.discard(ticket, reason)
             self._changed.notify_all()
 
-    async def take(self, num_groups: int, learner_version: int) -> Sequence[Taken] | Answer:
+    async def take(self, num_groups: int, learner_version: int) -> Sequence[TrainingGroup] | Answer:
         """Return the next groups for training.
 
         Waits for: the groups to finish. Unblocked by: `finish`, `discard`, `stop`.

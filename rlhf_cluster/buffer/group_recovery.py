@@ -50,13 +50,13 @@ from rlhf_cluster.config.pool_sections import (
 )
 from rlhf_cluster.errors import RecordError, StoreError
 from rlhf_cluster.records import GroupSummary, Prompt, StoredGroup, Ticket
-from rlhf_cluster.util.concurrency import together
+from rlhf_cluster.util.concurrency import gather_or_cancel
 from rlhf_cluster.util.durable_files import (
+    find_storage_cause,
     make_folders,
-    passing,
 )
 from rlhf_cluster.util.json_files import write_json
-from rlhf_cluster.util.slow_disk import Patience
+from rlhf_cluster.util.slow_disk import DiskDeadline
 
 if TYPE_CHECKING:
     from rlhf_cluster.config import RunConfig
@@ -104,7 +104,7 @@ class Recovery:
         try:
             self._steps = read_trained(store.root)
         except StoreError as error:
-            if passing(error):
+            if find_storage_cause(error):
                 raise  # a new file would lose what it says
             tell(f"{error}. The run continues without what it said")
             self._steps = {}
@@ -136,7 +136,7 @@ class Recovery:
                 await on_disk(self.settle, some)
 
         parts = [files[at : at + FILES_AT_ONCE] for at in range(0, len(files), FILES_AT_ONCE)]
-        await together(settle(part) for part in parts)
+        await gather_or_cancel(settle(part) for part in parts)
         await on_disk(self.commit_rewind)
 
     def files_to_settle(self) -> list[tuple[int, int]]:
@@ -303,9 +303,9 @@ def store_of(config: RunConfig) -> ExperienceStore | None:
     )
 
 
-def patience_of(config: RunConfig) -> Patience:
+def patience_of(config: RunConfig) -> DiskDeadline:
     """Return the deadline of one group on disk, or of one check of all files."""
-    return Patience(
+    return DiskDeadline(
         limit_s=config.buffer.write_timeout_s,
         setting="buffer.write_timeout_s",
         told_fraction=config.observe.slow_write_fraction,

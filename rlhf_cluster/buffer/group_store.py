@@ -39,10 +39,10 @@ from rlhf_cluster.errors import StalledError, StorageError, StoreError
 from rlhf_cluster.records import ExperienceGroup, Handle, StoredGroup, Ticket
 from rlhf_cluster.util.durable_files import (
     make_folders,
-    patiently,
+    run_with_retries,
     sync_folder,
 )
-from rlhf_cluster.util.slow_disk import Patience
+from rlhf_cluster.util.slow_disk import DiskDeadline
 
 Fsync = Literal["group", "never"]
 ATTEMPT = "attempt.json"
@@ -66,7 +66,7 @@ class ExperienceStore:
         fsync: Fsync = "never",
         write_file: Callable[[int, memoryview], int] = os.write,
         attempt: int | None = None,
-        patience: Patience | None = None,
+        patience: DiskDeadline | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """Keep the arguments. `patience` bounds a write; without it a write may take any time."""
@@ -84,7 +84,7 @@ class ExperienceStore:
         if self._attempt is None:
             try:
                 read = functools.partial(read_attempt, self.root)
-                found = patiently(read, self.root / ATTEMPT, "", self._sleep, PAUSES)
+                found = run_with_retries(read, self.root / ATTEMPT, "", self._sleep, PAUSES)
             except StorageError as error:
                 raise StoreError(str(error)) from error
             self._attempt = max(0, found)
@@ -136,7 +136,7 @@ class ExperienceStore:
     def read_with_header(self, number: int) -> tuple[ExperienceGroup, Header]:
         path = self.path(number)
         try:
-            image = patiently(path.read_bytes, path, "", self._sleep, PAUSES)
+            image = run_with_retries(path.read_bytes, path, "", self._sleep, PAUSES)
         except FileNotFoundError as error:
             raise StoreError(f"{path}: there is no such file; group {number} is lost") from error
         except (OSError, StorageError) as error:

@@ -34,7 +34,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rlhf_cluster.errors import RecordError
-from rlhf_cluster.records import Taken, Used
+from rlhf_cluster.records import (
+    TrainedGroup,
+    TrainingGroup,
+)
 
 if TYPE_CHECKING:
     from rlhf_cluster.config.run_config import RunConfig
@@ -96,8 +99,8 @@ def draw(probabilities: Sequence[float], random: np.random.Generator) -> list[in
 
 
 def choose(
-    candidates: Sequence[Used], num: int, settings: Replay, random: np.random.Generator
-) -> list[Taken]:
+    candidates: Sequence[TrainedGroup], num: int, settings: Replay, random: np.random.Generator
+) -> list[TrainingGroup]:
     """Choose up to `num` of the candidates to be trained once more; return them in their order."""
     num, total = min(num, len(candidates)), len(candidates)
     if num == 0:
@@ -121,10 +124,10 @@ class ReplayPool:
     num: int
     seed: int
     max_staleness: int
-    _used: dict[int, Used] = field(default_factory=dict)
+    _used: dict[int, TrainedGroup] = field(default_factory=dict)
     replayed: int = 0
 
-    def candidates(self, version: int) -> list[Used]:
+    def candidates(self, version: int) -> list[TrainedGroup]:
         """Return the candidates for the step at learner version `version`, by number."""
         return [
             used
@@ -133,7 +136,7 @@ class ReplayPool:
             and len(used.steps) < self.settings.max_uses
         ]
 
-    def take(self, version: int) -> list[Taken]:
+    def take(self, version: int) -> list[TrainingGroup]:
         """Return the replayed groups of the step at learner version `version`.
 
         Call once per step.
@@ -146,7 +149,7 @@ class ReplayPool:
         self.replayed += len(found)
         return found
 
-    def trained(self, fresh: Iterable[Taken], version: int) -> None:
+    def trained(self, fresh: Iterable[TrainingGroup], version: int) -> None:
         """Record that the step at learner version `version` trains these groups the first time."""
         for taken in fresh:
             self._use(taken, version + 1)
@@ -156,16 +159,16 @@ class ReplayPool:
         for number in numbers:
             self._used.pop(number, None)
 
-    def state(self, version: int) -> tuple[Used, ...]:
+    def state(self, version: int) -> tuple[TrainedGroup, ...]:
         """Return the state for `load_state`, between two steps, at learner version `version`."""
         return tuple(self.candidates(version))
 
-    def load_state(self, used: Iterable[Used], replayed: int) -> None:
+    def load_state(self, used: Iterable[TrainedGroup], replayed: int) -> None:
         """Restore `state`, and the count of replayed groups."""
         self._used = {each.ticket.number: each for each in used}
         self.replayed = replayed
 
-    def _use(self, taken: Taken, step: int) -> None:
+    def _use(self, taken: TrainingGroup, step: int) -> None:
         """Count a use. Raises `RecordError` for a group that may not be trained by `step`."""
         number, before = taken.ticket.number, self._used.get(taken.ticket.number)
         steps = () if before is None else before.steps
@@ -179,7 +182,7 @@ class ReplayPool:
                 f"{taken.uses + 1}, and steps {list(steps)} trained it; buffer.replay.max_uses = "
                 f"{self.settings.max_uses}. The group was not trained; this is a fault of the system"
             )
-        self._used[number] = Used(
+        self._used[number] = TrainedGroup(
             ticket=replace(taken.ticket, attempt=0),
             summary=replace(taken.summary, step_rewards=(), parts={}),
             steps=(*steps, step),
@@ -199,7 +202,7 @@ def replay_pool(config: RunConfig) -> ReplayPool | None:
     )
 
 
-def replay_metrics(taken: Sequence[Taken], config: RunConfig) -> dict[str, float]:
+def replay_metrics(taken: Sequence[TrainingGroup], config: RunConfig) -> dict[str, float]:
     """Return the replay metrics of one step; none without replay."""
     settings = config.buffer.replay
     if settings is None:

@@ -285,13 +285,13 @@ def inspect(
     """List a run's groups: those on disk, verified, and its samples. Damaged files end in an error."""
     from rlhf_cluster.errors import StoreError
     from rlhf_cluster.observe.list_groups import (
-        Wanted,
+        GroupFilter,
         list_groups,
         table,
     )
     from rlhf_cluster.run.run_directory import find_run
 
-    wanted = Wanted(
+    wanted = GroupFilter(
         prompt=prompt, version=version, min_reward=min_reward, max_reward=max_reward, step=step
     )
     listing = list_groups(find_run(run_).path, wanted, limit)
@@ -375,9 +375,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def explain(error: Exception) -> str:
     """Return the text of an error for the user: its message and notes, one per line, no secrets."""
-    from rlhf_cluster.util.redaction import of_process
+    from rlhf_cluster.util.redaction import redact_process_secrets
 
-    return of_process("\n".join([_message(error), *getattr(error, "__notes__", [])]))
+    return redact_process_secrets("\n".join([_message(error), *getattr(error, "__notes__", [])]))
 
 
 def _message(error: Exception) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from rlhf_cluster.config.run_sections import RunSections
 from rlhf_cluster.sections.gpu_shares import is_share
 from rlhf_cluster.sections.rl_run import Checkpoint, Learner, Model
-from rlhf_cluster.util.provenance import without_credentials
+from rlhf_cluster.util.provenance import remove_credentials
 
 
 def check_learner(c: RunSections) -> None:
@@ -119,7 +119,7 @@ def check_checkpoint(checkpoint: Checkpoint, run_dir: Path) -> None:
         return
     from fsspec import available_protocols, get_filesystem_class
 
-    shown = without_credentials(url)
+    shown = remove_credentials(url)
     protocol, separator, _ = url.partition("://")
     if not separator or "::" in url:
         raise ValueError(

@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 
 from rlhf_cluster.errors import WorkerError
 from rlhf_cluster.records import WeightVersion
-from rlhf_cluster.util.slow_disk import aside
+from rlhf_cluster.util.slow_disk import run_in_thread
 from rlhf_cluster.weights.transports.transport import Deadline
 
 _T = TypeVar("_T")
@@ -91,7 +91,7 @@ async def read_beside(read: Callable[[], _T], deadline: Deadline, stop_s: float 
     stopped, so that no later read overlaps it, or after `stop_s`, when the thread hangs in a storage
     that does not answer.
     """
-    reading = asyncio.ensure_future(aside(read))
+    reading = asyncio.ensure_future(run_in_thread(read))
     try:
         return await asyncio.shield(reading)
     except asyncio.CancelledError:

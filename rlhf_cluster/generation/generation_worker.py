@@ -44,7 +44,7 @@ from rlhf_cluster.records import (
     Ticket,
     WeightVersion,
 )
-from rlhf_cluster.util.slow_disk import aside
+from rlhf_cluster.util.slow_disk import run_in_thread
 from rlhf_cluster.weights.transports.node_mirror import Mirror
 from rlhf_cluster.weights.transports.transport import Deadline
 
@@ -224,7 +224,7 @@ class GenerationWorker:
 
     async def close(self) -> None:
         if self._mirror is not None:
-            await aside(self._mirror.close)
+            await run_in_thread(self._mirror.close)
         if self._engine is not None:
             await self._engine.close()
             self._engine = None

@@ -176,7 +176,7 @@ class FollowingCopy(FrozenCopy):
 
     @torch.no_grad()
     def follow(self, policy: ShardedModel, share: float) -> None:
-        """Become (1 - share) of what it is and `share`, in (0, 1], of the policy.
+        """Become (1 - share) of what it is and `apply_umask`, in (0, 1], of the policy.
 
         The policy is FSDP2's, whole, and sharded over the same ranks.
         """

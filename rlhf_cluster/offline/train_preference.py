@@ -43,9 +43,9 @@ from rlhf_cluster.algorithms.preference_losses import (
 )
 from rlhf_cluster.data.packing import TokenSequence
 from rlhf_cluster.data.preferences import (
-    opening,
     parse_labelled,
     parse_pair,
+    split_key,
 )
 from rlhf_cluster.data.rows import Row
 from rlhf_cluster.data.units import Unit, cut_end
@@ -138,7 +138,7 @@ class PreferenceStage(Stage[PreferenceConfig]):
         return [
             Unit(
                 sequences=tuple(TokenSequence(prompt_ids=prompt_ids, target_ids=a) for a in ids),
-                key=opening(prompt),
+                key=split_key(prompt),
                 content=repr((prompt, answers, verdicts)),
                 place=where,
                 values={"desirable": float(verdicts[0])},

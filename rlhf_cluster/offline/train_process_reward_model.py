@@ -28,7 +28,7 @@ from rlhf_cluster.data.packing import (
     TokenSequence,
     value_sequence,
 )
-from rlhf_cluster.data.preferences import opening
+from rlhf_cluster.data.preferences import split_key
 from rlhf_cluster.data.reasoning_step_rows import parse_steps
 from rlhf_cluster.data.reasoning_steps import (
     step_ends,
@@ -113,7 +113,7 @@ class ProcessRewardModelStage(Stage[ProcessRewardModelStageConfig]):
         return [
             Unit(
                 sequences=(_sequence(prompt_ids, ids, labels, is_end),),
-                key=opening(found.prompt),
+                key=split_key(found.prompt),
                 content=repr(found),
                 place=where,
                 values={"prompt_tokens": float(len(prompt_ids))},

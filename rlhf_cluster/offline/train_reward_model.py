@@ -41,11 +41,11 @@ from rlhf_cluster.algorithms.algorithm import Sums
 from rlhf_cluster.data.packing import value_sequence
 from rlhf_cluster.data.preferences import (
     Pair,
-    opening,
     parse_graded,
     parse_pair,
     parse_paraphrases,
     parse_ranking,
+    split_key,
 )
 from rlhf_cluster.data.rows import Row
 from rlhf_cluster.data.units import Unit, is_held_out
@@ -158,7 +158,7 @@ class RewardModelStage(Stage[RewardModelStageConfig]):
         return [
             Unit(
                 sequences=tuple(value_sequence(np.concatenate([prompt_ids, a])) for a in ids),
-                key=opening(found.prompt),
+                key=split_key(found.prompt),
                 content=repr(found),
                 place=where,
                 values={"margin": margin, "prompt_tokens": float(len(prompt_ids))},
@@ -215,7 +215,7 @@ class RewardModelStage(Stage[RewardModelStageConfig]):
         if not self.section.paraphrases:
             return pair_of
         others = parse_paraphrases(row.columns, pair, where)
-        held_out = is_held_out(opening(pair.prompt), self.context.data.held_out)
+        held_out = is_held_out(split_key(pair.prompt), self.context.data.held_out)
         return (*pair_of, *others) if others is not None and held_out else pair_of
 
 
@@ -293,7 +293,7 @@ class PointwiseRewardModelStage(Stage[PointwiseRewardModelConfig]):
         return [
             Unit(
                 sequences=(value_sequence(np.concatenate([prompt_ids, ids])),),
-                key=opening(found.prompt),
+                key=split_key(found.prompt),
                 content=repr(found),
                 place=where,
                 values={"prompt_tokens": float(len(prompt_ids)), **grades},

@@ -24,14 +24,17 @@ from rlhf_cluster.algorithms.algorithm import Sums
 from rlhf_cluster.data.assistant_turns import encode_dialogue
 from rlhf_cluster.data.dialogue_text import (
     Messages,
-    checked_messages,
     is_dialogue,
     parse_dialogue,
+    parse_messages,
 )
 from rlhf_cluster.data.packing import TokenSequence
 from rlhf_cluster.data.preferences import UnusableRow
 from rlhf_cluster.data.rows import Row
-from rlhf_cluster.data.units import Unit, sequence_of
+from rlhf_cluster.data.units import (
+    Unit,
+    make_sequence,
+)
 from rlhf_cluster.errors import DataError
 from rlhf_cluster.offline.stage import (
     Passes,
@@ -94,7 +97,7 @@ class DialogueStage(Stage[S]):
             )
         messages = with_system(messages, data.system_prompt, data.drop_system, where)
         ids, trained = encode_dialogue(messages, where, self.tokenizer, self.context.end_ids)
-        sequence = sequence_of(ids, trained)
+        sequence = make_sequence(ids, trained)
         if sequence is None:
             raise UnusableRow(f"{where}: a response has no text. Correct or remove the row")
         asked = next((m["content"] for m in messages if m["role"] == "user"), "")
@@ -166,7 +169,7 @@ def _messages(value: Any, where: str, column: str) -> Messages:
     where = f"{where}, column {column!r}"
     if isinstance(value, str) and is_dialogue(value):
         return parse_dialogue(value, where)
-    return checked_messages(value, where)
+    return parse_messages(value, where)
 
 
 def _unit(sequence: TokenSequence, key: str, content: str, where: str) -> Unit:

@@ -25,10 +25,10 @@ import numpy as np
 from rlhf_cluster.config import RunConfig, StageConfig
 from rlhf_cluster.data.prompts import PromptSource, SftExample, evaluation_prompts
 from rlhf_cluster.data.tokenizer import (
+    check_same_tokens,
     check_template,
     end_token_ids,
     load_tokenizer,
-    refuse_other_tokens,
 )
 from rlhf_cluster.data.units import (
     Unit,
@@ -155,7 +155,7 @@ def check_inputs(config: RunConfig, scratch: Path) -> Inputs:
     tokenizer = load_tokenizer(tokenizer_dir)
     check_fit(model_dir, config.max_sequence_tokens, config.model.tokenizer)
     if (teacher := config.scoring.teacher) is not None:
-        refuse_other_tokens("scoring.teacher", teacher, tokenizer)
+        check_same_tokens("scoring.teacher", teacher, tokenizer)
         check_fit(teacher, config.max_sequence_tokens)
     prompts = PromptSource(config.data, tokenizer, config.run.seed)
     num_warmup = config.sft.steps * config.sft.batch_size
@@ -227,7 +227,7 @@ def check_stage_inputs(config: StageConfig, scratch: Path) -> StageInputs:
     check_fit(model_dir, config.data.max_tokens, config.model.tokenizer, "data.max_tokens")
     check_template(config.data, tokenizer)
     if (teacher := getattr(config.stage, "teacher", None)) is not None:
-        refuse_other_tokens("stage.teacher", teacher, tokenizer)
+        check_same_tokens("stage.teacher", teacher, tokenizer)
         check_fit(teacher, config.data.max_tokens, None, "data.max_tokens")
     own: Any = tokenizer.eos_token_id
     others = [token for token in end_token_ids(tokenizer, model_dir) if token != own]

@@ -19,7 +19,7 @@ from typing import Any
 
 from rlhf_cluster.errors import RlhfError, WorkerError
 from rlhf_cluster.run.restarts import RestartWindow
-from rlhf_cluster.util.slow_disk import aside
+from rlhf_cluster.util.slow_disk import run_in_thread
 
 PATIENCE_S = 30.0
 """Seconds that a new actor waits for the previous one to release the name."""
@@ -118,7 +118,7 @@ class ControlChannel:
                 return
             self.restarts.count(error)
             try:
-                self._actor = await aside(self._start, PATIENCE_S)
+                self._actor = await run_in_thread(self._start, PATIENCE_S)
             except RlhfError as again:
                 error = again
                 continue

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cluster.errors import RunError
-from rlhf_cluster.util.durable_files import write_whole
+from rlhf_cluster.util.durable_files import write_all
 
 Record = dict[str, Any]
 
@@ -26,7 +26,7 @@ def cut_metrics(path: str | Path, last_step: int) -> None:
         for line, record in zip(lines, _read_lines(path), strict=True)
         if record["step"] <= last_step
     ]
-    write_whole(path, b"".join(kept), fsync=True)
+    write_all(path, b"".join(kept), fsync=True)
 
 
 def read_metrics(path: str | Path) -> list[Record]:

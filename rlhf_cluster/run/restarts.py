@@ -196,7 +196,7 @@ async def with_recovery(
         await sleep(pause_s)
 
 
-def point_of_return(
+def find_restart_checkpoint(
     run: RunDir,
     config: AnyConfig,
     lost: RlhfError,

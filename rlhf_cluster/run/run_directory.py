@@ -38,7 +38,7 @@ from rlhf_cluster.run.status_snapshot import Snapshot
 from rlhf_cluster.util import redaction
 from rlhf_cluster.util.durable_files import (
     make_folders,
-    patiently,
+    run_with_retries,
     sync_folder,
     take_lock,
 )
@@ -48,7 +48,7 @@ from rlhf_cluster.util.json_files import (
 )
 from rlhf_cluster.util.provenance import (
     describe_environment,
-    without_secrets,
+    remove_secrets,
 )
 
 if TYPE_CHECKING:
@@ -209,11 +209,13 @@ class RunDir:
         """Check that no other process has signed the folders that this one owns.
 
         That can happen on a file system whose locks do not reach other nodes. Raises `RunError` then,
-        and `StorageError` when it cannot be determined, after the tries of `patiently`.
+        and `StorageError` when it cannot be determined, after the tries of `run_with_retries`.
         """
         for claim in self._claims:
             marker = claim.folder / MARKER
-            if (found := patiently(lambda m=marker: _owner(m), marker, "", sleep)) != claim.owner:
+            if (
+                found := run_with_retries(lambda m=marker: _owner(m), marker, "", sleep)
+            ) != claim.owner:
                 raise RunError(
                     f"{marker.parent}: was taken by {found or 'another process'} while this process "
                     "held it. "
@@ -285,8 +287,8 @@ class RunDir:
             (self.path / folder).mkdir(exist_ok=True)
         self.weights.mkdir(parents=True, exist_ok=True)
         settings = config.model_dump(mode="json")
-        redaction.hide(redaction.secrets_of(settings))
-        write_json(self.resolved, without_secrets(settings), fsync=True)
+        redaction.hide(redaction.find_secrets(settings))
+        write_json(self.resolved, remove_secrets(settings), fsync=True)
         write_json(self.environment, describe_environment(argv, config.run.seed), fsync=True)
 
 

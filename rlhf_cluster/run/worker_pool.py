@@ -42,7 +42,7 @@ from rlhf_cluster.run.worker_loads import (
     State,
     Worker,
 )
-from rlhf_cluster.util.concurrency import together
+from rlhf_cluster.util.concurrency import gather_or_cancel
 
 log = logging.getLogger(__name__)
 
@@ -422,7 +422,7 @@ class WorkerPool:
 
         self._num_starting += number
         try:
-            await together(add() for _ in range(number))
+            await gather_or_cancel(add() for _ in range(number))
         finally:
             self._num_starting -= number - num_begun
 

@@ -46,7 +46,7 @@ import numpy as np
 from rlhf_cluster.errors import StalledError, WeightError
 from rlhf_cluster.records import Rollout, WeightVersion
 from rlhf_cluster.scoring.frozen_policy import FrozenPolicy
-from rlhf_cluster.util.deadlines import left_of_call
+from rlhf_cluster.util.deadlines import remaining_s
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.transports.shared_files import (
     FileSource,
@@ -194,7 +194,7 @@ class ExactLogprobs:
                     target=self._read_behind, args=(version, who, read), name="disk", daemon=True
                 )
                 work.start()
-        wait_s = left_of_call(self._wait_timeout_s)
+        wait_s = remaining_s(self._wait_timeout_s)
         try:
             return read.result(wait_s)
         except TimeoutError as error:

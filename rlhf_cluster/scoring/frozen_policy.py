@@ -48,7 +48,7 @@ from rlhf_cluster.sections.values import (
     FrozenQuantization,
     HeadDtype,
 )
-from rlhf_cluster.util.deadlines import left_of_call
+from rlhf_cluster.util.deadlines import remaining_s
 from rlhf_cluster.weights.assemble import check_names
 
 Array = np.ndarray
@@ -95,7 +95,7 @@ class FrozenPolicy:
 
         Waits for: other groups' passes. Raises `StalledError` past the deadline.
         """
-        if not self._lock.acquire(timeout=left_of_call(self._wait_timeout_s)):
+        if not self._lock.acquire(timeout=remaining_s(self._wait_timeout_s)):
             raise self._busy()
         try:
             yield

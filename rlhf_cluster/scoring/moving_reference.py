@@ -41,7 +41,7 @@ from rlhf_cluster.sections.reference_update import (
     FixedReference,
     ReferenceUpdate,
 )
-from rlhf_cluster.util.slow_disk import check_wanted
+from rlhf_cluster.util.slow_disk import check_not_abandoned
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.manifest import LocalPart
 from rlhf_cluster.weights.shards import send_shard
@@ -81,7 +81,7 @@ class ReferenceKeeper:
         `FencedError`: another attempt has begun; `StalledError`: this call has timed out.
         """
         with self._turn:
-            check_wanted(self._root)
+            check_not_abandoned(self._root)
             return self._follow(live, writer)
 
     def _follow(self, live: WeightVersion, writer: Writer | None) -> WeightVersion:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rlhf_cluster.config.scoring_section import Scoring
-from rlhf_cluster.data.tokenizer import refuse_other_tokens
+from rlhf_cluster.data.tokenizer import check_same_tokens
 from rlhf_cluster.errors import StalledError, WeightError
 from rlhf_cluster.records import Rollout, WeightVersion
 from rlhf_cluster.scoring.frozen_policy import FrozenPolicy
@@ -123,7 +123,7 @@ class Teacher:
         head_dtype: HeadDtype = "float32",
     ) -> None:
         """Load the model of `folder`. Raises `ConfigError`."""
-        refuse_other_tokens("scoring.teacher", folder, tokenizer)
+        check_same_tokens("scoring.teacher", folder, tokenizer)
         self._model = FrozenPolicy(
             "teacher",
             folder,

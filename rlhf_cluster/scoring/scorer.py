@@ -39,7 +39,7 @@ from rlhf_cluster.data.reasoning_steps import (
 )
 from rlhf_cluster.data.tokenizer import load_tokenizer
 from rlhf_cluster.errors import ScoringError, WorkerError
-from rlhf_cluster.models.gpu_share import keep_to_share
+from rlhf_cluster.models.gpu_share import limit_memory
 from rlhf_cluster.records import (
     ExperienceGroup,
     Rollout,
@@ -96,7 +96,7 @@ class Scorer:
 
     def setup(self) -> None:
         """Load the tokenizer, the models and the rewards. Raises `ConfigError`, `DataError`."""
-        keep_to_share(self._scoring.num_gpus, self._device)
+        limit_memory(self._scoring.num_gpus, self._device)
         tokenizer_dir = self._config.model.tokenizer or self._model_dir
         tokenizer = load_tokenizer(tokenizer_dir)
         if REFERENCE in self._served:

@@ -31,8 +31,15 @@ from rlhf_cluster.data.reasoning_steps import (
     step_spans,
 )
 from rlhf_cluster.errors import RecordLost, RlhfError
-from rlhf_cluster.failures import Outcomes, costs_one_group
-from rlhf_cluster.pipeline import MAX_LOSSES, PromptsPort, scored
+from rlhf_cluster.failures import (
+    ErrorRate,
+    is_group_failure,
+)
+from rlhf_cluster.pipeline import (
+    MAX_REGENERATIONS,
+    PromptsPort,
+    generate_and_score,
+)
 from rlhf_cluster.ports import ScoringPort
 from rlhf_cluster.records import (
     ExperienceGroup,
@@ -57,8 +64,8 @@ from rlhf_cluster.synthetic_data.revise_answers import (
     Reviser,
     answer_of,
 )
-from rlhf_cluster.util.concurrency import together
-from rlhf_cluster.util.slow_disk import Patience
+from rlhf_cluster.util.concurrency import gather_or_cancel
+from rlhf_cluster.util.slow_disk import DiskDeadline
 
 T = TypeVar("T")
 FOLDER_VERSION = -1
@@ -121,13 +128,13 @@ class Producer:
     completions: Completions | None
     revisions: Revisions | None
     file: AnswersFile
-    patience: Patience
+    patience: DiskDeadline
     max_in_flight: int
     max_error_rate: float
     finished: Callable[[Answers], None]
     discarded: Callable[[int, RlhfError], None]
     num_discarded: Counter[str] = field(default_factory=Counter)
-    _outcomes: Outcomes = field(init=False)
+    _outcomes: ErrorRate = field(init=False)
     _slots: asyncio.Semaphore = field(init=False)
 
     @property
@@ -136,17 +143,17 @@ class Producer:
 
     async def run(self) -> None:
         """Produce all prompts that are not in the file. Waits for all; raises the first failure."""
-        self._outcomes = Outcomes(self.max_error_rate)
+        self._outcomes = ErrorRate(self.max_error_rate)
         self._slots = asyncio.Semaphore(self.max_in_flight)
         numbers = iter(self.pending)
-        await together(self._work(numbers) for _ in range(self.max_in_flight))
+        await gather_or_cancel(self._work(numbers) for _ in range(self.max_in_flight))
 
     async def _work(self, numbers: Iterator[int]) -> None:
         for number in numbers:
             try:
                 answers = await self._answers(number)
             except RlhfError as error:
-                if not costs_one_group(error):
+                if not is_group_failure(error):
                     raise
                 self.num_discarded[type(error).__name__] += 1
                 self.discarded(number, error)
@@ -171,7 +178,7 @@ class Producer:
         group = await self._group(ticket, prompt, self.sampling)
         further: list[tuple[tuple[float, ...], ...] | None] = [None] * len(group.scored)
         if self.completions is not None:
-            found = await together(
+            found = await gather_or_cancel(
                 self._step_rewards(number, index, prompt, own, self.completions)
                 for index, own in enumerate(group.scored)
             )
@@ -195,7 +202,7 @@ class Producer:
             return await self.fetch(handle), summary
 
         async with self._slots:
-            group, _ = await scored(
+            group, _ = await generate_and_score(
                 lambda: self.generation.generate(ticket, prompt, sampling, start), score
             )
         return group
@@ -267,7 +274,7 @@ class Producer:
             group = await self._group(ticket, prompt, sampling, start)
             return tuple(float(each.reward) for each in group.scored)
 
-        rewards = dict(zip(inner, await together(map(from_step, inner)), strict=True))
+        rewards = dict(zip(inner, await gather_or_cancel(map(from_step, inner)), strict=True))
         rewards[last] = (float(own.reward),)
         return tuple(rewards[int(end)] for end in ends)
 
@@ -291,8 +298,9 @@ def beginning(ticket: Ticket, rollout: Rollout, num_tokens: int, number: int) ->
 
 
 async def _unless_lost(get: Callable[[], Awaitable[T]]) -> T:
-    """Return the record of `get`. Call it again, `MAX_LOSSES` times, while the record is lost."""
-    for _ in range(MAX_LOSSES):
+    """Return the record of `get`. Call it again, `MAX_REGENERATIONS` times, while the record is
+    lost."""
+    for _ in range(MAX_REGENERATIONS):
         try:
             return await get()
         except RecordLost:

@@ -60,7 +60,7 @@ from rlhf_cluster.synthetic_data.answers_file import (
     Round,
     Unrevised,
 )
-from rlhf_cluster.util.concurrency import together
+from rlhf_cluster.util.concurrency import gather_or_cancel
 
 PROBLEMS = {
     "empty_response": "the response has no text",
@@ -191,7 +191,9 @@ class Reviser:
 
     async def answers(self, group: RolloutGroup) -> Answers:
         """Revise and score all responses of a group. Waits for all; raises the first failure."""
-        done = await together(self._one(group, index) for index in range(len(group.rollouts)))
+        done = await gather_or_cancel(
+            self._one(group, index) for index in range(len(group.rollouts))
+        )
         found = [one for one, _ in done]
         return Answers(
             number=group.ticket.number,

@@ -36,11 +36,11 @@ from pathlib import Path
 from rlhf_cluster.errors import WeightError
 from rlhf_cluster.records import WeightVersion
 from rlhf_cluster.util.durable_files import (
-    passing,
+    find_storage_cause,
     sync_folder,
-    write_whole,
+    write_all,
 )
-from rlhf_cluster.util.slow_disk import check_wanted
+from rlhf_cluster.util.slow_disk import check_not_abandoned
 from rlhf_cluster.weights.assemble import assemble
 from rlhf_cluster.weights.manifest import (
     MAX_CHAIN,
@@ -138,9 +138,9 @@ def commit(
             newest = _step_back(final.parent, version)
             _to_trash(final)
         _remove_leftovers(final.parent, newest)
-        write_whole(partial / MANIFEST_NAME, encode(manifest).encode(), fsync)
+        write_all(partial / MANIFEST_NAME, encode(manifest).encode(), fsync)
         _remove_strangers(partial, manifest)
-        check_wanted(final)
+        check_not_abandoned(final)
         partial.rename(final)
         if fsync:
             sync_folder(final.parent)
@@ -271,7 +271,7 @@ def _pointer_or_next(root: Path, version: int) -> int | None:
     try:
         return _read_pointer(root)
     except WeightError as error:
-        if passing(error):
+        if find_storage_cause(error):
             raise
         return version + 1
 
@@ -284,14 +284,14 @@ def _opens(root: Path, version: int) -> bool:
     try:
         open_version(version_dir(root, version))
     except WeightError as error:
-        if passing(error):
+        if find_storage_cause(error):
             raise
         return False
     return True
 
 
 def _point_at(root: Path, version: int, fsync: bool) -> None:
-    write_whole(root / _POINTER, f"{version_dir(root, version).name}\n".encode(), fsync)
+    write_all(root / _POINTER, f"{version_dir(root, version).name}\n".encode(), fsync)
 
 
 def _number(name: str) -> int | None:
@@ -391,7 +391,7 @@ def _check_same_tensors(final: Path, manifest: Manifest) -> None:
     try:
         found = open_version(final)
     except WeightError as error:
-        if passing(error):
+        if find_storage_cause(error):
             raise
         return  # damaged, so no reader can have read it
     if found.digest != manifest.digest:

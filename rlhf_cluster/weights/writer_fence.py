@@ -30,7 +30,7 @@ from pathlib import Path
 from rlhf_cluster.errors import FencedError, StalledError, WeightError
 from rlhf_cluster.util.durable_files import take_lock
 from rlhf_cluster.util.json_files import write_json
-from rlhf_cluster.util.slow_disk import check_wanted
+from rlhf_cluster.util.slow_disk import check_not_abandoned
 
 NAME = "writer.json"
 LOCK_TIMEOUT_S = 120.0
@@ -69,7 +69,7 @@ def commit_lock(root: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[None]
         while True:
             if take_lock(fd, root / _LOCK):
                 break
-            check_wanted(root)
+            check_not_abandoned(root)
             if time.monotonic() >= deadline:
                 raise StalledError(
                     f"{root / _LOCK}: another commit has held the lock for {timeout_s:g} s. Is a "
@@ -115,7 +115,7 @@ def check(root: Path, writer: Writer | None) -> None:
 
     Raises `FencedError` where it is not, and `StalledError` in a call whose caller has timed out.
     """
-    check_wanted(root)
+    check_not_abandoned(root)
     last = _read(root)
     if last != writer:
         ours = "none" if writer is None else f"attempt {writer.attempt}"

@@ -29,8 +29,8 @@ from rlhf_cluster.run.checkpoint import checkpoint_folder
 from rlhf_cluster.run.checkpoint.remote_copies import Copies
 from rlhf_cluster.run.checkpoint.run_state import RunState
 from rlhf_cluster.util.slow_disk import (
-    Patience,
-    aside,
+    DiskDeadline,
+    run_in_thread,
 )
 
 SETTING = "checkpoint.timeout_s"
@@ -160,7 +160,7 @@ class Checkpoints:
 
     async def _write(self, state: RunState) -> None:
         start, num_bytes = self.clock(), state.learner.num_bytes
-        patience = Patience(
+        patience = DiskDeadline(
             limit_s=self.timeout_s,
             setting=SETTING,
             told_fraction=self.told_fraction,
@@ -169,13 +169,18 @@ class Checkpoints:
         what = f"the checkpoint of step {state.step} in {self.root}, {num_bytes} bytes,"
         try:
             async with asyncio.timeout(self.timeout_s), patience.telling(what):
-                await aside(self.check_owner)  # first: another's half-written one may be there
-                partial = await aside(checkpoint_folder.begin, self.root, state.step, num_bytes)
+                # first: another run's partial checkpoint may be there, which `begin` would delete
+                await run_in_thread(self.check_owner)
+                partial = await run_in_thread(
+                    checkpoint_folder.begin, self.root, state.step, num_bytes
+                )
                 await self.learner.write_state(partial / checkpoint_folder.LEARNER)
-                await aside(self.check_owner)
-                await aside(checkpoint_folder.complete, partial, state, self.fence)
+                await run_in_thread(self.check_owner)
+                await run_in_thread(checkpoint_folder.complete, partial, state, self.fence)
                 self.stats.last, self.stats.num_bytes = state.step, num_bytes
-                states = await aside(checkpoint_folder.retain, self.root, self.keep, self.keep_best)
+                states = await run_in_thread(
+                    checkpoint_folder.retain, self.root, self.keep, self.keep_best
+                )
                 await self.kept(states)
                 if self.copies is not None:
                     self.copies.follow(state.step for state in states)

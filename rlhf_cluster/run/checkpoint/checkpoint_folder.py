@@ -47,13 +47,13 @@ from rlhf_cluster.errors import CheckpointError, StalledError, StorageError, Wei
 from rlhf_cluster.run.checkpoint.run_state import RunState
 from rlhf_cluster.util.durable_files import (
     PAUSES,
+    find_storage_cause,
     make_folders,
-    passing,
-    patiently,
+    run_with_retries,
     sync_folder,
     sync_tree,
 )
-from rlhf_cluster.util.slow_disk import check_wanted
+from rlhf_cluster.util.slow_disk import check_not_abandoned
 from rlhf_cluster.weights.read_version import verify
 from rlhf_cluster.weights.transports.transport import Deadline
 
@@ -107,7 +107,7 @@ def begin(
     """
     try:
         make_folders(root)
-        check_wanted(root)  # an abandoned call would delete files of the try after it
+        check_not_abandoned(root)  # an abandoned call would delete files of the try after it
         for leftover in [*root.glob("*.partial"), *root.glob("*.trash")]:
             shutil.rmtree(leftover)
         free, needed = free_bytes(root), num_bytes + SPARE_BYTES
@@ -155,7 +155,7 @@ def adopt(source: Path, final: Path, fence: Fence = nullcontext) -> None:
     """
     sync_tree(source)
     with fence():
-        check_wanted(final)
+        check_not_abandoned(final)
         if final.exists():
             _set_aside(final)
         source.rename(final)
@@ -191,7 +191,7 @@ def read(folder: Path) -> Checkpoint:
             f"{error.filename}: missing; the checkpoint is not complete"
         ) from error
     except OSError as error:
-        if passing(error):
+        if find_storage_cause(error):
             raise StorageError(f"{folder}: cannot be read ({error!r})") from error
         raise CheckpointError(f"{folder}: cannot be read ({error!r}); damaged") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -220,9 +220,11 @@ def newest(
         return checkpoint
 
     damaged = []
-    for folder in reversed(patiently(lambda: _all(root), root, "", sleep, pauses)):
+    for folder in reversed(run_with_retries(lambda: _all(root), root, "", sleep, pauses)):
         try:
-            checkpoint = patiently(lambda path=folder: look(path), folder, CURE, sleep, pauses)
+            checkpoint = run_with_retries(
+                lambda path=folder: look(path), folder, CURE, sleep, pauses
+            )
             return Found(checkpoint=checkpoint, damaged=damaged)
         except StorageError:
             raise

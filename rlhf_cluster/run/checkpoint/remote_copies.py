@@ -53,14 +53,14 @@ from rlhf_cluster.run.checkpoint.checkpoint_folder import (
 from rlhf_cluster.run.metrics_file import read_metrics
 from rlhf_cluster.run.run_directory import RunDir
 from rlhf_cluster.util.durable_files import (
+    find_storage_cause,
     make_folders,
-    passing,
-    patiently,
+    run_with_retries,
     sync_folder,
     sync_tree,
 )
-from rlhf_cluster.util.provenance import without_credentials
-from rlhf_cluster.util.slow_disk import within
+from rlhf_cluster.util.provenance import remove_credentials
+from rlhf_cluster.util.slow_disk import run_within
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.read_version import verify
 from rlhf_cluster.weights.transports.shared_files import version_dir
@@ -86,7 +86,7 @@ class CopyFolder:
         """Open the storage. Raises `CheckpointError` if that fails."""
         import fsspec.core
 
-        self.shown = f"{without_credentials(url).rstrip('/')}/{run_name}"
+        self.shown = f"{remove_credentials(url).rstrip('/')}/{run_name}"
         with self._translate_errors("open"):
             fs, path = fsspec.core.url_to_fs(url)
         self._fs: Any = fs
@@ -215,7 +215,7 @@ class Told:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, Exception) and not isinstance(error, RlhfError):
-            text = without_credentials(f"{type(error).__name__}: {error}")
+            text = remove_credentials(f"{type(error).__name__}: {error}")
             damaged = isinstance(error, FileNotFoundError | ValueError | LookupError | TypeError)
             raise (CheckpointError if damaged else StorageError)(f"{self.what} ({text})") from error
 
@@ -266,14 +266,14 @@ def fetch(
     reading = f"reading {what}"
 
     def get() -> None:
-        within(timeout_s, reading, lambda: copy.get(step, partial, deadline))
+        run_within(timeout_s, reading, lambda: copy.get(step, partial, deadline))
 
-    num_bytes = patiently(
-        lambda: within(timeout_s, reading, lambda: copy.num_bytes(step)), what, CURE, sleep
+    num_bytes = run_with_retries(
+        lambda: run_within(timeout_s, reading, lambda: copy.num_bytes(step)), what, CURE, sleep
     )
     partial = checkpoint_folder.begin(run.checkpoints, step, num_bytes)
     try:
-        patiently(get, what, CURE, sleep)
+        run_with_retries(get, what, CURE, sleep)
         checkpoint = checkpoint_folder.read(partial / CHECKPOINT)
         if checkpoint.state.step != step:
             raise CheckpointError(f"{copy.shown}: step {step} holds step {checkpoint.state.step}")
@@ -309,7 +309,7 @@ def _place_reference(run: RunDir, fetched: Path, deadline: Deadline) -> None:
     try:
         verify(final, deadline=deadline)
     except WeightError as error:
-        if cause := passing(error):
+        if cause := find_storage_cause(error):
             raise StorageError(f"{final}: cannot be read ({cause!r})") from error
         sync_tree(fetched)
         shutil.rmtree(final, ignore_errors=True)
@@ -334,7 +334,9 @@ def fetch_newest(
     damaged: list[str] = []
     try:
         listing = f"listing {copy.shown}"
-        steps = patiently(lambda: within(timeout_s, listing, copy.steps), copy.shown, "", sleep)
+        steps = run_with_retries(
+            lambda: run_within(timeout_s, listing, copy.steps), copy.shown, "", sleep
+        )
     except CheckpointError as error:
         raise StorageError(
             f"{error}. It is unknown whether this run has a checkpoint there that it could resume "

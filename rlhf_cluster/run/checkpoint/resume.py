@@ -45,7 +45,7 @@ from rlhf_cluster.run.metrics_file import (
 )
 from rlhf_cluster.run.run_directory import RunDir
 from rlhf_cluster.util.json_files import read_json
-from rlhf_cluster.util.provenance import without_secrets
+from rlhf_cluster.util.provenance import remove_secrets
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.read_version import verify
 from rlhf_cluster.weights.transports.shared_files import version_dir
@@ -298,7 +298,7 @@ def rewind_weights(run: RunDir, checkpoint: Checkpoint | None) -> None:
 
 def describe(config: AnyConfig) -> dict[str, Any]:
     """Return the configuration as a run directory stores it: complete, without secrets."""
-    return without_secrets(config.model_dump(mode="json"))
+    return remove_secrets(config.model_dump(mode="json"))
 
 
 def defaults(section: BaseModel) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_cluster.data.tokenizer import load_tokenizer
 from rlhf_cluster.errors import WeightError
 from rlhf_cluster.records import WeightVersion
-from rlhf_cluster.util.durable_files import share
+from rlhf_cluster.util.durable_files import apply_umask
 from rlhf_cluster.weights.assemble import check_names
 from rlhf_cluster.weights.manifest import Manifest
 from rlhf_cluster.weights.store import open_version, read
@@ -179,7 +179,7 @@ def _write_weights(
         # The store yields tensors in the manifest's order, which the plan follows.
         batch = dict(next(tensors) for _ in names)
         save_file(batch, folder / file, metadata={"format": "pt"})
-        share(folder / file)
+        apply_umask(folder / file)
         where |= dict.fromkeys(names, file)
     if len(groups) > 1:
         index = {"metadata": {"total_size": manifest.num_bytes}, "weight_map": where}

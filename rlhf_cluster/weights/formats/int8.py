@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cluster.errors import WeightError
-from rlhf_cluster.models.int8_rounding import rounded
-from rlhf_cluster.util.durable_files import share
+from rlhf_cluster.models.int8_rounding import round_to_int8
+from rlhf_cluster.util.durable_files import apply_umask
 from rlhf_cluster.weights.formats.huggingface import (
     INDEX_NAME,
     copy_companions,
@@ -71,7 +71,7 @@ def quantized(
         if name not in linear:
             yield name, tensor
             continue
-        codes, scale = rounded(tensor)
+        codes, scale = round_to_int8(tensor)
         yield name, codes
         yield name + SCALE_SUFFIX, scale
 
@@ -115,7 +115,7 @@ def _write_weights(model_dir: Path, target: Path) -> None:
             read = ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
             tensors = dict(quantized(read, linear))
         save_file(tensors, target / path.name, metadata={"format": "pt"})
-        share(target / path.name)
+        apply_umask(target / path.name)
         where |= dict.fromkeys(tensors, path.name)
     if missing := sorted(linear - where.keys()):
         raise WeightError(

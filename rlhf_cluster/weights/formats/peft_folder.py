@@ -19,8 +19,8 @@ from rlhf_cluster.models.model_folder import (
     TIED_HEAD,
     checkpoint_shapes,
     checkpoint_tensors,
+    drop_tied_head,
     refuse_other_model,
-    without_tied_head,
 )
 from rlhf_cluster.util.tensor_hashing import hash_pieces, tensor_bytes, tensor_hash
 from rlhf_cluster.weights.formats import lora_factors
@@ -99,7 +99,7 @@ def refuse_other_base(
         for name, entry in manifest.tensors.items()
     }
     tied = TIED_HEAD not in stands_on
-    expected = without_tied_head(checkpoint_shapes(model_dir), tied)
+    expected = drop_tied_head(checkpoint_shapes(model_dir), tied)
     shapes = {name: tuple(entry.shape) for name, (_, entry) in stands_on.items()}
     refuse_other_model(f"version {manifest.version}", shapes, expected)
     for name, tensor in checkpoint_tensors(model_dir):

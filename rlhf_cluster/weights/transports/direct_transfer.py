@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rlhf_cluster.errors import WeightError
 from rlhf_cluster.util.tensor_hashing import (
     combine_hashes,
-    hash_of,
+    hash_tensor,
 )
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class HashedTensors:
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         self._hashes, self._is_whole = {}, False
         for name, tensor in self._tensors():
-            self._hashes[name] = hash_of(name, tensor.cpu())
+            self._hashes[name] = hash_tensor(name, tensor.cpu())
             yield name, tensor
         self._is_whole = True
 
@@ -198,7 +198,7 @@ class Arrivals:
             "are damaged": [
                 name
                 for name, tensor in self._tensors.items()
-                if name in hashes and hash_of(name, tensor) != hashes[name]
+                if name in hashes and hash_tensor(name, tensor) != hashes[name]
             ],
         }
         found = [

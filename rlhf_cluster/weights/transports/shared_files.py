@@ -22,7 +22,7 @@ from rlhf_cluster.util.durable_files import (
     make_folders,
     sync_folder,
 )
-from rlhf_cluster.util.slow_disk import check_wanted
+from rlhf_cluster.util.slow_disk import check_not_abandoned
 from rlhf_cluster.weights.transports.transport import (
     Blob,
     Deadline,
@@ -108,7 +108,7 @@ class FileSink:
                     self._write_chunk(file.fileno(), chunk)
                 if self._fsync:
                     os.fsync(file.fileno())
-            check_wanted(path)
+            check_not_abandoned(path)
             temporary.replace(path)
             if self._fsync:
                 sync_folder(path.parent)
