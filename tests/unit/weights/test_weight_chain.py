@@ -235,7 +235,9 @@ def test_a_base_that_is_gone_is_refused_before_anything_changes(tmp_path: Path) 
     tensors = small_model()
     publish(tmp_path, 5, tensors)
     reports = write(tmp_path, 6, stepped(tensors, 1), base=(4, tensors))
-    with pytest.raises(WeightError, match=r"version 6 builds on version 4.*Publish it as a full snapshot"):
+    with pytest.raises(
+        WeightError, match=r"version 6 builds on version 4.*Publish it as a full snapshot"
+    ):
         store.commit(tmp_path, 6, reports, keep=3)
     assert store.latest(tmp_path).version == 5
     assert publish(tmp_path, 6, stepped(tensors, 1)).version == 6

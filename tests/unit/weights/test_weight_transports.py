@@ -121,7 +121,9 @@ def test_a_base_that_is_gone_is_refused_before_anything_changes(stand: Stand) ->
     tensors = small_model()
     stand.publish(5, tensors)
     _, written = stand.write(6, stepped(tensors, 1), base=(4, tensors))
-    with pytest.raises(WeightError, match=r"version 6 builds on version 4.*Publish it as a full snapshot"):
+    with pytest.raises(
+        WeightError, match=r"version 6 builds on version 4.*Publish it as a full snapshot"
+    ):
         stand.commit(6, written)
     assert stand.find() == [5]
 
