@@ -41,7 +41,7 @@ def test_the_error_names_demand_supply_and_the_bundle():
 
 def test_a_bundle_never_spans_two_nodes():
     nodes = {"a": {"CPU": 8.0, "GPU": 4.0}, "b": {"CPU": 8.0, "GPU": 4.0}}
-    with pytest.raises(PlacementError, match="no node has room for generation-0"):
+    with pytest.raises(PlacementError, match="no node can hold generation-0"):
         check_fits([bundle("generation-0", 1.0, 8.0)], nodes)
 
 
