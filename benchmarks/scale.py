@@ -43,7 +43,7 @@ from rlhf_cluster.buffer.group_recovery import Recovery
 from rlhf_cluster.buffer.group_store import ExperienceStore
 from rlhf_cluster.pipeline import MAX_READS
 from rlhf_cluster.records import Ticket
-from rlhf_cluster.util.slow_disk import Patience
+from rlhf_cluster.util.slow_disk import DiskDeadline
 from tests.support.fakes.services import (
     make_group,
     make_prompt,
@@ -240,7 +240,7 @@ def measure_resume() -> None:
 
 async def _resume(store: ExperienceStore, folder: Path) -> dict[str, float]:
     """As a run that goes on from step 1, all of whose groups are stored."""
-    patience = Patience(limit_s=60.0, setting="buffer.write_timeout_s")
+    patience = DiskDeadline(limit_s=60.0, setting="buffer.write_timeout_s")
 
     async def on_disk(call: Callable[..., Any], *arguments: Any) -> Any:
         return await patience.aside(str(store.root), call, *arguments)

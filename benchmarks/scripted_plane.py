@@ -41,8 +41,8 @@ from rlhf_cluster.records import (
     Prompt,
     Sampling,
     StepReport,
-    Taken,
     Ticket,
+    TrainingGroup,
     WeightVersion,
 )
 from rlhf_cluster.run.run_directory import RunDir
@@ -182,7 +182,7 @@ class ScriptedLearner:
     def __init__(self) -> None:
         self.version = 0
 
-    async def train_step(self, groups: Sequence[Taken]) -> StepReport:
+    async def train_step(self, groups: Sequence[TrainingGroup]) -> StepReport:
         ages = [self.version - group.summary.oldest_version for group in groups]
         self.version += 1
         metrics = {"staleness/mean": float(np.mean(ages)), "staleness/max": float(max(ages))}

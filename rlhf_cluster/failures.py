@@ -32,7 +32,7 @@ Errors of a call for one group, whether the worker raised the error or died:
 
 A bad sample is first attributed to the worker, since a broken device or engine produces such samples.
 If other workers fail too, it is attributed to the group, which is discarded and counted by its reason.
-`Outcomes` ends the run when too many of the last groups failed.
+`ErrorRate` ends the run when too many of the last groups failed.
 
 Classes of torch are recognised by their names, so this module does not import torch.
 """
@@ -69,12 +69,12 @@ _OF_A_CALL = (*_OF_A_GROUP, StalledError, WeightError)
 _OF_NO_GROUP = (PoolLost, CoreLost, RankFailed)
 
 
-def may_pass_elsewhere(error: RlhfError) -> bool:
+def is_retryable(error: RlhfError) -> bool:
     """Whether another worker should try a group for which one worker raised `error`."""
     return isinstance(error, _OF_A_CALL) and not isinstance(error, (*_OF_NO_GROUP, RecordLost))
 
 
-def costs_one_group(error: RlhfError) -> bool:
+def is_group_failure(error: RlhfError) -> bool:
     """Whether `error`, raised after the last retry, costs one group instead of ending the run."""
     return isinstance(error, _OF_A_GROUP) and not isinstance(error, _OF_NO_GROUP)
 
@@ -96,7 +96,7 @@ def may_pass(error: Exception, starting: bool = False) -> bool:
     return isinstance(error, RuntimeError | OSError)
 
 
-def judged(error: Exception, starting: bool = False) -> Exception:
+def as_rank_failure(error: Exception, starting: bool = False) -> Exception:
     """Return `error`, or a `RankFailed` with its type and text if another attempt may succeed."""
     if isinstance(error, RankFailed) or not may_pass(error, starting):
         return error
@@ -112,7 +112,7 @@ LEAST = 8
 """Number of groups below which no share of failures ends the run."""
 
 
-class Outcomes:
+class ErrorRate:
     """Success or failure of the last `WINDOW` groups, checked against `scoring.max_error_rate`."""
 
     def __init__(self, max_error_rate: float) -> None:

@@ -43,20 +43,33 @@ from typing import Any, Protocol
 
 from rlhf_cluster.buffer.adaptive_depth import DepthController
 from rlhf_cluster.errors import RecordLost, RlhfError, WorkerError, first_failure
-from rlhf_cluster.failures import Outcomes, costs_one_group
+from rlhf_cluster.failures import (
+    ErrorRate,
+    is_group_failure,
+)
 from rlhf_cluster.observe.occupancy import Occupancy
 from rlhf_cluster.ports import BufferPort, GenerationPort, LearnerPort, RecoveryPort, ScoringPort
-from rlhf_cluster.records import GroupSummary, Handle, Prompt, Sampling, StepReport, Taken, Ticket
-from rlhf_cluster.util.concurrency import together
-from rlhf_cluster.util.slow_disk import aside
+from rlhf_cluster.records import (
+    GroupSummary,
+    Handle,
+    Prompt,
+    Sampling,
+    StepReport,
+    Ticket,
+    TrainingGroup,
+)
+from rlhf_cluster.util.concurrency import gather_or_cancel
+from rlhf_cluster.util.slow_disk import run_in_thread
 from rlhf_cluster.weights.sync import WeightSync
 
 NO_SIGNAL = "no_signal"
 """Discard reason of a group whose rewards give the algorithm no learning signal."""
 MAX_READS = 32
-"""Bound of concurrent reads of stored groups, and of groups per read. A run may resume with
-thousands, and each read has a deadline."""
-MAX_LOSSES = 3
+"""Bound of concurrent reads of stored groups, and of groups per read.
+
+A run may resume with thousands, and each read has a deadline.
+"""
+MAX_REGENERATIONS = 3
 """Times that a group is generated again when a node failure loses it before it is scored."""
 
 
@@ -85,7 +98,9 @@ class StepTimes:
 class ObserverPort(Protocol):
     """Receiver of what happened: each step, and groups that did not take the usual way."""
 
-    def step(self, report: StepReport, taken: Sequence[Taken], times: StepTimes) -> None: ...
+    def step(
+        self, report: StepReport, taken: Sequence[TrainingGroup], times: StepTimes
+    ) -> None: ...
 
     def group_discarded(self, ticket: Ticket, error: RlhfError) -> None: ...
 
@@ -131,9 +146,9 @@ class Pipeline:
     checkpoints: CheckpointsPort | None = None
     recovery: RecoveryPort | None = None  # None: no group is stored on disk
     trainable: Callable[[Ticket, int], bool] = lambda ticket, oldest_version: True
-    """Whether a stored group with tokens of that version is within the staleness bound at its turn."""
+    """Whether a stored group with tokens of that version is fresh enough at its turn."""
     on_disk: Callable[..., Awaitable[Any]] = (
-        aside  # runs a blocking method of `recovery` in a thread
+        run_in_thread  # runs a blocking method of `recovery` in a thread
     )
     first_step: int = 0
     first_prompt: int = 0
@@ -145,12 +160,12 @@ class Pipeline:
     """Busy seconds of each further scoring pool since the last call."""
     clock: Callable[[], float] = time.monotonic
     _reads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_READS))
-    _outcomes: Outcomes = field(init=False)
+    _outcomes: ErrorRate = field(init=False)
     _generating: Occupancy = field(init=False)
     _being_scored: Occupancy = field(init=False)
 
     def __post_init__(self) -> None:
-        self._outcomes = Outcomes(self.max_error_rate)
+        self._outcomes = ErrorRate(self.max_error_rate)
         self._generating = Occupancy(self.clock, lambda: self.num_workers("generation"))
         self._being_scored = Occupancy(self.clock, lambda: self.num_workers("scoring"))
 
@@ -201,7 +216,7 @@ class Pipeline:
         await self.buffer.stop()
 
     async def produce(self, ticket: Ticket, prompt: Prompt) -> None:
-        """Bring one group from its ticket into the buffer: recover it from disk, or generate and score.
+        """Bring one group into the buffer: recover it from disk, or generate and score it.
 
         A group that failed after all retries, or that the algorithm does not train on, is discarded
         and another admitted. `rlhf_cluster.failures` says which errors end the run instead.
@@ -210,7 +225,7 @@ class Pipeline:
             stored = await self._recover(ticket, prompt)
             handle, summary = stored or await self._generate_and_score(ticket, prompt)
         except RlhfError as error:
-            if not costs_one_group(error):
+            if not is_group_failure(error):
                 raise
             self.observer.group_discarded(ticket, error)
             await self.buffer.discard(ticket, type(error).__name__)
@@ -243,7 +258,7 @@ class Pipeline:
             with self._being_scored.call():
                 return await self.scoring.score(rollouts)
 
-        return await scored(generate, score)
+        return await generate_and_score(generate, score)
 
     async def learner_loop(self) -> int:
         """Train on batches; return the number of steps done.
@@ -279,7 +294,9 @@ class Pipeline:
             pool_busy_s=busy,
         )
 
-    async def _record(self, report: StepReport, taken: Sequence[Taken], times: StepTimes) -> None:
+    async def _record(
+        self, report: StepReport, taken: Sequence[TrainingGroup], times: StepTimes
+    ) -> None:
         """Report a step, adapt the depth, and store what a resumed run needs, in this order."""
         self.observer.step(self._with_depth(report), taken, times)
         await self._adapt_depth(report, times)
@@ -299,7 +316,7 @@ class Pipeline:
 
         numbers = self.replayable
         chunks = [numbers[at : at + MAX_READS] for at in range(0, len(numbers), MAX_READS)]
-        return [number for chunk in await together(map(read, chunks)) for number in chunk]
+        return [number for chunk in await gather_or_cancel(map(read, chunks)) for number in chunk]
 
     def _with_depth(self, report: StepReport) -> StepReport:
         if self.depth is None:
@@ -333,7 +350,9 @@ async def evaluate(
     max_tokens: int,
     version: int,
 ) -> Evaluation:
-    """Answer held-out prompts greedily with the live weights, which must be `version`, and score.
+    """Answer held-out prompts greedily and score them.
+
+    The live weights must be `version`.
 
     A prompt that no worker could answer or score is one of `failures`. Raises `WorkerError` when an
     answer came from other weights, and what ends a run (`rlhf_cluster.failures`).
@@ -343,11 +362,11 @@ async def evaluate(
     async def one(number: int, prompt: Prompt) -> GroupSummary | RlhfError:
         ticket = Ticket(number=number, version=version, purpose="evaluate")
         try:
-            _, summary = await scored(
+            _, summary = await generate_and_score(
                 lambda: generation.generate(ticket, prompt, sampling), scoring.score
             )
         except RlhfError as error:
-            if not costs_one_group(error):
+            if not is_group_failure(error):
                 raise
             return error
         if summary.oldest_version != version:
@@ -357,23 +376,23 @@ async def evaluate(
             )
         return summary
 
-    outcomes = await together(one(number, prompt) for number, prompt in enumerate(prompts))
+    outcomes = await gather_or_cancel(one(number, prompt) for number, prompt in enumerate(prompts))
     return Evaluation(
         answers=[outcome for outcome in outcomes if isinstance(outcome, GroupSummary)],
         failures=[outcome for outcome in outcomes if isinstance(outcome, RlhfError)],
     )
 
 
-async def scored(
+async def generate_and_score(
     generate: Callable[[], Awaitable[Handle]],
     score: Callable[[Handle], Awaitable[tuple[Handle, GroupSummary]]],
 ) -> tuple[Handle, GroupSummary]:
     """Generate a group, then score it.
 
     If a node failure loses the rollouts before they are scored, generate them again, at most
-    `MAX_LOSSES` times.
+    `MAX_REGENERATIONS` times.
     """
-    for _ in range(MAX_LOSSES):
+    for _ in range(MAX_REGENERATIONS):
         try:
             return await score(await generate())
         except RecordLost:

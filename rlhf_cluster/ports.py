@@ -19,8 +19,8 @@ from rlhf_cluster.records import (
     Prompt,
     Sampling,
     StepReport,
-    Taken,
     Ticket,
+    TrainingGroup,
     WeightVersion,
 )
 
@@ -36,14 +36,14 @@ class GenerationPort(Protocol):
     async def generate(self, ticket: Ticket, prompt: Prompt, sampling: Sampling) -> Handle:
         """Sample one group; return a handle of a `RolloutGroup`.
 
-        If a worker fails, another one retries the group; `WorkerError` after the last try.
+        If a worker fails, another one retries the group. Raises `WorkerError` after the last try.
         """
         ...
 
     async def pull(self, version: WeightVersion) -> None:
         """Load `version` on every worker; return when it is live on all of them.
 
-        `WeightError` if no worker could read it: all keep serving the weights they had.
+        Raises `WeightError` if no worker could read it: all keep serving the weights they had.
         """
         ...
 
@@ -52,9 +52,9 @@ class ScoringPort(Protocol):
     """Pools of scoring workers."""
 
     async def score(self, group: Handle) -> tuple[Handle, GroupSummary]:
-        """Score a group of rollouts; return a handle of an `ExperienceGroup` and its summary.
+        """Score the rollouts of one group; return a handle of an `ExperienceGroup` and its summary.
 
-        `ScoringError` if a reward failed on its last try, `WorkerError` if no worker answered.
+        Raises `ScoringError` if a reward failed on its last try, `WorkerError` if no worker answered.
         """
         ...
 
@@ -74,9 +74,11 @@ class BufferPort(Protocol):
         """Withdraw `ticket`, counted by `reason`; another group is admitted instead."""
         ...
 
-    async def take(self, num_groups: int, learner_version: int) -> Sequence[Taken]:
-        """Wait for the oldest `num_groups` within the look-ahead window of admission order, and return
-        them, followed by replayed groups. Empty after `stop`."""
+    async def take(self, num_groups: int, learner_version: int) -> Sequence[TrainingGroup]:
+        """Wait for the oldest `num_groups` within the look-ahead window of admission order.
+
+        Returns them, followed by replayed groups. Empty after `stop`.
+        """
         ...
 
     async def stop(self) -> None:
@@ -124,7 +126,7 @@ class RecoveryPort(Protocol):
 class LearnerPort(Protocol):
     """All ranks of the learner."""
 
-    async def train_step(self, groups: Sequence[Taken]) -> StepReport:
+    async def train_step(self, groups: Sequence[TrainingGroup]) -> StepReport:
         """Train one step on `groups`."""
         ...
 

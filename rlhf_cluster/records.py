@@ -378,7 +378,7 @@ class BufferState:
     discarded: dict[str, int]
     open: tuple[Ticket, ...]
     replayed: int = 0
-    used: tuple[Used, ...] = ()
+    used: tuple[TrainedGroup, ...] = ()
 
     @property
     def replayable(self) -> tuple[int, ...]:
@@ -387,7 +387,7 @@ class BufferState:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Used:
+class TrainedGroup:
     """A trained group as a checkpoint keeps it. `steps` are the steps that trained it, in order."""
 
     ticket: Ticket
@@ -400,10 +400,10 @@ class Used:
         rewards = np.asarray(self.summary.rewards)
         return float(np.abs(rewards - rewards.mean()).mean())
 
-    def taken(self, weight: float) -> Taken:
+    def taken(self, weight: float) -> TrainingGroup:
         uses = len(self.steps)
         handle = StoredGroup(self.ticket.number, uses=uses, weight=weight)
-        return Taken(
+        return TrainingGroup(
             ticket=self.ticket, handle=handle, summary=self.summary, uses=uses, weight=weight
         )
 
@@ -422,7 +422,7 @@ Handle = Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Taken:
+class TrainingGroup:
     """One group that the buffer gives to the learner for a step."""
 
     ticket: Ticket

@@ -25,7 +25,7 @@ from rlhf_cluster.planning.cluster_room import (
     local_cpus,
 )
 from rlhf_cluster.planning.placement import demand
-from rlhf_cluster.util.addresses import refuse_open
+from rlhf_cluster.util.addresses import check_address
 
 OBJECT_STORE_BYTES = 512 << 20
 
@@ -41,7 +41,7 @@ def connected(config: AnyConfig) -> Iterator[str]:
     """
     address = address_of(config)
     if address is not None:
-        refuse_open("cluster.address or RAY_ADDRESS", address)
+        check_address("cluster.address or RAY_ADDRESS", address)
         loopback.follow(address)
     try:
         if address is not None:

@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlhf_cluster.observe.record import stacks
-from rlhf_cluster.util.slow_disk import aside
+from rlhf_cluster.util.slow_disk import run_in_thread
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ NODE_TIMEOUT_S = 10.0
 
 async def of_every_process(log_dir: Path) -> dict[str, list[str]]:
     """Return the lines of every process's stacks by the name of its log, without blocking the loop."""
-    return await aside(_gather, log_dir)
+    return await run_in_thread(_gather, log_dir)
 
 
 def nodes_of(hosts: set[str], nodes: Sequence[dict[str, Any]]) -> dict[str, str]:

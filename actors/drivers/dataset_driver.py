@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.drivers.open_run import in_run_directory
-from rlhf_cluster.util.slow_disk import aside
+from rlhf_cluster.util.slow_disk import run_in_thread
 
 # isort: split
 from actors.cluster.calls import answer
@@ -154,7 +154,7 @@ class _Generation:
             discarded: dict[str, int] = {}
             if len(self.file.done) < self.num_prompts:
                 discarded = await self._sample_missing()
-            summary = await aside(self._finish, discarded)
+            summary = await run_in_thread(self._finish, discarded)
             await observer.finished()
             return summary
         except BaseException as error:
@@ -166,7 +166,7 @@ class _Generation:
             raise
         finally:
             self.file.close()
-            await aside(observer.close)
+            await run_in_thread(observer.close)
 
     async def _sample_missing(self) -> dict[str, int]:
         """Sample the answers of all prompts that have none. Returns discarded prompts by reason.
@@ -174,7 +174,9 @@ class _Generation:
         Waits for: these answers.
         """
         launcher, observer = self.launcher, self.observer
-        control = await aside(control_channel, launcher.config, self.patience_s, observer.event)
+        control = await run_in_thread(
+            control_channel, launcher.config, self.patience_s, observer.event
+        )
         generation, scoring = generation_pool(launcher), scoring_pools(launcher)
         self.pools, self.clients = (generation[0], *scoring[0]), (generation[1], scoring[1])
         for pool in self.pools:

@@ -72,12 +72,12 @@ from rlhf_cluster.run.checkpoint.run_state import RunState
 from rlhf_cluster.run.restarts import (
     Restarts,
     RestartWindow,
-    point_of_return,
+    find_restart_checkpoint,
     with_recovery,
 )
 from rlhf_cluster.run.run_directory import RunDir
 from rlhf_cluster.util.json_files import write_json
-from rlhf_cluster.util.slow_disk import aside
+from rlhf_cluster.util.slow_disk import run_in_thread
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.writer_fence import Writer, publishing
 
@@ -193,7 +193,7 @@ class _StageRun:
                 await observer.post_mortem(error)
             raise
         finally:
-            await aside(observer.close)
+            await run_in_thread(observer.close)
 
     async def _begin(self) -> None:
         """Begin an attempt. Writes of earlier attempts in progress can then not become visible."""
@@ -226,7 +226,9 @@ class _StageRun:
             await self.checkpoints.drain()
         self.checkpoints = None
         await self._begin()
-        self.checkpoint = await aside(point_of_return, self.rundir, self.config, lost)
+        self.checkpoint = await run_in_thread(
+            find_restart_checkpoint, self.rundir, self.config, lost
+        )
         await self.observer.cut_back(self.checkpoint)
         step = None if self.checkpoint is None else self.checkpoint.state.step
         self.observer.recovering(lost, self.restarts.used, self.restarts.limit, step)
@@ -239,7 +241,9 @@ class _StageRun:
         state = None if self.checkpoint is None else self.checkpoint.state
         step = 0 if state is None else state.step
         self.checkpoints = await self._checkpoints(stage, state)
-        await aside(store.rewind, self.rundir.weights, -1)  # the end of the stage writes it again
+        await run_in_thread(
+            store.rewind, self.rundir.weights, -1
+        )  # the end of the stage writes it again
         if state is None:
             self.before = await self._evaluate(stage, 0)
         else:
@@ -269,7 +273,7 @@ class _StageRun:
         report = await stage.report(held_out) if held_out else {}
         if held_out:
             kind = build_stage(config.stage, StageContext(data=config.data))
-            report = await aside(kind.conclude, report, held_out, rundir.path)
+            report = await run_in_thread(kind.conclude, report, held_out, rundir.path)
         await self.observer.on_disk(write_json, rundir.path / REPORT, report)
         await self.checkpoints.drain()
         await self.checkpoints.copied()
@@ -285,7 +289,7 @@ class _StageRun:
             num_values=num_values,
             tokenizer_dir=config.model.tokenizer,
         )
-        await aside(export)
+        await run_in_thread(export)
         return await self.observer.on_disk(self._write_summary, report)
 
     def _write_summary(self, report: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from actors.drivers.checkpoint_cut import claimed
 from rlhf_cluster.config.load import AnyConfig
 from rlhf_cluster.observe.record.post_mortem import (
     NAME,
-    pointing_to,
+    add_path_on_error,
 )
 from rlhf_cluster.observe.report.live_view import LiveView
 from rlhf_cluster.planning.cluster_room import (
@@ -89,7 +89,7 @@ def in_run_directory(
                 for note in [*found.notes, *notes(inputs), *_waits_for(config)]:
                     console.print(note, markup=False, highlight=False, soft_wrap=True)
                 live = config.observe.live and console.is_terminal
-                with pointing_to(rundir.path / NAME), LiveView(console, live=live) as view:
+                with add_path_on_error(rundir.path / NAME), LiveView(console, live=live) as view:
                     return run(inputs, rundir, view, found)
 
 

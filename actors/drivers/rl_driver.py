@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from actors.cluster.ray_cluster import describe_demand
-from rlhf_cluster.util.slow_disk import aside
+from rlhf_cluster.util.slow_disk import run_in_thread
 
 # isort: split
 from actors.cluster.signals import ended_by_signals
@@ -55,7 +55,7 @@ from actors.services.start_services import (
     started_pools,
 )
 from actors.weights.transports import Transport
-from rlhf_cluster.buffer.buffer import fitted
+from rlhf_cluster.buffer.buffer import trim_to_bound
 from rlhf_cluster.buffer.staleness import gate_of
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.config.check_scoring import kl_notes
@@ -78,7 +78,7 @@ from rlhf_cluster.run.control_channel import ControlChannel
 from rlhf_cluster.run.restarts import (
     Restarts,
     RestartWindow,
-    point_of_return,
+    find_restart_checkpoint,
     with_recovery,
 )
 from rlhf_cluster.run.run_directory import RunDir
@@ -189,12 +189,12 @@ class _Run:
         return -1 if self.checkpoint is None else self.checkpoint.state.step
 
     async def _run(self) -> dict[str, Any]:
-        control = await aside(
+        control = await run_in_thread(
             control_channel, self.config, self.patience_s, lambda text: self.observer.event(text)
         )
         generation, scoring = generation_pool(self.launcher), scoring_pools(self.launcher)
         self.pools = (generation[0], *scoring[0])
-        observer = self.observer = await aside(
+        observer = self.observer = await run_in_thread(
             self._observer,
             lambda: {
                 **generation[1].metrics(),
@@ -237,7 +237,7 @@ class _Run:
             raise
         finally:
             control.close()
-            await aside(observer.close)
+            await run_in_thread(observer.close)
 
     def _observer(self, further: Callable[[], Mapping[str, float]]) -> RunObserver:
         return RunObserver(
@@ -286,7 +286,7 @@ class _Run:
             self.launcher, may_shrink, self.observer.event, spares=self.spares, lost=self.lost
         )
         try:
-            buffered = state and fitted(state.buffer, gate_of(self.config))
+            buffered = state and trim_to_bound(state.buffer, gate_of(self.config))
             learner, buffer = await core.start(buffered, self._prepare)
             self.num_ranks = core.num_ranks
             self.spares.resume()
@@ -352,7 +352,9 @@ class _Run:
             await attempt.abandon()
         await self.place.generation.begin_anew()
         await self.place.scoring.begin_anew()
-        self.checkpoint = await aside(point_of_return, self.rundir, self.config, lost)
+        self.checkpoint = await run_in_thread(
+            find_restart_checkpoint, self.rundir, self.config, lost
+        )
         step = None if self.checkpoint is None else self.checkpoint.state.step
         self.observer.recovering(lost, self.restarts.used, self.restarts.limit, step)
 

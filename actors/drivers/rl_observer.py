@@ -32,8 +32,8 @@ from rlhf_cluster.observe.occupancy import resident_bytes
 from rlhf_cluster.pipeline import Evaluation, StepTimes
 from rlhf_cluster.records import (
     StepReport,
-    Taken,
     Ticket,
+    TrainingGroup,
 )
 from rlhf_cluster.run import bottleneck_advisor
 from rlhf_cluster.run.checkpoint.checkpoint_folder import Checkpoint
@@ -45,7 +45,7 @@ from rlhf_cluster.run.status_snapshot import (
     State,
 )
 from rlhf_cluster.run.worker_pool import WorkerPool
-from rlhf_cluster.util.slow_disk import Latest
+from rlhf_cluster.util.slow_disk import LatestValue
 from rlhf_cluster.weights.sync import SyncStats
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class RunObserver(Observer[RunConfig]):
         self._num_recovered = 0
         self._staleness: Counter[int] = Counter()  # number of trained rollouts by staleness
         self.advice: bottleneck_advisor.Advice | None = None  # about the last steps
-        self._disk_free = Latest(lambda: disk_free_fraction(rundir.path), math.nan)
+        self._disk_free = LatestValue(lambda: disk_free_fraction(rundir.path), math.nan)
         first = Snapshot(
             run=config.run.name,
             state="starting",
@@ -86,7 +86,7 @@ class RunObserver(Observer[RunConfig]):
         )
         super().__init__(config, rundir, show, started_s, clock, first)
 
-    def step(self, report: StepReport, taken: Sequence[Taken], times: StepTimes) -> None:
+    def step(self, report: StepReport, taken: Sequence[TrainingGroup], times: StepTimes) -> None:
         now = self._clock()
         self._note_first_step(now)
         values = {
@@ -122,7 +122,7 @@ class RunObserver(Observer[RunConfig]):
             advice=None if advice is None else advice.text,
         )
 
-    def _trained_by_staleness(self, step: int, taken: Sequence[Taken]) -> dict[str, float]:
+    def _trained_by_staleness(self, step: int, taken: Sequence[TrainingGroup]) -> dict[str, float]:
         for group in taken:
             staleness = step - 1 - group.summary.oldest_version
             self._staleness[staleness] += group.summary.num_rollouts
@@ -253,7 +253,7 @@ class RunObserver(Observer[RunConfig]):
         )
 
 
-def group_metrics(taken: Sequence[Taken], times: StepTimes) -> dict[str, float]:
+def group_metrics(taken: Sequence[TrainingGroup], times: StepTimes) -> dict[str, float]:
     """Compute rewards, lengths and times of one step from the summaries of its groups.
 
     Rewards and lengths are those of fresh groups, so that each group is counted once in a run.

@@ -31,7 +31,10 @@ from rlhf_cluster.run.status_snapshot import (
     Snapshot,
     State,
 )
-from rlhf_cluster.util.slow_disk import Patience, aside
+from rlhf_cluster.util.slow_disk import (
+    DiskDeadline,
+    run_in_thread,
+)
 
 log = logging.getLogger("actors.drivers.rl_observer")
 
@@ -63,7 +66,7 @@ class Observer(Generic[C]):
     ) -> None:
         self._config, self._rundir, self._show = config, rundir, show
         self._clock, self._started_s = clock, started_s
-        self.patience = patience = Patience(
+        self.patience = patience = DiskDeadline(
             limit_s=config.observe.write_timeout_s,
             setting="observe.write_timeout_s",
             told_fraction=config.observe.slow_write_fraction,
@@ -94,7 +97,7 @@ class Observer(Generic[C]):
         Raises: `RunError`.
         Waits for: the lines that are not yet written, at most their deadline.
         """
-        await aside(self._log.flush)
+        await run_in_thread(self._log.flush)
         self.state("finished")
 
     def records(self) -> list[Record]:

@@ -30,7 +30,7 @@ from rlhf_cluster.run.control_channel import (
     Wish,
 )
 from rlhf_cluster.run.worker_pool import WorkerPool
-from rlhf_cluster.util.concurrency import together
+from rlhf_cluster.util.concurrency import gather_or_cancel
 
 LOOK_EVERY_S = 1.0
 
@@ -83,7 +83,7 @@ class Supervisor:
 
     async def _scale(self, wish: Wish) -> None:
         """Resize the pools of a request concurrently, so that none waits for another's workers."""
-        results = await together(self._scale_one(*asked) for asked in wish.sizes.items())
+        results = await gather_or_cancel(self._scale_one(*asked) for asked in wish.sizes.items())
         await self._control.answer(wish, dict(zip(wish.sizes, results, strict=True)))
 
     async def _scale_one(self, kind: str, size: int) -> str:

@@ -28,7 +28,7 @@ from rlhf_cluster.buffer.adaptive_depth import (
     DepthController,
     depth_controller,
 )
-from rlhf_cluster.buffer.buffer import fitted
+from rlhf_cluster.buffer.buffer import trim_to_bound
 from rlhf_cluster.buffer.group_recovery import (
     patience_of,
     recovery_of,
@@ -46,7 +46,10 @@ from rlhf_cluster.run.checkpoint.run_state import RunState
 from rlhf_cluster.run.restarts import RoomAgain
 from rlhf_cluster.run.run_directory import RunDir
 from rlhf_cluster.util.deadlines import reply_deadline
-from rlhf_cluster.util.slow_disk import Patience, aside
+from rlhf_cluster.util.slow_disk import (
+    DiskDeadline,
+    run_in_thread,
+)
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.sync import WeightSync, live_deadline_s
 from rlhf_cluster.weights.writer_fence import LOCK_TIMEOUT_S, Writer
@@ -162,7 +165,7 @@ class Attempt:
 
     def fitted_buffer(self, state: RunState) -> BufferState:
         """Return the buffer's part of `state`, reduced to what the current settings allow."""
-        found = fitted(state.buffer, gate_of(self.place.config))
+        found = trim_to_bound(state.buffer, gate_of(self.place.config))
         if over := len(state.buffer.open) - len(found.open):
             self.place.observer.event(
                 f"{over} of {len(state.buffer.open)} groups in flight are discarded: with staleness."
@@ -233,7 +236,7 @@ class Attempt:
             )
         if self.again:
             await place.observer.cut_back(self.checkpoint)
-            await aside(place.transport.begin_anew)
+            await run_in_thread(place.transport.begin_anew)
         if state is None:
             return
         self.sync.stats.skipped = state.publishes_skipped
@@ -314,7 +317,7 @@ class Attempt:
         timeout_s = config.weights.publish_timeout_s
         try:
             async with asyncio.timeout(timeout_s):
-                await aside(self.place.export, version)
+                await run_in_thread(self.place.export, version)
         except TimeoutError as error:
             raise StalledError(
                 f"{self.place.rundir.final}: the trained model was not written within "
@@ -339,7 +342,7 @@ async def on_store(root: Path, timeout_s: float, call: Callable[..., T], *argume
     Waits for: the call.
     """
     limit_s = max(timeout_s, reply_deadline(2 * LOCK_TIMEOUT_S))
-    patience = Patience(limit_s=limit_s, setting="the wait for the lock of the weight store")
+    patience = DiskDeadline(limit_s=limit_s, setting="the wait for the lock of the weight store")
     try:
         return await patience.aside(f"the weight store {root}", call, *arguments)
     except StalledError as error:

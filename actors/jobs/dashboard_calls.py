@@ -26,7 +26,7 @@ import requests
 from ray.job_submission import JobSubmissionClient
 
 from rlhf_cluster.errors import RunError, StalledError
-from rlhf_cluster.util.addresses import refuse_open
+from rlhf_cluster.util.addresses import check_address
 
 CALL_TIMEOUT_S = 30.0
 
@@ -85,7 +85,7 @@ def connect(address: str) -> JobClient:
         raise RunError(
             f"{address}: expected the address of the Ray dashboard, such as http://HOST:8265"
         )
-    refuse_open("--address", address)
+    check_address("--address", address)
     try:
         urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=CONNECT_TIMEOUT_S)
     except urllib.error.HTTPError as error:

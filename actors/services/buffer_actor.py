@@ -34,8 +34,8 @@ from rlhf_cluster.records import (
     BufferState,
     GroupSummary,
     Handle,
-    Taken,
     Ticket,
+    TrainingGroup,
 )
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class BufferActor:
         log.info("group %s discarded: %s", ticket.group_id, reason)
         await self._service.discard(ticket, reason)
 
-    async def take(self, num_groups: int, learner_version: int) -> Sequence[Taken] | Answer:
+    async def take(self, num_groups: int, learner_version: int) -> Sequence[TrainingGroup] | Answer:
         found = await self._service.take(num_groups, learner_version)
         if isinstance(found, Answer):
             return found
@@ -140,7 +140,7 @@ class RayBuffer:
     async def discard(self, ticket: Ticket, reason: str) -> None:
         await self._call("discard", ticket, reason)
 
-    async def take(self, num_groups: int, learner_version: int) -> Sequence[Taken]:
+    async def take(self, num_groups: int, learner_version: int) -> Sequence[TrainingGroup]:
         """Return `num_groups` groups to train on; [] after `stop`.
 
         Raises: `StalledError` after the buffer's stall deadline.

@@ -25,7 +25,7 @@ import ray
 from actors.cluster import loopback
 from actors.cluster.calls import answer_now
 from rlhf_cluster.errors import RunError, WorkerError
-from rlhf_cluster.util.addresses import refuse_open
+from rlhf_cluster.util.addresses import check_address
 
 CALL_TIMEOUT_S = 30.0
 SCALE_TIMEOUT_S = 900.0
@@ -111,7 +111,7 @@ def find(run_name: str, address: str) -> Any:
 
     Raises: `RunError`; `ConfigError` for another machine's cluster that asks for no token.
     """
-    refuse_open("address", address)
+    check_address("address", address)
     try:
         loopback.refuse_silent(address)
         if not ray.is_initialized():

@@ -30,7 +30,10 @@ from rlhf_cluster.errors import (
     WorkerError,
     WorkerSilent,
 )
-from rlhf_cluster.failures import costs_one_group, may_pass_elsewhere
+from rlhf_cluster.failures import (
+    is_group_failure,
+    is_retryable,
+)
 from rlhf_cluster.generation.worker_quarantine import Watch
 from rlhf_cluster.records import (
     Handle,
@@ -172,14 +175,14 @@ async def try_workers(
                 last = error
                 await pool.fail(worker, error)
             except RlhfError as error:
-                if not may_pass_elsewhere(error):
+                if not is_retryable(error):
                     raise
                 last = error
                 await pool.suspect(worker, error)
                 if faulted is not None:
                     await faulted(worker)
     assert last is not None
-    raise last if costs_one_group(last) else WorkerError(str(last))
+    raise last if is_group_failure(last) else WorkerError(str(last))
 
 
 class RayGeneration:

@@ -32,7 +32,7 @@ from rlhf_cluster.errors import WeightError, WorkerError
 from rlhf_cluster.observe.record.samples import keep_samples, write_samples
 from rlhf_cluster.records import (
     StepReport,
-    Taken,
+    TrainingGroup,
     WeightVersion,
 )
 from rlhf_cluster.weights.manifest import ShardReport
@@ -188,7 +188,7 @@ class RayLearner(RayRanks):
         shared = ray.put(examples)
         return (await self._all("sft_step", self._config.learner.step_timeout_s, shared))[0]
 
-    async def train_step(self, groups: Sequence[Taken]) -> StepReport:
+    async def train_step(self, groups: Sequence[TrainingGroup]) -> StepReport:
         handles = [(taken.ticket.number, taken.handle) for taken in groups]
         reports = await self._all("train_step", self._config.learner.step_timeout_s, handles)
         return reports[0]

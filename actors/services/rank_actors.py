@@ -24,11 +24,11 @@ import ray
 
 from actors.cluster.calls import core_answer
 from rlhf_cluster.errors import WorkerError
-from rlhf_cluster.failures import judged
+from rlhf_cluster.failures import as_rank_failure
 from rlhf_cluster.observe.occupancy import resident_bytes
 from rlhf_cluster.records import LearnerState
 from rlhf_cluster.util.deadlines import callee_deadline
-from rlhf_cluster.util.slow_disk import Patience
+from rlhf_cluster.util.slow_disk import DiskDeadline
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def judging(method: Callable[_P, _T], starting: bool = False) -> Callable[_P, _T
         try:
             return method(*args, **kwargs)
         except Exception as error:
-            found = judged(error, starting)
+            found = as_rank_failure(error, starting)
             if found is error:
                 raise
             log.exception("%s failed", method.__name__)
@@ -137,10 +137,10 @@ class RankActor:
             self._metrics.gauge("learner/resident_bytes", resident_bytes())
         time.sleep(after_s)
 
-    def _patience(self, timeout_s: float, setting: str) -> Patience:
+    def _patience(self, timeout_s: float, setting: str) -> DiskDeadline:
         """Build the deadline of a disk write, which ends before the driver's call times out."""
         fraction = self._config.observe.slow_write_fraction
-        return Patience(
+        return DiskDeadline(
             limit_s=timeout_s, setting=setting, told_fraction=fraction, tell=log.warning
         )
 

@@ -29,8 +29,8 @@ from rlhf_cluster.run.worker_pool import (
     WorkerPool,
 )
 from rlhf_cluster.scoring.moving_reference import ReferenceKeeper
-from rlhf_cluster.util.concurrency import together
-from rlhf_cluster.util.slow_disk import Patience
+from rlhf_cluster.util.concurrency import gather_or_cancel
+from rlhf_cluster.util.slow_disk import DiskDeadline
 from rlhf_cluster.weights.writer_fence import Writer
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,9 @@ class RayScoring:
         self._busy = {name: Occupancy(clock, _live(pool)) for name, pool in pools.items()}
         self._bring_timeout_s = config.pull_deadline_s
         self._load_timeout_s = config.run.start_timeout_s
-        self._patience = Patience(limit_s=config.run.start_timeout_s, setting="run.start_timeout_s")
+        self._patience = DiskDeadline(
+            limit_s=config.run.start_timeout_s, setting="run.start_timeout_s"
+        )
         self._score_timeout_s = score_deadline_s(config)
         self._keeper = (
             ReferenceKeeper(
@@ -85,7 +87,7 @@ class RayScoring:
         if len(self._pools) == 1:
             given = await self._ask(SCORING, "score", group)
             return given.handle, given.summary
-        parts = await together(self._ask(name, "score_part", group) for name in self._asked)
+        parts = await gather_or_cancel(self._ask(name, "score_part", group) for name in self._asked)
         given = await self._ask(SCORING, "join", group, *(part.handle for part in parts))
         return given.handle, given.summary
 

@@ -60,7 +60,7 @@ from rlhf_cluster.run.worker_pool import (
     Worker,
     WorkerPool,
 )
-from rlhf_cluster.util.concurrency import together
+from rlhf_cluster.util.concurrency import gather_or_cancel
 from rlhf_cluster.util.deadlines import reply_deadline
 
 log = logging.getLogger(__name__)
@@ -260,7 +260,7 @@ async def started_pools(
     sections = pool_sections(config)
 
     async def start() -> None:
-        await together(pool.start(sections[pool.kind].workers) for pool in pools)
+        await gather_or_cancel(pool.start(sections[pool.kind].workers) for pool in pools)
 
     started = asyncio.ensure_future(start())
     try:

@@ -57,7 +57,7 @@ from rlhf_cluster.generation.engine import (
     read_beside,
 )
 from rlhf_cluster.records import WeightVersion
-from rlhf_cluster.util.slow_disk import aside
+from rlhf_cluster.util.slow_disk import run_in_thread
 from rlhf_cluster.weights.formats.int8 import write_start_folder
 from rlhf_cluster.weights.transports.transport import (
     Deadline,
@@ -262,7 +262,7 @@ class VllmEngine(Engine):
         if self._thread is None:
             return
         self._commands.put(_Command(run=self._stop))
-        await aside(self._thread.join, _CLOSE_TIMEOUT_S)
+        await run_in_thread(self._thread.join, _CLOSE_TIMEOUT_S)
         if self._thread.is_alive():
             raise StalledError(
                 f"{self._name}: the stepping thread still runs {_CLOSE_TIMEOUT_S:g} s after close; "

@@ -53,10 +53,10 @@ from actors.vllm.vllm_arguments import TRANSFER_BACKEND
 from rlhf_cluster.errors import StalledError, WeightError
 from rlhf_cluster.models.model_folder import (
     checkpoint_shapes,
+    drop_tied_head,
     refuse_other_model,
-    without_tied_head,
 )
-from rlhf_cluster.util.tensor_hashing import digest_of
+from rlhf_cluster.util.tensor_hashing import compute_digest
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.formats.int8 import (
     linear_weights,
@@ -111,7 +111,7 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
 
     def init_transfer_engine(self, init_info: StoreInitInfo) -> None:
         self._tied = _is_tied(self.model_config)
-        self._shapes = without_tied_head(checkpoint_shapes(init_info.checkpoint), self._tied)
+        self._shapes = drop_tied_head(checkpoint_shapes(init_info.checkpoint), self._tied)
         draft = checkpoint_shapes(init_info.draft) if init_info.draft else {}
         self._draft_names = frozenset(draft)
         self._held = Held() if init_info.hold_base else None
@@ -137,10 +137,10 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
         try:
             tensors = dict(store.read(path, True, digest, self._held, deadline=deadline))
             found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-            refuse_other_model(path, without_tied_head(found, self._tied), self._shapes)
+            refuse_other_model(path, drop_tied_head(found, self._tied), self._shapes)
         except (WeightError, StalledError) as error:
             return {"error": str(error)}
-        found_digest = digest_of(tensors.items())
+        found_digest = compute_digest(tensors.items())
         self._staged = Staged(
             version=version,
             published=tensors,

@@ -22,7 +22,7 @@ from actors.cluster.named_actors import (
     serving,
 )
 from rlhf_cluster.config import RunConfig
-from rlhf_cluster.util.slow_disk import aside
+from rlhf_cluster.util.slow_disk import run_in_thread
 from rlhf_cluster.weights.transports.lent_shards import ShardLender
 from rlhf_cluster.weights.transports.mirror_carrier import ThreadCarrier
 from rlhf_cluster.weights.transports.mirror_folder import (
@@ -147,7 +147,7 @@ async def serving_relay(config: RunConfig) -> AsyncIterator[None]:
             yield
     finally:
         local = copies_of(config.weights_dir, config.weights.mirror_folder)
-        await aside(_clear_nodes, local)
+        await run_in_thread(_clear_nodes, local)
 
 
 def _clear_nodes(local: Path) -> None:

@@ -124,7 +124,7 @@ class OnlineDpo:
 
         Without any pair the groups are unchanged; their advantages are 0.
         """
-        pairs = [pair_of(group) for group in groups]
+        pairs = [choose_pair(group) for group in groups]
         num_pairs = sum(pair is not None for pair in pairs)
         self._pairs = {
             "preference/pairs": float(num_pairs),
@@ -173,7 +173,7 @@ class OnlineDpo:
         """Resume from `state()`, which is empty."""
 
 
-def pair_of(group: ExperienceGroup) -> tuple[int, int] | None:
+def choose_pair(group: ExperienceGroup) -> tuple[int, int] | None:
     """Return the indices of the chosen and of the rejected response among those with a trained token;
     None for a group whose rewards are all equal."""
     trained = [i for i, s in enumerate(group.scored) if s.rollout.response_mask.any()]
@@ -185,7 +185,7 @@ def pair_of(group: ExperienceGroup) -> tuple[int, int] | None:
 
 def _mark_pair(group: ExperienceGroup) -> list[np.ndarray]:
     marks = np.zeros(len(group.scored), dtype=np.float32)
-    if (pair := pair_of(group)) is not None:
+    if (pair := choose_pair(group)) is not None:
         marks[list(pair)] = 1.0, -1.0
     return [
         np.full(len(s.rollout.response_ids), mark, dtype=np.float32)

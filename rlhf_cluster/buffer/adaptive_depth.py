@@ -1,20 +1,20 @@
-"""How far generation runs ahead, decided from what the steps measured.
+"""Controller of the pipeline depth, which decides from what the steps measured.
 
-A deeper pipeline hides generation behind training and makes the groups older; older groups weigh
-less in the gradient, which the effective sample size of the importance weights shows. Two inputs a
-step, their means over `steps` steps, and three zones:
+A deeper pipeline hides generation behind training and makes the groups older. Older groups weigh less
+in the gradient, which the effective sample size of the importance weights shows. There are two inputs
+per step, the means of both in the last `steps` steps, and three zones:
 
     effective sample size   the learner waits            it does not
-    under ess_low           one less                     one less
-    up to ess_high          as it is                     one less
-    from ess_high           one more                     as it is
+    below ess_low           one less                     one less
+    up to ess_high          unchanged                    one less
+    from ess_high           one more                     unchanged
 
-The depth stays within 0 and `max_staleness`, so the bound never depends on this. It raises the
-depth only in the zone in which it never lowers it, so it does not swing between two depths. After
-a change, the steps that train groups admitted at another depth say nothing about the new one: as
-many steps as the larger depth are left out before the mean starts again.
+The depth stays within 0 and `max_staleness`, so the bound never depends on the controller. It raises
+the depth only in the zone in which it never lowers it, so it does not swing between two depths. After
+a change, the steps that train groups admitted at another depth have no information about the new one.
+As many steps as the larger depth are therefore skipped before the mean starts again.
 
-Pure: no clock, no waiting; the pipeline tells it of each step.
+It is pure, without a clock and without waiting. The pipeline reports each step to it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DepthChange:
-    """A new depth and why."""
+    """A new depth and its reason."""
 
     before: int
     depth: int
@@ -45,7 +45,7 @@ class DepthChange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DepthState:
-    """What a resumed run needs of the controller."""
+    """State of the controller for a resumed run."""
 
     depth: int
     seen: tuple[tuple[float, float], ...]
@@ -54,7 +54,10 @@ class DepthState:
 
 @dataclass(slots=True, kw_only=True)
 class DepthController:
-    """Call `step` after each step of the learner; `depth` is the current decision."""
+    """Controller of the depth. Call `step` after each step of the learner.
+
+    `depth` is the current decision.
+    """
 
     depth: int
     max_staleness: int
@@ -67,7 +70,7 @@ class DepthController:
         self._to_skip = self.depth
 
     def step(self, effective_sample_size: float | None, wait_share: float) -> DepthChange | None:
-        """The change that follows from one more step, if any.
+        """Record one more step; return the change of depth that results, if any.
 
         `effective_sample_size` is a share in (0, 1], None for a step that trained no token.
         `wait_share` is the share of the step's wall time in which the learner waited for groups.
@@ -96,14 +99,14 @@ class DepthController:
         return DepthState(depth=self.depth, seen=tuple(self._seen), to_skip=self._to_skip)
 
     def load_state(self, state: DepthState) -> None:
-        """Go on from `state()`; the depth stays within the bound of this run."""
+        """Restore `state`. The depth stays within the bound of this run."""
         self.depth = min(state.depth, self.max_staleness)
         self._seen.clear()
         self._seen.extend(state.seen)
         self._to_skip = state.to_skip
 
     def _decide(self, ess: float, wait: float) -> tuple[int, str]:
-        """-1, 0 or 1, and the reason with its numbers."""
+        """Return -1, 0 or 1, and the reason with its numbers."""
         limits = self.thresholds
         waits = wait > limits.wait_share
         measured = f"effective sample size {ess:.2f}"
@@ -118,7 +121,7 @@ class DepthController:
 
 
 def depth_controller(settings: Staleness) -> DepthController | None:
-    """The controller of a run, None where the depth is fixed."""
+    """Return the controller of a run, None if the depth is constant."""
     if settings.adaptive is None:
         return None
     return DepthController(

@@ -1,15 +1,17 @@
 """The experience buffer as a state machine: no clock, no waiting, no transport.
 
-A group's life: admit -> finish -> take, or a discard before it is taken; where there is a `replay`, it
-may be handed out again after that. Promises:
+The life of a group is admit -> finish -> take, or a discard before it is taken. With a `replay` it may
+be returned for training again after that.
+
+Promises:
 - every admitted ticket ends exactly once: taken, or discarded with a reason that is counted;
-- `take` hands out whole groups, the oldest finished first, within the look-ahead window that starts
-  at the oldest group (see `staleness`), and nothing before its turn; then those that are replayed,
-  which no counter of admission or of what was taken counts;
-- a group over `gate.bound` is never handed out: with on_stale = "drop" one over `max_staleness` is
-  discarded with the reason "stale" as soon as it is known, otherwise `take` raises
+- `take` returns complete groups, the oldest finished first, within the look-ahead window that starts
+  at the oldest group (see `staleness`), and none before its turn. Replayed groups follow; no counter of
+  admitted or taken groups includes them;
+- a group that exceeds `gate.bound` is never returned. With on_stale = "drop" one that exceeds
+  `max_staleness` is discarded with the reason "stale" as soon as it is known; otherwise `take` raises
   `StalenessError`;
-- versions never go back.
+- versions never decrease.
 
 `Handle`s are kept as they are; the buffer never looks inside.
 """
@@ -27,29 +29,29 @@ from rlhf_cluster.records import (
     BufferState,
     GroupSummary,
     Handle,
-    Taken,
     Ticket,
+    TrainingGroup,
 )
 
 STALE = "stale"
-"""The reason of a discard for age."""
+"""Discard reason of a group that is too old."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BufferStats:
-    """Counters since the start, and what stands in the buffer now."""
+    """Counters since the start, and the present content of the buffer."""
 
     admitted: int
     finished: int
     taken: int
-    reweighted: int  # taken over max_staleness, with on_stale = "reweight"
+    reweighted: int  # taken beyond max_staleness, with on_stale = "reweight"
     discarded: dict[str, int]
     in_flight: tuple[str, ...]  # ids of groups admitted and not yet finished, oldest first
     ready: int  # finished and not yet taken
     learner_version: int
     live_version: int
-    replayed: int | None = None  # groups handed out again; None without a replay
-    replayable: int = 0  # groups that may be, as it stands
+    replayed: int | None = None  # groups returned again; None without a replay
+    replayable: int = 0  # groups that may be replayed at the present version
     oldest_age_s: float = 0.0  # since the admission of the oldest group that is not taken
 
     @property
@@ -57,10 +59,13 @@ class BufferStats:
         return sum(self.discarded.values())
 
 
-def fitted(state: BufferState, gate: AdmissionGate) -> BufferState:
-    """`state`, to be resumed under `gate`, whose bound may be smaller, or its window larger, than when
-    the tickets were admitted: the newest tickets, which would be trained over the bound even if their
-    groups were generated at once, are discarded as stale. Others are admitted in their place."""
+def trim_to_bound(state: BufferState, gate: AdmissionGate) -> BufferState:
+    """Return `state` without the tickets that would be trained beyond the bound of `gate`.
+
+    The bound may be smaller, or the window larger, than when the tickets were admitted. The newest
+    tickets are discarded as stale if they would exceed the bound even with groups generated at once.
+    Others are admitted in their place.
+    """
     last = state.learner_version + gate.bound
     kept = tuple(
         ticket
@@ -76,13 +81,16 @@ def fitted(state: BufferState, gate: AdmissionGate) -> BufferState:
 
 @dataclass(slots=True)
 class ExperienceBuffer:
-    """`live_version` is -1 until the first version is live; nothing is admitted before that."""
+    """Buffer of one run. `live_version` is -1 until the first version is live.
+
+    Nothing is admitted before that.
+    """
 
     gate: AdmissionGate
     learner_version: int = 0
     live_version: int = -1
-    replay: ReplayPool | None = None  # None: a group is handed out once
-    _waiting: OrderedDict[int, Taken | Ticket] = field(default_factory=OrderedDict)
+    replay: ReplayPool | None = None  # None: a group is returned once
+    _waiting: OrderedDict[int, TrainingGroup | Ticket] = field(default_factory=OrderedDict)
     _num_in_flight: int = 0
     _admitted: int = 0
     _finished: int = 0
@@ -94,11 +102,11 @@ class ExperienceBuffer:
     def resume(
         cls, gate: AdmissionGate, state: BufferState, replay: ReplayPool | None = None
     ) -> ExperienceBuffer:
-        """The buffer of a run that goes on from `state`.
+        """Return the buffer of a run that resumes from `state`.
 
         Open tickets are in flight again: the caller finishes each once more, or discards it. They
-        keep their numbers and versions, so the bound holds for them as for any other. `replay`, an
-        empty one, goes on from the checkpoint's.
+        keep their numbers and versions, so the bound holds for them as for any other. `replay` is
+        empty, and gets the state of the checkpoint's.
 
         Raises `StalenessError` when counters and version do not belong together: a counter that
         started from zero would admit a whole run's worth of groups at once.
@@ -129,7 +137,7 @@ class ExperienceBuffer:
         )
 
     def state(self) -> BufferState:
-        """What `resume` takes; call between two steps."""
+        """Return the state for `resume`. Call between two steps."""
         tickets = [e if isinstance(e, Ticket) else e.ticket for e in self._waiting.values()]
         return BufferState(
             learner_version=self.learner_version,
@@ -162,11 +170,11 @@ class ExperienceBuffer:
 
     @property
     def complete(self) -> bool:
-        """All groups of the run have been taken, so none will ever be admitted again."""
+        """Whether all groups of the run have been taken, so that none will be admitted again."""
         return self._taken >= self.gate.total_groups
 
     def admit(self) -> Ticket | None:
-        """A ticket, or None while there is no free slot."""
+        """Return a ticket, or None while there is no free slot."""
         if self.live_version < 0:
             return None
         capacity = self.gate.capacity(
@@ -184,7 +192,10 @@ class ExperienceBuffer:
         return ticket
 
     def finish(self, ticket: Ticket, handle: Handle, summary: GroupSummary) -> bool:
-        """Whether the group was kept: with on_stale = "drop" one that is too old is discarded."""
+        """Store the finished group, and return whether it was kept.
+
+        With on_stale = "drop" one that is too old is discarded.
+        """
         self._open(ticket, "finish")
         if summary.oldest_version < ticket.version:
             raise StalenessError(
@@ -192,7 +203,7 @@ class ExperienceBuffer:
                 f"tokens of version {summary.oldest_version}: a worker sampled with weights older "
                 "than those reported live"
             )
-        self._waiting[ticket.number] = Taken(ticket=ticket, handle=handle, summary=summary)
+        self._waiting[ticket.number] = TrainingGroup(ticket=ticket, handle=handle, summary=summary)
         self._finished += 1
         self._num_in_flight -= 1
         self._drop_stale([ticket.number])
@@ -211,21 +222,24 @@ class ExperienceBuffer:
         return len(self._next(num_groups)) == num_groups
 
     def saw_learner(self, version: int) -> None:
-        """The learner has done `version` steps."""
+        """Record that the learner has done `version` steps."""
         self.learner_version = self._advance("learner", self.learner_version, version)
         self._drop_stale()
 
     def version_live(self, version: int) -> None:
-        """Every worker samples with `version` or later, so the learner has done that many steps."""
+        """Record that every worker samples with `version` or later.
+
+        The learner has therefore done that many steps.
+        """
         self.live_version = self._advance("live", self.live_version, version)
         self.saw_learner(max(self.learner_version, version))
 
     def set_pipeline_depth(self, depth: int) -> None:
-        """Pace admission anew. The bound does not depend on it."""
+        """Change the pacing of admission. The bound does not depend on it."""
         self.gate = replace(self.gate, pipeline_depth=depth)
 
-    def take(self, num_groups: int) -> list[Taken]:
-        """The next `num_groups` groups, and those that are replayed; call only when `ready`.
+    def take(self, num_groups: int) -> list[TrainingGroup]:
+        """Return the next `num_groups` groups and those that are replayed. Call only when `ready`.
 
         Raises `StalenessError`.
         """
@@ -251,7 +265,7 @@ class ExperienceBuffer:
         return [*groups, *again]
 
     def forget(self, numbers: Iterable[int]) -> None:
-        """Hand out these groups no more, which were taken before."""
+        """Exclude these groups, which were taken before, from replay."""
         if self.replay is not None:
             self.replay.forget(numbers)
 
@@ -273,37 +287,40 @@ class ExperienceBuffer:
             else len(self.replay.candidates(self.learner_version)),
         )
 
-    def _next(self, num_groups: int) -> list[Taken]:
-        """Up to `num_groups` finished groups in the window, the oldest first.
+    def _next(self, num_groups: int) -> list[TrainingGroup]:
+        """Return up to `num_groups` finished groups in the window, the oldest first.
 
-        The window starts at the oldest group that is not taken, the ones picked here counted as
-        taken: at the first that is not finished.
+        The window starts at the oldest group that is not taken. The groups picked here are treated as
+        taken, so it starts at the first one that is not finished.
         """
-        found: list[Taken] = []
+        found: list[TrainingGroup] = []
         head: int | None = None
         for number, entry in self._waiting.items():
             if len(found) == num_groups:
                 break
             if head is not None and number >= head + self.gate.look_ahead:
                 break
-            if isinstance(entry, Taken):
+            if isinstance(entry, TrainingGroup):
                 found.append(entry)
             elif head is None:
                 head = number
         return found
 
     def _drop_stale(self, among: Iterable[int] | None = None) -> None:
-        """Of the groups with these numbers, or of all."""
+        """Discard finished groups older than `max_staleness`, if on_stale is "drop".
+
+        `among` holds the ticket numbers to check; None checks every group.
+        """
         if self.gate.on_stale != "drop":
             return
         waiting = self._waiting
         entries = waiting.values() if among is None else [waiting[number] for number in among]
-        ready = [entry for entry in entries if isinstance(entry, Taken)]
+        ready = [entry for entry in entries if isinstance(entry, TrainingGroup)]
         for group in filter(self._is_stale, ready):
             del self._waiting[group.ticket.number]
             self._discarded[STALE] += 1
 
-    def _is_stale(self, group: Taken) -> bool:
+    def _is_stale(self, group: TrainingGroup) -> bool:
         return self.gate.is_stale(group.summary.oldest_version, self.learner_version)
 
     def _open(self, ticket: Ticket, action: str) -> None:
@@ -323,7 +340,7 @@ class ExperienceBuffer:
 
 
 def buffer_metrics(stats: BufferStats) -> dict[str, float]:
-    """The counters under their names in the table of metrics."""
+    """Return the counters under their names in the table of metrics."""
     values = {
         "buffer/admitted_total": float(stats.admitted),
         "buffer/finished_total": float(stats.finished),

@@ -1,9 +1,9 @@
-"""The buffer with waiting: what its actor runs, and what tests run in one process.
+"""The buffer with waiting: its actor runs this, and tests run it in one process.
 
-Every wait ends: at its condition, or after `patience_s`, when it answers `WAIT` and the caller asks
-again. So a call never outlives its caller's deadline by more than `patience_s`, and a caller that
+Every wait ends at its condition, or after `patience_s` seconds. It then returns `WAIT`, and the caller
+asks again. So a call never outlives its caller's deadline by more than `patience_s`, and a caller that
 died leaves no waiter behind. `take` raises `StalledError` when no group was finished and kept for
-`stall_timeout_s` while the learner waited; the message names the groups that are missing.
+`stall_timeout_s` seconds while the learner waited. The message names the groups that are missing.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from rlhf_cluster.records import (
     BufferState,
     GroupSummary,
     Handle,
-    Taken,
     Ticket,
+    TrainingGroup,
 )
 
 
 class Answer(StrEnum):
-    """What a wait says when it has no result."""
+    """Answer of a wait that has no result."""
 
     WAIT = "wait"  # nothing yet: ask again
     DONE = "done"  # the run needs no further group, or was stopped
@@ -56,8 +56,10 @@ class BufferService:
         self._stopped = False
 
     async def admit(self) -> list[Ticket] | Answer:
-        """All slots that are free. Waits for: one. Unblocked by: `take`, `discard`,
-        `version_live`."""
+        """Return tickets for all free slots.
+
+        Waits for: one free slot. Unblocked by: `take`, `discard`, `version_live`.
+        """
         tickets: list[Ticket] = []
 
         def free_or_done() -> bool:
@@ -84,8 +86,11 @@ class BufferService:
             self._buffer.discard(ticket, reason)
             self._changed.notify_all()
 
-    async def take(self, num_groups: int, learner_version: int) -> Sequence[Taken] | Answer:
-        """Waits for: the next groups to finish. Unblocked by: `finish`, `discard`, `stop`."""
+    async def take(self, num_groups: int, learner_version: int) -> Sequence[TrainingGroup] | Answer:
+        """Return the next groups for training.
+
+        Waits for: the groups to finish. Unblocked by: `finish`, `discard`, `stop`.
+        """
         async with self._changed:
             self._buffer.saw_learner(learner_version)
             self._changed.notify_all()
@@ -104,13 +109,13 @@ class BufferService:
         return Answer.WAIT
 
     async def stop(self) -> None:
-        """From now on `admit` and `take` answer `DONE`. What is in the buffer stays."""
+        """Make `admit` and `take` return `DONE` from here on. The content of the buffer stays."""
         async with self._changed:
             self._stopped = True
             self._changed.notify_all()
 
     async def state(self, learner_version: int) -> BufferState:
-        """What `ExperienceBuffer.resume` takes; call between two steps of the learner."""
+        """Return the state for `ExperienceBuffer.resume`. Call between two steps of the learner."""
         async with self._changed:
             self._buffer.saw_learner(learner_version)
             self._changed.notify_all()
@@ -134,7 +139,10 @@ class BufferService:
         return replace(self._buffer.stats(), oldest_age_s=self._oldest_age_s())
 
     def _oldest_age_s(self) -> float:
-        """0 without a group. One that was open at a resume counts from then."""
+        """Return the seconds since the admission of the oldest group, 0 without a group.
+
+        For a group that was open at a resume they are counted from the resume.
+        """
         oldest, admitted = self._buffer.oldest, self._admitted_s
         while admitted and (oldest is None or admitted[0][0] < oldest):
             admitted.popleft()

@@ -73,7 +73,7 @@ _BY_TYPE = {kind: (name, encode) for name, (kind, encode, _) in _CODECS.items()}
 
 
 def to_text(value: Any) -> str:
-    """ASCII only. Raises `StoreError`."""
+    """Return `value` as JSON text, ASCII only. Raises `StoreError`."""
     return json.dumps(_pack(value), separators=(",", ":"))
 
 
@@ -147,14 +147,17 @@ _ROLLOUT_NUMBERS = ("temperature", "started_s", "finished_s")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """`newest_version`: of all weights that the group depends on. `made_by`: of what made it."""
+    """Header of a file. `newest_version` is the newest weights that the group depends on.
+
+    `made_by` identifies the settings that it was made with.
+    """
 
     newest_version: int
     made_by: str
 
 
 def encode(group: ExperienceGroup, header: Header) -> bytes:
-    """Raises `StoreError` for a group that this format cannot hold."""
+    """Return the bytes of a file of `group`. Raises `StoreError` if the format cannot hold it."""
     import pyarrow as pa
 
     if not group.scored:
@@ -171,7 +174,7 @@ def encode(group: ExperienceGroup, header: Header) -> bytes:
         ).encode() + hole
         image = _image(table.replace_schema_metadata({b"rlhf_cluster": seal}))
         parts = image.split(hole)
-        if len(parts) == 3:  # the schema stands at both ends of the file
+        if len(parts) == 3:  # the schema is at both ends of the file
             return _checksum(parts).join(parts)
     raise StoreError(
         f"group {group.group_id}: holds the text of every seal tried; cannot be sealed"
@@ -179,7 +182,7 @@ def encode(group: ExperienceGroup, header: Header) -> bytes:
 
 
 def read_header(start: bytes) -> Header:
-    """Of a file that begins with `start`. Raises `StoreError`."""
+    """Return the header of a file that begins with `start`. Raises `StoreError`."""
     found = _SEAL.search(start, 0, HEADER_BYTES)
     if found is None:
         raise StoreError("has no seal where it begins: cut off, or not a group of experience")
@@ -192,7 +195,7 @@ def read_header(start: bytes) -> Header:
 
 
 def decode(image: bytes) -> tuple[ExperienceGroup, Header]:
-    """The inverse of `encode`. Raises `StoreError` unless every byte is as it was written."""
+    """Parse the result of `encode`. Raises `StoreError` unless every byte is as it was written."""
     import pyarrow as pa
 
     header = read_header(image)
@@ -229,7 +232,10 @@ def _checksum(parts: Sequence[bytes]) -> bytes:
 
 
 def _group_columns(group: ExperienceGroup) -> dict[str, Any]:
-    """What all rollouts share; long values are in the file once, as a dictionary of one entry."""
+    """Return the columns that all rollouts share.
+
+    A long value is in the file once, as a dictionary of one entry.
+    """
     import pyarrow as pa
 
     num_rows = len(group.scored)
@@ -287,7 +293,7 @@ def _lists(arrays: Sequence[Array | None], dtype: Any) -> pa.Array:
 
 
 def _arrays(column: Any) -> Callable[[int], Array | None]:
-    """Row by row the arrays of a column, without a copy but of booleans."""
+    """Return a function from a row to its array, without a copy except of booleans."""
     values = column.values.to_numpy(zero_copy_only=False)
     values.flags.writeable = False
     ends = column.offsets.to_numpy()
@@ -320,12 +326,12 @@ def _group(batch: pa.RecordBatch) -> ExperienceGroup:
             source=from_text(plain["prompt.source"][0]),
             columns=from_text(plain["prompt.columns"][0]),
         ),
-        scored=tuple(_scored(row, plain, arrays) for row in range(batch.num_rows)),
+        scored=tuple(_read_scored_rollout(row, plain, arrays) for row in range(batch.num_rows)),
         greedy_reward=plain["group.greedy_reward"][0],
     )
 
 
-def _scored(row: int, plain: dict[str, Any], arrays: dict[str, Any]) -> ScoredRollout:
+def _read_scored_rollout(row: int, plain: dict[str, Any], arrays: dict[str, Any]) -> ScoredRollout:
     def texts(record: str, names: Sequence[str]) -> dict[str, Any]:
         return {name: plain[f"{record}.{name}"][row] for name in names}
 

@@ -1,29 +1,29 @@
-"""Which stored groups a run uses again, and which files go.
+"""Reuse of stored groups by a resumed run, and deletion of files that are not needed.
 
-A run that goes on from the checkpoint of step c has open tickets, and admits others that an earlier
-attempt admitted too. `recover` gives the stored group of a ticket when it is what generation could
-give now:
-- it is of this ticket's number and prompt, token by token, and was made under the same settings;
+A run that resumes from the checkpoint of step c has open tickets, and admits others that an earlier
+attempt admitted too. `recover` returns the stored group of a ticket when generation could produce it
+now:
+- it is of this ticket's number and prompt, token by token, and was made with the same settings;
 - no token is of a version before the ticket's;
-- nothing in it depends on a version after c: those are of a timeline that was rewound. `rewind`
-  deletes such files when the run goes on, so that they can never pass for what the new timeline makes;
-- it was there when the run went on. An attempt writes under a number of its own, and `rewind` makes
-  what stays of the attempt before it its own. So a call of that one which ends later leaves a file that
-  is never used, and goes with the next `rewind`.
-A damaged file is told, and its group generated again; where the number of the attempt before cannot be
-read, nothing is decided at all, and no file goes.
+- nothing in it depends on a version after c: those are of a timeline that was rewound. `rewind` deletes
+  such files when the run resumes, so that they are never mistaken for those of the new timeline;
+- its file existed when the run resumed. Each attempt writes with its own number, and `rewind` renames
+  the remaining files of the attempt before to the new number. A call of the earlier attempt that ends
+  later therefore leaves a file that is never used, and the next `rewind` deletes it.
+A damaged file is logged, and its group generated again. If the number of the attempt before cannot be
+read, nothing is decided, and no file is deleted.
 
-`trained` notes the steps of each group and deletes what nobody needs; it raises where one was trained
-more often than it may. A group first trained (or seen discarded) at step s, and last at step e, may be
-trained until step u: s itself, or with replay s + max_staleness, by the age of its tokens. When t steps
-are done, it stays
-- for people, while e > t - keep_steps;
+`trained` notes the steps of each group and deletes files that are not needed. It raises if a group was
+trained more often than allowed. A group first trained (or seen discarded) at step s, and last at step
+e, may be trained until step u: s itself, or with replay s + max_staleness, by the age of its tokens.
+When t steps are done, it stays
+- for the user, while e > t - keep_steps;
 - for the steps that follow, while u > t;
-- for checkpoint c, while s <= c + span and u > c. Where s > c it was open at c, or not admitted; one
-  with s > c + span holds tokens of versions after c: by the staleness bound, which `span` is made from.
-Checkpoints are those on disk, complete or not, and the last that was due, whose folder may not be there
-yet. A group that is open is never deleted: its number is within the
-look-ahead window of the last one trained, or after it.
+- for checkpoint c, while s <= c + span and u > c. If s > c it was open at c, or not admitted. One with
+  s > c + span holds tokens of versions after c: by the staleness bound, which `span` is made from.
+Checkpoints are those on disk, complete or not, and the last that was due, whose folder may not exist
+yet. A group that is open is never deleted: its number is within the look-ahead window of the last one
+trained, or after it.
 """
 
 from __future__ import annotations
@@ -50,21 +50,21 @@ from rlhf_cluster.config.pool_sections import (
 )
 from rlhf_cluster.errors import RecordError, StoreError
 from rlhf_cluster.records import GroupSummary, Prompt, StoredGroup, Ticket
-from rlhf_cluster.util.concurrency import together
+from rlhf_cluster.util.concurrency import gather_or_cancel
 from rlhf_cluster.util.durable_files import (
+    find_storage_cause,
     make_folders,
-    passing,
 )
 from rlhf_cluster.util.json_files import write_json
-from rlhf_cluster.util.slow_disk import Patience
+from rlhf_cluster.util.slow_disk import DiskDeadline
 
 if TYPE_CHECKING:
     from rlhf_cluster.config import RunConfig
 
 TRAINED = "trained.json"
-"""The steps of every group that has a file and is trained; of one that was seen discarded, that one."""
+"""File with the steps that trained each stored group, or the step that saw it discarded."""
 PARALLEL, FILES_AT_ONCE = 32, 32
-"""Calls to the storage at once while a run resumes, and the files that one of them looks at."""
+"""Concurrent calls to the storage while a run resumes, and the number of files per call."""
 HARMLESS = (
     *("workers", "num_cpus", "num_gpus", "kv_cache_bytes", "max_num_seqs", "max_retries"),
     *("request_timeout_s", "pull_timeout_s", "pull_bytes_per_s", "max_error_rate"),
@@ -74,11 +74,12 @@ HARMLESS = (
 
 
 class Recovery:
-    """One process of a run has one. It and its methods block on the file system: call them in a thread.
+    """Reuse and deletion of the stored groups of a run, in one process of it.
 
-    A group is trained at most `max_uses` times, the last of them `reuse_steps` after the first.
-    `checkpoints` is the folder of checkpoints, `step` that of the one from which the run goes on.
-    `store` reads files of this attempt from now on.
+    It and its methods block on the file system: call them in a thread. A group is trained at most
+    `max_uses` times, the last of them `reuse_steps` after the first. `checkpoints` is the folder of
+    checkpoints, `step` the step of the checkpoint that the run resumes from. From here on `store`
+    reads files of this attempt.
     """
 
     def __init__(
@@ -103,21 +104,27 @@ class Recovery:
         try:
             self._steps = read_trained(store.root)
         except StoreError as error:
-            if passing(error):
-                raise  # written anew, what it says would be lost
-            tell(f"{error}. The run goes on without what it said")
+            if find_storage_cause(error):
+                raise  # a new file would lose what it says
+            tell(f"{error}. The run continues without what it said")
             self._steps = {}
         self._last = -1  # the largest number that was trained
 
     def rewind(self) -> None:
-        """Bring the store to the checkpoint's step, and to this attempt. Call before anything is
-        generated. Dying anywhere in it, it is the same when it is done again. Raises `StoreError`."""
+        """Bring the store to the checkpoint's step, and to this attempt.
+
+        Call before anything is generated. If the process dies in it, it can be repeated. Raises
+        `StoreError`.
+        """
         self.settle(self.files_to_settle())
         self.commit_rewind()
 
     async def rewind_aside(self, on_disk: Callable[..., Awaitable[Any]]) -> None:
-        """`rewind`, with `PARALLEL` calls of `on_disk` at once, `FILES_AT_ONCE` files each: a store of
-        ten thousand groups, each a few milliseconds away, is nothing to wait minutes for.
+        """Do what `rewind` does, with `PARALLEL` concurrent calls of `on_disk`.
+
+        Each settles `FILES_AT_ONCE` files.
+
+        A store of ten thousand groups, each a few milliseconds away, would otherwise take minutes.
 
         Waits for: the storage; each call of `on_disk` has its deadline.
         """
@@ -129,16 +136,16 @@ class Recovery:
                 await on_disk(self.settle, some)
 
         parts = [files[at : at + FILES_AT_ONCE] for at in range(0, len(files), FILES_AT_ONCE)]
-        await together(settle(part) for part in parts)
+        await gather_or_cancel(settle(part) for part in parts)
         await on_disk(self.commit_rewind)
 
     def files_to_settle(self) -> list[tuple[int, int]]:
-        """Number and attempt of every file, without those that were never finished, which go."""
+        """Delete files that were never finished; return the number and attempt of every other."""
         self._store.remove_partial()
         return self._store.files()
 
     def settle(self, files: Sequence[tuple[int, int]]) -> None:
-        """Delete what the new timeline must not see of these; the rest is of this attempt."""
+        """Delete the files that the new timeline must not see; rename the others to this attempt."""
         step, store = -1 if self._step is None else self._step, self._store
         for number, attempt in files:
             ours = attempt in (self.attempt, self.attempt - 1)
@@ -148,17 +155,17 @@ class Recovery:
                 store.adopt(number, attempt)
 
     def commit_rewind(self) -> None:
-        """All files are settled: write down what is trained, and the attempt."""
+        """Store the trained steps and the attempt, once all files are settled."""
         step = -1 if self._step is None else self._step
         kept = {n: tuple(s for s in steps if s <= step) for n, steps in self._steps.items()}
         self._steps = {number: steps for number, steps in kept.items() if steps}
         # Syncs the folder too: names are on the disk before the number that they carry. With the
-        # number alone the next rewind would take them for those of an older attempt.
-        self._write_trained()
+        # number alone the next rewind would treat them as those of an older attempt.
+        self._write_training_steps()
         self._write(ATTEMPT, {"attempt": self.attempt})
 
     def recover(self, ticket: Ticket, prompt: Prompt) -> tuple[StoredGroup, GroupSummary] | None:
-        """The finished group of `ticket`, if there is one that can be used."""
+        """Return the finished group of `ticket`, if there is one that can be used."""
         number = ticket.number
         if self._step is None or not self._store.has(number):
             return None
@@ -180,8 +187,10 @@ class Recovery:
         return (StoredGroup(number), summary) if usable else None
 
     def unusable(self, numbers: Sequence[int]) -> list[int]:
-        """Those of these trained groups that cannot be trained again: gone, damaged, or of other
-        settings. Reads them all, and tells of each."""
+        """Return those of these trained groups that cannot be trained again.
+
+        They are missing, damaged, or of other settings. Reads them all, and logs each.
+        """
         found = []
         for number in numbers:
             reason = "it was made under other settings"
@@ -196,10 +205,10 @@ class Recovery:
         return found
 
     def trained(self, step: int, numbers: Sequence[int]) -> None:
-        """The groups `numbers` were trained at `step`: note it, and delete what nobody needs.
+        """Note that the groups `numbers` were trained at `step`, and delete files without a use.
 
         Raises:
-            StoreError: that cannot be noted, or a file cannot be deleted.
+            StoreError: the note cannot be written, or a file cannot be deleted.
             RecordError: one of them was trained too often.
         """
         self._last = max(self._last, *numbers)
@@ -217,7 +226,7 @@ class Recovery:
             if (steps := self._steps.get(number)) is None or self._needed(steps, step, checkpoints)
         }
         self._steps = {n: s for n, s in self._steps.items() if n in kept}
-        self._write_trained()
+        self._write_training_steps()
         self._store.remove(n for n in there if n not in kept)
 
     def _check(self, number: int, steps: tuple[int, ...]) -> None:
@@ -225,7 +234,7 @@ class Recovery:
             raise RecordError(
                 f"group {number} was trained by steps {list(steps)}; allowed is once a step and "
                 f"{self._max_uses} times in all (buffer.replay.max_uses, 1 without replay). This is a "
-                "fault of the system; the same command goes on from the last checkpoint"
+                "fault of the system; the same command resumes from the last checkpoint"
             )
 
     def _needed(self, steps: tuple[int, ...], done: int, checkpoints: set[int]) -> bool:
@@ -237,7 +246,7 @@ class Recovery:
     def _newest(self, number: int, attempt: int) -> int:
         try:
             return self._store.header(number, attempt).newest_version
-        except StoreError:  # `recover` will tell, should anyone ask for it
+        except StoreError:  # `recover` reports it if the group is needed
             return -1
 
     def _checkpoint_steps(self, step: int) -> set[int]:
@@ -247,7 +256,7 @@ class Recovery:
         due = {step // self._every * self._every} if self._every else set()
         return {*complete, *partial, *due} - {0}
 
-    def _write_trained(self) -> None:
+    def _write_training_steps(self) -> None:
         self._write(TRAINED, {str(number): steps for number, steps in self._steps.items()})
 
     def _write(self, name: str, values: Mapping[str, int | tuple[int, ...]]) -> None:
@@ -265,8 +274,10 @@ class Recovery:
 
 
 def read_trained(root: Path) -> dict[int, tuple[int, ...]]:
-    """The steps of every stored group that is trained, in order; empty before the first. `StoreError`
-    where that cannot be read."""
+    """Return the steps of every stored group that is trained, in order; empty before the first.
+
+    Raises `StoreError` if they cannot be read.
+    """
     path = root / TRAINED
     try:
         found = json.loads(path.read_bytes())
@@ -281,7 +292,7 @@ def read_trained(root: Path) -> dict[int, tuple[int, ...]]:
 
 
 def store_of(config: RunConfig) -> ExperienceStore | None:
-    """The run's store; None with buffer.durable = false."""
+    """Return the run's store; None with buffer.durable = false."""
     if not config.buffer.durable:
         return None
     return ExperienceStore(
@@ -292,9 +303,9 @@ def store_of(config: RunConfig) -> ExperienceStore | None:
     )
 
 
-def patience_of(config: RunConfig) -> Patience:
-    """With one group, or one look at all, on disk."""
-    return Patience(
+def patience_of(config: RunConfig) -> DiskDeadline:
+    """Return the deadline of one group on disk, or of one check of all files."""
+    return DiskDeadline(
         limit_s=config.buffer.write_timeout_s,
         setting="buffer.write_timeout_s",
         told_fraction=config.observe.slow_write_fraction,
@@ -304,9 +315,10 @@ def patience_of(config: RunConfig) -> Patience:
 def recovery_of(
     config: RunConfig, step: int | None, tell: Callable[[str], None]
 ) -> Recovery | None:
-    """The run's, to be rewound to the checkpoint of `step` (None: the run begins).
+    """Return the recovery of a run, to be rewound to the checkpoint of `step`.
 
-    Blocks on the file system; `tell` is called in the threads in which its methods are. `StoreError`.
+    `step` None means that the run begins. Blocks on the file system. `tell` is called in the threads
+    that call its methods. Raises `StoreError`.
     """
     store = store_of(config)
     if store is None:
@@ -327,7 +339,7 @@ def recovery_of(
 
 
 def made_by(config: RunConfig) -> str:
-    """Tells whether two configurations make the same of a prompt with the same weights."""
+    """Return a hash of all settings that decide what is made of a prompt with the same weights."""
     tree: dict[str, Any] = {
         name: getattr(config, name).model_dump(mode="json")
         for name in ("model", "data", "sft", "generation", "scoring")

@@ -1,4 +1,4 @@
-"""Finished groups on disk: one immutable file a group.
+"""Finished groups on disk: one immutable file per group.
 
     <run directory>/experience/ g00000012.arrow      of attempt 0; `buffer.group_file` has the format
                                 g00000012.a2.arrow    the same group of attempt 2
@@ -6,18 +6,18 @@
                                 .g00000012.*.partial  being written, or left by a process that died
 
 Promises:
-- a file has its name only when all of it is written, so a process that dies leaves a whole file or
-  none; with fsync = "group" that holds for the machine too;
+- a file has its name only when all of it is written. A process that dies therefore leaves a complete
+  file or none; with fsync = "group" that holds for the machine too;
 - a file that is not as it was written is never used: `read` says which one and what is wrong with it;
-- `write` raises `StoreError` when the group is not on disk as a whole, and leaves nothing behind; then
-  the run has to end, since it cannot keep what it promises. So with a disk that takes longer than
-  `patience` allows; what that write leaves in the end is whole, or has no name;
-- a file is of the attempt that its ticket was of: a call of an attempt that was given up, which ends
-  later, replaces nothing of the next one, and is read by nobody (`buffer.group_recovery`);
+- `write` raises `StoreError` when the group is not completely on disk, and leaves no file behind. The
+  run then has to end, since it cannot keep what it promises. The same holds for a disk that takes
+  longer than `patience` allows: what such a write leaves in the end is complete, or has no name;
+- a file is of the attempt of its ticket. A call of an abandoned attempt, which ends later, replaces no
+  file of the next attempt, and its file is never read (`buffer.group_recovery`);
 - names come from ticket numbers and attempts alone, and nothing is unpickled.
 
-Several processes may write, the same group too: the last one stays. Who decides which files go is
-`buffer.group_recovery`, one process of the run.
+Several processes may write, also the same group: the last file stays. Only one process of the run
+decides which files are deleted, by `buffer.group_recovery`.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from rlhf_cluster.errors import StalledError, StorageError, StoreError
 from rlhf_cluster.records import ExperienceGroup, Handle, StoredGroup, Ticket
 from rlhf_cluster.util.durable_files import (
     make_folders,
-    patiently,
+    run_with_retries,
     sync_folder,
 )
-from rlhf_cluster.util.slow_disk import Patience
+from rlhf_cluster.util.slow_disk import DiskDeadline
 
 Fsync = Literal["group", "never"]
 ATTEMPT = "attempt.json"
@@ -52,10 +52,10 @@ _NAME = re.compile(r"g(\d{8,})(?:\.a(\d+))?\.arrow")
 
 
 class ExperienceStore:
-    """The groups of one run, in folder `root`, which is made with the first of them.
+    """Groups of one run, in the folder `root`, which is created with the first of them.
 
     It reads files of `attempt`, by default the one that `attempt.json` names, and writes those of any.
-    `made_by` tells what makes groups now; `write_file` is replaced by tests.
+    `made_by` identifies the settings that groups are made with. Tests replace `write_file`.
     """
 
     def __init__(
@@ -66,10 +66,10 @@ class ExperienceStore:
         fsync: Fsync = "never",
         write_file: Callable[[int, memoryview], int] = os.write,
         attempt: int | None = None,
-        patience: Patience | None = None,
+        patience: DiskDeadline | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """`patience`: how long a write may take; without it waits for the disk, however long."""
+        """Keep the arguments. `patience` bounds a write; without it a write may take any time."""
         self.root = Path(root)
         self._attempt = attempt
         self.made_by = made_by
@@ -80,11 +80,11 @@ class ExperienceStore:
 
     @property
     def attempt(self) -> int:
-        """Whose files are read. Read off the disk where nobody has said; `StoreError` if not."""
+        """Attempt whose files are read, by default the one on disk. Raises `StoreError`."""
         if self._attempt is None:
             try:
                 read = functools.partial(read_attempt, self.root)
-                found = patiently(read, self.root / ATTEMPT, "", self._sleep, PAUSES)
+                found = run_with_retries(read, self.root / ATTEMPT, "", self._sleep, PAUSES)
             except StorageError as error:
                 raise StoreError(str(error)) from error
             self._attempt = max(0, found)
@@ -95,15 +95,16 @@ class ExperienceStore:
         self._attempt = attempt
 
     def path(self, number: int, attempt: int | None = None) -> Path:
-        """Of `attempt`, by default the one that is read."""
+        """Return the path of a group's file of `attempt`, by default the one that is read."""
         attempt = self.attempt if attempt is None else attempt
         mark = f".a{attempt}" if attempt else ""
         return self.root / f"{Ticket(number=number, version=0).group_id}{mark}.arrow"
 
     def write(self, group: ExperienceGroup, reference_version: int = -1) -> Path:
-        """`reference_version` is of the newest reference that the group was scored with, if any.
+        """Write `group` to its file, and return the path.
 
-        Raises `StoreError`: path, bytes and cure.
+        `reference_version` is the newest reference that the group was scored with, if any. Raises
+        `StoreError` with path, bytes and a fix.
         """
         newest = max((int(s.rollout.versions.max()) for s in group.scored), default=-1)
         header = Header(newest_version=max(newest, reference_version), made_by=self.made_by)
@@ -115,10 +116,10 @@ class ExperienceStore:
             else:
                 what = f"{path}, {len(image)} bytes,"
                 self._patience.wait(what, lambda: self._replace(path, image))
-        except StalledError as error:  # an OSError too, as every TimeoutError
+        except StalledError as error:  # every TimeoutError is an OSError too
             raise StoreError(
                 f"group {group.group_id}: {error}. Look at that disk, give run.root a faster one or "
-                "raise buffer.write_timeout_s, and start the same command again: it goes on"
+                "raise buffer.write_timeout_s, and rerun the command: it resumes"
             ) from error
         except OSError as error:
             raise StoreError(
@@ -129,13 +130,13 @@ class ExperienceStore:
         return path
 
     def read(self, number: int) -> ExperienceGroup:
-        """Raises `StoreError`: missing, damaged, or of another number."""
+        """Return group `number`. Raises `StoreError`: missing, damaged, or of another number."""
         return self.read_with_header(number)[0]
 
     def read_with_header(self, number: int) -> tuple[ExperienceGroup, Header]:
         path = self.path(number)
         try:
-            image = patiently(path.read_bytes, path, "", self._sleep, PAUSES)
+            image = run_with_retries(path.read_bytes, path, "", self._sleep, PAUSES)
         except FileNotFoundError as error:
             raise StoreError(f"{path}: there is no such file; group {number} is lost") from error
         except (OSError, StorageError) as error:
@@ -149,7 +150,7 @@ class ExperienceStore:
         return group, header
 
     def header(self, number: int, attempt: int | None = None) -> Header:
-        """From the file's beginning alone, unverified. Raises `StoreError`."""
+        """Return the header from the file's beginning alone, unverified. Raises `StoreError`."""
         path = self.path(number, attempt)
         try:
             with path.open("rb") as file:
@@ -163,11 +164,11 @@ class ExperienceStore:
         return self.path(number).is_file()
 
     def numbers(self) -> list[int]:
-        """Of the groups that have a file, rising. Raises `StoreError`."""
+        """Return the numbers of the groups that have a file, rising. Raises `StoreError`."""
         return sorted(number for number, attempt in self.files() if attempt == self.attempt)
 
     def files(self) -> list[tuple[int, int]]:
-        """Number and attempt of every file. Raises `StoreError`."""
+        """Return the number and attempt of every file. Raises `StoreError`."""
         try:
             names = os.listdir(self.root)
         except FileNotFoundError:
@@ -178,7 +179,7 @@ class ExperienceStore:
         return sorted((int(match[1]), int(match[2] or 0)) for match in found)
 
     def remove(self, numbers: Iterable[int], attempt: int | None = None) -> None:
-        """Raises `StoreError` for a file that is there and cannot be deleted."""
+        """Delete the files of `numbers`. Raises `StoreError` for one that cannot be deleted."""
         for number in numbers:
             path = self.path(number, attempt)
             try:
@@ -195,7 +196,7 @@ class ExperienceStore:
             raise StoreError(f"{path}: cannot be renamed ({error})") from error
 
     def remove_partial(self) -> None:
-        """Delete what writers that died have left. Call while nobody writes."""
+        """Delete the leftovers of writers that died. Call while no process writes."""
         for leftover in self.root.glob(".g*.partial"):
             leftover.unlink(missing_ok=True)
 
@@ -224,8 +225,10 @@ class ExperienceStore:
 
 
 def read_attempt(root: Path) -> int:
-    """The attempt that writes, or wrote last, into `root`; -1 before the first. `StoreError` where that
-    cannot be read: by a wrong number finished groups would be deleted."""
+    """Return the attempt that writes, or wrote last, into `root`; -1 before the first.
+
+    Raises `StoreError` if it cannot be read: a wrong number would delete finished groups.
+    """
     path = root / ATTEMPT
     try:
         return int(json.loads(path.read_bytes())["attempt"])
@@ -234,8 +237,8 @@ def read_attempt(root: Path) -> int:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(
             f"{path}: the number of the attempt cannot be read ({type(error).__name__}: {error}). Look "
-            f"at that disk. A file that is damaged for good may be written anew as "
-            f'{{"attempt": N}}, N the largest after ".a" in the names beside it, 0 without one'
+            f"at that disk. A file that is damaged for good may be replaced by "
+            f'{{"attempt": N}}, N the largest after ".a" in the names next to it, 0 without one'
         ) from error
 
 
@@ -244,10 +247,10 @@ def collect(
     fetch: Callable[[Sequence[Handle]], Sequence[ExperienceGroup | None]],
     store: ExperienceStore | None,
 ) -> list[ExperienceGroup]:
-    """The groups of `wanted`, in order: those of its (ticket number, handle) pairs.
+    """Return the groups of `wanted`, which are pairs of ticket number and handle, in order.
 
-    `fetch` gives what a handle stands for, None for what cannot be had any more; that is read from
-    `store`, as is a `StoredGroup`. Raises `StoreError` for a group that is nowhere.
+    `fetch` returns the group of a handle, or None if it cannot be had any more. Such a group is read
+    from `store`, as is a `StoredGroup`. Raises `StoreError` for a group that is nowhere.
     """
     elsewhere = [handle for _, handle in wanted if not isinstance(handle, StoredGroup)]
     fetched = iter(fetch(elsewhere) if elsewhere else ())
@@ -258,7 +261,7 @@ def collect(
             if store is None:
                 raise StoreError(
                     f"group {number} was lost with the node that held it, and buffer.durable = false "
-                    "keeps no copy. The same command goes on from the last checkpoint"
+                    "keeps no copy. The same command resumes from the last checkpoint"
                 )
             group = store.read(number)
         if isinstance(handle, StoredGroup):

@@ -1,25 +1,28 @@
-"""Groups that are trained again: which of them, and with what weight.
+"""Groups that are trained again: their choice and their weights.
 
     a step = fresh groups (always as many) + up to n replayed ones
 
-Candidates for the step at learner version v are the groups that a step trained before, fewer than
-`max_uses` did, and whose oldest token is of version v - max_staleness or later. n of them are drawn
-without replacement, all where there are not more. Candidate i of N is in the draw with probability
+Candidates for the step at learner version v are groups that a step has trained before. Fewer than
+`max_uses` steps have trained them, and their oldest token is of version v - max_staleness or later. n
+of them are drawn without replacement, or all if there are not more than n. Candidate i of N is in the
+draw with probability
 
     pi_i  ~  (1 - FLOOR) s_i^alpha / sum_k s_k^alpha + FLOOR / N      s_i: its reward spread
     w_i   =  (n / N / pi_i)^beta                                     the weight of its tokens' losses
 
-scaled so that the pi sum to n, none over 1; with "uniform" pi_i = n / N and w_i = 1. This is
+scaled so that the pi sum to n, none greater than 1. With "uniform" pi_i = n / N and w_i = 1. This is
 proportional prioritisation with its importance weight (Schaul et al. 2015, arXiv 1511.05952, sections
-3.3 and 3.4), with two changes. The probability is that of being in the draw, exactly, by the pivotal
-method (Deville and Tille 1998, Biometrika 85); theirs is not, where a draw puts nothing back. And a
-uniform part, in place of their constant added to each priority, keeps every weight within
-(1 / FLOOR)^beta, so that none has to be divided by the largest. With beta = 1 the expected sum of the
-replayed groups' losses is that of uniform replay.
+3.3 and 3.4), with two changes. First, the probability is exactly that of being in the draw, by the
+pivotal method (Deville and Tille 1998, Biometrika 85); theirs is not, if draws are without replacement.
+Second, a uniform part, instead of their constant added to each priority, keeps every weight within
+(1 / FLOOR)^beta, so that no weight has to be divided by the largest. With beta = 1 the expected sum of
+the replayed groups' losses is that of uniform replay.
 
-Promises: the choice follows from candidates, version and seed alone, so that a run that goes on from a
-checkpoint makes it again; no group is in a step twice, nor trained by more than `max_uses` steps; what
-is replayed is read from its file, so no object of a trained group stays in memory.
+Promises:
+- the choice is determined by candidates, version and seed alone, so a run that resumes from a
+  checkpoint repeats it;
+- no group is in a step twice, or trained by more than `max_uses` steps;
+- a replayed group is read from its file, so no object of a trained group stays in memory.
 """
 
 from __future__ import annotations
@@ -31,20 +34,25 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rlhf_cluster.errors import RecordError
-from rlhf_cluster.records import Taken, Used
+from rlhf_cluster.records import (
+    TrainedGroup,
+    TrainingGroup,
+)
 
 if TYPE_CHECKING:
     from rlhf_cluster.config.run_config import RunConfig
     from rlhf_cluster.sections.rl_run import Replay
 
 FLOOR = 0.1
-"""Part of the draw that is uniform, whatever the priorities."""
+"""Share of the draw that is uniform, whatever the priorities."""
 _STREAM = 2
-"""Tells the draws from others that follow from the same seed and version."""
+"""Number that separates the draws from others with the same seed and version."""
 
 
 def inclusion(priorities: Sequence[float], num: int) -> np.ndarray:
-    """Probabilities of being among `num` of N: in proportion to `priorities` (over 0), none over 1.
+    """Return the probabilities of being among `num` of N, in proportion to `priorities`.
+
+    Priorities are positive. No probability is greater than 1.
 
     Returns:
         [N] float64 that sum to `num`.
@@ -62,10 +70,12 @@ def inclusion(priorities: Sequence[float], num: int) -> np.ndarray:
 
 
 def draw(probabilities: Sequence[float], random: np.random.Generator) -> list[int]:
-    """Places, rising, each in the draw with its probability; as many as they sum to, a whole number.
+    """Draw indices, each with its probability; return them rising.
 
-    The pivotal method: two places settle which of them goes on with what both have, until each place is
-    in or out.
+    Their number is the sum of the probabilities, which is a whole number.
+
+    This is the pivotal method: two indices settle which of them keeps what both have together, until
+    each index is in or out.
     """
     chosen: list[int] = []
     holder, held = -1, 0.0
@@ -89,9 +99,9 @@ def draw(probabilities: Sequence[float], random: np.random.Generator) -> list[in
 
 
 def choose(
-    candidates: Sequence[Used], num: int, settings: Replay, random: np.random.Generator
-) -> list[Taken]:
-    """Up to `num` of the candidates, in their order, to be trained once more."""
+    candidates: Sequence[TrainedGroup], num: int, settings: Replay, random: np.random.Generator
+) -> list[TrainingGroup]:
+    """Choose up to `num` of the candidates to be trained once more; return them in their order."""
     num, total = min(num, len(candidates)), len(candidates)
     if num == 0:
         return []
@@ -108,17 +118,17 @@ def choose(
 
 @dataclass(slots=True)
 class ReplayPool:
-    """What was trained and may be trained again. `num` groups of a step are to be replayed ones."""
+    """Trained groups that may be trained again. `num` groups of a step are to be replayed ones."""
 
     settings: Replay
     num: int
     seed: int
     max_staleness: int
-    _used: dict[int, Used] = field(default_factory=dict)
+    _used: dict[int, TrainedGroup] = field(default_factory=dict)
     replayed: int = 0
 
-    def candidates(self, version: int) -> list[Used]:
-        """For the step at learner version `version`, by number."""
+    def candidates(self, version: int) -> list[TrainedGroup]:
+        """Return the candidates for the step at learner version `version`, by number."""
         return [
             used
             for _, used in sorted(self._used.items())
@@ -126,8 +136,11 @@ class ReplayPool:
             and len(used.steps) < self.settings.max_uses
         ]
 
-    def take(self, version: int) -> list[Taken]:
-        """The replayed groups of the step at learner version `version`. Call once a step."""
+    def take(self, version: int) -> list[TrainingGroup]:
+        """Return the replayed groups of the step at learner version `version`.
+
+        Call once per step.
+        """
         self._used = {used.ticket.number: used for used in self.candidates(version)}
         random = np.random.default_rng((self.seed, version, _STREAM))
         found = choose(list(self._used.values()), self.num, self.settings, random)
@@ -136,27 +149,27 @@ class ReplayPool:
         self.replayed += len(found)
         return found
 
-    def trained(self, fresh: Iterable[Taken], version: int) -> None:
-        """These groups are trained for the first time by the step at learner version `version`."""
+    def trained(self, fresh: Iterable[TrainingGroup], version: int) -> None:
+        """Record that the step at learner version `version` trains these groups the first time."""
         for taken in fresh:
             self._use(taken, version + 1)
 
     def forget(self, numbers: Iterable[int]) -> None:
-        """These groups cannot be read any more."""
+        """Drop these groups, which cannot be read any more."""
         for number in numbers:
             self._used.pop(number, None)
 
-    def state(self, version: int) -> tuple[Used, ...]:
-        """What `load_state` takes, between two steps, at learner version `version`."""
+    def state(self, version: int) -> tuple[TrainedGroup, ...]:
+        """Return the state for `load_state`, between two steps, at learner version `version`."""
         return tuple(self.candidates(version))
 
-    def load_state(self, used: Iterable[Used], replayed: int) -> None:
-        """Go on from `state()`, and the count of what was replayed."""
+    def load_state(self, used: Iterable[TrainedGroup], replayed: int) -> None:
+        """Restore `state`, and the count of replayed groups."""
         self._used = {each.ticket.number: each for each in used}
         self.replayed = replayed
 
-    def _use(self, taken: Taken, step: int) -> None:
-        """Raises `RecordError` for a group that may not be trained by `step`."""
+    def _use(self, taken: TrainingGroup, step: int) -> None:
+        """Count a use. Raises `RecordError` for a group that may not be trained by `step`."""
         number, before = taken.ticket.number, self._used.get(taken.ticket.number)
         steps = () if before is None else before.steps
         if (
@@ -169,7 +182,7 @@ class ReplayPool:
                 f"{taken.uses + 1}, and steps {list(steps)} trained it; buffer.replay.max_uses = "
                 f"{self.settings.max_uses}. The group was not trained; this is a fault of the system"
             )
-        self._used[number] = Used(
+        self._used[number] = TrainedGroup(
             ticket=replace(taken.ticket, attempt=0),
             summary=replace(taken.summary, step_rewards=(), parts={}),
             steps=(*steps, step),
@@ -177,7 +190,7 @@ class ReplayPool:
 
 
 def replay_pool(config: RunConfig) -> ReplayPool | None:
-    """The pool of a run, None where every group is trained once."""
+    """Return the pool of a run, None if every group is trained once."""
     settings = config.buffer.replay
     if settings is None:
         return None
@@ -189,8 +202,8 @@ def replay_pool(config: RunConfig) -> ReplayPool | None:
     )
 
 
-def replay_metrics(taken: Sequence[Taken], config: RunConfig) -> dict[str, float]:
-    """Of one step; nothing where nothing is replayed."""
+def replay_metrics(taken: Sequence[TrainingGroup], config: RunConfig) -> dict[str, float]:
+    """Return the replay metrics of one step; none without replay."""
     settings = config.buffer.replay
     if settings is None:
         return {}

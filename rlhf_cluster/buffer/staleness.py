@@ -4,7 +4,7 @@ staleness = learner version at the time of training - oldest version that sample
 
 Written with G = groups_per_step, K = max_staleness, W = look_ahead, D = pipeline_depth. `learner`
 is the number of steps done, `live` the oldest version that any generation worker can still sample
-with; it trails `learner` while a publish or pull is under way, so live <= learner. `kept` are the
+with. It trails `learner` while a publish or pull is in progress, so live <= learner. `kept` are the
 groups admitted and not discarded. `bound` is K, or `stale_limit` with on_stale = "reweight".
 
 Admission. A group may start only while all of these hold:
@@ -15,14 +15,14 @@ Admission. A group may start only while all of these hold:
     learner - live <= K                          with on_stale = "drop" only
 
 Consumption. Of the groups not yet taken let h be the number of the oldest. The learner may take a
-finished group with number < h + W, the oldest first, G a step. W = 1 is strict admission order.
+finished group with number < h + W, the oldest first, G per step. W = 1 is strict admission order.
 
-The bound: no group is trained with a staleness over `bound` ("wait", "reweight": it cannot happen
-and raises if it does; "drop": an older group is discarded instead). The theorem, its proof, and
-what breaks it are in docs/staleness.md.
+The bound: no group is trained with a staleness greater than `bound`. With "wait" and "reweight" this
+cannot happen, and raises if it does. With "drop" an older group is discarded instead. The theorem, its
+proof, and what breaks it are in docs/staleness.md.
 
 The window moves with the oldest group and never past it, so a group is overtaken by at most W - 1
-others. A window over "the first W that are left" would let a slow group be overtaken without end.
+others. A window of "the first W that are left" would let a slow group be overtaken without end.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdmissionGate:
-    """How many further groups may start, given the counters of the buffer.
+    """Rule for the number of further groups that may start, given the counters of the buffer.
 
-    A look-ahead over `largest_look_ahead` is safe and stalls the run, because whole steps are never
-    admitted; the configuration refuses it.
+    A look-ahead greater than `largest_look_ahead` is safe but stalls the run, because complete steps
+    are never admitted. The configuration refuses it.
     """
 
     max_staleness: int
@@ -52,22 +52,22 @@ class AdmissionGate:
     max_in_flight_groups: int | None = None
     look_ahead: int = 1
     on_stale: OnStale = "wait"
-    stale_limit: int | None = None  # with on_stale = "reweight", where it is over max_staleness
+    stale_limit: int | None = None  # with on_stale = "reweight", if greater than max_staleness
 
     @property
     def total_groups(self) -> int:
-        """Groups that the run trains on in all; none is started beyond them."""
+        """Groups that the run trains on; none is started beyond them."""
         return self.num_steps * self.groups_per_step
 
     @property
     def bound(self) -> int:
-        """The largest staleness that is trained."""
+        """Largest staleness that is trained."""
         return self.max_staleness if self.stale_limit is None else self.stale_limit
 
     def capacity(
         self, *, learner_version: int, live_version: int, num_kept: int, num_in_flight: int
     ) -> int:
-        """Free slots, possibly negative after a resume with smaller limits.
+        """Return the number of free slots, possibly negative after a resume with smaller limits.
 
         `num_kept`: groups admitted and not discarded. `num_in_flight`: admitted, not yet finished.
         """
@@ -86,16 +86,22 @@ class AdmissionGate:
         return slots
 
     def latest_step(self, learner_version: int, place: int) -> int:
-        """The learner's version when the group at `place` of those not yet taken (0 is the oldest) is
-        trained at the latest, overtaken by as many as the window allows."""
+        """Return the learner's version when a group is trained at the latest.
+
+        `place` is its index among those not yet taken, 0 for the oldest. The group is then overtaken
+        by as many others as the window allows.
+        """
         return learner_version + (place + self.look_ahead - 1) // self.groups_per_step
 
     def is_stale(self, oldest_version: int, learner_version: int) -> bool:
-        """Whether a group is over `max_staleness`; what follows is `on_stale`."""
+        """Whether a group exceeds `max_staleness`. `on_stale` decides what happens to it."""
         return learner_version - oldest_version > self.max_staleness
 
     def check(self, *, group_id: str, oldest_version: int, learner_version: int) -> int:
-        """The staleness of a group. Raises `StalenessError` when it is over the bound or negative."""
+        """Return the staleness of a group.
+
+        Raises `StalenessError` when it is greater than the bound or negative.
+        """
         staleness = learner_version - oldest_version
         if not 0 <= staleness <= self.bound:
             key = "max_staleness" if self.stale_limit is None else "stale_limit"
@@ -107,12 +113,15 @@ class AdmissionGate:
         return staleness
 
     def _whole_steps(self, last_step: int) -> int:
-        """Groups that may be kept so that none is trained after `last_step`, overtaken or not."""
+        """Return how many groups may be kept so that none is trained after `last_step`.
+
+        That holds for overtaken groups too.
+        """
         return (last_step + 1) * self.groups_per_step - (self.look_ahead - 1)
 
 
 def gate_of(config: RunConfig) -> AdmissionGate:
-    """The gate of a run."""
+    """Return the gate of a run."""
     return AdmissionGate(
         max_staleness=config.staleness.max_staleness,
         pipeline_depth=config.staleness.pipeline_depth,

@@ -92,7 +92,7 @@ def _run(
     overwrite: bool,
     accept_changes: bool,
 ) -> list[str]:
-    """Run one of what CONFIG holds, or the one; what there is to read then."""
+    """Run one run or stage of CONFIG. Return the lines to show at its end."""
     from rlhf_cluster.config import GenerateConfig, StageConfig
     from rlhf_cluster.run.checkpoint.resume import standing
 
@@ -122,7 +122,7 @@ def _run(
 
 @app.command()
 def validate(config: ConfigArgument, set_: SetOption = None, deep: Deep = False) -> None:
-    """Check CONFIG, the files it names, tokenizer and data, and show what follows from it."""
+    """Check CONFIG, the files it names, tokenizer and data, and show the resulting numbers."""
     loaded = _load(config, set_)
     from rlhf_cluster.cli.validate_command import checked
     from rlhf_cluster.config import GenerateConfig, StageConfig
@@ -149,7 +149,7 @@ def validate(config: ConfigArgument, set_: SetOption = None, deep: Deep = False)
 
 @app.command()
 def plan(config: ConfigArgument, set_: SetOption = None) -> None:
-    """Show what the run needs of a cluster: one line a bundle. Needs no cluster."""
+    """Show what the run needs of a cluster: one line per bundle. Needs no cluster."""
     loaded = _load(config, set_)
     from rlhf_cluster.config import RunConfig
     from rlhf_cluster.planning.kept_updates import kept_lines
@@ -285,13 +285,13 @@ def inspect(
     """List a run's groups: those on disk, verified, and its samples. Damaged files end in an error."""
     from rlhf_cluster.errors import StoreError
     from rlhf_cluster.observe.list_groups import (
-        Wanted,
+        GroupFilter,
         list_groups,
         table,
     )
     from rlhf_cluster.run.run_directory import find_run
 
-    wanted = Wanted(
+    wanted = GroupFilter(
         prompt=prompt, version=version, min_reward=min_reward, max_reward=max_reward, step=step
     )
     listing = list_groups(find_run(run_).path, wanted, limit)
@@ -374,10 +374,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def explain(error: Exception) -> str:
-    """What the user reads of an error: its message, then its notes, a line each. No secret is in it."""
-    from rlhf_cluster.util.redaction import of_process
+    """Return the text of an error for the user: its message and notes, one per line, no secrets."""
+    from rlhf_cluster.util.redaction import redact_process_secrets
 
-    return of_process("\n".join([_message(error), *getattr(error, "__notes__", [])]))
+    return redact_process_secrets("\n".join([_message(error), *getattr(error, "__notes__", [])]))
 
 
 def _message(error: Exception) -> str:
@@ -401,7 +401,7 @@ def _check_engine(config: RunConfig) -> None:
 
 
 def _own_name() -> str:
-    """How this program was called, if that can be typed again."""
+    """Return the command that calls this program: as it was called, if the user can type that."""
     called = Path(sys.argv[0])
     found = called.name == "rlhf-cluster" and shutil.which("rlhf-cluster") != str(called.absolute())
     return sys.argv[0] if found else "rlhf-cluster"

@@ -52,7 +52,7 @@ def report(
         ),
     ] = 0,
 ) -> None:
-    """Write one HTML page about a run that is over or going, or about several beside each other."""
+    """Write one HTML page about a finished or running run, or a comparison of several runs."""
     import time
 
     from rlhf_cluster.observe.report.page import page, write_page
@@ -72,7 +72,7 @@ def report(
 
         with served(lambda: page([read_run(run) for run in found], time.time()), port) as address:
             typer.echo(f"{address}\nmade anew every {REFRESH_S} s, until Ctrl-C")
-            _until_interrupted(lambda: False)
+            _wait_for_interrupt(lambda: False)
         return
     if port:
         raise RunError("--port without --live: a page that is written needs none. Add --live")
@@ -108,7 +108,7 @@ def monitor(
         typer.echo(f"{address}  scrapes {discovery or ', '.join(targets)}, until Ctrl-C")
         typer.echo(f"{address}/alerts  the alerts; docs/runbook.md says what to do")
         typer.echo(monitoring.GRAFANA)
-        _until_interrupted(lambda: process.poll() is not None)
+        _wait_for_interrupt(lambda: process.poll() is not None)
         if process.poll() is not None:
             log = configuration.parent / "prometheus.log"
             raise RunError(f"{program} ended by itself, with code {process.returncode}: see {log}")
@@ -191,8 +191,8 @@ def doctor(
     _refuse_wrong(findings)
 
 
-def _until_interrupted(is_over: Callable[[], bool]) -> None:
-    """Waits for: Ctrl-C, SIGTERM, or the end that `is_over` tells of."""
+def _wait_for_interrupt(is_over: Callable[[], bool]) -> None:
+    """Wait for Ctrl-C, SIGTERM, or until `is_over` returns True."""
     import signal
     import threading
 
@@ -206,8 +206,10 @@ def _until_interrupted(is_over: Callable[[], bool]) -> None:
 def look_deep(
     config: AnyConfig, earlier: Sequence[AnyConfig], placement: Callable[[AnyConfig], Finding]
 ) -> None:
-    """Print what `validate --deep` finds; `earlier` are the stages of the pipeline before this one.
-    `RunError` where something is wrong."""
+    """Print the findings of `validate --deep`. Raises `RunError` where one is wrong.
+
+    `earlier` are the stages of the pipeline before this one.
+    """
     import tempfile
 
     from rlhf_cluster.planning import doctor as checks
@@ -223,7 +225,7 @@ def look_deep(
 def _refuse_wrong(findings: Sequence[Finding]) -> None:
     wrong = [finding.name for finding in findings if finding.verdict == "wrong"]
     if wrong:
-        raise RunError(f"{', '.join(wrong)}: not as a run needs it; the cures are above")
+        raise RunError(f"{', '.join(wrong)}: not as a run needs it; what to do is above")
 
 
 def utc(time_s: float | None) -> str | None:

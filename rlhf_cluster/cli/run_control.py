@@ -1,4 +1,4 @@
-"""What a person can do to a run from another process: read its words, stop it, resize its pools."""
+"""Control of a run from another process: read its logs, stop it, resize its pools."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ STOP_CHECK_S = 0.1
 
 
 def parse_sizes(arguments: Sequence[str]) -> dict[str, int]:
-    """Wanted workers by pool from "generation=3" and the like. Raises `ConfigError`.
+    """Parse requested workers by pool, such as "generation=3". Raises `ConfigError`.
 
-    Which pools there are the run knows: it refuses another one (`no_such_pool`).
+    The run knows its pools and refuses any other (`no_such_pool`).
     """
     sizes: dict[str, int] = {}
     for argument in arguments:
@@ -44,7 +44,7 @@ def parse_sizes(arguments: Sequence[str]) -> dict[str, int]:
 
 
 def read_run_logs(run: RunDir, name: str | None, tail: int | None) -> Iterator[str]:
-    """Lines of one process's log, or of all of them by time. Raises `RunError` for no such log."""
+    """Yield lines of one process's log, or of all logs by time. Raises `RunError` without the log."""
     names = log_names(run.logs)
     if not names:
         raise RunError(f"{run.logs}: no logs yet; is the run still starting?")
@@ -56,10 +56,10 @@ def read_run_logs(run: RunDir, name: str | None, tail: int | None) -> Iterator[s
 
 
 def stop_run(run: RunDir, timeout_s: float) -> None:
-    """End a run of this machine as Ctrl-C would, and see it gone.
+    """End a run of this machine as Ctrl-C would, and wait until it has ended.
 
-    Waits for: the run to give its directory back. Unblocked by: its end, graceful or not.
-    `RunError` when it is not running or runs elsewhere, `StalledError` after `timeout_s`.
+    Waits for: the run to release its directory. Unblocked by: its end, graceful or not.
+    Raises `RunError` when it is not running or runs elsewhere, `StalledError` after `timeout_s`.
     """
     owner = run.owner()
     if owner is None or not run.is_held():

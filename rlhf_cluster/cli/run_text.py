@@ -1,7 +1,6 @@
-"""What a person reads when a run has finished: the result, where it lies, what to try next.
+"""Terminal summary of a finished run: the result, where it is stored, what to try next.
 
-Promises: every path and command is written so that it works as it stands in the folder where the
-run was started.
+Promises: every path and command works unchanged in the folder where the run was started.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlhf_cluster.config import RunConfig
 
-FRESH = ("run.name", "run.steps")  # settings that the suggested longer run gives anew
+FRESH = ("run.name", "run.steps")  # settings that the suggested longer run replaces
 COOLER = "generation.temperature=0.8"  # a change that every configuration allows
 MAX_NAME = 64
 
@@ -28,15 +27,18 @@ def ending(
     here: Path,
     alone: bool = True,
 ) -> list[str]:
-    """The last lines of a finished run. `command` calls this program, `here` is the folder; `alone`
-    is False where the file holds other runs too."""
-    folder = _shown(Path(summary["run_dir"]), here)
+    """Return the last lines of a finished run.
+
+    `command` calls this program. Paths are relative to the folder `here`. `alone` is False where the
+    file holds other runs too.
+    """
+    folder = _shorten(Path(summary["run_dir"]), here)
     run = summary["run"] if Path(folder) == Path("runs") / summary["run"] else folder
     result = {
         "reward": _reward(summary, config.evaluation.num_prompts),
         "run directory": folder,
         "learning curve": f"{folder}/curve.png",
-        "trained model": _shown(Path(summary["final_model"]), here),
+        "trained model": _shorten(Path(summary["final_model"]), here),
     }
     tries = {"Where it ended": [command, "status", run], "One page": [command, "report", run]}
     if alone:
@@ -66,7 +68,7 @@ def _reward(summary: Mapping[str, Any], num_prompts: int) -> str:
 
 
 def _longer(config: RunConfig, overrides: Sequence[str]) -> list[str]:
-    """The same run with twice the steps, under a name of its own."""
+    """Return the settings of this run with twice the steps and another name."""
     suffix = "-longer"
     name = config.run.name[: MAX_NAME - len(suffix)] + suffix
     kept = [text for text in overrides if text.partition("=")[0].strip() not in FRESH]
@@ -77,7 +79,7 @@ def _set(settings: Sequence[str]) -> list[str]:
     return [word for text in settings for word in ("--set", text)]
 
 
-def _shown(path: Path, here: Path) -> str:
+def _shorten(path: Path, here: Path) -> str:
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 

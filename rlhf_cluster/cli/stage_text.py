@@ -20,7 +20,7 @@ from rlhf_cluster.synthetic_data.select_rows import LEFT_OUT
 
 
 def derived_stage(config: StageConfig, inputs: StageInputs) -> dict[str, str]:
-    """What the settings amount to, as name and text."""
+    """Return the numbers that the settings result in, as name and text."""
     counts = inputs.stream.counts
     epoch = inputs.stream.end_of(1)
     drawn = inputs.end or inputs.num_steps * inputs.units_per_step
@@ -39,8 +39,8 @@ def derived_stage(config: StageConfig, inputs: StageInputs) -> dict[str, str]:
 
 
 def stage_ending(summary: Mapping[str, Any], command: str, here: Path) -> list[str]:
-    """The last lines of a finished stage. `command` calls this program, `here` is the folder."""
-    folder, final = (_shown(Path(summary[k]), here) for k in ("run_dir", "final_model"))
+    """Return the last lines of a finished stage. `command` calls this program; `here`: its folder."""
+    folder, final = (_shorten(Path(summary[k]), here) for k in ("run_dir", "final_model"))
     before, after = summary["before"], summary["after"]
     result = "not measured (data.held_out = 0)"
     if before is not None and after is not None:
@@ -65,7 +65,7 @@ def stage_ending(summary: Mapping[str, Any], command: str, here: Path) -> list[s
 
 
 def _accuracies(report: Mapping[str, Any]) -> dict[str, str]:
-    """Of a scorer, and of the ensemble that it completes, with their intervals."""
+    """Return the accuracies of a scorer, and of the ensemble that it completes, with intervals."""
     whole = report.get("ensemble")
     named = {"accuracy": report, "of all members": whole if isinstance(whole, Mapping) else {}}
     return {
@@ -75,12 +75,12 @@ def _accuracies(report: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _shown(path: Path, here: Path) -> str:
+def _shorten(path: Path, here: Path) -> str:
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def derived_generation(config: GenerateConfig, num_prompts: int) -> dict[str, str]:
-    """What the settings amount to, as name and text."""
+    """Return the numbers that the settings result in, as name and text."""
     stage, longest = config.stage, config.generation.max_response_tokens
     samples = num_prompts * stage.samples
     facts = {
@@ -100,7 +100,7 @@ def derived_generation(config: GenerateConfig, num_prompts: int) -> dict[str, st
 
 
 def generation_ending(summary: Mapping[str, Any], command: str, here: Path) -> list[str]:
-    """The last lines of a finished stage. `command` calls this program, `here` is the folder."""
+    """Return the last lines of a finished stage. `command` calls this program; `here`: its folder."""
     report = summary["report"]
     rows = {
         "rows": f"{report['rows']:,} of {report['samples']:,} samples",
@@ -117,13 +117,13 @@ def generation_ending(summary: Mapping[str, Any], command: str, here: Path) -> l
     failed = (revisions or {}).get("unrevised", {})
     given_up = {f"without a revision: {PROBLEMS[name]}": count for name, count in failed.items()}
     notes = [f"{count:,} {text}" for text, count in {**left, **given_up, **lost}.items()]
-    folder = _shown(Path(summary["run_dir"]), here)
+    folder = _shorten(Path(summary["run_dir"]), here)
     return [
         f"Stage {summary['run']} ({summary['stage']}) finished: {report['prompts']:,} prompts in "
         f"{summary['total_s']:.0f} s",
         *(f"  {name:<14}  {text}" for name, text in rows.items()),
         *(f"  {'left out':<14}  {note}" for note in notes),
-        f"  {'data set':<14}  {_shown(Path(summary['data_file']), here)}",
+        f"  {'data set':<14}  {_shorten(Path(summary['data_file']), here)}",
         "",
         "Try next",
         f"  {'Where it ended':<14}  {shlex.join([command, 'status', folder])}",

@@ -1,8 +1,8 @@
 """The configuration of a run: sections, cross-checks, loading. Importing it loads no torch or ray.
 
-`RunConfig`, `StageConfig` and what loads them are imported when first used: algorithms, rewards and
-stages keep their sections beside their code and build on `sections.section`, and `config.run_config`
-and `config.stage_config` in turn hold those sections.
+`RunConfig`, `StageConfig` and their loaders are imported when first used, which avoids an import
+cycle: algorithms, rewards and stages keep their sections with their code and build on
+`sections.section`, and `config.run_config` and `config.stage_config` hold those sections.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The section [autoscale], off where it is not given, and what it must agree on with the others."""
+"""The section [autoscale]. Without it, pools keep their sizes."""
 
 from __future__ import annotations
 
@@ -12,33 +12,37 @@ from rlhf_cluster.sections.section import Section
 
 
 class PoolScale(Section):
-    """Between which sizes a pool moves, and how often."""
+    """Smallest and largest size of a pool, and the pause between changes."""
 
     minimum: PositiveInt = 1
     maximum: PositiveInt
     cooldown_s: PositiveFloat = 300.0
-    """From one change of the pool to the next. The other way it is four times as long."""
+    """Seconds from one change of the pool to the next in the same direction. A change in the opposite
+    direction waits four times as long."""
 
 
 class Autoscale(Section):
-    """Pools that follow the bottleneck advisor (`rlhf_cluster.run.autoscaler`). A pool without a
-    section of its own keeps its size. Sizes at the start are `generation.workers` and the like."""
+    """Pools that grow and shrink with the bottleneck advisor (`rlhf_cluster.run.autoscaler`).
+
+    A pool without a section here keeps its size. The size at the start is `generation.workers` and
+    its counterparts in the other pools' sections.
+    """
 
     generation: PoolScale | None = None
     scoring: PoolScale | None = None
     pools: dict[str, PoolScale] = Field(default_factory=dict)
-    """Of those of `[scoring.pools]`, by name."""
+    """Sections for the pools of `[scoring.pools]`, by name."""
     gpu_budget: float | None = Field(default=None, gt=0)
-    """GPUs that the pools hold at most, together. One that can spare a GPU gives it to another."""
+    """Most GPUs that the pools hold together. A pool that can spare a GPU passes it to another pool."""
     grow_at: float = Field(default=1.1, gt=1)
-    """A worker is added where it is foretold to make steps at least this many times as fast."""
+    """Smallest predicted speedup of steps for which a worker is added."""
     shrink_at: float = Field(default=1.03, ge=1)
-    """A worker is taken away where steps are foretold to get at most this many times as slow."""
+    """Largest predicted slowdown of steps at which a worker is removed."""
     steps: int = Field(default=8, ge=4, le=32)
-    """Steps with the pools of now that are seen before a change."""
+    """Steps measured with the current pools before a change."""
 
     @property
     def scales(self) -> dict[str, PoolScale]:
-        """Of every pool that changes, by name."""
+        """Section of each pool that changes its size, by the pool's name."""
         found = {GENERATION: self.generation, SCORING: self.scoring, **self.pools}
         return {name: scale for name, scale in found.items() if scale is not None}

@@ -45,7 +45,7 @@ from rlhf_cluster.sections.section import (
 
 
 def members_of(config: AnyConfig) -> list[AnyConfig]:
-    """The runs that a run file is: itself, or one for each member of its stage."""
+    """Return the runs of a run file: the file itself, or one run per member of its stage."""
     section = config.stage if isinstance(config, StageConfig) else None
     if not isinstance(section, EnsembleSection) or section.members == 1:
         return [config]
@@ -54,7 +54,7 @@ def members_of(config: AnyConfig) -> list[AnyConfig]:
 
 
 def name_in_file(config: AnyConfig) -> str:
-    """The name that the file gives to what `config` is or is a member of."""
+    """Return the name in the file of `config`, or of the ensemble that `config` is a member of."""
     section = config.stage if isinstance(config, StageConfig) else None
     if not isinstance(section, EnsembleSection) or section.members == 1:
         return config.run.name
@@ -77,12 +77,12 @@ _PLACE = re.compile(r"\{stages\.([^.{}]*)\.([^.{}]*)\}")
 
 
 class PipelineSection(Section):
-    """Where the stages leave their files."""
+    """Name and parent folder of the pipeline's files."""
 
     name: str = Field(pattern=NAME_PATTERN)
-    """Folder below `root` that holds the stages' own."""
+    """Folder below `root` that holds the run directories of the stages."""
     root: str = "runs"
-    """Folder that holds the runs; on a cluster one that every node sees."""
+    """Folder that holds the runs. On a cluster every node must see it."""
 
 
 class PipelineFile(Section):
@@ -93,7 +93,7 @@ class PipelineFile(Section):
 
 
 def load_all(path: str | Path, overrides: Sequence[str] = ()) -> list[AnyConfig]:
-    """All that a file runs, in order: one, or the stages of a pipeline. Raises `ConfigError`."""
+    """Return the runs of a file in order: one, or the stages of a pipeline. Raises `ConfigError`."""
     tree = read_tree(path, overrides)
     if not _is_pipeline(tree):
         return members_of(of_tree(tree, str(path)))
@@ -103,8 +103,8 @@ def load_all(path: str | Path, overrides: Sequence[str] = ()) -> list[AnyConfig]
     left: dict[str, str] = {}
     for name, table in file.stages.items():
         source = f"{path}, [stages.{name}]"
-        own = dict(_filled(table, left, source, "") if isinstance(table, Mapping) else {})
-        for config in members_of(of_tree(_placed(own, name, folder, source), source)):
+        own = dict(_fill_places(table, left, source, "") if isinstance(table, Mapping) else {})
+        for config in members_of(of_tree(_add_run(own, name, folder, source), source)):
             if any(config.run.name == each.run.name for each in found):
                 raise ConfigError(
                     f"{source}: {config.run.name} is a member of an ensemble before it. Give the table "
@@ -116,20 +116,20 @@ def load_all(path: str | Path, overrides: Sequence[str] = ()) -> list[AnyConfig]
 
 
 def pipeline_of(path: str | Path, overrides: Sequence[str] = ()) -> PipelineSection | None:
-    """The [pipeline] of a file as it is written; None for a file of one run. Raises `ConfigError`."""
+    """Return [pipeline] as it is written, or None for a file of one run. Raises `ConfigError`."""
     tree = read_tree(path, overrides)
     return validate(PipelineFile, tree, str(path)).pipeline if _is_pipeline(tree) else None
 
 
 def needs(config: AnyConfig, earlier: Sequence[AnyConfig]) -> list[str]:
-    """The names of those of `earlier` that leave something that `config` takes and is not there yet."""
+    """Return the runs of `earlier` whose output `config` reads and that have not produced it yet."""
     texts = _texts(config.model_dump(mode="json"))
     left = {c.run.name: path.absolute() for c in earlier for _, path in _left(c)}
     return [name for name, path in left.items() if str(path) in texts and not path.exists()]
 
 
 def _left(config: AnyConfig) -> list[tuple[str, Path]]:
-    """What others may take of `config`, by its name in a file."""
+    """Return the outputs of `config` that later stages may read, with their names in a file."""
     if isinstance(config, GenerateConfig):
         return [("data", config.data_file)]
     return [("final", config.run_dir / "final")]
@@ -139,7 +139,8 @@ def _is_pipeline(tree: Mapping[str, Any]) -> bool:
     return "pipeline" in tree or "stages" in tree
 
 
-def _placed(tree: dict[str, Any], name: str, folder: Path, source: str) -> dict[str, Any]:
+def _add_run(tree: dict[str, Any], name: str, folder: Path, source: str) -> dict[str, Any]:
+    """Add `run.name` and `run.root` to the table of a stage. Raises `ConfigError` if it has one."""
     run = dict(tree.get("run") or {})
     for key in ("name", "root"):
         if key in run:
@@ -150,12 +151,17 @@ def _placed(tree: dict[str, Any], name: str, folder: Path, source: str) -> dict[
     return {**tree, "run": {**run, "name": name, "root": str(folder)}}
 
 
-def _filled(value: Any, left: Mapping[str, str], source: str, key: str) -> Any:
-    """`value` with what the stages before leave in place of their names."""
+def _fill_places(value: Any, left: Mapping[str, str], source: str, key: str) -> Any:
+    """Replace "{stages.NAME.WHAT}" in all texts of `value` by the path of that earlier output.
+
+    Raises `ConfigError` for an output that no earlier stage has.
+    """
     if isinstance(value, Mapping):
-        return {k: _filled(v, left, source, f"{key}.{k}".lstrip(".")) for k, v in value.items()}
+        return {
+            k: _fill_places(v, left, source, f"{key}.{k}".lstrip(".")) for k, v in value.items()
+        }
     if isinstance(value, list):
-        return [_filled(v, left, source, key) for v in value]
+        return [_fill_places(v, left, source, key) for v in value]
     if not isinstance(value, str):
         return value
 

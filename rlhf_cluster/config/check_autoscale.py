@@ -1,4 +1,4 @@
-"""What the sizes of pools that follow the load must agree with."""
+"""Checks of `[autoscale]` against the other sections; `config.run_config` calls them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from rlhf_cluster.config.run_sections import RunSections
 
 
 def check_autoscale(c: RunSections) -> None:
+    """Check that `[autoscale]` agrees with the pools and can change a size. Raises `ValueError`."""
     section = c.autoscale
     if section is None:
         return

@@ -22,8 +22,10 @@ _KEYS_OF_THEIR_OWN = {
 
 
 def check_generation(c: RunSections) -> None:
-    """Raises `ValueError` for settings under which an engine would serve other weights, caches or
-    probabilities than the rest of the run takes them for."""
+    """Check that the engine serves the weights, caches and probabilities that the run expects.
+
+    Raises `ValueError` for settings under which it would serve others.
+    """
     _check_caches(c)
     _check_speculation(c)
     for name, key in _KEYS_OF_THEIR_OWN.items():
@@ -44,9 +46,10 @@ def _check_caches(c: RunSections) -> None:
         )
     if how != "recompute" and getattr(c.algorithm, "sampler", None) == "exact":
         raise ValueError(
-            f"generation.cache_on_update = {how!r} with algorithm.sampler = 'exact': a response under "
-            "way at an update goes on from keys and values of the old weights, so no version alone "
-            "has sampled its later tokens. Use cache_on_update = 'recompute', or sampler = 'sampled'"
+            f"generation.cache_on_update = {how!r} with algorithm.sampler = 'exact': a response in "
+            "flight at an update continues from keys and values of the old weights, so no version "
+            "alone has sampled its later tokens. Use cache_on_update = 'recompute', or sampler = "
+            "'sampled'"
         )
 
 
@@ -76,7 +79,10 @@ def _check_speculation(c: RunSections) -> None:
 
 
 def check_staleness(c: RunSections) -> None:
-    """Raises `ValueError` for settings under which the bound or the run cannot hold."""
+    """Check that the staleness bound holds and the learner never waits for ever.
+
+    Raises `ValueError` for settings under which it does not.
+    """
     settings, publish_every, groups = c.staleness, c.weights.publish_every, c.fresh_groups
     if publish_every > settings.max_staleness + 1:
         raise ValueError(
@@ -157,7 +163,11 @@ def _check_adaptive(c: RunSections) -> None:
 
 
 def check_replay(c: RunSections) -> None:
-    """Raises `ValueError` for replay that could never happen, or would train on the wrong thing."""
+    """Check that groups can be replayed and are trained correctly.
+
+    Raises `ValueError` where no group could ever be replayed, or where a replayed group would be
+    trained without a correction for its sampler.
+    """
     replay = c.buffer.replay
     if replay is None:
         return
@@ -224,9 +234,9 @@ def _check_priority(c: RunSections, replay: Replay) -> None:
 
 
 def largest_look_ahead(*, max_staleness: int, publish_every: int, groups_per_step: int) -> int:
-    """The largest window with which the learner always gets a whole step of groups.
+    """Return the largest window with which the learner always gets a whole step of groups.
 
     While it waits at version s, the newest version that gets live is at least
-    s - (publish_every - 1); the bound must admit (s + 1) * groups_per_step groups then.
+    s - (publish_every - 1). The bound must then admit (s + 1) * groups_per_step groups.
     """
     return (max_staleness + 1 - publish_every) * groups_per_step + 1

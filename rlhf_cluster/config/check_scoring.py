@@ -21,7 +21,7 @@ from rlhf_cluster.config.run_sections import RunSections
 
 
 def check_kl(c: RunSections) -> None:
-    """Raises `ValueError` where nobody would hold the reference that the KL is to."""
+    """Check that some process holds the reference of the KL. Raises `ValueError`."""
     if c.algorithm.full_kl_in is not None:
         _check_full_kl(c)
     elif c.algorithm.needs_reference and not c.scoring.reference:
@@ -49,7 +49,7 @@ def _check_full_kl(c: RunSections) -> None:
     if c.sft.steps:
         raise ValueError(
             f"{key} with sft.steps = {c.sft.steps}: the reference would be what the warm-up leaves, "
-            "which no checkpoint keeps for a run that goes on. Give the model of a warmed-up run as "
+            "which no checkpoint keeps for a resumed run. Give the model of a warmed-up run as "
             "model.path and set sft.steps = 0, or use an estimator such as 'k2'"
         )
     if c.learner.backend != "fsdp2":
@@ -61,7 +61,10 @@ def _check_full_kl(c: RunSections) -> None:
 
 
 def check_rewards(c: RunSections) -> None:
-    """Raises `ValueError` where names do not fit, or a setting would have no effect."""
+    """Check that reward names agree between sections and every setting has an effect.
+
+    Raises `ValueError` where they do not.
+    """
     rewards = {r.name or r.type: r for r in c.scoring.rewards}
     _check_names(c)
     optimised = [name for name, reward in rewards.items() if not reward.watch]
@@ -102,7 +105,7 @@ def _check_names(c: RunSections) -> None:
     if twice:
         raise ValueError(
             f"scoring.rewards: the name {twice[0]!r} appears {names.count(twice[0])} times. Give each "
-            "reward a name of its own"
+            "reward another name"
         )
     for reward in c.scoring.rewards:
         name = reward.name or reward.type
@@ -110,8 +113,8 @@ def _check_names(c: RunSections) -> None:
         taken = sorted(derived & {*names})
         if taken:
             raise ValueError(
-                f"scoring.rewards: the name {taken[0]!r} is what the reward {name!r} tells beside its "
-                "score. Give one of them another name"
+                f"scoring.rewards: the name {taken[0]!r} is what the reward {name!r} reports in "
+                "addition to its score. Give one of them another name"
             )
 
 
@@ -143,19 +146,23 @@ def _check_objective(c: RunSections) -> None:
         raise ValueError(
             f"scoring.objective.type = 'lexicographic' with {steps[0]!r}, which scores reasoning "
             "steps: they are rewarded before it is known what their response opens. Let it give one "
-            "score a response, or use 'constrained'"
+            "score per response, or use 'constrained'"
         )
 
 
 def check_steps(c: RunSections) -> None:
-    """Raises `ValueError` where step rewards would lose their places, or are not there."""
+    """Check that the algorithm can use rewards of reasoning steps, and has them where it needs them.
+
+    Raises `ValueError` for step rewards whose positions the algorithm would not keep, and for an
+    algorithm that needs step rewards and has none.
+    """
     names = [r.name or r.type for r in c.scoring.rewards if r.scores_steps and not r.watch]
     reason = c.algorithm.no_steps
     if names and reason is not None:
         raise ValueError(
             f"scoring.rewards: {names[0]!r} scores reasoning steps, with algorithm.type = "
-            f"{c.algorithm.type!r}: {reason}. Let the reward give one score a response, or use 'grpo' "
-            "with advantage = 'process', or 'ppo'"
+            f"{c.algorithm.type!r}: {reason}. Let the reward give one score per response, or use "
+            "'grpo' with advantage = 'process', or 'ppo'"
         )
     if not names and getattr(c.algorithm, "advantage", "outcome") == "process":
         raise ValueError(
@@ -166,12 +173,15 @@ def check_steps(c: RunSections) -> None:
 
 
 def check_teacher(c: RunSections) -> None:
-    """Raises `ValueError` for an algorithm without its teacher, and for a teacher of nobody."""
+    """Check that there is a teacher exactly where the algorithm learns from one.
+
+    Raises `ValueError` where it is missing or unused.
+    """
     teacher, needed = c.scoring.teacher, c.algorithm.needs_teacher
     if needed and teacher is None:
         raise ValueError(
-            f"algorithm.type = {c.algorithm.type!r} without scoring.teacher: nobody rates the sampled "
-            "tokens. Set scoring.teacher to the folder of a model with the policy's tokenizer"
+            f"algorithm.type = {c.algorithm.type!r} without scoring.teacher: no model rates the "
+            "sampled tokens. Set scoring.teacher to the folder of a model with the policy's tokenizer"
         )
     if teacher is not None and not needed:
         raise ValueError(
@@ -195,8 +205,11 @@ def kl_notes(c: RunSections) -> list[str]:
 
 
 def check_pools(c: RunSections) -> None:
-    """Raises `ValueError` where pools do not fit what is scored, or need more workers than they start
-    with."""
+    """Check that pools fit what is scored and start with enough workers.
+
+    Raises `ValueError` for a pool that serves something unknown, unused or served elsewhere, and for
+    a pool that needs more workers than it starts with.
+    """
     for pool, section in pool_sections(c).items():
         if section.min_workers is not None and section.min_workers > section.workers:
             raise ValueError(
@@ -204,7 +217,7 @@ def check_pools(c: RunSections) -> None:
                 f"{section.workers}: the pool would never start. Lower it, or raise workers"
             )
     rewards = [r.name or r.type for r in c.scoring.rewards]
-    configured: dict[str, bool] = dict(zip(MODELS, _configured(c), strict=True))
+    configured: dict[str, bool] = dict(zip(MODELS, _is_set(c), strict=True))
     owner: dict[str, str] = {}
     for pool, section in c.scoring.pools.items():
         if pool in RESERVED:
@@ -218,16 +231,20 @@ def check_pools(c: RunSections) -> None:
                     "it in one of them; a pool grows by its workers"
                 )
             owner[name] = pool
-            _check_served(pool, name, configured, rewards)
+            _check_name_in_pool(pool, name, configured, rewards)
         if not {REFERENCE, TEACHER} & {*section.serves}:
             _refuse_precision(pool, section)
 
 
-def _configured(c: RunSections) -> tuple[bool, bool, bool]:
+def _is_set(c: RunSections) -> tuple[bool, bool, bool]:
+    """Return for each of `MODELS` whether the run has it."""
     return c.scoring.reference, c.scoring.teacher is not None, c.scoring.exact_logprobs
 
 
-def _check_served(pool: str, name: str, configured: Mapping[str, bool], rewards: list[str]) -> None:
+def _check_name_in_pool(
+    pool: str, name: str, configured: Mapping[str, bool], rewards: list[str]
+) -> None:
+    """Check one name of `serves`. Raises `ValueError` where it is ambiguous, unknown or not set."""
     if name in configured and name in rewards:
         raise ValueError(
             f"scoring.pools.{pool}.serves names {name!r}, and a reward has that name too. Give the "

@@ -11,8 +11,11 @@ _KEY = "generation.lora = 'served'"
 
 
 def check_served_adapters(c: RunSections) -> None:
-    """Raises `ValueError` for what no engine serves as an adapter, or would serve as something else
-    than the rest of the run takes it for."""
+    """Check that the engine can serve the adapter, and samples from the policy that is trained.
+
+    Raises `ValueError` for settings that no engine serves as an adapter, or would serve as another
+    policy than the rest of the run expects.
+    """
     if c.generation.lora != "served":
         return
     _check_adapter(c)
@@ -71,13 +74,13 @@ def _check_engine(c: RunSections) -> None:
     if generation.cache_on_update != "recompute":
         raise ValueError(
             f"{_KEY} with generation.cache_on_update = {generation.cache_on_update!r}: a response "
-            "keeps its adapter to its end, and each adapter has caches of its own, so that there is "
+            "keeps its adapter to its end, and each adapter has separate caches, so that there is "
             "nothing to choose. Remove cache_on_update"
         )
     owned = sorted(set(_OWNED) & set(generation.engine_args))
     if owned:
         raise ValueError(
-            f"{_KEY} with generation.engine_args.{owned[0]}: it follows from [learner.lora]. Remove it"
+            f"{_KEY} with generation.engine_args.{owned[0]}: [learner.lora] determines it. Remove it"
         )
     parallel, rank = generation.tensor_parallel_size, c.learner.lora.rank if c.learner.lora else 0
     held = next((served for served in SERVED_RANKS if served >= rank), 0)

@@ -10,12 +10,14 @@ from pathlib import Path
 from rlhf_cluster.config.run_sections import RunSections
 from rlhf_cluster.sections.gpu_shares import is_share
 from rlhf_cluster.sections.rl_run import Checkpoint, Learner, Model
-from rlhf_cluster.util.provenance import without_credentials
+from rlhf_cluster.util.provenance import remove_credentials
 
 
 def check_learner(c: RunSections) -> None:
-    """Raises `ValueError` for spares that nothing would use, and for a smallest number of ranks that
-    nothing would go by."""
+    """Check that spares can be used and `min_ranks` has an effect.
+
+    Raises `ValueError` where they cannot or it has none.
+    """
     _check_spares(c.learner)
     least, ranks, on_loss = c.learner.min_ranks, c.learner.ranks, c.learner.on_loss
     if least > ranks:
@@ -25,8 +27,8 @@ def check_learner(c: RunSections) -> None:
         )
     if on_loss == "restart" and least != Learner.model_fields["min_ranks"].default:
         raise ValueError(
-            f"learner.min_ranks = {least} with learner.on_loss = 'restart': a run never goes on with "
-            "fewer ranks then. Remove it, or set on_loss = 'shrink'"
+            f"learner.min_ranks = {least} with learner.on_loss = 'restart': a run never continues "
+            "with fewer ranks then. Remove it, or set on_loss = 'shrink'"
         )
 
 
@@ -34,7 +36,7 @@ def _check_spares(learner: Learner) -> None:
     if learner.spares > learner.ranks:
         raise ValueError(
             f"learner.spares = {learner.spares} is over learner.ranks = {learner.ranks}: as many "
-            "are used after a loss as there are ranks, and the others would never be. Lower it"
+            "are used after a failure as there are ranks, and the others would never be. Lower it"
         )
     if learner.spares and not learner.max_restarts:
         raise ValueError(
@@ -44,7 +46,7 @@ def _check_spares(learner: Learner) -> None:
 
 
 def check_model(model: Model) -> None:
-    """Raises `ValueError` for no model, two of them, or one that cannot be made."""
+    """Check that exactly one model is given and that it can be made. Raises `ValueError`."""
     if (model.path is None) == (model.init is None):
         found = "both" if model.path else "neither"
         raise ValueError(
@@ -55,7 +57,7 @@ def check_model(model: Model) -> None:
         init = model.init
         if model.tokenizer is not None:
             raise ValueError(
-                "model.tokenizer with [model.init]: a made model has a tokenizer of its own. "
+                "model.tokenizer with [model.init]: a made model comes with its tokenizer. "
                 "Remove model.tokenizer, or give model.path"
             )
         if init.hidden_size % init.num_heads:
@@ -71,7 +73,10 @@ def check_model(model: Model) -> None:
 
 
 def check_weights(c: RunSections) -> None:
-    """Raises `ValueError` for a folder of copies that nothing is copied to, or that is not apart."""
+    """Check that the relay's folder is used, and separate from the folders of the run.
+
+    Raises `ValueError` where nothing is copied to it, or where it and a folder of the run overlap.
+    """
     weights = c.weights
     if weights.mirror is not None and weights.transport == "files":
         raise ValueError(
@@ -84,14 +89,16 @@ def check_weights(c: RunSections) -> None:
     if found is not None:
         raise ValueError(
             f"weights.mirror = {weights.mirror_folder!r} and {found} are one folder, or one is in the "
-            "other: what is mirrored would lie beside its copies, on one disk. Give the mirror a "
-            "folder of its own that every node has for itself, such as /dev/shm/mirror"
+            "other: what is mirrored and its copies would be on one disk. Give the mirror a "
+            "separate folder that every node has for itself, such as /dev/shm/mirror"
         )
 
 
 def folder_beside_copies(c: RunSections) -> str | None:
-    """The key and the value of a folder of the run that is around, or in, the folder of the relay's
-    copies."""
+    """Return key and value of a folder of the run that contains, or is in, the relay's folder.
+
+    None where the folders are apart.
+    """
     mirror = Path(c.weights.mirror_folder).absolute()
     for key, value in {"run.root": c.run.root, "weights.root": c.weights.root}.items():
         if value is None:
@@ -103,13 +110,16 @@ def folder_beside_copies(c: RunSections) -> str | None:
 
 
 def check_checkpoint(checkpoint: Checkpoint, run_dir: Path) -> None:
-    """Raises `ValueError` for a second copy that cannot be written or would go with the first."""
+    """Check that copies of checkpoints can be written and survive the checkpoints themselves.
+
+    Raises `ValueError` for an unusable URL, and for a folder inside the run directory.
+    """
     url = checkpoint.copy_to
     if url is None:
         return
     from fsspec import available_protocols, get_filesystem_class
 
-    shown = without_credentials(url)
+    shown = remove_credentials(url)
     protocol, separator, _ = url.partition("://")
     if not separator or "::" in url:
         raise ValueError(
@@ -135,7 +145,7 @@ def check_checkpoint(checkpoint: Checkpoint, run_dir: Path) -> None:
 
 
 def check_ranks(learner: Learner) -> None:
-    """Raises `ValueError` for GPUs that ranks cannot use."""
+    """Check that each rank can use its GPUs. Raises `ValueError`."""
     if learner.num_gpus > 1:
         raise ValueError(
             f"learner.num_gpus = {learner.num_gpus:g}: a rank drives one GPU (1), a share of one, or "
@@ -149,7 +159,7 @@ def check_ranks(learner: Learner) -> None:
 
 
 def check_devices(c: RunSections) -> None:
-    """Raises `ValueError` for GPUs that the processes of a run cannot use."""
+    """Check that ranks and workers of all pools can use their GPUs. Raises `ValueError`."""
     check_ranks(c.learner)
     generation = c.generation
     gpus, parallel = generation.num_gpus, generation.tensor_parallel_size

@@ -1,6 +1,6 @@
 """The run file of a stage that makes a data set: a model samples, the scoring pool scores, rows stay.
 
-    [stage] type = "generate"        how many samples a prompt, and which of them become rows
+    [stage] type = "generate"        samples per prompt, and which of them become rows
     [run], [data], [generation], [scoring]       prompts and pools as in reinforcement learning
 
 Promises: what the pools would refuse is refused here (`as_run` is what they are started with); a
@@ -48,38 +48,46 @@ READ_BY: dict[str, tuple[Select, ...]] = {
 
 
 class GenerateSection(Section):
-    """How many samples each prompt gets, and which of them become rows of the data set."""
+    """Number of samples per prompt, and which of them become rows of the data set."""
 
     type: Literal["generate"] = "generate"
     samples: PositiveInt
     """Responses to each prompt."""
     select: Select
-    """`all`: every response. `best_of_n`: the `keep` of highest reward. `threshold`: those whose reward
-    is at least `threshold`. `pairs`: better ones against worse ones. `step_labels`: how often
-    `completions` from the end of each reasoning step reach `threshold`. `revisions`: each response
-    after critique and revision. `revision_pairs`: that against the response."""
+    """Rule by which samples become rows.
+
+    `all`: every response. `best_of_n`: the `keep` responses of highest reward. `threshold`: the
+    responses whose reward is at least `threshold`. `pairs`: better responses against worse ones.
+    `step_labels`: how often `completions` from the end of each reasoning step reach `threshold`.
+    `revisions`: each response after critique and revision. `revision_pairs`: the revision against the
+    response.
+    """
     keep: PositiveInt | None = None
-    """Rows of one prompt at most. Default: 1, with select = "threshold" all."""
+    """Most rows per prompt. Default: 1; with select = "threshold", all."""
     threshold: float | None = None
-    """Least reward of a response that is kept, or that counts as right. Optional with `best_of_n`."""
+    """Least reward of a response that is kept, or treated as right. Optional with `best_of_n`."""
     min_margin: PositiveFloat | None = None
-    """With pairs by reward: the least difference of the rewards of a pair; default: any over 0."""
+    """Least difference of the rewards of a pair, for pairs by reward. Default: any above 0."""
     completions: PositiveInt | None = None
-    """With select = "step_labels": completions from each step."""
+    """Completions from the end of each step; with select = "step_labels"."""
     revise: Revise | None = None
-    """With revisions: by which principles, and who is asked."""
+    """Principles of critique and revision, and the model that writes them."""
     prefer: Literal["revision", "reward"] | None = None
-    """With select = "revision_pairs": which of the two is chosen, the revision (default), or the one
-    of higher reward."""
+    """Chosen side of a pair with select = "revision_pairs".
+
+    `revision` (default): the revision. `reward`: the one of higher reward.
+    """
     cut: Literal["skip", "keep"] = "skip"
-    """A response that reached `generation.max_response_tokens` without its end: left out and counted,
-    or taken as it is."""
+    """Treatment of a response that reached `generation.max_response_tokens` without its end.
+
+    `skip`: it is not used, and counted. `keep`: it is used as it is.
+    """
     deduplicate: bool = True
-    """Of equal responses to one prompt only the first becomes a row; the others are counted."""
+    """Whether only the first of equal responses to one prompt becomes a row; the others are counted."""
 
     @property
     def rows_per_prompt(self) -> int:
-        """At most."""
+        """Most rows that one prompt yields."""
         if self.keep is not None:
             return self.keep
         return 1 if self.select in ("best_of_n", "pairs") else self.samples
@@ -114,7 +122,7 @@ class GenerateSection(Section):
 
 
 class GenerateRun(RunSection):
-    """Where the data set is made, and how fast."""
+    """Run directory and pace of a stage that makes a data set."""
 
     max_in_flight_groups: PositiveInt = 64
     """Prompts being sampled or scored at once."""
@@ -135,17 +143,20 @@ class GenerateConfig(RunFile[GenerateRun]):
 
     @property
     def data_file(self) -> Path:
-        """What the stage leaves: JSONL, there as a whole once all prompts are done."""
+        """JSONL file of the data set. It exists, complete, once all prompts are done."""
         return self.run_dir / "data.jsonl"
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """There are none: what is finished is in the run directory, prompt by prompt."""
+        """Settings that switch checkpoints off: finished prompts are in the run directory."""
         return Checkpoint(every=0)
 
     @property
     def as_run(self) -> RunConfig:
-        """What the pools are started with: a run that trains nothing. Raises `ValueError`."""
+        """Configuration that the pools are started with: a run that trains nothing.
+
+        Raises `ValueError`.
+        """
         longest = self.data.max_prompt_tokens + self.generation.max_response_tokens
         return RunConfig(
             run=Run(
@@ -181,7 +192,7 @@ def _check_frozen(c: GenerateConfig) -> None:
         if (found := getattr(c.scoring, name)) != off:
             raise ValueError(
                 f"scoring.{name} = {found!r} with stage.type = 'generate': nothing is trained, and "
-                "nobody reads its log-probabilities. Remove it"
+                "its log-probabilities would not be read. Remove it"
             )
     if c.generation.quantization == "int8":
         raise ValueError(

@@ -1,5 +1,7 @@
-"""Loading a run file of any kind: a run of reinforcement learning, an offline stage, or a stage that
-makes a data set."""
+"""Loading a run file of any kind.
+
+The kinds are a run of reinforcement learning, an offline stage, and a stage that makes a data set.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,15 @@ AnyConfig = RunConfig | StageConfig | GenerateConfig
 
 
 def load_any(path: str | Path, overrides: Sequence[str] = ()) -> AnyConfig:
-    """Read and validate a run file: a stage where it has [stage], by its type, else a run. Raises
-    `ConfigError`."""
+    """Read and validate a run file: a stage where it has [stage], by its type, else a run.
+
+    Raises `ConfigError`.
+    """
     return of_tree(read_tree(path, overrides), str(path))
 
 
 def of_tree(tree: dict[str, Any], source: str) -> AnyConfig:
-    """The same of what a file holds."""
+    """Validate the content of a run file; `source` names it in errors. Raises `ConfigError`."""
     stage = tree.get("stage")
     if isinstance(stage, dict) and stage.get("type") == "generate":
         return validate(GenerateConfig, tree, source)

@@ -4,8 +4,9 @@
     scoring            everything that scores and no other pool serves; it joins and stores
     [scoring.pools.X]  what its `serves` names: a model of frozen weights or single rewards, apart
 
-Promises: `pool_sections` names every pool of a run, and nobody else does; what a pool serves no
-other one does, and together they serve all that is configured.
+Promises:
+- `pool_sections` names every pool of a run, and is the only place that does;
+- what one pool serves no other pool serves, and together they serve all that is configured.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from rlhf_cluster.sections.values import (
 GENERATION, SCORING = "generation", "scoring"
 REFERENCE, TEACHER, EXACT = "reference", "teacher", "exact_logprobs"
 MODELS = (REFERENCE, TEACHER, EXACT)
-"""What gives log-probabilities rather than rewards."""
+"""Names of the models that give log-probabilities rather than rewards."""
 POOL_NAME = r"^[a-z][a-z0-9_]{0,31}$"
 RESERVED = (
     *(GENERATION, SCORING, "learner", "training", "buffer", "control", "controller", "driver"),
@@ -35,25 +36,32 @@ RESERVED = (
 
 
 class ScoringPool(Section):
-    """Replicas of their own for what is costly to score, beside those of `[scoring]`."""
+    """Separate replicas for what is costly to score, in addition to those of `[scoring]`."""
 
     serves: list[str] = Field(min_length=1)
-    """`reference`, `teacher`, `exact_logprobs`, and names of rewards."""
+    """Names of what the pool serves: `reference`, `teacher`, `exact_logprobs`, and rewards."""
     workers: PositiveInt = 1
     min_workers: PositiveInt | None = None
-    """Live workers without which the pool does not start, and cannot live on once it may replace none;
-    default: half of `workers`, rounded up. The others may join later."""
+    """Live workers that the pool needs to start, and to survive once it may replace none.
+
+    Default: half of `workers`, rounded up. The others may join later.
+    """
     num_cpus: PositiveFloat = 1.0
     num_gpus: float = Field(default=0.0, ge=0)
     dtype: Dtype | None = None
-    """Compute type of the reference and of the teacher here; default: `scoring.dtype`. Reward models
-    have one of their own."""
+    """Compute type of the reference and of the teacher in this pool. Default: `scoring.dtype`.
+
+    Each reward model has a separate setting.
+    """
     quantization: FrozenQuantization | None = None
-    """`int8`: of the reference and of the teacher here; default: `scoring.quantization`."""
+    """Quantization (`int8`) of the reference and of the teacher in this pool.
+
+    Default: `scoring.quantization`.
+    """
 
 
 class PoolSection(Protocol):
-    """What every pool's section has."""
+    """Settings that every pool's section has."""
 
     @property
     def workers(self) -> int: ...
@@ -69,7 +77,7 @@ class PoolSection(Protocol):
 
 
 class ScoringPools(PoolSection, Protocol):
-    """What the section of the scoring pool has besides."""
+    """Section of the scoring pool: the settings of a pool, and the further scoring pools."""
 
     @property
     def pools(self) -> Mapping[str, ScoringPool]: ...
@@ -86,12 +94,12 @@ class HasPools(Protocol):
 
 
 def pool_sections(config: HasPools) -> Mapping[str, PoolSection]:
-    """By name, `generation` first, then `scoring`, then those of `[scoring.pools]`."""
+    """Return the sections by pool name: `generation`, `scoring`, then those of `[scoring.pools]`."""
     return {GENERATION: config.generation, SCORING: config.scoring, **config.scoring.pools}
 
 
 def no_such_pool(pool: str, pools: Iterable[str]) -> str:
-    """What is told of a pool that is none of the run's `pools`."""
+    """Return the message that refuses a pool that is none of the run's `pools`."""
     there = list(pools)
     close = difflib.get_close_matches(pool, there, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else f". Pools: {', '.join(there)}"

@@ -1,4 +1,4 @@
-"""Critique and revision of answers: by which principles, how often, in which words, and who is asked.
+"""Settings of critique and revision: principles, rounds, texts of the requests, and the model.
 
 Promises: texts of requests with unknown or missing places are refused here.
 """
@@ -53,33 +53,35 @@ class ChatEndpoint(ServerSection):
     """An OpenAI-compatible server that criticises and revises in place of the model."""
 
     url: str = Field(pattern=r"^https?://[^\s@?#]+$")
-    """Base of the endpoint, such as http://judge:8000/v1; `/chat/completions` is added."""
+    """Base URL of the endpoint, such as http://judge:8000/v1; `/chat/completions` is added."""
     model: str = Field(min_length=1)
     """Name of the model at that endpoint."""
     max_tokens: PositiveInt = 1024
-    """Longest critique and longest revision, in its tokens."""
+    """Longest critique and longest revision, in tokens of that model."""
     temperature: float = Field(default=1.0, ge=0)
-    """Its sampling temperature. With 0 a reply that is no use mostly comes again the next time."""
+    """Sampling temperature of that model. With 0, an unusable reply mostly repeats when asked again."""
     parallel: PositiveInt = 8
-    """Requests at once."""
+    """Requests in flight at once."""
 
 
 class Revise(Section):
     """Each response is criticised by a principle and revised after the critique, `rounds` times."""
 
     principles: tuple[str, ...] = Field(min_length=1)
-    """Of which each round of a response is given one; which, follows from `run.seed`. None comes twice
-    for a response before all came."""
+    """Principles to judge by. Each round of a response uses one, chosen by `run.seed`.
+
+    No principle repeats for a response before all were used.
+    """
     rounds: PositiveInt = 1
     """Critiques, each with its revision, of one response."""
     attempts: PositiveInt = 2
-    """How often one critique or revision is asked for until it has text and an end."""
+    """Most requests for one critique or revision until it has text and an end."""
     critique_request: str = CRITIQUE
-    """What is asked, with {prompt}, {response} and {principle}."""
+    """Text of the request for a critique, with {prompt}, {response} and {principle}."""
     revision_request: str = REVISION
-    """The same with {critique}, for the revision."""
+    """Text of the request for a revision: the same places, and {critique}."""
     endpoint: ChatEndpoint | None = None
-    """Who is asked; default: the model itself, in the generation pool."""
+    """Server that writes critiques and revisions. Default: the model itself, in the generation pool."""
 
     @field_validator("principles")
     @classmethod

@@ -1,7 +1,7 @@
-"""A whole run file, and what its sections must agree on.
+"""A whole run file, and the checks between its sections.
 
-Cross-checks live here and in the check_*.py beside it, nowhere else. Each message names both keys,
-their values and the cure.
+Cross-checks belong here and in `config.check_*`, nowhere else. Each message names both keys, their
+values and what to change.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _check_data(c: RunSections) -> None:
     if c.evaluation.num_prompts and c.data.path and c.evaluation.path is None:
         raise ValueError(
             f"evaluation.num_prompts = {c.evaluation.num_prompts} with data.path: held-out prompts "
-            "need a file of their own. Set evaluation.path, or evaluation.num_prompts = 0"
+            "need a separate file. Set evaluation.path, or evaluation.num_prompts = 0"
         )
 
 
@@ -161,7 +161,7 @@ def _check_scoring(c: RunSections) -> None:
         )
     if getattr(c.algorithm, "sampler", None) == "exact" and not c.scoring.exact_logprobs:
         raise ValueError(
-            "algorithm.sampler = 'exact' with scoring.exact_logprobs = false: nobody computes the "
+            "algorithm.sampler = 'exact' with scoring.exact_logprobs = false: no worker computes the "
             "exact log-probabilities. Set scoring.exact_logprobs = true, or sampler = 'sampled'"
         )
 

@@ -1,7 +1,7 @@
-"""The sections of a run file, and the values that follow from several of them.
+"""The sections of a run file, and the values that are computed from several of them.
 
-The checks of a run (`check_*.py`) read these; `run_config` calls the checks. Values that follow from
-others are properties, so that every value has one owner.
+The checks of a run (`check_*.py`) read these; `run_config` calls the checks. Computed values are
+properties, so that every value has one owner.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class RunSections(RunFile[Run]):
 
     @property
     def stored_reference(self) -> bool:
-        """The reference is not the model folder's policy but one written during the run."""
+        """Whether the reference is written during the run rather than read from the model folder."""
         scoring = self.scoring
         moves = scoring.reference_update.type != "fixed"
         rounded = self.learner.lora is not None and self.learner.lora.quantize_base
@@ -70,13 +70,18 @@ class RunSections(RunFile[Run]):
 
     @property
     def fresh_groups(self) -> int:
-        """Groups of each step that no step has trained before. Admission and the bound count these."""
+        """Number of groups per step that were not trained before.
+
+        Admission and the staleness bound count these.
+        """
         groups, replay = self.run.groups_per_step, self.buffer.replay
         return groups if replay is None else groups - replay.num_replayed(groups)
 
     def pull_deadline_s(self, num_bytes: int) -> float:
-        """Seconds for a worker to take a version of so many bytes: to bring it to its node, with the
-        relay, and then to read and apply it."""
+        """Return the deadline, in seconds, for a worker to load a version of `num_bytes`.
+
+        With the relay it covers the copy to the worker's node; always the reading and applying.
+        """
         return (2 if self.weights.is_relayed else 1) * self.generation.take_deadline_s(num_bytes)
 
     @property
@@ -85,7 +90,7 @@ class RunSections(RunFile[Run]):
 
     @property
     def publish_rounding(self) -> Rounding:
-        """How what was merged from adapters is rounded to the published type."""
+        """Rounding of merged adapters to the published type."""
         is_rounded = self.learner.lora is not None and self.publish_dtype == "bfloat16"
         return self.weights.rounding or ("stochastic" if is_rounded else "nearest")
 
@@ -95,7 +100,7 @@ class RunSections(RunFile[Run]):
 
     @property
     def tokens_per_row(self) -> int:
-        """Capacity of a row of the learner, which holds what must share a micro-batch."""
+        """Capacity, in tokens, of a row of the learner, which holds what must share a micro-batch."""
         return self.learner.tokens_per_row or self.max_unit_tokens
 
     @property
@@ -104,7 +109,7 @@ class RunSections(RunFile[Run]):
 
     @property
     def trained_algorithm(self) -> AlgorithmConfig:
-        """`algorithm` with the weights of rewards that it leaves to `scoring.rewards`."""
+        """The section `algorithm`. For GDPO, unset weights are those of `scoring.rewards`."""
         if self.algorithm.type != "gdpo":
             return self.algorithm
         weights = {r.name or r.type: r.weight for r in self.scoring.rewards if not r.watch}
@@ -114,7 +119,7 @@ class RunSections(RunFile[Run]):
 
     @property
     def sampling(self) -> Sampling:
-        """How every group of the run is sampled."""
+        """Sampling settings of every group of the run."""
         return Sampling(
             num_samples=self.algorithm.group_size,
             temperature=self.generation.temperature,

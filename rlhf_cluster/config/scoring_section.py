@@ -1,4 +1,4 @@
-"""The section of the scoring pool. It stands apart because it pulls in every reward's own section."""
+"""The section of the scoring pool. It has a separate module as it imports every reward's section."""
 
 from __future__ import annotations
 
@@ -32,18 +32,22 @@ class Scoring(Section):
 
     workers: PositiveInt = 1
     min_workers: PositiveInt | None = None
-    """Live workers without which the pool does not start, and cannot live on once it may replace none;
-    default: half of `workers`, rounded up. The others may join later."""
+    """Live workers that the pool needs to start, and to survive once it may replace none.
+
+    Default: half of `workers`, rounded up. The others may join later.
+    """
     rewards: list[RewardConfig] = Field(min_length=1)
     objective: Objective = WeightedSum()
-    """How the rewards become one; see `rewards.combination`."""
+    """Rule that makes one reward of all; see `rewards.combination`."""
     step_separator: str = Field(default="\n", min_length=1)
-    """What separates the reasoning steps of a response, for rewards that score steps; segments that
-    are blank are no steps."""
+    """Text that separates the reasoning steps of a response, for rewards that score steps.
+
+    Blank segments do not count.
+    """
     reference: bool = False
     """Compute the reference policy's log-probabilities of every response token."""
     reference_update: ReferenceUpdate = FixedReference()
-    """Reference policy: the starting one, or one that follows (`scoring.moving_reference`)."""
+    """Reference policy: the starting policy, or one that moves (`scoring.moving_reference`)."""
     teacher: str | None = None
     """Folder of a frozen model with the policy's tokenizer, which gives the log-probabilities of every
     response token that `on_policy_distillation` learns from."""
@@ -51,56 +55,70 @@ class Scoring(Section):
     """Compute type of the reference and of the teacher. With `learner.dtype` a policy equal to the
     reference has a KL of exactly 0."""
     quantization: FrozenQuantization | None = None
-    """`int8`: of the reference and of the teacher; see `models.int8_linear`. A policy equal to the
-    reference then has a KL a little over 0; exact log-probabilities are never rounded."""
+    """Quantization (`int8`) of the reference and of the teacher; see `models.int8_linear`.
+
+    A policy equal to the reference then has a KL slightly above 0. Exact log-probabilities are never
+    rounded.
+    """
     exact_logprobs: bool = False
-    """Compute every response token's log-probability under the version that sampled it, as the
-    learner computes: tells engine mismatch and staleness apart; see `scoring.exact_logprobs`."""
+    """Compute every response token's log-probability under the version that sampled it.
+
+    They are computed as the learner computes them, which separates engine mismatch from staleness;
+    see `scoring.exact_logprobs`.
+    """
     cached_versions: PositiveInt = 2
     """Versions that a worker keeps in host memory for `exact_logprobs`, each as large as a published
     one; any other is read from the weight store again."""
     tokens_per_batch: PositiveInt = 16384
     """Token budget of one forward pass of the frozen models."""
     batch_groups: PositiveInt = 1
-    """Groups that may share the forward passes of the reference, of the teacher or of a reward model,
-    where they wait for it and fit the token budget together. 1: none, so that no value depends, not in
-    its last bits either, on what was scored beside it; see `models.shared_passes`."""
+    """Most groups that share the forward passes of the reference, the teacher or a reward model.
+
+    Groups share passes where they wait for the same model and fit the token budget together. 1: no
+    sharing, so that no value depends, even in its last bits, on what is scored at the same time. See
+    `models.shared_passes`.
+    """
     cache_entries: int = Field(default=0, ge=0)
-    """Scores that a worker keeps, to give them again for the same prompt and response: of reward
-    models, ensembles, and judges that rate at temperature 0. 0: none, so that no score depends on what
-    was scored before, not in its last bits either; see `scoring.score_cache`."""
+    """Most scores that a worker caches, to return them for the same prompt and response.
+
+    Scores of reward models, ensembles, and judges that rate at temperature 0 are cached. 0: none, so
+    that no score depends, even in its last bits, on what was scored before. See
+    `scoring.score_cache`.
+    """
     num_cpus: PositiveFloat = 1.0
     num_gpus: float = Field(default=0.0, ge=0)
     request_timeout_s: PositiveFloat = 300.0
     """Deadline of one group on one worker, all rewards and models included."""
     max_retries: int = Field(default=2, ge=0)
-    """How often a group whose scoring failed is tried again before it is discarded."""
+    """Most retries of a group whose scoring failed, before it is discarded."""
     max_error_rate: float = Field(default=0.5, gt=0, le=1)
     """The run stops when more than this share of the last 100 groups failed to be scored."""
     pools: dict[Annotated[str, Field(pattern=POOL_NAME)], ScoringPool] = Field(default_factory=dict)
-    """Pools of their own, by name, for models or rewards that should scale apart; the workers of
-    `[scoring]` serve the rest, join what all found, and store it."""
+    """Further pools, by name, for models or rewards that should scale separately.
+
+    The workers of `[scoring]` serve the rest, join the results of all pools, and store them.
+    """
 
     @property
     def pays_steps(self) -> bool:
-        """A reward that is optimised scores reasoning steps."""
+        """Whether a reward that is optimised scores reasoning steps."""
         return any(reward.scores_steps and not reward.watch for reward in self.rewards)
 
     @property
     def models(self) -> frozenset[str]:
-        """What gives log-probabilities (`config.pool_sections.MODELS`)."""
+        """Names of the configured models of log-probabilities (`config.pool_sections.MODELS`)."""
         models = {REFERENCE: self.reference, TEACHER: self.teacher, EXACT: self.exact_logprobs}
         return frozenset(name for name, setting in models.items() if setting)
 
     def served_by(self, pool: str) -> frozenset[str]:
-        """Models (`config.pool_sections.MODELS`) and rewards, by name."""
+        """Return names of the models (`config.pool_sections.MODELS`) and rewards that a pool serves."""
         if pool != SCORING:
             return frozenset(self.pools[pool].serves)
         names = self.models | {reward.name or reward.type for reward in self.rewards}
         return frozenset(names.difference(*(section.serves for section in self.pools.values())))
 
     def of_pool(self, pool: str) -> Scoring:
-        """These settings with the pool's own precision and device."""
+        """Return these settings with the precision and device of `pool`."""
         own = self.pools.get(pool)
         if own is None:
             return self
@@ -113,6 +131,6 @@ class Scoring(Section):
         )
 
     def pool_of(self, name: str) -> str:
-        """Which pool serves a model or a reward."""
+        """Return the pool that serves a model or a reward."""
         owners = (pool for pool, section in self.pools.items() if name in section.serves)
         return next(owners, SCORING)

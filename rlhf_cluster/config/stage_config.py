@@ -1,8 +1,8 @@
-"""The run file of an offline stage, and what its sections must agree on.
+"""The run file of an offline stage, and the checks between its sections.
 
 A file with a `[stage]` section is one of these; without, it is a run of reinforcement learning
-(`rlhf_cluster.config.run_config`). Cross-checks live here and in the check_*.py beside it; each message
-names both keys, their values and the cure.
+(`rlhf_cluster.config.run_config`). Cross-checks belong here and in `config.check_*`. Each message
+names both keys, their values and what to change.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class StageConfig(RunFile[StageRun]):
 
     @property
     def tokens_per_row(self) -> int:
-        """The longest unit that the data can have, unless the learner says more."""
+        """Capacity of a row in tokens: `learner.tokens_per_row`, else the longest unit of the data."""
         longest = self.data.max_tokens * self.stage.max_unit_size
         return self.learner.tokens_per_row or longest
 
@@ -124,12 +124,12 @@ def _check_learner(c: StageConfig) -> None:
     if learner.on_loss != "restart":
         raise ValueError(
             f"learner.on_loss = {learner.on_loss!r} with [stage]: a stage does not change its number "
-            "of ranks. Remove it; after a loss the same command goes on, with any learner.ranks"
+            "of ranks. Remove it; after a failure the same command resumes, with any learner.ranks"
         )
     if learner.spares:
         raise ValueError(
             f"learner.spares = {learner.spares} with [stage]: nothing waits for a stage as pools do "
-            "for a run. Remove it; after a loss the ranks of a stage start anew"
+            "for a run. Remove it; after a failure the ranks of a stage are started again"
         )
     check_ranks(learner)
     if (learner.schedule == "wsd") != (learner.decay_steps is not None):

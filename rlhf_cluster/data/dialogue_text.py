@@ -38,7 +38,7 @@ def parse_dialogue(text: str, where: str) -> Messages:
     ]
 
 
-def checked_messages(value: Any, where: str) -> Messages:
+def parse_messages(value: Any, where: str) -> Messages:
     """Return role and content of each message. Raises `DataError` with `where` for other values."""
     whole = isinstance(value, list) and all(
         isinstance(m, dict) and all(isinstance(m.get(key), str) for key in ("role", "content"))
@@ -53,12 +53,12 @@ def checked_messages(value: Any, where: str) -> Messages:
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
-def without_answer(value: Any, where: str) -> Messages:
+def drop_answer(value: Any, where: str) -> Messages:
     """Return the turns of a dialogue (text or messages) before the assistant's final answer.
 
     Raises `DataError` with `where` if the dialogue has no final answer, or no turn before it.
     """
-    parse = parse_dialogue if isinstance(value, str) else checked_messages
+    parse = parse_dialogue if isinstance(value, str) else parse_messages
     turns = parse(value, where)
     if len(turns) < 2 or turns[-1]["role"] != "assistant":
         raise DataError(

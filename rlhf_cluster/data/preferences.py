@@ -30,9 +30,9 @@ from typing import Any, Literal
 
 from rlhf_cluster.data.dialogue_text import (
     Messages,
-    checked_messages,
     is_dialogue,
     parse_dialogue,
+    parse_messages,
 )
 from rlhf_cluster.errors import DataError
 
@@ -214,7 +214,7 @@ def parse_graded(columns: Mapping[str, Any], where: str, names: Sequence[str]) -
     return GradedResponse(prompt=prompt, completion=completion, grades=grades)
 
 
-def opening(prompt: str | Messages) -> str:
+def split_key(prompt: str | Messages) -> str:
     """Return the text that decides on which side of a held-out split a row is.
 
     It is the prompt's text, or its first user turn. So a dialogue and its continuation are on the same
@@ -244,9 +244,7 @@ def _from_dialogues(columns: Mapping[str, Any], where: str) -> tuple[Messages, s
         place = f"{where}, column {name!r}"
         value = columns[name]
         messages = (
-            parse_dialogue(value, place)
-            if isinstance(value, str)
-            else checked_messages(value, place)
+            parse_dialogue(value, place) if isinstance(value, str) else parse_messages(value, place)
         )
         if messages[-1]["role"] != "assistant" or len(messages) < 2:
             raise DataError(
@@ -275,7 +273,7 @@ def _number(columns: Mapping[str, Any], name: str, where: str) -> float | None:
 def _prompt(value: Any, where: str) -> str | Messages:
     where = f"{where}, column 'prompt'"
     if not isinstance(value, str):
-        return checked_messages(value, where)
+        return parse_messages(value, where)
     if not value:
         raise DataError(f"{where}: empty text. Remove the row, or correct the prompt")
     if is_dialogue(value):
@@ -289,7 +287,7 @@ def _response(value: Any, prompt: str | Messages, where: str) -> str:
     """Return a response's text: the value, or the last of messages that continue the prompt."""
     if isinstance(value, str):
         return value
-    messages = checked_messages(value, where)
+    messages = parse_messages(value, where)
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     *before, last = messages
     if last["role"] != "assistant" or before not in ([], asked):

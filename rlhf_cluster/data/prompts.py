@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from rlhf_cluster.data.dialogue_text import without_answer
+from rlhf_cluster.data.dialogue_text import drop_answer
 from rlhf_cluster.data.rows import Row, column, expand, read_rows
 from rlhf_cluster.data.tasks import held_out_rows, train_rows
 from rlhf_cluster.data.tokenizer import (
@@ -275,7 +275,7 @@ def _usable(
     for row in rows:
         source = column(row, name, data.prompt_column, "data.prompt_column")
         where = f"{name}, {row.place}, column {data.prompt_column!r}"
-        source = without_answer(source, where) if data.drop_answer else source
+        source = drop_answer(source, where) if data.drop_answer else source
         token_ids = render(source, where, data, tokenizer)
         if len(token_ids) > data.max_prompt_tokens:
             long.append((row.place, len(token_ids)))

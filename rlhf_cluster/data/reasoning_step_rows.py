@@ -20,7 +20,7 @@ from typing import Any
 
 from rlhf_cluster.data.dialogue_text import (
     Messages,
-    checked_messages,
+    parse_messages,
 )
 from rlhf_cluster.data.preferences import (
     REASONS,
@@ -51,7 +51,7 @@ def parse_steps(columns: Mapping[str, Any], where: str, separator: str) -> Label
         )
     prompt = columns["prompt"]
     if not isinstance(prompt, str) or not prompt:
-        prompt = checked_messages(prompt, f"{where}, column 'prompt'")
+        prompt = parse_messages(prompt, f"{where}, column 'prompt'")
     if texts == ["steps"]:
         completion = _join(columns["steps"], f"{where}, column 'steps'", separator)
     else:

@@ -101,7 +101,7 @@ def _bisect(decode: Decode, ids: Sequence[int], end: int) -> int:
 Reduction = Literal["min", "product", "last", "mean"]
 
 
-def reduced(scores: np.ndarray, how: Reduction) -> float:
+def reduce_scores(scores: np.ndarray, how: Reduction) -> float:
     """Reduce the scores of a response's steps, [S] in [0, 1] with S at least 1, to one score."""
     if how == "min":
         return float(scores.min())

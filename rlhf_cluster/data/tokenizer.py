@@ -85,7 +85,7 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase, model_dir: str | Path) -> 
     return tuple(sorted({int(token) for token in ids}))
 
 
-def refuse_other_tokens(key: str, path: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_same_tokens(key: str, path: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise `ConfigError` unless the tokenizer in folder `path` has the tokens of `tokenizer`.
 
     With other tokens, the two models' probabilities could not be compared token by token. `key` is the

@@ -73,7 +73,7 @@ def num_trained(sequence: TokenSequence) -> int:
     return len(sequence.target_ids) if mask is None else int(mask.sum())
 
 
-def sequence_of(token_ids: np.ndarray, trained: np.ndarray) -> TokenSequence | None:
+def make_sequence(token_ids: np.ndarray, trained: np.ndarray) -> TokenSequence | None:
     """Build a sequence of tokens [L] that trains those marked in `trained` [L]; None if it trains none.
 
     Tokens after the last trained one are dropped. The first token is never trained, since no position
@@ -108,17 +108,17 @@ def cut_end(sequence: TokenSequence, max_tokens: int) -> TokenSequence | None:
     )
 
 
-def flat(units: Sequence[Unit]) -> tuple[list[TokenSequence], list[int]]:
+def flatten_units(units: Sequence[Unit]) -> tuple[list[TokenSequence], list[int]]:
     """Return all sequences in order, and the number of sequences of each unit."""
     return [s for unit in units for s in unit.sequences], [len(unit.sequences) for unit in units]
 
 
 def is_held_out(key: str, share: float) -> bool:
-    """Whether a unit with this key is in a held-out part of about `share` of all keys."""
+    """Whether a unit with this key is in a held-out part of about `apply_umask` of all keys."""
     return xxh3_64_intdigest(key.encode()) < share * 2**64
 
 
-def order_of(key: str) -> int:
+def find_held_out_order(key: str) -> int:
     """Return the sort key of a held-out unit. It does not depend on the order of the files."""
     return xxh3_64_intdigest(f"order/{key}".encode())
 
@@ -264,7 +264,7 @@ def load_units(data: StageData, reader: Reader, seed: int) -> UnitStream:
                 f"{name}: {len(rows)} rows, and nothing left to train on. {'; '.join(counts.notes)}. "
                 "Raise data.max_tokens, lower data.held_out, or give other data"
             )
-    held_out.sort(key=lambda unit: (order_of(unit.key), unit.content))
+    held_out.sort(key=lambda unit: (find_held_out_order(unit.key), unit.content))
     counts.unread = max(0, len(held_out) - data.held_out_limit)
     held_out = held_out[: data.held_out_limit]
     counts.held_out = len(held_out)
@@ -300,7 +300,7 @@ def _read(
     units: list[Unit] = []
     for row in rows:
         try:
-            units += reader.read(renamed(row, name, source), name)
+            units += reader.read(rename_columns(row, name, source), name)
         except UnusableRow as error:
             if data.on_unusable == "error":
                 raise DataError(f"{error}, or set data.on_unusable = 'skip'") from error
@@ -308,7 +308,7 @@ def _read(
     return units
 
 
-def renamed(row: Row, name: str, source: Source) -> Row:
+def rename_columns(row: Row, name: str, source: Source) -> Row:
     """Rename the row's columns as `source.columns` says. Raises `DataError` for a missing column."""
     missing = [theirs for theirs in source.columns.values() if theirs not in row.columns]
     if missing:

@@ -1,7 +1,7 @@
-"""The port between a generation worker and an inference engine.
+"""Port between a generation worker and an inference engine.
 
-`actors.vllm.vllm_engine` implements it with vLLM; a scripted engine in `tests/` implements it for
-tests. Nothing here imports vllm: the messages are plain values, so no other process ever has to.
+`actors.vllm.vllm_engine` implements it with vLLM, and a scripted engine in `tests/` for tests. This
+module does not import vllm. The messages are plain values, so no other process has to import it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 
 from rlhf_cluster.errors import WorkerError
 from rlhf_cluster.records import WeightVersion
-from rlhf_cluster.util.slow_disk import aside
+from rlhf_cluster.util.slow_disk import run_in_thread
 from rlhf_cluster.weights.transports.transport import Deadline
 
 _T = TypeVar("_T")
@@ -34,7 +34,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One response: token ids as sampled, their log-probabilities, and who sampled which span."""
+    """One response: token ids as sampled, their log-probabilities, and the version of each span."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -44,12 +44,12 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedWeights:
-    """What an engine says it runs after an update."""
+    """Weights that an engine reports after an update."""
 
     version: int
     digest: str
     num_tensors: int
-    pause_s: float  # how long sampling stood still
+    pause_s: float  # seconds for which sampling was paused
 
 
 class Engine(Protocol):
@@ -65,14 +65,16 @@ class Engine(Protocol):
         """Swap weights in flight: requests are paused and kept, never aborted.
 
         Raises `WeightError` and leaves the old weights serving when the version cannot be read.
-        After any other error, or when the call is cancelled, nobody knows what the weights are
-        until a later call returns (`WeightGuard`). Weights change here alone: there is no sleep.
+        After any other error, or when the call is cancelled, the weights are unknown until a later
+        call returns (`WeightGuard`). No other call changes the weights: an engine never sleeps.
         """
         ...
 
     def stats(self) -> Mapping[str, float]:
-        """Current numbers: `num_running`, `num_waiting` (requests that wait for a place in the batch),
-        KV-cache use, token counters."""
+        """Return current numbers: `num_running`, `num_waiting`, KV-cache use, token counters.
+
+        `num_waiting` counts requests that wait to be added to the batch.
+        """
         ...
 
     def check(self) -> None:
@@ -83,12 +85,13 @@ class Engine(Protocol):
 
 
 async def read_beside(read: Callable[[], _T], deadline: Deadline, stop_s: float = _CANCEL_S) -> _T:
-    """`read()` in a thread of its own, which looks at `deadline`.
+    """Run `read`, which checks `deadline`, in a separate thread, and return its result.
 
-    Waits for: its end. A cancelled call cancels `deadline`, and returns when the thread has stopped,
-    so that no later read meets it, or after `stop_s`: it hangs in a storage that does not answer.
+    Waits for: the end of `read`. A cancelled call cancels `deadline`. It returns when the thread has
+    stopped, so that no later read overlaps it, or after `stop_s`, when the thread hangs in a storage
+    that does not answer.
     """
-    reading = asyncio.ensure_future(aside(read))
+    reading = asyncio.ensure_future(run_in_thread(read))
     try:
         return await asyncio.shield(reading)
     except asyncio.CancelledError:
@@ -100,16 +103,16 @@ async def read_beside(read: Callable[[], _T], deadline: Deadline, stop_s: float 
 
 
 class WeightGuard:
-    """Whether the weights behind an engine are whole: one version's, all of it, as published.
+    """Guard that knows whether an engine has exactly one complete version, as it was published.
 
         whole --a version is refused before anything is replaced--> whole, as before
         whole --a replacement breaks off, or is not what was published--> lost
         lost  --a version is refused--> lost
         any   --a whole version is loaded--> whole
 
-    An engine samples from half of a version, from memory that was given back, or from another
-    run's weights as readily as from its own. So whoever asks it to sample calls `check` before, and
-    again with the mark that it got when the answer is there.
+    An engine also samples from half of a version, from freed memory, or from another run's weights,
+    without an error. So a caller calls `check` before it asks for samples, and again, with the mark
+    that it got, when the samples have arrived.
     """
 
     def __init__(self, name: str) -> None:
@@ -119,8 +122,10 @@ class WeightGuard:
         self._num_losses = 0
 
     def check(self, mark: int | None = None) -> int:
-        """A mark of this moment. Raises `WorkerError` unless the weights are whole, and have been
-        ever since `mark`."""
+        """Check that the weights are whole, and have been since `mark`. Return a mark of this moment.
+
+        Raises `WorkerError` where they are not, or were not.
+        """
         if self._lost is not None:
             raise WorkerError(
                 f"{self._name}: its weights are lost ({self._lost}); it samples nothing until a whole "
@@ -134,9 +139,10 @@ class WeightGuard:
         return self._num_losses
 
     def lose(self, cause: str) -> None:
+        """Record that the weights are not whole any more. `cause` is the reason in errors."""
         self._lost = self._last_loss = cause
         self._num_losses += 1
 
     def restore(self) -> None:
-        """A whole version is loaded and verified."""
+        """Record that a complete version is loaded and verified."""
         self._lost = None

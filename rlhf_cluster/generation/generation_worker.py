@@ -4,14 +4,17 @@
       PartialGroup  -->            -->  PartialGroup
 
 Promises:
-- a plain class: no ray here; every public method is async and none blocks the event loop;
-- token ids, log-probabilities and versions are the engine's own, checked when the record is built;
-- a call that is issued again under the same weights gives the same tokens whichever worker takes
-  it, and no two groups, samples or segments share a random stream (`rlhf_cluster.generation.segments`);
-- a version counts as live only after the engine reported the digest and tensor count that were
-  published; requests go on while it is pulled;
-- a pull that breaks off, or ends with other weights than were published, fails the requests that
-  run and all later ones until a whole version is loaded (`rlhf_cluster.generation.engine.WeightGuard`).
+- It is a plain class and does not import ray. Every public method is async, and none blocks the event
+  loop.
+- Token ids, log-probabilities and versions come from the engine, and are checked when the record is
+  built.
+- A call that is issued again under the same weights returns the same tokens on any worker. No two
+  groups, samples or segments share a random stream (`rlhf_cluster.generation.segments`).
+- A version is live only after the engine reported the digest and tensor count that were published.
+  Requests continue while it is pulled.
+- A pull that breaks off, or ends with other weights than were published, fails the running requests
+  and all later ones, until a complete version is loaded
+  (`rlhf_cluster.generation.engine.WeightGuard`).
 """
 
 from __future__ import annotations
@@ -41,17 +44,17 @@ from rlhf_cluster.records import (
     Ticket,
     WeightVersion,
 )
-from rlhf_cluster.util.slow_disk import aside
+from rlhf_cluster.util.slow_disk import run_in_thread
 from rlhf_cluster.weights.transports.node_mirror import Mirror
 from rlhf_cluster.weights.transports.transport import Deadline
 
-BRING_SHARE = 0.85  # of the seconds to bring a version to the node
-_STOP_SHARE = 0.05  # of them, in which a late thread may end
+BRING_SHARE = 0.85  # share of a pull's seconds in which the mirror copies the version to the node
+_STOP_SHARE = 0.05  # share of a pull's seconds in which a late thread may end
 DEFAULT_ENGINE = "actors.vllm.vllm_engine:make_engine"
 
 
 class GenerationWorker:
-    """Serves one engine. Call `start` first; `close` when done."""
+    """Worker that serves one engine. Call `start` first; `close` when done."""
 
     def __init__(
         self,
@@ -61,8 +64,11 @@ class GenerationWorker:
         engine_factory: str = DEFAULT_ENGINE,
         mirror: Mirror | None = None,
     ) -> None:
-        """`engine_factory` is "module:callable", called with (config, model_dir, worker name). With a
-        `mirror` versions are brought to this node before the engine reads them."""
+        """Set up the worker; `start` loads the model.
+
+        `engine_factory` is "module:callable", called with (config, model_dir, worker name). With a
+        `mirror`, versions are copied to this node before the engine reads them.
+        """
         self._mirror = mirror
         self._config = config
         self._model_dir = model_dir
@@ -76,7 +82,7 @@ class GenerationWorker:
         self._totals = {"num_groups": 0.0, "num_tokens": 0.0, "num_pulls": 0.0, "pull_pause_s": 0.0}
 
     async def start(self) -> dict[str, float]:
-        """Load the model; returns how long it took. Raises what the engine raises."""
+        """Load the model. Returns the seconds that it took. Raises the engine's errors."""
         started = time.perf_counter()
         factory = _resolve(self._engine_factory)
         engine: Engine = factory(self._config, self._model_dir, self._name)
@@ -91,12 +97,12 @@ class GenerationWorker:
         sampling: Sampling,
         partial: PartialGroup | None = None,
     ) -> tuple[dict[str, Any], RolloutGroup | PartialGroup]:
-        """Sample one group, or its next segment after `partial`: a `RolloutGroup` once all its
-        responses are finished. The first value is a small description of the second.
+        """Sample one group, or its next segment after `partial`.
 
-        Waits for: the last sample. Raises `StalledError` after `generation.request_timeout_s`,
-        `WorkerError` when the engine is dead or its weights are lost, `RecordError` when its answer
-        is inconsistent.
+        Returns a small description of the result, and the result: a `RolloutGroup` once all responses
+        of the group are finished, a `PartialGroup` before. Waits for: the last sample. Raises
+        `StalledError` after `generation.request_timeout_s`, `WorkerError` when the engine is dead or
+        its weights are lost, `RecordError` when its answer is inconsistent.
         """
         engine, mark = self._running_engine(), self._weights.check()
         section, seed = self._config.generation, self._config.run.seed
@@ -104,7 +110,7 @@ class GenerationWorker:
         started_s, clock = time.time(), time.perf_counter()
         before = segments.begin(ticket, sampling, started_s) if partial is None else partial
         if before.group_id != ticket.group_id:
-            raise RecordError(f"{ticket.group_id} cannot go on from {before.group_id}")
+            raise RecordError(f"{ticket.group_id} cannot continue {before.group_id}")
         parts = segments.plan(
             before, prompt, sampling, section.segment_tokens, seed, self._request_numbers
         )
@@ -138,15 +144,15 @@ class GenerationWorker:
         return meta, segments.complete(after, ticket, prompt, sampling, started_s + generate_s)
 
     async def pull(self, version: WeightVersion) -> LoadedWeights:
-        """Make `version` live, while requests go on.
+        """Make `version` live, while requests continue.
 
-        Raises `WeightError` when it cannot be read or is not what was published, `StalledError`
-        after its deadline (`RunConfig.pull_deadline_s`). Only when the engine refuses the version
-        before it replaces anything do the old weights go on to serve; otherwise they are lost.
+        Raises `WeightError` when the version cannot be read or is not what was published,
+        `StalledError` after its deadline (`RunConfig.pull_deadline_s`). If the engine refuses the
+        version before it replaces anything, the old weights keep serving. Otherwise they are lost.
         """
         engine = self._running_engine()
         timeout_s = self._config.generation.take_deadline_s(version.num_bytes)
-        version = await self._brought(version, timeout_s)
+        version = await self._bring(version, timeout_s)
         try:
             async with asyncio.timeout(timeout_s):
                 loaded = await engine.load_weights(version)
@@ -179,9 +185,11 @@ class GenerationWorker:
         self._totals["pull_pause_s"] += loaded.pause_s
         return loaded
 
-    async def _brought(self, version: WeightVersion, timeout_s: float) -> WeightVersion:
-        """`version` as its engine reads it. Waits for: the mirror, if there is one. Raises
-        `WeightError`: it was not there in time, and nothing is replaced."""
+    async def _bring(self, version: WeightVersion, timeout_s: float) -> WeightVersion:
+        """Return `version` with the path from which the engine reads it: the mirror's, if there is one.
+
+        Waits for: the mirror. Raises `WeightError`: the mirror was too slow, and nothing is replaced.
+        """
         if self._mirror is None:
             return version
         bring = self._mirror.bring
@@ -198,7 +206,7 @@ class GenerationWorker:
             ) from error
 
     async def health(self) -> dict[str, Any]:
-        """What this worker serves. Raises `WorkerError` when it can no longer serve."""
+        """Return the version that this worker serves. Raises `WorkerError` when it cannot serve."""
         self._running_engine().check()
         self._weights.check()
         return {
@@ -209,14 +217,14 @@ class GenerationWorker:
         }
 
     async def stats(self) -> dict[str, float]:
-        """The engine's numbers under `engine/`, this worker's own under `worker/`."""
+        """Return the engine's numbers, prefix `engine/`, and this worker's, prefix `worker/`."""
         engine = {f"engine/{key}": value for key, value in self._running_engine().stats().items()}
         totals = {f"worker/{key}_total": value for key, value in self._totals.items()}
         return engine | totals | {"worker/num_in_flight": float(self._num_in_flight)}
 
     async def close(self) -> None:
         if self._mirror is not None:
-            await aside(self._mirror.close)
+            await run_in_thread(self._mirror.close)
         if self._engine is not None:
             await self._engine.close()
             self._engine = None
@@ -228,7 +236,7 @@ class GenerationWorker:
 
 
 async def _all_or_none(calls: Iterable[Coroutine[Any, Any, list[Sample]]]) -> list[list[Sample]]:
-    """Every answer, in order. The first failure is raised, and ends the calls beside it."""
+    """Return every answer, in order. The first failure is raised, and cancels the other calls."""
     tasks = [asyncio.ensure_future(call) for call in calls]
     try:
         return await asyncio.gather(*tasks)

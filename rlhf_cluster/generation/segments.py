@@ -1,19 +1,19 @@
-"""A group in segments: which requests its next one takes, and what their answers add to it.
+"""Sampling of a group in segments: the requests of the next segment, and the group with its samples.
 
     begin -> PartialGroup -> plan -> requests -> engine -> extend -> PartialGroup -> ... -> complete
 
 Each segment samples at most `segment_tokens` tokens more of every unfinished response, from prompt
-and tokens so far. A whole response is one segment without that limit.
+and tokens so far. Without that limit, a complete response is one segment.
 
 Promises:
-- what a segment brought stays as it is: the next one appends;
-- a response ends where it would end in one call: at its end token, or with `max_tokens` tokens in
-  all, for which the engine's context has room by the run's configuration;
-- a random stream follows from run seed, group, sample and the number of tokens before it: a segment
-  that is issued again under the same weights is the same on any worker, and no two samples,
-  segments or groups share a stream;
-- before the first token the samples of a group are one request, which shares the prompt's work;
-  after it each is a request of its own.
+- A segment appends tokens, and never changes those of earlier segments.
+- A response ends where it would end in one call: at its end token, or with `max_tokens` tokens in
+  all. The run's configuration ensures that these fit into the engine's context.
+- A random stream is determined by run seed, group, sample and the number of tokens before it. So a
+  segment that is issued again under the same weights is the same on any worker, and no two samples,
+  segments or groups share a stream.
+- Before the first token, the samples of a group are one request, which computes the prompt once.
+  After it, each sample is a separate request.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from rlhf_cluster.records import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One request of a segment, and the places of the responses that it continues."""
+    """One request of a segment, and the indices of the responses that it continues."""
 
     request: Request
     places: range
 
 
 def begin(ticket: Ticket, sampling: Sampling, started_s: float) -> PartialGroup:
-    """A group without tokens."""
+    """Return a group without tokens."""
     names = [(str(index), sampling.temperature) for index in range(sampling.num_samples)]
     if sampling.greedy_baseline:
         names.append(("greedy", 0.0))
@@ -75,7 +75,7 @@ def plan(
     run_seed: int,
     numbers: Iterator[int],
 ) -> list[Part]:
-    """The requests of the next segment. `numbers` tell apart the requests of one worker."""
+    """Return the requests of the next segment. `numbers` makes their ids unique within a worker."""
     prompt_ids = prompt.token_ids.tolist()
 
     def part(places: range, seed: int) -> Part:
@@ -110,7 +110,7 @@ def extend(
     sampling: Sampling,
     worker: str,
 ) -> PartialGroup:
-    """The group with what `worker` sampled. Raises `WorkerError`, `RecordError` on bad answers."""
+    """Append what `worker` sampled to the group. Raises `WorkerError`, `RecordError` on bad answers."""
     responses = list(group.responses)
     for part, samples in zip(parts, answers, strict=True):
         if len(samples) != len(part.places):
@@ -132,22 +132,22 @@ def _append(
     again = response.workers[-1:] == (worker,)
     return replace(
         response,
-        response_ids=_joined(response.response_ids, sample.token_ids),
-        sampled_logprobs=_joined(response.sampled_logprobs, sample.logprobs),
-        versions=_joined(response.versions, versions),
+        response_ids=_concat(response.response_ids, sample.token_ids),
+        sampled_logprobs=_concat(response.sampled_logprobs, sample.logprobs),
+        versions=_concat(response.versions, versions),
         workers=response.workers if again else (*response.workers, worker),
         finish_reason=None if goes_on else FinishReason(sample.finish_reason),
     )
 
 
-def _joined(before: np.ndarray, added: Sequence[float] | np.ndarray) -> np.ndarray:
+def _concat(before: np.ndarray, added: Sequence[float] | np.ndarray) -> np.ndarray:
     return np.concatenate([before, np.asarray(added, dtype=before.dtype)])
 
 
 def complete(
     group: PartialGroup, ticket: Ticket, prompt: Prompt, sampling: Sampling, finished_s: float
 ) -> RolloutGroup:
-    """The group of records that scoring takes. Raises `RecordError` while a response goes on."""
+    """Return the group as records for scoring. Raises `RecordError` if a response is unfinished."""
     rollouts = [_to_rollout(r, prompt, group.started_s, finished_s) for r in group.responses]
     return RolloutGroup(
         ticket=ticket,
@@ -163,7 +163,7 @@ def _to_rollout(
     if response.finish_reason is None:
         raise RecordError(
             f"rollout {response.rollout_id} is not finished: it has "
-            f"{len(response.response_ids)} tokens and goes on"
+            f"{len(response.response_ids)} tokens and no finish reason"
         )
     return Rollout(
         rollout_id=response.rollout_id,
@@ -182,18 +182,21 @@ def _to_rollout(
 
 
 def group_seed(run_seed: int, group_id: str) -> int:
-    """The 63-bit seed of a group's random streams, one a sample, up to their first cut."""
+    """Return the 63-bit seed of a group's random streams, one per sample, for the first segment."""
     return stable_hash(f"{run_seed}/{group_id}", bits=63)
 
 
 def segment_seed(run_seed: int, response: PartialResponse) -> int:
-    """The 63-bit seed of the random stream that continues `response`."""
+    """Return the 63-bit seed of the random stream that continues `response`."""
     name = f"{run_seed}/{response.rollout_id}/{len(response.response_ids)}"
     return stable_hash(name, bits=63)
 
 
 def expand_spans(spans: list[tuple[int, int, int]], num_tokens: int) -> np.ndarray:
-    """One version a token, [num_tokens] int32. Raises `WorkerError` unless spans tile them."""
+    """Return one version per token, [num_tokens] int32.
+
+    Raises `WorkerError` unless the spans tile the tokens.
+    """
     edges = [0] + [end for _, _, end in spans]
     lengths = np.diff(edges)
     starts = [start for _, start, _ in spans]
@@ -204,5 +207,5 @@ def expand_spans(spans: list[tuple[int, int, int]], num_tokens: int) -> np.ndarr
 
 
 def stable_hash(text: str, bits: int) -> int:
-    """A non-negative integer below `2 ** bits` (at most 64) that is equal in every process."""
+    """Return a hash of `text` that is equal in every process, in [0, 2 ** bits); `bits` <= 64."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> (64 - bits)

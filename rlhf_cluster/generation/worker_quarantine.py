@@ -1,18 +1,20 @@
-"""Which worker of a pool is drained although it still answers: by its faults, or by its speed.
+"""Quarantine: rules that drain a worker that still answers, because of its faults or its speed.
 
-    faults      its calls failed for `max_faults` different groups within `window_s`, and no other
-                worker's for half as many
-    straggler   its median time a token over its last `straggler_groups` groups is more than
+    faults      its calls failed for `max_faults` different groups within `window_s`, at least twice
+                as many as those of any other worker
+    straggler   its median time per token over its last `straggler_groups` groups is more than
                 `straggler_factor` times that of all other workers' last groups, and the difference
-                is at least `MIN_LOSS_S` a group
+                is at least `MIN_LOSS_S` per group
 
-A group that fails wherever it goes counts once a worker, and an error that all workers meet (a bad
-prompt, a lost version) accuses none of them. Each worker has shown what it can do only after
-`straggler_groups` groups, so that a start, or a single long answer, is no straggler; and a factor
-between times of milliseconds, which say more of the machine than of a worker, is none either.
+- A group that fails on every worker is one fault per worker. An error that all workers have (a bad
+  prompt, a lost version) drains none of them.
+- The speed of a worker is judged only after `straggler_groups` groups. So a worker that starts, or
+  has a single long answer, is not a straggler.
+- A factor between times of milliseconds does not make a straggler either: such times depend on the
+  machine more than on the worker. `MIN_LOSS_S` excludes them.
 
-Pure: no clock, no waiting, no pool; who asks tells of every call, and of who is there when that
-changes. A call costs the same whatever the number of workers: the times of all are kept in order.
+The rules have no clock, no waits and no pool. The caller reports every call, and the live workers when
+they change. A call costs the same for any number of workers, because all times are kept sorted.
 """
 
 from __future__ import annotations
@@ -28,28 +30,28 @@ if TYPE_CHECKING:
     from rlhf_cluster.sections.rl_run import Quarantine
 
 MIN_LOSS_S = 2.0
-"""A straggler costs at least so many seconds a group."""
+"""Seconds per group that a straggler costs at least."""
 
 
 @dataclass(slots=True)
 class Watch:
-    """The rules of one pool. Workers are names. Times are seconds of one clock."""
+    """Quarantine rules of one pool. Workers are names. Times are seconds of one clock."""
 
     rules: Quarantine
     _present: frozenset[str] = frozenset()
     _faults: dict[str, dict[str, float]] = field(default_factory=dict)  # worker: group: when
     _served: dict[str, deque[tuple[float, int]]] = field(default_factory=dict)  # seconds, tokens
     _times: list[float] = field(default_factory=list)
-    """Sorted: seconds a token of all calls of the workers present with `straggler_groups` of them."""
+    """Seconds per token, sorted, of all calls of live workers that have `straggler_groups` calls."""
 
     def present(self, workers: Collection[str]) -> None:
-        """From now on these are live, and no others. Costs a look at each: call it on a change."""
+        """Set the live workers. Costs a pass over all workers: call it when they change."""
         self._present = frozenset(workers)
         known = (served for name, served in self._served.items() if self._counts(name))
         self._times = sorted(s / n for served in known for s, n in served)
 
     def fault(self, worker: str, group: str, now_s: float) -> str | None:
-        """A call for `group` failed on `worker`: why that is to be drained, if it is."""
+        """Record that a call for `group` failed on `worker`. Return why to drain it, or None."""
         self._faults.setdefault(worker, {})[group] = now_s
         limit = self.rules.max_faults
         own = self._num_faults(worker, now_s)
@@ -65,7 +67,10 @@ class Watch:
         )
 
     def served(self, worker: str, seconds: float, tokens: int) -> str | None:
-        """`worker` took `seconds` for a group of `tokens` tokens: why it is to be drained, if it is."""
+        """Record that `worker` took `seconds` for a group of `tokens` tokens.
+
+        Returns why to drain it, or None.
+        """
         count, factor = self.rules.straggler_groups, self.rules.straggler_factor
         if not factor:
             return None
@@ -87,12 +92,12 @@ class Watch:
         )
 
     def forget_all_but(self, workers: Collection[str]) -> None:
-        """Others never come back."""
+        """Drop the records of all other workers, which never come back."""
         for gone in (self._faults.keys() | self._served.keys()) - set(workers):
             self.forget(gone)
 
     def forget(self, worker: str) -> None:
-        """It is gone."""
+        """Drop the records of a dead or removed worker."""
         if self._counts(worker):
             for seconds, tokens in self._served[worker]:
                 del self._times[bisect_left(self._times, seconds / tokens)]
@@ -104,7 +109,10 @@ class Watch:
         return worker in self._present and len(own) == self.rules.straggler_groups
 
     def _add(self, worker: str, seconds: float, tokens: int) -> None:
-        """One call more, in place of the oldest. All of them count from the last that it needs on."""
+        """Record one call, in place of the oldest where the worker has `straggler_groups` of them.
+
+        The calls of a worker are in `_times` from the moment that it has `straggler_groups`.
+        """
         own = self._served.setdefault(worker, deque())
         counted = self._counts(worker)
         if len(own) == self.rules.straggler_groups:
@@ -119,7 +127,7 @@ class Watch:
                 insort(self._times, each_s / each_tokens)
 
     def _median_without(self, own: list[float], num_others: int) -> float:
-        """The median of `_times` less `own`, which is among them."""
+        """Return the median of `_times` without the values `own`, which are among them."""
         places: list[int] = []
         for value in sorted(own):
             place = bisect_left(self._times, value)

@@ -26,7 +26,10 @@ from torch.distributed.fsdp import FSDPModule
 from rlhf_cluster.algorithms.algorithm import Sums
 from rlhf_cluster.config.stage_config import StageConfig
 from rlhf_cluster.data.packing import TokenSequence
-from rlhf_cluster.data.units import Unit, flat
+from rlhf_cluster.data.units import (
+    Unit,
+    flatten_units,
+)
 from rlhf_cluster.errors import RunError
 from rlhf_cluster.learner import publish
 from rlhf_cluster.learner.learner_reference import (
@@ -204,7 +207,7 @@ class StageRank(TrainingRank[StageConfig]):
 
         Waits for: all ranks.
         """
-        sequences, sizes = flat(units)
+        sequences, sizes = flatten_units(units)
         with self._whole_after():
             own = score(sequences, sizes)
         lengths = [len(sequence.target_ids) for sequence in sequences]
@@ -216,7 +219,7 @@ class StageRank(TrainingRank[StageConfig]):
 
         Returns the metrics over all ranks.
         """
-        sequences, sizes = flat(units)
+        sequences, sizes = flatten_units(units)
         loss: Any = self.stage.loss(units, self)
         count = len(passes.own_plan(sequences, self._layout, sizes)) * self._world_size
 

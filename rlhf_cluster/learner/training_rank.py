@@ -46,7 +46,7 @@ from rlhf_cluster.learner.step.critic import (
 )
 from rlhf_cluster.learner.step.optimizer_step import Schedule, Updater
 from rlhf_cluster.learner.step.passes import Layout
-from rlhf_cluster.models.gpu_share import keep_to_share
+from rlhf_cluster.models.gpu_share import limit_memory
 from rlhf_cluster.models.policy_model import (
     PolicyLM,
     check_distribution,
@@ -180,7 +180,7 @@ class TrainingRank(Generic[C]):
         if self._config.learner.num_gpus:
             self._device = torch.device("cuda", self._rank % torch.cuda.device_count())
             torch.cuda.set_device(self._device)
-            keep_to_share(self._config.learner.num_gpus, self._device)
+            limit_memory(self._config.learner.num_gpus, self._device)
         else:
             torch.set_num_threads(1)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def keep_to_share(num_gpus: float, device: torch.device | str) -> None:
+def limit_memory(num_gpus: float, device: torch.device | str) -> None:
     """Limit this process to its share of the memory of `device`; no limit for full GPUs and CPUs.
 
     Beyond the share torch raises `torch.OutOfMemoryError`.

@@ -20,7 +20,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from rlhf_cluster.errors import ConfigError
-from rlhf_cluster.models.int8_rounding import rounded
+from rlhf_cluster.models.int8_rounding import round_to_int8
 
 
 class Linear8bit(nn.Module):
@@ -33,7 +33,7 @@ class Linear8bit(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        codes, scale = rounded(linear.weight.detach())
+        codes, scale = round_to_int8(linear.weight.detach())
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale.squeeze(1))
         self.register_parameter("bias", linear.bias)
@@ -45,7 +45,7 @@ class Linear8bit(nn.Module):
 
     def replace(self, weight: Tensor) -> None:
         """Round `weight` [out, in], on any device, and replace codes and scales by it."""
-        codes, scale = rounded(weight.detach().to(self.codes.device))
+        codes, scale = round_to_int8(weight.detach().to(self.codes.device))
         self.codes.copy_(codes)
         self.scale.copy_(scale.squeeze(1))
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 _LARGEST = 127
 
 
-def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+def round_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Round `weight` [out, in] to INT8. Returns codes int8 [out, in] and scales float32 [out, 1]."""
     import torch
 

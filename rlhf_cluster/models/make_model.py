@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_cluster.data.rows import expand, read_rows, texts
 from rlhf_cluster.errors import DataError
 from rlhf_cluster.sections.rl_run import BpeTokenizer, ModelInit
-from rlhf_cluster.util.durable_files import share
+from rlhf_cluster.util.durable_files import apply_umask
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -66,11 +66,11 @@ CHAT_TEMPLATE = (
 
 
 def make_bpe(section: BpeTokenizer) -> PreTrainedTokenizerFast:
-    """Learn a byte-pair tokenizer and wrap it for transformers. Raises `DataError`, see `learn`."""
+    """Learn a byte-pair tokenizer and wrap it for transformers. Raises `DataError`, see `learn_bpe`."""
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
-        tokenizer_object=learn(section),
+        tokenizer_object=learn_bpe(section),
         pad_token=PAD,
         eos_token=EOS,
         bos_token=BOS,
@@ -81,7 +81,7 @@ def make_bpe(section: BpeTokenizer) -> PreTrainedTokenizerFast:
     )
 
 
-def learn(section: BpeTokenizer) -> Tokenizer:
+def learn_bpe(section: BpeTokenizer) -> Tokenizer:
     """Learn a byte-pair tokenizer. Raises `DataError`: a file that cannot be read, or without text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -165,7 +165,7 @@ def _save(model: PreTrainedModel, folder: Path) -> None:
     tied = set(model.all_tied_weights_keys)
     tensors = {n: t.contiguous() for n, t in model.state_dict().items() if n not in tied}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    share(folder / "model.safetensors")
+    apply_umask(folder / "model.safetensors")
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -49,7 +49,7 @@ def checkpoint_tensors(model_dir: str | Path) -> Iterator[tuple[str, Tensor]]:
 def _files(model_dir: Path) -> list[Path]:
     index = model_dir / "model.safetensors.index.json"
     if index.is_file():
-        files = [model_dir / name for name in sorted(set(indexed_files(index).values()))]
+        files = [model_dir / name for name in sorted(set(read_index(index).values()))]
     else:
         files = sorted(model_dir.glob("*.safetensors"))
     if not files:
@@ -60,7 +60,7 @@ def _files(model_dir: Path) -> list[Path]:
     return files
 
 
-def indexed_files(index: Path) -> dict[str, str]:
+def read_index(index: Path) -> dict[str, str]:
     """Read a `model.safetensors.index.json`, and return the file name of each tensor.
 
     Raises `WeightError` for an index that cannot be read, or that names a file outside its folder.
@@ -80,7 +80,7 @@ def indexed_files(index: Path) -> dict[str, str]:
     return found
 
 
-def without_tied_head(shapes: Shapes, tied: bool) -> dict[str, tuple[int, ...]]:
+def drop_tied_head(shapes: Shapes, tied: bool) -> dict[str, tuple[int, ...]]:
     """Return the shapes without the output projection if it is tied to the embeddings."""
     return {name: shape for name, shape in shapes.items() if not (tied and name == TIED_HEAD)}
 

@@ -32,7 +32,7 @@ from rlhf_cluster.models.divergence import (
     Divergence,
 )
 from rlhf_cluster.models.logprobs import linear_logprobs
-from rlhf_cluster.models.model_folder import indexed_files
+from rlhf_cluster.models.model_folder import read_index
 from rlhf_cluster.sections.values import HeadDtype
 
 if TYPE_CHECKING:
@@ -288,7 +288,7 @@ def _stored_names(folder: Path) -> set[str]:
 
 def _files_of(index: Path) -> dict[str, str]:
     try:
-        return indexed_files(index)
+        return read_index(index)
     except WeightError as error:
         raise ConfigError(str(error)) from error
 
@@ -299,7 +299,7 @@ def _attention(device: torch.device, compute_dtype: torch.dtype, config: Any) ->
         return "flash_attention_2"
     if (
         half
-        and varlen_attention.suits(config)
+        and varlen_attention.supports(config)
         and varlen_attention.available(device, compute_dtype)
     ):
         varlen_attention.register()

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from rlhf_cluster.errors import StalledError
-from rlhf_cluster.util.deadlines import left_of_call
+from rlhf_cluster.util.deadlines import remaining_s
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -84,7 +84,7 @@ class SharedPasses(Generic[T, R]):
         of a round, or the deadline.
         """
         call: _Call[T, R] = _Call(list(items), sum(map(self._size, items)))
-        ends_s = self._clock() + left_of_call(self._timeout_s)
+        ends_s = self._clock() + remaining_s(self._timeout_s)
         with self._changed:
             self._waiting.append(call)
             self.num_calls += 1

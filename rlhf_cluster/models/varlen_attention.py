@@ -52,7 +52,7 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
-def suits(config: Any) -> bool:
+def supports(config: Any) -> bool:
     """Whether the kernel has every attention feature that a model's configuration asks for."""
     text = config.get_text_config()
     return all(getattr(text, name, None) is None for name in _UNSUITABLE)

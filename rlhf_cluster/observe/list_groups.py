@@ -40,7 +40,7 @@ class GroupRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class GroupFilter:
     """Filter of groups; a field that is None matches every group.
 
     `version` matches from a group's oldest to its newest.
@@ -70,7 +70,7 @@ class Listing:
     damaged: list[str] = field(default_factory=list)
 
 
-def list_groups(run_dir: Path, wanted: Wanted, limit: int | None = None) -> Listing:
+def list_groups(run_dir: Path, wanted: GroupFilter, limit: int | None = None) -> Listing:
     """Return the first `limit` groups that match `wanted`, by group id. Reads every stored file."""
     found = Listing()
     store = ExperienceStore(run_dir / "experience")

@@ -20,7 +20,7 @@ STATM = Path("/proc/self/statm")
 
 
 @dataclass(frozen=True, slots=True)
-class Spent:
+class BusyTime:
     """Seconds since the last `take`. idle_s + busy_s <= the time between the two."""
 
     idle_s: float
@@ -59,10 +59,10 @@ class Occupancy:
         self._pass()
         self._num_calls -= 1
 
-    def take(self) -> Spent:
+    def take(self) -> BusyTime:
         """Return the time spent since the last `take`, or since `start`."""
         self._pass()
-        spent = Spent(self._idle_s, self._busy_s)
+        spent = BusyTime(self._idle_s, self._busy_s)
         self._idle_s = self._busy_s = 0.0
         return spent
 

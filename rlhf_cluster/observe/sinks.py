@@ -22,7 +22,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rlhf_cluster.errors import ConfigError
-from rlhf_cluster.util.provenance import without_secrets
+from rlhf_cluster.util.provenance import remove_secrets
 
 if TYPE_CHECKING:
     from rlhf_cluster.config.load import AnyConfig
@@ -44,7 +44,7 @@ class Sink(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class About:
+class RunInfo:
     """Run that is logged. `folder` belongs to the sink, and may not exist yet."""
 
     name: str
@@ -57,11 +57,11 @@ class SinkKind:
     """Kind of sink. `package` is imported by `build` alone."""
 
     package: str
-    build: Callable[[About], Sink]
+    build: Callable[[RunInfo], Sink]
 
 
 class _TensorBoard:
-    def __init__(self, about: About) -> None:
+    def __init__(self, about: RunInfo) -> None:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._writer = EventFileWriter(str(about.folder))
@@ -82,7 +82,7 @@ class _TensorBoard:
 class _Wandb:
     """Run of W&B; a resumed run is the same one."""
 
-    def __init__(self, about: About) -> None:
+    def __init__(self, about: RunInfo) -> None:
         import wandb  # type: ignore[reportMissingImports]
 
         about.folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ class _Wandb:
 class _Mlflow:
     _BATCH = 1000  # metrics of one request
 
-    def __init__(self, about: About) -> None:
+    def __init__(self, about: RunInfo) -> None:
         from mlflow.tracking import MlflowClient  # type: ignore[reportMissingImports]
 
         uri = os.environ.get("MLFLOW_TRACKING_URI") or about.folder.absolute().as_uri()
@@ -245,10 +245,10 @@ def open_sinks(
     kinds: Mapping[str, SinkKind] = SINKS,
 ) -> Sinks:
     """Open the sinks in `observe.sinks`, each with a folder below `sinks` in the run directory."""
-    settings = without_secrets(config.model_dump(mode="json"))
+    settings = remove_secrets(config.model_dump(mode="json"))
 
     def build(name: str) -> Sink:
-        about = About(name=config.run.name, folder=run_dir / "sinks" / name, settings=settings)
+        about = RunInfo(name=config.run.name, folder=run_dir / "sinks" / name, settings=settings)
         return kinds[name].build(about)
 
     return Sinks({name: lambda name=name: build(name) for name in config.observe.sinks}, tell)

@@ -24,8 +24,8 @@ from typing import Any
 from rlhf_cluster.buffer.group_store import ExperienceStore
 from rlhf_cluster.errors import StoreError
 from rlhf_cluster.observe.report.read_run import (
+    LoggedEvent,
     RunRecord,
-    Told,
     read_run,
 )
 from rlhf_cluster.run.run_directory import RunDir
@@ -95,7 +95,7 @@ def _counters(run: RunRecord) -> Iterator[Event]:
                 }
 
 
-def _told(event: Told) -> Event:
+def _told(event: LoggedEvent) -> Event:
     time_s = datetime.fromisoformat(event.time).timestamp()
     return {
         "name": event.text[:200],

@@ -114,14 +114,14 @@ SLACK_S = 1.0
 """Largest difference between the clocks of two machines at which a time is still believed."""
 
 
-def stored_at(path: Path, finished_s: float, trained_from_s: float | None) -> float | None:
+def find_stored_time(path: Path, finished_s: float, trained_from_s: float | None) -> float | None:
     """Return the unix time at which the group's file was complete; None where unknown."""
     written_s = path.stat().st_mtime
     latest = float("inf") if trained_from_s is None else trained_from_s
     return written_s if finished_s - SLACK_S <= written_s <= latest + SLACK_S else None
 
 
-def trained_between(
+def find_training_times(
     records: Sequence[Mapping[str, Any]], step: int | None
 ) -> tuple[float, float] | None:
     """Return the unix times between which the learner trained `step`; None without its line."""
@@ -143,8 +143,8 @@ def station_facts(
 
     `finished_s`: end of sampling; `step`: the first that trained it, None where none did.
     """
-    trained = trained_between(records, step)
-    stored_s = stored_at(path, finished_s, None if trained is None else trained[0])
+    trained = find_training_times(records, step)
+    stored_s = find_stored_time(path, finished_s, None if trained is None else trained[0])
     facts = {"scored and stored": "not known" if stored_s is None else shown(stored_s)}
     if step is not None:
         facts["trained"] = (
@@ -166,7 +166,7 @@ _OF_STEP = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Traced:
+class RolloutTrace:
     """Trace of a rollout. `step` is the last that trained it; None where none did.
 
     `facts` are in order. `tokens` are the columns of the token table, each [T], None where a token has
@@ -207,7 +207,7 @@ class Traced:
         return found
 
 
-def trace_sample(run: RunDir, rollout_id: str) -> Traced:
+def trace_sample(run: RunDir, rollout_id: str) -> RolloutTrace:
     """Return the trace of a rollout.
 
     Raises `RunError` for a rollout of which nothing is kept, `StoreError` for a damaged file.
@@ -285,7 +285,7 @@ def _stored(
     index: int,
     steps: dict[int, tuple[int, ...]],
     sampled: tuple[Row, int] | None,
-) -> Traced:
+) -> RolloutTrace:
     scored = group.scored[index]
     rollout, uses = scored.rollout, steps.get(group.ticket.number, ())
     step = uses[-1] if uses else None
@@ -328,7 +328,7 @@ def _stored(
         "advantage": advantages[index] if advantages else None,
     }
     source = group.prompt.source
-    return Traced(
+    return RolloutTrace(
         rollout_id=rollout.rollout_id,
         step=step,
         facts=facts,
@@ -338,7 +338,7 @@ def _stored(
     )
 
 
-def _of_samples(row: Row, step: int) -> Traced:
+def _of_samples(row: Row, step: int) -> RolloutTrace:
     """Return the trace of a rollout that only the samples have.
 
     They have versions only as a range, no reference, and no exact log-probabilities.
@@ -365,7 +365,7 @@ def _of_samples(row: Row, step: int) -> Traced:
         "sampled_logprob": row["sampled_logprobs"],
         **columns,
     }
-    return Traced(
+    return RolloutTrace(
         rollout_id=row["rollout_id"],
         step=step,
         facts=facts,

@@ -1,7 +1,7 @@
 """Offline stages: one file each, one entry in `STAGES`, one in the union. No torch is loaded here.
 
-A stage trains a model on data that lies there: supervised fine-tuning, and what others add. It shares
-packing, learner, checkpoints and records with reinforcement learning.
+A stage trains a model on existing data: supervised fine-tuning, preferences, reward models,
+distillation. It shares packing, learner, checkpoints and records with reinforcement learning.
 """
 
 from __future__ import annotations
@@ -56,8 +56,9 @@ STAGES: Mapping[str, type[Stage[Any]]] = {
     "reward_model": RewardModelStage,
     "sft": SftStage,
 }
-"""Classes by the `type` of their section."""
+"""Classes of stages by the `type` of their section."""
 
 
 def build_stage(section: Any, context: StageContext) -> Stage[Any]:
+    """Build the stage of a section."""
     return STAGES[section.type](section, context)

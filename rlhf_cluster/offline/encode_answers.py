@@ -1,8 +1,9 @@
 """A prompt and answers to it as token ids, for stages that compare answers.
 
-Promises: the prompt's ids are those that generation would be asked with, and an answer's those that it
-would sample, its end token included: the border lies where it lies in generation. Nothing is shortened
-here; `cut_prompt` is how pairs become shorter, and it never touches an answer.
+Promises:
+- the prompt's ids are those that generation would be asked with, and an answer's those that it would
+  sample, its end token included: the border between them is the same as in generation;
+- `encode_answers` shortens nothing. `cut_prompt` makes pairs shorter and never touches an answer.
 
 Shapes: P prompt tokens, T answer tokens.
 """
@@ -32,7 +33,14 @@ def encode_answers(
     context: StageContext,
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[Ids, list[Ids]]:
-    """(prompt ids int32 [P], answer ids int32 [T] each). Raises `DataError` beginning with `where`."""
+    """Encode a prompt and its answers.
+
+    Returns:
+        The prompt's ids, int32 [P], and each answer's ids, int32 [T].
+
+    Raises:
+        DataError: the row cannot be encoded; the message begins with `where`.
+    """
     data = context.data
     if data.template == "chat":
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -54,13 +62,15 @@ def encode_answers(
         del prompt_ids[0]
     if not prompt_ids:
         raise DataError(f"{where}: the prompt has no tokens. Correct or remove the row")
-    ended = [_ended(_ids(text, tokenizer, False), context.end_ids) for text in texts]
+    ended = [_cut_after_end(_ids(text, tokenizer, False), context.end_ids) for text in texts]
     return np.array(prompt_ids, dtype=np.int32), [np.array(ids, dtype=np.int32) for ids in ended]
 
 
 def cut_prompt(prompt_ids: Ids, longest_answer: int, max_tokens: int) -> Ids | None:
-    """The prompt with its first token and as many of its last as fit beside the longest answer, in
-    `max_tokens` together; None when not even two of its tokens do."""
+    """Shorten a prompt so that it and the longest answer have at most `max_tokens` tokens.
+
+    The first token and the last ones are kept. Returns None where fewer than two tokens would be left.
+    """
     room = max_tokens - longest_answer
     if room >= len(prompt_ids):
         return prompt_ids
@@ -76,13 +86,13 @@ def _answer_text(
     if not whole.startswith(asked):
         raise DataError(
             f"{where}: the chat template's text of the prompt is not the beginning of its text with an "
-            "answer, so the answer cannot be told from it. Use another template"
+            "answer, so the two cannot be separated. Use another template"
         )
     return whole[len(asked) :]
 
 
-def _ended(ids: list[int], end_ids: Sequence[int]) -> list[int]:
-    """An answer up to its end token, which is put there where the template has none."""
+def _cut_after_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:
+    """Cut an answer after its last end token. Append one where the template has none."""
     last = max((i for i, token in enumerate(ids) if token in end_ids), default=None)
     return [*ids, end_ids[0]] if last is None else ids[: last + 1]
 

@@ -4,12 +4,12 @@ Whole responses:
 
     bradley_terry    -(1 - e) s(d) - e s(-d) + c (s_w + s_l)^2      d = s_w - s_l - margin
     plackett_luce    sum over ranks k of logsumexp(s_k .. s_K) - s_k      best first
-    pointwise        bce: of a logit against a label in [0, 1]; mse: (s - target)^2; per example,
+    pointwise        bce: a logit against a label in [0, 1]; mse: (s - target)^2; per example,
                      or a mean over the heads that are labelled
 
 Process reward models estimate the probability that each reasoning step is right:
 
-    loss      of a step -y log p - (1 - y) log(1 - p), p = sigmoid(logit), y the label in [0, 1]
+    loss      per step -y log p - (1 - y) log(1 - p), p = sigmoid(logit), y the label in [0, 1]
     reduce    from the steps' p to one score of a response (`data.reasoning_steps.reduced`):
               min      the weakest step
               product  the probability that all are right, if they were independent
@@ -57,11 +57,13 @@ def bradley_terry_loss(
     label_smoothing: float = 0.0,
     centring: float = 0.0,
 ) -> Tensor:
-    """[P]. Bradley and Terry 1952; as a reward-model loss Stiennon et al. 2020, arXiv 2009.01325.
+    """Return the Bradley-Terry loss of each pair, [P].
+
+    Bradley and Terry 1952; as a reward-model loss Stiennon et al. 2020, arXiv 2009.01325.
 
     Args:
         chosen, rejected: [P] scores, carry the gradient.
-        margins: [P] by how much the chosen response should lead (Touvron et al. 2023, arXiv
+        margins: [P] lead that the chosen response should have (Touvron et al. 2023, arXiv
             2307.09288, Llama 2).
         label_smoothing: share of pairs held to be labelled the wrong way round, in [0, 0.5).
         centring: weight of (chosen + rejected)^2, which fixes the free constant of the scores at a
@@ -81,14 +83,14 @@ def bradley_terry_loss(
 
 
 def plackett_luce_loss(scores: Tensor, mask: Tensor) -> Tensor:
-    """[G]: negative log-likelihood of the whole order. Plackett 1975, Luce 1959; listwise: Xia 2008.
+    """Return the negative log-likelihood of each whole order, [G].
 
-    With two responses it is `bradley_terry_loss`. Divide by nothing: an order of K holds K - 1
-    choices, and counts as many.
+    Plackett 1975, Luce 1959; listwise: Xia 2008. With two responses it is `bradley_terry_loss`. It is
+    not divided by the length: an order of K responses holds K - 1 choices, and weighs as many.
 
     Args:
         scores: [G, K] best first, carry the gradient.
-        mask: [G, K] bool, True from the left for the responses that are there.
+        mask: [G, K] bool, True from the left for the responses that exist.
 
     Raises:
         RecordError: shapes that differ, or a mask with a hole.
@@ -98,7 +100,7 @@ def plackett_luce_loss(scores: Tensor, mask: Tensor) -> Tensor:
     if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
         raise RecordError("a ranking has a hole: mask must be True from the left, then False")
     shown = scores.where(mask, 0.0)
-    own = mask.new_ones(mask.shape[1], mask.shape[1])  # [K, K]: from rank k on
+    own = mask.new_ones(mask.shape[1], mask.shape[1])  # [K, K]: row k has rank k and all behind it
     behind = own.triu() & mask[:, None, :] | own.triu().tril()
     tails = shown[:, None, :].masked_fill(~behind, float("-inf")).logsumexp(-1)
     return (tails - shown).where(mask, 0.0).sum(-1)
@@ -107,7 +109,7 @@ def plackett_luce_loss(scores: Tensor, mask: Tensor) -> Tensor:
 def pointwise_loss(
     scores: Tensor, targets: Tensor, kind: Literal["bce", "mse"], mask: Tensor | None = None
 ) -> Tensor:
-    """[N]: of each response, a mean over its labelled heads; 0 for one without any.
+    """Return the loss of each response, [N]: a mean over its labelled heads, 0 without any.
 
     Args:
         scores: [N] or, with several heads, [N, H]; carry the gradient. Logits with `bce`.
@@ -140,7 +142,7 @@ def pointwise_loss(
 
 
 def pair_score_metrics(losses: Tensor, chosen: Tensor, rejected: Tensor) -> Sums:
-    """Metric sums of scored pairs, (sum, count) each; equal scores count as half right."""
+    """Return metric sums of scored pairs, (sum, count) each. Equal scores are half right."""
     count = losses.new_tensor(losses.numel())
     margins = chosen - rejected
     right = (margins > 0).to(losses.dtype) + (margins == 0).to(losses.dtype) / 2
@@ -153,7 +155,12 @@ def pair_score_metrics(losses: Tensor, chosen: Tensor, rejected: Tensor) -> Sums
 
 
 def ranking_score_metrics(losses: Tensor, scores: Tensor, mask: Tensor) -> Sums:
-    """As `pair_score_metrics`, over all pairs of a ranking: scores [G, K] best first, mask [G, K]."""
+    """Return the sums of `pair_score_metrics` over all pairs within each ranking.
+
+    Args:
+        scores: [G, K], best first.
+        mask: [G, K] bool, True for the responses that exist.
+    """
     count = losses.new_tensor(losses.numel())
     ranks = scores.shape[1]
     pairs = (mask[:, :, None] & mask[:, None, :]) & mask.new_ones(ranks, ranks).triu(1)
@@ -176,7 +183,11 @@ def _same_shape(ndim: int, **tensors: Tensor | None) -> None:
 
 
 def step_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """[N] binary cross-entropies of logits [N], which carry the gradient, and labels [N] in [0, 1].
+    """Return the binary cross-entropy of each step, [N].
+
+    Args:
+        logits: [N], carry the gradient.
+        labels: [N] in [0, 1].
 
     Raises:
         RecordError: shapes that differ.
@@ -191,8 +202,10 @@ def step_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def step_metrics(losses: Tensor, logits: Tensor, labels: Tensor, threshold: float) -> Sums:
-    """Metric sums of N steps, (sum, count) each. A step whose label is at least `threshold` is right,
-    a logit of 0 half an answer."""
+    """Return metric sums of N steps, (sum, count) each.
+
+    A step whose label is at least `threshold` is right. A logit of 0 is half right.
+    """
     count = losses.new_tensor(losses.numel())
     is_right = labels >= threshold
     agrees = logits.where(is_right, -logits)
@@ -207,21 +220,25 @@ def step_metrics(losses: Tensor, logits: Tensor, labels: Tensor, threshold: floa
 def process_report(
     scores: Sequence[np.ndarray], labels: Sequence[np.ndarray], threshold: float
 ) -> dict[str, Any]:
-    """What a model of steps is worth on held-out responses.
+    """Measure the quality of a model of steps on held-out responses.
 
     Args:
-        scores: [S] of each response, chances in [0, 1] that its steps are right.
-        labels: [S] of each, in [0, 1], NaN where a step has none.
-        threshold: a step whose label is at least this counts as right.
+        scores: one array [S] per response, chances in [0, 1] that its steps are right.
+        labels: one array [S] per response, in [0, 1], NaN where a step has none.
+        threshold: least label of a step that is right.
 
     Returns:
-        Of labelled steps: `accuracy` with its Wilson interval of 95 % (p over 0.5 says right, 0.5 is
-        half an answer; steps of one response are not independent, so that it is narrower than it should
-        be), that of the more frequent answer, Brier score against the labels, and `ece`. Of responses:
-        `first_error_accuracy`, the share whose first wrong step, or that there is none, is found, with
-        its interval; the same of those with an error and of those without, and their harmonic mean
-        `first_error_f1` (Zheng et al. 2024, arXiv 2412.06559). A response whose labels do not tell its
-        first wrong step counts in `num_unjudged` alone. What is not defined is None.
+        Numbers by name. One that is not defined is None.
+
+        Over labelled steps: `accuracy` with its Wilson interval of 95 %, the accuracy of always giving
+        the more frequent answer, the Brier score against the labels, and `ece`. p above 0.5 says right,
+        and 0.5 is half right. Steps of one response are not independent, so the interval is narrower
+        than it should be.
+
+        Over responses: `first_error_accuracy` with its interval, the share whose first wrong step is
+        found, or found to be missing; that share among responses with an error and among those without;
+        and the harmonic mean of these two, `first_error_f1` (Zheng et al. 2024, arXiv 2412.06559). A
+        response whose labels do not determine its first wrong step is in `num_unjudged` alone.
 
     Raises:
         RecordError: no labelled step, shapes that differ, or a score outside [0, 1].
@@ -232,7 +249,7 @@ def process_report(
         )
     all_scores, all_labels = (np.concatenate([np.zeros(0), *each]) for each in (scores, labels))
     if not ((all_scores >= 0) & (all_scores <= 1)).all():
-        raise RecordError("scores of steps must be in [0, 1]; a report on the rest would lie")
+        raise RecordError("scores of steps must be in [0, 1]; a report on the rest would mislead")
     there = ~np.isnan(all_labels)
     if not there.any():
         raise RecordError("a report on steps needs at least one labelled step, found none")

@@ -24,7 +24,7 @@ the standard deviation of each member over all responses.
 
 Promises:
 - pairs in any order give the same report, and every pair is used: scores that are not finite are
-  refused, also members that scored other pairs;
+  refused, and members that scored other pairs too;
 - an undefined figure, such as the correlation with a constant, is None.
 
 Shapes: P pairs, M members, N numbers.
@@ -48,7 +48,7 @@ Z_95 = 1.959963984540054
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bin:
-    """Pairs of similar confidence, of a reliability diagram; bins without pairs are left out."""
+    """One bin of a reliability diagram: pairs of similar confidence. Empty bins do not exist."""
 
     num_pairs: int
     confidence: float  # their mean
@@ -72,7 +72,7 @@ class Report:
     warnings: tuple[str, ...]
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON."""
+        """Return the numbers as values that JSON can hold."""
         listed = {
             "warnings": list(self.warnings),
             "reliability": [asdict(b) for b in self.reliability],
@@ -87,12 +87,12 @@ def validation_report(
     rejected_lengths: np.ndarray,
     num_bins: int = 10,
 ) -> Report:
-    """The report on scored pairs.
+    """Return the report on scored pairs.
 
     Args:
         chosen, rejected: [P] scores, finite.
         chosen_lengths, rejected_lengths: [P] tokens of the responses.
-        num_bins: of the calibration error, over confidences from 0.5 to 1.
+        num_bins: number of bins of the calibration error, over confidences from 0.5 to 1.
 
     Raises:
         RecordError: no pairs, lengths that differ, or a score that is not finite.
@@ -108,7 +108,7 @@ def validation_report(
         raise RecordError(f"a report needs scores and lengths of the same pairs, found {shapes}")
     if bad := int(sum((~np.isfinite(a)).sum() for a in arrays)):
         raise RecordError(
-            f"{bad} of {2 * arrays[0].size} scores are not finite; a report on the rest would lie"
+            f"{bad} of {2 * arrays[0].size} scores are not finite; a report on the rest would mislead"
         )
     margins = arrays[0] - arrays[1]
     right = np.where(margins > 0, 1.0, np.where(margins < 0, 0.0, 0.5))
@@ -131,17 +131,17 @@ def validation_report(
 
 
 def graded_report(scores: np.ndarray, grades: np.ndarray, lengths: np.ndarray) -> dict[str, Any]:
-    """What scores of single responses are worth against their grades.
+    """Compare scores of single responses with their grades.
 
     Args:
-        scores: [N] what the scorer says the grade is, finite.
+        scores: [N] grades that the scorer predicts, finite.
         grades: [N] NaN where a response has none.
         lengths: [N] tokens of the responses.
 
     Returns:
-        Of the graded ones: `mean_squared_error`, and `variance` of the grades, which is the error of
-        always saying their mean; `spearman` of score and grade; and `length_correlation` of score and
-        length over all responses, with a warning over `LENGTH_WARNING`.
+        Over the graded responses: `mean_squared_error`; `variance` of the grades, which is the error of
+        always predicting their mean; and `spearman` of score and grade. Over all responses:
+        `length_correlation` of score and length, with a warning above `LENGTH_WARNING`.
 
     Raises:
         RecordError: lengths that differ, or a score that is not finite.
@@ -162,7 +162,7 @@ def graded_report(scores: np.ndarray, grades: np.ndarray, lengths: np.ndarray) -
 
 
 def wilson_interval(successes: float, num: int, z: float = Z_95) -> tuple[float, float]:
-    """(low, high) of a share, never outside [0, 1]. Wilson 1927. `num` at least 1."""
+    """Return (low, high) of a share, never outside [0, 1]. Wilson 1927. `num` is at least 1."""
     share, squared = successes / num, z * z
     centre = (share + squared / (2 * num)) / (1 + squared / num)
     half = (
@@ -172,7 +172,7 @@ def wilson_interval(successes: float, num: int, z: float = Z_95) -> tuple[float,
 
 
 def calibration_error(confidences: np.ndarray, right: np.ndarray, num_bins: int = 10) -> float:
-    """ECE of confidences [P] in [0.5, 1] and outcomes [P] in [0, 1], over equal bins."""
+    """Return the ECE of confidences [P] in [0.5, 1] and outcomes [P] in [0, 1], over equal bins."""
     bins = reliability_bins(confidences, right, num_bins)
     return sum(b.num_pairs * abs(b.confidence - b.accuracy) for b in bins) / confidences.size
 
@@ -180,7 +180,7 @@ def calibration_error(confidences: np.ndarray, right: np.ndarray, num_bins: int 
 def reliability_bins(
     confidences: np.ndarray, right: np.ndarray, num_bins: int = 10
 ) -> tuple[Bin, ...]:
-    """Confidences [P] in [0.5, 1] and outcomes [P] in [0, 1] in equal bins, the least sure first."""
+    """Sort confidences [P] in [0.5, 1] and outcomes [P] in [0, 1] into equal bins, least sure first."""
     places = np.minimum(((confidences - 0.5) * 2 * num_bins).astype(int), num_bins - 1)
     return tuple(
         Bin(
@@ -194,7 +194,7 @@ def reliability_bins(
 
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float | None:
-    """Rank correlation of [N] and [N], ties at their mean rank; None where one is constant."""
+    """Return the rank correlation of [N] and [N], ties at their mean rank; None if one is constant."""
     ranks = [_ranks(np.asarray(a, dtype=np.float64)) for a in (first, second)]
     centred = [r - r.mean() for r in ranks]
     norm = math.sqrt(float(np.square(centred[0]).sum()) * float(np.square(centred[1]).sum()))
@@ -243,14 +243,14 @@ class Scored:
     )
 
     def report(self) -> dict[str, Any]:
-        """Of this scorer alone."""
+        """Return the report on this scorer alone."""
         report = validation_report(*self.scores.T, *self.lengths.T).as_dict()
         if self.paraphrased is not None:
             report["paraphrases"] = paraphrase_report(self.scores, self.paraphrased)
         return report
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the scores as values that JSON can hold."""
         rows = None if self.paraphrased is None else self.paraphrased.tolist()
         if rows is not None:
             rows = [row if all(value == value for value in row) else None for row in rows]
@@ -262,7 +262,7 @@ class Scored:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Scored:
-        """From `as_dict`'s."""
+        """Build the scores from the values of `as_dict`."""
         rows = values["paraphrased"]
         if rows is not None:
             rows = np.array([row or (np.nan, np.nan) for row in rows], dtype=np.float64)
@@ -274,16 +274,16 @@ class Scored:
 
 
 def paraphrase_report(scores: np.ndarray, paraphrased: np.ndarray) -> dict[str, Any] | None:
-    """How often the verdict on a pair stays when its responses are said in other words.
+    """Measure how often the verdict on a pair is the same for paraphrases of its responses.
 
     Args:
-        scores: [P, 2] of the responses.
-        paraphrased: [P, 2] of their paraphrases, NaN where a pair has none.
+        scores: [P, 2] scores of the responses.
+        paraphrased: [P, 2] scores of their paraphrases, NaN where a pair has none.
 
     Returns:
-        `agreement` with its Wilson interval of 95 % (equal scores on one side only are half an
-        agreement), and `score_shift`, the mean absolute difference of a response's score and its
-        paraphrase's. None without paraphrases.
+        `agreement` with its Wilson interval of 95 %, and `score_shift`, the mean absolute difference of
+        a response's score and its paraphrase's. Equal scores on one side only are half an agreement.
+        None without paraphrases.
     """
     there = ~np.isnan(paraphrased).any(1)
     if not there.any():
@@ -301,7 +301,7 @@ def paraphrase_report(scores: np.ndarray, paraphrased: np.ndarray) -> dict[str, 
 
 
 def ensemble_report(members: Sequence[Scored]) -> dict[str, Any]:
-    """The report on M members' scores of the same pairs; see the module.
+    """Return the report on M members' scores of the same pairs; see the module.
 
     Raises:
         RecordError: no member, or members of other pairs.

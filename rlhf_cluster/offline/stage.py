@@ -1,11 +1,15 @@
-"""What a kind of offline stage decides: how a row becomes a unit, the loss, and what is reported.
+"""Interface of an offline stage: how a row becomes a unit, the loss, and what is reported.
 
     rows -> read -> units -> loss of a batch -> shares of micro-batches -> one optimizer step
 
-A stage is one file: its section of the run file, and a class on `Stage` built as `cls(section,
-context)`, in the driver (which reads) and in every rank (which trains). It holds no model: what it
-computes, it computes through `Passes`. Promises asked of it: importing its file loads no torch; `loss`
-makes the same calls on every rank; shares of all micro-batches and ranks add up to the loss.
+A stage is one file: its section of the run file, and a subclass of `Stage`. The class is built as
+`cls(section, context)` in the driver, which reads, and in every rank, which trains. It holds no model
+and computes through `Passes`.
+
+Every stage must promise:
+- importing its file loads no torch;
+- `loss` makes the same calls on every rank;
+- shares of all micro-batches and ranks add up to the loss.
 
 Shapes: T targets of a sequence.
 """
@@ -39,12 +43,12 @@ if TYPE_CHECKING:
     )
 
     PerUnit = list[tuple[np.ndarray, ...]]
-    """A unit's sequences in order, each [T] float32."""
+    """One tuple per unit, with an array [T] float32 for each of its sequences in order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageContext:
-    """What a stage is built with. `tokenizer` is there where rows are read."""
+    """Settings and tokenizer of a stage. The tokenizer is None in processes that read no rows."""
 
     data: StageData
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -54,21 +58,23 @@ class StageContext:
 class Passes(Protocol):
     """Passes without gradient over all units of a batch; every rank gets all results.
 
-    Each is a collective: all ranks call it, with the same units. T is ALL targets of a sequence, those
-    that its mask leaves out too.
+    Each is a collective: all ranks call it, with the same units. T is ALL targets of a sequence,
+    including those that its mask excludes.
     """
 
     def logprobs(self, units: Sequence[Unit]) -> PerUnit:
-        """Of the targets, by the model as it is now."""
+        """Return log-probabilities of the targets under the current model."""
         ...
 
     def reference(self, units: Sequence[Unit]) -> PerUnit:
-        """Of the targets, by the model as the stage began, or as `Stage.reference_share` moved it;
-        `needs_reference` stages only."""
+        """Return log-probabilities of the targets under the reference; `needs_reference` stages only.
+
+        The reference is the model as the stage began, or as `Stage.reference_share` moved it.
+        """
         ...
 
     def values(self, units: Sequence[Unit]) -> PerUnit:
-        """Of the targets' positions, [T] or [T, K], by a model of values."""
+        """Return the outputs of a model of values at the targets' positions, [T] or [T, K]."""
         ...
 
 
@@ -76,7 +82,7 @@ S = TypeVar("S", bound=StageSectionBase)
 
 
 class Stage(Generic[S]):
-    """Defaults of a stage. `headline` is the metric that status, curve and summary show."""
+    """Base class of stages, with defaults. `headline` is the metric of status, curve and summary."""
 
     needs_reference: bool = False
     reference_moves: bool = False  # by `reference_share`
@@ -92,62 +98,67 @@ class Stage(Generic[S]):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Raises `ConfigError` where no rows are read."""
+        """Tokenizer of the stage. Raises `ConfigError` in a process that reads no rows."""
         if self.context.tokenizer is None:
             raise ConfigError("this stage was built without a tokenizer; rows are read elsewhere")
         return self.context.tokenizer
 
     def read(self, row: Row, name: str) -> Sequence[Unit]:
-        """The units of a row, mostly one, at whatever length. `name` is the source's.
+        """Return the units of a row, mostly one, of any length. `name` is the source's name.
 
-        Raises `DataError` with name and place; `UnusableRow` for a row that teaches nothing.
+        Raises `DataError` with name and place, and `UnusableRow` for a row that teaches nothing.
         """
         raise NotImplementedError
 
     def shorten(self, unit: Unit, max_tokens: int) -> Unit | None:
-        """The unit with no sequence over `max_tokens`, or None: nothing of it can be trained."""
+        """Cut all sequences of a unit to `max_tokens`. Return None if nothing is left to train."""
         cut = [cut_end(sequence, max_tokens) for sequence in unit.sequences]
         whole = [sequence for sequence in cut if sequence is not None]
         return replace(unit, sequences=tuple(whole)) if len(whole) == len(cut) else None
 
     def times(self, unit: Unit) -> int:
-        """How often one pass over the data has a unit that is trained; 0 leaves it out."""
+        """Return the number of times that one pass over the data has a trained unit; 0 skips it."""
         return 1
 
     def loss(self, units: Sequence[Unit], passes: Passes) -> TokenLoss | ValueLoss:
-        """From one micro-batch to its share of the loss of all `units`, and metric sums.
+        """Return a function from a micro-batch to its share of the loss of all `units` and metric sums.
 
-        Called on every rank with all units, before the passes of a step, and of an evaluation, in
-        which no gradient is taken.
+        It is called on every rank with all units, before the passes of a step. It is also called
+        before those of an evaluation, in which no gradient is taken.
         """
         raise NotImplementedError
 
     def reference_share(self, step: int) -> float:
-        """What of the reference becomes the model as it is after step `step`, from 1: 0 nothing, 1 all
-        of it."""
+        """Return the share of the model that is mixed into the reference after step `step`, from 1.
+
+        0: the reference stays. 1: it becomes the model.
+        """
         return 0.0
 
     def reference_moved(self) -> None:
-        """Called after each move: what the reference said before does not hold any more."""
+        """Discard what was computed from the reference; called after each of its moves."""
 
     def metrics(self, units: Sequence[Unit]) -> Mapping[str, float]:
-        """What follows from the units of a step alone."""
+        """Return metrics that depend on the units of a step alone."""
         return {}
 
     def report(self, units: Sequence[Unit], passes: Passes) -> dict[str, Any]:
-        """More about the trained model, of all held-out units; it ends up in report.json."""
+        """Return further results of the trained model on all held-out units, for report.json."""
         return {}
 
     def conclude(
         self, report: dict[str, Any], units: Sequence[Unit], folder: Path
     ) -> dict[str, Any]:
-        """In the driver, after `report` of the held-out `units`: write what there is to keep of it
-        into the run directory `folder`, and return what report.json and the summary are to hold."""
+        """Write files about a report into the run directory, and return what report.json is to hold.
+
+        The driver calls it after `report` of the held-out `units`; `folder` is the run directory. The
+        summary holds the returned values too.
+        """
         return report
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint must keep of the stage, the same on every rank."""
+        """Return the state of the stage for a checkpoint. It is the same on every rank."""
         return {}
 
     def load_state(self, state: Mapping[str, float]) -> None:
-        """Go on from `state()` as if there had been no interruption."""
+        """Resume from `state()` as if there had been no interruption."""

@@ -8,11 +8,15 @@ generalised Jensen-Shannon divergence between them, at temperature 1; formulas i
 `models.divergence`. Hinton et al. 2015, arXiv 1503.02531; Agarwal et al. 2023, arXiv 2306.13649
 (GKD), whose part on the student's own samples is the algorithm `on_policy_distillation`.
 
-The teacher is a model of any size with the policy's tokenizer, a second model in every rank, frozen,
-sharded by FSDP2 like the student and in the type of the passes. Where its vocabulary is padded
-further than the student's, what is over is left out. Promises: logits of both models exist for a
-chunk of tokens at a time; no gradient flows into the teacher; the loss is the mean over all trained
-tokens of the batch, whatever the ranks, micro-batches and packing.
+The teacher is a frozen model of any size with the policy's tokenizer. Every rank holds it as a second
+model, sharded by FSDP2 like the student and in the type of the passes. Where its vocabulary is padded
+further than the student's, the extra entries are not used.
+
+Promises:
+- logits of both models exist for a chunk of tokens at a time;
+- no gradient flows into the teacher;
+- the loss is the mean over all trained tokens of the batch, whatever the ranks, micro-batches and
+  packing.
 """
 
 from __future__ import annotations
@@ -52,12 +56,14 @@ class DistillationConfig(StageSectionBase):
     teacher: str = Field(min_length=1)
     """Folder of the teacher, a Hugging Face causal language model with the policy's tokenizer."""
     divergence: Kind = "forward_kl"
-    """What of the two distributions is lowered; see `models.divergence`."""
+    """Divergence between the two distributions that is minimised; see `models.divergence`."""
     alpha: float = Field(default=0.5, gt=0, lt=1)
-    """With divergence = "js" only: the teacher's share of the mixture, near 0 it acts as forward_kl,
-    near 1 as reverse_kl."""
+    """Teacher's share of the mixture, with divergence = "js" only.
+
+    Near 0 it acts like forward_kl, near 1 like reverse_kl.
+    """
     nll_coef: float = Field(default=0.0, ge=0)
-    """Weight of the data's own tokens, by their negative log-likelihood."""
+    """Weight of the negative log-likelihood of the data's tokens."""
 
 
 class DistillationStage(DialogueStage[DistillationConfig]):

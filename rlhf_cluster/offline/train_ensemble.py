@@ -1,19 +1,21 @@
-"""Several models of one stage: which units each of them trains on, and what they are worth together.
+"""Several models of one stage: the units that each of them trains on, and the report on all of them.
 
     members = 3        the stage is run three times, one after the other (`config.chain`):
-    NAME/NAME-0 ...    a run directory each, with checkpoints, report and final model of its own
-    NAME/report.json   of all together, written by the one that finishes last
+    NAME/NAME-0 ...    a run directory per member, with its checkpoints, report and final model
+    NAME/report.json   report on all members, written by the one that finishes last
 
-Splits, of the units that are not held out, by a hash of their key (the opening prompt) and so the same
-whatever the order of the files:
+Splits divide the units that are not held out. They depend on a hash of a unit's key (the opening
+prompt), so they are the same whatever the order of the files:
 
     leave_out    member k never sees the k-th of `members` equal parts
-    bootstrap    each key is there n times, n drawn from a Poisson distribution of mean 1: the
+    bootstrap    each key appears n times, n drawn from a Poisson distribution of mean 1: the
                  bootstrap of streams (Oza and Russell 2001, "Online bagging and boosting")
     same         everything; the members differ by seed alone
 
-Promises: the held-out units are the same for all members and in no one's training; each member has a
-seed of its own for order and first weights; the report is of scores of the same units, or says why not.
+Promises:
+- the held-out units are the same for all members, and no member trains on them;
+- each member has a different seed for order and first weights;
+- the report on all members is of scores of the same units, else it is not written.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from rlhf_cluster.sections.offline_stage import StageSectionBase
 from rlhf_cluster.util.json_files import write_json
 
 SCORES = "held_out.json"
-"""In a member's run directory: its scores of every held-out unit."""
+"""File in a member's run directory with its scores of every held-out unit."""
 REPORT = "report.json"
 
 Split = Literal["leave_out", "bootstrap", "same"]
@@ -47,13 +49,18 @@ class EnsembleSection(StageSectionBase):
     """Keys of a stage that can train several models."""
 
     members: PositiveInt = 1
-    """Models that the stage trains, one after the other, each with a seed of its own. Those of a stage
-    NAME are runs NAME-0, NAME-1, ... below the folder NAME."""
+    """Number of models that the stage trains, one after the other, each with a different seed.
+
+    The models of a stage NAME are runs NAME-0, NAME-1, ... below the folder NAME.
+    """
     split: Split = "leave_out"
-    """What each of several members trains on: all but a part of its own, a bootstrap sample, or the
-    same."""
+    """Units that each of several members trains on.
+
+    `leave_out`: all but one part, a different one for each member. `bootstrap`: a bootstrap sample.
+    `same`: all.
+    """
     member: int | None = Field(default=None, ge=0)
-    """Train this member alone, from 0, such as on a machine of its own; default: all of them."""
+    """Index, from 0, of the only member to train, such as on a separate machine. Default: all."""
 
     @model_validator(mode="after")
     def _member_is_one_of_them(self) -> EnsembleSection:
@@ -71,8 +78,10 @@ class EnsembleSection(StageSectionBase):
 
 
 def check_single(section: EnsembleSection) -> None:
-    """Raises `ConfigError` for a section that stands for several models: it cannot be trained as it
-    is, only what `config.chain` makes of it."""
+    """Check that a section describes one model. Raises `ConfigError` for several.
+
+    `config.chain` makes the sections of single members, which can be trained.
+    """
     if section.members > 1 and section.member is None:
         raise ConfigError(
             f"stage.members = {section.members} and no stage.member: one run trains one member. Start "
@@ -81,7 +90,7 @@ def check_single(section: EnsembleSection) -> None:
 
 
 def times(section: EnsembleSection, key: str) -> int:
-    """How often one pass over the data has a unit with this key."""
+    """Return the number of times that one pass over the data has a unit with this key."""
     if section.member is None or section.members == 1 or section.split == "same":
         return 1
     if section.split == "leave_out":
@@ -92,12 +101,15 @@ def times(section: EnsembleSection, key: str) -> int:
 def conclude(
     section: EnsembleSection, units: Sequence[Unit], scored: Scored, folder: Path
 ) -> dict[str, Any] | None:
-    """Leave a member's scores in its run directory, and the report of all members beside these when
-    they are there; returns that report, None before.
+    """Write a member's scores into its run directory, and the report on all members once all have one.
 
     Args:
         units: [P] held-out units, in the order of `scored`.
         scored: their scores by this member.
+
+    Returns:
+        The report on all members, which is in the parent of the run directories. None for a stage of
+        one model, while scores of a member are missing, and if a member scored other units.
     """
     names = [xxh3_64_hexdigest(unit.content.encode()) for unit in units]
     write_json(folder / SCORES, {"units": names, **scored.as_dict()})
@@ -112,7 +124,7 @@ def conclude(
 
 
 def _of_all(section: EnsembleSection, folder: Path) -> list[Scored] | None:
-    """The scores of all members, None while one is missing or scored other units."""
+    """Read the scores of all members. None while one is missing or scored other units."""
     base = folder.name.removesuffix(f"-{section.member}")
     found: list[Mapping[str, Any]] = []
     for number in range(section.members):
@@ -127,7 +139,8 @@ def _of_all(section: EnsembleSection, folder: Path) -> list[Scored] | None:
 
 
 def _poisson(share: float) -> int:
-    """The number n of a Poisson distribution of mean 1 whose cumulated probability passes `share`."""
+    """Return the n whose cumulated probability passes `apply_umask`, for a Poisson distribution of mean
+    1."""
     count, below, own = 0, math.exp(-1), math.exp(-1)
     while share >= below and count < 32:
         count += 1

@@ -3,16 +3,20 @@
 Rows are in any layout of `data.preferences`; with `loss = { type = "kto" }` labelled responses too,
 and a pair is then two of them. Losses and their keys are in `algorithms.preference_loss_config`.
 
-The reference is the policy as the stage began, or follows it (`reference_update`; TR-DPO, Gorbatovski
-et al. 2024, arXiv 2404.09656) and is saved with a checkpoint then. Its log-probabilities of a unit are
-computed when the unit is first met, and kept until the reference moves while `reference_cache_bytes`
-hold them; units beyond are computed each time they are met. KTO's baseline is
-computed once a step on unmatched responses: each prompt of the batch with the responses of the next
-one, cut where they do not fit; a batch of one prompt has the baseline 0.
+The reference is the policy as the stage began, or moves towards it (`reference_update`; TR-DPO,
+Gorbatovski et al. 2024, arXiv 2404.09656). A moving reference is saved with each checkpoint. Its
+log-probabilities of a unit are computed when the unit is first met. They are kept until the reference
+moves, as far as `reference_cache_bytes` hold them; those of further units are computed each time.
 
-Promises: the loss is the mean over the pairs (labelled responses) of the batch, whatever the ranks,
-micro-batches and packing; while the policy is the reference every log-ratio is exactly 0. Truncation
-drops the oldest tokens of the prompt, the same ones for both, and never touches a response.
+KTO's baseline is computed once per step on unmatched responses: each prompt of the batch with the
+responses of the next one, cut where they do not fit. A batch of one prompt has the baseline 0.
+
+Promises:
+- the loss is the mean over the pairs (labelled responses) of the batch, whatever the ranks,
+  micro-batches and packing;
+- while the policy is the reference every log-ratio is exactly 0;
+- truncation drops the oldest tokens of the prompt, the same ones for both responses, and never touches
+  a response.
 """
 
 from __future__ import annotations
@@ -39,9 +43,9 @@ from rlhf_cluster.algorithms.preference_losses import (
 )
 from rlhf_cluster.data.packing import TokenSequence
 from rlhf_cluster.data.preferences import (
-    opening,
     parse_labelled,
     parse_pair,
+    split_key,
 )
 from rlhf_cluster.data.rows import Row
 from rlhf_cluster.data.units import Unit, cut_end
@@ -72,7 +76,7 @@ if TYPE_CHECKING:
 
 
 UNIT_BYTES = 500
-"""What a kept unit takes beside its numbers: two arrays, a tuple, a name, a place in the table."""
+"""Bytes that a kept unit takes on top of its numbers: two arrays, a tuple, a name, a dict entry."""
 
 
 class PreferenceConfig(StageSectionBase):
@@ -80,13 +84,19 @@ class PreferenceConfig(StageSectionBase):
 
     type: Literal["preference"] = "preference"
     loss: PreferenceLoss = DpoConfig()
-    """Which loss, and its keys."""
+    """Preference loss and its keys."""
     reference_update: ReferenceUpdate = FixedReference()
-    """The reference stays where the stage began, becomes the policy (`periodic`), or goes part of the
-    way (`ema`); `every` counts optimizer steps here, and 1 - decay is TR-DPO's alpha."""
+    """Rule by which the reference moves.
+
+    It stays as the stage began (`fixed`), becomes the policy (`periodic`), or moves part of the way
+    (`ema`). `every` counts optimizer steps, and 1 - decay is TR-DPO's alpha.
+    """
     reference_cache_bytes: int = Field(default=2**30, ge=0)
-    """Host memory of each rank for log-probabilities of the reference, 4 bytes a response token and
-    about 500 a unit. Units that find no room cost a pass of the reference in every epoch. 0: none."""
+    """Host memory of each rank, in bytes, for log-probabilities of the reference. 0: none.
+
+    They take 4 bytes per response token and about 500 per unit. A unit that does not fit costs a pass
+    of the reference in every epoch.
+    """
 
     @model_validator(mode="after")
     def _update_has_a_reference(self) -> PreferenceConfig:
@@ -128,7 +138,7 @@ class PreferenceStage(Stage[PreferenceConfig]):
         return [
             Unit(
                 sequences=tuple(TokenSequence(prompt_ids=prompt_ids, target_ids=a) for a in ids),
-                key=opening(prompt),
+                key=split_key(prompt),
                 content=repr((prompt, answers, verdicts)),
                 place=where,
                 values={"desirable": float(verdicts[0])},
@@ -162,16 +172,20 @@ class PreferenceStage(Stage[PreferenceConfig]):
         self._room = self.section.reference_cache_bytes
 
     def report(self, units: Sequence[Unit], passes: Passes) -> dict[str, Any]:
-        """How held-out responses are told apart, and whether the chosen ones have become less likely
-        (likelihood displacement: Razin et al. 2024, arXiv 2410.08847)."""
+        """Report how well the policy separates held-out responses, and likelihood displacement.
+
+        Displacement: chosen responses have become less likely (Razin et al. 2024, arXiv 2410.08847).
+        """
         policy = _sums(passes.logprobs(units))
         if not self.needs_reference:
             return _comparison(self.section.loss, units, policy, None)
         return _comparison(self.section.loss, units, policy, _sums(passes.reference(units)))
 
     def _of_reference(self, units: Sequence[Unit], passes: Passes) -> list[np.ndarray]:
-        """Log-probabilities [T] of every sequence in order. All ranks meet the same units in the same
-        order, and so keep and miss the same ones."""
+        """Return the reference's log-probabilities, [T] for every sequence in order.
+
+        All ranks meet the same units in the same order, so all keep and miss the same ones.
+        """
         by_name = {_token_digest(unit): unit for unit in units}
         missing = [unit for name, unit in by_name.items() if name not in self._kept]
         names = [name for name in by_name if name not in self._kept]
@@ -182,7 +196,10 @@ class PreferenceStage(Stage[PreferenceConfig]):
         return [own for unit in units for own in known[_token_digest(unit)]]
 
     def _keep(self, name: bytes, found: tuple[np.ndarray, ...]) -> None:
-        """Never in the place of what is kept: epochs come round to all alike."""
+        """Keep a unit's log-probabilities while there is memory.
+
+        Nothing is evicted for them: an epoch meets every unit once, so no unit is worth more.
+        """
         size = UNIT_BYTES + sum(values.nbytes for values in found)
         if size <= self._room:
             self._room -= size
@@ -190,10 +207,10 @@ class PreferenceStage(Stage[PreferenceConfig]):
             self._kept[name] = tuple(values.copy() for values in found)
 
     def _baseline(self, units: Sequence[Unit], passes: Passes) -> float:
-        """KTO's, in nats."""
+        """Compute KTO's baseline, in nats."""
         import torch
 
-        unmatched = _unmatched(units, self.context.data.max_tokens)
+        unmatched = _swap_responses(units, self.context.data.max_tokens)
         if not unmatched:
             return 0.0
         policy, ref = _sums(passes.logprobs(unmatched)), _sums(passes.reference(unmatched))
@@ -242,14 +259,17 @@ def _labelled_loss(
 
 
 def _reference_sums(tokens: TrainedTokens, reference: Sequence[np.ndarray]) -> Tensor:
-    """Of each sequence of the micro-batch, added up as the policy's are: equal tokens, equal sums."""
+    """Sum the reference's log-probabilities per sequence of the micro-batch.
+
+    The sums are made like the policy's, so equal log-probabilities give equal sums.
+    """
     own = [reference[index] for index in tokens.members]
     values = np.concatenate([np.zeros(0, dtype=np.float32), *own])
     return tokens.sums(tokens.logprobs.detach().new_tensor(values))
 
 
-def _unmatched(units: Sequence[Unit], max_tokens: int) -> list[Unit]:
-    """Each prompt with the responses of the next unit, where that has another prompt."""
+def _swap_responses(units: Sequence[Unit], max_tokens: int) -> list[Unit]:
+    """Join each prompt with the responses of the next unit, where that has another prompt."""
     found = []
     for index, unit in enumerate(units):
         other = units[(index + 1) % len(units)]
@@ -263,7 +283,7 @@ def _unmatched(units: Sequence[Unit], max_tokens: int) -> list[Unit]:
 
 
 def _verdicts(units: Sequence[Unit]) -> list[bool]:
-    """Of every sequence in order: of two the first is the better one."""
+    """Return for every sequence in order whether it is desirable; of a pair, the first one is."""
     return [
         verdict
         for unit in units
@@ -274,7 +294,7 @@ def _verdicts(units: Sequence[Unit]) -> list[bool]:
 
 
 def _sums(found: Sequence[tuple[np.ndarray, ...]]) -> np.ndarray:
-    """The log-probability of every sequence in order, float64."""
+    """Sum the log-probabilities of every sequence in order, float64."""
     return np.array([values.sum(dtype=np.float64) for unit in found for values in unit])
 
 

@@ -1,14 +1,15 @@
 """Process reward models: the chance that each reasoning step of a response is right.
 
 A row is a response with labelled steps (`data.reasoning_step_rows`). A step's logit is the value
-after its last token, found as in reinforcement learning (`data.reasoning_steps`): among the ids of
-the whole response, by the text that they decode to; the last step ends with the end token. Where
-one token ends several steps it has the lowest of their labels. The head has no bias and starts at
-0. What is exported loads as the reward `process_reward_model`.
+after its last token. That token is found as in reinforcement learning (`data.reasoning_steps`): among
+the ids of the whole response, by the text that they decode to. The last step ends with the end token.
+A token that ends several steps has the lowest of their labels. The head has no bias and starts at 0.
+The exported model loads as the reward `process_reward_model`.
 
-Promises: the loss is the mean over the labelled steps of the batch, whatever the ranks, micro-batches
-and packing; a step without a label is context. Truncation drops the oldest tokens of the prompt and
-never touches a response.
+Promises:
+- the loss is the mean over the labelled steps of the batch, whatever the ranks, micro-batches and
+  packing; a step without a label is context;
+- truncation drops the oldest tokens of the prompt and never touches a response.
 
 Shapes: L tokens of prompt and response, A of the response, S steps.
 """
@@ -27,7 +28,7 @@ from rlhf_cluster.data.packing import (
     TokenSequence,
     value_sequence,
 )
-from rlhf_cluster.data.preferences import opening
+from rlhf_cluster.data.preferences import split_key
 from rlhf_cluster.data.reasoning_step_rows import parse_steps
 from rlhf_cluster.data.reasoning_steps import (
     step_ends,
@@ -61,20 +62,27 @@ if TYPE_CHECKING:
 
 
 class ProcessRewardModelStageConfig(StageSectionBase):
-    """A model of reasoning steps from labels of each."""
+    """A model of reasoning steps, trained on a label per step."""
 
     model_kind: ClassVar[Literal["policy", "value"]] = "value"
     num_values: ClassVar[int] = 1
 
     type: Literal["process_reward_model"] = "process_reward_model"
     step_separator: str = Field(default="\n", min_length=1)
-    """What separates the steps of a response; segments that are blank are no steps. Keep it the
-    `scoring.step_separator` of the runs that will use the model."""
+    """Text that separates the steps of a response; blank segments do not count.
+
+    It should equal `scoring.step_separator` of the runs that will use the model.
+    """
     targets: Literal["soft", "hard"] = "soft"
-    """What is fitted: the labels as they are, or 1 where one is at least `threshold`, else 0."""
+    """Targets of the model.
+
+    `soft`: the labels as they are. `hard`: 1 where a label is at least `threshold`, else 0.
+    """
     threshold: float = Field(default=0.5, gt=0, le=1)
-    """A step whose label is at least this counts as right, in accuracies and hard targets. With the
-    share of right completions as labels, a number close to 0 says: where any was right."""
+    """Least label of a step that is treated as right, in accuracies and hard targets.
+
+    With the share of right completions as labels, a number close to 0 means: any completion was right.
+    """
 
 
 class ProcessRewardModelStage(Stage[ProcessRewardModelStageConfig]):
@@ -105,7 +113,7 @@ class ProcessRewardModelStage(Stage[ProcessRewardModelStageConfig]):
         return [
             Unit(
                 sequences=(_sequence(prompt_ids, ids, labels, is_end),),
-                key=opening(found.prompt),
+                key=split_key(found.prompt),
                 content=repr(found),
                 place=where,
                 values={"prompt_tokens": float(len(prompt_ids))},
@@ -141,7 +149,7 @@ class ProcessRewardModelStage(Stage[ProcessRewardModelStageConfig]):
         return share
 
     def report(self, units: Sequence[Unit], passes: Passes) -> dict[str, Any]:
-        """See `offline.reward_model_losses.process_report`."""
+        """Return `offline.reward_model_losses.process_report` of the held-out units."""
         scores, labels = [], []
         for unit, (values,) in zip(units, passes.values(units), strict=True):
             streams = unit.sequences[0].streams
@@ -151,7 +159,7 @@ class ProcessRewardModelStage(Stage[ProcessRewardModelStageConfig]):
         return process_report(scores, labels, self.section.threshold)
 
     def _text(self, ids: Sequence[int]) -> str:
-        """As the scoring pool decodes."""
+        """Decode ids with the settings of the scoring pool."""
         text = self.tokenizer.decode(
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
@@ -161,7 +169,10 @@ class ProcessRewardModelStage(Stage[ProcessRewardModelStageConfig]):
 def _sequence(
     prompt_ids: np.ndarray, ids: np.ndarray, labels: np.ndarray, is_end: np.ndarray
 ) -> TokenSequence:
-    """Values are read where `labels` [A] has a number; `is_end` [A] is 1 where a step ends."""
+    """Build the sequence of a response. Values are read where `labels` [A] has a number.
+
+    `is_end` [A] is 1 where a step ends.
+    """
     before = np.zeros(len(prompt_ids), dtype=np.float32)
     streams = {
         "label": np.concatenate([before + np.nan, labels]).astype(np.float32),

@@ -11,15 +11,15 @@ A response is scored by the value after the last real token of (prompt, response
 ids that reinforcement learning will show the model. The head has no bias and starts at 0. The
 exported model loads as the reward `reward_model`, with `output_weights` if it has several heads.
 
-The report (`offline.scorer_report`) is of held-out pairs, of a ranking its best against its worst:
-accuracy with its interval, calibration, the correlation of score and length, and, if rows have
-`chosen_paraphrase` or `rejected_paraphrase`, how often a verdict stays in other words. Paraphrases
-of held-out pairs are scored with them and never trained. `offline.train_ensemble` trains several
-members.
+The report (`offline.scorer_report`) is on held-out pairs; a ranking gives the pair of its best and its
+worst response. It has accuracy with its interval, calibration, and the correlation of score and
+length. If rows have `chosen_paraphrase` or `rejected_paraphrase`, it also has how often a verdict is
+the same for paraphrases, which are scored with held-out pairs and never trained.
+`offline.train_ensemble` trains several members.
 
 Promises:
-- the loss is the mean over the examples of the batch (pairs, rankings or responses), of a graded
-  response the mean over its graded heads, whatever the ranks, micro-batches and packing;
+- the loss is the mean over the examples of the batch (pairs, rankings or responses), whatever the
+  ranks, micro-batches and packing; a graded response's loss is the mean over its graded heads;
 - truncation drops the oldest tokens of the prompt, the same ones for all of a unit, and never
   touches a response.
 
@@ -41,11 +41,11 @@ from rlhf_cluster.algorithms.algorithm import Sums
 from rlhf_cluster.data.packing import value_sequence
 from rlhf_cluster.data.preferences import (
     Pair,
-    opening,
     parse_graded,
     parse_pair,
     parse_paraphrases,
     parse_ranking,
+    split_key,
 )
 from rlhf_cluster.data.rows import Row
 from rlhf_cluster.data.units import Unit, is_held_out
@@ -81,11 +81,11 @@ if TYPE_CHECKING:
 
 
 class BradleyTerry(Section):
-    """Pairs: the chosen response's score is to lead."""
+    """Loss of pairs: the chosen response's score should be the higher one."""
 
     type: Literal["bradley_terry"] = "bradley_terry"
     margins: bool = True
-    """Where a row has a `margin`, the better response is to lead by as much."""
+    """Whether the better response should lead by the `margin` of a row that has one."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """Share of pairs held to be labelled the wrong way round."""
     centring: float = Field(default=0.01, ge=0)
@@ -93,11 +93,11 @@ class BradleyTerry(Section):
 
 
 class PlackettLuce(Section):
-    """Rankings: the likelihood of the whole order."""
+    """Loss of rankings: the likelihood of the whole order."""
 
     type: Literal["plackett_luce"] = "plackett_luce"
     max_responses: int = Field(default=8, ge=2)
-    """Responses of a row, at most; a longer ranking is refused."""
+    """Most responses of a row; a longer ranking is refused."""
 
 
 class RewardModelStageConfig(train_ensemble.EnsembleSection):
@@ -108,10 +108,12 @@ class RewardModelStageConfig(train_ensemble.EnsembleSection):
 
     type: Literal["reward_model"] = "reward_model"
     loss: Annotated[BradleyTerry | PlackettLuce, Field(discriminator="type")] = BradleyTerry()
-    """What the scores are fitted to, and its keys."""
+    """Loss that fits the scores to preferences, and its keys."""
     paraphrases: bool = False
-    """Rows may say their responses in other words (`chosen_paraphrase`, `rejected_paraphrase`): the
-    report has how often the verdict on a held-out pair stays. With pairs only."""
+    """Whether rows may have paraphrases (`chosen_paraphrase`, `rejected_paraphrase`); pairs only.
+
+    The report then has how often the verdict on a held-out pair is the same for them.
+    """
 
     @property
     def max_unit_size(self) -> int:
@@ -134,7 +136,7 @@ class RewardModelStage(Stage[RewardModelStageConfig]):
     lower_is_better = False
 
     def __init__(self, section: RewardModelStageConfig, context: StageContext) -> None:
-        """Raises `ConfigError` for a section of several members: see `config.chain`."""
+        """Build the stage. Raises `ConfigError` for a section of several members: `config.chain`."""
         super().__init__(section, context)
         train_ensemble.check_single(section)
 
@@ -143,7 +145,7 @@ class RewardModelStage(Stage[RewardModelStageConfig]):
         margin = 0.0
         if isinstance(loss, BradleyTerry):
             found = parse_pair(row.columns, where)
-            answers, margin = self._said(found, row, where), found.margin or 0.0
+            answers, margin = self._responses(found, row, where), found.margin or 0.0
         else:
             found = parse_ranking(row.columns, where)
             answers = found.responses
@@ -156,7 +158,7 @@ class RewardModelStage(Stage[RewardModelStageConfig]):
         return [
             Unit(
                 sequences=tuple(value_sequence(np.concatenate([prompt_ids, a])) for a in ids),
-                key=opening(found.prompt),
+                key=split_key(found.prompt),
                 content=repr(found),
                 place=where,
                 values={"margin": margin, "prompt_tokens": float(len(prompt_ids))},
@@ -186,7 +188,7 @@ class RewardModelStage(Stage[RewardModelStageConfig]):
         )
 
     def report(self, units: Sequence[Unit], passes: Passes) -> dict[str, Any]:
-        """Scores and all, which `conclude` keeps in a file of their own."""
+        """Return the report and all scores of held-out units; `conclude` moves the scores to a file."""
         found = passes.values(units)
         pairs = isinstance(self.section.loss, BradleyTerry)
         ends = (0, 1) if pairs else (0, -1)
@@ -207,23 +209,23 @@ class RewardModelStage(Stage[RewardModelStageConfig]):
         together = train_ensemble.conclude(self.section, units, scored, folder)
         return own if together is None else {**own, "ensemble": together["ensemble"]}
 
-    def _said(self, pair: Pair, row: Row, where: str) -> tuple[str, ...]:
-        """The pair's responses; of a held-out one their paraphrases too, where it has any."""
+    def _responses(self, pair: Pair, row: Row, where: str) -> tuple[str, ...]:
+        """Return a pair's responses, and after them the paraphrases of a held-out pair that has any."""
         pair_of = (pair.chosen, pair.rejected)
         if not self.section.paraphrases:
             return pair_of
         others = parse_paraphrases(row.columns, pair, where)
-        held_out = is_held_out(opening(pair.prompt), self.context.data.held_out)
+        held_out = is_held_out(split_key(pair.prompt), self.context.data.held_out)
         return (*pair_of, *others) if others is not None and held_out else pair_of
 
 
 def _pair_loss(loss: BradleyTerry, units: Sequence[Unit]) -> ValueLoss:
     places = np.cumsum([0, *(len(unit.sequences) for unit in units)]).tolist()
-    # of a unit, by the place of its first sequence in the batch's flat list
+    # margin of a unit, by the index of its first sequence in the batch's flat list
     margins = {p: unit.values["margin"] for p, unit in zip(places, units, strict=False)}
 
     def share(found: TrainedValues) -> tuple[Tensor, Sums]:
-        scores = found.sums(found.values)  # of one value a sequence
+        scores = found.sums(found.values)  # sums of one value per sequence
         starts = np.cumsum([0, *found.unit_sizes])[:-1]
         firsts = scores.new_tensor(starts).long()
         chosen, rejected = scores[firsts], scores[firsts + 1]
@@ -250,7 +252,7 @@ def _ranking_loss(loss: PlackettLuce, num_rankings: int) -> ValueLoss:
 
 
 def _apart(unit: Unit) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The prompt's ids and the answers' of a unit."""
+    """Split a unit into its prompt's ids and the ids of each answer."""
     size = int(unit.values["prompt_tokens"])
     tokens = [sequence.prompt_ids for sequence in unit.sequences]
     return tokens[0][:size], [ids[size:] for ids in tokens]
@@ -263,7 +265,7 @@ class PointwiseRewardModelConfig(StageSectionBase):
 
     type: Literal["pointwise_reward_model"] = "pointwise_reward_model"
     kind: Literal["mse", "bce"] = "mse"
-    """What a score is fitted to: a grade as it is, or, as a logit, a label in [0, 1]."""
+    """Meaning of a score: `mse`, the grade as it is; `bce`, the logit of a label in [0, 1]."""
     heads: tuple[str, ...] = Field(default=("score",), min_length=1)
     """Columns of the grades, one output of the model each."""
 
@@ -281,7 +283,7 @@ class PointwiseRewardModelStage(Stage[PointwiseRewardModelConfig]):
         for head, grade in zip(section.heads, found.grades, strict=True):
             if section.kind == "bce" and grade is not None and not 0 <= grade <= 1:
                 raise DataError(
-                    f"{where}, column {head!r}: {grade:g} is no label in [0, 1]. Set stage.kind = "
+                    f"{where}, column {head!r}: {grade:g} is not a label in [0, 1]. Set stage.kind = "
                     "'mse', or correct the row"
                 )
         prompt_ids, [ids] = encode_answers(
@@ -291,7 +293,7 @@ class PointwiseRewardModelStage(Stage[PointwiseRewardModelConfig]):
         return [
             Unit(
                 sequences=(value_sequence(np.concatenate([prompt_ids, ids])),),
-                key=opening(found.prompt),
+                key=split_key(found.prompt),
                 content=repr(found),
                 place=where,
                 values={"prompt_tokens": float(len(prompt_ids)), **grades},
@@ -331,7 +333,7 @@ class PointwiseRewardModelStage(Stage[PointwiseRewardModelConfig]):
         return share
 
     def report(self, units: Sequence[Unit], passes: Passes) -> dict[str, Any]:
-        """`heads` has a report of each, see `offline.scorer_report.graded_report`."""
+        """Return `offline.scorer_report.graded_report` of each head, and the warnings of all."""
         scores = np.array([np.reshape(own[0][-1], -1) for own in passes.values(units)], np.float64)
         if self.section.kind == "bce":
             scores = 1 / (1 + np.exp(-scores))
@@ -345,7 +347,7 @@ class PointwiseRewardModelStage(Stage[PointwiseRewardModelConfig]):
         return {"heads": heads, "warnings": warnings}
 
     def _grades(self, units: Sequence[Unit]) -> np.ndarray:
-        """[N, H], NaN where there is none."""
+        """Return the grades of units, [N, H], NaN where a response has none."""
         heads = range(self.section.num_values)
         rows = [[unit.values.get(f"grade/{i}", math.nan) for i in heads] for unit in units]
         return np.array(rows, dtype=np.float64)

@@ -1,13 +1,16 @@
 """Supervised fine-tuning: the mean negative log-likelihood of what the assistant says.
 
 A row is a dialogue (`messages`: a list of {role, content}, or one text as in hh-rlhf), or a `prompt`
-and its `completion`. Of a dialogue every assistant turn is trained, its end token included
-(`data.assistant_turns`). Without a chat template a completion follows its prompt as it stands, with the
-end token after it.
+and its `completion`. Every assistant turn of a dialogue is trained, its end token included
+(`data.assistant_turns`). Without a chat template a completion is appended to its prompt unchanged, and
+the end token after it.
 
-Promises: the loss is the mean over all trained tokens of the batch, whatever the ranks, micro-batches
-and packing; no label smoothing, no dropout; masks come from where text was put, never from ids, so a
-padding token that is also the end token is trained where it ends an answer.
+Promises:
+- the loss is the mean over all trained tokens of the batch, whatever the ranks, micro-batches and
+  packing;
+- there is no label smoothing and no dropout;
+- masks come from where text was put, never from ids, so a padding token that is also the end token is
+  trained where it ends an answer.
 """
 
 from __future__ import annotations
@@ -21,14 +24,17 @@ from rlhf_cluster.algorithms.algorithm import Sums
 from rlhf_cluster.data.assistant_turns import encode_dialogue
 from rlhf_cluster.data.dialogue_text import (
     Messages,
-    checked_messages,
     is_dialogue,
     parse_dialogue,
+    parse_messages,
 )
 from rlhf_cluster.data.packing import TokenSequence
 from rlhf_cluster.data.preferences import UnusableRow
 from rlhf_cluster.data.rows import Row
-from rlhf_cluster.data.units import Unit, sequence_of
+from rlhf_cluster.data.units import (
+    Unit,
+    make_sequence,
+)
 from rlhf_cluster.errors import DataError
 from rlhf_cluster.offline.stage import (
     Passes,
@@ -91,7 +97,7 @@ class DialogueStage(Stage[S]):
             )
         messages = with_system(messages, data.system_prompt, data.drop_system, where)
         ids, trained = encode_dialogue(messages, where, self.tokenizer, self.context.end_ids)
-        sequence = sequence_of(ids, trained)
+        sequence = make_sequence(ids, trained)
         if sequence is None:
             raise UnusableRow(f"{where}: a response has no text. Correct or remove the row")
         asked = next((m["content"] for m in messages if m["role"] == "user"), "")
@@ -142,7 +148,11 @@ class SftStage(DialogueStage[SftConfig]):
 
 
 def with_system(messages: Messages, prompt: str | None, drop: bool, where: str) -> Messages:
-    """The dialogue without its own system turns, or with `prompt` before it. Raises `DataError`."""
+    """Return the dialogue with `prompt` as its system message, if there is one.
+
+    `drop`: remove the dialogue's system messages first. Raises `DataError` where it keeps one and
+    `prompt` is set.
+    """
     if drop:
         messages = [m for m in messages if m["role"] != "system"]
     if prompt is None or not messages:
@@ -159,7 +169,7 @@ def _messages(value: Any, where: str, column: str) -> Messages:
     where = f"{where}, column {column!r}"
     if isinstance(value, str) and is_dialogue(value):
         return parse_dialogue(value, where)
-    return checked_messages(value, where)
+    return parse_messages(value, where)
 
 
 def _unit(sequence: TokenSequence, key: str, content: str, where: str) -> Unit:

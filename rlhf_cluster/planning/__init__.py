@@ -1,1 +1,1 @@
-"""What a run needs of a cluster, as pure functions."""
+"""Needs of a run: bundles, memory, inputs and transport, and whether a machine or cluster fits."""

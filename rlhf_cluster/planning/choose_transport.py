@@ -1,4 +1,4 @@
-"""Which way versions take in a run that leaves it to us (`weights.transport = "auto"`)."""
+"""Choice of the transport of versions in a run with `weights.transport = "auto"`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from rlhf_cluster.planning.memory_needs import BYTES
 
 
 def with_transport(config: RunConfig, model_dir: str | Path) -> RunConfig:
-    """`config` with "files" or "relay", for all processes of the run; unchanged where it says which.
+    """Return `config` with "files" or "relay" in place of "auto", for all processes of the run.
 
-    The relay is taken where `weights.mirror` is set, and where a version is larger than
-    `weights.relay_above_bytes` and more than one process reads it. A store in the memory of one
-    machine has nothing to gain: its copies would lie beside it.
+    The relay is chosen where `weights.mirror` is set, and where a version is larger than
+    `weights.relay_above_bytes` and more than one process reads it. It is not chosen automatically for
+    a store in the memory of one machine, which gains nothing: the copies would be in the same memory.
     """
     weights = config.weights
     if weights.transport != "auto":
@@ -36,8 +36,10 @@ def _gains(config: RunConfig, model_dir: str | Path) -> bool:
 
 
 def _version_bytes(config: RunConfig, model_dir: str | Path) -> int:
-    """Bytes of a version in full; 0 for a folder whose tensors cannot be listed, which a worker refuses
-    with the reason."""
+    """Return the bytes of a full version, or 0 for a folder whose tensors cannot be listed.
+
+    A worker refuses such a folder with the reason.
+    """
     try:
         shapes = checkpoint_shapes(model_dir)
     except WeightError:

@@ -1,4 +1,4 @@
-"""The cluster that a run is given, and whether what it asks for finds a place there."""
+"""The cluster of a run, and whether the run's bundles fit on it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Resources = Mapping[str, float]
 
 
 def address_of(config: AnyConfig) -> str | None:
-    """The cluster to join, or None for one that is started on this machine."""
+    """Return the address of the cluster to join, or None to start one on this machine."""
     return config.cluster.address or os.environ.get("RAY_ADDRESS") or None
 
 
 def local_cpus(config: AnyConfig) -> int:
-    """Logical CPUs of a local cluster: the machine's cores unless the configuration says more."""
+    """Return the logical CPUs of a local cluster: `cluster.num_cpus`, else the machine's cores."""
     return int(config.cluster.num_cpus or os.cpu_count() or 1)
 
 
@@ -28,8 +28,13 @@ def judge_placement(
     free: Resources,
     node_timeout_s: float,
 ) -> Finding:
-    """`nodes`: what each live node has, held by other jobs or not; `free`: what nobody holds now, of
-    all nodes together. Over 0, `node_timeout_s` is how long the run waits for further nodes."""
+    """Return the finding on whether all bundles fit on the cluster.
+
+    Args:
+        nodes: resources of each live node, including those that other jobs hold.
+        free: resources that no job holds, summed over all nodes.
+        node_timeout_s: seconds that the run waits for further nodes; 0: it does not wait.
+    """
     left = unplaced(bundles, nodes)
     if left:
         waits = node_timeout_s > 0

@@ -1,8 +1,8 @@
 """`validate --deep`: whether the tokenizers of the models agree, and what memory the roles need.
 
-Reads configurations, tokenizers and the shapes of tensors, never the weights. For every kind of run
-file. A stage of a pipeline whose model an earlier one is yet to leave is looked at with the model that
-it will come from: a stage changes neither the tokenizer nor, but for a head, the shapes.
+It reads configurations, tokenizers and the shapes of tensors, never the weights, for every kind of run
+file. Where an earlier stage of a pipeline has not produced the model yet, the model that it starts
+from is checked instead: a stage changes neither the tokenizer nor, except for a head, the shapes.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 
 
 def deep(config: AnyConfig, scratch: Path, earlier: Sequence[AnyConfig] = ()) -> list[Finding]:
-    """All findings; models made from numbers are made below `scratch`. `earlier`: the stages of the
-    pipeline before this one. Raises `DataError`, `WeightError`."""
+    """Return all findings. Models made from numbers are written below `scratch`.
+
+    `earlier`: the stages of the pipeline before this one. Raises `DataError`, `WeightError`.
+    """
     sources = _Sources(earlier, scratch)
     model_dir = sources.model_of(config)
     findings = [*_tokenizers(config, model_dir, sources), *_templates(config, earlier)]
@@ -53,7 +55,7 @@ class _Sources:
         }
 
     def __getitem__(self, path: str) -> str:
-        """`path`, or where it is yet to come, the folder of the model that it is made from."""
+        """Return `path`, or while it does not exist, the folder of the model that it is made from."""
         number, maker = self._maker.get(Path(path).absolute(), (0, None))
         if maker is None or Path(path).exists():
             return path
@@ -87,7 +89,7 @@ def _needs(config: AnyConfig, shape: Shape, sources: _Sources) -> list[Need]:
 def _tokenizers(config: AnyConfig, model_dir: Path, sources: _Sources) -> Iterator[Finding]:
     policy = load_tokenizer(config.model.tokenizer or str(model_dir))
     if config.model.tokenizer is not None:
-        yield _compared(f"tokenizer of {model_dir}", policy, str(model_dir), "model.tokenizer")
+        yield _compare(f"tokenizer of {model_dir}", policy, str(model_dir), "model.tokenizer")
     ends = end_token_ids(policy, model_dir)
     outside = [token for token in ends if token >= len(policy)]
     cure = f"{outside} are no tokens: correct eos_token_id in generation_config.json"
@@ -107,11 +109,11 @@ def _tokenizers(config: AnyConfig, model_dir: Path, sources: _Sources) -> Iterat
         else "",
     )
     for name, path, why in _readers(config):
-        yield _compared(f"tokenizer of {name}", policy, sources[path], why)
+        yield _compare(f"tokenizer of {name}", policy, sources[path], why)
 
 
 def _readers(config: AnyConfig) -> Iterator[tuple[str, str, str]]:
-    """Models that are given the policy's token ids: name, folder, and why they are."""
+    """Yield the models that read the policy's token ids: name, folder, and the reason."""
     if isinstance(config, StageConfig):
         teacher = getattr(config.stage, "teacher", None)
         rewards = ()
@@ -126,7 +128,10 @@ def _readers(config: AnyConfig) -> Iterator[tuple[str, str, str]]:
 
 
 def _templates(config: AnyConfig, earlier: Sequence[AnyConfig]) -> Iterator[Finding]:
-    """A model goes on in the layout that it was trained in."""
+    """Compare the template of a run with that of each stage whose model it uses.
+
+    A model should be used with the layout of text that it was trained on.
+    """
     used = [config.model.path, *(path for _, path, _ in _readers(config))]
     folders = {Path(path).absolute() for path in used if path is not None}
     for before in earlier:
@@ -142,8 +147,11 @@ def _templates(config: AnyConfig, earlier: Sequence[AnyConfig]) -> Iterator[Find
         )
 
 
-def _compared(name: str, policy: PreTrainedTokenizerBase, path: str, why: str) -> Finding:
-    """A model that reads the policy's ids must know them, and ought to have its template."""
+def _compare(name: str, policy: PreTrainedTokenizerBase, path: str, why: str) -> Finding:
+    """Compare a tokenizer with the policy's.
+
+    A model that reads the policy's ids must have the same tokens, and should have its template.
+    """
     try:
         other = load_tokenizer(path)
     except DataError as error:
@@ -176,7 +184,7 @@ def _shape(model_dir: Path) -> Shape:
 
 
 def _count(path: str) -> int:
-    """Parameters. Raises `WeightError` where there are no safetensors."""
+    """Count the parameters of a model. Raises `WeightError` where there are no safetensors."""
     try:
         return sum(prod(shape) for shape in checkpoint_shapes(path).values())
     except OSError as error:

@@ -1,7 +1,7 @@
-"""Whether this machine can run: for `rlhf-cluster doctor`. `look` gathers facts, `judge` is pure.
+"""Checks of this machine, for `rlhf-cluster doctor`. `look` gathers facts, `judge` is pure.
 
-Each finding is "ok", "note" (works, or not tested) or "wrong" (a run would fail or hang), and what is
-not ok says the cure. Nothing is changed: the files of the speed test are deleted again.
+Each finding is "ok", "note" (works, or not tested) or "wrong" (a run would fail or hang). A finding
+that is not ok says what to do. Nothing is changed: the files of the speed test are deleted again.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Verdict = Literal["ok", "note", "wrong"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speed:
-    """Of one file in a folder, bytes a second. `error` where it could not be written."""
+    """Speed of one file in a folder, in bytes per second. `error` where it could not be written."""
 
     write: float = 0.0
     read: float = 0.0
@@ -54,8 +54,11 @@ class Speed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """`packages`: version by name, None where not installed. `gpus`: name and bytes of each. `ports`:
-    what was wanted, and whether it is free. Folders are the nearest that exist."""
+    """Facts of a machine.
+
+    `packages`: version by name, None where not installed. `gpus`: name and bytes of each. `ports`:
+    whether each requested port is free. Folders are the nearest that exist.
+    """
 
     python: str
     packages: Mapping[str, str | None]
@@ -81,7 +84,7 @@ class Finding:
 
 
 def judge(facts: Facts) -> list[Finding]:
-    """One finding a thing that was looked at, in the order in which a person would ask."""
+    """Return one finding for each checked fact, the basic ones first."""
     return [
         *_software(facts),
         *_processor(facts),
@@ -99,7 +102,7 @@ def look(
     probe_bytes: int = PROBE_BYTES,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Facts:
-    """Facts of this machine. Waits for: the speed test, and `nvidia-smi` at most 20 s."""
+    """Gather the facts of this machine. Waits for: the speed test, and `nvidia-smi` at most 20 s."""
     root, weights = _existing(root), _existing(weights_root or root)
     return Facts(
         python=platform.python_version(),
@@ -150,7 +153,7 @@ def is_free(port: int) -> bool:
 
 
 def report(findings: Sequence[Finding]) -> Iterator[str]:
-    """A line a finding, and its cure below it."""
+    """Yield one line for each finding, and below it what to do."""
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
         yield f"{finding.verdict:<5}  {finding.name:<{width}}  {finding.value}"
@@ -292,7 +295,7 @@ def _version(package: str) -> str | None:
 
 
 def _existing(folder: Path) -> Path:
-    """`folder`, or the nearest one above it that exists."""
+    """Return `folder`, or the nearest folder above it that exists."""
     folder = folder.absolute()
     return next(path for path in (folder, *folder.parents) if path.is_dir())
 
@@ -313,13 +316,13 @@ def _size(folder: str) -> int | None:
 
 
 def memory_bytes() -> int | None:
-    """Free on this machine; None where it does not say."""
+    """Return the free memory of this machine in bytes, or None where the system does not report it."""
     found = _words("/proc/meminfo", r"^MemAvailable:\s*(\d+) kB$")
     return 1024 * int(found[0]) if found else None
 
 
 def gpus() -> list[tuple[str, int]]:
-    """Name and bytes of each GPU here. Waits for: `nvidia-smi`, at most 20 s."""
+    """Return name and bytes of each GPU here. Waits for: `nvidia-smi`, at most 20 s."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)

@@ -1,7 +1,7 @@
-"""What reaches an engine of a small update by an adapter, by how versions are published and held.
+"""Share of an adapter's small update that reaches an engine, by how versions are published and held.
 
-Measured on a small model (benchmarks/lora_rounding.py); `served` by computing as vLLM does. A test
-compares the numbers with benchmarks/results/lora_rounding.json.
+Measured on a small model (benchmarks/lora_rounding.py). `served` is measured with vLLM's computation.
+A test compares the numbers with benchmarks/results/lora_rounding.json.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from rlhf_cluster.config import RunConfig
 
 SIZES = (1e-4, 3e-4, 1e-3, 4e-3)
-"""Of the update, over that of the weights."""
+"""Sizes of the update, relative to the size of the weights."""
 KEPT = {
     "nearest": (0.06, 0.17, 0.53, 0.97),
     "served": (0.06, 0.22, 0.61, 0.98),
@@ -26,7 +26,7 @@ _WIDTH = max(map(len, KEPT))
 
 
 def way_of(config: RunConfig) -> str | None:
-    """The row of `KEPT` that a run with adapters is in; None where it was not measured."""
+    """Return the row of `KEPT` of a run with adapters, or None where it was not measured."""
     generation, published = config.generation, config.publish_dtype
     if generation.lora == "served":
         return "served" if generation.dtype == "bfloat16" else "float32"
@@ -41,7 +41,7 @@ def way_of(config: RunConfig) -> str | None:
 
 
 def kept_lines(config: RunConfig) -> Iterator[str]:
-    """The table as text, this run's row marked; nothing without [learner.lora]."""
+    """Yield the table as text, with this run's row marked. Nothing without [learner.lora]."""
     if config.learner.lora is None:
         return
     own = way_of(config)

@@ -1,4 +1,4 @@
-"""What memory the roles of a run or stage need, by formulas; pure. For `validate --deep`.
+"""Memory that the roles of a run or stage need, by formulas, for `validate --deep`. Pure functions.
 
 The estimate, in bytes, for P parameters of w bytes each and R ranks:
 
@@ -7,16 +7,16 @@ The estimate, in bytes, for P parameters of w bytes each and R ranks:
                    34 w/2 T H L   passes: T tokens of a micro-batch, hidden size H, L layers;
                                   2 w/2 T H L with gradient checkpointing (Korthikanti et al. 2022,
                                   arXiv 2205.05198, without the attention scores)
-                   w P / R        of each frozen model beside it: a stage's teacher, its reference,
-                                  and that of an algorithm whose KL is over the whole vocabulary;
-                                  4 P / R of a stage's reference that moves, none under adapters
-    generation     w P / t        of each of t tensor-parallel parts, and the KV cache, of which a token
+                   w P / R        each further frozen model: a stage's teacher, its reference, and
+                                  the reference of an algorithm whose KL is over the whole vocabulary;
+                                  4 P / R for a stage's reference that moves, none under adapters
+    generation     w P / t        each of t tensor-parallel parts, and the KV cache, of which a token
                                   takes 2 w L times the size of its keys
-    scoring pools  w P            of each frozen model that a pool serves: reference, teacher, exact
+    scoring pools  w P            each frozen model that a pool serves: reference, teacher, exact
                                   log-probabilities, reward models; w = 1 where they are quantized
 
-It leaves out what libraries keep for themselves, so it is what a role needs at least. Hosts hold
-12 P / R more for each rank while a checkpoint is written.
+It does not include memory that libraries keep for themselves, so a role needs at least this much.
+Hosts hold 12 P / R more for each rank while a checkpoint is written.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ from rlhf_cluster.sections.gpu_shares import (
 from rlhf_cluster.sections.rl_run import Learner
 
 BYTES = {"float32": 4, "bfloat16": 2}
-STATE_BYTES = 16  # of a trained parameter
-FROZEN_BYTES = 4.0  # of one under adapters
-QUANTIZED_BYTES = 0.63
-ROUNDED_BYTES = 1  # of a parameter in 8 bits
-ACTIVATIONS, RECOMPUTED = 34, 2  # bytes of a token, hidden unit and layer, in 16 bits
+STATE_BYTES = 16  # per trained parameter
+FROZEN_BYTES = 4.0  # per frozen parameter under adapters
+QUANTIZED_BYTES = 0.63  # per frozen parameter under adapters, in 4 bits
+ROUNDED_BYTES = 1  # per parameter in 8 bits
+ACTIVATIONS, RECOMPUTED = 34, 2  # bytes per token, hidden unit and layer, in 16 bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """Of the model that is trained or sampled from. `key_size` is heads of keys times their size."""
+    """Sizes of the model that is trained or sampled from. `key_size`: key heads times their size."""
 
     num_parameters: int
     hidden_size: int
@@ -67,8 +67,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frozen:
-    """A model that is not trained: its folder (None: the policy's), the bytes of a parameter, and the
-    pool that has it."""
+    """A frozen model: its folder (None: the policy's), bytes per parameter, and its pool."""
 
     path: str | None
     width: int
@@ -77,7 +76,7 @@ class Frozen:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Need:
-    """Bytes of one process of a role on its device. `parts` say of what."""
+    """Bytes that one process of a role needs on its device, by their purpose in `parts`."""
 
     role: str
     processes: int
@@ -90,7 +89,7 @@ class Need:
 
 
 def of_run(config: RunConfig, shape: Shape, frozen: Mapping[str, float]) -> list[Need]:
-    """What each role needs. `frozen`: bytes of the scoring pool's models, by what they are."""
+    """Return the needs of each role of a run. `frozen`: bytes of the scoring pools' models, by name."""
     critic = ALGORITHMS[config.algorithm.type](config.algorithm).needs_critic
     group = config.algorithm.group_size * config.max_sequence_tokens
     learner = _learner(
@@ -106,7 +105,7 @@ def of_run(config: RunConfig, shape: Shape, frozen: Mapping[str, float]) -> list
 
 
 def of_stage(config: StageConfig, shape: Shape, teacher_parameters: int = 0) -> list[Need]:
-    """What the ranks of an offline stage need."""
+    """Return the needs of the ranks of an offline stage."""
     stage = build_stage(config.stage, StageContext(data=config.data))
     width = BYTES[config.learner.dtype]
     beside = {}
@@ -122,7 +121,7 @@ def of_stage(config: StageConfig, shape: Shape, teacher_parameters: int = 0) -> 
 def of_pools(
     config: RunConfig | GenerateConfig, shape: Shape, frozen: Mapping[str, float]
 ) -> list[Need]:
-    """What a worker of each pool needs; `frozen` as in `of_run`."""
+    """Return the needs of a worker of each pool. `frozen`: bytes of the pools' models, by name."""
     generation = config.generation
     pool_of = {name: model.pool for name, model in frozen_models(config).items()}
     longest = config.data.max_prompt_tokens + generation.max_response_tokens
@@ -153,8 +152,10 @@ def of_pools(
 
 
 def frozen_models(config: RunConfig | GenerateConfig) -> dict[str, Frozen]:
-    """The models of the scoring pools by what they are; each is of its own type and precision. The
-    reference is a second policy, and so is the model of exact log-probabilities."""
+    """Return the models of the scoring pools by name, each with its type and precision.
+
+    The reference and the model of exact log-probabilities have the policy's size.
+    """
     scoring = config.scoring
     found: dict[str, Frozen] = {}
     if scoring.reference:
@@ -177,7 +178,7 @@ def frozen_models(config: RunConfig | GenerateConfig) -> dict[str, Frozen]:
 
 
 def _frozen(scoring: Scoring, name: str, path: str | None) -> Frozen:
-    """The reference or the teacher, with the precision of its pool."""
+    """Return the reference or the teacher, with the precision of its pool."""
     pool = scoring.pool_of(name)
     own = scoring.of_pool(pool)
     width = ROUNDED_BYTES if own.quantization is not None else BYTES[own.dtype]
@@ -187,8 +188,11 @@ def _frozen(scoring: Scoring, name: str, path: str | None) -> Frozen:
 def judge(
     needs: Sequence[Need], gpus: Sequence[int], host_bytes: int | None, alone: bool
 ) -> Iterator[Finding]:
-    """A finding a role, against the smallest GPU here or, without GPUs, all roles against this host,
-    where the run is `alone` on it."""
+    """Yield one finding per role, and one for this host.
+
+    A role with GPUs is compared with the smallest GPU here. The sum of the roles without GPUs is
+    compared with this host's memory, where the run is `alone` on it.
+    """
     on_host = 0.0
     for need in needs:
         value = f"{gib(need.num_bytes)} each ({_parts(need)}), {need.processes} of them"
@@ -233,7 +237,10 @@ _CURES = {
 def _learner(
     learner: Learner, shape: Shape, batch_tokens: int, models: int, beside: Mapping[str, float]
 ) -> Need:
-    """`batch_tokens`: the most that a step can have. `beside`: bytes of whole frozen models."""
+    """Return the need of a learner rank.
+
+    `batch_tokens`: most tokens of a step. `beside`: bytes of whole frozen models in the rank, by name.
+    """
     state = float(STATE_BYTES)
     if learner.lora is not None:
         state = QUANTIZED_BYTES if learner.lora.quantize_base else FROZEN_BYTES

@@ -29,7 +29,7 @@ BUFFER_CPUS = 0.1
 WORKER_GROUPS = ("generation", "scoring", "training")
 
 GROUP_SHARE = 0.001
-"""Of the resource of a worker group, of which a node has 1: any number of bundles fits a node."""
+"""Share of its group's resource that a bundle asks for. A node has 1, so any number of bundles fits."""
 
 
 def group_resource(group: str) -> str:
@@ -56,8 +56,10 @@ class Bundle:
 
 
 def demand(config: AnyConfig) -> list[Bundle]:
-    """All bundles of a run at its starting size; of an offline stage its ranks, of one that makes a
-    data set its pools."""
+    """Return all bundles of a run at its starting size.
+
+    An offline stage has the bundles of its ranks, and a stage that makes a data set those of its pools.
+    """
     if isinstance(config, StageConfig):
         return rank_bundles(config)
     pools = [
@@ -72,7 +74,7 @@ def demand(config: AnyConfig) -> list[Bundle]:
 
 
 def pool_bundle(config: RunConfig | GenerateConfig, pool: str, index: int) -> Bundle:
-    """A worker of any pool; those of `[scoring.pools]` are on the nodes of scoring."""
+    """Return the bundle of one worker. Pools of `[scoring.pools]` are on the nodes of scoring."""
     section = pool_sections(config)[pool]
     group = GENERATION if pool == GENERATION else SCORING
     return Bundle(
@@ -88,7 +90,7 @@ def buffer_bundle(config: RunConfig) -> Bundle:
 
 
 def rank_bundles(config: RunConfig | StageConfig) -> list[Bundle]:
-    """Of all learner ranks."""
+    """Return the bundles of all learner ranks."""
     section = config.learner
     return [
         Bundle(
@@ -102,7 +104,7 @@ def rank_bundles(config: RunConfig | StageConfig) -> list[Bundle]:
 
 
 def spare_bundle(config: RunConfig | StageConfig, number: int) -> Bundle:
-    """Of a hot spare of the learner, which is to hold what any rank does."""
+    """Return the bundle of a hot spare of the learner, which needs what any rank needs."""
     return replace(rank_bundles(config)[0], owner=f"spare-{number}")
 
 
@@ -111,8 +113,11 @@ def _training(config: RunConfig | StageConfig) -> str | None:
 
 
 def fewer_ranks(bundles: Sequence[Bundle], least: int, free: Mapping[str, float]) -> range:
-    """The numbers of ranks to try when there is no room for all `bundles`, which are alike: as many as
-    `free`, the free resources of the whole cluster, would hold on one node, down to `least`."""
+    """Return the numbers of ranks to try when the cluster cannot place all `bundles`, largest first.
+
+    The bundles are alike. The first number is what `free`, the free resources of the whole cluster,
+    would hold on one node; the last is `least`.
+    """
     needs = {kind: amount for kind, amount in bundles[0].resources.items() if amount}
     most = min((int(free.get(k, 0.0) / v + 1e-9) for k, v in needs.items()), default=len(bundles))
     return range(min(most, len(bundles) - 1), least - 1, -1)
@@ -125,14 +130,14 @@ def check_fits(bundles: Sequence[Bundle], nodes: Mapping[str, Mapping[str, float
     """
     if left := unplaced(bundles, nodes):
         raise PlacementError(
-            f"the run does not fit the cluster: no node has room for {left[0]}. Demand: "
+            f"the run does not fit the cluster: no node can hold {left[0]}. Demand: "
             f"{_total([b.resources for b in bundles])} in {len(bundles)} bundles. Supply: "
             f"{supply(nodes)}. Lower the workers, ranks or their num_cpus / num_gpus, or add nodes"
         )
 
 
 def unplaced(bundles: Sequence[Bundle], nodes: Mapping[str, Mapping[str, float]]) -> list[Bundle]:
-    """The bundles that find no place on `nodes` once the larger ones have theirs, the largest first."""
+    """Return the bundles that do not fit on `nodes` after the larger ones are placed, largest first."""
     free = {name: dict(resources) for name, resources in nodes.items()}
     left = []
     for bundle in sorted(bundles, key=lambda b: (b.gpus, b.cpus), reverse=True):
@@ -167,12 +172,12 @@ def supply(nodes: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _counts(kind: str) -> bool:
-    """What a bundle can ask for, of all that Ray lists of a node."""
+    """Whether a bundle can ask for this resource, among all that Ray lists for a node."""
     return kind in ("CPU", "GPU", *map(group_resource, WORKER_GROUPS))
 
 
 def derived(config: RunConfig) -> dict[str, str]:
-    """What the settings amount to, as name and text."""
+    """Return the numbers that the settings result in, as name and text."""
     run, group_size = config.run, config.algorithm.group_size
     updates = config.learner.epochs * config.learner.minibatches
     samples = run.groups_per_step * group_size
@@ -203,7 +208,7 @@ def derived(config: RunConfig) -> dict[str, str]:
 
 
 def total_resources(bundles: Sequence[Bundle]) -> str:
-    """The sum of all bundles' needs, such as "4.1 CPU, 2 GPU"."""
+    """Return the sum of all bundles' needs as text, such as "4.1 CPU, 2 GPU"."""
     kinds = sorted({kind for bundle in bundles for kind in bundle.resources})
     sums = {kind: sum(b.resources.get(kind, 0.0) for b in bundles) for kind in kinds}
     return ", ".join(f"{amount:g} {kind}" for kind, amount in sums.items()) or "nothing"

@@ -25,10 +25,10 @@ import numpy as np
 from rlhf_cluster.config import RunConfig, StageConfig
 from rlhf_cluster.data.prompts import PromptSource, SftExample, evaluation_prompts
 from rlhf_cluster.data.tokenizer import (
+    check_same_tokens,
     check_template,
     end_token_ids,
     load_tokenizer,
-    refuse_other_tokens,
 )
 from rlhf_cluster.data.units import (
     Unit,
@@ -62,7 +62,10 @@ _ENDING_TOKENS = 256
 
 
 def try_rewards(configs: Sequence[RewardConfig], tokenizer_dir: str, prompt: Prompt) -> None:
-    """Raises `ConfigError` naming the reward that cannot score answers to `prompt`."""
+    """Build all rewards, and let rules score a made-up answer to `prompt`.
+
+    Raises `ConfigError` with the name of a reward that cannot score it.
+    """
     for config in configs:
         name = config.name or config.type
         if config.model_paths:
@@ -140,7 +143,10 @@ class Inputs:
 
 
 def check_inputs(config: RunConfig, scratch: Path) -> Inputs:
-    """Raises `DataError`, `WeightError` or `ConfigError` for the first input that cannot be used."""
+    """Check and load the inputs of a run. A made model is written below `scratch`.
+
+    Raises `DataError`, `WeightError` or `ConfigError` for the first input that cannot be used.
+    """
     check_sinks(config.observe.sinks)
     model_dir = model_dir_of(config, scratch)
     if (draft := config.generation.draft_folder) is not None:
@@ -149,7 +155,7 @@ def check_inputs(config: RunConfig, scratch: Path) -> Inputs:
     tokenizer = load_tokenizer(tokenizer_dir)
     check_fit(model_dir, config.max_sequence_tokens, config.model.tokenizer)
     if (teacher := config.scoring.teacher) is not None:
-        refuse_other_tokens("scoring.teacher", teacher, tokenizer)
+        check_same_tokens("scoring.teacher", teacher, tokenizer)
         check_fit(teacher, config.max_sequence_tokens)
     prompts = PromptSource(config.data, tokenizer, config.run.seed)
     num_warmup = config.sft.steps * config.sft.batch_size
@@ -183,7 +189,7 @@ def check_inputs(config: RunConfig, scratch: Path) -> Inputs:
 
 
 def model_dir_of(config: RunConfig | StageConfig, scratch: Path) -> Path:
-    """The model's folder; one made from numbers is made in `scratch`. Raises `DataError`."""
+    """Return the model's folder. A made model is written to `scratch`. Raises `DataError`."""
     if config.model.init is not None:
         return make_model(config.model.init, scratch / "model", config.run.seed)
     assert config.model.path is not None
@@ -201,24 +207,27 @@ class StageInputs:
     end: int | None  # units after which the last epoch is over
 
     def batch(self, step: int) -> list[Unit]:
-        """The units of step `step`, from 0."""
+        """Return the units of step `step`, from 0."""
         return self.stream.batch(step, self.units_per_step, self.end)
 
     @property
     def notes(self) -> list[str]:
-        """For people: what of the data is not trained as it stands there."""
+        """Notes for the user on data that is skipped or changed before training."""
         return [f"data: {note}" for note in self.stream.counts.notes]
 
 
 def check_stage_inputs(config: StageConfig, scratch: Path) -> StageInputs:
-    """Raises `DataError` or `ConfigError` for the first input that cannot be used."""
+    """Check and load the inputs of an offline stage. A made model is written below `scratch`.
+
+    Raises `DataError` or `ConfigError` for the first input that cannot be used.
+    """
     check_sinks(config.observe.sinks)
     model_dir = model_dir_of(config, scratch)
     tokenizer = load_tokenizer(config.model.tokenizer or str(model_dir))
     check_fit(model_dir, config.data.max_tokens, config.model.tokenizer, "data.max_tokens")
     check_template(config.data, tokenizer)
     if (teacher := getattr(config.stage, "teacher", None)) is not None:
-        refuse_other_tokens("stage.teacher", teacher, tokenizer)
+        check_same_tokens("stage.teacher", teacher, tokenizer)
         check_fit(teacher, config.data.max_tokens, None, "data.max_tokens")
     own: Any = tokenizer.eos_token_id
     others = [token for token in end_token_ids(tokenizer, model_dir) if token != own]

@@ -1,25 +1,27 @@
-"""When a pool gets a worker more or fewer: decided from the bottleneck advisor's numbers alone.
+"""Decisions to resize a pool by one worker, from the bottleneck advisor's numbers alone.
 
-    grow     the pool is what bounds the run, and one more worker is foretold to make steps `grow_at`
-             times as fast, in every part of the advisor's window, even if engines gain nothing while
-             they have room in their batch
-    shrink   one worker fewer is foretold to make steps at most `shrink_at` times as slow, in every
+    grow     the pool is the bottleneck, and one more worker is predicted to make steps `grow_at`
+             times as fast: in every part of the advisor's window, and also if engines gain nothing
+             while their batch has spare capacity
+    shrink   one worker fewer is predicted to make steps at most `shrink_at` times as slow, in every
              part
 
 Promises:
-- never over a pool's maximum, under its minimum, or over the GPU budget that the pools share; a pool
-  that may grow but for the budget gets the GPU of one that can spare it, which drains first;
-- one change at a time, by one worker; a pool's next is its cooldown later, one the other way
-  `REVERSAL` cooldowns later, and each is decided from steps made since the last one of any pool;
-- no flapping: a worker that was taken away for `shrink_at` is foretold to give that much back, which is
-  under `grow_at`; noise must fool every part of the window to hide that, and each time that a pool
-  turns its next turn takes twice as long;
-- a worker that gave less than a quarter of what was foretold (shared cores, few long groups) is told
-  of, and the pool does not grow for `HELD` cooldowns;
+- a pool never exceeds its maximum or falls below its minimum, and the pools never exceed the GPU
+  budget that they share. A pool that could grow but for the budget gets the GPU of a pool that can
+  spare it; that one drains first;
+- one change at a time, by one worker. The next change of a pool comes its cooldown later, and one in
+  the other direction `REVERSAL` cooldowns later. Each change is decided from steps made since the
+  last change of any pool;
+- no flapping: a worker that was removed because of `shrink_at` is predicted to give that much back,
+  which is less than `grow_at`. Noise must mislead every part of the window to hide that. Each time
+  that a pool changes direction, its next change of direction takes twice as long;
+- a worker that gave less than a quarter of the predicted gain (shared cores, few long groups) is
+  reported, and the pool does not grow for `HELD` cooldowns;
 - every change says why.
 
-Time is an argument; `actors.drivers.supervisor` carries the changes out, as those of `rlhf-cluster
-scale`.
+Time is an argument. `actors.drivers.supervisor` carries out the changes as it does those of
+`rlhf-cluster scale`.
 """
 
 from __future__ import annotations
@@ -35,16 +37,16 @@ from rlhf_cluster.config.autoscale_section import (
 )
 from rlhf_cluster.run.bottleneck_advisor import Advice
 
-REVERSAL = 4.0
-REFUSED = 4.0
-HELD = 10.0
-MAX_TURNS = 8  # that count for the time until the next
-_FULFILLED = 0.25  # share of the foretold gain from which it counts as come true
+REVERSAL = 4.0  # cooldowns before a change in the other direction
+REFUSED = 4.0  # cooldowns after a change that could not be carried out
+HELD = 10.0  # cooldowns without growth after a worker that gave too little
+MAX_TURNS = 8  # changes of direction that lengthen the time until the next one
+_FULFILLED = 0.25  # share of the predicted gain from which the prediction is accepted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Action:
-    """A pool is to have `size` workers. `gain` is the foretold change of speed."""
+    """Change of a pool to `size` workers. `gain` is the predicted speed over the present one."""
 
     pool: str
     size: int
@@ -55,7 +57,7 @@ class Action:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """What to do, and what to tell besides."""
+    """The action to carry out and a note to log, if any."""
 
     action: Action | None = None
     note: str | None = None
@@ -63,7 +65,7 @@ class Decision:
 
 @dataclass(slots=True, kw_only=True)
 class _Past:
-    """The last change of a pool. `step_s` is that of the steps before it."""
+    """The last change of a pool. `step_s` is the mean time of the steps before it."""
 
     at_s: float
     action: Action
@@ -72,19 +74,20 @@ class _Past:
 
 
 class Autoscaler:
-    """One run's. `gpus` is what one worker of each pool holds."""
+    """Autoscaler of one run. `gpus` is the number of GPUs that one worker of each pool holds."""
 
     def __init__(self, settings: Autoscale, gpus: Mapping[str, float]) -> None:
         self._settings, self._gpus = settings, dict(gpus)
         self._past: dict[str, _Past] = {}
         self._turns: Counter[str] = Counter()
-        self._closed_until: dict[str, float] = {}  # to growth and shrinking
-        self._held_until: dict[str, float] = {}  # to growth
+        self._closed_until: dict[str, float] = {}  # no growth and no shrinking before
+        self._held_until: dict[str, float] = {}  # no growth before
 
     def decide(self, now_s: float, advice: Advice | None, sizes: Mapping[str, int]) -> Decision:
-        """`advice` is of the steps with pools of `sizes`; None or too few steps: nothing is done.
+        """Decide on the next change from `advice` about the steps with pools of `sizes`.
 
-        Call `changed` when the action was carried out, or `refused` when it could not be.
+        With None, or too few steps, nothing is done. Call `changed` when the action was carried out,
+        or `refused` when it could not be.
         """
         if advice is None or advice.num_steps < self._settings.steps:
             return Decision()
@@ -96,7 +99,7 @@ class Autoscaler:
         )
 
     def changed(self, now_s: float, action: Action, advice: Advice) -> None:
-        """`action`, which `advice` led to, is done."""
+        """Record that `action`, which `advice` led to, was carried out."""
         past = self._past.get(action.pool)
         if past is not None and past.action.change != action.change:
             self._turns[action.pool] += 1
@@ -105,12 +108,12 @@ class Autoscaler:
         )
 
     def refused(self, now_s: float, action: Action) -> None:
-        """`action` could not be carried out: there was no room, or a worker did not start."""
+        """Record that `action` failed: no resources were free, or a worker did not start."""
         cooldown_s = self._settings.scales[action.pool].cooldown_s
         self._closed_until[action.pool] = now_s + REFUSED * cooldown_s
 
     def resized_by_hand(self, now_s: float, pool: str) -> None:
-        """Somebody else has changed the pool: it is left alone for its cooldown."""
+        """Record that another process changed the pool, which then stays as is for its cooldown."""
         scale = self._settings.scales.get(pool)
         if scale is not None:
             self._closed_until[pool] = now_s + scale.cooldown_s
@@ -134,8 +137,11 @@ class Autoscaler:
     def _grow_together(
         self, now_s: float, advice: Advice, sizes: Mapping[str, int]
     ) -> Action | None:
-        """Pools that bound the run together: one worker of either gives nothing alone. The first gets
-        its worker, after which the other is what bounds it."""
+        """Grow the first of the pools that bound the run together.
+
+        One worker of either gives nothing alone. After the first has joined, the other pool is the
+        bottleneck.
+        """
         pools = [p for p in self._settings.scales if p in advice.load.demand]
         low = min(part.speed(dict.fromkeys(pools, 1), sure=True) for part in advice.parts)
         needed = sum(self._gpus.get(pool, 0.0) for pool in pools[1:])
@@ -151,7 +157,7 @@ class Autoscaler:
         return Action(pool=pools[0], size=sizes[pools[0]] + 1, change=1, gain=1.0, reason=reason)
 
     def _may_grow(self, now_s: float, pool: str, sizes: Mapping[str, int]) -> bool:
-        """But for the budget."""
+        """Whether the pool may grow, apart from the GPU budget."""
         scale = self._settings.scales.get(pool)
         if scale is None or sizes[pool] >= scale.maximum:
             return False
@@ -161,7 +167,7 @@ class Autoscaler:
     def _spare(
         self, now_s: float, advice: Advice, sizes: Mapping[str, int], pool: str, missing: float
     ) -> Action | None:
-        """The budget is used up: another pool gives what it does not need."""
+        """Shrink a pool that can spare the GPUs that `pool` needs: the budget is used up."""
         for action in self._shrinkable(now_s, advice, sizes):
             if action.pool != pool and self._gpus.get(action.pool, 0.0) >= missing:
                 return Action(
@@ -194,7 +200,7 @@ class Autoscaler:
         return found
 
     def _open(self, now_s: float, pool: str, scale: PoolScale, change: int) -> bool:
-        """Whether the pool may change that way now."""
+        """Whether the pool may change in the direction of `change` now."""
         if now_s < self._closed_until.get(pool, now_s):
             return False
         past = self._past.get(pool)
@@ -211,7 +217,10 @@ class Autoscaler:
         return held + self._gpus.get(pool, 0.0) - self._settings.gpu_budget
 
     def _judge(self, now_s: float, advice: Advice) -> str | None:
-        """What became of the last worker, once, from the first steps with it."""
+        """Compare the last added worker with its prediction; return a note if it gave too little.
+
+        Each is judged once, from the first steps with it. The pool then does not grow for a while.
+        """
         for pool, past in self._past.items():
             if past.judged or advice.load.workers.get(pool) != past.action.size:
                 continue

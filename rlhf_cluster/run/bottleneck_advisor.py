@@ -1,31 +1,32 @@
-"""What bounds a run, and what one more worker would give: from the times of its last steps.
+"""Bottleneck of a run, and gain of one more worker, from the times of its last steps.
 
-The model. A run has three stations: generation, scoring, learner. Of each the demand D is known, the
-seconds a step for which it is busy:
+The model. A run has three stations: generation, scoring and learner. The demand D of each is known. It
+is the time in seconds per step for which the station is busy:
 
     generation, scoring   mean over the pool's workers of the time they had a group (`occupancy`)
     learner               the step's wall time less the time it waited for groups
 
-Pools of `[scoring.pools]` score a group side by side, so that the demand of scoring is the largest of
-theirs. If the stations overlapped perfectly a step would last max(D); if they took turns, sum(D). A
-measured step of S seconds lies between them:
+Pools of `[scoring.pools]` score the same group side by side, so the demand of scoring is the largest
+of theirs. If the stations overlapped perfectly, a step would last max(D). If they took turns, it would
+last sum(D). A measured step of S seconds is between the two:
 
     S = max(D) + c * (sum(D) - max(D)) + e      0 <= c <= 1, e >= 0
 
-c is how far they take turns: about 0 in an asynchronous run, 1 with `max_staleness = 0`. e is what no
-station accounts for, such as waiting for a version to get live. One more worker in a pool of w makes
-its demand D * w / (w + 1); c and e stay. The gain is S over the S that follows, and a station is the
-bottleneck whose gain is largest, where it is worth naming.
+c is the degree to which they take turns: about 0 in an asynchronous run, 1 with `max_staleness = 0`.
+e is what no station accounts for, such as waiting for a version to become live. One more worker in a
+pool of w makes its demand D * w / (w + 1); c and e stay. The gain is S over the S that results. The
+bottleneck is the station with the largest gain, if that is at least `WORTH_NAMING`.
 
-How far to trust it. The demand of a pool is taken to shrink with its size: true while its workers are
-kept full, too hopeful where groups are few and long (a single response is not made faster) and where
-workers share cores or a GPU. So the gain is an upper estimate there. An engine that has room in its
-batch may be as fast with many requests as with few, and then a further one gives nothing. It is full
-while requests wait for its batch; of that share of the groups (`full`) the gain is sure. The range
-beside the gain is from the sure one to the upper one, over four parts of the window: noise and room,
-not the model's own error. Over simulated runs in `tests/unit/run/test_bottleneck_advisor.py` the upper
-estimate is within 15 % of what the worker gave, where engines have no room.
-The learner's gain is for one that is twice as fast; the size of a running learner cannot be changed.
+Limits. The demand of a pool is assumed to shrink with its size. That is true while its workers are kept
+busy. It is too optimistic where groups are few and long, since a single response is not made faster,
+and where workers share cores or a GPU. There the gain is an upper estimate. An engine with spare
+capacity in its batch may be as fast with many requests as with few, and then another engine gives
+nothing. An engine is full while requests wait for its batch. Only for the share of groups for which
+that holds (`full`) is the gain certain. The range that is shown with the gain is from the certain one
+to the upper one, over four parts of the window. It covers noise and spare capacity, not the model's own
+error. Over simulated runs in `tests/unit/run/test_bottleneck_advisor.py` the upper estimate is within
+15 % of what the worker gave, where engines have no spare capacity.
+The learner's gain is for one that is twice as fast. The size of a running learner cannot be changed.
 """
 
 from __future__ import annotations
@@ -44,15 +45,18 @@ WINDOW = 32  # steps that are looked at
 MIN_STEPS = 4
 WORTH_NAMING = 1.05
 TURNS = 0.5  # from this c on the stations take turns rather than overlap
-NOBODY = 0.1  # share of the time in which no station works, from which it is told
-ROOM = 0.5  # share of the groups at whose end requests waited, under which engines have room
+NOBODY = 0.1  # share of the time without a working station from which it is reported
+ROOM = 0.5  # share of groups at whose end requests waited, below which engines have capacity
 _PARTS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """Mean seconds a step. `demand` is by station, `workers` by pool, `full` the share of the groups at
-    whose end requests waited for the engine's batch (1 where no record tells it)."""
+    """Mean times per step in seconds, and the sizes of the pools.
+
+    `demand` is by station, `workers` by pool. `full` is the share of the groups at whose end requests
+    waited for the engine's batch (1 where no record has it).
+    """
 
     step_s: float
     learner_wait_s: float
@@ -63,7 +67,7 @@ class Load:
 
     @property
     def turns(self) -> float:
-        """c of the model, 0 where no two stations have anything to do."""
+        """c of the model. It is 0 if fewer than two stations have anything to do."""
         largest, total = _bounds(self.demand)
         if total <= largest:
             return 0.0
@@ -75,8 +79,12 @@ class Load:
         return max(0.0, self.step_s - _bounds(self.demand)[1])
 
     def speed(self, changes: Mapping[Station, int], sure: bool = False) -> float:
-        """Steps a second with so many more workers (below 0: fewer; one is to be left) over those of
-        now. A learner counts as one. `sure`: as if engines gained nothing while they have room."""
+        """Return the steps per second after `changes` over those of now.
+
+        `changes` is the number of workers to add, by station. A negative number removes workers; at
+        least one must stay. A learner is treated as one worker. With `sure`, engines are assumed to
+        gain nothing while they have spare capacity.
+        """
         demand = dict(self.demand)
         for station, change in changes.items():
             w = self.workers.get(station, 1)
@@ -87,14 +95,20 @@ class Load:
         return self.step_s / after if after > 0 else 1.0
 
     def gain(self, station: Station, sure: bool = False) -> float:
-        """Steps a second with one more worker (a learner twice as fast) over those of now, >= 1."""
+        """Return the steps per second with one more worker over those of now, at least 1.
+
+        For the learner: with one that is twice as fast.
+        """
         return max(1.0, self.speed({station: 1}, sure))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advice:
-    """`bound` None: nothing that was looked at is worth enlarging. `gains` are those of `Load.gain`,
-    `ranges` the smallest sure one and the largest over the `parts` of the window of `num_steps`."""
+    """The bottleneck and the predicted gains. `bound` is None if no station is worth enlarging.
+
+    `gains` are those of `Load.gain`. `ranges` are from the smallest certain gain to the largest gain
+    over the `parts` of the window, which has `num_steps` steps.
+    """
 
     bound: Station | None
     load: Load
@@ -109,7 +123,7 @@ class Advice:
 
 
 def advise(records: Sequence[Record]) -> Advice | None:
-    """From the records of metrics.jsonl (`read_metrics`), the last `WINDOW` steps of them.
+    """Return advice from the last `WINDOW` steps of metrics.jsonl (`read_metrics`).
 
     None while fewer than `MIN_STEPS` steps were made since the pools have their size.
     """
@@ -142,7 +156,7 @@ def advise(records: Sequence[Record]) -> Advice | None:
 
 
 def _comparable(steps: Sequence[Record]) -> list[Record]:
-    """The last of `steps` that were all made with the pools of the very last."""
+    """Return the last of `steps` that were all made with the pool sizes of the very last."""
     kept: list[Record] = []
     for step in reversed(steps):
         if kept and _workers(step) != _workers(kept[0]):
@@ -157,7 +171,7 @@ def _workers(record: Record) -> dict[Station, int]:
 
 
 def _bounds(demand: Mapping[Station, float]) -> tuple[float, float]:
-    """Seconds of the longest station, and of all of them: pools that score count as one."""
+    """Return the seconds of the longest station, and the sum. All scoring pools are one station."""
     pools = [own for station, own in demand.items() if station not in ("generation", "learner")]
     stations = [demand.get("generation", 0.0), demand["learner"], max(pools, default=0.0)]
     return max(stations), sum(stations)
@@ -191,7 +205,7 @@ def _load(steps: Sequence[Record], full: float) -> Load:
 
 
 def _full(steps: Sequence[Record]) -> float:
-    """`Load.full`. A run that went on counts from 0 again."""
+    """Return `Load.full`. The counters of a resumed run begin at 0 again."""
     ends = groups = 0.0
     for before, after in pairwise(steps):
         if all(name in step for step in (before, after) for name in (_GROUPS, _QUEUED)):

@@ -1,10 +1,12 @@
 """The driver's end of the control actor, which may die or hang like any other process.
 
 Promises:
-- the run never ends by it: an actor that is gone, or silent, is ended and another started under the
-  same name, at most `max_restarts` times; after that the run goes on without one, and says so;
-- a wish is answered in the actor that it was made in: numbers begin again with a new actor, so that an
-  answer elsewhere could pass for that of another wish. Who asked in one that died got its error.
+- the control actor never ends the run. An actor that is dead or silent is ended, and another is started
+  under the same name, at most `max_restarts` times. After that the run continues without one, and
+  logs it;
+- a wish is answered in the actor that it was made in. Numbers begin again with a new actor, so an
+  answer elsewhere could be mistaken for that of another wish. The process that asked in an actor that
+  died got its error.
 
 It decides nothing about Ray: starting, ending and asking are arguments.
 """
@@ -17,18 +19,21 @@ from typing import Any
 
 from rlhf_cluster.errors import RlhfError, WorkerError
 from rlhf_cluster.run.restarts import RestartWindow
-from rlhf_cluster.util.slow_disk import aside
+from rlhf_cluster.util.slow_disk import run_in_thread
 
 PATIENCE_S = 30.0
-"""How long a new actor waits for the name of the one before."""
+"""Seconds that a new actor waits for the previous one to release the name."""
 
 Ask = Callable[..., Awaitable[Any]]
-"""ask(actor, method, *arguments): its answer. Raises `WorkerError`; has a deadline of its own."""
+"""Call of `ask(actor, method, *arguments)`, which returns the actor's answer.
+
+It has a deadline, and raises `WorkerError`.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wish:
-    """Sizes of pools that another process asked for, as number `number` of `actor`."""
+    """Request of another process for sizes of pools, number `number` of `actor`."""
 
     number: int
     sizes: dict[str, int]
@@ -36,7 +41,7 @@ class Wish:
 
 
 class ControlChannel:
-    """`actor` is one that was started; None once there is none any more."""
+    """Connection to the control actor `actor`. It is closed when no restarts are left."""
 
     def __init__(
         self,
@@ -49,7 +54,11 @@ class ControlChannel:
         tell: Callable[[str], None],
         restarts: RestartWindow | None = None,
     ) -> None:
-        """`start` gives another actor, and waits for the name so many seconds; it may block."""
+        """Open the channel to `actor`.
+
+        `start` returns another actor. It waits for the name for the given number of seconds at most,
+        and may block.
+        """
         self._actor = actor
         self._start, self._end, self._ask, self._tell = start, end, ask, tell
         self._max_restarts = max_restarts
@@ -60,9 +69,9 @@ class ControlChannel:
         return self._actor is not None
 
     async def exchange(self, status: Mapping[str, Any]) -> list[Wish]:
-        """Leave `status`, and take the wishes made since the last time.
+        """Leave `status` in the actor, and return the wishes made since the last call.
 
-        Waits for: the actor, and where it is gone for the start of another. Raises nothing.
+        Waits for: the actor, and if it is dead, for the start of another. Raises nothing.
         """
         actor = self._actor
         if actor is None:
@@ -80,7 +89,10 @@ class ControlChannel:
         return wishes
 
     async def answer(self, wish: Wish, results: Mapping[str, str]) -> None:
-        """Raises nothing: who asked in an actor that is gone knows it."""
+        """Leave `results` as the answer to `wish`.
+
+        Raises nothing: the process that asked in an actor that is dead got an error.
+        """
         try:
             await self._ask(wish.actor, "answer", wish.number, dict(results))
         except WorkerError as error:
@@ -92,7 +104,7 @@ class ControlChannel:
             self._actor = None
 
     async def _replace(self, error: RlhfError) -> None:
-        """Start another until one is there, or the budget is used up."""
+        """Start another actor until one runs, or the budget is used up."""
         while self._actor is not None:
             self._end(self._actor)
             if self.restarts.recent >= self._max_restarts:
@@ -106,7 +118,7 @@ class ControlChannel:
                 return
             self.restarts.count(error)
             try:
-                self._actor = await aside(self._start, PATIENCE_S)
+                self._actor = await run_in_thread(self._start, PATIENCE_S)
             except RlhfError as again:
                 error = again
                 continue

@@ -1,4 +1,4 @@
-"""Reading and cutting metrics.jsonl, which `rlhf_cluster.observe.record.run_log` writes."""
+"""Reading and truncation of metrics.jsonl, which `observe.record.run_log` writes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cluster.errors import RunError
-from rlhf_cluster.util.durable_files import write_whole
+from rlhf_cluster.util.durable_files import write_all
 
 Record = dict[str, Any]
 
@@ -26,13 +26,14 @@ def cut_metrics(path: str | Path, last_step: int) -> None:
         for line, record in zip(lines, _read_lines(path), strict=True)
         if record["step"] <= last_step
     ]
-    write_whole(path, b"".join(kept), fsync=True)
+    write_all(path, b"".join(kept), fsync=True)
 
 
 def read_metrics(path: str | Path) -> list[Record]:
-    """All records by step; lines of one step are joined. A missing file is an empty one.
+    """Return all records, sorted by step, with the lines of one step merged.
 
-    A torn last line is left out; a damaged line anywhere else raises `RunError`.
+    A missing file has no records. A partially written last line is skipped. Raises `RunError` for a
+    damaged line anywhere else.
     """
     records: dict[int, Record] = {}
     for record in _read_lines(Path(path)):

@@ -1,14 +1,15 @@
-"""Bringing a pool's workers to a version of weights: the policy's for generation, the reference's for
-scoring.
+"""Version of weights that the workers of a pool run.
+
+For generation it is a version of the policy, for scoring one of the reference.
 
 Promises:
-- a slow storage costs no healthy worker its place: one that refuses a version, or does not take it in
-  time, is asked a second time, and gets no work from then on until it runs the newest version;
-- nobody works with weights that are older than the target once `move` has returned;
-- where fewer workers than the pool's quorum take a version it is not the target, and `WeightError`
-  says why: no worker is to blame;
-- a worker gets work only with the newest target, whatever moved while it loaded; one that joins while
-  the storage is slow keeps its place, and catches up.
+- slow storage costs no healthy worker its place. A worker that refuses a version, or does not load it
+  in time, is asked a second time. After that it gets no work until it runs the newest version;
+- once `move` has returned, no worker serves with weights that are older than the target;
+- a version that fewer workers than the pool's quorum load does not become the target. `WeightError`
+  says why, and no worker is blamed;
+- a worker gets work only with the newest target, also when the target moved while it loaded. A worker
+  that joins while the storage is slow keeps its place, and catches up.
 """
 
 from __future__ import annotations
@@ -32,16 +33,21 @@ from rlhf_cluster.run.worker_pool import (
 )
 
 LATE_OR_REFUSED = (WeightError, StalledError, WorkerSilent)
-"""What a load ends with where the storage is slow or the version damaged, and the worker is well."""
+"""Errors of a load when the storage is slow or the version damaged, but the worker healthy."""
 MAX_CATCH_UP = 3
-"""How often a worker that was left behind is brought to the newest version before it is replaced."""
+"""Tries to bring a worker that is behind to the newest version before it is replaced."""
 PAUSE_S = 2.0
-"""Before the first of these; longer before the next: a storage may refuse at once, for a moment."""
+"""Seconds before the first of these tries, longer before the next.
+
+A storage may refuse at once, for a moment.
+"""
 
 
 class PoolVersion:
-    """Owns which version the workers of `pool` run. `load` brings one worker to a version, within a
-    deadline; `what` is the noun of errors."""
+    """Owner of the version that the workers of `pool` run.
+
+    `load` brings one worker to a version, within a deadline. `what` is the noun of error messages.
+    """
 
     def __init__(
         self,
@@ -55,12 +61,13 @@ class PoolVersion:
         self.target: WeightVersion | None = None
 
     async def move(self, version: WeightVersion) -> None:
-        """Make `version` the target: every worker that is live afterwards has said that it runs it.
+        """Make `version` the target. Every worker that is live afterwards has said that it runs it.
 
         Waits for: every live worker, at most twice the deadline of `load` and of a health check. A
-        worker that died or cannot serve is replaced. Without any worker it waits for one, as
-        `WorkerPool.acquire`, which joins with this version. Raises `WeightError`, with a worker's
-        words; the target is as before then.
+        worker that died or cannot serve is replaced. Without any worker it waits, as
+        `WorkerPool.acquire`, for one that joins with this version.
+
+        Raises `WeightError` with a worker's message. The target is then the previous one.
         """
         before, self.target = self.target, version
         behind = await self._ask(list(self._pool.live), version)
@@ -83,11 +90,12 @@ class PoolVersion:
             self._pool.set_behind(worker, why, self._catch_up)
 
     async def join(self, worker: Worker) -> None:
-        """Bring a new worker to the target, if there is one, before it gets work. One that is late or
-        refuses it twice joins behind the others.
+        """Bring a new worker to the target, if there is one, before it gets work.
 
-        Waits for: its load, again while the target moves, and once more where it was refused or
-        late; each has its deadline.
+        A worker that is late twice, or refuses the target twice, joins as one that is behind.
+
+        Waits for: its load, again when the target moves, and once more when it was refused or late.
+        Each load has its deadline.
         """
         try:
             await self._bring(worker)
@@ -95,7 +103,11 @@ class PoolVersion:
             self._pool.set_behind(worker, why, self._catch_up)
 
     async def _bring(self, worker: Worker) -> None:
-        """Waits as `join`; raises what the second try of a load ended with."""
+        """Load the target into `worker`, again when the target moved meanwhile.
+
+        A load that was late or refused is tried a second time. Waits as `join`. Raises the error of
+        the second try.
+        """
         while (target := self.target) is not None:
             try:
                 await self._load(worker, target)
@@ -105,7 +117,7 @@ class PoolVersion:
                 return
 
     async def _catch_up(self, worker: Worker) -> None:
-        """`_bring` for a worker that was left behind, a few times: what it reads from may be slow.
+        """Call `_bring` up to `MAX_CATCH_UP` times, since the storage may be slow.
 
         Waits for: a pause, then its loads, each with its deadline. Raises the last try's error.
         """
@@ -121,13 +133,20 @@ class PoolVersion:
     async def _ask(
         self, workers: Sequence[Worker], version: WeightVersion
     ) -> dict[Worker, RlhfError]:
-        """Why workers that are still live did not take `version`. Those that failed are retired."""
+        """Load `version` into `workers`; return the errors of live ones that did not load it.
+
+        Workers that failed are retired.
+        """
         answers = await asyncio.gather(*(self._load_or_fail(w, version) for w in workers))
         pairs = zip(workers, answers, strict=True)
         return {w: why for w, why in pairs if why is not None and w.state is State.LIVE}
 
     async def _load_or_fail(self, worker: Worker, version: WeightVersion) -> RlhfError | None:
-        """Why a worker, which is healthy, did not take `version`; None where it did, or was retired."""
+        """Load `version` into `worker`; return the error of one that did not load it.
+
+        None means that the worker loaded it, or died. A worker that died is retired. One that
+        reported an error is checked, and retired if it cannot serve.
+        """
         try:
             await self._load(worker, version)
         except WorkerDied as error:

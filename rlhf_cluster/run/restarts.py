@@ -44,7 +44,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class RestartWindow:
-    """`total` counts since the start, `recent` those of the last `window_s` seconds of `clock`."""
+    """Restarts within a sliding window of time.
+
+    `total` is their number since the start, `recent` that of the last `window_s` seconds of `clock`.
+    """
 
     window_s: float = 3600.0
     clock: Callable[[], float] = time.monotonic
@@ -52,7 +55,7 @@ class RestartWindow:
     _counted: deque[tuple[float, RlhfError]] = field(default_factory=deque)  # when, why
 
     def count(self, cause: RlhfError) -> None:
-        """One restart more, now."""
+        """Count one more restart, now."""
         self.total += 1
         self._counted.append((self.clock(), cause))
 
@@ -65,7 +68,7 @@ class RestartWindow:
 
     @property
     def first_cause(self) -> RlhfError | None:
-        """Of `recent`."""
+        """Cause of the oldest of the `recent` restarts."""
         return self._counted[0][1] if self.recent else None
 
     @property
@@ -78,8 +81,11 @@ class RestartWindow:
 
 @dataclass(slots=True)
 class FailedStarts:
-    """Starts of workers that failed, by node. A node with `limit` of them within `window_s` is avoided
-    until one of them is older than that, or a start there succeeds."""
+    """Starts of workers that failed, by node.
+
+    A node with `limit` of them within `window_s` is avoided until one of them is older than that, or a
+    start there succeeds.
+    """
 
     window_s: float = 3600.0
     limit: int = 2
@@ -87,7 +93,7 @@ class FailedStarts:
     _windows: dict[str, RestartWindow] = field(default_factory=dict)
 
     def failed(self, node: str, cause: RlhfError) -> bool:
-        """Whether the node is avoided because of this one."""
+        """Count a failed start, and return whether the node is avoided because of it."""
         window = self._windows.setdefault(node, RestartWindow(self.window_s, self.clock))
         window.count(cause)
         return window.recent == self.limit
@@ -96,8 +102,11 @@ class FailedStarts:
         self._windows.pop(node, None)
 
     def avoided(self, fitting: Callable[[], Collection[str]]) -> dict[str, RlhfError]:
-        """The nodes to avoid, with their first causes; none where no other of those that are `fitting`
-        is left: then the nodes are not what is wrong."""
+        """Return the nodes to avoid, with their first causes.
+
+        None of them is avoided when no other of the `fitting` nodes is left: then the nodes are not
+        what is wrong.
+        """
         found: dict[str, RlhfError] = {}
         for node, window in self._windows.items():
             if window.recent >= self.limit and (cause := window.first_cause) is not None:
@@ -111,13 +120,16 @@ MAX_PAUSE_S = 60.0
 
 
 class RoomAgain(RlhfError):
-    """An attempt with fewer ranks than asked ended at a checkpoint, since there is room for all."""
+    """An attempt with too few ranks ended at a checkpoint, since all ranks can be placed."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Restarts:
-    """The budget: at most `limit` restarts within a window, the first after `pause_s`, each later one
-    there after twice as long as the one before, up to `MAX_PAUSE_S`. `what` is lost, in the error."""
+    """Budget of restarts: at most `limit` within a window.
+
+    The first comes after `pause_s`, each later one there after twice the pause of the one before, at
+    most `MAX_PAUSE_S`. `what` is the part that failed, for the error message.
+    """
 
     limit: int
     what: str = "learner or buffer"
@@ -126,11 +138,14 @@ class Restarts:
 
     @property
     def used(self) -> int:
-        """All since the start of the run."""
+        """Number of restarts since the start of the run."""
         return self.window.total
 
     def spend(self, lost: RlhfError) -> float:
-        """One restart more, because of `lost`; the seconds to wait before it. Raises `CoreLost`."""
+        """Count a restart because of `lost`; return the seconds to wait before it.
+
+        Raises `CoreLost` when the budget is used up.
+        """
         recent = self.window.recent
         if recent >= self.limit:
             first = self.window.first_cause or lost
@@ -142,7 +157,7 @@ class Restarts:
         return self.pause_after(recent)
 
     def pause_after(self, num_before: int) -> float:
-        """Seconds to wait before a try that `num_before` came before."""
+        """Return the seconds to wait before a try that `num_before` tries came before."""
         return min(MAX_PAUSE_S, self.pause_s * 2.0 ** min(num_before, 30))
 
 
@@ -153,10 +168,11 @@ async def with_recovery(
     tell: Callable[[str], None] = log.warning,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> T:
-    """What `attempt` returns. After a loss `recover` brings all else to a state to go on from.
+    """Call `attempt` until it succeeds, and return its result.
 
-    Once there was a loss, room is waited for: what died may still hold it, or a node is on its way.
-    Each `attempt` waits for it within its own deadline, with a pause between two, up to `MAX_PAUSE_S`.
+    After a failure `recover` brings everything else to a state to resume from. From the first failure
+    on, missing capacity is waited for: dead processes may still hold it, or a node is on its way. Each
+    `attempt` waits for it within its own deadline, with a pause between two, up to `MAX_PAUSE_S`.
     """
     num_waits = 0
     while True:
@@ -180,17 +196,21 @@ async def with_recovery(
         await sleep(pause_s)
 
 
-def point_of_return(
+def find_restart_checkpoint(
     run: RunDir,
     config: AnyConfig,
     lost: RlhfError,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Checkpoint | None:
-    """From where the run goes on after `lost`: its newest whole checkpoint, or the copy of a newer one
-    that is damaged, or, with None, from the beginning. Reads all of the checkpoint; call while holding
-    `run`: a `RunError` where another process took it. Raises `CheckpointError`, `StorageError` and
-    `StalledError` rather than go back further than it has to."""
-    run.check_claim(sleep)  # before it is changed: another may own it
+    """Return the checkpoint to resume from after `lost`; None means from the beginning.
+
+    It is the newest intact checkpoint of the run, or the copy of a newer one that is damaged. Reads all
+    of it. Call while holding `run`.
+
+    Raises `RunError` if another process took `run`. Raises `CheckpointError`, `StorageError` and
+    `StalledError` rather than go back further than necessary.
+    """
+    run.check_claim(sleep)  # before anything is changed: another process may own it
     found = resume.whole_or_copy(run, config, sleep)
     if found.checkpoint is not None:
         return found.checkpoint
@@ -199,6 +219,6 @@ def point_of_return(
     if found.damaged or (done and not config.checkpoint.every):
         why = "; ".join(found.damaged) or "checkpoint.every = 0"
         raise CheckpointError(
-            f"{lost}. {done} steps are done, and there is no checkpoint to go on from: {why}"
+            f"{lost}. {done} steps are done, and there is no checkpoint to resume from: {why}"
         ) from lost
     return None

@@ -1,10 +1,10 @@
-"""The directory of a run: one owner at a time, and where every file lies.
+"""The directory of a run: one owner at a time, and the paths of all files.
 
     <root>/<name>/ run.lock          the marker of a run directory, held by the process that runs
-                   resolved.json     the whole configuration, secrets left out
+                   resolved.json     the whole configuration, without secrets
                    environment.json  versions, commit, command line, seed
-                   status.json       where the run stands, replaced as a whole
-                   metrics.jsonl     one object a step
+                   status.json       the current state of the run, replaced as a whole
+                   metrics.jsonl     one object per step
                    summary.json      the result, when the run is over
                    post_mortem.json  what is known of the end, when the run failed
                    samples/ logs/ model/ weights/ reference/ checkpoints/ experience/ final/ curve.png
@@ -12,8 +12,8 @@
 A weights folder outside of it (`weights.root`) carries the same marker and is held as well.
 
 Promises:
-- the lock is the operating system's: a process that dies gives it back, however it dies;
-- a directory is claimed entirely or not at all: whoever is refused has written nothing;
+- the lock is the operating system's: it is released when its process dies, however that happens;
+- a directory is claimed entirely or not at all: a process that is refused has written nothing;
 - only a directory that carries our marker is ever emptied, and only on request, under the lock;
 - values of keys and variables that hold secrets (token, password, api_key, ...) are never written.
 """
@@ -38,7 +38,7 @@ from rlhf_cluster.run.status_snapshot import Snapshot
 from rlhf_cluster.util import redaction
 from rlhf_cluster.util.durable_files import (
     make_folders,
-    patiently,
+    run_with_retries,
     sync_folder,
     take_lock,
 )
@@ -48,7 +48,7 @@ from rlhf_cluster.util.json_files import (
 )
 from rlhf_cluster.util.provenance import (
     describe_environment,
-    without_secrets,
+    remove_secrets,
 )
 
 if TYPE_CHECKING:
@@ -74,8 +74,7 @@ class Owner:
 
 
 class RunDir:
-    """Paths of one run. Made by `create` or `reclaim` (which own the directory) or `open` (which
-    reads)."""
+    """Paths of one run. `create` and `reclaim` own the directory; `open` only reads it."""
 
     def __init__(self, path: Path, weights: Path, claims: tuple[_Claim, ...] = ()) -> None:
         self.path = path
@@ -106,8 +105,8 @@ class RunDir:
     ) -> RunDir:
         """Claim `path` for `config` and describe the run in it. Raises `RunError`.
 
-        Refused: a directory that a live process holds, that an earlier run left (unless
-        `overwrite`), or that is not a run's and not empty. Close the result to give the lock back.
+        A directory is refused if a live process holds it, if an earlier run left it (unless
+        `overwrite`), or if it is neither a run's nor empty. Close the result to release the lock.
         """
         path = Path(path).absolute()
         weights = Path(config.weights_dir).absolute()
@@ -135,7 +134,7 @@ class RunDir:
     def reclaim(cls, path: str | Path, config: AnyConfig) -> RunDir:
         """Claim the directory of an earlier run, and leave everything in it as it is.
 
-        `go_on` or `restart` follows, or `withdraw`. Raises `RunError`.
+        Call `go_on`, `restart` or `withdraw` next. Raises `RunError`.
         """
         path = Path(path).absolute()
         weights = Path(config.weights_dir).absolute()
@@ -150,21 +149,21 @@ class RunDir:
         return cls(path, weights, tuple(claims))
 
     def go_on(self, config: AnyConfig, argv: Iterable[str] = ()) -> None:
-        """Own the directory and describe the run anew, keeping what is in it."""
+        """Own the directory and describe the run again, keeping what is in it."""
         with _writing(self.path):
             for claim in self._claims:
                 claim.sign()
             self._describe(config, argv)
 
     def restart(self, config: AnyConfig, argv: Iterable[str] = ()) -> None:
-        """Own the directory, emptied."""
+        """Empty the directory and own it."""
         with _writing(self.path):
             for claim in self._claims:
                 claim.take_over()
             self._describe(config, argv)
 
     def withdraw(self) -> None:
-        """Give the directory back as it was found."""
+        """Release the directory as it was found."""
         for claim in self._claims:
             claim.withdraw()
         self._claims = ()
@@ -179,7 +178,7 @@ class RunDir:
 
     @classmethod
     def open(cls, path: str | Path) -> RunDir:
-        """An existing run directory, for reading. Raises `RunError`."""
+        """Open an existing run directory for reading. Raises `RunError`."""
         path = Path(path).absolute()
         if not (path / MARKER).is_file():
             raise RunError(
@@ -192,7 +191,7 @@ class RunDir:
         return cls(path, Path(root) / path.name if root else weights)
 
     def owner(self) -> Owner | None:
-        """Who claimed the directory last, dead or alive."""
+        """Return the process that claimed the directory last, dead or alive."""
         return _owner(self.path / MARKER)
 
     def is_held(self) -> bool:
@@ -207,21 +206,29 @@ class RunDir:
             os.close(lock)
 
     def check_claim(self, sleep: Callable[[float], None] = time.sleep) -> None:
-        """Raises `RunError` where another process has put its name on what this one owns, which can be
-        on a file system whose locks do not reach other nodes. Raises `StorageError` where nobody can
-        tell, after the tries of `patiently`."""
+        """Check that no other process has signed the folders that this one owns.
+
+        That can happen on a file system whose locks do not reach other nodes. Raises `RunError` then,
+        and `StorageError` when it cannot be determined, after the tries of `run_with_retries`.
+        """
         for claim in self._claims:
             marker = claim.folder / MARKER
-            if (found := patiently(lambda m=marker: _owner(m), marker, "", sleep)) != claim.owner:
+            if (
+                found := run_with_retries(lambda m=marker: _owner(m), marker, "", sleep)
+            ) != claim.owner:
                 raise RunError(
-                    f"{marker.parent}: was taken by {found or 'somebody'} while this process held it. "
+                    f"{marker.parent}: was taken by {found or 'another process'} while this process "
+                    "held it. "
                     "This file system does not lock files between nodes (mount it without localflock): "
                     "start one run at a time there"
                 )
 
     def write_status(self, snapshot: Snapshot) -> None:
-        """One that cannot be written is logged, once in a row: it is a view, and no reason to end a run
-        or to hide what does."""
+        """Write `snapshot` to status.json.
+
+        A failure is logged, and only once for failures in a row. The file is a view: a failure neither
+        ends a run nor hides the error that does.
+        """
         try:
             write_json(self.status, json.loads(snapshot.to_json()))
         except OSError as error:
@@ -234,18 +241,18 @@ class RunDir:
             self._status_failed = False
 
     def read_status(self) -> Snapshot | None:
-        """The last status, or None when the run has not written one yet."""
+        """Return the last status, or None when the run has not written one yet."""
         try:
             return Snapshot.from_json(self.status.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
 
     def read_resolved(self) -> dict[str, Any] | None:
-        """The configuration that the run was last started with; None when it is not there."""
+        """Return the configuration that the run was last started with; None when it is missing."""
         return read_json(self.resolved)
 
     def read_summary(self) -> dict[str, Any]:
-        """The result of a run that is over. Raises `RunError`."""
+        """Return the result of a run that is over. Raises `RunError`."""
         found = read_json(self.summary)
         if found is None:
             raise RunError(f"{self.summary}: not there, or damaged. Has the run finished?")
@@ -255,7 +262,7 @@ class RunDir:
         write_json(self.summary, summary)
 
     def remove(self) -> None:
-        """Give the lock back and leave nothing: for a run that was refused before it began."""
+        """Release the lock and delete the directory of a run that was refused before it began."""
         if not self._claims:
             raise RunError(f"{self.path}: only the run that holds a directory may delete it")
         for folder in (self.path, self.weights):
@@ -264,7 +271,7 @@ class RunDir:
         self.close()
 
     def close(self) -> None:
-        """Give the lock back. The directory stays, marked as left by this run."""
+        """Release the lock. The directory stays, marked as left by this run."""
         for claim in self._claims:
             os.close(claim.lock)
         self._claims = ()
@@ -280,13 +287,13 @@ class RunDir:
             (self.path / folder).mkdir(exist_ok=True)
         self.weights.mkdir(parents=True, exist_ok=True)
         settings = config.model_dump(mode="json")
-        redaction.hide(redaction.secrets_of(settings))
-        write_json(self.resolved, without_secrets(settings), fsync=True)
+        redaction.hide(redaction.find_secrets(settings))
+        write_json(self.resolved, remove_secrets(settings), fsync=True)
         write_json(self.environment, describe_environment(argv, config.run.seed), fsync=True)
 
 
 def find_run(run: str, root: str | Path = "runs") -> RunDir:
-    """The run directory that `run` names: a path, or a name below `root`. Raises `RunError`."""
+    """Return the directory of `run`: a path, or a name below `root`. Raises `RunError`."""
     for path in (Path(run), Path(root) / run):
         if (path / MARKER).is_file():
             return RunDir.open(path)
@@ -300,7 +307,7 @@ def find_run(run: str, root: str | Path = "runs") -> RunDir:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """An error of the file system is a `RunError` with a cure."""
+    """Turn an error of the file system into a `RunError` that says how to fix it."""
     try:
         yield
     except OSError as error:
@@ -312,12 +319,12 @@ def _writing(path: Path) -> Iterator[None]:
 
 @dataclass(slots=True, kw_only=True)
 class _Claim:
-    """A locked folder that is not changed yet."""
+    """Locked folder that is not changed yet."""
 
     folder: Path
     lock: int
     made: bool  # the folder did not exist before
-    owner: Owner | None = None  # once our name is on it
+    owner: Owner | None = None  # set once our name is on it
 
     def take_over(self) -> None:
         """Empty the folder and put our name on it."""
@@ -351,7 +358,10 @@ class _Claim:
 
 
 def _folders(path: Path, weights: Path) -> list[tuple[Path, str]]:
-    """What a run claims: its directory, and a weights folder elsewhere, each with its key."""
+    """Return the folders that a run claims, each with its key.
+
+    They are its directory, and its weights folder if that is elsewhere.
+    """
     return [(path, "run.name")] + ([] if path in weights.parents else [(weights, "weights.root")])
 
 
@@ -374,13 +384,17 @@ def _claim(folder: Path, key: str, overwrite: bool) -> _Claim:
         raise RunError(
             f"{folder}: holds a run that has finished or crashed ({owner or 'owner unknown'}). "
             "Start under another name with --set run.name=NEW, or give --overwrite to delete it and "
-            "start anew"
+            "start from scratch"
         )
     return claim
 
 
 def _lock(marker: Path) -> int:
-    """Lock `marker`. Waits for: a reader that looks who holds it, `LOCK_PATIENCE_S` at most."""
+    """Lock `marker`.
+
+    Waits for: a reader that looks which process holds it, `LOCK_PATIENCE_S` at most. Raises `RunError`
+    if another process holds it.
+    """
     lock = os.open(marker, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     deadline = time.monotonic() + LOCK_PATIENCE_S
     while True:

@@ -1,4 +1,4 @@
-"""Where a run stands at one moment: what the live view shows and status.json holds.
+"""State of a run at one moment, as the live view and status.json show it.
 
 A frozen value that survives JSON both ways. A number that is not known yet is None.
 """
@@ -18,8 +18,11 @@ State = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class Pool:
-    """Workers of one pool: how many answer, how many there should be, how many were replaced, and how
-    many of these by a rule of quarantine."""
+    """Workers of one pool: how many answer, and how many there should be.
+
+    `restarts` counts those that were replaced, `quarantined` those of them that a rule of quarantine
+    replaced.
+    """
 
     name: str
     alive: int
@@ -38,7 +41,7 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """All numbers are of the last finished step, or as of `time_s`."""
+    """Snapshot of a run. All numbers are of the last finished step, or as of `time_s`."""
 
     run: str
     state: State
@@ -61,10 +64,10 @@ class Snapshot:
     buffer_discarded: int = 0
     version_published: int | None = None
     version_live: int | None = None
-    restarts: int = 0  # of learner and buffer, after a loss
+    restarts: int = 0  # of learner and buffer, after a failure
     checkpoint: int | None = None  # step of the last complete checkpoint
-    stage: str | None = None  # type of an offline stage; what follows is its own
-    metric: str | None = None  # name of the number that it is watched by
+    stage: str | None = None  # type of an offline stage; only a stage has the next three
+    metric: str | None = None  # name of the number that the stage is monitored by
     metric_value: float | None = None
     metric_held_out: float | None = None  # of the last evaluation
     advice: str | None = None  # what bounds the run, and what one more worker would give
@@ -78,17 +81,17 @@ class Snapshot:
 
     @property
     def standing(self) -> str:
-        """The state, and whether the same command goes on from it."""
+        """State as text, with the step that the same command would resume from."""
         ended = self.state in ("failed", "stopped") and self.checkpoint is not None
         return f"{self.state}, resumable from step {self.checkpoint}" if ended else self.state
 
     def to_json(self) -> str:
-        """One JSON object. Numbers that are not finite become null."""
+        """Return one JSON object. Numbers that are not finite become null."""
         return _adapter().dump_json(self, indent=2).decode() + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Snapshot:
-        """The inverse of `to_json`. Raises `RunError` for anything else."""
+        """Parse the result of `to_json`. Raises `RunError` for anything else."""
         from pydantic import ValidationError
 
         try:
@@ -111,7 +114,10 @@ def _adapter() -> Any:
 def who_waits(
     learner_wait_s: float | None, generation_wait_s: float | None, step_s: float | None
 ) -> str:
-    """Who waits for whom, as shares of the step's wall time. A share under 1 % is left out."""
+    """Describe which side waits for the other, as shares of the step's wall time.
+
+    A share of less than 1 % is omitted.
+    """
     if not step_s or step_s <= 0:
         return "no step yet"
     waits = (

@@ -1,7 +1,9 @@
-"""The live workers of a pool by how much they have in flight.
+"""Index of the live workers of a pool by how much they have in flight.
 
-Promises: a worker that changes is found under what it is now at once, whoever changed it; finding the
-least loaded one, and telling of a change, cost (nearly) the same with ten workers as with a thousand.
+Promises:
+- a worker that changes is at once listed under its new load, whichever code changed it;
+- finding the least loaded worker, and reporting a change, cost (nearly) the same with ten workers as
+  with a thousand.
 """
 
 from __future__ import annotations
@@ -15,13 +17,16 @@ from typing import Any
 
 class State(StrEnum):
     LIVE = "live"
-    BEHIND = "behind"  # healthy, and without the newest weights: it gets no work until it has them
+    BEHIND = "behind"  # healthy, without the newest weights: gets no work until it has them
     DRAINING = "draining"
     RETIRED = "retired"
 
 
 class Worker:
-    """One actor and what its pool knows of it. `changed` is told of every change of state or load."""
+    """One actor and what its pool knows of it.
+
+    `changed` is called on every change of state or load.
+    """
 
     __slots__ = ("_num_in_flight", "_state", "actor", "changed", "name", "placement")
 
@@ -51,21 +56,24 @@ class Worker:
 
 @dataclass(slots=True)
 class Loads:
-    """Workers that are not live are none of it. Among equals the one that came first is first."""
+    """Live workers by load. Workers that are not live are not in it.
+
+    Among workers with equal loads the one that came first is first.
+    """
 
     changes: int = 0  # how often a worker came or went
     _load: dict[Worker, int] = field(default_factory=dict)
     _place: dict[Worker, int] = field(default_factory=dict)  # in the order of coming
     _heap: list[tuple[int, int, Worker]] = field(default_factory=list)
-    """(load, place, worker), each once. One whose load is another by now says nothing."""
+    """(load, place, worker), each once. An entry with an outdated load is ignored."""
     _in_heap: set[tuple[int, int]] = field(default_factory=set)  # (load, place)
 
     def __len__(self) -> int:
-        """How many workers are live."""
+        """Return the number of live workers."""
         return len(self._load)
 
     def update(self, worker: Worker) -> None:
-        """`worker` came, or changed."""
+        """List `worker` under its current load, or remove it if it is not live."""
         if worker.state is State.LIVE:
             if worker not in self._load:
                 self._place[worker] = self.changes
@@ -82,7 +90,10 @@ class Loads:
         return first is not None and (limit is None or first[0] < limit)
 
     def least(self, limit: int | None, avoid: Collection[Worker] = ()) -> Worker:
-        """The least loaded worker; of `avoid` only where no other has room. There must be room."""
+        """Return the least loaded worker; one of `avoid` only if no other has capacity.
+
+        At least one worker must have capacity.
+        """
         passed: list[tuple[int, int, Worker]] = []
         while (entry := self._first()) is not None and entry[2] in avoid:
             passed.append(self._pop())

@@ -1,25 +1,25 @@
 """A pool of replaceable workers: dispatch, health, replacement, scaling.
 
 Promises:
-- work goes to the live worker that the caller prefers, else to the one with the least in flight;
-  a draining worker gets none;
-- a worker that dies, hangs or fails its health check is retired (killed, its placement group given
-  back) and replaced; its work is the caller's to try again elsewhere; where `retire` raises, its place
-  is filled all the same, and it is retired again each heartbeat;
-- there are never more live workers than `wanted`, however many are lost at once, whatever change of
-  size fails or is cancelled; one that has started for a place that is gone is ended again;
+- work goes to the live worker that the caller prefers, else to the one with the least in flight.
+  A draining worker gets none;
+- a worker that dies, hangs or fails its health check is retired (killed, its placement group released)
+  and replaced. The caller may try its work again elsewhere. Where `retire` raises, the worker is
+  replaced all the same, and is retired again each heartbeat;
+- there are never more live workers than `wanted`, however many fail at once, and whatever change of
+  size fails or is cancelled. A worker that started for a place that no longer exists is ended again;
 - a worker joins only after `launch` has made it ready to serve (model loaded, weights live);
-- the pool starts once `quorum` workers are live and the others take their time; who is missing is
-  reported, and joins later;
+- the pool starts once `quorum` workers are live and the others take their time. Missing workers are
+  reported, and join later;
 - a healthy worker that is behind (`set_behind`) gets no work until it has caught up, and keeps its
   place;
-- scaling down drains: the worker ends when its last work has ended; so does one in quarantine
-  (`rlhf_cluster.generation.worker_quarantine`), which is then replaced;
+- scaling down drains: the worker ends when its last work has ended. A worker in quarantine
+  (`rlhf_cluster.generation.worker_quarantine`) drains too, and is then replaced;
 - within the window of `restarts` there are at most `max_restarts` replacements, or one for each wanted
-  worker if that is more: a rack may be lost at once, and a crash loop still ends. With none left the
-  pool goes on with the workers that it has, and replaces again when the window allows it; with fewer
+  worker if that is more. A rack may fail at once, and a crash loop still ends. With none left the
+  pool continues with the workers that it has, and replaces again when the window allows it. With fewer
   than `quorum` of them it fails, with the first cause and not the last symptom;
-- a node that stays away spends no restarts while `quorum` workers live: room is looked for again.
+- a node that stays away spends no restarts while `quorum` workers live: capacity is looked for again.
 
 The pool decides nothing about Ray: launching and killing are arguments.
 """
@@ -42,14 +42,14 @@ from rlhf_cluster.run.worker_loads import (
     State,
     Worker,
 )
-from rlhf_cluster.util.concurrency import together
+from rlhf_cluster.util.concurrency import gather_or_cancel
 
 log = logging.getLogger(__name__)
 
 ROOM_AGAIN_S = 10.0
-"""From a replacement that found no room to the next search for it."""
+"""Seconds from a replacement that found no free resources to the next search for them."""
 MAX_ERRORS = 20
-"""Workers whose last errors are kept for messages."""
+"""Number of workers whose last errors are kept for messages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +63,9 @@ class PoolLimits:
     backoff_s: float = 1.0
     max_restarts: int = 10  # within the window of `WorkerPool.restarts`; 0: none ever
     min_workers: int | None = None  # None: half of what is wanted, rounded up
-    join_grace_s: float = 30.0  # a start with its quorum goes on when nobody joined for so long
+    join_grace_s: float = (
+        30.0  # a start with its quorum returns when no worker joined for this long
+    )
     max_in_flight: int | None = None  # calls that one worker takes at once; the rest wait here
 
 
@@ -82,18 +84,18 @@ class WorkerPool:
     workers: list[Worker] = field(default_factory=list)
     last_errors: dict[str, str] = field(default_factory=dict)
     restarts: RestartWindow = field(default_factory=RestartWindow)
-    num_quarantined: int = 0  # of them
-    num_autoscaled: int = 0  # changes of size that nobody asked for
+    num_quarantined: int = 0  # those of the restarts that quarantine caused
+    num_autoscaled: int = 0  # changes of size by the autoscaler
     tell: Callable[[str], None] = lambda text: None
     _failure: RlhfError | None = None
     _closed: bool = False
     _num_launched: int = 0
-    _num_starting: int = 0  # counted by who calls `_add`, before the call
+    _num_starting: int = 0  # counted by the caller of `_add`, before the call
     _loads: Loads = field(default_factory=Loads)
-    _waiting: deque[asyncio.Future[None]] = field(default_factory=deque)  # for room
-    _idle: dict[Worker, asyncio.Event] = field(default_factory=dict)  # of those that are drained
+    _waiting: deque[asyncio.Future[None]] = field(default_factory=deque)  # for a free worker
+    _idle: dict[Worker, asyncio.Event] = field(default_factory=dict)  # of draining workers
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
-    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # of a change of size
+    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # held during a change of size
     _not_ended: list[Worker] = field(default_factory=list)  # whose `retire` raised
 
     @property
@@ -111,12 +113,12 @@ class WorkerPool:
 
     @property
     def changes(self) -> int:
-        """How often a live worker came or went."""
+        """Number of times that a live worker came or went."""
         return self._loads.changes
 
     @property
     def quorum(self) -> int:
-        """How many live workers the pool needs to start, and to live on without replacements."""
+        """Live workers that the pool needs to start, and to continue without replacements."""
         least = self.limits.min_workers
         return min(self.wanted, math.ceil(self.wanted / 2) if least is None else least)
 
@@ -127,11 +129,12 @@ class WorkerPool:
         return most and max(most, self.wanted)
 
     async def start(self, wanted: int) -> None:
-        """Launch `wanted` workers; return when all have joined, or `quorum` of them have and nobody
-        else did for `join_grace_s`. Those that are late join later; those that cannot start count as
-        lost, and are replaced.
+        """Launch `wanted` workers; return when all have joined, or enough of them.
 
-        Waits for: launches, each of which has deadlines of its own. Raises the first failure as soon as
+        Enough are `quorum` workers, when no other has joined for `join_grace_s`. Workers that are late
+        join later. Workers that cannot start are treated as failed, and are replaced.
+
+        Waits for: launches, each of which has its own deadlines. Raises the first failure as soon as
         the quorum is out of reach, and ends the other launches.
         """
         self.wanted = wanted
@@ -167,7 +170,7 @@ class WorkerPool:
     async def _until_quorum(
         self, launches: set[asyncio.Task[None]]
     ) -> tuple[set[asyncio.Task[None]], list[RlhfError]]:
-        """The launches that are late, and the failures of others. Waits as `start`."""
+        """Return the launches that are late, and the failures of others. Waits as `start`."""
         pending, failures = set(launches), list[RlhfError]()
         while pending:
             grace_s = self.limits.join_grace_s if self.num_live >= self.quorum else None
@@ -187,7 +190,10 @@ class WorkerPool:
         return pending, failures
 
     async def _join_late(self, launch: asyncio.Task[None]) -> None:
-        """Waits for: a launch that was left behind by `start`, which has deadlines of its own."""
+        """Wait for a launch that was late in `start`; replace the worker if it fails.
+
+        The launch has its own deadlines.
+        """
         try:
             await launch
         except RlhfError as error:
@@ -198,12 +204,13 @@ class WorkerPool:
     async def acquire(
         self, prefer: Worker | None = None, avoid: Collection[Worker] = ()
     ) -> AsyncIterator[Worker]:
-        """A live worker with room, counted as busy inside the block: `prefer` if it is one, else
-        the least loaded, of `avoid` only where there is no other.
+        """Yield a live worker with capacity, counted as busy inside the block.
 
-        Waits for: a live worker with room. Unblocked by: a call that ends (each has a deadline), a
-        replacement that joins. `StalledError` when there was no live worker for
-        `acquire_timeout_s`.
+        That is `prefer` if it is live and has capacity, else the least loaded. One of `avoid` is used
+        only if there is no other.
+
+        Waits for: a live worker with capacity. Unblocked by: a call that ends (each has a deadline), a
+        replacement that joins. Raises `StalledError` when no worker was live for `acquire_timeout_s`.
         """
         await self._wait_for_room()
         if prefer is None or prefer.state is not State.LIVE or not self._has_room(prefer):
@@ -228,7 +235,7 @@ class WorkerPool:
             self._raise_failure()
             try:
                 async with asyncio.timeout(self.limits.acquire_timeout_s):
-                    await self._woken(first=again)
+                    await self._wait_turn(first=again)
                 again = True
             except TimeoutError:
                 if self._loads:
@@ -239,8 +246,8 @@ class WorkerPool:
                 ) from None
         self._raise_failure()
 
-    async def _woken(self, first: bool) -> None:
-        """Waits for: its turn, before the others' where it had its turn and came too late for it."""
+    async def _wait_turn(self, first: bool) -> None:
+        """Wait for a turn; with `first` before the others, since the last turn came to nothing."""
         turn = asyncio.get_running_loop().create_future()
         (self._waiting.appendleft if first else self._waiting.append)(turn)
         try:
@@ -253,15 +260,15 @@ class WorkerPool:
             raise
 
     def _wake(self, number: int) -> None:
-        """The next so many of those who wait."""
+        """Give the next `number` callers that wait their turn."""
         while number and self._waiting:
             turn = self._waiting.popleft()
             if not turn.done():
                 turn.set_result(None)
                 number -= 1
 
-    def _worker_changed(self, worker: Worker) -> None:
-        """A worker that is idle ends its drain."""
+    def _update_load(self, worker: Worker) -> None:
+        """Record the load of `worker`. A worker that is idle ends its drain."""
         self._loads.update(worker)
         if worker.num_in_flight == 0 and worker in self._idle:
             self._idle[worker].set()
@@ -280,8 +287,10 @@ class WorkerPool:
     def set_behind(
         self, worker: Worker, why: RlhfError, catch_up: Callable[[Worker], Awaitable[None]]
     ) -> None:
-        """Give `worker` no work until `catch_up` has brought it where the others are; its place is kept
-        meanwhile. Where that fails it is replaced."""
+        """Give `worker` no work until `catch_up` has brought it to the state of the others.
+
+        It keeps its place meanwhile. It is replaced if `catch_up` fails.
+        """
         if worker.state is not State.LIVE:
             return
         self._note(worker.name, why)
@@ -289,7 +298,7 @@ class WorkerPool:
         self._background(self._back(worker, catch_up))
 
     async def _back(self, worker: Worker, catch_up: Callable[[Worker], Awaitable[None]]) -> None:
-        """Waits for: `catch_up`, which has deadlines."""
+        """Make `worker` live after `catch_up`, or replace it. Waits for: `catch_up`, with deadlines."""
         try:
             await catch_up(worker)
         except RlhfError as error:
@@ -300,7 +309,7 @@ class WorkerPool:
             self._wake(self.limits.max_in_flight or len(self._waiting))
 
     async def suspect(self, worker: Worker, error: RlhfError) -> None:
-        """Note an error that the worker itself reported, and retire it if it cannot serve on."""
+        """Note an error that the worker itself reported, and retire it if it cannot serve any more."""
         self._note(worker.name, error)
         if worker.state is not State.RETIRED:
             await self._check_one(worker)
@@ -308,8 +317,8 @@ class WorkerPool:
     async def quarantine(self, worker: Worker, reason: str, needed: bool = False) -> None:
         """Give `worker` no more work, and replace it once it has done what it has.
 
-        The last live worker, which nobody can stand in for meanwhile, is replaced at once. Where no
-        restart is left it stays, unless it is `needed`: then the pool fails with the first cause.
+        The last live worker is replaced at once, since no other can serve meanwhile. When no restart is
+        left the worker stays, unless it is `needed`: then the pool fails with the first cause.
         """
         spent = self.restarts.recent >= self.max_restarts
         if worker.state is not State.LIVE or (spent and not needed):
@@ -326,7 +335,7 @@ class WorkerPool:
         self._background(self._drain_and_replace(worker))
 
     async def _drain_and_replace(self, worker: Worker) -> None:
-        """Its place is needed for the replacement."""
+        """Drain `worker`, then replace it: the replacement needs its place."""
         await self._drain(worker)
         await self._replace()
 
@@ -339,15 +348,15 @@ class WorkerPool:
             self._retire_again()
 
     async def resize(self, wanted: int) -> str:
-        """Add workers, or drain the least loaded ones. Returns what was done. A worker that is being
-        replaced leaves before one that lives.
+        """Add workers, or drain the least loaded ones. Return what was done.
 
-        All new workers join, or none: nothing starts before `preflight` has found room for the
-        wanted size, or that nodes for it may come; the first that cannot start is raised, and those
-        that were started beside it are ended again.
+        A worker that is being replaced leaves before one that lives. All new workers join, or none.
+        Nothing starts before `preflight` has found resources for the wanted size, or that nodes for it
+        may come. The first error of a start is raised, and the workers started with it are ended again.
 
         Waits for: the change before it; then the new workers to be ready, or the drained ones to be
-        idle. All have deadlines. Cancelled, it ends those that it started, and drains on behind.
+        idle. All have deadlines. When cancelled it ends the workers that it started, and the drain
+        continues in the background.
         """
         async with self._turn:
             change = wanted - self.wanted
@@ -360,8 +369,11 @@ class WorkerPool:
             return f"{self.kind}: {len(self.live)} workers"
 
     async def _grow(self, change: int) -> None:
-        """All of them join, or none. Waits for: them; where one fails, for as many to drain as are over
-        the size before: fewer where others died meanwhile."""
+        """Add `change` workers: all of them join, or none.
+
+        Waits for: them. If one fails it waits for the drain of those that exceed the size before, which
+        are fewer where others died meanwhile.
+        """
         try:
             await self._add_all(change)
         except BaseException:
@@ -370,10 +382,9 @@ class WorkerPool:
             raise
 
     async def _drain_surplus(self) -> None:
-        """Drain those that are over the size: first those behind, then the least loaded, the newest of
-        equals.
+        """Drain the workers that exceed the size: first those behind, then the least loaded.
 
-        Waits for: all that drain. A caller that is cancelled leaves them to it.
+        Among equals the newest is first. Waits for: all that drain, also after its caller is cancelled.
         """
         staying = self._staying[::-1]
         staying.sort(key=lambda w: (w.state is State.LIVE, w.num_in_flight))
@@ -384,7 +395,7 @@ class WorkerPool:
             await asyncio.wait(tasks)
 
     def close(self) -> None:
-        """Retire every worker, those that start as soon as they are there, and stop replacing."""
+        """Stop replacing, and retire every worker; one that is starting is retired once it exists."""
         self._closed = True
         self.wanted = 0
         for task in self._tasks:
@@ -401,7 +412,7 @@ class WorkerPool:
         return "; ".join(f"{name}: last error: {text}" for name, text in self.last_errors.items())
 
     async def _add_all(self, number: int) -> None:
-        """At once. The first failure to launch ends the others, and is raised."""
+        """Add `number` workers concurrently. The first failure ends the others, and is raised."""
         num_begun = 0
 
         async def add() -> None:
@@ -411,12 +422,12 @@ class WorkerPool:
 
         self._num_starting += number
         try:
-            await together(add() for _ in range(number))
+            await gather_or_cancel(add() for _ in range(number))
         finally:
             self._num_starting -= number - num_begun
 
     async def _add(self) -> None:
-        """A new worker joins, unless its place is gone meanwhile: then it is ended."""
+        """Launch a worker that joins, or is ended if its place no longer exists."""
         name = f"{self.kind}-{self._num_launched}"
         self._num_launched += 1
         try:
@@ -426,19 +437,19 @@ class WorkerPool:
             raise
         finally:
             self._num_starting -= 1
-        if worker.state is State.RETIRED:  # it joined behind, and has failed since
+        if worker.state is State.RETIRED:  # it joined as one that is behind, and has failed since
             return
         if self._closed or len(self._staying) >= self.wanted:
             self._retire(worker)
             return
         self.workers.append(worker)
-        worker.changed = self._worker_changed
-        self._worker_changed(worker)
+        worker.changed = self._update_load
+        self._update_load(worker)
         self._wake(self.limits.max_in_flight or len(self._waiting))
 
     @property
     def _staying(self) -> list[Worker]:
-        """Those that have a place: live, or behind."""
+        """Workers that have a place: live, or behind."""
         return [w for w in self.workers if w.state in (State.LIVE, State.BEHIND)]
 
     @property
@@ -446,11 +457,11 @@ class WorkerPool:
         return not self._closed and len(self._staying) + self._num_starting < self.wanted
 
     async def _replace(self) -> None:
-        """Launch until the pool has its size again, with what others start.
+        """Launch workers until the pool has its size, together with what other tasks start.
 
-        Waits for: the backoff, which grows with the restarts a worker; a launch, which has deadlines;
-        room; with no restart left, the oldest one to leave the window. Ends with the pool's size, its
-        end, or its failure.
+        Waits for: the backoff, which grows with the restarts per worker; a launch, which has deadlines;
+        capacity; with no restart left, the oldest one to leave the window. Ends when the pool has its
+        size, is closed, or has failed.
         """
         told_no_room = False
         while self._is_short and self._failure is None:
@@ -487,7 +498,7 @@ class WorkerPool:
         self._fail_for_good(PoolLost(text), first)
 
     def _fail_for_good(self, failure: RlhfError, cause: BaseException | None) -> None:
-        """Who waits, and the supervision, raise it."""
+        """Make all callers that wait, and `supervise`, raise `failure`."""
         failure.__cause__ = cause
         self._failure = self._failure or failure
         self._wake(len(self._waiting))
@@ -522,7 +533,7 @@ class WorkerPool:
         self._retire(worker)
 
     def _retire(self, worker: Worker) -> None:
-        """Whatever it raises, the pool goes on without the worker: it is not among `workers`."""
+        """Retire `worker`. If that raises, the pool continues without it, and tries again later."""
         try:
             self.retire(worker)
         except Exception as error:
@@ -534,7 +545,7 @@ class WorkerPool:
             self._not_ended.append(worker)
 
     def _retire_again(self) -> None:
-        """Those that could not be ended before, the first time that it works for the last."""
+        """Retire again the workers whose `retire` raised, until it succeeds."""
         for worker in self._not_ended[:]:
             try:
                 self.retire(worker)
@@ -547,17 +558,17 @@ class WorkerPool:
         log.warning("%s: %s", name, error)
         self.last_errors.pop(name, None)
         self.last_errors[name] = str(error)
-        while len(self.last_errors) > MAX_ERRORS:  # of those that are long gone, the oldest first
+        while len(self.last_errors) > MAX_ERRORS:  # the oldest is of a worker that ended long ago
             del self.last_errors[next(iter(self.last_errors))]
 
     def _background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._background_ended)
+        task.add_done_callback(self._finish_background)
         return task
 
-    def _background_ended(self, task: asyncio.Task[None]) -> None:
-        """A fault of the system there must not leave the pool short for good."""
+    def _finish_background(self, task: asyncio.Task[None]) -> None:
+        """Fail the pool on an unexpected error, which would leave it short for good."""
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             text = f"{self.kind}: a change of workers failed: {type(error).__name__}: {error}"

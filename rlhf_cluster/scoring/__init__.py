@@ -1,2 +1,4 @@
 """The scoring pool's core: rewards, the reference, and log-probabilities under published versions.
-Importing this loads no torch."""
+
+Importing this package does not load torch.
+"""

@@ -1,30 +1,35 @@
-"""Exact log-probabilities: of each token, under the version that sampled it, by learner numerics.
+"""Exact log-probabilities of sampled tokens: under the sampling version, with learner numerics.
 
     exact[t] = log p(token t | everything before it; weights of versions[t])
 
-in the learner's compute type, with the learner's code, from the weights as they were published: the
-same weights as the engine's, other numerics. A rollout may mix versions (an update came in flight):
-then the whole rollout goes through one pass for each of its versions, and each token's value is
-taken from the pass of its own.
+They are computed in the learner's compute type, with the learner's code, from the weights as they were
+published: the same weights as the engine's, other numerics. A rollout may mix versions (an update came
+in flight). Then the complete rollout is passed through the model once per version, and each token's
+value is taken from the pass of its version.
 
     engine mismatch    |sampled - exact|      same weights, engine against learner numerics
     staleness effect   |proximal - exact|     same numerics, other weights
 
-Which versions are asked for. A group that is scored was not trained yet, and will be, at a learner
+Versions that may be needed. A group that is scored was not trained yet, and will be, at a learner
 version s of at least the present one L. With the staleness bound S, s <= v + S for every version v
-that sampled a token of it, so v >= L - S. With `on_stale = "drop"` it may be discarded instead;
-but it was admitted at a learner version A with live versions of at least A - K (K = max_staleness)
+that sampled a token of it, so v >= L - S. With `on_stale = "drop"` the group may be discarded instead.
+But it was admitted at a learner version A with live versions of at least A - K (K = max_staleness)
 and its turn comes at A + K at the latest, so v >= A - K >= L - 2 K. Nothing newer than L is
 published, so v is among the newest S + 1 (2 K + 1) versions. The store keeps one more.
 
-Cost: one pass more for each version of a rollout; a model in the learner's type; and on the host
-`cached_versions` sets of published weights, those used last, beside the one that is being read. A
-change to a version among them is a copy in memory; any other is read from the store again, with the
-versions that it builds on, and verified. A group's rollouts are batched by version, the one in the
+Cost:
+- one additional pass for each version of a rollout;
+- a model in the learner's type;
+- on the host, the `cached_versions` sets of published weights that were used last, in addition to the
+  one that is being read.
+
+A change to a cached version is a copy in memory. Any other version is read from the store again, with
+the versions that it builds on, and verified. A group's rollouts are batched by version, the one in the
 model first.
 
-A read may take longer than a group may: it goes on in a thread of its own, one at a time, and who comes
-again finds it further on, or done. `bring` is that read ahead of the groups.
+A read may take longer than a call for a group may. So reads run in separate threads, one at a time,
+and continue after such a call has timed out: a repeated call waits for the rest of the read. `bring`
+starts the read before the groups need it.
 """
 
 from __future__ import annotations
@@ -41,7 +46,7 @@ import numpy as np
 from rlhf_cluster.errors import StalledError, WeightError
 from rlhf_cluster.records import Rollout, WeightVersion
 from rlhf_cluster.scoring.frozen_policy import FrozenPolicy
-from rlhf_cluster.util.deadlines import left_of_call
+from rlhf_cluster.util.deadlines import remaining_s
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.transports.shared_files import (
     FileSource,
@@ -56,7 +61,10 @@ _NAN = np.float32(np.nan)
 
 
 class ExactLogprobs:
-    """Several threads may call it; they take turns, version by version."""
+    """Exact log-probabilities from one model, whose weights are replaced version by version.
+
+    Several threads may call it; they take turns for each version.
+    """
 
     def __init__(
         self,
@@ -66,40 +74,46 @@ class ExactLogprobs:
         source: ShardSource | None = None,
         wait_timeout_s: float = 300.0,
     ) -> None:
-        """`model` is built from the run's model folder; `weights_dir` is the policy's store, whose
-        versions are read from `source`, or else from their files. `wait_timeout_s`: for a read, where
-        the call has no deadline of its own."""
+        """Hold no version yet.
+
+        Args:
+            model: built from the run's model folder.
+            weights_dir: the policy's store.
+            cached_versions: versions that are kept in host memory.
+            source: where versions are read; None: their files in the store.
+            wait_timeout_s: seconds to wait for a read, where the call has no deadline.
+        """
         self._model = model
         self._weights_dir = Path(weights_dir)
         self._source = source or FileSource(weights_dir)
         self._cached_versions = cached_versions
         self._wait_timeout_s = wait_timeout_s
         self._cache: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
-        self._reads: dict[
-            int, Future[dict[str, Tensor]]
-        ] = {}  # under way, or waiting for their turn
-        self._digests: dict[int, str] = {}  # of what was brought
-        self._counting = threading.Lock()  # of these; held for no read
+        # reads in progress, or waiting for their turn
+        self._reads: dict[int, Future[dict[str, Tensor]]] = {}
+        self._digests: dict[int, str] = {}  # of the versions that `bring` was called with
+        self._counting = threading.Lock()  # for the fields above; never held during a read
         self._one_read = threading.Lock()
         self._resident = -1
-        self._epoch = 0  # how often something was forgotten
+        self._epoch = 0  # how often versions were dropped
         self.num_reads = 0
         self.num_loads = 0
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
-        """[T] float32 for each rollout, in nats.
+        """Return [T] float32 for each rollout, in nats.
 
         Raises:
-            WeightError: a version is gone from the store, damaged, or not of this model.
+            WeightError: a version is missing in the store, damaged, or not of this model.
             ScoringError: a rollout without a distribution (temperature 0), or longer than the
                 token budget.
             StalledError: other groups held the model past the deadline, or a version was not read by
-                then. Its read goes on.
+                then. Its read continues.
         """
         self._model.check(rollouts)
         found = [np.full(len(r.response_ids), _NAN) for r in rollouts]
         wanted = {int(version) for r in rollouts for version in np.unique(r.versions)}
-        resident = self._resident  # may change while others use the model; then this costs a copy
+        # May change while other threads use the model: then the order costs a copy, nothing else.
+        resident = self._resident
         for version in sorted(wanted, key=lambda v: (v != resident, v)):
             members = [i for i, r in enumerate(rollouts) if (r.versions == version).any()]
             tensors, epoch = None, self._epoch
@@ -114,10 +128,10 @@ class ExactLogprobs:
         return found
 
     def bring(self, version: WeightVersion) -> None:
-        """Have `version` in host memory, before a group needs it. What was read under its number with
-        another digest is forgotten.
+        """Read `version` into host memory, before a group needs it.
 
-        Waits for: its read. Raises `WeightError`, and `StalledError` as `logprobs`.
+        Weights that were read with its number and another digest are dropped. Waits for: the read.
+        Raises `WeightError`, and `StalledError` as `logprobs`.
         """
         with self._counting:
             if self._digests.get(version.version, version.digest) != version.digest:
@@ -128,9 +142,10 @@ class ExactLogprobs:
         self._tensors(version.version, "the groups to come")
 
     def forget(self) -> None:
-        """Versions are published anew: nothing that was read stands for its number any more.
+        """Drop all weights that were read, because their numbers will be published again.
 
-        Waits for: the version that another thread is at. Raises `StalledError` past the deadline.
+        Waits for: the pass of another thread through the model. Raises `StalledError` past the
+        deadline.
         """
         with self._counting:
             self._epoch += 1
@@ -148,8 +163,11 @@ class ExactLogprobs:
             self._resident = -1
 
     def _use(self, version: int, tensors: dict[str, Tensor] | None) -> None:
-        """Bring `version` into the model, which this thread holds. Without `tensors` it was there,
-        or what was read is forgotten."""
+        """Load `version` into the model, which this thread holds.
+
+        `tensors`: its weights. None: the model had the version before, or its weights were dropped
+        since; then they are read if necessary.
+        """
         if version == self._resident:
             return
         if tensors is None:
@@ -160,7 +178,11 @@ class ExactLogprobs:
         self.num_loads += 1
 
     def _tensors(self, version: int, who: str) -> dict[str, Tensor]:
-        """From the cache, or from the read that is under way, or that begins now, for `who`."""
+        """Return the weights of `version`: from the cache, a read in progress, or a new read.
+
+        `who` names in errors the group or rollout that needs them. Waits for: the read. Raises
+        `WeightError`, `StalledError`.
+        """
         with self._counting:
             if version in self._cache:
                 self._cache.move_to_end(version)
@@ -172,14 +194,14 @@ class ExactLogprobs:
                     target=self._read_behind, args=(version, who, read), name="disk", daemon=True
                 )
                 work.start()
-        wait_s = left_of_call(self._wait_timeout_s)
+        wait_s = remaining_s(self._wait_timeout_s)
         try:
             return read.result(wait_s)
         except TimeoutError as error:
             if read.done():
-                raise  # the storage's own, or it came just now: the next call has it
+                raise  # the read itself timed out, or ended just now: the next call has its result
             raise StalledError(
-                f"version {version} was not read within {wait_s:.3g} s; the read goes on. Where that "
+                f"version {version} was not read within {wait_s:.3g} s; the read continues. Where that "
                 "is usual, give weights.root a faster storage, or raise scoring.request_timeout_s"
             ) from error
 
@@ -187,7 +209,7 @@ class ExactLogprobs:
         try:
             with self._one_read:
                 tensors = self._read(version, who)
-        # Whatever it is, those who wait raise it.
+        # An error of any kind is raised in the calls that wait for the read.
         except BaseException as error:
             with self._counting:
                 if self._reads.get(version) is read:
@@ -195,7 +217,7 @@ class ExactLogprobs:
             read.set_exception(error)
             return
         with self._counting:
-            if self._reads.get(version) is read:  # else it was forgotten meanwhile
+            if self._reads.get(version) is read:  # else the version was dropped meanwhile
                 del self._reads[version]
                 self._cache[version] = tensors
                 while len(self._cache) > self._cached_versions:

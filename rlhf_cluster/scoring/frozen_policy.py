@@ -1,12 +1,15 @@
 """A policy that is not trained: log-probabilities of response tokens under any version's weights.
 
-Promises: the distribution is the one of the rollout's temperature; the model goes through the same
-code as the learner's (`PolicyLM`, `packing`), so that with the same weights and type both give the
-same values; one entry comes back for every response token, in the order of the rollouts; weights
-are replaced by name, all of them or none, and a tensor that is missing, extra or of another shape
-is refused before one is touched. With `quantization` the linear layers hold those weights, in the
-model's type, rounded to 8 bits (`models.int8_linear`), those that are given later alike; the values are
-then near the learner's, and not the same.
+Promises:
+- The distribution is the one of the rollout's temperature.
+- The model runs the same code as the learner's (`PolicyLM`, `packing`), so that with the same weights
+  and type both compute the same values.
+- One entry is returned for every response token, in the order of the rollouts.
+- Weights are replaced by name, all of them or none. A tensor that is missing, extra or of another
+  shape is refused before any is replaced.
+- With `quantization`, the linear layers hold the weights, in the model's type, rounded to 8 bits
+  (`models.int8_linear`). Weights that are loaded later are rounded too. The values are then near the
+  learner's, but not equal.
 
 Shapes: T response tokens.
 """
@@ -45,14 +48,14 @@ from rlhf_cluster.sections.values import (
     FrozenQuantization,
     HeadDtype,
 )
-from rlhf_cluster.util.deadlines import left_of_call
+from rlhf_cluster.util.deadlines import remaining_s
 from rlhf_cluster.weights.assemble import check_names
 
 Array = np.ndarray
 
 
 class FrozenPolicy:
-    """Serves one thread at a time: its owner enters `held()` around every use."""
+    """Frozen model that serves one thread at a time: its owner enters `held()` around every use."""
 
     def __init__(
         self,
@@ -65,7 +68,7 @@ class FrozenPolicy:
         quantization: FrozenQuantization | None = None,
         head_dtype: HeadDtype = "float32",
     ) -> None:
-        """Loads the model of `model_dir`; `name` is what errors call it. Raises `ConfigError`."""
+        """Load the model of `model_dir`. `name` is its name in errors. Raises `ConfigError`."""
         self._name = name
         self._policy = load_policy(
             model_dir, getattr(torch, dtype), device, trainable=False, head_dtype=head_dtype
@@ -78,7 +81,7 @@ class FrozenPolicy:
         self._rounded: dict[str, Linear8bit] = {}
         stored = cast("dict[str, Tensor]", self._policy.lm.state_dict(keep_vars=True))
         buffers = {checkpoint_name(n): b for n, b in self._policy.named_buffers()}
-        # of tensors that are tied, the parameters name one
+        # The parameters list tied tensors once, with one of their names.
         self._targets: dict[str, Tensor] = {
             checkpoint_name(n): p for n, p in self._policy.named_parameters()
         } | {n: b for n, b in buffers.items() if n in stored}
@@ -88,11 +91,11 @@ class FrozenPolicy:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Nobody else uses the model inside the block.
+        """Reserve the model for this thread inside the block.
 
         Waits for: other groups' passes. Raises `StalledError` past the deadline.
         """
-        if not self._lock.acquire(timeout=left_of_call(self._wait_timeout_s)):
+        if not self._lock.acquire(timeout=remaining_s(self._wait_timeout_s)):
             raise self._busy()
         try:
             yield
@@ -117,8 +120,11 @@ class FrozenPolicy:
                 self._targets[name].copy_(tensor)
 
     def check(self, rollouts: Sequence[Rollout]) -> None:
-        """Raise `ScoringError` on a rollout without a distribution (temperature 0), or one that is
-        longer than the token budget."""
+        """Check that all rollouts can be passed through the model.
+
+        Raises `ScoringError` on a rollout without a distribution (temperature 0), or one that is
+        longer than the token budget.
+        """
         for rollout in rollouts:
             if not rollout.temperature > 0:
                 raise ScoringError(
@@ -134,7 +140,7 @@ class FrozenPolicy:
                 )
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[Array]:
-        """[T] float32 for each rollout, in nats. `check` and `held` are the caller's."""
+        """Return [T] float32 for each rollout, in nats. The caller calls `check` and enters `held`."""
         by_temperature = sorted(range(len(rollouts)), key=lambda i: rollouts[i].temperature)
         found: dict[int, Array] = {}
         for temperature, group in groupby(by_temperature, lambda i: rollouts[i].temperature):
@@ -144,8 +150,10 @@ class FrozenPolicy:
         return [found[i] for i in range(len(rollouts))]
 
     def together(self, max_groups: int) -> SharedPasses[Rollout, Array]:
-        """`logprobs` of groups that wait for the model at the same time, held for all of them; `check`
-        is the caller's."""
+        """Return a `logprobs` that batches groups which wait for the model at the same time.
+
+        It enters `held` once for all of them. The caller calls `check`.
+        """
 
         def compute(rollouts: list[Rollout]) -> list[Array]:
             with self.held():

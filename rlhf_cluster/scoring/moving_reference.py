@@ -1,23 +1,26 @@
-"""Which weights the reference has, and when it moves: decided and written in one place.
+"""Moving reference: decides when the reference moves, and writes its weights.
 
-References are versions of a weight store of their own, each under the number of the policy version
-that was live when it was made. Version 0 is the policy as reinforcement learning begins. When a
-policy version v goes live, `every` or more after the last reference r, the reference moves:
+References are versions of a separate weight store, each with the number of the policy version that was
+live when it was made. Version 0 is the policy as reinforcement learning begins. When a policy version
+v goes live, `every` or more after the last reference r, the reference moves:
 
     fixed       never
     periodic    reference := policy of version v
     ema         reference := k * reference + (1 - k) * policy of version v,
                 k = decay^((v - r) / every)
 
-Versions are skipped when publishing is slow; the exponent makes the average forget by versions, not
-by publishes. The average is kept in float32: in bfloat16 a step of (1 - k) times a small change
-would be lost altogether. An average of equal weights is those weights exactly.
+Versions are skipped when publishing is slow. With the exponent, the weight of old versions decays per
+version, not per publish. The average is kept in float32: in bfloat16 a step of (1 - k) times a small
+change would be lost completely. An average of equal weights is exactly these weights.
 
-Promises: a reference is written once, by the one process that owns the `ReferenceKeeper`, and read
-by all: workers that join later hold the same bytes, verified by digest; what it is follows from the
-versions that went live and nothing else; it survives a power cut; an attempt of the run that was
-given up, and a call past its deadline, write none. The last two are kept, so a worker
-that is loading one while it is replaced gets it whole, or a `WeightError`.
+Promises:
+- A reference is written once, by the one process that owns the `ReferenceKeeper`, and read by all.
+  Workers that join later hold the same bytes, verified by digest.
+- A reference is determined by the versions that went live and nothing else.
+- It survives a power cut.
+- An earlier attempt of the run, or a call past its deadline, does not write one.
+- The last two are kept, so a worker that is loading one while it is replaced gets it complete, or a
+  `WeightError`.
 
 Memory: `max_file_bytes` of one reference and one policy version. Disk: two references, of the size
 of a published version, as float32 with `ema`.
@@ -38,7 +41,7 @@ from rlhf_cluster.sections.reference_update import (
     FixedReference,
     ReferenceUpdate,
 )
-from rlhf_cluster.util.slow_disk import check_wanted
+from rlhf_cluster.util.slow_disk import check_not_abandoned
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.manifest import LocalPart
 from rlhf_cluster.weights.shards import send_shard
@@ -55,7 +58,7 @@ _Named = Iterator[tuple[str, "Tensor"]]
 
 
 class ReferenceKeeper:
-    """Owns the references in folder `root`. Serves one thread at a time; others wait."""
+    """Owner of the references in folder `root`. Serves one thread at a time; others wait."""
 
     def __init__(
         self,
@@ -64,21 +67,21 @@ class ReferenceKeeper:
         max_file_bytes: int = MAX_FILE_BYTES,
         fence: str | Path | None = None,
     ) -> None:
-        """`fence` is the weight store whose writer may move the reference."""
+        """Write nothing yet. `fence` is the weight store whose writer may move the reference."""
         self._root, self._fence = Path(root), fence
         self._turn = threading.Lock()
         self._update = update
         self._max_file_bytes = max_file_bytes
 
     def follow(self, live: WeightVersion, writer: Writer | None = None) -> WeightVersion:
-        """The reference now that the policy version `live` is live: a new one, or that of before.
+        """Return the reference for the live policy version `live`: a new one, or the one before.
 
-        `writer` is the attempt that published `live`. Waits for: an earlier call that was given up and
+        `writer` is the attempt that published `live`. Waits for: an earlier call that timed out and
         still runs. Raises `WeightError`: a version cannot be read, or the reference cannot be written;
-        `FencedError`: another attempt has begun; `StalledError`: the call was given up.
+        `FencedError`: another attempt has begun; `StalledError`: this call has timed out.
         """
         with self._turn:
-            check_wanted(self._root)
+            check_not_abandoned(self._root)
             return self._follow(live, writer)
 
     def _follow(self, live: WeightVersion, writer: Writer | None) -> WeightVersion:
@@ -95,12 +98,14 @@ class ReferenceKeeper:
 
     def _first(self, live: WeightVersion) -> _Named:
         if isinstance(self._update, EmaReference):
-            return _changed(_tensors(live), _in_float32)
+            return _map_tensors(_tensors(live), _in_float32)
         return _tensors(live)
 
     def _write(self, live: WeightVersion, tensors: _Named, writer: Writer | None) -> WeightVersion:
-        """One shard file after another, so that not all tensors are in memory at once. Synced: a
-        checkpoint, which survives a power cut, may need it."""
+        """Write a reference, one shard file after another, so that not all tensors are in memory.
+
+        The files are synced, because a checkpoint, which survives a power cut, may need them.
+        """
         attempt = 0 if writer is None else writer.attempt
         sinks = [FileSink(self._root, fsync=True, attempt=attempt)]
         reports = [
@@ -119,8 +124,10 @@ class ReferenceKeeper:
 
 
 def averaged(reference: _Named, policy: _Named, kept: float) -> _Named:
-    """kept * reference + (1 - kept) * policy, by name, in float32; other than floating-point
-    tensors are the policy's. Raises `WeightError` when the names differ."""
+    """Yield kept * reference + (1 - kept) * policy, by name, in float32.
+
+    Tensors that are not floating-point are the policy's. Raises `WeightError` when the names differ.
+    """
     for ours, theirs in zip_longest(reference, policy, fillvalue=("nothing", None)):
         (name, old), (other, new) = ours, theirs
         if name != other or old is None or new is None:
@@ -135,7 +142,7 @@ def _tensors(version: WeightVersion) -> _Named:
     return store.read(version.path, expected_digest=version.digest)
 
 
-def _changed(tensors: _Named, change: Callable[[Tensor], Tensor]) -> _Named:
+def _map_tensors(tensors: _Named, change: Callable[[Tensor], Tensor]) -> _Named:
     return ((name, change(tensor)) for name, tensor in tensors)
 
 
@@ -144,7 +151,7 @@ def _in_float32(tensor: Tensor) -> Tensor:
 
 
 def _files(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[list[LocalPart]]:
-    """The tensors in runs of at most `max_bytes`, or of one tensor that is larger."""
+    """Yield the tensors in lists of at most `max_bytes`, or of one tensor that is larger."""
     parts: list[LocalPart] = []
     filled = 0
     for name, tensor in tensors:

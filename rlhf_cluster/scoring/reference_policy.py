@@ -1,18 +1,18 @@
 """Frozen policies that rate every response token: the reference of a KL, and the teacher.
 
-`Reference` gives log-probabilities for a KL to it. `scoring.moving_reference` decides which
+`Reference` computes log-probabilities for a KL to it. `scoring.moving_reference` decides which
 weights it has and when it moves. They are read and verified concurrently with scoring, and copied
-in between two groups. `Teacher` is loaded from a separate folder and never moves.
+to the model between two groups. `Teacher` is loaded from a separate folder and never moves.
 
 Promises, in addition to those of `FrozenPolicy`:
-- a policy equal to the reference has KL 0, unless the reference is quantized: then every version
-  that it takes is rounded again from the stored one;
-- a group is scored with one reference, also while the reference is replaced;
-- a teacher whose tokenizer has other tokens than the policy's is refused before a group is scored.
-  Its vocabulary may be padded further: the probability of a sampled token is then lower by what
-  goes to the padding, which is nothing in a trained model.
+- A policy equal to the reference has KL 0, unless the reference is quantized. Then every version
+  that it loads is rounded again from the stored one.
+- A group is scored with one reference, also while the reference is replaced.
+- A teacher whose tokenizer has other tokens than the policy's is refused before a group is scored.
+  Its vocabulary may have more padding. The probability of a sampled token is then lower by the
+  probability of the padding, which is about zero in a trained model.
 
-Memory: the model, and one more host copy of the stored weights while the reference is replaced.
+Memory: the model, and a second host copy of the stored weights while the reference is replaced.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rlhf_cluster.config.scoring_section import Scoring
-from rlhf_cluster.data.tokenizer import refuse_other_tokens
+from rlhf_cluster.data.tokenizer import check_same_tokens
 from rlhf_cluster.errors import StalledError, WeightError
 from rlhf_cluster.records import Rollout, WeightVersion
 from rlhf_cluster.scoring.frozen_policy import FrozenPolicy
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 class Reference:
-    """Several threads may call it; they take turns, `batch_groups` of them at once."""
+    """Reference of a KL. Several threads may call it; it serves `batch_groups` of them at once."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Reference:
         load_timeout_s: float = 600.0,
         head_dtype: HeadDtype = "float32",
     ) -> None:
-        """Loads the model of `model_dir`, the reference until `load`. Raises `ConfigError`."""
+        """Load the model of `model_dir`, the reference until `load`. Raises `ConfigError`."""
         self._load_timeout_s = load_timeout_s
         self._loading = threading.Lock()
         self._num_asked = 0
@@ -74,16 +74,16 @@ class Reference:
     def load(self, version: WeightVersion) -> None:
         """Make the weights of `version` the reference.
 
-        One load runs at a time. One that hung in its storage while a later one was asked for changes
-        nothing when it goes on.
+        One load runs at a time. A load that hung in its storage while a later one was requested changes
+        nothing when it continues.
 
-        Waits for: the load before it, the storage and groups under way, `load_timeout_s` in all.
-        Raises `WeightError` when the weights are damaged, gone, not of this model or no longer
-        asked for, `StalledError` past the deadline; the reference is as before then.
+        Waits for: the load before it, the storage and groups in progress, `load_timeout_s` in all.
+        Raises `WeightError` when the weights are damaged, missing, not of this model or no longer
+        requested, `StalledError` past the deadline; the reference is as before then.
         """
         what = f"the reference of version {version.version}"
         deadline = Deadline(f"loading {what}", self._load_timeout_s)
-        self._num_asked += 1  # the thread that asks last is right whatever the order of two at once
+        self._num_asked += 1  # the last request wins, in whatever order two loads run
         asked = self._num_asked
         if not self._loading.acquire(timeout=deadline.left_s()):
             raise StalledError(
@@ -100,7 +100,7 @@ class Reference:
             self._loading.release()
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
-        """[T] float32 for each rollout, in nats.
+        """Return [T] float32 for each rollout, in nats.
 
         Raises:
             ScoringError: a rollout without a distribution (temperature 0), or longer than the
@@ -112,7 +112,7 @@ class Reference:
 
 
 class Teacher:
-    """Several threads may call it; they take turns, `scoring.batch_groups` of them at once."""
+    """Teacher policy. Several threads may call it; it serves `scoring.batch_groups` at once."""
 
     def __init__(
         self,
@@ -122,8 +122,8 @@ class Teacher:
         device: str,
         head_dtype: HeadDtype = "float32",
     ) -> None:
-        """Loads the model of `folder`. Raises `ConfigError`."""
-        refuse_other_tokens("scoring.teacher", folder, tokenizer)
+        """Load the model of `folder`. Raises `ConfigError`."""
+        check_same_tokens("scoring.teacher", folder, tokenizer)
         self._model = FrozenPolicy(
             "teacher",
             folder,
@@ -137,7 +137,7 @@ class Teacher:
         self._together = self._model.together(scoring.batch_groups)
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
-        """[T] float32 for each rollout, in nats, at its temperature.
+        """Return [T] float32 for each rollout, in nats, at its temperature.
 
         Raises:
             ScoringError: a rollout without a distribution (temperature 0), or longer than the

@@ -1,12 +1,15 @@
-"""Scores that were given before: the least recently used go first.
+"""Cache of scores. The least recently used are evicted first.
 
-Promises: a row is found again only under its very key, a digest of the scorer's version, the prompt
-with all its columns, the token ids and the text of the response; there are never more than
-`max_entries` rows; a row that could not be computed is not kept. Two threads that miss the same
-key at once both compute it.
+Promises:
+- A row is found only by its key: a digest of the scorer's version, the prompt with all its columns,
+  the token ids and the text of the response.
+- There are never more than `max_entries` rows.
+- A row that could not be computed is not kept.
+
+Two threads that miss the same key at once both compute it.
 
 A reward model reads the responses of a group in one padded batch, and the rounding of its last bits
-depends on what else is in it: a score from the cache was computed beside other responses.
+depends on the rest of the batch. A score from the cache was computed in a batch with other responses.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from rlhf_cluster.scoring.score_parts import Row
 
 
 class ScoreCache:
-    """Of all rewards of one worker. `max_entries` = 0 keeps nothing."""
+    """Cached rows of all rewards of one worker. `max_entries` = 0 keeps nothing."""
 
     def __init__(self, max_entries: int) -> None:
         self._max_entries = max_entries
@@ -33,12 +36,12 @@ class ScoreCache:
     def through(
         self, keys: Sequence[bytes], compute: Callable[[list[int]], Sequence[Row]]
     ) -> list[Row]:
-        """The row of each key, in order.
+        """Return the row of each key, in order, from the cache or from `compute`.
 
-        `compute` gets the places of those that are not known, each key once, and returns their rows;
-        it is not called when all are known. What it raises is raised, and nothing is kept.
+        `compute` gets the indices in `keys` of those that are not cached, each key once, and returns
+        their rows. It is not called when all are cached. Its errors are raised, and nothing is kept.
         """
-        known = self._known(keys)
+        known = self._look_up(keys)
         places = {key: place for place, key in reversed([*enumerate(keys)]) if key not in known}
         missing = sorted(places.values())
         with self._changing:
@@ -53,7 +56,7 @@ class ScoreCache:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def _known(self, keys: Sequence[bytes]) -> dict[bytes, Row]:
+    def _look_up(self, keys: Sequence[bytes]) -> dict[bytes, Row]:
         with self._changing:
             found = {key: self._rows[key] for key in keys if key in self._rows}
             for key in found:
@@ -70,11 +73,11 @@ class ScoreCache:
 
 
 def content_key(version: str, prompt: Prompt, rollout: Rollout, completion: str) -> bytes:
-    """[32 bytes] of the scorer's version and of all that it may read."""
+    """Return the key of a row, 32 bytes: a digest of the scorer's version and of all its inputs."""
     digest = blake2b(digest_size=32)
     parts = (
         version.encode(),
-        # Equal values may be pickled in different ways: then a score is computed again.
+        # Equal values may be pickled in different ways. Then the score is computed again.
         pickle.dumps((prompt.source, dict(prompt.columns)), protocol=5),
         rollout.prompt_ids.tobytes(),
         rollout.response_ids.tobytes(),

@@ -1,4 +1,4 @@
-"""Score parts of the pools, and the reward of each rollout that they join to; pure.
+"""Score parts of the pools, and the reward of each rollout that is computed from them.
 
     answers --clip--> parts --objective--> reward
        |
@@ -40,7 +40,7 @@ Row = tuple[float, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardAnswer:
-    """What one reward gave: [R] rows of its score and its details; [R][S] the scores of steps."""
+    """Answer of one reward: [R] rows of its score and its details; [R][S] the scores of steps."""
 
     rows: Sequence[Row]
     steps: Sequence[Sequence[float]] | None = None
@@ -48,9 +48,12 @@ class RewardAnswer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScorePart:
-    """`rewards` by name, None of one that is only watched and failed; `versions` of these rewards.
+    """Answers of one pool for one group.
+
+    `rewards` by name; None for a watched reward that failed. `versions` of these rewards, by name.
     `logprobs` by model (`config.pool_sections.MODELS`): [B] arrays [T] float32, in nats.
-    `reference_version` is of the newest reference that these can be of, -1 without one."""
+    `reference_version`: of the newest reference that these may have used, -1 without a reference.
+    """
 
     rewards: Mapping[str, RewardAnswer | None] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -63,7 +66,7 @@ V = TypeVar("V")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """Of one rollout; see the module."""
+    """Reward of one rollout, and the parts that it is made of; see the module."""
 
     reward: float
     parts: dict[str, float]
@@ -72,13 +75,13 @@ class Scores:
 
 
 class InfiniteSum(ScoringError):
-    """A group whose rewards add up to no number."""
+    """The sum of a group's rewards is not finite."""
 
 
 def joined(
     parts: Sequence[ScorePart], scoring: Scoring, group_id: str, with_logprobs: bool
 ) -> ScorePart:
-    """All that the pools found. Raises `RecordError` where one is missing, or came twice."""
+    """Join the answers of all pools. Raises `RecordError` where one is missing, or came twice."""
     everything = ScorePart(
         rewards=_union([part.rewards for part in parts], group_id),
         versions=_union([part.versions for part in parts], group_id),
@@ -98,9 +101,10 @@ def joined(
 def scores(
     found: ScorePart, scoring: Scoring, num_steps: Sequence[int], group_id: str
 ) -> list[Scores]:
-    """[R], from all answers; `num_steps` are the reasoning steps of each response.
+    """Compute the scores of each response, [R], from all answers.
 
-    Raises `InfiniteSum`; `RecordError` for answers of another number of responses or steps.
+    `num_steps`: the number of reasoning steps of each response. Raises `InfiniteSum`; `RecordError`
+    for answers of another number of responses or steps.
     """
     parts: list[dict[str, float]] = [{} for _ in num_steps]
     watched: list[dict[str, float]] = [{} for _ in num_steps]
@@ -127,7 +131,7 @@ def scores(
 
 
 def scorer_version(scoring: Scoring, versions: Mapping[str, str]) -> str:
-    """A digest of all that decides a reward; `versions` of every reward by name."""
+    """Return a digest of everything that a reward depends on. `versions`: of every reward by name."""
     rewards = {
         name: [versions[name], config.weight, config.clip, config.watch]
         for config in scoring.rewards
@@ -137,7 +141,7 @@ def scorer_version(scoring: Scoring, versions: Mapping[str, str]) -> str:
 
 
 def digest(value: Any) -> str:
-    """16 characters of a value of JSON."""
+    """Return a digest of a JSON value, 16 characters."""
     return xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())[:16]
 
 

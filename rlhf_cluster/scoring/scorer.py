@@ -1,20 +1,20 @@
-"""One scorer: the rewards and models that a pool serves, group after group.
+"""Scorer of one worker: scores group after group with the rewards and models that a pool serves.
 
     RolloutGroup  -->  decode, rewards, reference, teacher, exact log-probabilities  -->  ScorePart
     RolloutGroup, the parts of all pools  -->  ExperienceGroup
 
 Promises:
-- responses are decoded for the rewards only; the token ids pass through untouched;
-- a rollout's reward is made of its parts as `scoring.score_parts` says, or the whole group fails: an
-  error is never a score;
-- the part of a reward that scores reasoning steps is the sum of its steps' scores; the steps are cut
-  in the decoded text, their ends found among the sampled ids (`data.reasoning_steps`);
-- several threads may score at once: a reward that waits for its child process holds up no other
-  group's rewards and not the models;
-- a rollout that the learner could not train whole fails its group, with the reason, before anything is
-  computed, and is never cut;
-- where the reference is not the model folder's policy (after a warm-up, or when it moves), no group
-  is scored before it was given by `load_reference`.
+- Responses are decoded for the rewards only. The token ids pass through unchanged.
+- A rollout's reward is computed from its parts as in `scoring.score_parts`, or the group fails: an
+  error is never a score.
+- The part of a reward that scores reasoning steps is the sum of its steps' scores. The steps are split
+  in the decoded text, and their ends are located among the sampled ids (`data.reasoning_steps`).
+- Several threads may score at once. A reward that waits for its child process delays neither another
+  group's rewards nor the models.
+- A rollout that is too long for the learner fails its group, with the reason, before anything is
+  computed. It is never truncated.
+- Where the reference is not the model folder's policy (after a warm-up, or when it moves), no group
+  is scored before `load_reference`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from rlhf_cluster.data.reasoning_steps import (
 )
 from rlhf_cluster.data.tokenizer import load_tokenizer
 from rlhf_cluster.errors import ScoringError, WorkerError
-from rlhf_cluster.models.gpu_share import keep_to_share
+from rlhf_cluster.models.gpu_share import limit_memory
 from rlhf_cluster.records import (
     ExperienceGroup,
     Rollout,
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 
 
 class Scorer:
-    """Call `setup` first; `close` when done."""
+    """Rewards and models of one pool in one worker. Call `setup` first; `close` when done."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class Scorer:
         name: str,
         pool: str = SCORING,
     ) -> None:
-        """What `pool` serves is all that is loaded."""
+        """Set up a scorer of `pool`. Only the rewards and models that the pool serves are loaded."""
         self._config = config
         self._scoring = config.scoring.of_pool(pool)
         self._served = config.scoring.served_by(pool)
@@ -91,12 +91,12 @@ class Scorer:
 
     @property
     def versions(self) -> dict[str, str]:
-        """Of the rewards that are served and their models, by name; empty before `setup`."""
+        """Versions of the served rewards, with their models, by name; empty before `setup`."""
         return self._rewards.versions
 
     def setup(self) -> None:
         """Load the tokenizer, the models and the rewards. Raises `ConfigError`, `DataError`."""
-        keep_to_share(self._scoring.num_gpus, self._device)
+        limit_memory(self._scoring.num_gpus, self._device)
         tokenizer_dir = self._config.model.tokenizer or self._model_dir
         tokenizer = load_tokenizer(tokenizer_dir)
         if REFERENCE in self._served:
@@ -119,12 +119,12 @@ class Scorer:
         self._tokenizer = tokenizer
 
     def bring_version(self, version: WeightVersion) -> None:
-        """See `ExactLogprobs.bring`."""
+        """Call `ExactLogprobs.bring`, if this pool serves exact log-probabilities."""
         if self._exact is not None:
             self._exact.bring(version)
 
     def forget_versions(self) -> None:
-        """See `ExactLogprobs.forget`."""
+        """Call `ExactLogprobs.forget`, if this pool serves exact log-probabilities."""
         if self._exact is not None:
             self._exact.forget()
 
@@ -143,17 +143,17 @@ class Scorer:
         self._reference_is_given = True
 
     def score(self, group: RolloutGroup, with_logprobs: bool = True) -> ExperienceGroup:
-        """`part` and `join`, where one pool serves everything."""
+        """Call `part`, then `join`. For runs in which one pool serves everything."""
         return self.join(group, [self.part(group, with_logprobs)], with_logprobs)
 
     def part(self, group: RolloutGroup, with_logprobs: bool = True) -> ScorePart:
-        """What this pool's rewards and models say of one group.
+        """Score one group with this pool's rewards and models.
 
         Args:
-            group: its rollouts belong to its prompt. Its greedy response is scored by the rewards
-                like one rollout more, and by no model.
-            with_logprobs: False leaves out what is for training only, the log-probabilities of
-                reference, teacher and exact versions, as for greedy answers.
+            group: its rollouts belong to its prompt. The rewards score its greedy response like an
+                additional rollout; the models do not score it.
+            with_logprobs: False skips the log-probabilities of reference, teacher and exact versions,
+                which are for training only.
 
         Raises:
             ScoringError: a reward or a model gave no usable answer.
@@ -179,10 +179,10 @@ class Scorer:
     def join(
         self, group: RolloutGroup, parts: Sequence[ScorePart], with_logprobs: bool = True
     ) -> ExperienceGroup:
-        """The group with all that the pools said of it.
+        """Return the group with the answers of all pools.
 
-        Raises `ScoringError` where the rewards add up to no number, `RecordError` where an answer is
-        missing or of another group, `WorkerError` before `setup`.
+        Raises `ScoringError` where the sum of the rewards is not finite, `RecordError` where an answer
+        is missing or of another group, `WorkerError` before `setup`.
         """
         scoring = self._config.scoring
         found = joined(parts, scoring, group.group_id, with_logprobs)
@@ -230,8 +230,12 @@ class Scorer:
             raise
 
     def stats(self) -> dict[str, float]:
-        """Totals: groups, rollouts, seconds, hits and misses of the cache, and for each kind seen
-        `errors/<reward>/<reason>`, `watched_errors/<reward>` and `outcomes/<reward>/<outcome>`."""
+        """Return totals since the start.
+
+        They are groups, rollouts, seconds, hits and misses of the cache, and for each kind that
+        occurred `errors/<reward>/<reason>`, `watched_errors/<reward>` and
+        `outcomes/<reward>/<outcome>`.
+        """
         return self._totals.read() | self._rewards.stats()
 
     def close(self) -> None:
@@ -240,8 +244,11 @@ class Scorer:
         self._rewards.close()
 
     def _check_lengths(self, group: RolloutGroup) -> None:
-        """Rows of several turns may be longer than one response: refused here they cost a group, in
-        the learner the run."""
+        """Raise `ScoringError` on a rollout that is too long for the learner.
+
+        A rollout of several turns may be longer than one response. An error here fails its group; the
+        same error in the learner would fail the run.
+        """
         together = self._config.algorithm.unit_size
         row = self._config.tokens_per_row // together
         longest = self._config.generation.max_response_tokens
@@ -264,7 +271,7 @@ class Scorer:
             else:
                 continue
             detail = f"rollout {rollout.rollout_id} {detail}, or shorten the turns"
-            raise self._failed("the length of a rollout", "length", group, reason, detail)
+            raise self._count_error("the length of a rollout", "length", group, reason, detail)
 
     def _decode(self, group: RolloutGroup) -> list[str]:
         return [self._text(rollout.response_ids.tolist()) for rollout in group.rollouts]
@@ -286,7 +293,7 @@ class Scorer:
         return step_ends(self._text, rollout.response_ids.tolist(), silent, text, spans)
 
     def _model_logprobs(self, group: RolloutGroup) -> dict[str, list[np.ndarray]]:
-        """By model, of those that are served."""
+        """Return the log-probabilities of the group's rollouts, by served model."""
         if self._reference is not None and not self._reference_is_given:
             raise WorkerError(
                 f"{self._name}: no reference was given to this worker; call load_reference first"
@@ -308,7 +315,7 @@ class Scorer:
             with self._totals.timed(name):
                 return compute(group.rollouts)
         except ScoringError as error:
-            raise self._failed(name, name, group, "sequence", str(error)) from error
+            raise self._count_error(name, name, group, "sequence", str(error)) from error
 
     def _new_reference(self) -> Reference:
         from rlhf_cluster.scoring.reference_policy import Reference
@@ -345,15 +352,16 @@ class Scorer:
             model, folder, scoring.cached_versions, wait_timeout_s=scoring.request_timeout_s
         )
 
-    def _failed(
+    def _count_error(
         self, what: str, name: str, group: RolloutGroup, reason: str, detail: str
     ) -> ScoringError:
+        """Count an error in the totals, and return it for the caller to raise."""
         self._totals.add(f"errors/{name}/{reason}")
         return ScoringError(f"{what}, group {group.group_id}: [{reason}] {detail}")
 
 
 def _with_greedy(group: RolloutGroup) -> RolloutGroup:
-    """The group with its greedy response, if it has one, as its last rollout."""
+    """Return the group with its greedy response, if it has one, as its last rollout."""
     if group.greedy is None:
         return group
     return replace(group, rollouts=(*group.rollouts, group.greedy), greedy=None)

@@ -1,10 +1,10 @@
 """One scoring worker: a scorer behind plain methods that several threads may call at once.
 
-Where one pool serves everything it is asked to `score`. Where several do, each is asked for its
-`score_part`, and a worker of `[scoring]` to `join` them. Only what is whole is stored, once.
+If one pool serves everything, callers call `score`. If several pools do, callers call `score_part` of
+a worker of each, and `join` of a worker of `[scoring]`. Only complete groups are stored, once.
 
-No ray here. Each method returns something small first and the record second, so that as two return
-values only the first has to be fetched by the control plane.
+This module does not import ray. Each method returns something small first and the record second. As
+two return values of an actor, only the first has to be fetched by the control plane.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rlhf_cluster.util.deadlines import call_deadline
 
 
 class ScoringWorker:
-    """Call `start` first; `close` when done."""
+    """Worker that serves one scorer. Call `start` first; `close` when done."""
 
     def __init__(
         self,
@@ -37,7 +37,10 @@ class ScoringWorker:
         store: ExperienceStore | None = None,
         pool: str = SCORING,
     ) -> None:
-        """`store` gets every scored group but held-out ones. It serves what `pool` does."""
+        """Set up a worker of `pool`; `start` loads the models.
+
+        `store` gets every scored group but held-out ones.
+        """
         self._pool = pool
         self._config = config
         self._model_dir = model_dir
@@ -49,7 +52,10 @@ class ScoringWorker:
         self._counting = threading.Lock()  # held for an addition only
 
     def start(self) -> dict[str, float]:
-        """Load models and rewards; returns how long it took. Raises `ConfigError`, `DataError`."""
+        """Load models and rewards. Returns the seconds that it took.
+
+        Raises `ConfigError`, `DataError`.
+        """
         started = time.perf_counter()
         scorer = Scorer(self._config, self._model_dir, self._name, self._pool)
         scorer.setup()
@@ -57,18 +63,24 @@ class ScoringWorker:
         return {"start_s": time.perf_counter() - started}
 
     def load_reference(self, version: WeightVersion) -> None:
-        """Raises `WeightError`, `StalledError`, and `WorkerError` as `Scorer.load_reference`."""
-        self._reference_version = version.version  # groups under way may have it or the one before
+        """Make `version` the reference.
+
+        Raises `WeightError`, `StalledError`, and `WorkerError` as `Scorer.load_reference`.
+        """
+        # Groups that are being scored may use this reference or the one before.
+        self._reference_version = version.version
         self._running_scorer().load_reference(version)
 
     def bring_version(self, version: WeightVersion) -> None:
-        """Have the policy's `version` in memory for exact log-probabilities. Raises `WeightError`, and
-        `StalledError` within the deadline of a pull; the read goes on then."""
+        """Read the policy's `version` into memory for exact log-probabilities.
+
+        Raises `WeightError`, and `StalledError` at the deadline of a pull; the read then continues.
+        """
         with call_deadline(self._config.pull_deadline_s(version.num_bytes)):
             self._running_scorer().bring_version(version)
 
     def forget_versions(self) -> None:
-        """Other weights than before will have the numbers of the policy's versions."""
+        """Drop the policy's versions: other weights will be published with their numbers."""
         self._running_scorer().forget_versions()
 
     def score(self, group: RolloutGroup) -> tuple[GroupSummary, ExperienceGroup]:
@@ -78,24 +90,26 @@ class ScoringWorker:
         worker is not running.
         """
         with self._busy():
-            return self._joined(group, [self._part(group)])
+            return self._join_and_store(group, [self._part(group)])
 
     def score_part(self, group: RolloutGroup) -> tuple[int, ScorePart]:
-        """What this worker's pool serves, for `join`; first the number of rollouts. Raises as
-        `score`."""
+        """Score the group with the rewards and models of this worker's pool.
+
+        Returns the number of rollouts, and the part for `join`. Raises as `score`.
+        """
         with self._busy():
             return len(group.rollouts), self._part(group)
 
     def join(self, group: RolloutGroup, *parts: ScorePart) -> tuple[GroupSummary, ExperienceGroup]:
-        """Of the parts of all pools, and store it. Raises as `score`."""
+        """Join the parts of all pools to the scored group, and store it. Raises as `score`."""
         with self._busy():
-            return self._joined(group, parts)
+            return self._join_and_store(group, parts)
 
     def _part(self, group: RolloutGroup) -> ScorePart:
         part = self._running_scorer().part(group, with_logprobs=_is_trained(group))
         return replace(part, reference_version=self._reference_version)
 
-    def _joined(
+    def _join_and_store(
         self, group: RolloutGroup, parts: Sequence[ScorePart]
     ) -> tuple[GroupSummary, ExperienceGroup]:
         is_trained = _is_trained(group)
@@ -105,12 +119,12 @@ class ScoringWorker:
         return experience.summary(), experience
 
     def health(self) -> dict[str, Any]:
-        """Raises `WorkerError` when this worker cannot serve."""
+        """Return the worker's name and load. Raises `WorkerError` when it cannot serve."""
         self._running_scorer()
         return {"worker": self._name, "num_in_flight": self._num_in_flight}
 
     def stats(self) -> dict[str, float]:
-        """The scorer's totals."""
+        """Return the scorer's totals, and the number of calls in progress."""
         return self._running_scorer().stats() | {"num_in_flight": float(self._num_in_flight)}
 
     def close(self) -> None:

@@ -1,13 +1,13 @@
-"""Rewards that one worker serves: calls in turn, checked answers, separate failures.
+"""Rewards that one worker serves: calls them one after the other, and checks their answers.
 
-`scoring.score_parts` decides what the answers become. Several threads may call `answers` at once;
+`scoring.score_parts` computes rewards from the answers. Several threads may call `answers` at once;
 `Totals` are sums that they share.
 
 Promises:
-- a reward that gives no score fails its group with a `ScoringError` that names the reward, the
-  group and the reason: an error is never a score. A watched reward costs the group nothing: its
-  failure is counted and logged, and its answer is None;
-- a score is cached only for rewards that declare it to be deterministic (`scoring.score_cache`);
+- A reward that returns no score fails its group with a `ScoringError` that names the reward, the
+  group and the reason: an error is never a score. A watched reward does not fail the group: its
+  failure is counted and logged, and its answer is None.
+- A score is cached only for rewards that declare it to be deterministic (`scoring.score_cache`).
 - `versions` are equal if the rewards' settings and their models are.
 
 Shapes: B rollouts, S steps.
@@ -51,6 +51,8 @@ from rlhf_cluster.scoring.score_parts import (
 
 
 class Totals:
+    """Sums by name. Several threads may add to them."""
+
     def __init__(self) -> None:
         self._values: defaultdict[str, float] = defaultdict(float)
         self._adding = threading.Lock()  # held for an addition only
@@ -81,12 +83,12 @@ _PLACES = {"path", "paths"}
 
 
 class Rewards:
-    """Call `build` first; `close` when done."""
+    """Served rewards of one worker. Call `build` first; `close` when done."""
 
     def __init__(
         self, scoring: Scoring, totals: Totals, served: Collection[str] | None = None
     ) -> None:
-        """`served`: names of those that this worker has; None: all."""
+        """Load nothing yet. `served`: names of the rewards that this worker has; None: all."""
         self._scoring, self._totals = scoring, totals
         named = {r.name or r.type: r for r in scoring.rewards}
         self._configs = {n: r for n, r in named.items() if served is None or n in served}
@@ -111,12 +113,15 @@ class Rewards:
     def answers(
         self, group: RolloutGroup, completions: Sequence[str], steps: Sequence[Sequence[str]]
     ) -> dict[str, RewardAnswer | None]:
-        """By name, of [B] rollouts. `steps` are the reasoning steps of each of `completions`. Raises
-        `ScoringError`."""
+        """Return the answer of each reward, by name, for the [B] rollouts of the group.
+
+        `completions`: the text of each rollout. `steps`: the reasoning steps of each text. Raises
+        `ScoringError`.
+        """
         return {name: self._answer(name, group, completions, steps) for name in self._configs}
 
     def stats(self) -> dict[str, float]:
-        """`outcomes/<reward>/<outcome>`, and where scores are kept `cache_hits`, `cache_misses`."""
+        """Return `outcomes/<reward>/<outcome>`, and `cache_hits`, `cache_misses` with a cache."""
         totals: dict[str, float] = {}
         if self._scoring.cache_entries:
             totals |= {"cache_hits": self._cache.hits, "cache_misses": self._cache.misses}
@@ -137,7 +142,10 @@ class Rewards:
         completions: Sequence[str],
         steps: Sequence[Sequence[str]],
     ) -> RewardAnswer | None:
-        """None: it is only watched, and failed."""
+        """Return the answer of reward `name`; None for a watched reward that failed.
+
+        Raises `ScoringError`.
+        """
         try:
             with self._totals.timed(name):
                 if self._configs[name].scores_steps:
@@ -185,8 +193,11 @@ class Rewards:
 
 
 def reward_version(config: RewardConfig, reward: Any) -> str:
-    """A digest of what decides the reward's scores: its settings, and its own version where it has
-    one, then without the folders that its models came from."""
+    """Return a digest of everything that the reward's scores depend on.
+
+    It covers the settings, and the version that the reward reports, if it does. With such a version,
+    the folders of its models are not covered.
+    """
     left_out = _NO_PART_OF_VERSION | (_PLACES if isinstance(reward, Versioned) else set())
     settings = config.model_dump(mode="json", exclude=left_out)
     return digest([settings, reward.version if isinstance(reward, Versioned) else ""])
@@ -199,7 +210,7 @@ def _rows(
     rollouts: Sequence[Any],
     completions: Sequence[str],
 ) -> list[Row]:
-    """[B], each number checked."""
+    """Score the [B] rollouts, and return their rows, with each number checked."""
     if not isinstance(reward, Detailed):
         found = reward.score(group.prompt, rollouts, completions)
         return [(score,) for score in check_scores(found, len(rollouts))]

@@ -10,13 +10,13 @@ less. The GPU's driver decides how processes share its time.
 
 from __future__ import annotations
 
-FILLED = 0.9
+FILLABLE_SHARE = 0.9
 """Part of a GPU's memory that processes may fill. The rest is for CUDA and libraries."""
 
 
 def memory_share(num_gpus: float) -> float:
     """Return the part of each GPU's memory that a process with `num_gpus` may fill."""
-    return FILLED * min(num_gpus, 1.0)
+    return FILLABLE_SHARE * min(num_gpus, 1.0)
 
 
 def is_share(num_gpus: float) -> bool:

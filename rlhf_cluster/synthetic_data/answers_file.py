@@ -28,7 +28,7 @@ GROUPS = "groups.jsonl"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
-    """A critique by a principle, and the revision after it, as they were given."""
+    """A critique by a principle, and the revision after it, as the model wrote them."""
 
     principle: str
     critique: str
@@ -37,8 +37,11 @@ class Round:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Revised:
-    """A response after its last revision. `unusable`: replies that were no critique or revision,
-    by what was wrong with them (`synthetic_data.revise_answers.PROBLEMS`)."""
+    """A response after its last revision.
+
+    `unusable` counts the replies that could not be used as a critique or revision, by problem
+    (`synthetic_data.revise_answers.PROBLEMS`).
+    """
 
     text: str
     reward: float
@@ -50,7 +53,7 @@ class Revised:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unrevised:
-    """A response that was given up before its last revision, for `problem`; nobody scored it."""
+    """A response whose revision was abandoned because of `problem`; it is not scored."""
 
     text: str
     num_tokens: int
@@ -61,7 +64,7 @@ class Unrevised:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """One response. `step_rewards`: the rewards of the completions from the end of each step."""
+    """One scored response. `step_rewards`: rewards of the completions from the end of each step."""
 
     text: str
     reward: float
@@ -74,7 +77,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answers:
-    """All responses to one prompt; `number` is its place in the stream of prompts."""
+    """All responses to one prompt. `number` is the prompt's index in the stream of prompts."""
 
     number: int
     prompt_id: str
@@ -89,7 +92,7 @@ class Answers:
 
     @classmethod
     def from_line(cls, line: bytes) -> Answers:
-        """Raises `ValueError` for anything that `to_line` does not write."""
+        """Parse a line. Raises `ValueError` for anything that `to_line` does not write."""
         try:
             tree = json.loads(line)
             answers = tuple(_answer(**each) for each in tree.pop("answers"))
@@ -100,10 +103,10 @@ class Answers:
 
 
 class AnswersFile:
-    """One process at a time. Several threads may append; they take turns."""
+    """Open file of finished prompts, of one process at a time. Threads that append take turns."""
 
     def __init__(self, path: Path) -> None:
-        """Opens the file for further prompts. Raises `DataError` for a damaged one."""
+        """Open the file for further prompts. Raises `DataError` for a damaged one."""
         self.path = path
         _cut_torn_line(path)
         self.done = {answers.number for answers in read_answers(path)}
@@ -111,7 +114,9 @@ class AnswersFile:
         self._turn = threading.Lock()
 
     def append(self, answers: Answers) -> None:
-        """Raises `DataError`: the prompt is there, or the line cannot be written.
+        """Write the answers to one prompt.
+
+        Raises `DataError` where the file has the prompt already or the line cannot be written.
 
         Waits for: the disk, behind other threads. The caller has the deadline.
         """
@@ -119,8 +124,11 @@ class AnswersFile:
             self._append(answers)
 
     def close(self) -> None:
-        """Waits for: nothing. A file whose write was given up stays open: the number of a closed one
-        may be another file's by the time that the disk answers."""
+        """Close the file, unless a write is still in progress. Waits for: nothing.
+
+        A file whose write timed out stays open: the system could reuse the number of a closed file for
+        another one before the disk answers.
+        """
         if self._turn.acquire(blocking=False):
             try:
                 self._file.close()
@@ -137,13 +145,13 @@ class AnswersFile:
         except OSError as error:
             raise DataError(
                 f"{self.path}: the answers to prompt {answers.number} cannot be written ({error}). "
-                "Free space there, and give the same command again: it goes on from what is written"
+                "Free space there, and give the same command again: it resumes from what is written"
             ) from error
         self.done.add(answers.number)
 
 
 def read_answers(path: Path) -> Iterator[Answers]:
-    """In the order of the file, without a torn last line. Raises `DataError`."""
+    """Yield the answers in the order of the file, without a torn last line. Raises `DataError`."""
     seen: set[int] = set()
     for line_number, line in _whole_lines(path):
         try:
@@ -160,7 +168,7 @@ def read_answers(path: Path) -> Iterator[Answers]:
 
 
 def in_order(path: Path) -> Iterator[Answers]:
-    """By the places of their prompts, one at a time in memory. Raises `DataError`."""
+    """Yield the answers in the order of their prompts, one at a time in memory. Raises `DataError`."""
     places: list[tuple[int, int]] = []
     offset = 0
     for answers, (_, line) in zip(read_answers(path), _whole_lines(path), strict=True):
@@ -175,7 +183,7 @@ def in_order(path: Path) -> Iterator[Answers]:
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Number, from 1, and content without the line's end."""
+    """Yield number, from 1, and content, without the newline, of every complete line."""
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -208,10 +216,10 @@ def _cut_torn_line(path: Path) -> None:
 
 
 class Progress:
-    """`add` says when `every` prompts more are done; `take` gives their numbers and begins anew."""
+    """Counts of finished prompts. `add` returns True every `every` prompts; `take` returns metrics."""
 
     def __init__(self, every: int, prompts: int, samples_per_prompt: int) -> None:
-        """`prompts` are done already."""
+        """Begin with `prompts` that are already done."""
         self._every, self._samples = every, samples_per_prompt
         self.prompts = prompts
         self.prompt_s = 0.0  # wall time of one of the last prompts
@@ -222,11 +230,11 @@ class Progress:
 
     @property
     def is_open(self) -> bool:
-        """There are prompts that no line tells of yet."""
+        """Whether prompts were added after the last `take`."""
         return bool(self._new)
 
     def begin(self, now: float) -> None:
-        """Work begins: wall time counts from here. `now` in seconds."""
+        """Start the wall clock of the next metrics. `now` is in seconds."""
         self._began = now
 
     def add(self, answers: Answers) -> bool:
@@ -243,7 +251,7 @@ class Progress:
         self._totals["discarded_total"][type(error).__name__] += 1
 
     def take(self, now: float) -> Mapping[str, float]:
-        """Metrics by name. There must be a prompt that no line tells of yet."""
+        """Return metrics by name of the prompts added after the last call. There must be one."""
         groups, self._new = self._new, []
         answers = [answer for group in groups for answer in group.answers]
         took = 0.0 if self._began is None else now - self._began
@@ -257,7 +265,7 @@ class Progress:
         }
         for name, counts in self._totals.items():
             found |= {f"generate/{name}/{key}": float(number) for key, number in counts.items()}
-        if answers:  # all may have been given up before they were scored
+        if answers:  # there are none if the revisions of all were abandoned
             best = [max(a.reward for a in group.answers) for group in groups if group.answers]
             found |= {
                 "generate/reward_mean": sum(answer.reward for answer in answers) / len(answers),

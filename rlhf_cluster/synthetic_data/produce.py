@@ -1,14 +1,18 @@
-"""Prompts through the generation pool and the scoring pool into the file of answers.
+"""Sampling and scoring of prompts by the pools, into the file of answers.
 
-    prompts --number--> GENERATION --rollouts--> SCORING --scored--> answers, one line a prompt
+    prompts --number--> GENERATION --rollouts--> SCORING --scored--> answers, one line per prompt
                               ^                     |
                               +-- from each step ---+          with `completions` only
                               +--> critiques and revisions --> SCORING       with `revisions` only
 
-Promises: every prompt asked for is written, or discarded with a counted reason; at most
-`max_in_flight` groups are sampled or scored at once; what is sampled for a prompt follows from the seed
-and its place in the stream alone, so that one that was lost is the same the next time; nothing is
-written in parts. Without a pool, or when too many groups fail, all ends with the first cause.
+Promises:
+- every requested prompt is written, or discarded with a counted reason;
+- at most `max_in_flight` groups are sampled or scored at once;
+- the samples of a prompt depend on the seed and its index in the stream alone, so that a lost group is
+  sampled identically the next time;
+- a prompt is written as a whole or not at all.
+
+Without a pool, or when too many groups fail, production ends with the first cause.
 """
 
 from __future__ import annotations
@@ -27,8 +31,15 @@ from rlhf_cluster.data.reasoning_steps import (
     step_spans,
 )
 from rlhf_cluster.errors import RecordLost, RlhfError
-from rlhf_cluster.failures import Outcomes, costs_one_group
-from rlhf_cluster.pipeline import MAX_LOSSES, PromptsPort, scored
+from rlhf_cluster.failures import (
+    ErrorRate,
+    is_group_failure,
+)
+from rlhf_cluster.pipeline import (
+    MAX_REGENERATIONS,
+    PromptsPort,
+    generate_and_score,
+)
 from rlhf_cluster.ports import ScoringPort
 from rlhf_cluster.records import (
     ExperienceGroup,
@@ -53,12 +64,12 @@ from rlhf_cluster.synthetic_data.revise_answers import (
     Reviser,
     answer_of,
 )
-from rlhf_cluster.util.concurrency import together
-from rlhf_cluster.util.slow_disk import Patience
+from rlhf_cluster.util.concurrency import gather_or_cancel
+from rlhf_cluster.util.slow_disk import DiskDeadline
 
 T = TypeVar("T")
 FOLDER_VERSION = -1
-"""Of weights that no run published: the model folder's."""
+"""Version of the weights in the model folder, which no run published."""
 
 
 class ContinuingPort(Protocol):
@@ -69,13 +80,13 @@ class ContinuingPort(Protocol):
         sampling: Sampling,
         start: PartialGroup | None = None,
     ) -> Handle:
-        """As `GenerationPort.generate`; the responses go on from those of `start`."""
+        """Generate a group as `GenerationPort.generate` does, continuing the responses of `start`."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completions:
-    """How responses are completed from the ends of their steps. `silent` ids have no text."""
+    """Settings of completions from the ends of steps. `silent` ids have no text."""
 
     number: int
     separator: str
@@ -84,9 +95,12 @@ class Completions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Revisions:
-    """How responses are criticised and revised. Without an `asker` the generation pool is asked, with
-    requests as `render` makes token ids of them, `max_prompt_tokens` at most. `encode` gives the
-    tokens, an end token last, of a revision that only came as text."""
+    """Settings of critique and revision, and the functions that they need.
+
+    Without an `asker` the generation pool is asked. `render` returns the token ids of such a request,
+    which may have `max_prompt_tokens` at most. `encode` returns the tokens, an end token last, of a
+    revision that came as text only.
+    """
 
     how: Revise
     asker: Asker | None
@@ -98,8 +112,11 @@ class Revisions:
 
 @dataclass(slots=True, kw_only=True)
 class Producer:
-    """`fetch` gets a group from its handle, `decode` gives the text of token ids; `finished` and
-    `discarded` are told of every prompt that is done. `patience` is that with the disk of `file`."""
+    """Loop that samples, scores and writes all prompts of a data set.
+
+    `fetch` gets a group from its handle, and `decode` the text of token ids. `finished` or `discarded`
+    is called for every prompt that is done. `patience` has the deadline of writes to `file`.
+    """
 
     generation: ContinuingPort
     scoring: ScoringPort
@@ -111,13 +128,13 @@ class Producer:
     completions: Completions | None
     revisions: Revisions | None
     file: AnswersFile
-    patience: Patience
+    patience: DiskDeadline
     max_in_flight: int
     max_error_rate: float
     finished: Callable[[Answers], None]
     discarded: Callable[[int, RlhfError], None]
     num_discarded: Counter[str] = field(default_factory=Counter)
-    _outcomes: Outcomes = field(init=False)
+    _outcomes: ErrorRate = field(init=False)
     _slots: asyncio.Semaphore = field(init=False)
 
     @property
@@ -125,18 +142,18 @@ class Producer:
         return [number for number in range(self.num_prompts) if number not in self.file.done]
 
     async def run(self) -> None:
-        """Waits for: all prompts that are not in the file. Raises the first failure."""
-        self._outcomes = Outcomes(self.max_error_rate)
+        """Produce all prompts that are not in the file. Waits for all; raises the first failure."""
+        self._outcomes = ErrorRate(self.max_error_rate)
         self._slots = asyncio.Semaphore(self.max_in_flight)
         numbers = iter(self.pending)
-        await together(self._work(numbers) for _ in range(self.max_in_flight))
+        await gather_or_cancel(self._work(numbers) for _ in range(self.max_in_flight))
 
     async def _work(self, numbers: Iterator[int]) -> None:
         for number in numbers:
             try:
                 answers = await self._answers(number)
             except RlhfError as error:
-                if not costs_one_group(error):
+                if not is_group_failure(error):
                     raise
                 self.num_discarded[type(error).__name__] += 1
                 self.discarded(number, error)
@@ -147,7 +164,7 @@ class Producer:
                 self._outcomes.add(None)
 
     async def _keep(self, answers: Answers) -> None:
-        """Waits for: the line to be in the file, at most the deadline of `patience`."""
+        """Write the answers to the file. Waits for the disk, at most the deadline of `patience`."""
         what = f"prompt {answers.number} in {self.file.path}"
         await self.patience.aside(what, self.file.append, answers)
 
@@ -156,12 +173,12 @@ class Producer:
         prompt = self.prompts.next()
         ticket = Ticket(number=number, version=FOLDER_VERSION)
         if self.revisions is not None:
-            first = await self._sampled(ticket, prompt, self.sampling)
+            first = await self._sample(ticket, prompt, self.sampling)
             return await self._reviser(self.revisions).answers(first)
         group = await self._group(ticket, prompt, self.sampling)
         further: list[tuple[tuple[float, ...], ...] | None] = [None] * len(group.scored)
         if self.completions is not None:
-            found = await together(
+            found = await gather_or_cancel(
                 self._step_rewards(number, index, prompt, own, self.completions)
                 for index, own in enumerate(group.scored)
             )
@@ -185,14 +202,14 @@ class Producer:
             return await self.fetch(handle), summary
 
         async with self._slots:
-            group, _ = await scored(
+            group, _ = await generate_and_score(
                 lambda: self.generation.generate(ticket, prompt, sampling, start), score
             )
         return group
 
     def _reviser(self, how: Revisions) -> Reviser:
         own = PoolAsker(
-            sample=self._sampled,
+            sample=self._sample,
             encode=how.render,
             decode=self.decode,
             sampling=replace(self.sampling, num_samples=1),
@@ -202,7 +219,7 @@ class Producer:
         return Reviser(
             how=how.how,
             asker=how.asker or own,
-            score=self._scored,
+            score=self._score,
             decode=self.decode,
             encode=how.encode,
             seed=how.seed,
@@ -210,17 +227,17 @@ class Producer:
             version=FOLDER_VERSION,
         )
 
-    async def _sampled(self, ticket: Ticket, prompt: Prompt, sampling: Sampling) -> RolloutGroup:
-        """Without a score."""
+    async def _sample(self, ticket: Ticket, prompt: Prompt, sampling: Sampling) -> RolloutGroup:
+        """Sample responses to a prompt, without scores."""
 
-        async def sampled() -> RolloutGroup:
+        async def rollouts() -> RolloutGroup:
             return await self.fetch(await self.generation.generate(ticket, prompt, sampling))
 
         async with self._slots:
-            return await _unless_lost(sampled)
+            return await _unless_lost(rollouts)
 
-    async def _scored(self, group: RolloutGroup) -> ExperienceGroup:
-        """Of responses that are here."""
+    async def _score(self, group: RolloutGroup) -> ExperienceGroup:
+        """Score responses that this process holds."""
 
         async def scores() -> ExperienceGroup:
             handle, _ = await self.scoring.score(group)
@@ -232,7 +249,10 @@ class Producer:
     async def _step_rewards(
         self, number: int, index: int, prompt: Prompt, own: ScoredRollout, how: Completions
     ) -> tuple[tuple[float, ...], ...]:
-        """Of the completions from the end of each step; of the last step the response's own."""
+        """Return the rewards of completions from the end of each step of a response.
+
+        For the last step it is the reward of the response itself.
+        """
         ids = own.rollout.response_ids.tolist()
         text = self.decode(ids)
         ends = step_ends(self.decode, ids, how.silent, text, step_spans(text, how.separator))
@@ -254,14 +274,16 @@ class Producer:
             group = await self._group(ticket, prompt, sampling, start)
             return tuple(float(each.reward) for each in group.scored)
 
-        rewards = dict(zip(inner, await together(map(from_step, inner)), strict=True))
+        rewards = dict(zip(inner, await gather_or_cancel(map(from_step, inner)), strict=True))
         rewards[last] = (float(own.reward),)
         return tuple(rewards[int(end)] for end in ends)
 
 
 def beginning(ticket: Ticket, rollout: Rollout, num_tokens: int, number: int) -> PartialGroup:
-    """`number` responses that each go on after the first `num_tokens` tokens of `rollout`, with random
-    streams of their own."""
+    """Return `number` unfinished responses that begin with the first `num_tokens` of `rollout`.
+
+    Each continues with a separate random stream.
+    """
     responses = tuple(
         PartialResponse(
             rollout_id=f"{ticket.group_id}/{index}",
@@ -276,8 +298,9 @@ def beginning(ticket: Ticket, rollout: Rollout, num_tokens: int, number: int) ->
 
 
 async def _unless_lost(get: Callable[[], Awaitable[T]]) -> T:
-    """What `get` gives; again while the record is lost before it is here."""
-    for _ in range(MAX_LOSSES):
+    """Return the record of `get`. Call it again, `MAX_REGENERATIONS` times, while the record is
+    lost."""
+    for _ in range(MAX_REGENERATIONS):
         try:
             return await get()
         except RecordLost:

@@ -60,7 +60,7 @@ from rlhf_cluster.synthetic_data.answers_file import (
     Round,
     Unrevised,
 )
-from rlhf_cluster.util.concurrency import together
+from rlhf_cluster.util.concurrency import gather_or_cancel
 
 PROBLEMS = {
     "empty_response": "the response has no text",
@@ -78,7 +78,7 @@ Kind = Literal["critique", "revision"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """`rollout` holds its tokens, under the prompt that it answers; None where only text came."""
+    """Text that answers a request. `rollout` holds its tokens and prompt; None if only text came."""
 
     text: str
     cut: bool
@@ -87,16 +87,17 @@ class Reply:
 
 class Asker(Protocol):
     async def ask(self, number: int, request: str) -> Reply | None:
-        """The reply to `request`, whose random stream is `number`'s; None: the request is too long.
+        """Return the reply to `request`, or None where the request is too long.
 
-        Raises `WorkerError` or `ScoringError` where none could be had.
+        `number` determines the random stream. Raises `WorkerError` or `ScoringError` where no reply
+        can be obtained.
         """
         ...
 
 
 @dataclass(slots=True)
 class Chain:
-    """What became of one response. `problem` is a key of `PROBLEMS`, "" while there is none."""
+    """Rounds and outcome of one response. `problem` is a key of `PROBLEMS`, or "" without one."""
 
     rounds: list[Round] = field(default_factory=list)
     unusable: Counter[str] = field(default_factory=Counter)
@@ -105,7 +106,7 @@ class Chain:
 
 
 def drawn(principles: Sequence[str], rounds: int, seed: str) -> list[str]:
-    """One principle a round; all come before any comes again."""
+    """Draw one principle for each round. All are used before any repeats."""
     rng = np.random.default_rng(xxh3_64_intdigest(seed.encode()))
     found: list[str] = []
     while len(found) < rounds:
@@ -122,7 +123,7 @@ async def revise(
 ) -> Chain:
     """Criticise and revise once by each of `principles`.
 
-    `ask` gets the place of the request, below `requests_of(how)`, and its text.
+    `ask` gets the index of the request, below `requests_of(how)`, and its text.
     """
     chain = Chain()
 
@@ -146,7 +147,7 @@ async def revise(
         request = how.revision_request.format(**places, critique=critique.text)
         revision = await usable("revision", 2 * number + 1, request)
         if revision is None:
-            # The critique is kept, so that somebody can see what became of it.
+            # The critique is kept, so that the user can see which one had no revision.
             chain.rounds.append(Round(principle=principle, critique=critique.text, revision=""))
             return chain
         response, chain.last = revision.text, revision
@@ -157,12 +158,12 @@ async def revise(
 
 
 def requests_of(how: Revise) -> int:
-    """Of one response at most."""
+    """Return the largest number of requests for one response."""
     return 2 * how.rounds * how.attempts
 
 
 def problem_of(kind: Kind, reply: Reply | None) -> str:
-    """Why `reply` is no critique or revision; "" for one that is."""
+    """Return the key in `PROBLEMS` of a reply that cannot be used, or "" for a usable one."""
     if reply is None:
         return f"long_{kind}"
     if not reply.text.strip():
@@ -172,11 +173,11 @@ def problem_of(kind: Kind, reply: Reply | None) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reviser:
-    """From the sampled responses to a prompt to its `Answers`.
+    """Revises and scores the sampled responses to a prompt.
 
-    `score` gives a group of the first response and its last revision with their rewards; `decode` the
-    text of token ids; `encode` the token ids of a text that only came as text, with an end.
-    `first_stream` is the first random stream that no prompt of the data set has.
+    `score` returns the group of a first response and its last revision with their rewards, `decode` the
+    text of token ids, and `encode` the token ids, an end token last, of a reply that came as text only.
+    `first_stream` is the first random stream that no prompt of the data set uses.
     """
 
     how: Revise
@@ -189,8 +190,10 @@ class Reviser:
     version: int
 
     async def answers(self, group: RolloutGroup) -> Answers:
-        """Waits for: every response's chain and its scores. Raises the first failure."""
-        done = await together(self._one(group, index) for index in range(len(group.rollouts)))
+        """Revise and score all responses of a group. Waits for all; raises the first failure."""
+        done = await gather_or_cancel(
+            self._one(group, index) for index in range(len(group.rollouts))
+        )
         found = [one for one, _ in done]
         return Answers(
             number=group.ticket.number,
@@ -202,7 +205,7 @@ class Reviser:
         )
 
     async def _one(self, group: RolloutGroup, index: int) -> tuple[Answer | Unrevised, str]:
-        """What became of a response, and the version of its scorer."""
+        """Revise and score one response. Return it with the version of its scorer, "" if unrevised."""
         first, how = group.rollouts[index], self.how
         text = self.decode(first.response_ids.tolist())
         place = group.ticket.number * len(group.rollouts) + index
@@ -228,10 +231,13 @@ class Reviser:
                 unusable=dict(chain.unusable),
             )
             return lost, ""
-        return await self._scored(group.prompt, (first, last), chain, stream)
+        return await self._score_both(group.prompt, (first, last), chain, stream)
 
     def _tokens(self, first: Rollout, reply: Reply) -> Rollout | None:
-        """The revision as a response to the data set's prompt; None where it has no tokens."""
+        """Return the revision as a response to the data set's prompt.
+
+        None where the tokenizer cannot write the revision's text.
+        """
         if reply.rollout is not None:
             ids = reply.rollout.response_ids
         else:
@@ -247,9 +253,10 @@ class Reviser:
             finish_reason=FinishReason.STOP,
         )
 
-    async def _scored(
+    async def _score_both(
         self, prompt: Prompt, both: tuple[Rollout, Rollout], chain: Chain, stream: int
     ) -> tuple[Answer, str]:
+        """Score the first response and its last revision together."""
         ticket = Ticket(number=stream, version=self.version)
         rollouts = tuple(
             replace(rollout, rollout_id=f"{ticket.group_id}/{index}")
@@ -273,7 +280,7 @@ def answer_of(
     decode: Callable[[Sequence[int]], str],
     steps: tuple[tuple[float, ...], ...] | None = None,
 ) -> Answer:
-    """What is kept of a scored response."""
+    """Return the answer that is kept of a scored response."""
     parts: Mapping[str, float] = {**own.reward_parts, **own.watched}
     return Answer(
         text=decode(own.rollout.response_ids.tolist()),
@@ -290,8 +297,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolAsker:
-    """Asks the generation pool. `sample` gives one response to a prompt; `encode` renders a request as
-    the data set's prompts are."""
+    """Asks the generation pool.
+
+    `sample` returns one response to a prompt. `encode` renders a request like the data set's prompts.
+    """
 
     sample: Callable[[Ticket, Prompt, Sampling], Awaitable[RolloutGroup]]
     encode: Callable[[str], np.ndarray]
@@ -301,7 +310,10 @@ class PoolAsker:
     version: int
 
     async def ask(self, number: int, request: str) -> Reply | None:
-        """Waits for: the pool. None for a request over `max_prompt_tokens`."""
+        """Return the pool's reply, or None for a request longer than `max_prompt_tokens`.
+
+        Waits for: the pool.
+        """
         ids = self.encode(request)
         if len(ids) > self.max_prompt_tokens:
             return None
@@ -319,7 +331,7 @@ class PoolAsker:
 
 class Asking(Protocol):
     def ask(self, question: Any, deadline: float) -> Any:
-        """As `Server.ask`."""
+        """Return the server's answer to `question`, like `Server.ask`."""
         ...
 
 
@@ -336,11 +348,15 @@ class EndpointAsker:
 
     @classmethod
     def of(cls, section: ChatEndpoint) -> EndpointAsker:
-        """Raises `ConfigError` where its key is not set."""
+        """Build the asker. Raises `ConfigError` if the environment variable of its key is not set."""
         return cls(section, Server(section, PATH))
 
     async def ask(self, number: int, request: str) -> Reply | None:
-        """Waits for: an answer, at most all attempts and the pauses between them."""
+        """Return the endpoint's reply.
+
+        Raises `ScoringError` where no attempt succeeds. Waits for: a reply, at most all attempts and
+        the pauses between them.
+        """
         own = self.section
         question = question_of(own.model, request, own.temperature, own.max_tokens)
         longest_s = own.attempts * (own.attempt_s + min(own.backoff_s * 2**own.attempts, 30.0))
@@ -355,8 +371,10 @@ class EndpointAsker:
 
 
 async def in_thread(call: Callable[[], T]) -> T:
-    """What `call` gives or raises; it has a deadline of its own. Cancelled, it is left to a daemon
-    thread."""
+    """Run `call`, which must have a deadline, in a daemon thread. Return or raise what it does.
+
+    When the caller is cancelled the thread finishes the call, and its outcome is dropped.
+    """
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
 
@@ -371,7 +389,7 @@ async def in_thread(call: Callable[[], T]) -> T:
         # Everything it raises is handed to who waits.
         except Exception as caught:
             error = caught
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        with suppress(RuntimeError):  # the loop is closed: no caller waits for the outcome
             loop.call_soon_threadsafe(finish, value, error)
 
     threading.Thread(target=work, name="endpoint", daemon=True).start()

@@ -1,13 +1,13 @@
-"""From revised answers to rows of a data set, and what there is to say of all revisions.
+"""Rows of a data set from revised answers, and the report on all revisions.
 
     revisions         every last revision                   {prompt, completion, reward, rounds}
     revision_pairs    the last revision and the response    {prompt, chosen, rejected, rounds}
 
-`prefer` says which of a pair is chosen: the revision, as is meant, or the one of higher reward,
-which with a judge of principles is its preference.
+`prefer` says which of a pair is chosen: the revision (the purpose of revising), or the one of higher
+reward. With a judge of principles as reward, that is the judge's preference.
 
-Promises: as `synthetic_data.select_rows`. Every row holds the response, and each round's principle,
-critique and revision, as they were given.
+Promises: those of `synthetic_data.select_rows`. Every row holds the response, and each round's
+principle, critique and revision, as the model wrote them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SELECTIONS = ("revisions", "revision_pairs")
 def rows_of_revisions(
     group: Answers, section: GenerateSection
 ) -> tuple[list[Row], list[Answer], Counter[str]]:
-    """`select_rows.rows_of` for revisions; a revision counts as an answer of its own."""
+    """Return what `select_rows.rows_of` does, for revisions. A revision is a separate answer."""
     counts: Counter[str] = Counter(unrevised=len(group.unrevised))
     rows: list[Row] = []
     taken: list[Answer] = []
@@ -54,7 +54,7 @@ def rows_of_revisions(
 
 
 def revised_of(answer: Answer) -> Revised:
-    """Raises `DataError` for an answer without a revision."""
+    """Return the revision of an answer. Raises `DataError` where it has none."""
     if answer.revised is None:
         raise DataError(
             "stage.select asks for revisions, and the answers were made without. Start another stage "
@@ -65,7 +65,7 @@ def revised_of(answer: Answer) -> Revised:
 
 @dataclass(slots=True)
 class RevisionReport:
-    """Adds up what became of the responses that were to be revised."""
+    """Sums over the responses to be revised: rewards, changes and problems."""
 
     revised: int = 0
     first_reward: float = 0.0
@@ -89,8 +89,11 @@ class RevisionReport:
             self.unusable.update(lost.unusable)
 
     def document(self) -> dict[str, Any]:
-        """For report.json. `better_fraction`: of the revisions whose reward is over the first
-        response's; an equal one is half."""
+        """Return the report for report.json.
+
+        `better_fraction` is the share of revisions whose reward is above the first response's; an
+        equal one is half.
+        """
 
         def mean(total: float) -> float | None:
             return total / self.revised if self.revised else None

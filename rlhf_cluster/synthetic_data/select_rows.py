@@ -1,4 +1,4 @@
-"""From the answers to a prompt to the rows of a data set.
+"""Selection of the answers to a prompt that become rows of a data set.
 
     all           every response                                  {prompt, completion, reward}
     best_of_n     the `keep` of highest reward                    the same
@@ -13,8 +13,10 @@ et al. 2023, arXiv:2304.06767), and the fine-tuning of Llama 2 (Touvron et al. 2
 A step's label is the share of its completions whose reward is at least `threshold` (Wang et al. 2023,
 Math-Shepherd, arXiv:2312.08935).
 
-Promises: pure; rows follow from the answers alone, in their order; of equal rewards the earlier answer
-is the better; nothing is left out without being counted under its reason (`LEFT_OUT`).
+Promises:
+- the functions are pure: rows depend on the answers alone, and are in their order;
+- of equal rewards the earlier answer is the better one;
+- every response or prompt without a row is counted under its reason (`LEFT_OUT`).
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ LEFT_OUT = {
 def rows_of(
     group: Answers, section: GenerateSection
 ) -> tuple[list[Row], list[Answer], Counter[str]]:
-    """The rows of a prompt, the answers that they hold, and what was left out, by reason."""
+    """Return the rows of a prompt, the answers in them, and counts of unused answers by reason."""
     if section.select in SELECTIONS:
         return rows_of_revisions(group, section)
     counts: Counter[str] = Counter()
@@ -63,7 +65,7 @@ def rows_of(
         rows = [_pair_row(group, better, worse) for better, worse in pairs]
         taken = [answer for pair in pairs for answer in pair]
     else:
-        taken = _chosen(usable, section)
+        taken = _select(usable, section)
         as_row = _labelled_row if section.select == "step_labels" else _completion_row
         rows = [as_row(group, answer, section) for answer in taken]
     counts["not_selected"] += len(usable) - len(taken)
@@ -72,7 +74,7 @@ def rows_of(
 
 
 def step_labels(answer: Answer, threshold: float) -> list[float]:
-    """[steps], each in [0, 1]. Raises `DataError` for an answer without completions."""
+    """Return the label of each step, in [0, 1]. Raises `DataError` for an answer without them."""
     if answer.step_rewards is None:
         raise DataError(
             "stage.select = 'step_labels', and the answers were made without completions of their "
@@ -102,7 +104,8 @@ def _usable(
     return found
 
 
-def _chosen(usable: list[Answer], section: GenerateSection) -> list[Answer]:
+def _select(usable: list[Answer], section: GenerateSection) -> list[Answer]:
+    """Return the answers that become rows, for every selection but pairs and revisions."""
     if section.select in ("all", "step_labels"):
         return usable
     least = section.threshold

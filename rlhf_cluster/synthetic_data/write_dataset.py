@@ -1,7 +1,9 @@
-"""The data set as a file, and what there is to say of it.
+"""The data set as a file, and the report on it.
 
-Promises: the file appears as a whole; its rows are in the order of the prompts, whatever the order in
-which these were finished; the report says of every response and every prompt where it went.
+Promises:
+- the file appears as a whole;
+- its rows are in the order of the prompts, whatever the order in which these were finished;
+- the report accounts for every response and every prompt.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ class _Mean:
 
 @dataclass(slots=True, kw_only=True)
 class Report:
-    """Adds up what `write_dataset` sees."""
+    """Sums over all prompts that `write_dataset` reads."""
 
     section: GenerateSection
     prompts: int = 0
@@ -86,7 +88,7 @@ class Report:
                     self._mean("label", label)
 
     def document(self, discarded: Mapping[str, int]) -> dict[str, Any]:
-        """Counts and means for report.json; `discarded` prompts by reason."""
+        """Return counts and means for report.json; `discarded` counts prompts by reason."""
 
         def mean(name: str) -> float | None:
             return self.means[name].value if name in self.means else None
@@ -124,9 +126,9 @@ class Report:
 def write_dataset(
     groups: Path, target: Path, section: GenerateSection, discarded: Mapping[str, int]
 ) -> dict[str, Any]:
-    """Write the rows of all answers in `groups` to `target`; returns the report.
+    """Write the rows of all answers in `groups` to `target`, and return the report.
 
-    Raises `DataError`: a damaged file, one that cannot be written, or no row at all.
+    Raises `DataError` for a damaged file, a file that cannot be written, or no row at all.
     """
     report = Report(section=section)
     partial = target.with_name(f".{target.name}.partial")

@@ -20,7 +20,7 @@ MODE, TOKEN = "RAY_AUTH_MODE", "token"
 _WORDS = ("auto", "local")  # Ray's names for a cluster of this machine
 
 
-def is_of_this_machine(host: str) -> bool:
+def is_local_host(host: str) -> bool:
     """Whether `host`, a name or an IP address, resolves to addresses of this machine only."""
     if host.rstrip(".").lower() == "localhost":
         return True
@@ -31,11 +31,11 @@ def is_of_this_machine(host: str) -> bool:
     return bool(found) and all(_has(family, str(end[0])) for family, _, _, _, end in found)
 
 
-def refuse_open(
+def check_address(
     key: str,
     address: str,
     variables: Mapping[str, str] = os.environ,
-    is_here: Callable[[str], bool] = is_of_this_machine,
+    is_here: Callable[[str], bool] = is_local_host,
 ) -> None:
     """Refuse an address on another machine unless token authentication is on.
 

@@ -11,7 +11,7 @@ from rlhf_cluster.errors import first_failure
 T = TypeVar("T")
 
 
-async def together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+async def gather_or_cancel(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """Return the results in order. The first failure cancels the other coroutines and is raised."""
     try:
         async with asyncio.TaskGroup() as group:

@@ -37,7 +37,7 @@ _call_ends: ContextVar[float | None] = ContextVar("call_ends", default=None)
 
 @contextmanager
 def call_deadline(seconds: float, clock: Callable[[], float] = time.monotonic) -> Iterator[None]:
-    """Limit all waits of this thread inside the block to `seconds` in total (`left_of_call`)."""
+    """Limit all waits of this thread inside the block to `seconds` in total (`remaining_s`)."""
     token = _call_ends.set(clock() + seconds)
     try:
         yield
@@ -45,7 +45,7 @@ def call_deadline(seconds: float, clock: Callable[[], float] = time.monotonic) -
         _call_ends.reset(token)
 
 
-def left_of_call(limit_s: float, clock: Callable[[], float] = time.monotonic) -> float:
+def remaining_s(limit_s: float, clock: Callable[[], float] = time.monotonic) -> float:
     """Return the seconds for one wait: `limit_s`, or what remains of the `call_deadline` around it."""
     ends = _call_ends.get()
     return limit_s if ends is None else max(0.0, min(limit_s, ends - clock()))

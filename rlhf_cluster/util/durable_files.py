@@ -6,9 +6,10 @@ Promises:
 - folders that `make_folders` made, and entries of the folders below `sync_tree`'s root, survive a power
   cut;
 - `take_lock` excludes other processes, or raises an error that names the missing mount option;
-- `share` gives a file that a library made readable by its owner alone the permissions of a new file;
+- `apply_umask` gives a file that a library made readable by its owner alone the permissions of a new
+file;
 - an error of the file system (EIO, ESTALE, EACCES, ETIMEDOUT, ...) is never treated as a missing or
-  damaged file: `patiently` tries again a bounded number of times, then raises `StorageError`.
+  damaged file: `run_with_retries` tries again a bounded number of times, then raises `StorageError`.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from rlhf_cluster.errors import RlhfError, StalledError, StorageError
 T = TypeVar("T")
 
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)
-"""Seconds between tries of `patiently`."""
+"""Seconds between tries of `run_with_retries`."""
 
 # errors that mean that the path does not exist, rather than that the storage fails
 _OF_NAMES = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
 
-def passing(error: BaseException) -> BaseException | None:
+def find_storage_cause(error: BaseException) -> BaseException | None:
     """Return the storage's error that caused `error`; None if the file is missing or damaged."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, StalledError):
@@ -45,7 +46,7 @@ def passing(error: BaseException) -> BaseException | None:
     return None
 
 
-def patiently(
+def run_with_retries(
     read: Callable[[], T],
     what: object,
     cure: str,
@@ -55,7 +56,7 @@ def patiently(
     """Call `read` and return its result; try again while the storage answers with an error.
 
     Args:
-        read: the call. Errors other than the storage's (`passing`) are raised at once.
+        read: the call. Errors other than the storage's (`find_storage_cause`) are raised at once.
         what: name of what is read, for the error.
         cure: last sentence of the error: what else the user can do.
         pauses: seconds to sleep before each further try.
@@ -67,7 +68,7 @@ def patiently(
         try:
             return read()
         except (OSError, RlhfError) as error:
-            cause = passing(error)
+            cause = find_storage_cause(error)
             if cause is None:
                 raise
             if pause is None:
@@ -106,7 +107,7 @@ def take_lock(
     return True
 
 
-def share(path: Path) -> None:
+def apply_umask(path: Path) -> None:
     """Give the file the permissions that a new file has under the umask. Raises `OSError`."""
     probe = path.with_name(f".{path.name}.mode")
     probe.unlink(missing_ok=True)
@@ -116,7 +117,7 @@ def share(path: Path) -> None:
     path.chmod(mode)
 
 
-def write_whole(path: Path, data: bytes, fsync: bool = False) -> None:
+def write_all(path: Path, data: bytes, fsync: bool = False) -> None:
     """Replace the file at `path` by `data`. One writer at a time. Raises `OSError`."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as file:

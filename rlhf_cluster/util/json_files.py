@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cluster.util import redaction
-from rlhf_cluster.util.durable_files import write_whole
+from rlhf_cluster.util.durable_files import write_all
 
 
 def write_json(path: Path, value: Mapping[str, Any], fsync: bool = False) -> None:
@@ -19,8 +19,8 @@ def write_json(path: Path, value: Mapping[str, Any], fsync: bool = False) -> Non
 
     `fsync`: the file survives a power cut.
     """
-    text = json.dumps(redaction.of_process(value), indent=2, default=str) + "\n"
-    write_whole(path, text.encode(), fsync)
+    text = json.dumps(redaction.redact_process_secrets(value), indent=2, default=str) + "\n"
+    write_all(path, text.encode(), fsync)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

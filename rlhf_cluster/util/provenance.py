@@ -89,21 +89,21 @@ def git_commit(folder: Path) -> dict[str, Any] | None:
     return {"commit": commit, "has_changes": bool(changes)}
 
 
-def without_secrets(value: Any, key: str = "") -> Any:
+def remove_secrets(value: Any, key: str = "") -> Any:
     """Replace values whose key names a secret, and credentials in URLs, by "(hidden)".
 
     `key` is the key of `value` itself.
     """
     if isinstance(value, Mapping):
-        return {k: without_secrets(v, str(k)) for k, v in value.items()}
+        return {k: remove_secrets(v, str(k)) for k, v in value.items()}
     if isinstance(value, list):
-        return [without_secrets(v, key) for v in value]
+        return [remove_secrets(v, key) for v in value]
     if SECRET.search(key) and value is not None:
         return HIDDEN
-    return without_credentials(value) if isinstance(value, str) else value
+    return remove_credentials(value) if isinstance(value, str) else value
 
 
-def without_credentials(text: str) -> str:
+def remove_credentials(text: str) -> str:
     """Replace user, password and query of every URL in `text` by "(hidden)"."""
     text = _USER.sub(rf"\1{HIDDEN}@", text)
     return _QUERY.sub(rf"\1?{HIDDEN}", text)
@@ -112,7 +112,7 @@ def without_credentials(text: str) -> str:
 def _argument_without_secret(argument: str) -> str:
     key, equals, _ = argument.partition("=")
     hidden = equals and SECRET.search(key.strip())
-    return f"{key}={HIDDEN}" if hidden else without_credentials(argument)
+    return f"{key}={HIDDEN}" if hidden else remove_credentials(argument)
 
 
 def _version(package: str) -> str | None:

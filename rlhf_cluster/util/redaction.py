@@ -6,7 +6,7 @@ The secrets are:
 - the value of a setting whose own name looks like that of a secret;
 - the values that the process has passed to `hide`.
 
-Promises: `redacted` leaves no secret, and no credentials of a URL, in any part of a value.
+Promises: `redact` leaves no secret, and no credentials of a URL, in any part of a value.
 Everything that a process writes for users to read (logs, JSON files of a run directory) goes
 through it.
 """
@@ -21,7 +21,7 @@ from typing import Any
 from rlhf_cluster.util.provenance import (
     HIDDEN,
     SECRET,
-    without_credentials,
+    remove_credentials,
 )
 
 MIN_CHARACTERS = 6
@@ -34,17 +34,17 @@ _hidden: list[str] = []  # secrets of this process, the longest first
 
 
 def hide(secrets: Iterable[str]) -> None:
-    """Make `of_process` replace these values from here on, in this process."""
+    """Make `redact_process_secrets` replace these values from here on, in this process."""
     found = {*_hidden, *(s for s in secrets if len(s) >= MIN_CHARACTERS)}
     _hidden[:] = _longest_first(found)
 
 
-def of_process(value: Any) -> Any:
+def redact_process_secrets(value: Any) -> Any:
     """Return `value` without the secrets that this process has passed to `hide`."""
-    return redacted(value, _hidden)
+    return redact(value, _hidden)
 
 
-def secrets_of(config: Mapping[str, Any], variables: Mapping[str, str] = os.environ) -> list[str]:
+def find_secrets(config: Mapping[str, Any], variables: Mapping[str, str] = os.environ) -> list[str]:
     """Return the secrets in a configuration and the environment, the longest first."""
     found = {
         value
@@ -59,20 +59,20 @@ def secrets_of(config: Mapping[str, Any], variables: Mapping[str, str] = os.envi
     return _longest_first(value for value in found if len(value) >= MIN_CHARACTERS)
 
 
-def redacted(value: Any, secrets: Sequence[str]) -> Any:
+def redact(value: Any, secrets: Sequence[str]) -> Any:
     """Return `value` without `secrets` and without credentials of URLs, at any depth.
 
     Mappings and sequences are copied: sequences become lists, keys become strings.
     """
     if isinstance(value, Mapping):
-        return {str(redacted(str(k), secrets)): redacted(v, secrets) for k, v in value.items()}
+        return {str(redact(str(k), secrets)): redact(v, secrets) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [redacted(inner, secrets) for inner in value]
+        return [redact(inner, secrets) for inner in value]
     if not isinstance(value, str):
         return value
     for secret in secrets:
         value = value.replace(secret, HIDDEN)
-    return without_credentials(value)
+    return remove_credentials(value)
 
 
 def _leaves(value: Any, key: str) -> Iterator[tuple[str, str]]:

@@ -5,11 +5,11 @@ the process at the latest, and the caller waits for the thread with a deadline.
 
 Promises:
 - a write that has taken `told_fraction` of its deadline is logged once as slow, with its path and its
-  deadline. `Patience.wait` also logs when it has finished after all;
+  deadline. `DiskDeadline.wait` also logs when it has finished after all;
 - no caller waits longer than the deadline, whatever the disk does, and neither does the process when
   it exits;
 - an operation whose caller has stopped waiting (an abandoned operation) makes nothing visible. Code
-  that is about to make something visible, such as a rename, calls `check_wanted` first, which
+  that is about to make something visible, such as a rename, calls `check_not_abandoned` first, which
   raises in an abandoned operation.
 """
 
@@ -33,13 +33,14 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 GRACE_S = 0.5
-"""Seconds that a caller of `Behind.put` waits for its write, enough for a disk that is not slow."""
-MAX_BEHIND = 10_000
-"""Bound on the writes of a `Behind` that wait behind the running one."""
+"""Seconds that a caller of `BackgroundWriter.put` waits for its write, enough for a disk that is not
+slow."""
+MAX_QUEUED_WRITES = 10_000
+"""Bound on the writes of a `BackgroundWriter` that wait behind the running one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Patience:
+class DiskDeadline:
     """Deadline of a file operation, with the texts that report it.
 
     `setting` is the configuration key of `limit_s`, for the messages. `tell` logs a message.
@@ -85,11 +86,12 @@ class Patience:
         return job.result()
 
     async def aside(self, what: str, call: Callable[..., T], *arguments: Any) -> T:
-        """Run the function `aside` with this deadline; a passed deadline raises `StalledError`."""
+        """Run the function `run_in_thread` with this deadline; a passed deadline raises
+        `StalledError`."""
         ends = asyncio.timeout(self.limit_s)
         try:
             async with ends, self.telling(what):
-                return await aside(call, *arguments)
+                return await run_in_thread(call, *arguments)
         except TimeoutError:
             if not ends.expired():
                 raise  # an error of the call itself
@@ -107,11 +109,11 @@ class Patience:
             timer.cancel()
 
 
-def within(limit_s: float, what: str, call: Callable[[], T]) -> T:
+def run_within(limit_s: float, what: str, call: Callable[[], T]) -> T:
     """Run `call` in a thread, and return or raise what it does.
 
     Waits for: the end of `call`. Unblocked by: that, or `StalledError` after `limit_s`. The thread is
-    abandoned then, and makes nothing visible (`check_wanted`).
+    abandoned then, and makes nothing visible (`check_not_abandoned`).
     """
     job = _Job(call)
     threading.Thread(target=job.run, name="disk", daemon=True).start()
@@ -125,7 +127,7 @@ _jobs = threading.local()
 """Per thread: `running` lists the jobs that the thread is running, the outermost first."""
 
 
-def check_wanted(what: object) -> None:
+def check_not_abandoned(what: object) -> None:
     """Raise `StalledError` inside an abandoned operation, before it makes `what` visible."""
     if any(job.given_up for job in getattr(_jobs, "running", ())):
         raise StalledError(f"{what}: abandoned after its deadline; it stays invisible")
@@ -159,14 +161,14 @@ class _Job(Generic[T]):
         return self._returned[0]
 
 
-async def aside(call: Callable[..., T], *arguments: Any) -> T:
+async def run_in_thread(call: Callable[..., T], *arguments: Any) -> T:
     """Run `call` in a daemon thread, and return or raise what it does.
 
     Neither the event loop nor the process waits for the thread at its end, as they would with
     `asyncio.to_thread`.
 
     Waits for: the call, without a deadline. Cancelling abandons the thread, which then makes nothing
-    visible (`check_wanted`).
+    visible (`check_not_abandoned`).
     """
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[None] = loop.create_future()
@@ -190,7 +192,7 @@ async def aside(call: Callable[..., T], *arguments: Any) -> T:
     return job.result()
 
 
-class Latest(Generic[T]):
+class LatestValue(Generic[T]):
     """Newest result of `look`, which asks a disk that may be slow. No caller waits for it."""
 
     def __init__(self, look: Callable[[], T], first: T) -> None:
@@ -211,7 +213,7 @@ class Latest(Generic[T]):
 
 
 @dataclass(slots=True, eq=False)
-class Behind:
+class BackgroundWriter:
     """Queue of writes that one thread does in order. A slow disk does not hold up the caller.
 
     `put` waits up to `grace_s` for its own write, but not at all if an earlier write is still running.
@@ -221,7 +223,7 @@ class Behind:
     """
 
     what: str
-    patience: Patience
+    patience: DiskDeadline
     clock: Callable[[], float] = time.monotonic
     grace_s: float = GRACE_S
     _waiting: deque[tuple[float, Callable[[], None]]] = field(default_factory=deque)
@@ -267,7 +269,7 @@ class Behind:
         if not self._waiting:
             return
         waited_s = self.clock() - self._waiting[0][0]
-        if waited_s >= self.patience.limit_s or len(self._waiting) > MAX_BEHIND:
+        if waited_s >= self.patience.limit_s or len(self._waiting) > MAX_QUEUED_WRITES:
             raise StalledError(self.patience.over(self.what))
         if waited_s >= self.patience.slow_s and not self._told:
             self._told = True

@@ -72,12 +72,12 @@ def combine_hashes(tensor_hashes: Mapping[str, str]) -> str:
     )
 
 
-def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+def compute_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Return the digest of a version with exactly these tensors (full shape, on the CPU)."""
-    return combine_hashes({name: hash_of(name, tensor) for name, tensor in tensors})
+    return combine_hashes({name: hash_tensor(name, tensor) for name, tensor in tensors})
 
 
-def hash_of(name: str, tensor: Tensor) -> str:
+def hash_tensor(name: str, tensor: Tensor) -> str:
     """Return the hash of a tensor, complete and on the CPU."""
     hashes = hash_pieces(tensor_bytes(tensor), 0)
     return tensor_hash(name, dtype_name(tensor), tuple(tensor.shape), hashes)

@@ -1,11 +1,13 @@
-"""From the ranks' reports to one checked manifest.
+"""Assemble one checked manifest from the ranks' reports.
 
-Promises: every report is of this version and against the same base, every file is there with the
-length and header that were reported, ranks agree on each tensor's shape and type, the parts cover
-each tensor once, and the names are exactly the expected ones, and those of the base. Otherwise
-`WeightError`, and nothing has been changed.
+Promises, or a `WeightError` is raised and nothing has been changed:
+- every report is of this version and against the same base;
+- every file exists, with the length and header that were reported;
+- ranks agree on each tensor's shape and type;
+- the parts cover each tensor once;
+- the names are exactly the expected ones, and those of the base.
 
-Where tensors are merged from adapters, what no rank reports is kept from the base.
+Where tensors are merged from adapters, tensors that no rank reports are kept from the base.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ from rlhf_cluster.weights.manifest import (
 from rlhf_cluster.weights.shards import ShardFile, open_shards
 from rlhf_cluster.weights.transports.transport import Blob
 
-_Held = tuple[str, PartReport]  # the file, and what it holds of one tensor
+_Held = tuple[str, PartReport]  # the file, and the part of one tensor that it holds
 
 
 def assemble(
@@ -55,9 +57,9 @@ def assemble(
     base: Manifest | None,
     created_s: float,
 ) -> Manifest:
-    """The manifest of the shards that `reports` describe. Raises `WeightError`.
+    """Return the manifest of the shards that `reports` describe. Raises `WeightError`.
 
-    `open_blobs` opens files by name; of each, the header is read, and what chunks that span ranks need.
+    `open_blobs` opens files by name. Their headers are read, and the bytes of chunks that span ranks.
     """
     reports = sorted(reports, key=lambda report: report.rank)
     _check_reports(version, reports)
@@ -66,7 +68,7 @@ def assemble(
         for name, part in report.parts.items():
             held[name].append((report.file, part))
     is_adapter = any(part.scale is not None for _, part in chain(*held.values()))
-    kept = _kept(base, held) if base is not None and is_adapter else {}
+    kept = _keep_from_base(base, held) if base is not None and is_adapter else {}
     shapes = {name: entry.shape for name, entry in kept.items()}
     shapes |= {name: parts[0][1].shape for name, parts in held.items()}
     model = {name: shape for name, shape in shapes.items() if not lora_factors.is_factor(name)}
@@ -78,7 +80,7 @@ def assemble(
         files = dict(zip(names, opened, strict=True))
         for report in reports:
             for name, part in report.parts.items():
-                _check_stored(name, part, files[report.file])
+                _check_in_file(name, part, files[report.file])
         found = kept | {name: _entry(name, parts, files) for name, parts in held.items()}
         entries = {
             report.file: FileEntry(
@@ -109,8 +111,8 @@ def assemble(
         raise WeightError(f"version {version}: {explain_problems(error)}") from error
 
 
-def _kept(base: Manifest, held: Mapping[str, object]) -> dict[str, TensorEntry]:
-    """What a version of adapters leaves as it is in the base."""
+def _keep_from_base(base: Manifest, held: Mapping[str, object]) -> dict[str, TensorEntry]:
+    """Return the entries of the base that a version of adapters does not change, without parts."""
     return {
         name: entry.model_copy(update={"parts": ()})
         for name, entry in base.stored.items()
@@ -119,7 +121,7 @@ def _kept(base: Manifest, held: Mapping[str, object]) -> dict[str, TensorEntry]:
 
 
 def chain_on(base: Manifest | None) -> tuple[Link, ...]:
-    """The versions that a version builds on whose base is `base`."""
+    """Return the chain of a version whose base is `base`: the versions that it builds on."""
     return (*base.chain, Link(version=base.version, digest=base.digest)) if base else ()
 
 
@@ -161,7 +163,7 @@ def _check_reports(version: int, reports: Iterable[ShardReport]) -> None:
         seen[report.rank] = report.file
 
 
-def _check_stored(name: str, part: PartReport, file: ShardFile) -> None:
+def _check_in_file(name: str, part: PartReport, file: ShardFile) -> None:
     if part.delta_bytes is None:
         if part.numel:
             file.find(name, part.dtype, part.numel)
@@ -177,7 +179,7 @@ def _check_against_base(
     if (own_format == "adapter") != (base.format == "adapter"):
         raise WeightError(
             f"version {version} of format {own_format!r} cannot build on version {base.version} of "
-            f"format {base.format!r}. Publish it in full"
+            f"format {base.format!r}. Publish it as a full snapshot"
         )
     found = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
     listed = {**base.tensors, **base.factors}
@@ -186,7 +188,7 @@ def _check_against_base(
         other = [name for name in {**known, **found} if found.get(name) != known.get(name)]
         raise WeightError(
             f"version {version} builds on version {base.version}, which has other tensors: "
-            f"{_some(other)}. Publish it in full"
+            f"{_some(other)}. Publish it as a full snapshot"
         )
 
 
@@ -217,9 +219,9 @@ def _entry(name: str, held: list[_Held], files: Mapping[str, ShardFile]) -> Tens
 
 
 def _chunk_hashes(name: str, held: list[_Held], files: Mapping[str, ShardFile]) -> bytes:
-    """The hashes of a tensor's chunks: as reported, or read again where a chunk spans files."""
+    """Return the hashes of a tensor's chunks: as reported, or computed where a chunk spans files."""
     hashes: list[bytes] = []
-    open_chunk = b""  # the bytes of the chunk under way, once it turned out to span files
+    open_chunk = b""  # the bytes so far of a chunk that spans files
     size = sum(part.numel * ITEM_BYTES[part.dtype] for _, part in held)
     for file, part in held:
         item_bytes = ITEM_BYTES[part.dtype]
@@ -245,7 +247,7 @@ def _chunk_hashes(name: str, held: list[_Held], files: Mapping[str, ShardFile]) 
 
 
 def _border_position(name: str, part: PartReport, file: ShardFile, size: int, piece: int) -> int:
-    """Where in the file the bytes of the border piece stand that begins at byte `piece`."""
+    """Return the position in the file of the border piece that begins at byte `piece` of the tensor."""
     item_bytes = ITEM_BYTES[part.dtype]
     start, stop = part.offset * item_bytes, (part.offset + part.numel) * item_bytes
     if part.delta_bytes is None:

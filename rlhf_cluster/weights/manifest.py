@@ -1,17 +1,17 @@
-"""What a version of the weights consists of, and the messages from which it is put together.
+"""Manifest of a version of the weights, and the reports from which it is assembled.
 
 A manifest lists every tensor (type, shape, hash) with the parts that hold its elements, and every
 shard file (length, hash of its header). Promises, checked whenever one is built or decoded:
 
-- the parts of a tensor cover it once: no hole, no overlap, no part outside it;
-- a file is a plain name beside the manifest, never a path, so nothing outside the folder is read;
-- a `delta` version names every version it builds on, oldest first, by number and digest: the first
-  is stored in full, the others build on those before them, and there are at most `MAX_CHAIN`;
-- an `adapter` version lists, beside the tensors of the model, the `factors` that some of them are
-  merged from on reading (`formats.lora_factors`). The first such version stores everything; those
-  that build on it keep what never changes as it is there, and store adapters only;
-- `digest` is the digest of the tensor hashes that are listed, whatever the format;
-- an unknown format, hash scheme or key is refused, never guessed at.
+- The parts of a tensor cover it once: no hole, no overlap, no part outside it.
+- A file is a plain name in the manifest's folder, never a path, so nothing outside it is read.
+- A `delta` version names every version it builds on, oldest first, by number and digest. The first
+  is a full snapshot, the others build on those before them, and there are at most `MAX_CHAIN`.
+- An `adapter` version lists the tensors of the model, and the `factors` that some of them are merged
+  from on reading (`formats.lora_factors`). The first such version stores everything. Later ones
+  build on it: they store adapters only, and use the tensors that never change from the first one.
+- `digest` is the digest of the tensor hashes that are listed, whatever the format.
+- An unknown format, hash scheme or key is refused, never guessed at.
 
 Everything is JSON and safetensors; nothing is ever unpickled.
 """
@@ -53,9 +53,9 @@ ITEM_BYTES: Mapping[str, int] = {
 """Bytes of one element, by the torch name of the type: the types that a version may hold."""
 
 MAX_CHAIN = 64
-"""Versions that a reader may have to go through, and files it holds open, times the ranks."""
+"""Most versions that a version may build on. Bounds the files that a reader holds open, per rank."""
 BORDERS = "#borders"
-"""Suffix of a tensor's name: bytes that `tensor_hashing.border_pieces` names, for the commit."""
+"""Suffix of a tensor's name, for the bytes of `tensor_hashing.border_pieces` that a commit reads."""
 
 _KNOWN_FORMATS = ("full", "delta", "adapter")
 _FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*\.safetensors$")]
@@ -69,8 +69,8 @@ class LocalPart:
 
     `shape` is the whole tensor's. `tensor` is flat, contiguous, on the CPU, and may be empty. With a
     `scale` it is not stored: readers merge it from the parts named after it (`lora_factors.merge`).
-    `stream` is the key by which what was merged is rounded to bfloat16 (`stochastic_rounding`);
-    None: to nearest.
+    `stream` is the key of the stochastic rounding of merged elements to bfloat16
+    (`stochastic_rounding`); None: they are rounded to nearest.
     """
 
     name: str
@@ -83,9 +83,12 @@ class LocalPart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartReport:
-    """What a rank wrote of one tensor. `piece_hashes` are those of `tensor_hashing.hash_pieces`,
-    over the elements themselves however they are stored. `delta_bytes` as in `Part`, `scale` and
-    `stream` as in `LocalPart`; with a scale `delta_bytes` is 0, and without one there is no stream."""
+    """Description of the part of one tensor that a rank wrote.
+
+    `piece_hashes` are those of `tensor_hashing.hash_pieces`, over the elements themselves, however
+    they are stored. `delta_bytes` is as in `Part`, `scale` and `stream` as in `LocalPart`. With a
+    scale, `delta_bytes` is 0. Without one, `stream` is None.
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -99,7 +102,7 @@ class PartReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardReport:
-    """What a rank says of the shard file it wrote: about 1/4000 of its tensors' size."""
+    """Description of the shard file that a rank wrote, about 1/4000 of its tensors' size."""
 
     version: int
     base: int | None  # the version that its differences are against
@@ -120,16 +123,19 @@ class Part(_Entry):
     offset: _Count
     numel: Annotated[int, Field(gt=0)]
     delta_bytes: _Count | None = None
-    """None: the elements themselves. Else the length of a payload (`delta.encode`) that turns the
-    same elements of the base version into these; at 0 they are equal, and nothing is stored."""
+    """Length of the stored difference (`delta.encode`) from the same elements of the base version.
+
+    At 0 the elements are equal, and nothing is stored. None: the elements themselves are stored.
+    """
 
 
 class TensorEntry(_Entry):
     """One tensor. `hash` covers name, type, shape and bytes, whatever the sharding.
 
-    Nothing is stored of it (no parts) when it has a `scale`, by which it is merged from the factors
-    named after it and rounded by the `stream` of that key, or when it is kept as the base version
-    has it.
+    It has no parts, and nothing of it is stored, in two cases:
+    - it has a `scale`: it is merged from the factors named after it with that scale, and rounded by
+      the stream with the key `stream`;
+    - it is the same as in the base version.
     """
 
     dtype: str
@@ -164,17 +170,17 @@ class Manifest(_Entry):
     format: Literal["full", "delta", "adapter"] = "full"
     version: _Count
     chain: tuple[Link, ...] = ()
-    """The versions that this one builds on, the full one first, its base last. Empty when full."""
+    """Versions that this one builds on: the full snapshot first, its base last. Empty when full."""
     created_s: float
-    """Unix time."""
+    """Unix time of the commit, in seconds."""
     hash_scheme: str = HASH_SCHEME
     digest: _Hash
-    """Equal for equal tensors, however many ranks wrote them."""
+    """Digest of the tensors, equal for equal tensors, however many ranks wrote them."""
     files: dict[_FileName, FileEntry]
     tensors: dict[str, TensorEntry]
-    """Those of the model, in the order in which the learner reported them."""
+    """Tensors of the model, in the order in which the learner reported them."""
     factors: dict[str, TensorEntry] = {}
-    """What the tensors with a `scale` are merged from."""
+    """Stored tensors that those with a `scale` are merged from."""
 
     @property
     def num_bytes(self) -> int:
@@ -183,7 +189,7 @@ class Manifest(_Entry):
 
     @property
     def stored(self) -> Mapping[str, TensorEntry]:
-        """All that the version and those it builds on hold elements of."""
+        """Entries of all tensors whose elements this version, or one that it builds on, stores."""
         own = {name: entry for name, entry in self.tensors.items() if entry.scale is None}
         return {**own, **self.factors}
 
@@ -209,7 +215,7 @@ class Manifest(_Entry):
 
 
 def encode(manifest: Manifest) -> str:
-    """The manifest as JSON."""
+    """Return the manifest as JSON."""
     return manifest.model_dump_json(indent=1)
 
 
@@ -236,7 +242,7 @@ def decode(text: str | bytes, source: str) -> Manifest:
 
 
 def explain_problems(error: ValidationError) -> str:
-    """One line a problem: where and what."""
+    """Return where and what the first five problems are, in one line."""
     problems = error.errors(include_url=False, include_input=False)
     return "; ".join(
         ": ".join(

@@ -1,21 +1,23 @@
-"""Reading a stored version: tensor by tensor, as a check only, or in a background thread.
+"""Read a stored version: tensor by tensor, as a check only, or in a background thread.
 
-`read` returns every tensor complete and verified. A version that was stored as a difference is
-rebuilt from the full version at the start of its chain; one of adapters is merged with what its
-anchor holds. A process that holds a version of the chain in memory (`Held`) continues from it, and
-reads only what was stored since. The hash of the whole tensor decides in any case, and does not
-depend on how the version was stored. Versions come from a `ShardSource`: the files of the version,
-or another transport.
+`read` returns every tensor complete and verified:
 
+- A version that was stored as a difference is rebuilt from the full version at the start of its
+  chain. A version of adapters is merged with the weights in its anchor.
+- A process that holds a version of the chain in memory (`Held`) continues from it, and reads only
+  what was stored since.
+- The hash of the whole tensor is verified in any case. It does not depend on how the version was
+  stored.
+- Versions come from a `ShardSource`: the files of the version, or another transport.
 - All files are opened before the first tensor, so that retention cannot delete one in between.
 - Damage, a missing file and a missing version of the chain are a `WeightError` that names the
   tensor and the file, or the version. The deadline is checked between two tensors.
 
 `verify` reads every byte that a reader would use, compares hashes, and keeps nothing.
 
-- Damage is a `WeightError` that names the file, and the tensor if it is in one: of several, the
-  first in the manifest's order.
-- Threads read one tensor each, which hides the latency of a storage; hashing gains little by them.
+- Damage is a `WeightError` that names the file, and the tensor if the damage is in one: of several,
+  the first in the manifest's order.
+- Each thread reads one tensor at a time, which hides the latency of a storage. Hashing gains little.
   A version stored as a full snapshot needs `BUFFER_BYTES` of memory per thread, whatever the size
   of its tensors.
 - A storage that hangs is not waited for past the deadline: `StalledError` names the first tensor
@@ -28,8 +30,8 @@ working:
 
 - `begin`, `report` and `cancel` return at once, whatever the storage does.
 - Reads never overlap: while one hangs in a storage that does not answer, the next is refused.
-- The report of a read is what it raised: an exception would cross process borders as a bare text,
-  and one of several processes must be able to refuse before any of them applies.
+- An error of a read is returned in its report, not raised. An exception would cross process borders
+  as a bare text, and one of several processes must be able to refuse before any of them applies.
 """
 
 from __future__ import annotations
@@ -81,15 +83,21 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, kw_only=True)
 class Held:
-    """What a process keeps in memory from one read to the next: of version `version`, verified, its
-    tensors whole, on the CPU, by name; or, where versions are adapters, what never changes."""
+    """Tensors that a process keeps in memory from one read to the next, by name, on the CPU.
+
+    They are the complete, verified tensors of version `version`. Where versions are adapters, only the
+    tensors that never change are kept, and `version` is their anchor.
+    """
 
     version: int = -1
     digest: str = ""
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def take(self, manifest: Manifest) -> Held:
-        """Empty this one, and return what of it the reading of a version can begin with."""
+        """Empty this, and return the tensors from which the read of `manifest` can begin.
+
+        The result is empty where they are of no version that `manifest` builds on.
+        """
         taken = Held(version=self.version, digest=self.digest, tensors=self.tensors)
         self.version, self.digest, self.tensors = -1, "", {}
         own = [] if manifest.format == "adapter" else [(manifest.version, manifest.digest)]
@@ -97,7 +105,7 @@ class Held:
         return taken if (taken.version, taken.digest) in known else Held()
 
     def put(self, manifest: Manifest, tensors: dict[str, Tensor]) -> None:
-        """Hold what was read of a version, and needed for the next one."""
+        """Keep `tensors` of a version that was read: those that the next read can begin with."""
         first = manifest.chain[0] if manifest.format == "adapter" and manifest.chain else manifest
         self.version, self.digest, self.tensors = first.version, first.digest, tensors
 
@@ -113,9 +121,9 @@ class _Link:
 
 
 def open_version(path: str | Path, source: ShardSource | None = None) -> Manifest:
-    """The checked manifest of the version in folder `path`, or of the same one in `source`.
+    """Return the checked manifest of the version in folder `path`. Raises `WeightError`.
 
-    Raises `WeightError`.
+    With a `source`, the version of this number is opened there.
     """
     found = re.fullmatch(r"v(\d{6,})", Path(path).name)
     if found is None:
@@ -142,16 +150,16 @@ def read(
     source: ShardSource | None = None,
     deadline: Deadline | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a version, whole, on the CPU, in the learner's order, one at a time.
+    """Yield every tensor of a version, complete, on the CPU, in the learner's order.
 
-    The manifest is checked at once, the tensors as they are consumed: each one's hash is verified
-    BEFORE it is yielded (unless `verify` is False), so a consumer that must not see half a version
-    collects them first. Raises `WeightError` naming tensor and file; `StalledError` past the
+    The manifest is checked at once, the tensors as they are consumed. The hash of each is verified
+    BEFORE it is yielded (unless `verify` is False). A consumer that must not see half a version
+    collects all tensors first. Raises `WeightError` naming tensor and file; `StalledError` past the
     deadline. With a `source`, the version is read from there, and `path` is its name only.
 
-    `held` is used when it is the version itself or one that it builds on, and in any case holds what
-    was read after the last tensor. Its tensors may be those that were yielded, and are changed in
-    place by the next read; before the last tensor, and after an error, it is empty.
+    `held` is used when it is the version itself or one that it builds on. After the last tensor it
+    holds the version that was read; before that, and after an error, it is empty. Its tensors may be
+    those that were yielded, and the next read changes them in place.
     """
     source = source or FileSource(Path(path).parent)
     manifest = open_version(path, source)
@@ -168,10 +176,11 @@ def read_factors(
     expected_digest: str,
     deadline: Deadline | None = None,
 ) -> tuple[Manifest, dict[str, Tensor]]:
-    """The manifest of a version of adapters, and its adapters by name, verified and on the CPU.
+    """Return the manifest of a version of adapters, and its adapters by name, verified, on the CPU.
 
-    Of its files only these are read, and none of the version that it builds on. Raises `WeightError`
-    naming tensor and file, or for a version of another format; `StalledError` past the deadline.
+    Nothing else of its files is read, and no file of the version that it builds on. Raises
+    `WeightError` naming tensor and file, or for a version of another format; `StalledError` past the
+    deadline.
     """
     source = FileSource(Path(path).parent)
     manifest = open_version(path, source)
@@ -226,7 +235,7 @@ def _read_tensors(
 def _whole(
     chain: list[_Link], manifest: Manifest, name: str, held: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """A tensor of the model, and what the reading of the next version can begin with."""
+    """Return a tensor of the model, and the tensors that the next read can begin with."""
 
     def stored(name: str) -> Tensor:
         entry = manifest.factors.get(name) or manifest.tensors[name]
@@ -257,7 +266,7 @@ def _open_chain(
     stack: ExitStack,
     deadline: Deadline | None,
 ) -> list[_Link]:
-    """The versions over `after` that make up `manifest`, itself the last, with all files open."""
+    """Open the versions above `after` that make up `manifest`, itself the last, with all files."""
     where = source.where(manifest.version)
     links = []
     for link in manifest.chain:
@@ -300,7 +309,10 @@ def _open_link(
 
 
 def _rebuild(chain: list[_Link], name: str, tensor: Tensor | None, last: TensorEntry) -> Tensor:
-    """Bring `tensor` through the versions of the chain, in place; `last` is its entry there."""
+    """Apply the versions of the chain to `tensor`, in place, and return it; None begins an empty one.
+
+    `last` is the tensor's entry in the last version.
+    """
     tensor = _empty(last) if tensor is None else tensor
     data = tensor_bytes(tensor)
     for link in chain:
@@ -338,7 +350,11 @@ def _blame(
     taken: Held,
     deadline: Deadline | None,
 ) -> str:
-    """Which version's files hold the damage: the first of the chain whose hash does not come out."""
+    """Return the message that says where the damage is, after tensor `name` had another hash.
+
+    It names the files of the first version of the chain in which a hash differs. Where all agree, the
+    copy in memory or the read was damaged.
+    """
     is_merged = manifest.tensors[name].scale is not None
     with ExitStack() as stack:
         chain = _open_chain(source, manifest, -1, stack, deadline)
@@ -391,8 +407,11 @@ def verify(
     num_threads: int | None = None,
     source: ShardSource | None = None,
 ) -> None:
-    """Raises `WeightError` unless the version in folder `path` is whole; `StalledError` past the
-    deadline. `num_threads`: by default one a core, up to `MAX_THREADS`."""
+    """Check that the version in folder `path` is complete and undamaged.
+
+    `num_threads`: by default one per core, up to `MAX_THREADS`. Raises `WeightError` where it is not;
+    `StalledError` past the deadline.
+    """
     source = source or FileSource(Path(path).parent)
     manifest = open_version(path, source)
     if manifest.format != "full":
@@ -418,12 +437,12 @@ def verify(
         try:
             work.run(num_threads or min(MAX_THREADS, os.cpu_count() or 1), deadline)
         except StalledError:
-            stack.pop_all()  # a thread may be at a file for ever: none of them is closed under it
+            stack.pop_all()  # a thread may hang in a file for ever: no file is closed while it does
             raise
 
 
 class _Work:
-    """Tensors in order, each taken by one thread."""
+    """Queue of tensors to check, in order, each taken by one thread."""
 
     def __init__(
         self, names: list[str], check: Callable[[str, memoryview], None], buffer_bytes: int
@@ -435,7 +454,10 @@ class _Work:
         self._failed: dict[int, Exception] = {}
 
     def run(self, num_threads: int, deadline: Deadline | None) -> None:
-        """Waits for: all threads, until the deadline. Those that hang then are left behind."""
+        """Check all tensors. Raises the error of the first one that failed; `StalledError`.
+
+        Waits for: all threads, until the deadline. Threads that hang then are left behind.
+        """
         if deadline is not None:
             deadline.left_s(self._missing())
         count = min(num_threads, len(self._names))
@@ -479,7 +501,7 @@ class _Work:
 def _chunks(
     name: str, entry: TensorEntry, files: dict[str, ShardFile], buffer: memoryview
 ) -> bytes:
-    """The hashes of a tensor's chunks; the parts of an entry are in order and leave no hole."""
+    """Return the hashes of a tensor's chunks; the parts of an entry are in order, without a hole."""
     hashes: list[bytes] = []
     filled, item_bytes = 0, ITEM_BYTES[entry.dtype]
     for part in entry.parts:
@@ -503,7 +525,7 @@ Report = dict[str, Any]
 
 
 class Staging:
-    """One read at a time, of one process."""
+    """Background read of one process, one at a time."""
 
     def __init__(self) -> None:
         self._reading: threading.Thread | None = None
@@ -511,7 +533,7 @@ class Staging:
         self._report: Report | None = None
 
     def begin(self, read: Callable[[], Report], deadline: Deadline) -> Report | None:
-        """Start `read`, which looks at `deadline`. An error where the read before it still hangs."""
+        """Start `read`, which checks `deadline`. Return an error where the last read still hangs."""
         if self._reading is not None and self._reading.is_alive():
             return {"error": "the storage does not answer: an earlier version is still being read"}
         self._report, self._deadline = None, deadline
@@ -520,16 +542,16 @@ class Staging:
         return None
 
     def report(self) -> Report | None:
-        """What the read came to; None while it goes on."""
+        """Return the result or the error of the read; None while it is running."""
         return self._report
 
     def cancel(self) -> None:
-        """End the read at its next look at its deadline."""
+        """End the read the next time that it checks its deadline."""
         if self._deadline is not None:
             self._deadline.cancel()
 
     def _run(self, read: Callable[[], Report]) -> None:
         try:
             self._report = read()
-        except Exception as error:  # whatever it is, who asks for the report is told
+        except Exception as error:  # of any kind: the report returns it to the caller
             self._report = {"error": f"{type(error).__name__}: {error}"}

@@ -1,18 +1,19 @@
-"""Shards: one safetensors file a rank and version, made in memory, read by ranges.
+"""Shards: one safetensors file per rank and version, made in memory, read by ranges.
 
-Promises of the writing side: the name carries a hash of the content, so two publishes of the same
-version can never mix their files; the tensors' memory is not copied (`ShardImage`), a transport
-writes it as it is.
+Promises of the writing side:
+- The file name carries a hash of the content, so two publishes of the same version can never mix
+  their files.
+- The tensors' memory is not copied (`ShardImage`). A transport writes it as is.
 
 With a base, a part is stored as the difference from the same elements of the base, where that is
-shorter. The base is what this rank wrote for that version, kept in its memory; a part that the base
-does not hold in the same range and type is stored in full.
+shorter. The base is what this rank wrote for that version, kept in its memory. A part that the base
+does not hold in the same range and type is stored complete.
 
-Of a part with a `scale` only the hashes are kept, and the bytes that the commit asks for where a
-chunk of them spans two ranks: the parts that it was merged from are given beside it, to be stored.
+For a part with a `scale`, only the hashes are kept, and the bytes that the commit reads where a chunk
+spans two ranks. The factors that it was merged from are stored as separate parts.
 
-Promises of the reading side: the file's length and header are verified when it is opened, whatever
-the transport it comes by.
+Promise of the reading side: the file's length and header are verified when it is opened, whatever
+the transport.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ _SAFETENSORS_TYPES = {
     "U8": "uint8",
     "BOOL": "bool",
 }
-"""In the order in which the library lays tensors out, the widest first."""
+"""Torch names of the safetensors types, in the order of the library's file layout, widest first."""
 _TYPE_NAMES = {name: key for key, name in _SAFETENSORS_TYPES.items()}
 _LENGTH_BYTES = 8  # a safetensors file starts with the length of its JSON header
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
@@ -81,8 +82,10 @@ _MAX_THREADS = 4  # of a rank; ranks of one machine publish at the same time
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardBase:
-    """What this rank published as `version`, by name. Nobody may write to its tensors. Without parts,
-    what is given is stored in full."""
+    """Parts that this rank published as `version`, by name. Their tensors must not be written to.
+
+    A part that is not among them is stored complete.
+    """
 
     version: int
     parts: Mapping[str, LocalPart]
@@ -98,7 +101,7 @@ def write_shard(
     fsync: bool = False,
     free_bytes: Callable[[Path], int] = free_bytes,
 ) -> ShardReport:
-    """`send_shard` into the files of the store `root`."""
+    """Call `send_shard` with a file sink of the store `root`."""
     sink = FileSink(root, fsync=fsync, free_bytes=free_bytes)
     return send_shard([sink], version, rank, parts, base)
 
@@ -110,17 +113,17 @@ def send_shard(
     parts: Iterable[LocalPart],
     base: ShardBase | None = None,
 ) -> ShardReport:
-    """Give one rank's parts of a version that is not yet visible to all `sinks`.
+    """Write one rank's parts of a version, which is not visible yet, to all `sinks`.
 
     A rank that holds nothing of a tensor may pass an empty part or none. The file is replaced when
-    the same rank writes the same parts again. With a `base`, all ranks must give one of the same
+    the same rank writes the same parts again. With a `base`, all ranks must pass one of the same
     version. Raises `WeightError`: bad part, no space, I/O error; `StalledError`.
     """
     tensors: dict[str, Tensor] = {}
     reports: dict[str, PartReport] = {}
     with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1), "shard") as threads:
-        checked = _checked(parts, rank)
-        for name, stored, report in threads.map(lambda part: _made(part, base), checked):
+        checked = _check_parts(parts, rank)
+        for name, stored, report in threads.map(lambda part: _make_entry(part, base), checked):
             tensors |= stored
             reports[name] = report
     number = base.version if base is not None else None
@@ -139,13 +142,13 @@ def send_shard(
 
 
 class ShardFile:
-    """A shard open for reading. Raises `WeightError` naming the file whenever it is not whole.
+    """A shard open for reading. Raises `WeightError` naming the file whenever it is not intact.
 
     `positions` maps a tensor's name to (dtype, number of elements, position of its first byte).
     """
 
     def __init__(self, blob: Blob, num_bytes: int, header_hash: str | None = None) -> None:
-        """`blob` is closed with this, and left open when this raises."""
+        """Read and check the header. `blob` is closed with this, and left open when this raises."""
         self._blob = blob
         self.positions: dict[str, tuple[str, int, int]] = {}
         self._read_header(num_bytes, header_hash)
@@ -173,7 +176,10 @@ class ShardFile:
         self._blob.read_into(target, position)
 
     def find(self, name: str, dtype: str, numel: int) -> int:
-        """The position of a tensor's part, which must have this type and length."""
+        """Return the position of a tensor's part, which must have this type and length.
+
+        Raises `WeightError` where it has not.
+        """
         found = self.positions.get(name)
         if found is None or found[:2] != (dtype, numel):
             has = f"{found[1]} elements of {found[0]}" if found else "nothing"
@@ -219,8 +225,10 @@ class ShardFile:
 def open_shards(
     blobs: Sequence[Blob], expected: Sequence[tuple[int, str | None]]
 ) -> list[ShardFile]:
-    """One a blob, whose length and header's hash are `expected`. Takes the blobs over: raises
-    `WeightError`, and none stays open."""
+    """Open one shard per blob. `expected`: the length and the header's hash of each.
+
+    Owns the blobs from the call on: when it raises `WeightError`, none of them stays open.
+    """
     files: list[ShardFile] = []
     try:
         for blob, (num_bytes, header_hash) in zip(blobs, expected, strict=True):
@@ -232,7 +240,7 @@ def open_shards(
     return files
 
 
-def _checked(parts: Iterable[LocalPart], rank: int) -> Iterator[LocalPart]:
+def _check_parts(parts: Iterable[LocalPart], rank: int) -> Iterator[LocalPart]:
     seen: set[str] = set()
     for part in parts:
         _check_part(part, rank, seen)
@@ -260,10 +268,12 @@ def _check_part(part: LocalPart, rank: int, seen: set[str]) -> None:
         raise WeightError(f"{where}: offset {part.offset} is negative")
 
 
-def _made(part: LocalPart, base: ShardBase | None) -> tuple[str, dict[str, Tensor], PartReport]:
-    """Its name, what of it goes into the file, by name there, and what is told of it."""
+def _make_entry(
+    part: LocalPart, base: ShardBase | None
+) -> tuple[str, dict[str, Tensor], PartReport]:
+    """Return the part's name, the tensors to write to the file by their names there, and its report."""
     dtype = dtype_name(part.tensor)
-    stored, delta_bytes = _stored(part, base)
+    stored, delta_bytes = _encode(part, base)
     report = PartReport(
         shape=tuple(part.shape),
         dtype=dtype,
@@ -277,8 +287,8 @@ def _made(part: LocalPart, base: ShardBase | None) -> tuple[str, dict[str, Tenso
     return part.name, stored, report
 
 
-def _stored(part: LocalPart, base: ShardBase | None) -> tuple[dict[str, Tensor], int | None]:
-    """What of a part goes into the file, by name there, and the length of its difference."""
+def _encode(part: LocalPart, base: ShardBase | None) -> tuple[dict[str, Tensor], int | None]:
+    """Return the tensors to write for a part, by name in the file, and its `delta_bytes`."""
     full = {part.name: part.tensor.detach()} if part.tensor.numel() else {}
     if part.scale is not None:
         return _as_tensors({part.name + BORDERS: _borders(part)}), 0
@@ -321,7 +331,7 @@ def _content_key(reports: dict[str, PartReport], base: int | None) -> str:
 
 
 def _image(name: str, tensors: Mapping[str, Tensor]) -> ShardImage:
-    """The safetensors file of `tensors`, as the library lays it out."""
+    """Return the safetensors file of `tensors`, in the library's layout."""
     data = {key: tensor_bytes(tensor) for key, tensor in tensors.items()}
     _refuse_shared_memory(name, tensors)
     ranks = {dtype: rank for rank, dtype in enumerate(_TYPE_NAMES)}
@@ -346,7 +356,7 @@ def _refuse_shared_memory(name: str, tensors: Mapping[str, Tensor]) -> None:
     for start, size, key in sorted((t.data_ptr(), t.nbytes, k) for k, t in tensors.items()):
         if start < reached:
             raise WeightError(
-                f"{name}: tensors share memory; store tied weights once, under one name ({before!r} "
-                f"and {key!r})"
+                f"{name}: tensors share memory; store tied weights once, by a single name "
+                f"({before!r} and {key!r})"
             )
         reached, before = start + size, key

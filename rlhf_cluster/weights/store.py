@@ -7,20 +7,20 @@
     latest            the name of the newest version
 
 Promises:
-- `latest` names a complete version, or there is none, whenever any process is killed;
-- it only moves forward (`rewind` is the one exception), and never to what was not committed;
-- a version on disk above `latest` was never visible: the next commit removes it, with every older
-  half-written one;
-- a learner that was given up makes nothing visible any more;
-- retention keeps the newest `keep` versions, the pinned ones, and all that these build on, and
-  never removes the latest;
-- a reader gets every tensor verified before it sees it, or a `WeightError` that names tensor and
-  file. A version that retention removes while it is read ends in such an error at worst.
+- `latest` names a complete version, or does not exist, whenever any process is killed.
+- `latest` only moves forward (`rewind` is the one exception), and only to committed versions.
+- A version on disk above `latest` was never visible. The next commit removes it, with every older
+  half-written one.
+- A learner that was replaced makes nothing visible any more.
+- Retention keeps the newest `keep` versions, the pinned ones, and all that these build on. It never
+  removes the latest.
+- A reader gets every tensor verified before it sees it, or a `WeightError` that names tensor and
+  file. If retention removes a version while it is read, the reader gets such an error at worst.
 
-A version is stored in full, or as the difference from another one (its base), which its ranks name
-in their reports. Its digest is that of its tensors either way.
+A version is stored as a full snapshot, or as the difference from another one (its base), which its
+ranks name in their reports. Its digest is that of its tensors either way.
 
-Commits exclude each other by a file lock. Readers take no lock.
+A file lock lets one commit run at a time. Readers take no lock.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from pathlib import Path
 from rlhf_cluster.errors import WeightError
 from rlhf_cluster.records import WeightVersion
 from rlhf_cluster.util.durable_files import (
-    passing,
+    find_storage_cause,
     sync_folder,
-    write_whole,
+    write_all,
 )
-from rlhf_cluster.util.slow_disk import check_wanted
+from rlhf_cluster.util.slow_disk import check_not_abandoned
 from rlhf_cluster.weights.assemble import assemble
 from rlhf_cluster.weights.manifest import (
     MAX_CHAIN,
@@ -106,13 +106,13 @@ def commit(
 
     `expected_names` maps every tensor's name to its shape; a missing, extra or renamed tensor is
     refused. Committing the latest version again, with equal tensors, puts the new files in the
-    place of the old ones, which may be damaged. `fence` is the store that says who publishes, where
-    that is another one.
+    place of the old ones, which may be damaged. `fence` is the store that names the attempt that
+    publishes, where that is another store.
 
-    Raises `WeightError`: hole, overlap, wrong names, torn file, a version older than the latest,
-    ranks with different bases, a base that is gone or stands at the end of a chain of `MAX_CHAIN`.
+    Raises `WeightError`: hole, overlap, wrong names, truncated file, a version older than the latest,
+    ranks with different bases, a base that is missing or ends a chain of `MAX_CHAIN`.
     `StalledError`: another commit held the lock for `lock_timeout_s`. `FencedError`: `writer` is not
-    who publishes here.
+    the attempt that publishes in this store.
     """
     if keep < 1:
         raise WeightError(f"keep = {keep}: retention must keep at least 1 version")
@@ -124,7 +124,7 @@ def commit(
     with commit_lock(final.parent, lock_timeout_s), elsewhere:
         if fence is None:
             check(final.parent, writer)
-        newest = _pointed(final.parent)
+        newest = _read_pointer(final.parent)
         if newest is not None and version < newest:
             raise WeightError(
                 f"version {version} is older than the latest, {newest}: publishing goes forward. "
@@ -138,9 +138,9 @@ def commit(
             newest = _step_back(final.parent, version)
             _to_trash(final)
         _remove_leftovers(final.parent, newest)
-        write_whole(partial / MANIFEST_NAME, encode(manifest).encode(), fsync)
+        write_all(partial / MANIFEST_NAME, encode(manifest).encode(), fsync)
         _remove_strangers(partial, manifest)
-        check_wanted(final)
+        check_not_abandoned(final)
         partial.rename(final)
         if fsync:
             sync_folder(final.parent)
@@ -150,8 +150,10 @@ def commit(
 
 
 def begin_attempt(root: str | Path, *, lock_timeout_s: float = LOCK_TIMEOUT_S) -> Writer:
-    """Who publishes from now on: whoever did before is refused. Raises `WeightError`,
-    `StalledError`."""
+    """Return a new attempt, the only one that may publish from this call on.
+
+    Removes the half-written versions of earlier attempts. Raises `WeightError`, `StalledError`.
+    """
     root = Path(root).absolute()
     root.mkdir(parents=True, exist_ok=True)
     with commit_lock(root, lock_timeout_s):
@@ -162,31 +164,31 @@ def begin_attempt(root: str | Path, *, lock_timeout_s: float = LOCK_TIMEOUT_S) -
 
 
 def latest(root: str | Path) -> WeightVersion | None:
-    """The newest version, or None when nothing was committed yet."""
+    """Return the newest version, or None when nothing was committed yet. Raises `WeightError`."""
     root = Path(root).absolute()
     for _ in range(_POINTER_TRIES):
-        version = _pointed(root)
+        version = _read_pointer(root)
         if version is None:
             return None
         folder = version_dir(root, version)
         try:
             return describe(folder, open_version(folder))
         except WeightError:
-            # Retention may have removed it since the pointer was read; then the pointer moved on.
-            if _pointed(root) == version:
+            # Retention may have removed it since the pointer was read; then the pointer has moved.
+            if _read_pointer(root) == version:
                 raise
     raise WeightError(f"{root / _POINTER}: moved {_POINTER_TRIES} times while it was read")
 
 
 def versions(root: str | Path) -> list[int]:
-    """The numbers of the visible versions, oldest first."""
+    """Return the numbers of the visible versions, oldest first."""
     root = Path(root).absolute()
-    newest = _pointed(root)
+    newest = _read_pointer(root)
     return [] if newest is None else [v for v in _on_disk(root) if v <= newest]
 
 
 def pin(root: str | Path, version: int) -> None:
-    """Keep a version whatever the retention, after a power cut too. Raises `WeightError`."""
+    """Keep a version whatever the retention, also after a power cut. Raises `WeightError`."""
     folder = version_dir(root, version)
     with _as_weight_error(f"{folder}: cannot be pinned"):
         folder.with_suffix(".pin").touch()
@@ -205,7 +207,7 @@ def unpin(root: str | Path, version: int) -> None:
 
 
 def pinned(root: str | Path) -> list[int]:
-    """The numbers of the pinned versions. Raises `WeightError`."""
+    """Return the numbers of the pinned versions. Raises `WeightError`."""
     with _as_weight_error(f"{root}: cannot be listed"):
         found = (_number(path.stem) for path in Path(root).glob("v*.pin"))
         return sorted(number for number in found if number is not None)
@@ -222,17 +224,17 @@ def _as_weight_error(what: str) -> Iterator[None]:
 def rewind(
     root: str | Path, version: int, *, lock_timeout_s: float = LOCK_TIMEOUT_S
 ) -> WeightVersion | None:
-    """Forget every version above `version`, pinned ones too, and return what is the latest now.
+    """Remove every version above `version`, also pinned ones, and return the latest that is left.
 
-    For a resume from an earlier step, whose versions will be published afresh. A latest version that a
-    power cut tore, and one that `latest` cannot name any more, is forgotten too. Raises `WeightError`
+    For a resume from an earlier step, whose versions will be published again. A latest version that a
+    power cut truncated, or that `latest` cannot name any more, is removed too. Raises `WeightError`
     when the storage answers with an error.
     """
     root = Path(root).absolute()
     if not root.is_dir():
         return None
     with commit_lock(root, lock_timeout_s):
-        newest = _pointed_or_torn(root, version)
+        newest = _pointer_or_next(root, version)
         while newest is not None and (newest > version or not _opens(root, newest)):
             newest = _step_back(root, min(newest, version + 1))
         _remove_leftovers(root, newest)
@@ -240,7 +242,7 @@ def rewind(
 
 
 def adopt(root: str | Path, version: int) -> None:
-    """Make a version whose folder was brought here whole the latest one, and pin it."""
+    """Make a version whose complete folder was copied into the store the latest one, and pin it."""
     root = Path(root).absolute()
     with commit_lock(root):
         open_version(version_dir(root, version))
@@ -248,7 +250,7 @@ def adopt(root: str | Path, version: int) -> None:
     pin(root, version)
 
 
-def _pointed(root: Path) -> int | None:
+def _read_pointer(root: Path) -> int | None:
     try:
         text = (root / _POINTER).read_text(encoding="ascii", errors="replace").strip()
     except FileNotFoundError:
@@ -261,30 +263,35 @@ def _pointed(root: Path) -> int | None:
     return number
 
 
-def _pointed_or_torn(root: Path, version: int) -> int | None:
-    """`_pointed`; `version` + 1 where the pointer holds no name, so that all on disk up to `version` is
-    looked at."""
+def _pointer_or_next(root: Path, version: int) -> int | None:
+    """Return `_read_pointer`, or `version` + 1 where the pointer holds no name of a version.
+
+    With `version` + 1, the caller checks all versions on disk up to `version`.
+    """
     try:
-        return _pointed(root)
+        return _read_pointer(root)
     except WeightError as error:
-        if passing(error):
+        if find_storage_cause(error):
             raise
         return version + 1
 
 
 def _opens(root: Path, version: int) -> bool:
-    """False for a version that is torn or gone; raises the `WeightError` of a storage that fails."""
+    """Whether a version can be opened: False where it is damaged or missing.
+
+    Raises the `WeightError` of a storage that fails.
+    """
     try:
         open_version(version_dir(root, version))
     except WeightError as error:
-        if passing(error):
+        if find_storage_cause(error):
             raise
         return False
     return True
 
 
 def _point_at(root: Path, version: int, fsync: bool) -> None:
-    write_whole(root / _POINTER, f"{version_dir(root, version).name}\n".encode(), fsync)
+    write_all(root / _POINTER, f"{version_dir(root, version).name}\n".encode(), fsync)
 
 
 def _number(name: str) -> int | None:
@@ -298,7 +305,7 @@ def _on_disk(root: Path) -> list[int]:
 
 
 def _remove_leftovers(root: Path, newest: int | None) -> None:
-    """Remove versions that never became visible, and what a removal left half-done."""
+    """Remove versions that never became visible, and the rest of unfinished removals."""
     for number in _on_disk(root):
         if newest is None or number > newest:
             _remove_version(root, number)
@@ -307,9 +314,10 @@ def _remove_leftovers(root: Path, newest: int | None) -> None:
 
 
 def base_of(source: ShardSource, version: int, reports: Iterable[ShardReport]) -> Manifest | None:
-    """The version that all reports build on; None when they hold all of theirs.
+    """Return the version that all reports build on; None when they report a full snapshot.
 
-    Raises `WeightError`: they disagree, it is not in `source`, or it ends a chain of `MAX_CHAIN`.
+    Raises `WeightError`: the reports disagree, the version is not in `source`, or it ends a chain of
+    `MAX_CHAIN`.
     """
     bases = {report.base for report in reports}
     if len(bases) > 1:
@@ -322,12 +330,12 @@ def base_of(source: ShardSource, version: int, reports: Iterable[ShardReport]) -
     except WeightError as error:
         raise WeightError(
             f"version {version} builds on version {number}, which cannot be read ({error}). "
-            "Publish it in full"
+            "Publish it as a full snapshot"
         ) from error
     if len(base.chain) >= MAX_CHAIN:
         raise WeightError(
             f"version {version} would end a chain of {len(base.chain) + 1} versions, at most "
-            f"{MAX_CHAIN} are allowed. Publish it in full"
+            f"{MAX_CHAIN} are allowed. Publish it as a full snapshot"
         )
     return base
 
@@ -346,13 +354,13 @@ def _retain(root: Path, newest: int, keep: int, attempt: int) -> None:
 
 
 def _with_bases(root: Path, kept: set[int]) -> set[int]:
-    """`kept`, and every version that one of them builds on."""
+    """Return `kept`, and every version that one of them builds on."""
     needed = set(kept)
     for number in kept:
         try:
             needed |= {link.version for link in open_version(version_dir(root, number)).chain}
         except WeightError:
-            # Damaged, so it may build on anything: all stays until this one is out of the window.
+            # It is damaged, so it may build on any version: all stay until retention drops this one.
             return needed | set(_on_disk(root))
     return needed
 
@@ -364,7 +372,7 @@ def _remove_version(root: Path, version: int) -> None:
 
 
 def _to_trash(folder: Path) -> None:
-    # Renamed first: a version is whole or gone, also while its files are being deleted.
+    # Renamed first: a version is complete or missing, also while its files are being deleted.
     trash = folder.with_suffix(".trash")
     shutil.rmtree(trash, ignore_errors=True)
     folder.rename(trash)
@@ -372,20 +380,20 @@ def _to_trash(folder: Path) -> None:
 
 
 def _remove_strangers(partial: Path, manifest: Manifest) -> None:
-    """Remove files of an earlier try, such as one with more ranks."""
+    """Remove files that an earlier try left in `partial`, such as one with more ranks."""
     for entry in partial.iterdir():
         if entry.name not in manifest.files and entry.name != MANIFEST_NAME:
             entry.unlink(missing_ok=True)
 
 
 def _check_same_tensors(final: Path, manifest: Manifest) -> None:
-    """Raises `WeightError` when the version in `final` has other tensors than `manifest` lists."""
+    """Check that the version in `final` has the tensors that `manifest` lists. Raises `WeightError`."""
     try:
         found = open_version(final)
     except WeightError as error:
-        if passing(error):
+        if find_storage_cause(error):
             raise
-        return  # damaged, so nobody can have read it
+        return  # damaged, so no reader can have read it
     if found.digest != manifest.digest:
         raise WeightError(
             f"version {manifest.version} is already published with digest {found.digest}, this one "
@@ -394,8 +402,10 @@ def _check_same_tensors(final: Path, manifest: Manifest) -> None:
 
 
 def _step_back(root: Path, version: int) -> int | None:
-    """Make the version before `version` the latest one, and return it. A process that is killed from
-    here on leaves a store that ends there."""
+    """Make the version before `version` the latest one, and return it; None where there is none.
+
+    If the process is killed after this, that version is the newest of the store.
+    """
     earlier = [number for number in _on_disk(root) if number < version]
     if not earlier:
         (root / _POINTER).unlink()
@@ -406,7 +416,7 @@ def _step_back(root: Path, version: int) -> int | None:
 
 
 def describe(folder: Path, manifest: Manifest) -> WeightVersion:
-    """What is announced of the version in `folder`."""
+    """Return the record by which the version in `folder` is announced."""
     return WeightVersion(
         version=manifest.version,
         path=str(folder),

@@ -1,23 +1,23 @@
-"""Publishing behind the next step.
+"""Publish the learner's weights to the generation workers while the next step runs.
 
     step k done -> snapshot (the learner waits for this copy only)
-                     -> write -> every worker pulls -> the version is live      (beside step k+1)
+                     -> write -> every worker pulls -> the version is live      (during step k+1)
                                                     -> a moving reference follows
 
 Promises:
-- at most one publish runs at a time; if one still runs when the next is due, the due one is skipped
-  and counted, and the newest weights are published as soon as the running one is live;
-- so the newest due version always becomes live in the end, and nobody waits for ever for it;
-- groups that are admitted because a version went live are scored with the reference that follows
-  from it, because the reference moves first;
-- a version that the readers refuse (its shards are damaged or lost, or the storage is too slow) is no
-  worker's fault: all go on with the weights they have, the learner is told why, and the newest weights
-  are published in its place after a pause; so are they after a publish that failed. The
-  `MAX_REFUSED`-th of these in a row is a failure;
-- a reference that its readers refuse is no worker's fault either: the version waits for it, and is
-  live only with it;
-- a version is live only after `GenerationPort.pull` returned;
-- a failure in the background is raised at the next call, and by `run_until_cancelled` at once.
+- At most one publish runs at a time. If one still runs when the next is due, the due one is skipped
+  and counted. The newest weights are published as soon as the running publish is live.
+- So the newest due version always becomes live in the end, and every wait for it ends.
+- A moving reference moves before its version is live. So groups that are admitted because a version
+  went live are scored with the reference of that version.
+- If the readers refuse a version (its shards are damaged or lost, or the storage is too slow), no
+  worker is blamed. The workers keep serving the weights they have, the learner logs the reason, and
+  the newest weights are published after a pause. A failed publish is handled the same way.
+  `MAX_REFUSED` consecutive failures of these kinds end the run.
+- If its readers refuse a reference, no worker is blamed either. The version waits for the reference,
+  and is live only with it.
+- A version is live only after `GenerationPort.pull` returned.
+- A failure in the background is raised at the next call, and by `run_until_cancelled` at once.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from rlhf_cluster.util.deadlines import reply_deadline
 
 MAX_REFUSED = 3
 PAUSE_S = 1.0
-"""Before the second try; longer before the next."""
+"""Seconds of pause before the second try; the pauses before later tries are longer."""
 
 
 @dataclass(slots=True, kw_only=True)
 class SyncStats:
-    """What publishing has cost so far. Times are those of the last publish, in seconds."""
+    """Counts and costs of publishing so far. Times are those of the last publish, in seconds."""
 
     published: int = -1
     live: int = -1
@@ -56,9 +56,10 @@ async def _nothing_follows(version: WeightVersion) -> None:
 
 
 class WeightSync:
-    """Owns the way of a version from the learner to the generation pool.
+    """The way of a version from the learner to the generation pool.
 
-    `pulled` is called with each version that every generation worker has, before it counts as live.
+    `pulled` is called with each version that every generation worker has, before the version is
+    live.
     """
 
     def __init__(
@@ -71,7 +72,10 @@ class WeightSync:
         pulled: Callable[[WeightVersion], Awaitable[None]] = _nothing_follows,
         pause_s: float = PAUSE_S,
     ) -> None:
-        """`pause_s`: after a version that was refused or not published; twice that after the next."""
+        """Start with no version published.
+
+        `pause_s`: pause after a version that was refused or not published; twice that after the next.
+        """
         self._learner = learner
         self._generation = generation
         self._buffer = buffer
@@ -85,7 +89,10 @@ class WeightSync:
         self.last: WeightVersion | None = None
 
     async def after_step(self, version: int) -> None:
-        """Call between steps. Waits for: the copy out of the learner, no more."""
+        """Start the publish of `version` if it is due. Call between steps.
+
+        Waits for: the copy out of the learner, nothing else.
+        """
         if version % self._publish_every:
             return
         self._due = version
@@ -97,7 +104,7 @@ class WeightSync:
         self._running = asyncio.create_task(self._publish_until_current(snapshot))
 
     async def publish_last(self, version: int, timeout_s: float) -> None:
-        """Make `version`, the learner's current one, live unless it is. For the end of a run."""
+        """Make `version`, the learner's current one, live unless it is live. For the end of a run."""
         await self.drain(timeout_s)
         if self.stats.live < version:
             self._due = version
@@ -105,7 +112,10 @@ class WeightSync:
             await self.drain(timeout_s)
 
     async def drain(self, timeout_s: float) -> None:
-        """Waits for: the newest due version to be live. Unblocked by: the publish under way."""
+        """Wait until the newest due version is live. Raises `StalledError` after `timeout_s`.
+
+        Waits for: the publish in progress. Unblocked by: its end.
+        """
         if self._running is None:
             return
         done, _ = await asyncio.wait({self._running}, timeout=timeout_s)
@@ -117,9 +127,10 @@ class WeightSync:
         self._raise_failure()
 
     async def abandon(self, timeout_s: float) -> None:
-        """The learner is gone: see the publish under way end, and forget what came of it.
+        """Wait for the end of the publish whose learner is dead, and discard its outcome.
 
-        Waits for: its end. Unblocked by: its calls to the learner, which fail now; a pull's deadline.
+        Waits for: the publish in progress. Unblocked by: its calls to the learner, which fail because
+        the learner is dead; a pull's deadline. Raises `StalledError` after `timeout_s`.
         """
         running, self._running = self._running, None
         if running is None:
@@ -128,7 +139,7 @@ class WeightSync:
         if not done:
             running.cancel()
             raise StalledError(
-                f"the publish of version {self._due}, whose learner is gone, still ran after "
+                f"the publish of version {self._due}, whose learner is dead, still ran after "
                 f"{timeout_s:g} s"
             )
         if not running.cancelled():
@@ -160,8 +171,9 @@ class WeightSync:
         return version
 
     async def _publish(self, snapshot: int) -> WeightError | None:
-        """None when the version is live; why not, when it was not published or the readers refused it.
+        """Write `snapshot` and make it live. Return None, or the error that kept it from being live.
 
+        Such an error means that the version was not published, or that the readers refused it.
         Waits for: the write, and the readers; each has its deadline.
         """
         start = self._clock()
@@ -187,8 +199,11 @@ class WeightSync:
         return None
 
     async def _follow(self, version: WeightVersion) -> None:
-        """What follows from `version`, which every reader has: tried again, after a pause, where its
-        storage is slow. Raises the `MAX_REFUSED`-th `WeightError`."""
+        """Call `pulled` with `version`, which every reader has; after a `WeightError`, try again.
+
+        A slow storage is such an error. Each further try comes after a pause. Raises the
+        `MAX_REFUSED`-th `WeightError`.
+        """
         for num_tries in range(1, MAX_REFUSED + 1):
             try:
                 return await self._pulled(version)
@@ -215,17 +230,19 @@ def live_deadline_s(
 ) -> float:
     """Seconds that all tries of `WeightSync` to make a version live may take.
 
-    One try consists of a snapshot, a publish, a pull with `heartbeat_s` for a look at the workers that
-    did not answer, and, where a reference moves with the policy, its own writes and loads of
-    `reference_s` each, and where exact log-probabilities are scored, a load of `exact_s` there.
+    One try consists of:
+    - a snapshot, a publish, and a pull with `heartbeat_s` to check the workers that did not answer;
+    - where a reference moves with the policy, its writes and loads of `reference_s` each;
+    - where exact log-probabilities are scored, a load of `exact_s` there.
     """
-    moved_s = 2 * reply_deadline(heartbeat_s)  # each asks twice, and looks after who did not answer
+    # Each asks twice, and checks the workers that did not answer.
+    moved_s = 2 * reply_deadline(heartbeat_s)
     committed_s = reply_deadline(publish_s, 0.0) + reply_deadline(0.0)
     pulled_s = moved_s + 2 * reply_deadline(pull_s)
     followed_s = 0.0
-    if reference_s is not None:  # written once a try, then loaded
+    if reference_s is not None:  # written once per try, then loaded
         followed_s = MAX_REFUSED * (reference_s + moved_s + 2 * reply_deadline(reference_s))
-    if exact_s is not None:  # brought to the pool of exact log-probabilities
+    if exact_s is not None:  # loaded by the pool of exact log-probabilities
         followed_s += MAX_REFUSED * (moved_s + 2 * reply_deadline(exact_s))
     pauses_s = 2 * PAUSE_S * MAX_REFUSED
     return reply_deadline(
@@ -234,9 +251,12 @@ def live_deadline_s(
 
 
 class BasePlan:
-    """Which version the next one builds on. An anchor, stored in full, comes first, after every
-    publish that failed, and at least every `anchor_every` versions, each of which builds on the one
-    before. With None all build on the anchor itself."""
+    """Schedule of anchors: decides which version the next one builds on.
+
+    An anchor is stored as a full snapshot. The first version is one, the version after every publish
+    that failed, and at least every `anchor_every`-th. Each other version builds on the one before
+    it. With `anchor_every` None, all build on the anchor itself.
+    """
 
     def __init__(self, anchor_every: int | None) -> None:
         self._anchor_every = anchor_every
@@ -245,9 +265,9 @@ class BasePlan:
         self._length = 0
 
     def take_base(self) -> int | None:
-        """The base of the version about to be written; None for an anchor.
+        """Return the base of the version about to be written; None for an anchor.
 
-        Until `committed` says that it is in the store, the version counts as failed.
+        Until `committed` reports that the version is in the store, it is treated as failed.
         """
         base, self._newest = self._newest, None
         if self._anchor_every is not None and self._length >= self._anchor_every:
@@ -258,6 +278,7 @@ class BasePlan:
         return base
 
     def committed(self, version: int) -> None:
+        """Record that `version`, the one of the last `take_base`, is in the store."""
         stays = self._anchor_every is None and self._taken is not None
         self._newest = self._taken if stays else version
         self._length += 1

@@ -1,16 +1,19 @@
-"""Which attempt of a run may make something visible: the newest, and no other.
+"""Fencing: only the newest attempt of a run may make something visible.
 
-A learner that was given up may live on, cut off from its driver, with a commit under way; so may a
-thread of the driver that a disk holds, and a whole run whose directory another one took, on a file
-system whose locks do not reach other nodes. So every attempt takes a number, one higher than the last,
-and a token of its own (`next_writer`). Both are in the folder of the run's weights; whoever makes a
-version, a reference or a checkpoint of the run visible shows them right before, under that folder's
-lock (`check`, `publishing`).
+Work of an earlier attempt can survive it:
+- a learner that its driver replaced may live on, cut off from the driver, with a commit in progress;
+- a thread of the driver may hang in a disk, and finish later;
+- a whole run may continue after another one took its directory, on a file system whose locks do not
+  reach other nodes.
+
+So every attempt takes a number, one higher than the last, and a unique token (`next_writer`). Both are
+in the folder of the run's weights. A process shows them right before it makes a version, a reference
+or a checkpoint of the run visible, under that folder's lock (`check`, `publishing`).
 
 Promises:
-- once an attempt has its number, nothing of an earlier one becomes visible, whatever it has under way;
-- two that begin at once have different tokens, and one of them is refused;
-- a store that no attempt has begun in takes versions from whoever shows nothing.
+- Once an attempt has its number, nothing of an earlier one becomes visible, whatever is in progress.
+- Two attempts that begin at once have different tokens, and one of them is refused.
+- A store in which no attempt has begun takes versions from a process that shows no number and token.
 """
 
 from __future__ import annotations
@@ -27,19 +30,22 @@ from pathlib import Path
 from rlhf_cluster.errors import FencedError, StalledError, WeightError
 from rlhf_cluster.util.durable_files import take_lock
 from rlhf_cluster.util.json_files import write_json
-from rlhf_cluster.util.slow_disk import check_wanted
+from rlhf_cluster.util.slow_disk import check_not_abandoned
 
 NAME = "writer.json"
 LOCK_TIMEOUT_S = 120.0
-"""For the lock of a store: an NFSv4 server keeps that of a client that died for its lease, 90 s by
-default, and gives it away some seconds later."""
+"""Seconds to wait for the lock of a store.
+
+An NFSv4 server keeps the lock of a dead client for its lease, 90 s by default, and grants it to
+another client some seconds later.
+"""
 _LOCK = ".commit.lock"
 _LOCK_POLL_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
 class Writer:
-    """What an attempt shows. Attempts count from 1."""
+    """Number and token of an attempt, which it shows to publish. Attempts count from 1."""
 
     attempt: int
     token: str
@@ -47,7 +53,11 @@ class Writer:
 
 @contextmanager
 def commit_lock(root: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[None]:
-    """Waits for: other commits. Unblocked by: their end, or the death of their process."""
+    """Hold the lock of the store `root` inside the block.
+
+    Waits for: other commits. Unblocked by: their end, or the death of their process. Raises
+    `StalledError` after `timeout_s`, `WeightError`.
+    """
     try:
         fd = os.open(root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
@@ -59,7 +69,7 @@ def commit_lock(root: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[None]
         while True:
             if take_lock(fd, root / _LOCK):
                 break
-            check_wanted(root)
+            check_not_abandoned(root)
             if time.monotonic() >= deadline:
                 raise StalledError(
                     f"{root / _LOCK}: another commit has held the lock for {timeout_s:g} s. Is a "
@@ -75,8 +85,11 @@ def commit_lock(root: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[None]
 def publishing(
     root: str | Path, writer: Writer | None, timeout_s: float = LOCK_TIMEOUT_S
 ) -> Iterator[None]:
-    """Hold the lock of the store `root` in which `writer` is who publishes: for what becomes visible
-    elsewhere. Raises `FencedError`, `StalledError`, `WeightError`."""
+    """Hold the lock of the store `root` while `writer` makes something visible elsewhere.
+
+    Raises `FencedError` unless `writer` is the attempt that publishes in the store; `StalledError`,
+    `WeightError`.
+    """
     root = Path(root).absolute()
     with commit_lock(root, timeout_s):
         check(root, writer)
@@ -84,7 +97,10 @@ def publishing(
 
 
 def next_writer(root: Path) -> Writer:
-    """Write down who publishes from now on. The caller holds the store's lock. Raises `WeightError`."""
+    """Make a new attempt the one that publishes, and return it. The caller holds the store's lock.
+
+    Raises `WeightError`.
+    """
     last = _read(root)
     writer = Writer(attempt=1 if last is None else last.attempt + 1, token=uuid.uuid4().hex)
     try:
@@ -95,9 +111,11 @@ def next_writer(root: Path) -> Writer:
 
 
 def check(root: Path, writer: Writer | None) -> None:
-    """Raises `FencedError` unless `writer` is who publishes, and `StalledError` in a call that was
-    given up. The caller holds the store's lock."""
-    check_wanted(root)
+    """Check that `writer` is the attempt that publishes. The caller holds the store's lock.
+
+    Raises `FencedError` where it is not, and `StalledError` in a call whose caller has timed out.
+    """
+    check_not_abandoned(root)
     last = _read(root)
     if last != writer:
         ours = "none" if writer is None else f"attempt {writer.attempt}"

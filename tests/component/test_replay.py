@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rlhf_cluster.observe.list_groups import (
-    Wanted,
+    GroupFilter,
     list_groups,
 )
 from rlhf_cluster.run.metrics_file import read_metrics
@@ -48,6 +48,6 @@ def test_a_killed_run_that_replays_trains_no_group_more_often_than_allowed(
     assert sum(r["replay/groups"] + r["replay/missing_groups"] for r in records) == STEPS * 2
     assert replayed > STEPS // 2
     assert report.rollouts == (STEPS * 2 + replayed) * 4
-    rows = list_groups(subject.path, Wanted()).rows
+    rows = list_groups(subject.path, GroupFilter()).rows
     assert sum(len(row.steps) for row in rows) == STEPS * 2 + replayed
     assert 1 < max(len(row.steps) for row in rows) <= REPLAY["max_uses"]

@@ -269,7 +269,7 @@ def test_pools_grow_and_shrink_under_a_running_job_whose_name_is_taken(
     assert status.buffer_discarded == 0, "nothing in flight was lost"
     refused = scale(run.path, {"generation": 500}, ray_address)
     assert "refused" in refused["generation"]
-    assert "no node has room for generation-" in refused["generation"]
+    assert "no node can hold generation-" in refused["generation"]
     assert not (run.path / "logs" / "generation-3.log").exists(), "nothing was started for it"
     run.wait_for(lambda s: s.step > status.step, "the run goes on")
 

@@ -20,7 +20,7 @@ from rlhf_cluster.run.status_snapshot import Snapshot
 from rlhf_cluster.util.provenance import (
     describe_environment,
     git_commit,
-    without_secrets,
+    remove_secrets,
 )
 from tests.support.builders.run_configs import tiny_config
 
@@ -190,7 +190,7 @@ def test_secrets_are_never_written(tmp_path):
 
 def test_numbers_under_names_that_only_look_secret_stay():
     tree = {"tokens": 3, "max_tokens": 4, "api_key": "x", "nested": [{"password": "y"}]}
-    assert without_secrets(tree) == {
+    assert remove_secrets(tree) == {
         "tokens": 3,
         "max_tokens": 4,
         "api_key": "(hidden)",

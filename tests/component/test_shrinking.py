@@ -145,7 +145,9 @@ def test_a_run_whose_node_is_gone_goes_on_with_fewer_ranks_and_then_with_all(
         ray_cluster.remove_node(node)
         node = None
         run.script(generate_delay_s=2.0)  # steps enough for a node to start beside them
-        run.wait_for(told("continues with 1 of 2 learner ranks: no resources for"), "fewer ranks", 300)
+        run.wait_for(
+            told("continues with 1 of 2 learner ranks: no resources for"), "fewer ranks", 300
+        )
         node = ray_cluster.add_node(num_cpus=7)
         run.wait_for(told("there is room for all 2 learner ranks again"), "the node is used", 300)
         run.script()

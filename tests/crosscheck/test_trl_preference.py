@@ -14,7 +14,11 @@ import torch
 from pydantic import TypeAdapter
 
 from rlhf_cluster.algorithms import preference_losses
-from rlhf_cluster.algorithms.online_dpo import OnlineDpo, OnlineDpoConfig, pair_of
+from rlhf_cluster.algorithms.online_dpo import (
+    OnlineDpo,
+    OnlineDpoConfig,
+    choose_pair,
+)
 from rlhf_cluster.algorithms.policy_losses import token_weights
 from rlhf_cluster.algorithms.preference_loss_config import (
     PREFERENCE_LOSSES,
@@ -265,7 +269,7 @@ def test_online_dpo_picks_and_trains_the_pairs_of_trl(
     lengths = [int(batch.lengths[i]) for i in order]
     groups = random_groups(0, group_size=2, lengths=lengths, rewards=own)
     algorithm = OnlineDpo(OnlineDpoConfig.model_validate({"loss": {**loss, "beta": beta}}))
-    assert [pair_of(group) for group in groups] == [(0, 1), (1, 0), (1, 0), (0, 1)]
+    assert [choose_pair(group) for group in groups] == [(0, 1), (1, 0), (1, 0), (0, 1)]
     marks = torch.cat([torch.from_numpy(a) for g in algorithm.advantages(groups) for a in g])
     flat, ref = (
         torch.cat([values[i, :n] for i, n in zip(order, lengths, strict=True)])

@@ -13,7 +13,7 @@ pytestmark = [
 WITH_A_SHARE = """
 import torch
 from rlhf_cluster.sections.gpu_shares import memory_share
-from rlhf_cluster.models.gpu_share import keep_to_share
+from rlhf_cluster.models.gpu_share import limit_memory
 
 share = {share}
 keep_to_share(share, "cuda")

@@ -233,7 +233,7 @@ def test_without_deepspeed_the_cure_is_named(monkeypatch: pytest.MonkeyPatch) ->
     from rlhf_cluster.learner.sharding.sharded_model import AdamWSettings
 
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    settings = AdamWSettings(beta1=0.9, beta2=0.95, weight_decay=0.0)
+    settings = AdamWSettings(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0)
     with pytest.raises(ConfigError, match="learner.backend = 'zero3' needs deepspeed"):
         partition(torch.nn.Linear(2, 2), settings, torch.device("cpu"), torch.float32, 1.0)
 

@@ -20,7 +20,13 @@ from rlhf_cluster.errors import (
     StalledError,
     WeightError,
 )
-from rlhf_cluster.failures import MAX_TEXT, costs_one_group, judged, may_pass, may_pass_elsewhere
+from rlhf_cluster.failures import (
+    MAX_TEXT,
+    as_rank_failure,
+    is_group_failure,
+    is_retryable,
+    may_pass,
+)
 
 HashStore = dist.HashStore  # pyright: ignore[reportPrivateImportUsage]
 ProcessGroupGloo = dist.ProcessGroupGloo  # pyright: ignore[reportPrivateImportUsage]
@@ -40,7 +46,7 @@ OURS = [
 @pytest.mark.parametrize("error", OF_TORCH, ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize("starting", [True, False])
 def test_what_torch_says_of_devices_and_the_network_may_pass(error: Exception, starting: bool):
-    found = judged(error, starting)
+    found = as_rank_failure(error, starting)
     assert type(found) is RankFailed
     assert str(found) == f"{type(error).__name__}: {error}"
 
@@ -64,7 +70,7 @@ def test_a_collective_that_hangs_and_one_whose_peer_is_gone_may_pass():
         ranks[0].allreduce([torch.ones(4)]).wait()
     assert "imed out" in str(hung.value)
     for error in (hung.value, alone.value):
-        assert type(judged(error)) is RankFailed
+        assert type(as_rank_failure(error)) is RankFailed
 
 
 @pytest.mark.parametrize(
@@ -72,8 +78,8 @@ def test_a_collective_that_hangs_and_one_whose_peer_is_gone_may_pass():
     [RuntimeError("Timed out waiting 60000ms for recv"), ConnectionResetError(104, "reset")],
 )
 def test_what_gloo_and_the_host_say_may_pass_but_at_the_first_setup(error: Exception):
-    assert type(judged(error)) is RankFailed
-    assert judged(error, starting=True) is error, "most likely of what the rank was given"
+    assert type(as_rank_failure(error)) is RankFailed
+    assert as_rank_failure(error, starting=True) is error, "most likely of what the rank was given"
 
 
 @pytest.mark.parametrize(
@@ -89,25 +95,25 @@ def test_what_gloo_and_the_host_say_may_pass_but_at_the_first_setup(error: Excep
     ids=lambda e: type(e).__name__,
 )
 def test_an_error_of_the_program_comes_again(error: Exception):
-    assert judged(error) is error
-    assert judged(error, starting=True) is error
+    assert as_rank_failure(error) is error
+    assert as_rank_failure(error, starting=True) is error
 
 
 @pytest.mark.parametrize("kind", OURS, ids=lambda kind: kind.__name__)
 def test_of_our_own_errors_only_a_passed_deadline_may_pass(kind: type[RlhfError]):
     error = kind("learner rank 1: what, bound, cure")
     assert may_pass(error) == (kind in (StalledError, RankFailed))
-    found = judged(error)
+    found = as_rank_failure(error)
     assert (type(found) is RankFailed) == (kind in (StalledError, RankFailed))
 
 
 def test_memory_of_the_host_may_pass():
-    assert str(judged(MemoryError())) == "MemoryError"
+    assert str(as_rank_failure(MemoryError())) == "MemoryError"
 
 
 def test_a_judged_error_stays_what_it_is_and_crosses_processes_in_bounds():
-    found = judged(RuntimeError("first line\n   second " + "x" * 10 * MAX_TEXT))
-    assert judged(found) is found
+    found = as_rank_failure(RuntimeError("first line\n   second " + "x" * 10 * MAX_TEXT))
+    assert as_rank_failure(found) is found
     copy = pickle.loads(pickle.dumps(found))
     assert type(copy) is RankFailed
     assert str(copy) == str(found)
@@ -151,8 +157,7 @@ OF_A_CALL = {
 
 def test_d05_every_error_has_its_place_in_the_table_of_a_call():
     found = {
-        kind.__name__: (may_pass_elsewhere(kind("why")), costs_one_group(kind("why")))
-        for kind in OURS
+        kind.__name__: (is_retryable(kind("why")), is_group_failure(kind("why"))) for kind in OURS
     }
     assert found == OF_A_CALL, "decide it here, and in the docstring of rlhf_cluster.failures"
 

@@ -20,7 +20,12 @@ from rlhf_cluster.errors import (
     StoreError,
     WorkerError,
 )
-from rlhf_cluster.pipeline import MAX_LOSSES, NO_SIGNAL, Pipeline, evaluate
+from rlhf_cluster.pipeline import (
+    MAX_REGENERATIONS,
+    NO_SIGNAL,
+    Pipeline,
+    evaluate,
+)
 from rlhf_cluster.records import Sampling, Ticket
 from rlhf_cluster.sections.rl_run import AdaptiveDepth
 from rlhf_cluster.weights.sync import WeightSync
@@ -207,18 +212,18 @@ class LosingScoring(FakeScoring):
 
 
 async def test_groups_that_a_node_takes_before_they_are_scored_are_generated_again():
-    pipeline = await build(scoring=LosingScoring(losses=MAX_LOSSES))
+    pipeline = await build(scoring=LosingScoring(losses=MAX_REGENERATIONS))
     await pipeline.run()
     assert pipeline.observer.discarded == []
     numbers = [ticket.number for ticket in pipeline.generation.requested]
-    assert sorted(numbers) == [n for n in range(18) for _ in range(1 + MAX_LOSSES)]
+    assert sorted(numbers) == [n for n in range(18) for _ in range(1 + MAX_REGENERATIONS)]
     prompts = [make_prompt(0)]
     found = await evaluate(FakeGeneration(version=2), LosingScoring(), prompts, 8, 2)
     assert len(found.answers) == 1
 
 
 async def test_a_group_that_is_always_lost_is_a_discard_with_its_reason():
-    pipeline = await build(scoring=LosingScoring(losses=MAX_LOSSES + 1), groups=8)
+    pipeline = await build(scoring=LosingScoring(losses=MAX_REGENERATIONS + 1), groups=8)
     with pytest.raises(RecordLost, match="lost with its node"):
         await pipeline.run()
     assert pipeline.buffer.buffer.stats().discarded.keys() == {"RecordLost"}

@@ -45,11 +45,11 @@ class _LineFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         head = f"{time.removesuffix('+00:00')}Z {record.levelname} {self._who}"
-        lines = redaction.of_process(super().format(record)).splitlines() or [""]
+        lines = redaction.redact_process_secrets(super().format(record)).splitlines() or [""]
         return "\n".join(f"{head} {record.name}: {line}" for line in lines)
 
 
-class FileBehind(QueueHandler):
+class BackgroundFileHandler(QueueHandler):
     """Log handler whose thread appends each record to the file at `path`.
 
     At most `max_waiting` records wait. One more, or one that the disk refuses, is dropped and counted
@@ -144,7 +144,7 @@ class FileBehind(QueueHandler):
 def flush() -> None:
     """Write what this process has logged to its file. Waits for: that, at most `FLUSH_S`."""
     for handler in logging.getLogger().handlers:
-        if isinstance(handler, FileBehind):
+        if isinstance(handler, BackgroundFileHandler):
             handler.flush()
 
 
@@ -157,14 +157,14 @@ def configure(role: str, name: str, log_dir: str | Path) -> logging.Logger:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise RunError(f"log name {name!r}: use letters, digits, '.', '_' and '-' only")
     Path(log_dir).mkdir(parents=True, exist_ok=True)
-    redaction.hide(redaction.secrets_of({}))
+    redaction.hide(redaction.find_secrets({}))
     stacks.answer(log_dir, name)
     root = logging.getLogger()
     for handler in list(root.handlers):
         if getattr(handler, _MARK, False):
             root.removeHandler(handler)
             handler.close()
-    to_file = FileBehind(Path(log_dir) / f"{name}.log")
+    to_file = BackgroundFileHandler(Path(log_dir) / f"{name}.log")
     to_stderr = logging.StreamHandler(sys.stderr)
     to_stderr.setLevel(logging.WARNING)
     for handler in (to_file, to_stderr):

@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cluster.observe.record import logs
-from rlhf_cluster.util.provenance import without_secrets
+from rlhf_cluster.util.provenance import remove_secrets
 from rlhf_cluster.util.redaction import (
-    redacted,
-    secrets_of,
+    find_secrets,
+    redact,
 )
 
 log = logging.getLogger(__name__)
@@ -76,9 +76,9 @@ def describe(
         "stacks": stacks,
         "logs": logs,
         "packages": packages,
-        "config": without_secrets(config),
+        "config": remove_secrets(config),
     }
-    return redacted(document, secrets_of(config, variables))
+    return redact(document, find_secrets(config, variables))
 
 
 def causes(error: BaseException) -> list[dict[str, Any]]:
@@ -148,7 +148,7 @@ def write(path: Path, document: Callable[[], Mapping[str, Any]]) -> None:
 
 
 @contextmanager
-def pointing_to(path: Path) -> Iterator[None]:
+def add_path_on_error(path: Path) -> Iterator[None]:
     """Add the path of the post-mortem to an error that leaves the block, if one was written there.
 
     A post-mortem that an earlier attempt left is kept under another name.

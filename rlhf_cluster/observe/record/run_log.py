@@ -25,14 +25,14 @@ from rlhf_cluster.run.metrics_file import _cut_torn_line, read_metrics
 from rlhf_cluster.run.run_directory import RunDir
 from rlhf_cluster.run.status_snapshot import Snapshot
 from rlhf_cluster.util.slow_disk import (
-    Behind,
-    Patience,
+    BackgroundWriter,
+    DiskDeadline,
 )
 
 log = logging.getLogger(__name__)
 
 
-PATIENCE = Patience(limit_s=60.0, setting="observe.write_timeout_s")
+PATIENCE = DiskDeadline(limit_s=60.0, setting="observe.write_timeout_s")
 
 
 class RunLog:
@@ -45,11 +45,11 @@ class RunLog:
         self,
         run: RunDir,
         sinks: Sinks | None = None,
-        patience: Patience = PATIENCE,
+        patience: DiskDeadline = PATIENCE,
         write: Callable[[int, memoryview], int] = os.write,
     ) -> None:
         self._run, self._sinks, self._write_file = run, sinks, write
-        self._lines = Behind(f"a line of {run.metrics}", patience, grace_s=0.0)
+        self._lines = BackgroundWriter(f"a line of {run.metrics}", patience, grace_s=0.0)
         self._open()
 
     def _open(self) -> None:
@@ -156,9 +156,9 @@ class StatusFile:
     skipped. A late status is logged once: it is a view, and no reason to end a run.
     """
 
-    def __init__(self, run: RunDir, patience: Patience) -> None:
+    def __init__(self, run: RunDir, patience: DiskDeadline) -> None:
         self._run = run
-        self._behind = Behind(str(run.status), patience, grace_s=0.0)
+        self._behind = BackgroundWriter(str(run.status), patience, grace_s=0.0)
         self._late = False
 
     def show(self, snapshot: Snapshot) -> None:

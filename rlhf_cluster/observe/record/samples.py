@@ -20,7 +20,7 @@ import numpy as np
 
 from rlhf_cluster.errors import StalledError, StoreError
 from rlhf_cluster.records import ExperienceGroup, ScoredRollout, TokenSample
-from rlhf_cluster.util.slow_disk import within
+from rlhf_cluster.util.slow_disk import run_within
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def keep_samples(write: Callable[[], object], within_s: float = WRITE_S) -> None
     Waits for: the write, `within_s` at most.
     """
     try:
-        within(within_s, "samples of a step", write)
+        run_within(within_s, "samples of a step", write)
     except (StoreError, StalledError) as error:
         log.warning("%s; the step has no samples, and the run goes on", error)
 

@@ -37,7 +37,7 @@ _ROUTINE = re.compile(r"step \d+: reward |group \S+ was on disk|checkpoint of st
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Told:
+class LoggedEvent:
     """Event, with its time as in the log (UTC, ISO 8601)."""
 
     time: str
@@ -53,7 +53,7 @@ class RunRecord:
     snapshot: Snapshot | None = None
     records: list[dict[str, Any]] = field(default_factory=list)
     samples: dict[int, list[Row]] = field(default_factory=dict)
-    events: list[Told] = field(default_factory=list)
+    events: list[LoggedEvent] = field(default_factory=list)
     advice: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     first_cause: str | None = None
@@ -141,14 +141,14 @@ def _ends(rows: Sequence[Row], limit: int) -> list[Row]:
     return [*rows[: limit - limit // 2], *rows[-(limit // 2) :]]
 
 
-def _events(run: RunDir) -> list[Told]:
+def _events(run: RunDir) -> list[LoggedEvent]:
     """Return the events of the controller's log or, without one, the few in status.json."""
     try:
         text = (run.logs / "controller.log").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return [_of_status(event) for event in _last_events(run)]
     told = [
-        Told(time=match[1], text=match[2])
+        LoggedEvent(time=match[1], text=match[2])
         for line in text.splitlines()
         if (match := _TOLD.match(line)) and not _ROUTINE.match(match[2])
     ]
@@ -163,11 +163,11 @@ def _last_events(run: RunDir) -> Sequence[Event]:
     return () if snapshot is None else snapshot.events
 
 
-def _of_status(event: Event) -> Told:
+def _of_status(event: Event) -> LoggedEvent:
     from datetime import UTC, datetime
 
     time = datetime.fromtimestamp(event.time_s, UTC).isoformat(timespec="milliseconds")
-    return Told(time=f"{time.removesuffix('+00:00')}Z", text=event.text)
+    return LoggedEvent(time=f"{time.removesuffix('+00:00')}Z", text=event.text)
 
 
 def _first_cause(path: Path) -> str | None:

@@ -24,7 +24,7 @@ from pydantic import PositiveInt
 
 from rlhf_cluster.data.reasoning_steps import (
     Reduction,
-    reduced,
+    reduce_scores,
     step_ends,
     step_spans,
 )
@@ -109,7 +109,7 @@ class ProcessReward:
                 f"process reward model {self._config.path}: reduce = 'none' scores steps, and one "
                 "score a response is asked for. Set reduce"
             )
-        return [reduced(own, how) for own in self._chances(rollouts, completions)]
+        return [reduce_scores(own, how) for own in self._chances(rollouts, completions)]
 
     def score_steps(
         self,

@@ -37,7 +37,7 @@ from rlhf_cluster.sections.values import (
     Dtype,
     FrozenQuantization,
 )
-from rlhf_cluster.util.tensor_hashing import digest_of
+from rlhf_cluster.util.tensor_hashing import compute_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,7 +99,7 @@ class RewardModel:
                 "busy",
             ),
         )
-        self._version = digest_of((n, t.cpu()) for n, t in self._model.state_dict().items())
+        self._version = compute_digest((n, t.cpu()) for n, t in self._model.state_dict().items())
 
     @property
     def version(self) -> str:

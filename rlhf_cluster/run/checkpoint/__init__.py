@@ -1,1 +1,1 @@
-"""Checkpoints of a run: one consistent cut between two steps, and how a run goes on from it."""
+"""Checkpoints of a run: consistent snapshots between two steps, and resuming from them."""

@@ -1,16 +1,17 @@
-"""Writing checkpoints behind the steps that follow.
+"""Writing of checkpoints in the background, overlapped with the following steps.
 
-    step k done -> copy of the learner's state, cut of the run   (the learner waits for these only)
-                     -> ranks write -> run.json -> marker -> older ones removed     (beside step k+1)
+    step k done -> copy of the learner's state, snapshot of the run   (the learner waits for these)
+                     -> ranks write -> run.json -> marker -> older ones removed   (during step k+1)
 
 Promises:
-- a checkpoint is one cut: everything in it is of the moment between step k and step k + 1;
-- at most one is written at a time; one that falls due meanwhile is left out, and counted, unless
-  it is that of the last step;
-- one that was given up never appears later: not after its deadline, nor after the run went back
-  (`fence`);
-- one that cannot be written, or not within `timeout_s`, costs the checkpoint, not the run: it is told
-  and counted, and the last complete one stays. Only `save_now` raises. A slow one is told of before.
+- a checkpoint is one consistent snapshot, of the moment between step k and step k + 1;
+- at most one is written at a time. One that is due meanwhile is skipped and counted, unless it is
+  that of the last step;
+- an abandoned checkpoint never appears later: neither after its deadline nor after the run returned
+  to an earlier one (`fence`);
+- a checkpoint that cannot be written, or not within `timeout_s`, does not end the run. It is logged
+  and counted, and the last complete one stays. Only `save_now` raises;
+- a checkpoint that is slow is logged before its deadline.
 """
 
 from __future__ import annotations
@@ -28,19 +29,21 @@ from rlhf_cluster.run.checkpoint import checkpoint_folder
 from rlhf_cluster.run.checkpoint.remote_copies import Copies
 from rlhf_cluster.run.checkpoint.run_state import RunState
 from rlhf_cluster.util.slow_disk import (
-    Patience,
-    aside,
+    DiskDeadline,
+    run_in_thread,
 )
 
 SETTING = "checkpoint.timeout_s"
 Cut = Callable[[int, LearnerState], Awaitable[RunState]]
-"""The state of the run after a step, given the learner's."""
+"""Function that returns the state of the run after a step, from that of the learner."""
 
 
 @dataclass(slots=True, kw_only=True)
 class CheckpointStats:
-    """`last` is the step of the last complete checkpoint, -1 before the first. Seconds are those of
-    the last one."""
+    """Counters of the checkpoints. Seconds and bytes are those of the last one.
+
+    `last` is the step of the last complete checkpoint, -1 before the first.
+    """
 
     last: int = -1
     skipped: int = 0
@@ -50,16 +53,16 @@ class CheckpointStats:
     num_bytes: int = 0
 
 
-async def _nobody_is_told(states: Sequence[RunState]) -> None:
+async def _ignore_states(states: Sequence[RunState]) -> None:
     return None
 
 
 @dataclass(slots=True, kw_only=True)
 class Checkpoints:
-    """`every` 0 writes none but by `save_now`. `kept` is told the states that stay on disk.
+    """Writer of checkpoints, one at a time. With `every` 0 only `save_now` writes one.
 
-    `timeout_s` is the deadline of writing one, and `told_fraction` the share of it after which it is
-    told of as slow.
+    `kept` is called with the states that stay on disk. `timeout_s` is the deadline of writing one. A
+    checkpoint that takes more than the share `told_fraction` of it is logged as slow.
     """
 
     root: Path
@@ -73,16 +76,21 @@ class Checkpoints:
     timeout_s: float
     keep_best: int = 0
     told_fraction: float = 0.25
-    kept: Callable[[Sequence[RunState]], Awaitable[None]] = _nobody_is_told
-    check_owner: Callable[[], None] = lambda: None  # raises where the run's folder is another's now
+    kept: Callable[[Sequence[RunState]], Awaitable[None]] = _ignore_states
+    check_owner: Callable[[], None] = lambda: (
+        None
+    )  # raises if another process owns the run's folder
     fence: checkpoint_folder.Fence = nullcontext  # of the attempt that writes
     copies: Copies | None = None
     stats: CheckpointStats = field(default_factory=CheckpointStats)
     _running: asyncio.Task[None] | None = None
 
     async def after_step(self, step: int) -> None:
-        """Call between steps. Waits for: the copy and the cut where one is due, no more; after the
-        last step, whose checkpoint is never left out, for one under way."""
+        """Begin the checkpoint of `step` if one is due. Call between steps.
+
+        Waits for: the copy and the snapshot, if one is due. After the last step, whose checkpoint is
+        never skipped, it also waits for one in progress.
+        """
         if not self.every or (step % self.every and step != self.num_steps):
             return
         if self._running is not None:
@@ -93,14 +101,15 @@ class Checkpoints:
         try:
             state = await self._copy(step)
         except RlhfError as error:
-            self._failed(step, error)
+            self._count_failure(step, error)
             return
         self._running = asyncio.create_task(self._write_or_tell(state))
 
     async def save_now(self, step: int, timeout_s: float) -> None:
-        """See that step `step`, at which the learner stands, has a complete checkpoint.
+        """Ensure that `step`, the learner's current step, has a complete checkpoint.
 
-        Waits for: one under way, then its own. Raises what ends it, `StalledError` after `timeout_s`.
+        Waits for: one in progress, then its own. Raises the error that ends it, and `StalledError`
+        after `timeout_s`.
         """
         try:
             async with asyncio.timeout(timeout_s):
@@ -114,18 +123,23 @@ class Checkpoints:
             ) from None
 
     async def drain(self) -> None:
-        """Waits for: the checkpoint under way. Unblocked by: its end, the learner's deadline."""
+        """Wait for the checkpoint in progress.
+
+        Unblocked by: its end, the learner's deadline.
+        """
         if self._running is not None:
             await self._running
 
     async def copied(self) -> None:
-        """Waits for: copies under way and due. Unblocked by: their ends, their deadlines. Raises
-        nothing: one that failed is told and counted."""
+        """Wait for copies that are in progress or due.
+
+        Unblocked by: their ends, their deadlines. Raises nothing: a failed copy is logged and counted.
+        """
         if self.copies is not None:
             await self.copies.drain()
 
     def close(self) -> None:
-        """Copies under way end, unfinished, soon after."""
+        """Stop copying. A copy in progress ends soon after, incomplete."""
         if self.copies is not None:
             self.copies.close()
 
@@ -142,11 +156,11 @@ class Checkpoints:
         try:
             await self._write(state)
         except RlhfError as error:
-            self._failed(state.step, error)
+            self._count_failure(state.step, error)
 
     async def _write(self, state: RunState) -> None:
         start, num_bytes = self.clock(), state.learner.num_bytes
-        patience = Patience(
+        patience = DiskDeadline(
             limit_s=self.timeout_s,
             setting=SETTING,
             told_fraction=self.told_fraction,
@@ -155,13 +169,18 @@ class Checkpoints:
         what = f"the checkpoint of step {state.step} in {self.root}, {num_bytes} bytes,"
         try:
             async with asyncio.timeout(self.timeout_s), patience.telling(what):
-                await aside(self.check_owner)  # first: another's half-written one may be there
-                partial = await aside(checkpoint_folder.begin, self.root, state.step, num_bytes)
+                # first: another run's partial checkpoint may be there, which `begin` would delete
+                await run_in_thread(self.check_owner)
+                partial = await run_in_thread(
+                    checkpoint_folder.begin, self.root, state.step, num_bytes
+                )
                 await self.learner.write_state(partial / checkpoint_folder.LEARNER)
-                await aside(self.check_owner)
-                await aside(checkpoint_folder.complete, partial, state, self.fence)
+                await run_in_thread(self.check_owner)
+                await run_in_thread(checkpoint_folder.complete, partial, state, self.fence)
                 self.stats.last, self.stats.num_bytes = state.step, num_bytes
-                states = await aside(checkpoint_folder.retain, self.root, self.keep, self.keep_best)
+                states = await run_in_thread(
+                    checkpoint_folder.retain, self.root, self.keep, self.keep_best
+                )
                 await self.kept(states)
                 if self.copies is not None:
                     self.copies.follow(state.step for state in states)
@@ -171,6 +190,6 @@ class Checkpoints:
             ) from None
         self.stats.write_s = self.clock() - start
 
-    def _failed(self, step: int, error: RlhfError) -> None:
+    def _count_failure(self, step: int, error: RlhfError) -> None:
         self.stats.failed += 1
         self.tell(f"no checkpoint of step {step}; the last is {self.describe_last()}: {error}")

@@ -1,27 +1,28 @@
-"""The folder of a run's checkpoints: what is whole, what counts, what goes.
+"""The folder of a run's checkpoints: which are complete, which are valid, which are removed.
 
     checkpoints/step-000050/          complete, never changed again
                   learner/v000050/    weights and moments, a version in the weight store's format
                   run.json            the run's state
                   complete.json       written last: every file's size, and all hashes but the shards'
     checkpoints/step-000100.5f3a90b1.partial/  being written, or left by a process that died
-    checkpoints/damaged-0000-step-000075/  passed over by a run that went on from an earlier one
+    checkpoints/damaged-0000-step-000075/  skipped by a run that resumed from an earlier one
 
 Promises:
-- a checkpoint counts only with its marker, and with every file that the marker names as it names it;
-  `newest` takes the last one that does, and says what is wrong with those it passed over;
-- an error of the storage is neither damage nor absence: `newest` tries again, then refuses, and takes
-  no older checkpoint in its place; one that is passed over is renamed, the last `MAX_ASIDE` are kept;
+- a checkpoint is valid only with its marker, and with every file as the marker describes it. `newest`
+  returns the last valid one, and says what is wrong with those that it skipped;
+- an error of the storage means neither damage nor absence: `newest` tries again, then refuses, and
+  returns no older checkpoint instead;
+- a checkpoint that is skipped is renamed, and the last `MAX_ASIDE` of them are kept;
 - `verify_tensors` reads all of the learner's tensors and compares their hashes;
-- the marker is on the disk before the folder gets its name, so a name without `.partial` stands for a
-  whole checkpoint whenever any process, or the machine, stops;
-- an attempt of the run that was given up, and a call past its deadline, complete no checkpoint;
-- an older checkpoint is removed only after a newer one is complete, and is whole or gone; the one
-  with the best score can be kept beside the newest;
-- names of files come from the marker as plain names below the folder: nothing outside is read.
+- the marker is on disk before the folder gets its name. A name without `.partial` therefore belongs to
+  a complete checkpoint whenever any process, or the machine, stops;
+- an attempt of the run that was abandoned, and a call past its deadline, complete no checkpoint;
+- an older checkpoint is removed only after a newer one is complete. It is either intact or deleted. The
+  one with the best score can be kept in addition to the newest;
+- names of files in the marker are plain names below the folder: nothing outside is read.
 
-Shards are in the marker by their size alone: what changed in one without changing it is found by the
-tensors' hashes.
+The marker holds only the size of a shard. A change that keeps the size is detected by the tensors'
+hashes.
 """
 
 from __future__ import annotations
@@ -46,13 +47,13 @@ from rlhf_cluster.errors import CheckpointError, StalledError, StorageError, Wei
 from rlhf_cluster.run.checkpoint.run_state import RunState
 from rlhf_cluster.util.durable_files import (
     PAUSES,
+    find_storage_cause,
     make_folders,
-    passing,
-    patiently,
+    run_with_retries,
     sync_folder,
     sync_tree,
 )
-from rlhf_cluster.util.slow_disk import check_wanted
+from rlhf_cluster.util.slow_disk import check_not_abandoned
 from rlhf_cluster.weights.read_version import verify
 from rlhf_cluster.weights.transports.transport import Deadline
 
@@ -62,9 +63,12 @@ MARKER = "complete.json"
 STATE = "run.json"
 LEARNER = "learner"
 SHARD = ".safetensors"
-SPARE_BYTES = 1 << 20  # for everything beside the learner's tensors
+SPARE_BYTES = 1 << 20  # for everything except the learner's tensors
 Fence = Callable[[], AbstractContextManager[None]]
-"""Held while a checkpoint gets its name; raises where that is no longer this attempt's to give."""
+"""Context held while a checkpoint gets its name.
+
+It raises if this attempt may no longer complete one.
+"""
 ASIDE = "damaged-"
 MAX_ASIDE = 2
 
@@ -83,11 +87,11 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """The newest complete checkpoint, and what is wrong with newer ones."""
+    """The newest valid checkpoint, and what is wrong with newer ones."""
 
     checkpoint: Checkpoint | None
     damaged: list[str] = field(default_factory=list)
-    origin: str = ""  # where it came from, when it was not in the folder
+    origin: str = ""  # where it was fetched from, if it was not in the folder
 
 
 def begin(
@@ -96,13 +100,14 @@ def begin(
     num_bytes: int,
     free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
 ) -> Path:
-    """An empty folder for checkpoint `step`, with room for `num_bytes` of tensors.
+    """Create an empty folder for checkpoint `step`, with space for `num_bytes` of tensors.
 
-    What earlier tries and removals left is deleted first. Raises `StorageError`: no space, no folder.
+    Leftovers of earlier tries and removals are deleted first. Raises `StorageError` if there is no
+    space, or the folder cannot be created.
     """
     try:
         make_folders(root)
-        check_wanted(root)  # what is removed may be of the try after this one
+        check_not_abandoned(root)  # an abandoned call would delete files of the try after it
         for leftover in [*root.glob("*.partial"), *root.glob("*.trash")]:
             shutil.rmtree(leftover)
         free, needed = free_bytes(root), num_bytes + SPARE_BYTES
@@ -112,7 +117,7 @@ def begin(
                 f"{root}: a checkpoint needs {needed} bytes and {free} are free. Free space, or keep "
                 "fewer with checkpoint.keep" + f". These are kept aside: {aside}" * bool(aside)
             )
-        # A name of its own: a rank that was given up may write on into that of an earlier try.
+        # A unique name: an abandoned rank may still write into the folder of an earlier try.
         partial = root / f"{name_of(step)}.{uuid.uuid4().hex[:8]}.partial"
         partial.mkdir()
         return partial
@@ -121,8 +126,10 @@ def begin(
 
 
 def complete(partial: Path, state: RunState, fence: Fence = nullcontext) -> Checkpoint:
-    """Make what lies in `partial` the checkpoint of `state`. Raises `CheckpointError`, and what `fence`
-    raises."""
+    """Make the files in `partial` the checkpoint of `state`.
+
+    Raises `CheckpointError`, and what `fence` raises.
+    """
     final = partial.with_name(name_of(state.step))
     try:
         _write(partial / STATE, state.to_json())
@@ -134,7 +141,7 @@ def complete(partial: Path, state: RunState, fence: Fence = nullcontext) -> Chec
         files = {name: _describe(partial / name, not name.endswith(SHARD)) for name in names}
         _write(partial / MARKER, json.dumps({"files": files}, indent=1) + "\n")
         adopt(partial, final, fence)
-    except StalledError:  # an OSError too, as every TimeoutError
+    except StalledError:  # every TimeoutError is an OSError too
         raise
     except OSError as error:
         raise CheckpointError(f"{partial}: cannot write the checkpoint ({error})") from error
@@ -142,11 +149,13 @@ def complete(partial: Path, state: RunState, fence: Fence = nullcontext) -> Chec
 
 
 def adopt(source: Path, final: Path, fence: Fence = nullcontext) -> None:
-    """Give `source`, which holds all files of a checkpoint, its name; one that has it goes aside.
-    Raises `OSError`, and what `fence` raises."""
+    """Rename `source`, which holds all files of a checkpoint, to `final`.
+
+    A checkpoint with that name is renamed before. Raises `OSError`, and what `fence` raises.
+    """
     sync_tree(source)
     with fence():
-        check_wanted(final)
+        check_not_abandoned(final)
         if final.exists():
             _set_aside(final)
         source.rename(final)
@@ -154,8 +163,11 @@ def adopt(source: Path, final: Path, fence: Fence = nullcontext) -> None:
 
 
 def check(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`. Raises `CheckpointError` unless every file is as the marker says,
-    `StorageError` when nobody can tell."""
+    """Return the checkpoint in `folder`.
+
+    Raises `CheckpointError` unless every file is as the marker says, and `StorageError` when that
+    cannot be determined.
+    """
     checkpoint = read(folder)
     if folder.name != name_of(checkpoint.state.step):
         step = checkpoint.state.step
@@ -164,7 +176,7 @@ def check(folder: Path) -> Checkpoint:
 
 
 def read(folder: Path) -> Checkpoint:
-    """`check`, whatever the name of `folder`."""
+    """Return what `check` does, whatever the name of `folder`."""
     try:
         files = json.loads((folder / MARKER).read_bytes())["files"]
         for name, entry in files.items():
@@ -179,7 +191,7 @@ def read(folder: Path) -> Checkpoint:
             f"{error.filename}: missing; the checkpoint is not complete"
         ) from error
     except OSError as error:
-        if passing(error):
+        if find_storage_cause(error):
             raise StorageError(f"{folder}: cannot be read ({error!r})") from error
         raise CheckpointError(f"{folder}: cannot be read ({error!r}); damaged") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -195,10 +207,11 @@ def newest(
     sleep: Callable[[float], None] = time.sleep,
     pauses: Sequence[float] = PAUSES,
 ) -> Found:
-    """The last checkpoint that is whole. Changes nothing.
+    """Return the newest valid checkpoint. Changes nothing.
 
-    One for which `also` raises a `CheckpointError` or a `WeightError` is passed over as well. Raises
-    `StorageError` for one of which nobody can tell, after a try more for each of `pauses`.
+    A checkpoint for which `also` raises a `CheckpointError` or a `WeightError` is skipped as well.
+    Raises `StorageError` for one whose validity cannot be determined, after one more try for each of
+    `pauses`.
     """
 
     def look(folder: Path) -> Checkpoint:
@@ -207,9 +220,11 @@ def newest(
         return checkpoint
 
     damaged = []
-    for folder in reversed(patiently(lambda: _all(root), root, "", sleep, pauses)):
+    for folder in reversed(run_with_retries(lambda: _all(root), root, "", sleep, pauses)):
         try:
-            checkpoint = patiently(lambda path=folder: look(path), folder, CURE, sleep, pauses)
+            checkpoint = run_with_retries(
+                lambda path=folder: look(path), folder, CURE, sleep, pauses
+            )
             return Found(checkpoint=checkpoint, damaged=damaged)
         except StorageError:
             raise
@@ -219,22 +234,25 @@ def newest(
 
 
 CURE = (
-    "A file that is lost for good may be deleted: its checkpoint then counts as damaged, and a copy at "
-    "checkpoint.copy_to, or the checkpoint before it, is taken"
+    "A file that is lost for good may be deleted: its checkpoint is then treated as damaged, and a "
+    "copy at checkpoint.copy_to, or the checkpoint before it, is taken"
 )
 
 
 def verify_tensors(checkpoint: Checkpoint, deadline: Deadline | None = None) -> None:
-    """Read all that the learner would load of it. Raises `WeightError`, `StalledError`."""
+    """Read and verify all tensors that the learner would load.
+
+    Raises `WeightError`, `StalledError`.
+    """
     verify(checkpoint.learner, deadline=deadline)
 
 
 def retain(root: Path, keep: int, keep_best: int = 0) -> list[RunState]:
-    """Delete all but the newest `keep` checkpoints and, with `keep_best` 1, the one of all with the
-    best score; the states of those that stay, oldest first.
+    """Delete all but the newest `keep` checkpoints; return the states of the rest in order.
 
-    Raises `CheckpointError` for one that cannot be read or deleted; `StorageError`, and deletes
-    nothing, when nobody can tell which is the best.
+    With `keep_best` 1 the one of all with the best score stays too. Raises `CheckpointError` for one
+    that cannot be read or deleted. Raises `StorageError`, and deletes nothing, when it cannot be
+    determined which is the best.
     """
     folders = _all(root)
     kept = set(folders[-keep:])
@@ -251,7 +269,7 @@ def retain(root: Path, keep: int, keep_best: int = 0) -> list[RunState]:
 
 
 def _best(folders: list[Path]) -> Path | None:
-    """The one with the highest score, the last of equals. One that is not whole has none."""
+    """Return the one with the highest score, the last of equals. An invalid one has no score."""
     scores: dict[Path, float] = {}
     for folder in folders:
         try:
@@ -266,8 +284,10 @@ def _best(folders: list[Path]) -> Path | None:
 
 
 def set_aside_after(root: Path, step: int) -> None:
-    """Rename checkpoints of later steps: a run goes on from `step` and will write its own. What was
-    being written is removed."""
+    """Rename checkpoints after `step`: a run resumes from `step` and will write its own.
+
+    Partially written ones are removed.
+    """
     for partial in root.glob("*.partial"):
         shutil.rmtree(partial, ignore_errors=True)
     for folder in _all(root):
@@ -276,7 +296,7 @@ def set_aside_after(root: Path, step: int) -> None:
 
 
 def steps(root: Path) -> list[int]:
-    """The steps that have a checkpoint, whole or not, in order."""
+    """Return the steps that have a checkpoint, valid or not, in order."""
     return [step_of(path.name) for path in _all(root)]
 
 
@@ -304,7 +324,7 @@ def flush(file: IO[Any]) -> None:
 
 
 def _all(root: Path) -> list[Path]:
-    """The folders that have a checkpoint's name, by step."""
+    """Return the folders that have a checkpoint's name, by step."""
     try:
         names = os.listdir(root)
     except FileNotFoundError:
@@ -313,17 +333,17 @@ def _all(root: Path) -> list[Path]:
 
 
 def _aside(root: Path) -> list[Path]:
-    """What was set aside, in that order."""
+    """Return the renamed folders in the order of renaming."""
     return sorted(root.glob(f"{ASIDE}*-step-*"))
 
 
 def _set_aside(folder: Path) -> None:
-    """Rename it; of all that were, the last `MAX_ASIDE` stay."""
+    """Rename a checkpoint that is skipped. The last `MAX_ASIDE` of all renamed ones stay."""
     before = _aside(folder.parent)
     number = 1 + int(before[-1].name.removeprefix(ASIDE)[:4]) if before else 0
     aside = folder.with_name(f"{ASIDE}{number:04d}-{folder.name}")
     folder.rename(aside)
-    log.warning("%s is passed over, and kept as %s", folder, aside.name)
+    log.warning("%s is skipped, and kept as %s", folder, aside.name)
     for path in [*before, aside][:-MAX_ASIDE]:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -336,7 +356,7 @@ def _describe(path: Path, with_hash: bool) -> dict[str, int | str]:
 
 
 def _remove(folder: Path) -> None:
-    # Renamed first: a checkpoint is whole or gone, also while its files are being deleted.
+    # Renamed first: a checkpoint is intact or deleted, also while its files are being deleted.
     trash = folder.with_suffix(".trash")
     shutil.rmtree(trash, ignore_errors=True)
     folder.rename(trash)

@@ -53,14 +53,14 @@ from rlhf_cluster.run.checkpoint.checkpoint_folder import (
 from rlhf_cluster.run.metrics_file import read_metrics
 from rlhf_cluster.run.run_directory import RunDir
 from rlhf_cluster.util.durable_files import (
+    find_storage_cause,
     make_folders,
-    passing,
-    patiently,
+    run_with_retries,
     sync_folder,
     sync_tree,
 )
-from rlhf_cluster.util.provenance import without_credentials
-from rlhf_cluster.util.slow_disk import within
+from rlhf_cluster.util.provenance import remove_credentials
+from rlhf_cluster.util.slow_disk import run_within
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.read_version import verify
 from rlhf_cluster.weights.transports.shared_files import version_dir
@@ -83,18 +83,18 @@ class CopyFolder:
     """The copies of one run below a URL. Serves one thread at a time."""
 
     def __init__(self, url: str, run_name: str) -> None:
-        """Raises `CheckpointError` for a storage that cannot be opened."""
+        """Open the storage. Raises `CheckpointError` if that fails."""
         import fsspec.core
 
-        self.shown = f"{without_credentials(url).rstrip('/')}/{run_name}"
-        with self._told("open"):
+        self.shown = f"{remove_credentials(url).rstrip('/')}/{run_name}"
+        with self._translate_errors("open"):
             fs, path = fsspec.core.url_to_fs(url)
         self._fs: Any = fs
         self._root = f"{str(path).rstrip('/')}/{run_name}"
 
     def steps(self) -> list[int]:
-        """The steps that have a copy, complete or not, in order. Raises `CheckpointError`."""
-        with self._told("list"):
+        """Return the steps that have a copy, complete or not. Raises `CheckpointError`."""
+        with self._translate_errors("list"):
             self._fs.invalidate_cache()
             try:
                 names = [
@@ -111,8 +111,8 @@ class CopyFolder:
         try:
             files = self._marker(checkpoint.state.step)
         except StorageError:
-            raise  # it may be whole, and is not replaced
-        except CheckpointError:  # damaged: it is put there anew
+            raise  # it may be intact, and is not replaced
+        except CheckpointError:  # damaged: it is written again
             return False
         own = (checkpoint.folder / checkpoint_folder.MARKER).read_bytes()
         entry = {"bytes": len(own), "hash": xxh3_128_hexdigest(own)}
@@ -123,13 +123,15 @@ class CopyFolder:
         return self._marker(step) is not None
 
     def num_bytes(self, step: int) -> int:
-        """What is to be read of a copy, 0 where it is not complete. Raises `CheckpointError`."""
-        with self._told(f"read step {step} from"):
+        """Return the size of a copy, 0 if it is not complete. Raises `CheckpointError`."""
+        with self._translate_errors(f"read step {step} from"):
             return sum(entry["bytes"] for entry in (self._marker(step) or {}).values())
 
     def put(self, step: int, files: Mapping[str, Path], deadline: Deadline) -> None:
-        """Copy `files`, by name, as the copy of `step`. Raises `CheckpointError`, `StalledError`; what
-        a storage that is full has of it by then is removed again, or it would stay full."""
+        """Copy `files`, by name, as the copy of `step`. Raises `CheckpointError`, `StalledError`.
+
+        When the storage fails, the part that was written is removed: a full storage would stay full.
+        """
         self.remove(step)
         try:
             self._put(step, files, deadline)
@@ -140,7 +142,7 @@ class CopyFolder:
 
     def _put(self, step: int, files: Mapping[str, Path], deadline: Deadline) -> None:
         entries = {}
-        with self._told(f"write step {step} to"):
+        with self._translate_errors(f"write step {step} to"):
             for name, path in files.items():
                 target = self._path(step, name)
                 self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
@@ -151,27 +153,27 @@ class CopyFolder:
             self._fs.pipe_file(self._path(step, MARKER), text.encode())
 
     def remove(self, step: int) -> None:
-        """Remove what there is of the copy of `step`, its marker first. Raises `CheckpointError`."""
-        with self._told(f"remove step {step} from"):
+        """Remove all files of the copy of `step`, its marker first. Raises `CheckpointError`."""
+        with self._translate_errors(f"remove step {step} from"):
             with suppress(FileNotFoundError):
                 self._fs.rm_file(self._path(step, MARKER))
             with suppress(FileNotFoundError):
                 self._fs.rm(self._path(step, ""), recursive=True)
 
     def set_aside(self, step: int) -> None:
-        """The copy of `step` counts no more, and all of its files stay. Raises `CheckpointError`."""
-        with self._told(f"set aside step {step} in"), suppress(FileNotFoundError):
+        """Make the copy of `step` invalid, and keep all of its files. Raises `CheckpointError`."""
+        with self._translate_errors(f"set aside step {step} in"), suppress(FileNotFoundError):
             self._fs.mv(self._path(step, MARKER), self._path(step, ASIDE_MARKER))
 
     def get(self, step: int, target: Path, deadline: Deadline) -> None:
-        """Write the files of the copy of `step` below `target`, a folder that is there.
+        """Write the files of the copy of `step` below `target`, an existing folder.
 
-        Raises `CheckpointError`: no complete copy, or damaged; `StalledError`.
+        Raises `CheckpointError` if the copy is damaged or not complete, and `StalledError`.
         """
         files = self._marker(step)
         if files is None:
             raise CheckpointError(f"{self.shown}: the copy of step {step} is not complete")
-        with self._told(f"read step {step} from"):
+        with self._translate_errors(f"read step {step} from"):
             for name, entry in files.items():
                 if not checkpoint_folder.is_plain(name):
                     raise CheckpointError(
@@ -188,8 +190,8 @@ class CopyFolder:
                     )
 
     def _marker(self, step: int) -> dict[str, Any] | None:
-        """The files that a copy consists of; None when it is not complete."""
-        with self._told(f"read step {step} from"):
+        """Return the files of a copy; None when it is not complete."""
+        with self._translate_errors(f"read step {step} from"):
             try:
                 return dict(json.loads(self._fs.cat_file(self._path(step, MARKER)))["files"])
             except FileNotFoundError:
@@ -198,13 +200,13 @@ class CopyFolder:
     def _path(self, step: int, name: str) -> str:
         return f"{self._root}/{checkpoint_folder.name_of(step)}/{name}".rstrip("/")
 
-    def _told(self, what: str) -> Told:
+    def _translate_errors(self, what: str) -> Told:
         return Told(f"cannot {what} {self.shown}")
 
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """Turns whatever a storage raises into a `CheckpointError` without credentials."""
+    """Context that turns whatever a storage raises into a `CheckpointError` without credentials."""
 
     what: str
 
@@ -213,13 +215,13 @@ class Told:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, Exception) and not isinstance(error, RlhfError):
-            text = without_credentials(f"{type(error).__name__}: {error}")
+            text = remove_credentials(f"{type(error).__name__}: {error}")
             damaged = isinstance(error, FileNotFoundError | ValueError | LookupError | TypeError)
             raise (CheckpointError if damaged else StorageError)(f"{self.what} ({text})") from error
 
 
 def _pump(source: Any, out: Any, deadline: Deadline) -> dict[str, int | str]:
-    """Copy all of `source`; its length and hash."""
+    """Copy all of `source` to `out`; return its length and hash."""
     hashed, num_bytes = xxh3_128(), 0
     while chunk := source.read(_CHUNK_BYTES):
         deadline.left_s("its files")
@@ -230,7 +232,7 @@ def _pump(source: Any, out: Any, deadline: Deadline) -> dict[str, int | str]:
 
 
 def contents(run: RunDir, checkpoint: Checkpoint) -> dict[str, Path]:
-    """The files of a copy by their names in it."""
+    """Return the files of a copy by their names in it."""
     found = _files(checkpoint.folder, CHECKPOINT)
     if (reference := checkpoint.state.reference) is not None:
         version = version_dir(run.reference, reference)
@@ -253,24 +255,25 @@ def fetch(
     timeout_s: float,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Put the copy of `step` into a run directory that is held, the checkpoint last.
+    """Fetch the copy of `step` into a run directory that is held, the checkpoint last.
 
-    The record comes along where the directory's own is shorter. Raises `CheckpointError`,
-    `StalledError`; `StorageError` when nobody can tell whether it is whole, or there is no room for it.
+    The record is fetched too where the directory's own is shorter. Raises `CheckpointError`,
+    `StalledError`. Raises `StorageError` when it cannot be determined whether the copy is intact, or
+    there is no space for it.
     """
     deadline = Deadline(f"fetching step {step} from {copy.shown}", timeout_s)
     what = f"step {step} of {copy.shown}"
     reading = f"reading {what}"
 
     def get() -> None:
-        within(timeout_s, reading, lambda: copy.get(step, partial, deadline))
+        run_within(timeout_s, reading, lambda: copy.get(step, partial, deadline))
 
-    num_bytes = patiently(
-        lambda: within(timeout_s, reading, lambda: copy.num_bytes(step)), what, CURE, sleep
+    num_bytes = run_with_retries(
+        lambda: run_within(timeout_s, reading, lambda: copy.num_bytes(step)), what, CURE, sleep
     )
     partial = checkpoint_folder.begin(run.checkpoints, step, num_bytes)
     try:
-        patiently(get, what, CURE, sleep)
+        run_with_retries(get, what, CURE, sleep)
         checkpoint = checkpoint_folder.read(partial / CHECKPOINT)
         if checkpoint.state.step != step:
             raise CheckpointError(f"{copy.shown}: step {step} holds step {checkpoint.state.step}")
@@ -297,13 +300,16 @@ CURE = "A copy that is lost for good may be deleted there: the one before it is 
 
 
 def _place_reference(run: RunDir, fetched: Path, deadline: Deadline) -> None:
-    """One that is there and whole stays: other checkpoints may need it."""
+    """Move a fetched reference into the run.
+
+    An intact one that exists stays: other checkpoints may need it.
+    """
     final = run.reference / fetched.name
     make_folders(run.reference)
     try:
         verify(final, deadline=deadline)
     except WeightError as error:
-        if cause := passing(error):
+        if cause := find_storage_cause(error):
             raise StorageError(f"{final}: cannot be read ({cause!r})") from error
         sync_tree(fetched)
         shutil.rmtree(final, ignore_errors=True)
@@ -319,17 +325,22 @@ def fetch_newest(
     wanted: Callable[[int], bool] = lambda step: True,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Found:
-    """The newest copy that is whole, of those of `wanted` steps, now in `run`, and what is wrong with
-    newer ones. Raises `StorageError`, `StalledError` when the storage does not answer.
+    """Fetch the newest intact copy of `wanted` steps into `run`.
+
+    Returns it, and what is wrong with newer ones.
+
+    Raises `StorageError`, `StalledError` when the storage does not answer.
     """
     damaged: list[str] = []
     try:
         listing = f"listing {copy.shown}"
-        steps = patiently(lambda: within(timeout_s, listing, copy.steps), copy.shown, "", sleep)
+        steps = run_with_retries(
+            lambda: run_within(timeout_s, listing, copy.steps), copy.shown, "", sleep
+        )
     except CheckpointError as error:
         raise StorageError(
-            f"{error}. Nobody can tell whether this run has a checkpoint there that it could go on "
-            "from: mend the storage, or start another run with --set run.name=NEW"
+            f"{error}. It is unknown whether this run has a checkpoint there that it could resume "
+            "from: repair the storage, or start another run with --set run.name=NEW"
         ) from error
     for step in filter(wanted, reversed(steps)):
         try:
@@ -349,7 +360,7 @@ def fetch_newest(
 
 @dataclass(slots=True, kw_only=True)
 class CopyStats:
-    """`last` is the step of the newest checkpoint that has a copy, -1 for none."""
+    """Counters of copies. `last` is the newest step that has a copy, -1 for none."""
 
     last: int = -1
     failed: int = 0
@@ -357,7 +368,7 @@ class CopyStats:
 
 @dataclass(slots=True, kw_only=True)
 class Copies:
-    """Keeps copies of the checkpoints on disk. `find` gives a checkpoint by its step."""
+    """Background writer that keeps copies of the checkpoints on disk."""
 
     run: RunDir
     copy: CopyFolder
@@ -368,18 +379,18 @@ class Copies:
     _running: asyncio.Task[None] | None = None
 
     def follow(self, steps: Iterable[int]) -> None:
-        """The checkpoints of `steps` are on disk, and no others. Returns at once."""
+        """Copy the checkpoints of `steps`, which are all that are on disk. Returns at once."""
         self._wanted = frozenset(steps)
         if self._running is None or self._running.done():
             self._running = asyncio.create_task(self._catch_up())
 
     async def drain(self) -> None:
-        """Waits for: copies under way and due. Unblocked by: their ends or their deadlines."""
+        """Wait for copies that are in progress or due. Unblocked by: their ends or their deadlines."""
         if self._running is not None:
             await self._running
 
     def close(self) -> None:
-        """Nothing is copied any more; one under way ends, without its marker, soon after."""
+        """Stop copying. A copy in progress ends soon after, without its marker."""
         if self._running is not None:
             self._running.cancel()
 
@@ -395,7 +406,7 @@ class Copies:
                 self.tell(f"no copy of the checkpoint of step {step}: {error}")
 
     def _copy(self, step: int, deadline: Deadline) -> None:
-        """Runs in a thread of its own."""
+        """Copy the checkpoint of `step`, and remove obsolete copies. Runs in a separate thread."""
         checkpoint = checkpoint_folder.check(self.run.checkpoints / checkpoint_folder.name_of(step))
         if not self.copy.has(checkpoint):
             there = [w for w in self._wanted if w < step and self.copy.is_complete(w)]
@@ -410,15 +421,17 @@ class Copies:
                     self.copy.set_aside(other)
 
     def _remove_older(self, whole: int, deadline: Deadline) -> None:
-        """Copies before that of step `whole`, which is there, of checkpoints that are not on disk."""
+        """Remove copies that are older than the complete one of step `whole` and not on disk."""
         for other in self.copy.steps():
             if other < whole and other not in self._wanted:
                 deadline.left_s("the removal of older copies")
                 self.copy.remove(other)
 
     async def _in_time(self, work: Callable[[Deadline], None], step: int) -> None:
-        """Waits for: a daemon thread, so that a storage that hangs does not hold up the run's end.
-        Unblocked by: its end, or the deadline, after which the thread writes no marker."""
+        """Run `work` in a daemon thread, so that a hanging storage does not hold up the run's end.
+
+        Waits for: the thread. Unblocked by: its end, or the deadline, after which it writes no marker.
+        """
         deadline = Deadline(f"the copy of step {step} to {self.copy.shown}", self.timeout_s)
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
@@ -434,7 +447,7 @@ class Copies:
                     work(deadline)
             except Exception as caught:
                 error = caught
-            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            with suppress(RuntimeError):  # the loop is closed: no caller waits any more
                 loop.call_soon_threadsafe(finish, error)
 
         threading.Thread(target=run, name=f"copy-{step}", daemon=True).start()
@@ -452,7 +465,7 @@ class Copies:
 
 
 def folder_of(config: AnyConfig) -> CopyFolder | None:
-    """Where the run's copies go, where they are asked for. Raises `CheckpointError`."""
+    """Return the folder of the run's copies, None without `copy_to`. Raises `CheckpointError`."""
     url = config.checkpoint.copy_to
     return None if url is None else CopyFolder(url, config.run.name)
 
@@ -465,5 +478,5 @@ def forget(copy: CopyFolder) -> None:
     except CheckpointError as error:
         raise RunError(
             f"{error}. Copies of an earlier run of this name cannot be removed; a later resume could "
-            "take them for this run's. Mend the storage, or change run.name or checkpoint.copy_to"
+            "take them for this run's. Repair the storage, or change run.name or checkpoint.copy_to"
         ) from error

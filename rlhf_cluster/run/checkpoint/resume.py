@@ -1,17 +1,20 @@
-"""The same command on a run directory that is there: what an earlier attempt left, and what follows.
+"""Resuming: what a run directory holds, and what the same command does with it.
 
     finished, same configuration       nothing to do
-    a complete checkpoint              go on from the last one
-    the last is damaged, and a copy    fetch the newest copy that is whole, go on from it
+    a complete checkpoint              resume from the last one
+    the last is damaged, and a copy    fetch the newest intact copy, resume from it
     none yet                           start from the beginning
     another configuration              refused with the differences, unless they are accepted
 
-Promises: a run is started from the beginning only when it cannot have had a checkpoint: one whose
-checkpoints are all damaged, or were turned off, is refused, and nothing of it is deleted; what is later
-than the checkpoint is cut from the run's record, so that every step is in it once. A checkpoint is gone
-on from only after every tensor of it was read and verified (`whole`); one that is damaged is named, and
-its copy is taken, or the one before it. What was passed over is renamed, never deleted. A storage that
-answers with an error, or not at all, is no damage: the run is refused rather than set back.
+Promises:
+- a run is started from the beginning only when it cannot have had a checkpoint. A run whose checkpoints
+  are all damaged, or were turned off, is refused, and nothing of it is deleted;
+- what is later than the checkpoint is cut from the run's record, so that every step is in it once;
+- a run resumes from a checkpoint only after every tensor of it was read and verified (`whole`);
+- a damaged checkpoint is named, and its copy is used, or the checkpoint before it. What was skipped is
+  renamed (`checkpoint_folder` says how many stay);
+- a storage that answers with an error, or not at all, is not treated as damage: the run is refused
+  rather than set back.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ from rlhf_cluster.run.metrics_file import (
 )
 from rlhf_cluster.run.run_directory import RunDir
 from rlhf_cluster.util.json_files import read_json
-from rlhf_cluster.util.provenance import without_secrets
+from rlhf_cluster.util.provenance import remove_secrets
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.read_version import verify
 from rlhf_cluster.weights.transports.shared_files import version_dir
@@ -60,7 +63,7 @@ FIXED = (
     "scoring.reference",
     "scoring.reference_update",
 )
-"""Settings, or whole sections, that a checkpoint does not fit any more when they change."""
+"""Settings, or whole sections, that may not change: a checkpoint would not fit any more."""
 FREE = (
     "weights.transport",
     "weights.mirror",
@@ -68,9 +71,9 @@ FREE = (
     "weights.relay_above_bytes",
     "weights.durable_every",  # of runs by commits that had transports without files
 )
-"""Settings of how versions travel. They change nothing that a run computes, and may differ freely."""
+"""Settings of how versions travel. They change nothing that a run computes, and may change."""
 FIXED_OF_STAGES = ("run.units_per_step", "run.seed", "model", "data", "stage", "learner.lora")
-"""The same of an offline stage, whose place in the data follows from its steps."""
+"""Such settings of an offline stage, whose position in the data is determined by its steps."""
 FIXED_OF_GENERATION = (
     "run.seed",
     "model",
@@ -85,32 +88,34 @@ FIXED_OF_GENERATION = (
     "scoring.objective",
     "scoring.step_separator",
 )
-"""The same of a stage that makes a data set, whose answers are of these. What is selected of them is
-not here."""
+"""Such settings of a stage that makes a data set: its answers depend on them.
+
+Settings of the selection among the answers may change."""
 MAX_DIFFERENCES = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Continuation:
-    """What follows from what is there. `notes` are for people."""
+    """Decision about an existing run directory. `notes` are messages to the user."""
 
     finished: bool
     checkpoint: Checkpoint | None
     notes: list[str]
-    kept: bool = False  # what is there stays, without a checkpoint
+    kept: bool = False  # what the directory holds stays, without a checkpoint
 
 
 def whole(
     run: RunDir, timeout_s: float | None = None, sleep: Callable[[float], None] = time.sleep
 ) -> Found:
-    """The newest checkpoint of which every tensor is as it was written, the stored reference that it
-    needs included, and what is wrong with newer ones. Reads all of it; changes nothing.
+    """Return the newest intact checkpoint, and what is wrong with newer ones. Changes nothing.
 
-    Raises `StalledError` for one that is not read within `timeout_s`, and `StorageError` where reading
-    it fails: it may be whole, so that none before it is taken.
+    Every tensor is read and verified, also those of the stored reference that the checkpoint needs.
+
+    Raises `StalledError` for one that is not read within `timeout_s`. Raises `StorageError` if reading
+    fails: the checkpoint may be intact, so no older one is used.
     """
 
-    def verified(checkpoint: Checkpoint) -> None:
+    def verify_all(checkpoint: Checkpoint) -> None:
         deadline = None
         if timeout_s is not None:
             deadline = Deadline(f"verifying {checkpoint.folder}", timeout_s)
@@ -118,17 +123,19 @@ def whole(
         if (reference := checkpoint.state.reference) is not None:
             verify(version_dir(run.reference, reference), deadline=deadline)
 
-    return checkpoint_folder.newest(run.checkpoints, also=verified, sleep=sleep)
+    return checkpoint_folder.newest(run.checkpoints, also=verify_all, sleep=sleep)
 
 
 def whole_or_copy(
     run: RunDir, config: AnyConfig, sleep: Callable[[float], None] = time.sleep
 ) -> Found:
-    """`whole`; where that is none, or newer ones are damaged, a newer whole one of the copies at
-    `checkpoint.copy_to`, which is then in `run`. Of copies newer than all that is in `run` none is
-    taken, unless nothing in it is whole: who deleted newer checkpoints wants to go back.
+    """Return what `whole` does, or fetch an intact copy from `checkpoint.copy_to` into `run`.
 
-    Call while holding `run`. Raises `StorageError`, `StalledError`: a storage does not answer.
+    A copy is fetched when `run` has no intact checkpoint, or when newer ones are damaged. Copies newer
+    than everything in `run` are ignored unless nothing in it is intact: a user who deleted newer
+    checkpoints wants to go back.
+
+    Call while holding `run`. Raises `StorageError`, `StalledError` if a storage does not answer.
     """
     timeout_s = config.checkpoint.timeout_s
     found = whole(run, timeout_s, sleep)
@@ -151,10 +158,10 @@ def whole_or_copy(
 
 
 def whole_copy(run: RunDir, config: AnyConfig, overwrite: bool) -> Found:
-    """What there is for a directory that was just made: a copy, or nothing.
+    """Return the newest intact copy for a directory that was just created, or no checkpoint.
 
     With `overwrite` the copies of an earlier run of this name are removed. Raises `CheckpointError`,
-    and `RunError` when there are copies and none is whole.
+    and `RunError` when there are copies and none is intact.
     """
     copy = remote_copies.folder_of(config)
     if copy is None or overwrite:
@@ -166,7 +173,7 @@ def whole_copy(run: RunDir, config: AnyConfig, overwrite: bool) -> Found:
         raise RunError(
             f"{copy.shown}: a run of this name has copies there and none is whole: "
             f"{'; '.join(found.damaged)}. Start under another name with --set run.name=NEW, or give "
-            "--overwrite to delete them and start anew"
+            "--overwrite to delete them and start from scratch"
         )
     return found
 
@@ -174,9 +181,9 @@ def whole_copy(run: RunDir, config: AnyConfig, overwrite: bool) -> Found:
 def look(
     run: RunDir, config: AnyConfig, accept_changes: bool, found: Found | None = None
 ) -> Continuation:
-    """What the same command does with `run`, of whose checkpoints `found` is known.
+    """Decide what the same command does with `run`, whose checkpoints are `found`.
 
-    Without `found`, tensors are not read, and copies elsewhere not asked for: a later look may take
+    Without `found`, tensors are not read, and remote copies are not looked up: a later call may choose
     another checkpoint. Changes nothing. Raises `RunError`.
     """
     is_last = found is not None or config.checkpoint.copy_to is None
@@ -205,7 +212,7 @@ def look(
             raise RunError(
                 f"{run.path}: {done} steps are done and no checkpoint is whole: {'; '.join(why)}. "
                 "Start under another name with --set run.name=NEW, or give --overwrite to delete it "
-                "and start anew"
+                "and start from scratch"
             )
         note = f"{run.path}: {done} steps and no checkpoint yet; starts from the beginning"
         return Continuation(finished=False, checkpoint=None, notes=[note])
@@ -232,7 +239,7 @@ def look(
 
 
 def _keep(run: RunDir, changes: list[str], accept_changes: bool) -> Continuation:
-    """Of a stage that makes a data set: every finished prompt is there."""
+    """Resume a stage that makes a data set: every finished prompt is kept."""
     fixed = _of(changes, FIXED_OF_GENERATION)
     if fixed:
         raise RunError(
@@ -247,7 +254,7 @@ def _keep(run: RunDir, changes: list[str], accept_changes: bool) -> Continuation
 
 
 def standing(config: AnyConfig, overwrite: bool, accept_changes: bool) -> Continuation | None:
-    """`look` at the run's directory as it is now; None where nothing is continued.
+    """Call `look` on the run's directory in its current state; None if nothing is continued.
 
     Changes nothing. Raises `RunError`, also for a directory that is in use or not a run's.
     """
@@ -257,8 +264,10 @@ def standing(config: AnyConfig, overwrite: bool, accept_changes: bool) -> Contin
 
 
 def cut_back(run: RunDir, checkpoint: Checkpoint | None) -> None:
-    """Take from the record what is later than the checkpoint; all of it, where there is none. Call
-    while holding `run`."""
+    """Cut from the record what is later than the checkpoint, or all of it without one.
+
+    Call while holding `run`.
+    """
     step = -1 if checkpoint is None else checkpoint.state.step
     checkpoint_folder.set_aside_after(run.checkpoints, step)
     cut_metrics(run.metrics, step)
@@ -266,7 +275,7 @@ def cut_back(run: RunDir, checkpoint: Checkpoint | None) -> None:
         if int(sample.stem.removeprefix("step-")) > step:
             sample.unlink()
     for report in (run.path / "skipped").glob("*.json"):
-        found = read_json(report)  # None: torn by a power cut
+        found = read_json(report)  # None: partially written at a power cut
         if found is None or found["version"] >= step:
             report.unlink()
     for result in (run.summary, run.curve):
@@ -275,8 +284,11 @@ def cut_back(run: RunDir, checkpoint: Checkpoint | None) -> None:
 
 
 def rewind_weights(run: RunDir, checkpoint: Checkpoint | None) -> None:
-    """The checkpoint's version, and all later ones, will be published anew; the reference is as it
-    was. Without a checkpoint nothing stays. Raises `WeightError`, `StalledError`."""
+    """Remove the stored weights from the checkpoint's version on, which will be published again.
+
+    The stored reference becomes that of the checkpoint. Without a checkpoint nothing stays. Raises
+    `WeightError`, `StalledError`.
+    """
     store.rewind(run.weights, -1 if checkpoint is None else checkpoint.state.step - 1)
     if checkpoint is None:
         store.rewind(run.reference, -1)
@@ -285,12 +297,12 @@ def rewind_weights(run: RunDir, checkpoint: Checkpoint | None) -> None:
 
 
 def describe(config: AnyConfig) -> dict[str, Any]:
-    """The configuration as a run directory holds it: whole, without secrets."""
-    return without_secrets(config.model_dump(mode="json"))
+    """Return the configuration as a run directory stores it: complete, without secrets."""
+    return remove_secrets(config.model_dump(mode="json"))
 
 
 def defaults(section: BaseModel) -> dict[str, Any]:
-    """What the settings of `section`, and of those in it, are where nothing is said."""
+    """Return the default values of the settings of `section`, and of the sections in it."""
     found: dict[str, Any] = {}
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
@@ -305,18 +317,23 @@ def defaults(section: BaseModel) -> dict[str, Any]:
 def differences(
     before: Mapping[str, Any], after: Mapping[str, Any], unsaid: Mapping[str, Any] | None = None
 ) -> list[str]:
-    """One "key = value, was value" a setting that differs. A setting that `before` does not know,
-    because it is newer, had its value of `unsaid`."""
+    """Return one "key = value, was value" for each setting that differs.
+
+    A setting that is missing in `before`, because it is newer, had its value in `unsaid`.
+    """
     old, new = dict(_flat(unsaid or {})) | dict(_flat(before)), dict(_flat(after))
     return [
-        f"{key} = {_shown(new.get(key))}, was {_shown(old.get(key))}"
+        f"{key} = {_format_value(new.get(key))}, was {_format_value(old.get(key))}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """An empty mapping is nothing: it is the default of some settings, and no value beside others."""
+    """Yield the settings with dotted keys.
+
+    An empty mapping yields nothing: it is the default of some settings, and not a value like others.
+    """
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
@@ -324,12 +341,12 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield prefix + key, value
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return "not set" if value is None else json.dumps(value)
 
 
 def _of(changes: list[str], settings: Iterable[str]) -> list[str]:
-    """Those of `settings`, or in one of them that is a section."""
+    """Return the changes of `settings`, which are keys or whole sections."""
     return [c for c in changes if any(c.startswith((f"{f}.", f"{f} =")) for f in settings)]
 
 

@@ -1,9 +1,8 @@
-"""What a checkpoint keeps of a run beside the learner's tensors: one JSON file, `run.json`.
+"""State of a run in a checkpoint, without the learner's tensors: one JSON file, `run.json`.
 
-All of it belongs to one moment: `step` steps are trained and the next has not begun. What is not here
-follows from what is. Group streams follow from seed and group id, and the prompt of a ticket from its
-number. Learning rates and the parts of a batch follow from the step; no process draws from a random
-stream of its own.
+All of it belongs to one moment: `step` steps are trained and the next has not begun. Everything else is
+derived from it. Group streams are determined by seed and group id, the prompt of a ticket by its
+number, and learning rates and minibatches by the step. No process draws from another random stream.
 """
 
 from __future__ import annotations
@@ -21,12 +20,13 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunState:
-    """The run after `step` steps. That of an offline stage has an empty buffer and no live version;
-    `reward_before` and `score` are of the number that it is watched by
-    (`offline.stage.Stage.headline`).
+    """State of the run after `step` steps.
 
-    `live_version` is what generation sampled with, for people: a resumed run publishes its own
-    weights first. `reference` is the version of the stored reference, where there is one.
+    An offline stage has an empty buffer and no live version. Its `reward_before` and `score` are of the
+    number that it is monitored by (`offline.stage.Stage.headline`).
+
+    `live_version` is the version that generation sampled with. It only informs the user: a resumed run
+    publishes its own weights first. `reference` is the version of the stored reference, if any.
     """
 
     step: int
@@ -35,7 +35,7 @@ class RunState:
     live_version: int
     publishes_skipped: int
     depth: DepthState | None
-    first_prompt: int  # place in the stream of prompts of ticket 0
+    first_prompt: int  # index of ticket 0's prompt in the stream of prompts
     reference: int | None
     reward_before: float | None
     packages: dict[str, str | None]
@@ -50,7 +50,10 @@ class RunState:
         score: float | None,
         packages: dict[str, str | None],
     ) -> RunState:
-        """An offline stage after `learner.version` steps, from which its place in the data follows."""
+        """Return the state of an offline stage after `learner.version` steps.
+
+        The steps determine its position in the data.
+        """
         step = learner.version
         empty = BufferState(
             learner_version=step,
@@ -80,7 +83,7 @@ class RunState:
 
     @classmethod
     def from_json(cls, text: bytes, where: str) -> RunState:
-        """The inverse of `to_json`. Raises `CheckpointError`, which starts with `where`."""
+        """Parse the result of `to_json`. Raises `CheckpointError` that starts with `where`."""
         from pydantic import ValidationError
 
         try:

@@ -1,4 +1,4 @@
-"""What changed between two versions of a flat tensor, exact to the bit, in few bytes.
+"""Bit-exact difference between two versions of a flat tensor, in few bytes.
 
 Elements are compared and restored as unsigned integers of their size, so that NaN, infinities and
 the sign of zero survive. A payload is a sequence of blocks, one for each `BLOCK_ELEMENTS` elements:
@@ -8,11 +8,11 @@ the sign of zero survive. A payload is a sequence of blocks, one for each `BLOCK
     gap    = index of a changed element in its block - index of the one before - 1   (u32)
     value  = zigzag(new - base), the difference modulo 2 ** bits of the element
 
-A small step in bfloat16 moves most changed elements to the next representable number: the value is
-then 1 or 2, and gaps are short, so that a changed element costs about a byte. Memory beside the two
-tensors: some `BLOCK_ELEMENTS` times 8 bytes, whatever the tensor's size.
+A small step in bfloat16 moves most changed elements to the next representable number. The value is
+then 1 or 2, and gaps are short, so that a changed element costs about a byte. Memory in addition to
+the two tensors: some `BLOCK_ELEMENTS` times 8 bytes, whatever the tensor's size.
 
-A payload carries no hash of its own: whoever applies it verifies the hash of the whole tensor.
+A payload carries no hash. The caller that applies it verifies the hash of the whole tensor.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import zstandard
 from rlhf_cluster.errors import WeightError
 
 BLOCK_ELEMENTS = 1 << 20
-"""Part of the format."""
+"""Elements per block. Part of the format: a reader must use the same number."""
 _HEADER = struct.Struct("<II")
 _GAP = np.dtype("<u4")
 _LEVEL = 1
@@ -37,10 +37,11 @@ _local = threading.local()  # compressors hold state and serve one thread
 
 
 def encode(base: memoryview, new: memoryview, item_bytes: int) -> bytearray | None:
-    """The payload that turns `base` into `new`; empty if they are equal, None if too much changed: of
-    all elements, or of those of a sample.
+    """Return the payload that turns `base` into `new`: empty if they are equal.
 
-    Both are the bytes of contiguous elements of `item_bytes` (1, 2, 4 or 8), equally many.
+    None if too many elements changed, of all or of a sample. Both are the bytes of contiguous
+    elements of `item_bytes` (1, 2, 4 or 8), and have the same length. Raises `WeightError` where the
+    lengths differ.
     """
     was, now = _elements(base, item_bytes), _elements(new, item_bytes)
     if was.shape != now.shape:
@@ -64,7 +65,7 @@ def encode(base: memoryview, new: memoryview, item_bytes: int) -> bytearray | No
 def apply(target: memoryview, payload: bytes | bytearray | memoryview, item_bytes: int) -> None:
     """Turn `target`, which holds the base, into the new elements, in place.
 
-    Raises `WeightError` on a payload that is not whole or does not fit; `target` is then undefined.
+    Raises `WeightError` on a payload that is damaged or does not fit; `target` is then undefined.
     """
     elements, data = _elements(target, item_bytes), memoryview(payload)
     if not data:
@@ -79,7 +80,7 @@ def apply(target: memoryview, payload: bytes | bytearray | memoryview, item_byte
         if num_changed > len(block) or position + length > len(data):
             raise WeightError(
                 f"the difference has a block of {num_changed} changes in {len(block)} elements and "
-                f"{length} bytes, of which {len(data) - position} are there"
+                f"{length} bytes, of which only {len(data) - position} follow"
             )
         if num_changed:
             _apply_block(block, num_changed, data[position : position + length])
@@ -117,7 +118,7 @@ def _elements(data: memoryview, item_bytes: int) -> Any:
 
 
 def _zigzag(difference: Any) -> Any:
-    """0, -1, 1, -2, .. become 0, 1, 2, 3, ..: small in every byte but the lowest."""
+    """Map 0, -1, 1, -2, .. to 0, 1, 2, 3, .., so that all bytes but the lowest are small."""
     sign = difference >> (8 * difference.itemsize - 1)
     return (difference << 1) ^ (~sign + 1)
 
@@ -127,7 +128,7 @@ def _unzigzag(values: Any) -> Any:
 
 
 def _planes(values: Any) -> bytes:
-    """All lowest bytes, then all second bytes, and so on: equal bytes stand together."""
+    """Return all lowest bytes, then all second bytes, and so on, so that equal bytes are adjacent."""
     return values.view(np.uint8).reshape(len(values), -1).T.tobytes()
 
 

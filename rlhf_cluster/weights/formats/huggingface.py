@@ -1,8 +1,12 @@
-"""From a published version to a Hugging Face folder.
+"""Export of a published version as a Hugging Face folder.
 
-Promises: every tensor is verified on the way; the names are those of the starting model (a tied
-`lm_head.weight` may be in one and not in the other); the folder appears whole, by a rename, or not
-at all. Memory: one output file's worth of tensors.
+Promises:
+- Every tensor is verified before it is written.
+- The names are those of the starting model (a tied `lm_head.weight` may be in one and not in the
+  other).
+- The folder appears complete, by a rename, or not at all.
+
+Memory: the tensors of one output file.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_cluster.data.tokenizer import load_tokenizer
 from rlhf_cluster.errors import WeightError
 from rlhf_cluster.records import WeightVersion
-from rlhf_cluster.util.durable_files import share
+from rlhf_cluster.util.durable_files import apply_umask
 from rlhf_cluster.weights.assemble import check_names
 from rlhf_cluster.weights.manifest import Manifest
 from rlhf_cluster.weights.store import open_version, read
@@ -45,9 +49,11 @@ def export_hf(
 ) -> Path:
     """Write `version` as a folder that transformers and vLLM load. Returns `out_dir`.
 
-    Configuration, tokenizer and everything else but weights comes from `model_dir`, the tokenizer
-    from `tokenizer_dir` where that is given. One `model.safetensors`, or numbered files with an index
-    over `max_file_bytes`. With `num_values` it is a sequence-classification model of so many labels.
+    Everything but the weights is copied from `model_dir`: configuration, tokenizer and other files.
+    With `tokenizer_dir`, the tokenizer is copied from there. The weights are one `model.safetensors`,
+    or, where they need more than `max_file_bytes`, numbered files with an index. With `num_values`,
+    the result is a sequence-classification model with this number of labels.
+
     Raises `WeightError`: `out_dir` is in use, `model_dir` is not a model, names do not match.
     """
     model_dir, out_dir = Path(model_dir), Path(out_dir)
@@ -94,8 +100,11 @@ def _read_config(model_dir: Path) -> dict[str, Any]:
 
 
 def _as_classifier(config: dict[str, Any], num_values: int) -> dict[str, Any]:
-    """What changes in the configuration. Padding, where none is named, is the end token: such a model
-    finds the last token of a padded sequence by it."""
+    """Return the keys of the configuration that a classifier with `num_values` labels changes.
+
+    The padding token, where `config` names none, is the end token: such a model needs one to find the
+    last token of a padded sequence.
+    """
     end = config.get("eos_token_id")
     padding = config.get("pad_token_id")
     labels = [f"LABEL_{i}" for i in range(num_values)]
@@ -146,7 +155,7 @@ def _main_dtype(manifest: Manifest) -> str:
 
 
 def copy_companions(model_dir: Path, target: Path) -> None:
-    """Copy what a model folder holds beside the weights and `config.json`."""
+    """Copy all files of a model folder but the weights and `config.json`."""
     for path in sorted(model_dir.iterdir()):
         is_weights = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json")
         if path.is_file() and not is_weights and path.name != "config.json":
@@ -170,7 +179,7 @@ def _write_weights(
         # The store yields tensors in the manifest's order, which the plan follows.
         batch = dict(next(tensors) for _ in names)
         save_file(batch, folder / file, metadata={"format": "pt"})
-        share(folder / file)
+        apply_umask(folder / file)
         where |= dict.fromkeys(names, file)
     if len(groups) > 1:
         index = {"metadata": {"total_size": manifest.num_bytes}, "weight_map": where}

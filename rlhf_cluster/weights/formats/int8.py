@@ -1,14 +1,13 @@
-"""INT8 weights for generation, while training and publishing stay in full precision.
+"""INT8 weights for generation, while training and publishing keep full precision.
 
 The format is W8A8 of compressed-tensors, which vLLM loads on CPUs and GPUs:
 
-    scale = max |row| / 127 (float32, one a row)      weight = round(row / scale), int8
+    scale = max |row| / 127 (float32, one per row)    weight = round(row / scale), int8
 
-for every linear layer but the output's; the engine quantises activations itself, token by token.
+for every linear layer but the output's. The engine quantises activations itself, token by token.
 
-Where this happens: in the generation worker, after a version was read and verified. The store then
-holds one kind of tensors, and the digest that was published is the one that every reader checks,
-whatever precision it goes on with.
+A generation worker quantises a version after it was read and verified. So the store holds one kind of
+tensors, and every reader checks the digest that was published, whatever precision it uses.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cluster.errors import WeightError
-from rlhf_cluster.models.int8_rounding import rounded
-from rlhf_cluster.util.durable_files import share
+from rlhf_cluster.models.int8_rounding import round_to_int8
+from rlhf_cluster.util.durable_files import apply_umask
 from rlhf_cluster.weights.formats.huggingface import (
     INDEX_NAME,
     copy_companions,
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCALE_SUFFIX = "_scale"
-"""After the name of a quantised weight: the name of its scales."""
+"""Suffix that makes the name of a quantised weight the name of its scales."""
 _WEIGHTS_8_BITS = {
     "num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False,
 }  # fmt: skip
@@ -40,7 +39,7 @@ _INPUTS_8_BITS = {**_WEIGHTS_8_BITS, "strategy": "token", "dynamic": True}
 
 
 def linear_weights(model_dir: str | Path) -> frozenset[str]:
-    """Names of the weights that are quantised: of all linear layers but the output's.
+    """Return the names of the weights that are quantised: of all linear layers but the output's.
 
     Reads the configuration only. Raises `WeightError` for a model with fused experts.
     """
@@ -67,21 +66,22 @@ def linear_weights(model_dir: str | Path) -> frozenset[str]:
 def quantized(
     tensors: Iterable[tuple[str, Tensor]], linear: frozenset[str]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The same tensors, each one named in `linear` as INT8 [out, in] and its scales [out, 1]."""
+    """Yield the tensors, each one named in `linear` as INT8 [out, in] and its scales [out, 1]."""
     for name, tensor in tensors:
         if name not in linear:
             yield name, tensor
             continue
-        codes, scale = rounded(tensor)
+        codes, scale = round_to_int8(tensor)
         yield name, codes
         yield name + SCALE_SUFFIX, scale
 
 
 def write_start_folder(model_dir: str | Path, out_dir: str | Path) -> Path:
-    """Write the model of `model_dir` in INT8, as an engine that will be updated must start.
+    """Write the model of `model_dir` in INT8: the folder in which an engine starts. Returns `out_dir`.
 
-    Any number of processes may call this at once: the folder appears whole, once. A folder that is
-    there is taken as it is. Memory: one file's worth of tensors. Raises `WeightError`.
+    An engine whose weights will be updated in INT8 must start with INT8 weights. Any number of
+    processes may call this at once: the folder appears complete, once. A folder that exists is used
+    unchanged. Memory: the tensors of one file. Raises `WeightError`.
     """
     model_dir, out_dir = Path(model_dir), Path(out_dir)
     if out_dir.is_dir():
@@ -111,11 +111,11 @@ def _write_weights(model_dir: Path, target: Path) -> None:
     files = sorted(model_dir.glob("*.safetensors"))
     for path in files:
         with safe_open(path, framework="pt") as file:
-            # A safetensors file has keys and is no mapping.
+            # A safetensors file has keys, but is not a mapping, so it cannot be iterated.
             read = ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
             tensors = dict(quantized(read, linear))
         save_file(tensors, target / path.name, metadata={"format": "pt"})
-        share(target / path.name)
+        apply_umask(target / path.name)
         where |= dict.fromkeys(tensors, path.name)
     if missing := sorted(linear - where.keys()):
         raise WeightError(

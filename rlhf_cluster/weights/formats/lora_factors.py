@@ -1,24 +1,24 @@
-"""Weights under an adapter: what is stored of them, and how they are put together.
+"""Factors of weights with an adapter: their names in a version, and how readers merge them.
 
     LoRA   W' = W + scale (B A)                  B [out, rank], A [rank, in]
-    DoRA   W' = gain (W + scale (B A))           gain [out], one a row: m / |W + scale (B A)|
+    DoRA   W' = gain (W + scale (B A))           gain [out], one per row: m / |W + scale (B A)|
 
-A version of format `adapter` stores, under the name of the weight that they make up:
+A version of format `adapter` stores these factors, named after the weight that they make up:
 
     name#base                [out, in]     W: written in an anchor, kept by the versions on it
     name#lora_A, #lora_B     float32       A and B
     name#gain                float32       DoRA only. The learner divides by the norms, readers do not
 
 Promises:
-- learner and readers merge by `merge`, in float32, one elementwise operation after the other: the
+- Learner and readers merge by `merge`, in float32, one elementwise operation after the other: the
   products of a column of B and a row of A are summed in the order of the adapter's rank. IEEE 754
-  rounds each of them, so the result is the same to the bit on any device, and for any part of W. A
-  matrix product would not do: its order of summation is up to the library, the shape and the device;
-- what is merged is rounded to bfloat16 by a stream whose key the manifest holds
-  (`stochastic_rounding`), or to nearest where it holds none;
-- so a version has the hashes and the digest of the same weights stored in full. They are those of
-  what the learner merged, and readers compare what they merged: a machine that computes otherwise
-  is refused, never believed. (Not a number has many bit patterns: weights must be finite.)
+  rounds each operation, so the result is bitwise identical on any device, and for any part of W. A
+  matrix product is not: its order of summation depends on the library, the shape and the device.
+- The merged weight is rounded to bfloat16 by a stream whose key the manifest holds
+  (`stochastic_rounding`), or to nearest where it holds none.
+- So a version has the hashes and the digest of the same weights stored as a full snapshot. The
+  learner hashes the weights that it merged, and readers compare theirs. A machine that computes other
+  values gets an error. (NaN has many bit patterns, so weights must be finite.)
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ DOWN = "#lora_A"
 UP = "#lora_B"
 GAIN = "#gain"
 TRAINED = (DOWN, UP, GAIN)
-"""What every version has its own of."""
-_BLOCK_ELEMENTS = 1 << 17  # what is summed stays in the cache
+"""Suffixes of the factors that every version stores."""
+_BLOCK_ELEMENTS = 1 << 17  # small enough that the sum stays in the cache
 
 
 def is_factor(name: str) -> bool:
-    """Whether a stored tensor of this name is only a part of what makes up one of the model's."""
+    """Whether the name is that of a factor, and not of a tensor of the model."""
     return name.endswith((BASE, *TRAINED))
 
 
 def factors_of(name: str, factors: Iterable[str]) -> list[str]:
-    """Those of `factors` that make up tensor `name`."""
+    """Return the names among `factors` that make up tensor `name`, in their order."""
     own = {name + kind for kind in (BASE, *TRAINED)}
     return [factor for factor in factors if factor in own]
 
@@ -55,7 +55,10 @@ def factors_of(name: str, factors: Iterable[str]) -> list[str]:
 def check_factors(
     name: str, shape: tuple[int, ...], factors: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Raise `WeightError` unless `factors`, the shapes of all of a version, make up this weight."""
+    """Check that `factors`, shapes by name of all of a version, make up this weight.
+
+    Raises `WeightError` where one is missing or has another shape, or the weight is not a matrix.
+    """
     down = factors.get(name + DOWN, ())
     rank = down[0] if down else 0
     wanted = {name + BASE: shape, name + DOWN: (rank, *shape[1:]), name + UP: (*shape[:1], rank)}
@@ -75,10 +78,11 @@ def check_factors(
 def merge(
     base: Tensor, offset: int, down: Tensor, up: Tensor, scale: float, gain: Tensor | None = None
 ) -> Tensor:
-    """Elements [offset, offset + numel) of the flattened W', float32 [numel], on their device.
+    """Return elements [offset, offset + numel) of the flattened W', float32 [numel].
 
-    `base`: the same elements of W, flat. `down` [rank, in] whole. `up` [rows, rank] and `gain`
-    [rows]: of the rows that hold one of these elements, both float32.
+    `base`: the same elements of W, flat. `down`: the complete A [rank, in]. `up` [rows, rank] and
+    `gain` [rows]: B and the gains for the rows that hold one of these elements, both float32. The
+    result is on the device of the arguments.
     """
     import torch
 
@@ -97,9 +101,9 @@ def merge(
 
 
 def scale_rows(weight: Tensor, offset: int, columns: int, gain: Tensor) -> None:
-    """Multiply each row by its gain, in place: the last operation of `merge`, whose words it shares.
+    """Multiply each row by its gain, in place: the last operation of `merge`.
 
-    `weight` holds elements from `offset` on, flat; `gain` is that of the rows that it touches.
+    `weight`: elements from `offset` on, flat. `gain`: one value per row that holds one of them.
     """
     head = min(-offset % columns, weight.numel())
     whole = (weight.numel() - head) // columns
@@ -117,7 +121,7 @@ def _product(up: Tensor, down: Tensor) -> Tensor:
     total = up[:, :1] * down[0]
     term = torch.empty_like(total)
     for k in range(1, down.shape[0]):
-        # Two operations: fused, they would be rounded once where the device can, else twice.
+        # Two operations on purpose: a fused one is rounded once on some devices, twice on others.
         torch.mul(up[:, k : k + 1], down[k], out=term)
         total.add_(term)
     return total

@@ -1,10 +1,10 @@
-"""A version's adapters as a folder of peft's, for an engine that serves them beside its weights.
+"""PEFT folder of a version's adapters, for an engine that serves adapters without merging them.
 
     adapter_config.json          rank, alpha, names of the layers
     adapter_model.safetensors    base_model.model.<layer>.lora_A.weight, .lora_B.weight, in float32
 
-Such an engine adds B A to what its own model folder holds, so `refuse_other_base` compares that
-folder with what the version stands on: equal hashes, tensor by tensor, in the type of the version.
+Such an engine adds B A to the weights in its own model folder. So `refuse_other_base` compares that
+folder with the base weights of the version: equal hashes, tensor by tensor, in the version's type.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from rlhf_cluster.models.model_folder import (
     TIED_HEAD,
     checkpoint_shapes,
     checkpoint_tensors,
+    drop_tied_head,
     refuse_other_model,
-    without_tied_head,
 )
 from rlhf_cluster.util.tensor_hashing import hash_pieces, tensor_bytes, tensor_hash
 from rlhf_cluster.weights.formats import lora_factors
@@ -39,7 +39,7 @@ _KINDS = {lora_factors.DOWN: ".lora_A.weight", lora_factors.UP: ".lora_B.weight"
 def write_peft_folder(folder: Path, manifest: Manifest, factors: Mapping[str, Tensor]) -> None:
     """Write the adapters of a version, `factors` by their stored names, into a new `folder`.
 
-    Raises `WeightError`: DoRA, adapters of several ranks or scales, a disk that takes nothing.
+    Raises `WeightError`: DoRA, adapters of several ranks or scales, a disk that cannot be written.
     """
     from safetensors.torch import save_file
 
@@ -85,8 +85,10 @@ def write_peft_folder(folder: Path, manifest: Manifest, factors: Mapping[str, Te
 def refuse_other_base(
     model_dir: str | Path, manifest: Manifest, deadline: Deadline | None = None
 ) -> None:
-    """Raise `WeightError` unless the folder's tensors are those that the version's adapters are added
-    to, and those that it leaves as they are. Reads the whole folder; `StalledError` past the deadline.
+    """Check that the folder has the tensors that the version's adapters are added to.
+
+    The tensors that the version does not change must be equal too. Reads the whole folder. Raises
+    `WeightError` where one differs; `StalledError` past the deadline.
     """
     import torch
 
@@ -97,7 +99,7 @@ def refuse_other_base(
         for name, entry in manifest.tensors.items()
     }
     tied = TIED_HEAD not in stands_on
-    expected = without_tied_head(checkpoint_shapes(model_dir), tied)
+    expected = drop_tied_head(checkpoint_shapes(model_dir), tied)
     shapes = {name: tuple(entry.shape) for name, (_, entry) in stands_on.items()}
     refuse_other_model(f"version {manifest.version}", shapes, expected)
     for name, tensor in checkpoint_tensors(model_dir):

@@ -1,21 +1,21 @@
-"""The port for a transfer of tensors from the learner's GPUs to an engine's, such as vLLM's own.
+"""Port for a transfer of tensors from the learner's GPUs to an engine's, such as vLLM's transfer.
 
     learner   publish -> Sender.send_weights    iterates the `HashedTensors`; at its end, before any
-                                                worker uses them, `TransferClient` gives the hashes
+                                                worker uses them, `TransferClient` sends the hashes
     worker    receive -> Receiver.update_weights -> Arrivals.load_weights      tensor by tensor
               Arrivals.verified                 names and hashes, then the engine may load them
 
 A `Sender` is what vLLM's `WeightTransferTrainerFactory.trainer_init` returns, a `Receiver` one of its
-`WeightTransferEngine`; backends "nccl" and "ipc" hand what arrives to `load_weights` of the target that
-`set_weight_update_target` names. They carry no digests, so ours travel beside the tensors.
+`WeightTransferEngine`. The backends "nccl" and "ipc" pass arriving tensors to `load_weights` of the
+target that `set_weight_update_target` names. They carry no digests, so the hashes are sent separately.
 
 Promises:
-- no tensor gets to a model before all of them are here, each with the hash that it was sent with;
-- what is missing, damaged, sent twice or not announced is named in a `WeightError`;
-- a transfer that broke has changed nothing. Its `Sender` is not used again: vLLM's groups cannot be.
+- No tensor reaches a model before all have arrived, each with the hash that it was sent with.
+- Tensors that are missing, damaged, sent twice or not announced are named in a `WeightError`.
+- A transfer that failed has changed nothing. Its `Sender` is not used again: vLLM's groups cannot be.
 
-A worker holds the version in host memory until it is verified, as with files. Nothing here waits with
-a deadline of its own: a call into a `Sender` or a `Receiver` that hangs is left by who waits for it.
+A worker holds the version in host memory until it is verified, as with files. Calls here have no
+deadline: the caller must end its wait for a `Sender` or a `Receiver` that hangs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rlhf_cluster.errors import WeightError
 from rlhf_cluster.util.tensor_hashing import (
     combine_hashes,
-    hash_of,
+    hash_tensor,
 )
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Sender(Protocol):
     """The learner's end of a backend, on every rank."""
 
     def send_weights(self) -> None:
-        """Send all tensors of the source that it was made with, and drive its client meanwhile."""
+        """Send all tensors of the sender's source, and call its client meanwhile."""
         ...
 
     def shutdown(self) -> None: ...
@@ -50,37 +50,37 @@ class Receiver(Protocol):
     """A worker's end of a backend."""
 
     def set_weight_update_target(self, model: Any, model_config: Any) -> None:
-        """From here on tensors that arrive go to `model.load_weights`."""
+        """Pass all tensors that arrive after this call to `model.load_weights`."""
         ...
 
     def reset_weight_update_target(self) -> None: ...
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Take what the sender says in `update_info` that it sends. Blocks."""
+        """Receive the tensors that the sender describes in `update_info`. Blocks."""
         ...
 
     def drain_pending(self) -> None:
-        """Block until all that was taken has gone to the target."""
+        """Block until the target has all tensors that were received."""
         ...
 
 
 class Workers(Protocol):
-    """All workers of a run. Every call returns when each of them is done, or raises."""
+    """All workers of a run. Every call returns when all of them are done, or raises."""
 
     def open(self, init_info: dict[str, Any]) -> None: ...
 
     def take(self, update_info: Any) -> None:
-        """Each worker calls `receive`."""
+        """Make each worker call `receive`."""
         ...
 
     def apply(self, announced: Announced) -> None:
-        """Each worker calls `Arrivals.verified`, and loads what that returns. Raises `WeightError`."""
+        """Make each worker call `Arrivals.verified` and load the result. Raises `WeightError`."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Announced:
-    """What was sent: the hash of each tensor by name. `digest` is a version's in files, too."""
+    """Hashes of the tensors that were sent, by name. `digest` equals that of the version in files."""
 
     version: int
     hashes: Mapping[str, str]
@@ -91,8 +91,10 @@ class Announced:
 
 
 class HashedTensors:
-    """The tensors of a policy, whole, each hashed right before it is sent. Each iteration is a fresh
-    pass; `tensors` begins one."""
+    """Complete tensors of a policy, each hashed right before it is sent.
+
+    Each iteration is a new pass over all tensors; `tensors` begins one.
+    """
 
     def __init__(self, tensors: Callable[[], Iterable[tuple[str, Tensor]]]) -> None:
         self._tensors = tensors
@@ -103,12 +105,12 @@ class HashedTensors:
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         self._hashes, self._is_whole = {}, False
         for name, tensor in self._tensors():
-            self._hashes[name] = hash_of(name, tensor.cpu())
+            self._hashes[name] = hash_tensor(name, tensor.cpu())
             yield name, tensor
         self._is_whole = True
 
     def announced(self) -> Announced:
-        """Raises `WeightError`: not all of the version was sent."""
+        """Return the hashes of the last pass. Raises `WeightError`: not all of it was sent."""
         if not self._is_whole:
             raise WeightError(
                 f"version {self.version}: {len(self._hashes)} tensors were sent, and not all. Publish "
@@ -118,7 +120,7 @@ class HashedTensors:
 
 
 class TransferClient:
-    """`VLLMWeightSyncClient` of vLLM: how a `Sender` reaches the workers."""
+    """`VLLMWeightSyncClient` of vLLM, by which a `Sender` calls the workers."""
 
     def __init__(self, workers: Workers, source: HashedTensors) -> None:
         self._workers, self._source = workers, source
@@ -137,17 +139,19 @@ class TransferClient:
 
 
 def publish(sender: Sender, source: HashedTensors, version: int) -> Announced:
-    """Send `source` as `version`. When this returns, every worker has it. Raises `WeightError`; then
-    shut `sender` down and make a new one."""
+    """Send `source` as `version`. When this returns, every worker has it.
+
+    Raises `WeightError`: then shut `sender` down and make a new one.
+    """
     source.version = version
     try:
         sender.send_weights()
     except WeightError:
         raise
-    except Exception as error:  # what a backend raises is its own
+    except Exception as error:  # a backend may raise errors of any kind
         raise WeightError(
-            f"version {version} was not transferred ({type(error).__name__}: {error}). The workers go "
-            "on with the weights they have; publish it again with a new sender"
+            f"version {version} was not transferred ({type(error).__name__}: {error}). The workers "
+            "keep the weights they have; publish it again with a new sender"
         ) from error
     return source.announced()
 
@@ -155,7 +159,7 @@ def publish(sender: Sender, source: HashedTensors, version: int) -> Announced:
 def receive(
     receiver: Receiver, update_info: dict[str, Any], arrivals: Arrivals, model_config: Any
 ) -> None:
-    """Take what the sender sends to `arrivals`, and leave the engine's own model alone."""
+    """Receive what the sender sends into `arrivals`. The engine's model is not changed."""
     receiver.set_weight_update_target(arrivals, model_config)
     try:
         receiver.update_weights(update_info)
@@ -165,14 +169,14 @@ def receive(
 
 
 class Arrivals:
-    """Stands where a model would while tensors arrive. Make one for each version."""
+    """Buffer that takes the place of the model while tensors arrive. Make one for each version."""
 
     def __init__(self) -> None:
         self._tensors: dict[str, Tensor] = {}
         self._twice: list[str] = []
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Keep copies in host memory: a backend uses its buffers again. Returns their names."""
+        """Keep copies in host memory, as a backend reuses its buffers. Returns their names."""
         names = set[str]()
         for name, tensor in weights:
             if name in self._tensors:
@@ -182,7 +186,10 @@ class Arrivals:
         return names
 
     def verified(self, announced: Announced) -> dict[str, Tensor]:
-        """The tensors, which are those that were sent. Raises `WeightError`."""
+        """Return the tensors, checked against the hashes of those that were sent.
+
+        Raises `WeightError`: some are missing, not announced, came twice, or are damaged.
+        """
         hashes = announced.hashes
         problems = {
             "are missing": hashes.keys() - self._tensors.keys(),
@@ -191,7 +198,7 @@ class Arrivals:
             "are damaged": [
                 name
                 for name, tensor in self._tensors.items()
-                if name in hashes and hash_of(name, tensor) != hashes[name]
+                if name in hashes and hash_tensor(name, tensor) != hashes[name]
             ],
         }
         found = [

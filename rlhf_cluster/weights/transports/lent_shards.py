@@ -1,17 +1,17 @@
-"""A learner rank's newest shard in its own memory, from where the first nodes of the relay take it.
+"""A learner rank's newest shard, lent from its memory to the first nodes of the relay.
 
-    rank   ShardLender.withdraw -> FileSink.write -> ShardLender.write     beside the next step
+    rank   ShardLender.withdraw -> FileSink.write -> ShardLender.write     during the next step
     node   the plan sends it here, and later to the nodes that have the file
 
-The files in the storage stay what a version is: they are written first, and readers who get nothing
-here read them. So whatever goes wrong here costs the relay a source, and the version nothing.
+The files in the storage are the version: they are written first, and a reader that gets nothing here
+reads them. So a failure here costs the relay a source, and does not affect the version.
 
 Promises:
-- the storage gives readers no file of a version that all ranks lend;
-- a rank holds one shard beside its own weights: the one before is given back first, except to a reader
-  that is taking it;
-- nobody is sent to a shard that is about to be given back;
-- what is lent is a copy that never changes, and readers verify it as they do files.
+- Readers fetch no file from the storage of a version that all ranks lend.
+- A rank holds one shard in addition to its weights. The shard before is freed first, except while a
+  reader is fetching it.
+- The plan sends no reader to a shard that is about to be freed.
+- The lent shard is a copy that never changes, and readers verify it as they do files.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ log = logging.getLogger(__name__)
 
 
 class Lists(Protocol):
-    """`RelayPlan`, wherever it is. Raises `WeightError` when it cannot be asked."""
+    """`RelayPlan` of this or another process. Raises `WeightError` when it cannot be reached."""
 
     def lends(self, node: str, pieces: Sequence[tuple[Piece, Any]]) -> None: ...
 
 
 class ShardLender:
-    """`ShardSink` of one process that copies what it is given. Several threads may call it."""
+    """`ShardSink` of one process that lends copies of the shards. Several threads may call it."""
 
     def __init__(
         self,
@@ -48,18 +48,27 @@ class ShardLender:
         copy: Callable[[memoryview], memoryview] | None = None,
         told: Callable[[str], None] = log.warning,
     ) -> None:
-        """`node` names this process among all that serve files; `copy` keeps a chunk."""
+        """Lend nothing yet.
+
+        Args:
+            node: the name of this process among all that serve files.
+            copy: returns a copy of a chunk.
+            told: gets the message when a shard cannot be lent.
+        """
         self._node, self._planner, self._server = node, planner, server
-        self._copy, self._told = copy or _copied, told
+        self._copy, self._told = copy or _copy, told
         self._lock = threading.Lock()
         self._lent: dict[Piece, Served] = {}
 
     def withdraw(self) -> None:
-        """Call before the next version is written. Nobody is sent here until it is."""
+        """Make the plan send no reader here, until the next `write`.
+
+        Call before the next version is written.
+        """
         self._list([])
 
     def write(self, version: int, name: str, image: ShardImage) -> None:
-        """Lend `image`, and what is lent of the same version, and nothing else."""
+        """Lend `image`, and keep only shards of the same version lent."""
         with self._lock:
             self._drop_all_but(version)
             try:
@@ -88,6 +97,6 @@ class ShardLender:
             self._told(f"{self._node} lends nothing: {error}")
 
 
-def _copied(chunk: memoryview) -> memoryview:
-    # numpy lets other threads run while it copies, a step of the learner above all.
+def _copy(chunk: memoryview) -> memoryview:
+    # numpy releases the GIL while it copies, so that the learner's step runs meanwhile.
     return np.frombuffer(chunk, dtype=np.uint8).copy().data

@@ -1,10 +1,10 @@
-"""The threads, the time and the bytes of a mirror in a worker's process (`mirror_ports.Carrier`).
+"""Threads, clock and transfers of a mirror in a worker's process (`mirror_ports.Carrier`).
 
 Promises:
-- a read of the storage that hangs holds up one thread that nobody waits for, neither past its limit
-  nor at the end of the process; it writes nothing when it goes on after all;
-- past `MAX_HUNG` reads that hang no further one begins: a storage that is gone for good costs no more
-  threads than these.
+- A read of the storage that hangs blocks one thread only. No caller waits for this thread past its
+  limit, or at the end of the process. If the read continues after all, it writes nothing.
+- While `MAX_HUNG` reads hang, no further one begins: a storage that never answers again costs at most
+  this number of threads.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from rlhf_cluster.weights.transports.shared_files import gone, version_dir
 from rlhf_cluster.weights.transports.transport import Deadline
 
 MAX_HUNG = 32
-_LOOK_S = 0.2  # between two looks at a deadline that another thread may cancel
-_STOP_S = 0.5  # for threads to see that nobody waits for them any more
+_LOOK_S = 0.2  # between two checks of a deadline that another thread may cancel
+_STOP_S = 0.5  # for threads to see that their caller does not wait any more
 _CALL_BYTES = 16 << 20
 _T = TypeVar("_T")
 
 
 def finish(work: Coroutine[Any, Any, _T]) -> _T:
-    """Run `work`, whose every wait is one of this thread."""
+    """Run `work`, which never suspends, to its end in this thread, and return its result."""
     try:
         work.send(None)
     except StopIteration as ended:
@@ -44,7 +44,7 @@ def finish(work: Coroutine[Any, Any, _T]) -> _T:
 
 
 class ThreadCarrier:
-    """`server` gives other nodes what this one lends; the storage is the folder `root`."""
+    """Carrier with threads. `server` serves what this node lends; the storage is the folder `root`."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class ThreadCarrier:
             error: BaseException | None = None
             try:
                 finish(work())
-            except BaseException as raised:  # raised again by who waits
+            except BaseException as raised:  # raised again in the thread that waits
                 error = raised
             ended.put(error)
 
@@ -146,11 +146,11 @@ class _ThreadLock(contextlib.AbstractAsyncContextManager[None]):
 
 
 class _Reading:
-    """A file of the storage, read by a thread of its own, two chunks ahead at most."""
+    """A file of the storage, read by a dedicated thread, at most two chunks ahead."""
 
     def __init__(self, path: Path, name: str) -> None:
         self.is_over = False
-        """Nobody wants it any more."""
+        """Whether the caller does not want the file any more; the thread then ends."""
         self._path = path
         self._chunks: queue.Queue[bytes | WeightError] = queue.Queue(maxsize=2)
         self._thread = threading.Thread(target=self._read, name=name, daemon=True)
@@ -163,7 +163,11 @@ class _Reading:
     def next_chunk(
         self, progress_s: float, left_s: Callable[[], float], clock: Callable[[], float]
     ) -> bytes:
-        """Nothing at the end. Waits for: the storage. Raises `NoProgress`, `WeightError`."""
+        """Return the next chunk, empty at the end of the file.
+
+        Waits for: the storage. Raises `NoProgress` after `progress_s` without a chunk; `WeightError`;
+        what `left_s` raises.
+        """
         ends = clock() + progress_s
 
         def still_s() -> float:
@@ -191,7 +195,7 @@ class _Reading:
             self._put(WeightError(f"{self._path}: cannot be read ({error})"))
 
     def _put(self, chunk: bytes | WeightError) -> bool:
-        """Whether somebody still wants more."""
+        """Queue a chunk for the caller. Return whether the caller still wants more."""
         while not self.is_over:
             with contextlib.suppress(queue.Full):
                 self._chunks.put(chunk, timeout=_LOOK_S)
@@ -200,7 +204,7 @@ class _Reading:
 
 
 def _next(ended: queue.Queue[_T] | queue.SimpleQueue[_T], left_s: Callable[[], float]) -> _T:
-    """What comes next. Raises what `left_s` raises, at most `_LOOK_S` late."""
+    """Return the next item of the queue. Raises what `left_s` raises, at most `_LOOK_S` late."""
     while True:
         with contextlib.suppress(queue.Empty):
             return ended.get(timeout=min(_LOOK_S, left_s()))

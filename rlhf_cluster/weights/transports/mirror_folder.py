@@ -2,15 +2,16 @@
 
     <weights.mirror>/rlhf_mirror_<user and store>/     .mark   .lock   v000001/   v000002/
 
-Whoever reads the copies holds a shared lock of the mark; a folder whose mark nobody holds is of a run
-that has ended.
+A process that reads the copies holds a shared lock of the mark. A folder whose mark no process holds
+belongs to a run that has ended.
 
 Promises:
-- nothing but a folder that this user's processes made, with the name and the mark of one, is ever
-  removed; what else is in `weights.mirror` may have any name;
-- the folder belongs to one store: two runs of one name that write to different stores never meet;
-- a folder has its name only together with its mark, and loses both at once; the mark is the last file
-  to go, so that a sweep that is killed is ended by the next one.
+- Only a folder that this user's processes made, with the name and the mark of one, is ever removed.
+  Other files in `weights.mirror` may have any name.
+- The folder belongs to one store: two runs of one name that write to different stores have different
+  folders.
+- A folder has its name only together with its mark, and loses both at once. The mark is the last file
+  to be deleted, so that the next sweep finishes one that was killed.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ from rlhf_cluster.weights.transports.transport import Deadline
 
 MARK = ".mark"
 _NAME = re.compile(r"rlhf_mirror_[0-9a-f]{16}(\.[0-9a-f]{8})?")
-"""With a suffix while it is made or removed."""
+"""Name of a folder of copies, with a suffix while it is made or removed."""
 _FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 _LOCK_POLL_S = 0.05
 
 
 class FilePart:
-    """A file below a temporary name (`mirror_ports.Part`)."""
+    """A file with a temporary name until `keep` (`mirror_ports.Part`)."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -68,7 +69,7 @@ class FilePart:
 
 
 class NodeCopies:
-    """The files in `copies_of(root, mirror)` (`mirror_ports.Copies`)."""
+    """Copies in the folder `copies_of(root, mirror)` (`mirror_ports.Copies`)."""
 
     def __init__(
         self,
@@ -90,7 +91,11 @@ class NodeCopies:
 
     @contextlib.asynccontextmanager
     async def turn(self, deadline: Deadline) -> AsyncIterator[None]:
-        """Waits for: the other readers of this node, a look every `_LOCK_POLL_S`."""
+        """Hold the lock of the node's copies inside the block.
+
+        Waits for: the other readers of this node, with a check every `_LOCK_POLL_S`. Raises
+        `StalledError` past the deadline; `OSError`.
+        """
         fd = None
         try:
             self._begin_use(deadline)
@@ -105,9 +110,9 @@ class NodeCopies:
                 os.close(fd)
 
     def _begin_use(self, deadline: Deadline) -> None:
-        """Until `leave`, or the end of this process, `sweep` leaves the folder alone."""
+        """Keep `sweep` from removing the folder until `leave`, or the end of this process."""
         if self._use is not None and not is_in_use(self._use, self.local):
-            os.close(self._use)  # somebody removed the folder
+            os.close(self._use)  # the folder was removed
             self._use = None
         if self._use is None:
             sweep(self.local.parent)
@@ -140,7 +145,10 @@ class NodeCopies:
             part.close()
 
     def mapped(self, piece: Piece) -> tuple[memoryview, object]:
-        """It is mapped, not copied: files are removed here, and never cut."""
+        """Map the file of `piece`, and return its memory and its identity.
+
+        Mapping is safe, because files are removed here, and never truncated.
+        """
         with self._path(piece).open("rb") as file:
             data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
             return data, _identity(os.fstat(file.fileno()))
@@ -170,7 +178,7 @@ class NodeCopies:
 
 
 def _identity(found: os.stat_result) -> tuple[int, int]:
-    """The inode alone may be used again once a file is gone."""
+    """Return the inode and the time of a file: the inode alone may be reused after its removal."""
     return found.st_ino, found.st_mtime_ns
 
 
@@ -181,10 +189,11 @@ def copies_of(root: str | Path, mirror: str | Path) -> Path:
 
 
 def begin_use(local: Path) -> int | None:
-    """Make the folder if there is none. Return its mark, open: no `sweep` removes the folder until it
-    is closed. None: another process makes or removes it at this moment; ask again.
+    """Make the folder if it does not exist, and return the descriptor of its mark.
 
-    Raises `FileExistsError` where the name is taken by something else; `OSError`, `StorageError`.
+    No `sweep` removes the folder until the descriptor is closed. None: another process makes or
+    removes the folder at this moment; ask again. Raises `FileExistsError` where the name is taken by
+    something else; `OSError`, `StorageError`.
     """
     local.parent.mkdir(parents=True, exist_ok=True)
     if not os.path.lexists(local):
@@ -193,18 +202,18 @@ def begin_use(local: Path) -> int | None:
         if not os.path.lexists(local):
             return None
         raise FileExistsError(
-            f"{local} exists, and is no folder that this user's runs made there ({MARK} is missing or "
-            "another user's). Move it away, or give weights.mirror another folder"
+            f"{local} exists, and is not a folder that this user's runs made there ({MARK} is missing "
+            "or another user's). Move it away, or give weights.mirror another folder"
         )
     try:
         fd = os.open(local / MARK, _FLAGS)
     except FileNotFoundError:
         return None
-    return _locked(fd, local)
+    return _lock_mark(fd, local)
 
 
 def is_in_use(fd: int, local: Path) -> bool:
-    """Return whether `fd`, of `begin_use`, is still the mark of what has the name `local`."""
+    """Return whether `fd`, from `begin_use`, is still the mark of the folder `local`."""
     try:
         found = os.lstat(local / MARK)
     except OSError:
@@ -217,10 +226,10 @@ def sweep(mirror: Path) -> None:
     for folder in sorted(mirror.glob("rlhf_mirror_*")):
         if _NAME.fullmatch(folder.name) and _is_ours(folder):
             with contextlib.suppress(OSError, StorageError):
-                _remove_unused(folder)
+                _remove_if_unheld(folder)
 
 
-def _remove_unused(folder: Path) -> None:
+def _remove_if_unheld(folder: Path) -> None:
     fd = os.open(folder / MARK, _FLAGS)
     try:
         if take_lock(fd, folder / MARK) and is_in_use(fd, folder):
@@ -249,7 +258,7 @@ def _make(local: Path) -> int | None:
     fresh.mkdir(mode=0o700)
     fd = None
     try:
-        fd = _locked(os.open(fresh / MARK, _FLAGS | os.O_CREAT | os.O_EXCL, 0o600), fresh)
+        fd = _lock_mark(os.open(fresh / MARK, _FLAGS | os.O_CREAT | os.O_EXCL, 0o600), fresh)
         if fd is not None:
             fresh.rename(local)
     except OSError:
@@ -262,8 +271,8 @@ def _make(local: Path) -> int | None:
     return fd
 
 
-def _locked(fd: int, folder: Path) -> int | None:
-    """`fd` with a shared lock; None, and closed, where a sweep was first."""
+def _lock_mark(fd: int, folder: Path) -> int | None:
+    """Take a shared lock of `fd`, and return it; None, and closed, where a sweep was first."""
     try:
         if take_lock(fd, folder / MARK, shared=True) and is_in_use(fd, folder):
             return fd

@@ -1,9 +1,9 @@
-"""What a mirror needs of its process: a folder, threads, time, the storage and the other nodes.
+"""Ports of a mirror to its process: a folder, threads, time, the storage and the other nodes.
 
-`node_mirror.Mirror` decides, and these do. In a worker's process they are files, threads and sockets
-(`mirror_folder.NodeCopies`, `mirror_carrier.ThreadCarrier`): they wait in the thread that calls
-them, and no `await` of theirs suspends. In a simulated process they wait on an event loop in virtual
-time.
+`node_mirror.Mirror` decides, and the ports act. In a worker's process they are files, threads and
+sockets (`mirror_folder.NodeCopies`, `mirror_carrier.ThreadCarrier`). These wait in the thread that
+calls them, and their coroutines never suspend. In a simulated process the ports wait on an event
+loop in virtual time.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _T = TypeVar("_T")
 
 
 class NoProgress(WeightError):
-    """A read of the storage from which nothing has come for too long: it may hang for ever."""
+    """A read of the storage returned nothing for too long: it may hang for ever."""
 
 
 class Planner(Protocol):
-    """`RelayPlan`, wherever it is. Raises `WeightError` when it cannot be asked."""
+    """`RelayPlan` of this or another process. Raises `WeightError` when it cannot be reached."""
 
     def exchange(
         self,
@@ -38,7 +38,7 @@ class Planner(Protocol):
 
 
 class Part(Protocol):
-    """A file that is coming. It has its name from `keep` on."""
+    """A file that is being received. It has its final name from `keep` on."""
 
     @property
     def num_bytes(self) -> int: ...
@@ -51,16 +51,18 @@ class Copies(Protocol):
 
     @property
     def where(self) -> str:
-        """What errors call it."""
+        """Name of the copies in errors."""
         ...
 
     def path(self, version: int) -> str:
-        """Where readers find a version that is here."""
+        """Return the path at which readers find a version whose files are all copied."""
         ...
 
     def turn(self, deadline: Deadline) -> AbstractAsyncContextManager[None]:
-        """No other reader of this node brings anything inside the block; the copies are in use from
-        then on until `leave`. Raises `StalledError`."""
+        """Exclude the other readers of this node from fetching inside the block.
+
+        From then on the copies are in use until `leave`. Raises `StalledError`.
+        """
         ...
 
     def has(self, piece: Piece) -> bool: ...
@@ -68,25 +70,31 @@ class Copies(Protocol):
     def read(self, piece: Piece) -> bytes: ...
 
     def identity(self, piece: Piece) -> object | None:
-        """Which file has the name of `piece`, to tell it from one that replaces it; None: none."""
+        """Return the identity of the file of `piece`; a file that replaces it has another.
+
+        None: the file does not exist.
+        """
         ...
 
     def part(self, piece: Piece) -> AbstractContextManager[Any]:
-        """A `Part`, gone after the block unless it is kept."""
+        """Return a new `Part`, which is deleted at the end of the block unless it was kept."""
         ...
 
     def mapped(self, piece: Piece) -> tuple[Any, object]:
-        """The memory of a file that is here, which stays while somebody has it, and its identity."""
+        """Return the memory of a copied file, and its identity.
+
+        The memory stays valid while a reference to it exists, also after the file's removal.
+        """
         ...
 
     def versions(self) -> list[int]:
-        """Those of which some file is here."""
+        """Return the numbers of the versions of which at least one file is copied."""
         ...
 
     def remove(self, version: int) -> None: ...
 
     def remove_parts(self) -> None:
-        """Of readers that were lost, or have given up."""
+        """Remove the unfinished files of readers that died or timed out."""
         ...
 
     def free_bytes(self) -> int: ...
@@ -97,13 +105,13 @@ class Copies(Protocol):
 
 
 class Carrier(Protocol):
-    """Whatever takes time."""
+    """All actions of a mirror that take time."""
 
     @property
     def clock(self) -> Callable[[], float]: ...
 
     def where(self, version: int) -> str:
-        """What errors call a version in the storage."""
+        """Return the name of a version in the storage, for errors."""
         ...
 
     async def sleep(self, seconds: float) -> None: ...
@@ -122,26 +130,30 @@ class Carrier(Protocol):
         waits_for: str,
         end: Callable[[], None],
     ) -> None:
-        """`count` times `work`, beside each other. Raises the first error, or that of `deadline`, which
-        no work that hangs holds up; `end` is called as soon as nobody waits for them any more."""
+        """Run `work` `count` times concurrently. Raises the first error, or that of `deadline`.
+
+        Work that hangs does not delay the error of `deadline`. `end` is called as soon as this call
+        does not wait for the works any more.
+        """
         ...
 
     async def from_storage(
         self, piece: Piece, part: Any, progress_s: float, left_s: Callable[[], float]
     ) -> None:
-        """Fill `part`. `left_s` gives the seconds left, or raises when the piece is wanted no more.
+        """Fill `part` with the piece from the storage.
 
-        Raises `NoProgress` when nothing comes for `progress_s`; `WeightError`: it cannot be read;
+        `left_s` returns the seconds left, or raises when the piece is not wanted any more. Raises
+        `NoProgress` when nothing arrives for `progress_s`; `WeightError`: the piece cannot be read;
         `OSError`: the copy cannot be written.
         """
         ...
 
     async def from_node(self, address: Any, part: Any, lease: Deadline) -> None:
-        """Fill `part` with what another node lends at `address`. Raises `WeightError`, `OSError`."""
+        """Fill `part` from the node that lends it at `address`. Raises `WeightError`, `OSError`."""
         ...
 
     def lend(self, data: Any) -> Any:
-        """Serve this memory to others until `drop` of the handle's `key`."""
+        """Serve this memory to other nodes until `drop` of the handle's `key`. Return the handle."""
         ...
 
     def drop(self, keys: Sequence[int]) -> None: ...

@@ -2,32 +2,31 @@
 
     storage or another node --> local folder --> every reader of this node, and other nodes
 
-Which file comes from where is the plan of `relay_plan`: the storage gives each file about
-once, however many nodes there are. Readers then read the local folder as they would the storage,
-and verify as much.
+The plan of `relay_plan` decides the source of each file: the storage serves each file about once, for
+any number of nodes. Readers then read the local folder as they would the storage, and verify the same
+hashes.
 
 Promises:
-- a node brings each file once, whatever number of readers it has: one of them brings, the others
-  wait;
-- a file has its name only when it is whole, and is as long as the manifest says; what is in it is
-  verified by who reads it, and a version that was found damaged (`distrust`) is brought again,
-  from the storage;
-- a planner that cannot be asked costs the relay and not the version: all comes from the storage
-  then;
-- every wait ends with the deadline, and with it the hold that this reader has of the node, also where
-  a storage does not answer; a fetch from a node that hangs ends with its lease, and goes on elsewhere;
-- a read of the storage that gives nothing for `PROGRESS_SHARE` of the time is given up, and the plan
-  asked again, so that who waits behind it with the same deadline gets what other nodes have by then;
-- a folder that has no room, or cannot be written, costs the copy and not the version: its readers are
-  sent to the storage, and nothing of the version stays;
-- files of runs that have ended are removed by the next run that has readers on this node, and
-  nothing else ever is (`mirror_folder`).
+- A node fetches each file once, for any number of readers: one of them fetches, the others wait.
+- A file has its final name only when it is complete, with the length in the manifest. Its readers
+  verify the content. A version that was found damaged (`distrust`) is fetched again, from the storage.
+- When the planner cannot be reached, only the relay is lost: all files come from the storage then.
+- Every wait ends with the deadline, also where a storage does not answer, and with it this reader's
+  lock of the node's copies. A fetch from a node that hangs ends with its lease, and another source is
+  tried.
+- A read of the storage that returns nothing for `PROGRESS_SHARE` of the time is abandoned, and the
+  plan asked again. So a reader that waits for this one, with the same deadline, gets the files that
+  other nodes have by then.
+- When the folder is full, or cannot be written, only the copy is lost. Its readers use the storage,
+  and no file of the version stays in the folder.
+- Files of runs that have ended are removed by the next run that has readers on this node, and no other
+  files ever are (`mirror_folder`).
 
-Everything is decided here and nothing is done: files, threads, time and transfers are ports
-(`mirror_ports`), so that a simulated cluster runs this code too.
+This module decides, and its ports (`mirror_ports`) act: files, threads, time and transfers. So a
+simulated cluster runs this code too.
 
-Space: the files of the newest version and those that it builds on, and while it comes those of
-the one before. Bytes between nodes are not encrypted, as in `rank_memory`.
+Space: the files of the newest version and those that it builds on, and during a fetch those of the
+version before. Bytes between nodes are not encrypted, as in `rank_memory`.
 """
 
 from __future__ import annotations
@@ -59,34 +58,40 @@ from rlhf_cluster.weights.transports.transport import Deadline
 log = logging.getLogger(__name__)
 
 PARALLEL = 4
-"""Files that a node fetches at once, and that it gives to others at once."""
+"""Files that a node fetches at once, and that it serves to others at once."""
 MAX_FAILURES = 8
-"""Fetches of one version that may fail in a row of any kind before the version is refused."""
+"""Fetches of one version that may fail, stalled storage reads apart, before it is refused."""
 PROGRESS_SHARE = 1 / 3
-"""How much of the time to bring a version a read of the storage may give nothing, at most a lease."""
-_ASK_AGAIN_S = (0.01, 0.5)  # the first pause where there is no turn, and the longest
+"""Share of the time to fetch a version for which a storage read may return nothing.
+
+At most a lease.
+"""
+_ASK_AGAIN_S = (0.01, 0.5)  # the first and the longest pause while no source is free
 
 
 @dataclass(slots=True)
 class _Wanted:
-    """The pieces that a node still needs, for the works that fetch them beside each other."""
+    """Pieces that a node still needs, shared by the tasks that fetch them concurrently."""
 
     sizes: dict[Piece, int | None]
     deadline: Deadline
     lock: Any
     progress_s: float
     direct: bool
-    """All come from the storage, and the plan is not asked."""
+    """Whether all pieces come from the storage, and the plan is not asked."""
     open: list[Piece] = field(default_factory=list)
     failures: int = 0
     is_over: bool = False
-    """Nobody waits for them any more."""
+    """Whether the caller does not wait for the pieces any more."""
 
     def end(self) -> None:
         self.is_over = True
 
     def left_s(self, waits_for: str) -> float:
-        """Raise `WeightError` in a work that goes on where the folder is another reader's by now."""
+        """Return the seconds left. Raises `WeightError` once `is_over`, `StalledError`.
+
+        A task that hung may resume when another reader has the folder: it must not write there.
+        """
         if self.is_over:
             raise WeightError("the files are not waited for any more")
         return self.deadline.left_s(waits_for)
@@ -94,14 +99,14 @@ class _Wanted:
 
 @dataclass(frozen=True, slots=True)
 class _Lent:
-    """A file that others may fetch: its memory is in use until the carrier drops `key`."""
+    """A file that other nodes may fetch. Its memory is in use until the carrier drops `key`."""
 
     key: int
     identity: object
 
 
 class Mirror:
-    """The versions of a store in the copies of this node. Serves one call at a time."""
+    """Mirror of a store's versions in the copies of this node. Serves one call at a time."""
 
     def __init__(
         self,
@@ -112,7 +117,13 @@ class Mirror:
         lease_s: float = 120.0,
         told: Callable[[str], None] = log.warning,
     ) -> None:
-        """`node` names this process among all. `told` gets why a version is not brought to the node."""
+        """Copy nothing yet.
+
+        Args:
+            node: the name of this process among all.
+            lease_s: limit of a fetch from another node, in seconds.
+            told: gets the reason when a version cannot be copied to the node.
+        """
         self._node, self._planner, self._lease_s, self._told = node, planner, lease_s, told
         self._copies, self._carrier = copies, carrier
         self._lent: dict[Piece, _Lent] = {}
@@ -120,15 +131,15 @@ class Mirror:
         self._distrusted: tuple[int, object] | None = None
 
     def bring(self, version: WeightVersion, deadline: Deadline) -> WeightVersion:
-        """As `bringing`, in the thread of the caller."""
+        """Run `bringing` in the thread of the caller."""
         return finish(self.bringing(version, deadline))
 
     async def bringing(self, version: WeightVersion, deadline: Deadline) -> WeightVersion:
-        """`version`, with its path in the local folder, where all its files are, and those of the
-        versions that it builds on; unchanged where the local folder cannot take it.
+        """Copy `version`, and the versions that it builds on, to the local folder.
 
-        Waits for: another reader of this node that brings it; its turn at a source; bytes. Raises
-        `WeightError`, `StalledError`; other versions are as before then.
+        Returns `version` with its path there; unchanged where the folder cannot take it. Waits for:
+        another reader of this node that fetches it; its turn at a source; bytes. Raises `WeightError`,
+        `StalledError`; other versions are as before then.
         """
         try:
             async with self._copies.turn(deadline):
@@ -149,7 +160,7 @@ class Mirror:
         incomplete = {number}
         try:
             if self._distrusted is not None and self._distrusted == self._here(number):
-                self._remove(number)  # by nobody else of this node meanwhile
+                self._remove(number)  # no other reader of this node has replaced it meanwhile
             else:
                 self._distrusted = None
             manifest = await self._manifest(number, version.digest, deadline)
@@ -169,16 +180,16 @@ class Mirror:
         except OSError:
             for half in incomplete:
                 self._remove(half)
-            await self._tell_kept([])  # a node in trouble gives nothing to others
+            await self._tell_kept([])  # a node whose disk fails serves no other node
             raise
         self._distrusted, self._seen = None, self._here(number)
         await self._remove_all_but(kept)
 
     async def _make_room(self, num_bytes: int, kept: Sequence[int]) -> None:
-        """Remove other versions where the missing files of `kept` do not fit beside them.
+        """Remove other versions where the missing files of `kept` need their space.
 
-        Raises `OSError` when they do not fit at all: a folder in memory is never filled to its end,
-        which would cost the node more than a copy.
+        Raises `OSError` when the files do not fit even then. A folder in memory is never filled
+        completely, because that costs the node more than a copy.
         """
         self._copies.remove_parts()
         if num_bytes and self._copies.free_bytes() < num_bytes:
@@ -188,25 +199,30 @@ class Mirror:
                 raise OSError(errno.ENOSPC, f"{num_bytes} bytes are missing, and {free} are free")
 
     def distrust(self, version: int) -> None:
-        """`version` did not come out as published: bring it again next time, from the storage, unless
-        another reader of this node did."""
+        """Mark `version` as damaged: the next `bring` fetches it again, from the storage.
+
+        It does not where another reader of this node has fetched it again meanwhile.
+        """
         if self._seen is not None and self._seen[0] == version:
             self._distrusted = self._seen
 
     def close(self) -> None:
-        """Serve nobody any more, and remove the files where this was the node's last reader."""
+        """Stop serving other nodes, and remove the files where this was the node's last reader."""
         self._carrier.close()
         self._copies.leave()
 
-    # What is here
+    # The copies of this node
 
     def _here(self, number: int) -> tuple[int, object] | None:
-        """Which copy of a version is here."""
+        """Return the number and the identity of the local copy of a version; None without one."""
         found = self._copies.identity(Piece(number, MANIFEST_NAME))
         return None if found is None else (number, found)
 
     async def _manifest(self, number: int, digest: str, deadline: Deadline) -> Manifest:
-        """Of a version, in the local folder afterwards, with the digest that was announced."""
+        """Return the manifest of a version, and copy it to the local folder.
+
+        Raises `WeightError` where its digest is not the announced one.
+        """
         piece = Piece(number, MANIFEST_NAME)
         for again in (False, True):
             if not self._copies.has(piece):
@@ -221,7 +237,7 @@ class Mirror:
                     "announced. Pull the latest version again"
                 )
             except WeightError:
-                # damaged here, or published before under this number by a learner that was lost
+                # damaged here, or published earlier with this number by a learner that died
                 self._remove(number)
                 if again:
                     raise
@@ -235,16 +251,16 @@ class Mirror:
         for number in self._copies.versions():
             if number not in kept:
                 self._remove(number)
-        # another reader of the node may have removed or replaced what this one lends
+        # another reader of the node may have removed or replaced files that this one lends
         self._end_loans([p for p in self._lent if p.version not in kept or not self._is_lent(p)])
         await self._tell_kept(kept)
 
     async def _tell_kept(self, kept: Sequence[int]) -> None:
-        with contextlib.suppress(WeightError):  # it only saves others a question in vain
+        with contextlib.suppress(WeightError):  # it only saves other nodes requests that fail
             await self._carrier.ask(self._planner.keeps, self._node, kept)
 
     def _is_lent(self, piece: Piece) -> bool:
-        """Whether the file that is here is the one that others are given."""
+        """Whether the local file is still the one that other nodes are served."""
         return self._copies.identity(piece) == self._lent[piece].identity
 
     def _end_loans(self, pieces: Sequence[Piece]) -> None:
@@ -255,8 +271,10 @@ class Mirror:
     async def _fetch(
         self, sizes: dict[Piece, int | None], deadline: Deadline, from_storage: bool = False
     ) -> None:
-        """All of these, `PARALLEL` at once. Raises the first failure that no other source can
-        mend."""
+        """Fetch all pieces of `sizes` (bytes, or None: unknown), `PARALLEL` at once.
+
+        Raises the first failure that no other source can make up for.
+        """
         if not sizes:
             return
         waits_for = f"some of {len(sizes)} files"
@@ -277,7 +295,7 @@ class Mirror:
         )
 
     async def _fetch_some(self, wanted: _Wanted) -> None:
-        """Piece after piece until none is left. Waits for: its turn, and each piece."""
+        """Fetch piece after piece until none is left. Waits for: its turn, and each piece."""
         pause_s, longest_s = _ASK_AGAIN_S
         while True:
             async with wanted.lock:
@@ -309,13 +327,16 @@ class Mirror:
         try:
             await self._bring_one(found, wanted)
         except (WeightError, OSError) as error:
-            await self._failed(wanted, found, error)
+            await self._handle_failure(wanted, found, error)
             return
         if not wanted.direct:
             await self._report(done=[(piece, self._lend(piece))])
 
-    async def _failed(self, wanted: _Wanted, found: Assignment, error: Exception) -> None:
-        """Leave the piece to who asks next. Raises `error` where no other source can mend it."""
+    async def _handle_failure(self, wanted: _Wanted, found: Assignment, error: Exception) -> None:
+        """Report a failed fetch to the plan, and put the piece back among those to fetch.
+
+        Raises `error` where no other source can make up for it.
+        """
         piece = found.piece
         is_local = isinstance(error, OSError) and not isinstance(error, StalledError)
         if not wanted.direct:
@@ -325,7 +346,7 @@ class Mirror:
             raise error
         wanted.deadline.left_s(f"{piece.name} of version {piece.version}")
         if isinstance(error, NoProgress):
-            # The storage may hang for this node alone: another one has its turn at it meanwhile.
+            # The storage may hang for this node alone. The pause gives another node a turn at it.
             await self._pause(2 * _ASK_AGAIN_S[1], wanted)
             wanted.open.append(piece)
             return
@@ -335,7 +356,7 @@ class Mirror:
         wanted.open.append(piece)
 
     async def _report(self, done: Sequence[Any] = (), failed: Sequence[Any] = ()) -> None:
-        with contextlib.suppress(WeightError):  # its lease ends by itself
+        with contextlib.suppress(WeightError):  # without the report, the lease ends by its time
             await self._carrier.ask(self._planner.exchange, self._node, (), done, failed)
 
     async def _bring_one(self, found: Assignment, wanted: _Wanted) -> None:
@@ -369,7 +390,7 @@ class Mirror:
         )
 
     def _lend(self, piece: Piece) -> Any:
-        """The handle of a piece that is here."""
+        """Serve the local file of a piece to other nodes, and return its handle."""
         data, identity = self._copies.mapped(piece)
         handle = self._carrier.lend(data)
         if piece in self._lent:
@@ -379,8 +400,10 @@ class Mirror:
 
 
 def blamed(found: Assignment, is_own: bool) -> str | None:
-    """Return whom a reader names to the plan when a fetch failed. A reader whose own deadline has
-    passed, or whose own disk failed, knows nothing against the source (`is_own`)."""
+    """Return the source that a reader reports to the plan when a fetch failed; None: no source.
+
+    `is_own`: the reader's deadline has passed or its disk failed, so the source is not to blame.
+    """
     return None if is_own else found.source
 
 

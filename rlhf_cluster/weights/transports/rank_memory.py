@@ -1,17 +1,17 @@
-"""Bytes that stay in the memory of the process that has them, from where others fetch them.
+"""Server of objects in the memory of a process, and the client by which other processes fetch them.
 
     holder    ShardServer.lend         a handle, which travels to readers
-    reader    fetch                    ask -> size -> bytes -> "done", or why not
+    reader    fetch                    request -> size -> bytes -> "done", or an error
 
 Promises:
-- readers are served beside each other, each with a deadline: one that hangs, dies or raises costs
-  the others nothing, and its words are logged by the holder;
-- bytes that a reader is taking stay until it has them, whatever is dropped meanwhile;
-- a process that has no file descriptor, or no thread, left for a reader pauses and serves on;
-- whoever has no handle, and so not the server's token, is given nothing.
+- Readers are served concurrently, each with a deadline. A reader that hangs, dies or raises does not
+  delay the others, and the holder logs its error.
+- Bytes that a reader is fetching stay until it has them, whatever is dropped meanwhile.
+- A process that runs out of file descriptors or threads for a reader pauses, then serves again.
+- A process without a handle, and so without the server's token, gets nothing.
 
-The token keeps other programs out, and bytes are not encrypted: as with NCCL, gloo and Ray, the
-network of the cluster has to be trusted.
+The token keeps other programs out. Bytes are not encrypted: as with NCCL, gloo and Ray, the network
+of the cluster has to be trusted.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from rlhf_cluster.weights.transports.wire import Wire
 log = logging.getLogger(__name__)
 
 HELLO_S = 30.0
-"""How long a connection may take to say what it wants."""
+"""Seconds that a connection may take to send its request."""
 MAX_CONNECTIONS = 256
 """Connections that one process serves at once; each has a thread."""
 PAUSE_S = 1.0
-"""After an error of the operating system, before the next reader is let in."""
+"""Seconds of pause after an error of the operating system, before the next reader is accepted."""
 _CHUNK_BYTES = 16 << 20  # of host memory that a fetch needs
 
 _Chunks = tuple[memoryview, ...]
@@ -44,7 +44,7 @@ _Chunks = tuple[memoryview, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """Where an object is: the handle that travels to readers."""
+    """Handle of an object, which travels to readers: its server's address, key and token."""
 
     server: str
     host: str
@@ -54,7 +54,7 @@ class Served:
 
 
 class ShardServer:
-    """Serves the objects of one process. `close` when done."""
+    """Server of the objects of one process. `close` when done."""
 
     def __init__(
         self,
@@ -66,9 +66,17 @@ class ShardServer:
         listener: socket.socket | None = None,
         pause: Callable[[threading.Event], object] = lambda closed: closed.wait(PAUSE_S),
     ) -> None:
-        """`host` is the address that readers reach and the only one that is listened at. `timeout_s`
-        bounds a transfer; a reader may ask for less. `told` gets the words of failed ones. `pause`
-        waits before the next try, less where the server is closed meanwhile."""
+        """Start to listen, in a thread.
+
+        Args:
+            name: the server's name in errors.
+            host: the address that readers reach, and the only one that is listened at.
+            timeout_s: limit of a transfer, in seconds; a reader may ask for less.
+            told: gets a message per failed transfer, and per connection that was not accepted.
+            max_connections: readers that are served at once.
+            listener: a socket to use instead of a new one.
+            pause: waits before the next reader is accepted, less where the server is closed meanwhile.
+        """
         self._name, self._host, self._timeout_s, self._told = name, host, timeout_s, told
         self._pause = pause
         self._token = secrets.token_hex(16)
@@ -82,7 +90,7 @@ class ShardServer:
         threading.Thread(target=self._accept, name=f"{name}-shards", daemon=True).start()
 
     def lend(self, chunks: Sequence[memoryview]) -> Served:
-        """Serve memory of the caller's, which does not change, until `drop`."""
+        """Serve memory of the caller, which must not change, until `drop`. Return its handle."""
         with self._lock:
             self._next += 1
             self.held[self._next] = tuple(chunks)
@@ -95,18 +103,22 @@ class ShardServer:
             )
 
     def drop(self, keys: Collection[int]) -> None:
+        """Stop serving these objects. Transfers in progress complete."""
         for key in keys:
             self.held.pop(key, None)
 
     def close(self) -> None:
         self._closed.set()
         with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # else `accept` goes on for one more reader
+            self._listener.shutdown(socket.SHUT_RDWR)  # else `accept` takes another reader
         self._listener.close()
 
     def _accept(self) -> None:
-        """Waits for: readers, until `close`; with `max_connections` of them, for one to end, a
-        stranger's at its `HELLO_S`. Others wait in the listener's queue meanwhile."""
+        """Accept readers until `close`, each in a thread.
+
+        Waits for: a reader. With `max_connections` of them, for one to end; a connection that sends no
+        request ends after `HELLO_S`. Others wait in the listener's queue meanwhile.
+        """
         while not self._closed.is_set():
             if not self._connections.acquire(timeout=HELLO_S):
                 continue
@@ -137,7 +149,7 @@ class ShardServer:
             self._give(
                 wire, key, Deadline(f"{self._name}: object {key} for {wire.peer}", timeout_s)
             )
-        except Exception as error:  # whatever it is, both sides are told
+        except Exception as error:  # of any kind: it is reported to both sides
             self._told(f"{self._name}: a reader did not get its shard: {error}")
             wire.tell_error(error)
         finally:
@@ -159,11 +171,13 @@ class ShardServer:
 def fetch(
     handle: Served, reader: str, deadline: Deadline, write: Callable[[memoryview], object]
 ) -> None:
-    """Hand the bytes of an object to `write`, piece by piece. `reader` is what the server calls this
-    process. What `write` raises ends the transfer.
+    """Fetch an object, and pass its bytes to `write`, piece by piece.
 
-    Waits for: the server. Raises `WeightError`: it cannot be reached, or holds the object no more, or
-    dies; `StalledError`.
+    `reader` is the name of this process in the server's errors. An error that `write` raises ends the
+    transfer, and is raised here.
+
+    Waits for: the server. Raises `WeightError`: the server cannot be reached, does not hold the object
+    any more, or dies; `StalledError`.
     """
     where = f"{handle.server} at {handle.host}:{handle.port}"
     left_s = deadline.left_s(where)

@@ -1,24 +1,24 @@
-"""Who fetches which file of a version from whom, where hundreds of nodes want all of them.
+"""Plan of the weight relay: which node fetches which file of a version from which other node.
 
     learner rank, or storage --> a few nodes, a different file each --> the others, file by file
 
-A shared storage gives one version to a hundred nodes a hundred times more slowly than to one. So
-the ranks that wrote a version give each file about once, where they cannot the storage does, and every
-node passes on what it has while it fetches the rest.
+A shared storage needs a hundred times longer to serve a version to a hundred nodes than to one. So
+the ranks that wrote a version serve each file about once; where they cannot, the storage does. Every
+node serves the files that it has while it fetches the rest.
 This is the plan of a swarm (Cohen 2003, BitTorrent) with one planner: the rarest file first, so
 that no file stays behind, and never more than `streams` reads of the storage at once.
 
 Promises:
-- with n nodes and p files of equal size, all nodes have all files after about p + log2(n) times
-  what one file takes over a node's network;
-- a node that dies, hangs or serves what cannot be used costs each of the others a lease at most: its
-  turn at the source ends by itself, who got nothing from a node is not sent there again, and after
-  `MAX_STRIKES` of these it serves nobody;
-- one reader alone, which may be the slow one itself, ends no source; and all is forgiven `STRIKE_S`
-  later, so that a slow moment of the network is no more than that;
-- a file that no living node has comes from the storage again.
+- With n nodes and p files of equal size, all nodes have all files after about p + log2(n) times
+  the time that one file takes over a node's network.
+- A node that dies, hangs or serves unusable data costs each of the others a lease at most. Its turn
+  at its source ends automatically, and a reader that got nothing from the node is not sent there
+  again. After `MAX_STRIKES` such readers the node serves no reader.
+- One reader alone, which may itself be the slow one, cannot exclude a source. Each strike expires
+  after `STRIKE_S`, so a short network problem excludes a node only for this time.
+- A file that no living node has is fetched from the storage again.
 
-Pure bookkeeping: who moves the bytes is `node_mirror`, who carries the questions an actor.
+This module is bookkeeping only: `node_mirror` moves the bytes, and an actor carries the requests.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 MAX_STRIKES = 2
-"""Readers that got nothing from a node before it serves nobody."""
+"""Number of readers that got nothing from a node after which the node serves no reader."""
 STRIKE_S = 600.0
-"""How long that counts."""
+"""Seconds after which the failure of a reader at a node expires."""
 
 
 class Piece(NamedTuple):
@@ -54,8 +54,13 @@ class Assignment:
 
 @dataclass(slots=True, kw_only=True)
 class RelayPlan:
-    """`uploads`: how many others a node serves at once. `lease_s`: how long a fetch holds its
-    source."""
+    """Holders of every piece, and the fetches in progress.
+
+    Args:
+        streams: reads of the storage at once.
+        uploads: nodes that one node serves at once.
+        lease_s: seconds for which a fetch may occupy its source.
+    """
 
     streams: int
     uploads: int
@@ -63,16 +68,16 @@ class RelayPlan:
     clock: Callable[[], float] = time.monotonic
     _holders: dict[Piece, dict[str, Any]] = field(default_factory=dict)
     _free: dict[Piece, dict[str, None]] = field(default_factory=dict)
-    """Its holders that can serve one more, the one that waits longest first."""
+    """Holders of a piece that can serve another reader, the one that has waited longest first."""
     _has: dict[str, set[Piece]] = field(default_factory=dict)
     _uses: dict[str, int] = field(default_factory=dict)
-    """Fetches under way from each node."""
+    """Number of fetches in progress per source node."""
     _reading: set[Piece] = field(default_factory=set)
     """Pieces that nodes are reading from the storage."""
     _leases: dict[tuple[str, Piece], tuple[float, str | None]] = field(default_factory=dict)
-    """(node, piece) -> when it ends, and the source; the oldest first."""
+    """End and source of the lease of each (node, piece), the oldest first."""
     _strikes: dict[str, dict[str, float]] = field(default_factory=dict)
-    """source -> reader -> when it last got nothing from there."""
+    """Time of the last failure of each reader at each source: source -> reader -> time."""
 
     def exchange(
         self,
@@ -81,7 +86,7 @@ class RelayPlan:
         done: Sequence[tuple[Piece, Any]],
         failed: Sequence[tuple[Piece, str | None]],
     ) -> Assignment | None:
-        """`done`, `failed` and `next` in one call; None where nothing is wanted."""
+        """Call `done`, `failed` and `next` at once; None where nothing is wanted."""
         for piece, address in done:
             self.done(node, piece, address)
         for piece, source in failed:
@@ -89,8 +94,10 @@ class RelayPlan:
         return self.next(node, wanted) if wanted else None
 
     def next(self, node: str, wanted: Sequence[Piece]) -> Assignment | None:
-        """What `node` fetches next of `wanted`, none of which it is fetching; None: ask again
-        soon."""
+        """Return the piece of `wanted` that `node` fetches next, and its source.
+
+        `node` must not be fetching any of them. None: no source is free, ask again soon.
+        """
         self._end_leases()
         for piece in self._has.get(node, set()).intersection(wanted):
             self._drop(node, piece)  # another reader of its node removed it
@@ -108,7 +115,7 @@ class RelayPlan:
         return sorted(found, key=lambda piece: (self._num_holders(piece), _rank(node, piece)))
 
     def done(self, node: str, piece: Piece, address: Any) -> None:
-        """`node` has the piece, and serves it at `address`."""
+        """Record that `node` has the piece, and serves it at `address`."""
         self._release(node, piece)
         if len(self._accusers(node)) < MAX_STRIKES:
             self._holders.setdefault(piece, {})[node] = address
@@ -117,14 +124,16 @@ class RelayPlan:
                 self._free.setdefault(piece, {})[node] = None
 
     def lends(self, node: str, pieces: Sequence[tuple[Piece, Any]]) -> None:
-        """`node` serves these, each at its address, and nothing else any more."""
+        """Record that `node` serves these pieces, each at its address, and no others any more."""
         self.forget(node)
         for piece, address in pieces:
             self.done(node, piece, address)
 
     def failed(self, node: str, piece: Piece, source: str | None) -> None:
-        """`node` did not get the piece from `source`, which is asked for it no more; None: the fault
-        is no other node's, or that of the storage."""
+        """Record that `node` did not get the piece from `source`, which is not asked for it again.
+
+        With `source` None, no other node is blamed: the fault is of `node` or of the storage.
+        """
         self._release(node, piece)
         if source is None:
             return
@@ -135,8 +144,11 @@ class RelayPlan:
             self._drop(source, piece)
 
     def keeps(self, node: str, versions: Collection[int]) -> None:
-        """`node` has removed its files of all other versions. Pieces of versions that are older
-        than all of these are wanted by nobody who is up to date, and forgotten."""
+        """Record that `node` has removed its files of all versions but these.
+
+        Pieces of versions that are older than all of these are dropped for every node: no node that
+        is up to date needs them.
+        """
         oldest = min(versions, default=0)
         for piece in [p for p in self._has.get(node, ()) if p.version not in versions]:
             self._drop(node, piece)
@@ -145,19 +157,19 @@ class RelayPlan:
                 self._drop(holder, piece)
 
     def forget(self, node: str) -> None:
-        """What `node` has cannot be used."""
+        """Drop all pieces that `node` has, because they cannot be used."""
         for piece in list(self._has.get(node, ())):
             self._drop(node, piece)
 
     def begin_anew(self) -> None:
-        """Other files will have the names of versions that were published."""
+        """Drop everything, because versions will be published again with other files."""
         for state in (self._holders, self._free, self._has, self._uses, self._leases):
             state.clear()
         self._strikes.clear()
         self._reading.clear()
 
     def _accusers(self, source: str) -> dict[str, float]:
-        """The readers that got nothing from `source` lately."""
+        """Return the readers that got nothing from `source` in the last `STRIKE_S` seconds."""
         strikes = self._strikes.get(source)
         if not strikes:
             return {}
@@ -196,7 +208,7 @@ class RelayPlan:
                 self._free[other].pop(source, None)
 
     def _release(self, node: str, piece: Piece) -> None:
-        """The turn of `node` at its source ends, if it has one."""
+        """End the turn of `node` at its source, if it has one."""
         if (node, piece) not in self._leases:
             return
         _, source = self._leases.pop((node, piece))
@@ -224,5 +236,5 @@ class RelayPlan:
 
 
 def _rank(node: str, piece: Piece) -> int:
-    """Equally rare pieces come in another order for each node."""
+    """Return a number that orders equally rare pieces, in a different order for each node."""
     return zlib.crc32(f"{node}/{piece.version}/{piece.name}".encode())

@@ -1,8 +1,12 @@
 """The file system as transport: shards are files in the folder of their version.
 
-Promises of the writing side: a file has a temporary name until it is whole; space is checked before;
-a write that failed leaves nothing behind. Promises of the reading side: data is read with `pread`,
-never mapped: a file that shrinks or vanishes under a reader is an error, not a SIGBUS.
+Promises of the writing side:
+- A file has a temporary name until it is complete.
+- Free space is checked before a file is written.
+- A failed write leaves nothing behind.
+
+Promise of the reading side: data is read with `pread`, never mapped. So a file that shrinks or
+vanishes while it is read causes an error, not a SIGBUS.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from rlhf_cluster.util.durable_files import (
     make_folders,
     sync_folder,
 )
-from rlhf_cluster.util.slow_disk import check_wanted
+from rlhf_cluster.util.slow_disk import check_not_abandoned
 from rlhf_cluster.weights.transports.transport import (
     Blob,
     Deadline,
@@ -26,16 +30,16 @@ from rlhf_cluster.weights.transports.transport import (
 )
 
 MANIFEST_NAME = "manifest.json"
-_CALL_BYTES = 64 << 20  # between two looks at the deadline
+_CALL_BYTES = 64 << 20  # between two checks of the deadline
 
 
 def version_dir(root: str | Path, version: int) -> Path:
-    """The folder of a published version."""
+    """Return the folder of a published version."""
     return Path(root).absolute() / f"v{version:06d}"
 
 
 def partial_dir(root: str | Path, version: int, attempt: int = 0) -> Path:
-    """The folder in which an attempt puts a version together."""
+    """Return the folder in which an attempt writes a version before it is published."""
     final = version_dir(root, version)
     return final.with_name(
         f"{final.name}.a{attempt}.partial" if attempt else f"{final.name}.partial"
@@ -47,6 +51,7 @@ def free_bytes(folder: Path) -> int:
 
 
 def gone(where: str) -> str:
+    """Return the message for a version that does not exist. `where`: its name in errors."""
     return (
         f"{where}: there is no such version (any more). Retention removes all but the newest "
         "versions; pull the latest one"
@@ -54,7 +59,7 @@ def gone(where: str) -> str:
 
 
 class FileSink:
-    """Writes a rank's shards below the store `root`, into the folders of versions under way."""
+    """Sink that writes a rank's shards below the store `root`, into folders of unfinished versions."""
 
     def __init__(
         self,
@@ -95,7 +100,7 @@ class FileSink:
             )
 
     def _write(self, path: Path, image: ShardImage) -> None:
-        # A name of the thread's own: one that was given up may write on beside the next try.
+        # The name is unique to the thread: one that timed out may still write during the next try.
         temporary = path.with_suffix(f".tmp-{os.getpid()}-{threading.get_ident()}")
         try:
             with temporary.open("wb", buffering=0) as file:
@@ -103,7 +108,7 @@ class FileSink:
                     self._write_chunk(file.fileno(), chunk)
                 if self._fsync:
                     os.fsync(file.fileno())
-            check_wanted(path)
+            check_not_abandoned(path)
             temporary.replace(path)
             if self._fsync:
                 sync_folder(path.parent)
@@ -119,7 +124,7 @@ class FileSink:
 
 
 class FileSource:
-    """The versions in folder `root`."""
+    """Source of the versions in folder `root`."""
 
     def __init__(self, root: str | Path) -> None:
         self._root = Path(root)
@@ -148,7 +153,7 @@ class FileSource:
 
 
 def open_files(folder: Path, names: Sequence[str]) -> list[Blob]:
-    """The files `names` of `folder`, open. Raises `WeightError`, and none stays open."""
+    """Open the files `names` of `folder`. Raises `WeightError`, and none stays open."""
     opened: list[Blob] = []
     try:
         for name in names:

@@ -1,17 +1,17 @@
-"""What carries a version's shards from the learner ranks to its readers, behind one interface.
+"""Interface of the transports of a version's shards from the learner ranks to its readers.
 
-    rank      encode_shard  -->  ShardSink.write                 beside the next step
+    rank      encode_shard  -->  ShardSink.write                 during the next step
     rank 0    assemble      -->  manifest, then visible          complete before announced
     reader    ShardSource.manifest, ShardSource.open  -->  Blob.read_into  -->  verified tensors
 
-A transport moves opaque bytes. What they mean (manifest, hashes, digest, differences) is the same for
-all: `assemble` checks a version before it is visible, `read_version` each tensor before it is handed
-out. Sinks are the files of the store, and the memory that a rank lends to the relay.
+A transport moves opaque bytes. Their meaning (manifest, hashes, digest, differences) is the same for
+all transports: `assemble` checks a version before it is visible, and `read_version` checks each tensor
+before it returns it. Sinks are the files of the store, and the memory that a rank lends to the relay.
 
 Promises of every transport:
-- a version is found only when all its shards are there;
-- all waits end with the deadline, or soon after its `cancel`, which another thread may call;
-- a shard that is gone, or cannot be fetched, is a `WeightError` that names it.
+- A version is found only when all its shards exist.
+- All waits end with the deadline, or soon after its `cancel`, which another thread may call.
+- A shard that is missing, or cannot be fetched, is a `WeightError` that names it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rlhf_cluster.errors import StalledError, WeightError
 
 
 class Deadline:
-    """When a publish or a pull has to be over, and how another thread ends it before.
+    """Time limit of a publish or a pull, which another thread may cancel.
 
     A pickled copy has the same end on the same machine; a `cancel` does not reach it.
     """
@@ -34,7 +34,7 @@ class Deadline:
     def __init__(
         self, what: str, timeout_s: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """`what` is what errors call it, such as "pull of version 7"."""
+        """Start the time limit. `what` is its name in errors, such as "pull of version 7"."""
         self._what, self._timeout_s, self._clock = what, timeout_s, clock
         self._ends = clock() + timeout_s
         self._cancelled = threading.Event()
@@ -50,7 +50,7 @@ class Deadline:
         self._cancelled.set()
 
     def left_s(self, waits_for: str = "") -> float:
-        """Seconds left, more than 0. `waits_for` names in errors what is missing.
+        """Return the seconds left, more than 0. `waits_for` names in errors what is missing.
 
         Raises `StalledError` past the end, `WeightError` after `cancel`.
         """
@@ -82,7 +82,7 @@ class Blob(Protocol):
 
     @property
     def where(self) -> str:
-        """What errors call it."""
+        """Name of the file in errors."""
         ...
 
     @property
@@ -96,10 +96,10 @@ class Blob(Protocol):
 
 
 class ShardSink(Protocol):
-    """Where a learner rank leaves its shard of a version that is not visible yet."""
+    """Destination to which a learner rank writes its shard of a version that is not visible yet."""
 
     def write(self, version: int, name: str, image: ShardImage) -> None:
-        """Keep the bytes of `image`, which may change after the return, as file `name`.
+        """Write the bytes of `image`, which may change after the return, as file `name`.
 
         Raises `WeightError`: no space, I/O error; `StalledError`.
         """
@@ -107,19 +107,22 @@ class ShardSink(Protocol):
 
 
 class ShardSource(Protocol):
-    """Where a reader finds versions. Serves several threads."""
+    """Source of versions for a reader. Serves several threads."""
 
     def where(self, version: int) -> str:
-        """What errors call the version."""
+        """Return the name of the version in errors."""
         ...
 
     def has(self, version: int) -> bool: ...
 
     def manifest(self, version: int) -> bytes:
-        """The version's manifest as JSON. Raises `WeightError` when there is no such version."""
+        """Return the manifest as JSON. Raises `WeightError` where the version does not exist."""
         ...
 
     def open(self, version: int, names: Sequence[str], deadline: Deadline | None) -> list[Blob]:
-        """Shard files of a version, in the order of `names`. They stay readable when the version
-        is removed meanwhile. Raises `WeightError`, and nothing stays open; `StalledError`."""
+        """Open shard files of a version, in the order of `names`.
+
+        They stay readable when the version is removed meanwhile. Raises `WeightError`, and nothing
+        stays open; `StalledError`.
+        """
         ...

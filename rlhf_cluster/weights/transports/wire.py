@@ -1,7 +1,7 @@
-"""A socket between two processes: questions, answers and errors as small JSON messages, and bytes.
+"""A socket between two processes: requests, replies and errors as small JSON messages, and bytes.
 
-All waits end with the deadline, its cancel, or the death of the other process; an error's text
-travels, and is what is raised at the other end.
+All waits end with the deadline, its cancel, or the death of the other process. The text of an error
+is sent to the other end, and raised there.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from rlhf_cluster.weights.transports.transport import Deadline
 MAX_MESSAGE_BYTES = 1 << 16
 MAX_TEXT_CHARACTERS = 4000
 POLL_S = 0.2
-"""How soon a wait ends after its deadline was cancelled."""
+"""Seconds within which a wait ends after its deadline was cancelled."""
 LAST_WORDS_S = 2.0
-"""How long a failed transfer tries to tell the other side the reason."""
+"""Seconds for which a failed transfer tries to send the reason to the other side."""
 
 
 class Wire:
-    """One end of a socket. `peer` is what errors call the other."""
+    """One end of a socket. `peer` is the name of the other end in errors."""
 
     def __init__(self, connection: socket.socket, peer: str) -> None:
         self._socket, self.peer = connection, peer
@@ -31,15 +31,18 @@ class Wire:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def tell(self, deadline: Deadline, **message: Any) -> None:
-        """Raises `WeightError` when nobody is there to hear it, `StalledError`."""
+        """Send a message. Raises `WeightError` when the connection is closed, `StalledError`."""
         data = json.dumps(message).encode()
         if len(data) > MAX_MESSAGE_BYTES:
-            raise WeightError(f"a message of {len(data)} bytes is over {MAX_MESSAGE_BYTES}")
+            raise WeightError(f"a message has {len(data)} bytes, at most {MAX_MESSAGE_BYTES}")
         self.send(memoryview(len(data).to_bytes(4, "big") + data), deadline)
 
     def hear(self, deadline: Deadline, waits_for: str) -> dict[str, Any]:
-        """The next message. Raises `WeightError` with the text of an error, or when the other process
-        is gone or talks something else; `StalledError`."""
+        """Receive the next message.
+
+        Raises `WeightError` with the text of an error that the other side sent, or when the connection
+        is closed or speaks another protocol; `StalledError`.
+        """
         head = bytearray(4)
         self.receive(memoryview(head), deadline, waits_for)
         size = int.from_bytes(head, "big")
@@ -58,12 +61,13 @@ class Wire:
         return message
 
     def tell_error(self, error: BaseException) -> None:
-        """Say why this side gives up, if there is still somebody to hear it."""
+        """Send the reason why this side ends the transfer, if the other side still listens."""
         with contextlib.suppress(WeightError, TimeoutError):
             text = f"{type(error).__name__}: {error}"[:MAX_TEXT_CHARACTERS]
             self.tell(Deadline("an error's text", LAST_WORDS_S), error=text)
 
     def send(self, data: memoryview, deadline: Deadline) -> None:
+        """Send all of `data`. Raises `WeightError` when the connection is closed, `StalledError`."""
         while data:
             deadline.left_s(f"{self.peer} to take {len(data)} bytes")
             try:
@@ -71,9 +75,10 @@ class Wire:
             except TimeoutError:
                 continue
             except OSError as error:
-                raise WeightError(f"{self.peer} is gone ({error})") from error
+                raise WeightError(f"{self.peer} is disconnected ({error})") from error
 
     def receive(self, target: memoryview, deadline: Deadline, waits_for: str) -> None:
+        """Fill `target`. Raises `WeightError` when the connection is closed, `StalledError`."""
         while target:
             deadline.left_s(waits_for)
             try:
@@ -81,9 +86,9 @@ class Wire:
             except TimeoutError:
                 continue
             except OSError as error:
-                raise WeightError(f"{self.peer} is gone ({error})") from error
+                raise WeightError(f"{self.peer} is disconnected ({error})") from error
             if size == 0:
-                raise WeightError(f"{self.peer} is gone: it closed the connection")
+                raise WeightError(f"{self.peer} is disconnected: it closed the connection")
             target = target[size:]
 
     def close(self) -> None:

@@ -34,7 +34,7 @@ from rlhf_cluster.synthetic_data.answers_file import (
     in_order,
 )
 from rlhf_cluster.synthetic_data.produce import Producer
-from rlhf_cluster.util.slow_disk import Patience
+from rlhf_cluster.util.slow_disk import DiskDeadline
 from tests.support.fakes.services import (
     FakePrompts,
     make_rollout,
@@ -132,7 +132,7 @@ def producer(folder: Path, num_prompts: int = 10, **changes: Any) -> Producer:
         "completions": None,
         "revisions": None,
         "file": AnswersFile(folder / "groups.jsonl"),
-        "patience": Patience(limit_s=60.0, setting="a.timeout_s"),
+        "patience": DiskDeadline(limit_s=60.0, setting="a.timeout_s"),
         "max_in_flight": 3,
         "max_error_rate": 0.5,
         "finished": lambda answers: None,

@@ -33,7 +33,7 @@ from rlhf_cluster.synthetic_data.produce import (
     Producer,
     Revisions,
 )
-from rlhf_cluster.util.slow_disk import Patience
+from rlhf_cluster.util.slow_disk import DiskDeadline
 from tests.support.fakes.services import (
     FakePrompts,
     make_rollout,
@@ -153,7 +153,7 @@ def producer(
         "completions": None,
         "revisions": Revisions(**revisions | own),
         "file": AnswersFile(folder / "groups.jsonl"),
-        "patience": Patience(limit_s=60.0, setting="a.timeout_s"),
+        "patience": DiskDeadline(limit_s=60.0, setting="a.timeout_s"),
         "max_in_flight": 3,
         "max_error_rate": 1.0,
         "finished": lambda answers: None,

@@ -152,13 +152,13 @@ class ScriptedEngine(Engine):
         )
 
     async def _read(self, version: WeightVersion) -> str:
-        from rlhf_cluster.util.tensor_hashing import digest_of
+        from rlhf_cluster.util.tensor_hashing import compute_digest
         from rlhf_cluster.weights import store
 
         timeout_s = self._config.generation.take_deadline_s(version.num_bytes)
         deadline = Deadline(f"{self._name}: reading version {version.version}", timeout_s)
         return await read_beside(
-            lambda: digest_of(store.read(version.path, deadline=deadline)), deadline
+            lambda: compute_digest(store.read(version.path, deadline=deadline)), deadline
         )
 
     def stats(self) -> Mapping[str, float]:

@@ -30,8 +30,8 @@ from rlhf_cluster.records import (
     Sampling,
     ScoredRollout,
     StepReport,
-    Taken,
     Ticket,
+    TrainingGroup,
     WeightVersion,
 )
 
@@ -142,7 +142,7 @@ class FakeLearner:
     metrics: dict[str, float] = field(default_factory=dict)
     refusals: list[tuple[int, str]] = field(default_factory=list)
 
-    async def train_step(self, groups: Sequence[Taken]) -> StepReport:
+    async def train_step(self, groups: Sequence[TrainingGroup]) -> StepReport:
         if self.version == self.fail_at:
             raise RlhfError("the learner broke")
         await asyncio.sleep(self.step_delay_s)
@@ -205,7 +205,7 @@ class FakeObserver:
     recovered: list[int] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
 
-    def step(self, report: StepReport, taken: Sequence[Taken], times: object) -> None:
+    def step(self, report: StepReport, taken: Sequence[TrainingGroup], times: object) -> None:
         self.steps.append(report)
 
     def group_discarded(self, ticket: Ticket, error: RlhfError) -> None:

@@ -33,7 +33,7 @@ from rlhf_cluster.records import (
     RolloutGroup,
     Sampling,
     StepReport,
-    Taken,
+    TrainingGroup,
 )
 from rlhf_cluster.run.checkpoint.background_saving import Checkpoints
 from rlhf_cluster.run.checkpoint.checkpoint_folder import (
@@ -99,7 +99,7 @@ class LedgerLearner(FakeLearner):
     copied: str = ""
     before_step: Callable[[], Awaitable[None]] | None = None
 
-    async def train_step(self, groups: Sequence[Taken]) -> StepReport:
+    async def train_step(self, groups: Sequence[TrainingGroup]) -> StepReport:
         if self.before_step is not None:
             await self.before_step()
         wanted = [(g.ticket.number, g.handle) for g in groups]

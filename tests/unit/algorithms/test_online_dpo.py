@@ -11,7 +11,11 @@ import pytest
 import torch
 
 from rlhf_cluster.algorithms.micro_batch_loss import TrainedTokens
-from rlhf_cluster.algorithms.online_dpo import OnlineDpo, OnlineDpoConfig, pair_of
+from rlhf_cluster.algorithms.online_dpo import (
+    OnlineDpo,
+    OnlineDpoConfig,
+    choose_pair,
+)
 from rlhf_cluster.algorithms.policy_losses import token_weights
 from rlhf_cluster.algorithms.preference_loss_config import PREFERENCE_LOSSES
 from rlhf_cluster.config import RunConfig, validate
@@ -66,7 +70,7 @@ def rewarded(*rewards: float, silent: Sequence[int] = ()) -> ExperienceGroup:
 def test_a_pair_is_the_best_and_the_worst_of_a_group(
     group: ExperienceGroup, expected: tuple[int, int] | None
 ) -> None:
-    assert pair_of(group) == expected
+    assert choose_pair(group) == expected
 
 
 def test_rollouts_in_no_pair_are_not_trained_and_ties_are_counted() -> None:
@@ -193,7 +197,7 @@ def as_units(groups: Sequence[ExperienceGroup]) -> list[Unit]:
     """The same pairs as the offline stage has them."""
     units = []
     for number, group in enumerate(groups):
-        pair = pair_of(group)
+        pair = choose_pair(group)
         assert pair is not None
         rollouts = [group.scored[i].rollout for i in pair]
         units.append(pair_unit(number, rollouts[0].prompt_ids, [r.response_ids for r in rollouts]))

@@ -2,7 +2,7 @@ import pytest
 
 from rlhf_cluster.buffer.buffer import (
     ExperienceBuffer,
-    fitted,
+    trim_to_bound,
 )
 from rlhf_cluster.buffer.staleness import AdmissionGate
 from rlhf_cluster.config.check_rollouts import largest_look_ahead
@@ -343,7 +343,7 @@ def test_d10_a_resume_under_a_smaller_bound_trains_nothing_over_it(bound, look_a
     admit_all(wide)
     state = wide.state()
     now = gate(max_staleness=bound, pipeline_depth=bound, look_ahead=min(look_ahead, 2 * bound + 1))
-    kept = fitted(state, now)
+    kept = trim_to_bound(state, now)
     assert [t.number for t in kept.open] == [t.number for t in state.open][: len(kept.open)]
     assert len(kept.open) + kept.discarded["stale"] == len(state.open)
     free = now.capacity(learner_version=1, live_version=1, num_kept=2, num_in_flight=0)
@@ -366,7 +366,7 @@ def test_d10_a_resume_under_a_smaller_bound_trains_nothing_over_it(bound, look_a
             held = None
         buffer.take(2)  # raises over the bound
     assert held is None
-    assert fitted(kept, now) is kept
+    assert trim_to_bound(kept, now) is kept
 
 
 def test_a_resumed_buffer_has_its_open_groups_in_flight_again():

@@ -85,7 +85,7 @@ def test_an_attempt_that_cannot_be_read_is_an_error_and_costs_no_group(tmp_path,
     path.unlink()
     path.mkdir() if damage is None else path.write_bytes(damage)
     with pytest.raises(
-        StoreError, match=r"attempt\.json: the number of the attempt .*written anew"
+        StoreError, match=r"attempt\.json: the number of the attempt .*may be replaced by"
     ):
         recovery(tmp_path, step=4)
     assert store.path(7, 1).exists()
@@ -99,7 +99,7 @@ def test_damaged_notes_of_what_was_trained_are_told_and_the_run_goes_on(tmp_path
     with pytest.raises(StoreError, match=r"trained\.json: which groups are trained cannot be read"):
         read_trained(store.root)
     again = recovery(tmp_path, step=4, tell=told.append)
-    assert "goes on without what it said" in told[0]
+    assert "continues without what it said" in told[0]
     again.rewind()
     assert again.recover(Ticket(number=7, version=2), make_prompt(7)) is not None
     again.trained(5, [7])
@@ -313,7 +313,7 @@ def test_a_run_has_a_store_unless_it_is_turned_off(tmp_path):
 
 
 def test_d02_notes_that_cannot_be_read_for_now_are_an_error_and_are_not_written_anew(tmp_path):
-    """A file that is damaged for good is told, and the run goes on without it."""
+    """A file that is damaged for good is told, and the run continues without it."""
     store = ExperienceStore(tmp_path / "experience")
     store.root.mkdir()
     notes = store.root / "trained.json"
@@ -325,7 +325,7 @@ def test_d02_notes_that_cannot_be_read_for_now_are_an_error_and_are_not_written_
     notes.write_text("{")
     told: list[str] = []
     recovery(tmp_path, store=store, tell=told.append).rewind()
-    assert "goes on without" in told[0]
+    assert "continues without" in told[0]
 
 
 @pytest.mark.parametrize("passes", [True, False])

@@ -31,7 +31,14 @@ from rlhf_cluster.buffer.replay_pool import (
 )
 from rlhf_cluster.buffer.staleness import AdmissionGate
 from rlhf_cluster.errors import RecordError, StalenessError
-from rlhf_cluster.records import BufferState, GroupSummary, StoredGroup, Taken, Ticket, Used
+from rlhf_cluster.records import (
+    BufferState,
+    GroupSummary,
+    StoredGroup,
+    Ticket,
+    TrainedGroup,
+    TrainingGroup,
+)
 from rlhf_cluster.sections.rl_run import Replay
 from tests.support.builders.run_configs import tiny_config
 from tests.support.fakes.services import (
@@ -42,7 +49,7 @@ from tests.support.fakes.services import (
 SPREAD = Replay(priority="reward_spread", alpha=1.0)
 
 
-def taken(number: int, oldest: int = 0, rewards: Sequence[float] = (0.0, 1.0)) -> Taken:
+def taken(number: int, oldest: int = 0, rewards: Sequence[float] = (0.0, 1.0)) -> TrainingGroup:
     ticket = Ticket(number=number, version=oldest, attempt=3)
     summary = GroupSummary(
         group_id=ticket.group_id,
@@ -52,19 +59,19 @@ def taken(number: int, oldest: int = 0, rewards: Sequence[float] = (0.0, 1.0)) -
         rewards=tuple(rewards),
         parts={"exact_match": 0.5},
     )
-    return Taken(ticket=ticket, handle=f"object {number}", summary=summary)
+    return TrainingGroup(ticket=ticket, handle=f"object {number}", summary=summary)
 
 
-def used(number: int, rewards: Sequence[float] = (0.0, 1.0)) -> Used:
+def used(number: int, rewards: Sequence[float] = (0.0, 1.0)) -> TrainedGroup:
     one = taken(number, rewards=rewards)
-    return Used(ticket=one.ticket, summary=one.summary, steps=(1,))
+    return TrainedGroup(ticket=one.ticket, summary=one.summary, steps=(1,))
 
 
 def pool(num: int = 2, seed: int = 0, max_staleness: int = 3, **values) -> ReplayPool:
     return ReplayPool(Replay(**values), num, seed, max_staleness)
 
 
-def numbers(groups: Sequence[Taken]) -> list[int]:
+def numbers(groups: Sequence[TrainingGroup]) -> list[int]:
     return [group.ticket.number for group in groups]
 
 
@@ -237,7 +244,7 @@ def test_a_use_that_may_not_be_is_an_error():
 GATE = AdmissionGate(max_staleness=3, pipeline_depth=1, groups_per_step=2, num_steps=8)
 
 
-def run(buffer: ExperienceBuffer, num_steps: int) -> list[list[Taken]]:
+def run(buffer: ExperienceBuffer, num_steps: int) -> list[list[TrainingGroup]]:
     """Steps of a run whose versions are live at once."""
     found = []
     for _ in range(num_steps):

@@ -93,7 +93,7 @@ def test_all_problems_are_reported_at_once():
         ),
         (
             {"weights": {"mirror": "/a/b", "root": "/a/b"}},
-            ["weights.mirror = '/a/b' and weights.root = '/a/b'", "a folder of its own"],
+            ["weights.mirror = '/a/b' and weights.root = '/a/b'", "a separate folder"],
         ),
         (
             {"weights": {"mirror": "/a", "root": "/a/b"}},
@@ -123,7 +123,7 @@ def test_all_problems_are_reported_at_once():
         ),
         (
             {"algorithm": {"sampler": "exact"}},
-            ["algorithm.sampler = 'exact'", "scoring.exact_logprobs = false", "nobody"],
+            ["algorithm.sampler = 'exact'", "scoring.exact_logprobs = false", "no worker"],
         ),
         (
             {"generation": {"num_gpus": 2}},

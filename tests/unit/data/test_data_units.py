@@ -25,7 +25,7 @@ from rlhf_cluster.data.units import (
     UnitStream,
     cut_end,
     load_units,
-    sequence_of,
+    make_sequence,
 )
 from rlhf_cluster.errors import DataError, RecordError
 from rlhf_cluster.sections.offline_stage import StageData
@@ -157,13 +157,13 @@ def test_columns_of_a_source_are_renamed_and_a_missing_one_is_named(tmp_path: Pa
 
 def test_the_trained_tokens_of_a_mask_become_targets() -> None:
     trained = np.array([0, 0, 1, 0, 1, 0], dtype=bool)
-    sequence = sequence_of(ids(1, 2, 3, 4, 5, 6), trained)
+    sequence = make_sequence(ids(1, 2, 3, 4, 5, 6), trained)
     assert sequence is not None
     assert sequence.prompt_ids.tolist() == [1, 2]
     assert sequence.target_ids.tolist() == [3, 4, 5]
     assert sequence.target_mask is not None
     assert sequence.target_mask.tolist() == [True, False, True]
-    assert sequence_of(ids(1, 2), np.array([True, False])) is None, "nothing predicts the first"
+    assert make_sequence(ids(1, 2), np.array([True, False])) is None, "nothing predicts the first"
 
 
 @given(

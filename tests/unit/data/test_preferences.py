@@ -22,10 +22,10 @@ from rlhf_cluster.data.preferences import (
     Pair,
     Ranking,
     UnusableRow,
-    opening,
     parse_labelled,
     parse_pair,
     parse_ranking,
+    split_key,
 )
 from rlhf_cluster.data.rows import read_rows, texts
 from rlhf_cluster.errors import DataError
@@ -180,7 +180,7 @@ def test_dialogues_that_go_on_from_one_another_have_one_opening() -> None:
     ).prompt
     later = parse_pair({"chosen": [*HISTORY, FOUR], "rejected": [*HISTORY, FIVE]}, "f").prompt
     with_system = [{"role": "system", "content": "Be kind."}, *HISTORY]
-    assert opening(start) == opening(later) == opening(with_system) == opening("Hi") == "Hi"
+    assert split_key(start) == split_key(later) == split_key(with_system) == split_key("Hi") == "Hi"
 
 
 def test_the_texts_of_a_row_have_no_marks_and_come_once() -> None:

@@ -139,7 +139,7 @@ async def test_s36_no_two_groups_samples_or_segments_share_a_stream():
 async def test_a_prefix_of_another_group_is_refused():
     worker = await start_worker(2)
     _, partial = await worker.generate(TICKET, PROMPT, sampling())
-    with pytest.raises(RecordError, match="g00000008 cannot go on from g00000007"):
+    with pytest.raises(RecordError, match="g00000008 cannot continue g00000007"):
         await worker.generate(Ticket(number=8, version=0), PROMPT, sampling(), partial)
 
 

@@ -21,7 +21,7 @@ from rlhf_cluster.learner.step.passes import score
 from rlhf_cluster.models.policy_model import load_policy
 from rlhf_cluster.records import ExperienceGroup, WeightVersion
 from rlhf_cluster.scoring.reference_policy import Reference
-from rlhf_cluster.util.tensor_hashing import digest_of
+from rlhf_cluster.util.tensor_hashing import compute_digest
 from rlhf_cluster.weights.read_version import (
     open_version,
     read,
@@ -215,7 +215,7 @@ def test_versions_of_adapters_hold_what_is_published_in_full(
         full = host_copy(parts, getattr(torch, base))
         report = learner.write_snapshot(str(root), 0 if number else None)
         version = commit(root, number, [report], 9, learner.tensor_shapes())
-        assert version.digest == digest_of((p.name, p.tensor.view(p.shape)) for p in full)
+        assert version.digest == compute_digest((p.name, p.tensor.view(p.shape)) for p in full)
         assert len(list(read(version.path))) == version.num_tensors
         versions.append(version)
         metrics = learner.train_step(random_groups(number, version=number)).metrics

@@ -12,7 +12,10 @@ import pytest
 import torch
 
 from rlhf_cluster.data.packing import value_sequence
-from rlhf_cluster.data.units import Unit, flat
+from rlhf_cluster.data.units import (
+    Unit,
+    flatten_units,
+)
 from rlhf_cluster.errors import RunError
 from rlhf_cluster.learner.offline_rank import StageRank
 from rlhf_cluster.offline.stage import (
@@ -60,7 +63,7 @@ def start(tiny_model_dir: str) -> Iterator[Start]:
 def slow_loss(units: Sequence[Unit]) -> float:
     """Mean negative log-likelihood of the trained tokens, one sequence and one token at a time."""
     model, total, count = build_llama(), 0.0, 0
-    for sequence in flat(units)[0]:
+    for sequence in flatten_units(units)[0]:
         tokens = np.concatenate([sequence.prompt_ids, sequence.target_ids])
         with torch.no_grad():
             logits = model(torch.tensor(tokens)[None].long()).logits[0].double()

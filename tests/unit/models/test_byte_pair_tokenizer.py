@@ -15,7 +15,7 @@ from rlhf_cluster.data.tokenizer import PLAIN_CLASSES, end_token_ids, load_token
 from rlhf_cluster.errors import ConfigError, DataError
 from rlhf_cluster.models.make_model import (
     check_fit,
-    learn,
+    learn_bpe,
     make_bpe,
     make_model,
 )
@@ -93,14 +93,14 @@ def test_the_same_file_gives_the_same_bytes_in_any_process(data: Path, made: Pat
     code = (
         "import sys\n"
         "from rlhf_cluster.sections.rl_run import BpeTokenizer\n"
-        "from rlhf_cluster.models.make_model import learn\n"
+        "from rlhf_cluster.models.make_model import learn_bpe\n"
         "sys.stdout.write(learn(BpeTokenizer(path=sys.argv[1], vocab_size=512)).to_str())"
     )
     one_thread = {**os.environ, "RAYON_NUM_THREADS": "1", "PYTHONHASHSEED": "7"}
     done = subprocess.run(
         [sys.executable, "-c", code, str(data)], capture_output=True, text=True, env=one_thread
     )
-    here = learn(BpeTokenizer(path=str(data), vocab_size=512)).to_str()
+    here = learn_bpe(BpeTokenizer(path=str(data), vocab_size=512)).to_str()
     assert done.stdout == here, done.stderr
     assert json.loads(here) == json.loads(load_tokenizer(made).backend_tokenizer.to_str())
 

@@ -132,7 +132,7 @@ def test_the_probe_says_no_where_there_is_no_kernel() -> None:
 
 
 def test_models_that_need_more_than_the_kernel_knows_are_told_apart() -> None:
-    assert varlen_attention.suits(LlamaConfig())
-    assert varlen_attention.suits(Qwen3Config())  # its window is off
-    assert not varlen_attention.suits(MistralConfig(sliding_window=4096))
-    assert not varlen_attention.suits(Gemma2Config())
+    assert varlen_attention.supports(LlamaConfig())
+    assert varlen_attention.supports(Qwen3Config())  # its window is off
+    assert not varlen_attention.supports(MistralConfig(sliding_window=4096))
+    assert not varlen_attention.supports(Gemma2Config())

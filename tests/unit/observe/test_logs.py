@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from rlhf_cluster.observe.record import logs
-from rlhf_cluster.observe.record.logs import FileBehind
+from rlhf_cluster.observe.record.logs import BackgroundFileHandler
 
 PATIENT_S = 30.0
 
@@ -47,8 +47,10 @@ def logger():
         handler.close()
 
 
-def behind(logger: logging.Logger, path: Path, disk: Disk, max_waiting: int = 100) -> FileBehind:
-    handler = FileBehind(path, max_waiting, disk.write)
+def behind(
+    logger: logging.Logger, path: Path, disk: Disk, max_waiting: int = 100
+) -> BackgroundFileHandler:
+    handler = BackgroundFileHandler(path, max_waiting, disk.write)
     handler.setFormatter(logs._LineFormatter("buffer", "buffer"))
     logger.addHandler(handler)
     return handler

@@ -15,9 +15,9 @@ from rlhf_cluster.cli.commands import explain
 from rlhf_cluster.errors import RunError, StalledError, WorkerError
 from rlhf_cluster.observe.record import post_mortem
 from rlhf_cluster.observe.record.post_mortem import (
+    add_path_on_error,
     causes,
     describe,
-    pointing_to,
     write,
 )
 
@@ -157,7 +157,7 @@ def test_there_are_stacks_without_an_event_loop_too():
 
 
 def fails(path: Path, make: Callable[[], Any], error: BaseException) -> None:
-    with pointing_to(path):
+    with add_path_on_error(path):
         write(path, make)
         raise error
 
@@ -168,7 +168,7 @@ def test_the_error_ends_with_where_the_document_is(tmp_path):
         fails(path, document, RunError("it broke"))
     assert explain(told.value) == f"it broke\nWhat was known when the run failed: {path}"
     assert json.loads(path.read_text())["run"] == "r"
-    with pytest.raises(RunError) as told, pointing_to(path):
+    with pytest.raises(RunError) as told, add_path_on_error(path):
         raise RunError("before anything was known")
     assert explain(told.value) == "before anything was known"
     assert (tmp_path / f"earlier_{post_mortem.NAME}").exists()

@@ -17,8 +17,8 @@ from rlhf_cluster.observe.occupancy import resident_bytes
 from rlhf_cluster.records import (
     GroupSummary,
     StepReport,
-    Taken,
     Ticket,
+    TrainingGroup,
 )
 from rlhf_cluster.run.run_directory import RunDir
 from rlhf_cluster.weights.sync import SyncStats
@@ -55,7 +55,7 @@ def test_s39_hits_and_accepted_tokens_are_sums_over_requests_of_any_length():
     assert (totals.num_drafted, totals.num_accepted) == (12, 4 + 3)
 
 
-def taken(number: int, oldest: int, rollouts: int = 2) -> Taken:
+def taken(number: int, oldest: int, rollouts: int = 2) -> TrainingGroup:
     summary = GroupSummary(
         group_id=f"g{number}",
         oldest_version=oldest,
@@ -64,7 +64,7 @@ def taken(number: int, oldest: int, rollouts: int = 2) -> Taken:
         rewards=(1.0,) * rollouts,
         longest_tokens=2,
     )
-    return Taken(ticket=Ticket(number=number, version=oldest), handle=None, summary=summary)
+    return TrainingGroup(ticket=Ticket(number=number, version=oldest), handle=None, summary=summary)
 
 
 def observing(config: RunConfig, rundir: RunDir) -> tuple[Any, Sent]:

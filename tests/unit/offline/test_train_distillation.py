@@ -14,7 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_cluster.config import StageConfig, validate
-from rlhf_cluster.data.units import Unit, flat
+from rlhf_cluster.data.units import (
+    Unit,
+    flatten_units,
+)
 from rlhf_cluster.errors import ConfigError, DataError
 from rlhf_cluster.learner.offline_rank import StageRank
 from rlhf_cluster.models.divergence import (
@@ -216,7 +219,7 @@ def plain_loss(
 ) -> torch.Tensor:
     """One sequence at a time by the models' own logits; the mean over the trained tokens."""
     found = []
-    for sequence in flat(units)[0]:
+    for sequence in flatten_units(units)[0]:
         ids = torch.from_numpy(np.concatenate([sequence.prompt_ids, sequence.target_ids])).long()
         places = slice(len(sequence.prompt_ids) - 1, -1)
         s = student(input_ids=ids[None]).logits[0, places].log_softmax(-1)

@@ -99,7 +99,7 @@ def test_a_row_has_a_grade_for_each_head_or_null(tokenizer: Any) -> None:
         read(tokenizer, {"helpful": 1}, heads=HEADS)
     with pytest.raises(DataError, match="line 1, column 'score': found str '3', expected a number"):
         read(tokenizer, {"score": "3"})
-    with pytest.raises(DataError, match=r"column 'score': 3 is no label in \[0, 1\]"):
+    with pytest.raises(DataError, match=r"column 'score': 3 is not a label in \[0, 1\]"):
         read(tokenizer, {"score": 3}, kind="bce")
 
 

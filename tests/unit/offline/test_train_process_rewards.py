@@ -11,7 +11,7 @@ import torch
 from rlhf_cluster.config.scoring_section import Scoring
 from rlhf_cluster.data.preferences import UnusableRow
 from rlhf_cluster.data.reasoning_steps import (
-    reduced,
+    reduce_scores,
     step_ends,
     step_spans,
 )
@@ -376,5 +376,5 @@ def test_what_cannot_be_reported_is_refused() -> None:
 
 def test_the_weakest_step_the_product_and_the_last_one() -> None:
     scores = np.array([0.5, 0.25, 1.0])
-    found = [reduced(scores, how) for how in ("min", "product", "last", "mean")]
+    found = [reduce_scores(scores, how) for how in ("min", "product", "last", "mean")]
     assert found == pytest.approx([0.25, 0.125, 1.0, 1.75 / 3])

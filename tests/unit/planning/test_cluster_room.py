@@ -74,5 +74,5 @@ def test_it_says_no_exactly_where_the_run_would_be_refused(gpus):
     assert (judged(nodes).verdict == "wrong") == bool(left)
     if not left:
         return check_fits(BUNDLES, nodes)
-    with pytest.raises(PlacementError, match=re.escape(f"no node has room for {left[0]}")):
+    with pytest.raises(PlacementError, match=re.escape(f"no node can hold {left[0]}")):
         check_fits(BUNDLES, nodes)

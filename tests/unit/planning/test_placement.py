@@ -34,14 +34,14 @@ def test_the_error_names_demand_supply_and_the_bundle():
     with pytest.raises(PlacementError) as error:
         check_fits([bundle("generation-0", 1.5), bundle("learner-0", 1.0)], nodes)
     message = str(error.value)
-    assert "no node has room for learner-0 (1 CPU)" in message
+    assert "no node can hold learner-0 (1 CPU)" in message
     assert "Demand: 2.5 CPU in 2 bundles" in message
     assert "Supply: 10.0.0.1: 2 CPU" in message
 
 
 def test_a_bundle_never_spans_two_nodes():
     nodes = {"a": {"CPU": 8.0, "GPU": 4.0}, "b": {"CPU": 8.0, "GPU": 4.0}}
-    with pytest.raises(PlacementError, match="no node has room for generation-0"):
+    with pytest.raises(PlacementError, match="no node can hold generation-0"):
         check_fits([bundle("generation-0", 1.0, 8.0)], nodes)
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_cluster.util.slow_disk import Latest
+from rlhf_cluster.util.slow_disk import LatestValue
 from tests.support.checks.blocking_calls import Source
 
 HARMLESS = frozenset(
     {
         "rlhf_cluster.observe.occupancy:resident_bytes",  # /proc is no disk
-        "rlhf_cluster.util.slow_disk:Behind.put",  # it waits `grace_s`: see the test of that
+        "rlhf_cluster.util.slow_disk:BackgroundWriter.put",  # it waits `grace_s`: see the test of that
     }
 )
 
@@ -51,7 +51,7 @@ def test_n07_a_write_behind_the_loop_has_no_grace():
         for folder in ("rlhf_cluster", "actors")
         for path in Path(folder).rglob("*.py")
         for call in ast.walk(ast.parse(path.read_text()))
-        if isinstance(call, ast.Call) and ast.unparse(call.func) == "Behind"
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "BackgroundWriter"
     ]
     assert len(made) >= 2
     assert [path for path, given in made if given.get("grace_s") != "0.0"] == []
@@ -163,7 +163,7 @@ async def test_d04_a_disk_that_does_not_answer_holds_up_no_step():
         answers.wait(30)
         return 0.25
 
-    latest = Latest(look, 1.0)
+    latest = LatestValue(look, 1.0)
     assert await asyncio.to_thread(begun.wait, 30)
     assert [latest.value() for _ in range(1000)] == [1.0] * 1000
     assert sum(thread.name == "disk" for thread in threading.enumerate()) <= 1

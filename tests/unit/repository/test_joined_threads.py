@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from rlhf_cluster.errors import StalledError
-from rlhf_cluster.util.slow_disk import Patience, aside
+from rlhf_cluster.util.slow_disk import (
+    DiskDeadline,
+    run_in_thread,
+)
 
 SOURCES = sorted(path for room in ("rlhf_cluster", "actors") for path in Path(room).rglob("*.py"))
 NEVER_S = 300.0
@@ -40,7 +43,7 @@ def _executor(call: ast.Call) -> list[ast.expr]:
 def test_n14_no_call_runs_in_a_thread_that_the_end_waits_for():
     assert len(SOURCES) > 200
     found = [f"{p}:{n}" for p in SOURCES for n in joined_threads(ast.parse(p.read_text()))]
-    assert not found, "call it with rlhf_cluster.util.slow_disk.aside, or Patience.aside"
+    assert not found, "call it with rlhf_cluster.util.slow_disk.run_in_thread, or Patience.aside"
 
 
 @pytest.mark.parametrize(
@@ -69,9 +72,9 @@ def test_n14_a_driver_ends_while_a_disk_still_holds_its_call(is_cancelled):
 
     async def drive() -> None:
         if not is_cancelled:
-            await Patience(limit_s=0.05, setting="a.timeout_s").aside("a file", read)
-        call = asyncio.create_task(aside(read))
-        assert await aside(begun.wait, NEVER_S)
+            await DiskDeadline(limit_s=0.05, setting="a.timeout_s").aside("a file", read)
+        call = asyncio.create_task(run_in_thread(read))
+        assert await run_in_thread(begun.wait, NEVER_S)
         call.cancel()
         await call
 

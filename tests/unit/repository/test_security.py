@@ -22,8 +22,8 @@ from rlhf_cluster.observe.record import logs
 from rlhf_cluster.observe.report.serve import served
 from rlhf_cluster.run.checkpoint.checkpoint_folder import is_plain
 from rlhf_cluster.util.addresses import (
-    is_of_this_machine,
-    refuse_open,
+    check_address,
+    is_local_host,
 )
 from rlhf_cluster.weights.manifest import Part
 from tests.support.builders.run_configs import tiny_config
@@ -189,18 +189,18 @@ def test_names_in_manifests_markers_and_files_stay_in_their_folder(name, tmp_pat
 def test_another_machines_cluster_is_refused_without_a_token(address):
     for mode in ({}, {"RAY_AUTH_MODE": "disabled"}):
         with pytest.raises(ConfigError, match=r"cluster\.address = .*RAY_AUTH_MODE=token"):
-            refuse_open("cluster.address", address, mode, lambda host: False)
-    refuse_open("cluster.address", address, {"RAY_AUTH_MODE": "token"}, lambda host: False)
-    refuse_open("cluster.address", address, {}, lambda host: host in ("192.0.2.7", "head"))
+            check_address("cluster.address", address, mode, lambda host: False)
+    check_address("cluster.address", address, {"RAY_AUTH_MODE": "token"}, lambda host: False)
+    check_address("cluster.address", address, {}, lambda host: host in ("192.0.2.7", "head"))
 
 
 def test_this_machines_addresses_are_known_and_no_others():
     for address in ("auto", "127.0.0.1:6379", "ray://localhost:10001", "http://[::1]:8265"):
-        refuse_open("cluster.address", address, {})
-    assert not is_of_this_machine("192.0.2.254")  # an address that documents use, and nobody has
-    assert not is_of_this_machine("not a host")
+        check_address("cluster.address", address, {})
+    assert not is_local_host("192.0.2.254")  # an address that documents use, and nobody has
+    assert not is_local_host("not a host")
     with pytest.raises(ConfigError):
-        refuse_open("cluster.address", "http://:8265", {})
+        check_address("cluster.address", "http://:8265", {})
 
 
 @pytest.mark.parametrize(("host", "stays"), [("127.0.0.1", True), ("0.0.0.0", False)])

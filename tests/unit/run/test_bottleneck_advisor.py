@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from rlhf_cluster.observe.occupancy import (
+    BusyTime,
     Occupancy,
-    Spent,
 )
 from rlhf_cluster.run.bottleneck_advisor import (
     MIN_STEPS,
@@ -196,9 +196,9 @@ def test_a_pool_is_busy_by_the_share_of_its_workers_that_have_a_call():
         now[0] = 3.0  # two seconds with one call at two workers
         with pool.call(), pool.call():
             now[0] = 7.0  # four seconds with three
-    assert pool.take() == Spent(idle_s=1.0, busy_s=0.5 * 2 + 4)
+    assert pool.take() == BusyTime(idle_s=1.0, busy_s=0.5 * 2 + 4)
     now[0] = 8.0
-    assert pool.take() == Spent(idle_s=1.0, busy_s=0.0)
+    assert pool.take() == BusyTime(idle_s=1.0, busy_s=0.0)
     with pool.call():
         now[0], workers[0] = 9.0, 0
-        assert pool.take() == Spent(idle_s=0.0, busy_s=1.0), "a pool without workers is asked"
+        assert pool.take() == BusyTime(idle_s=0.0, busy_s=1.0), "a pool without workers is asked"

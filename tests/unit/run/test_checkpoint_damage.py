@@ -30,12 +30,12 @@ from rlhf_cluster.run.checkpoint.checkpoint_folder import (
     verify_tensors,
 )
 from rlhf_cluster.run.checkpoint.resume import whole
-from rlhf_cluster.run.restarts import point_of_return
+from rlhf_cluster.run.restarts import find_restart_checkpoint
 from rlhf_cluster.run.run_directory import RunDir
 from rlhf_cluster.util.durable_files import (
     PAUSES,
-    passing,
-    patiently,
+    find_storage_cause,
+    run_with_retries,
 )
 from rlhf_cluster.weights import (
     read_version,
@@ -355,10 +355,10 @@ def test_d02_an_io_error_in_a_shard_is_told_from_damage_by_its_cause(two):
     ],
 )
 def test_d02_errors_that_may_pass_are_told_from_damage_and_absence(error, passes):
-    assert (passing(error) is not None) is passes
+    assert (find_storage_cause(error) is not None) is passes
     wrapped = WeightError("cannot read")
     wrapped.__cause__ = error
-    assert (passing(wrapped) is not None) is passes
+    assert (find_storage_cause(wrapped) is not None) is passes
     tries: list[Exception] = []
 
     def read() -> None:
@@ -366,7 +366,7 @@ def test_d02_errors_that_may_pass_are_told_from_damage_and_absence(error, passes
         raise wrapped
 
     with pytest.raises(StorageError if passes else WeightError):
-        patiently(read, "it", "", lambda seconds: None, (1.0, 2.0))
+        run_with_retries(read, "it", "", lambda seconds: None, (1.0, 2.0))
     assert len(tries) == (3 if passes else 1)
 
 
@@ -378,7 +378,7 @@ def test_d02_a_loss_inside_a_run_is_refused_rather_than_set_back_by_an_io_error(
             write_whole(run.checkpoints, step)
         Disk(run.checkpoints / "step-000004" / "run.json")
         with pytest.raises(StorageError, match="step-000004"):
-            point_of_return(run, config, CoreLost("gone"), sleep=lambda seconds: None)
+            find_restart_checkpoint(run, config, CoreLost("gone"), sleep=lambda seconds: None)
         assert checkpoint_folder.steps(run.checkpoints) == [2, 4]
 
 

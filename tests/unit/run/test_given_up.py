@@ -20,7 +20,11 @@ from rlhf_cluster.run.checkpoint.run_state import RunState
 from rlhf_cluster.run.run_directory import MARKER, RunDir
 from rlhf_cluster.scoring.moving_reference import ReferenceKeeper
 from rlhf_cluster.sections.reference_update import PeriodicReference
-from rlhf_cluster.util.slow_disk import aside, check_wanted, within
+from rlhf_cluster.util.slow_disk import (
+    check_not_abandoned,
+    run_in_thread,
+    run_within,
+)
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.writer_fence import Writer, publishing
 from tests.support.builders.checkpoint_files import make_state
@@ -60,7 +64,7 @@ class Learner:
         return make_state(1).learner
 
     async def write_state(self, folder: Path) -> None:
-        await aside(folder.mkdir)
+        await run_in_thread(folder.mkdir)
 
 
 def saving(root: Path, fence: checkpoint_folder.Fence, timeout_s: float = NEVER_S) -> Checkpoints:
@@ -86,7 +90,7 @@ def fence_of(root: Path, writer: Writer) -> checkpoint_folder.Fence:
 
 
 async def until(event: threading.Event) -> None:
-    assert await aside(event.wait, NEVER_S)
+    assert await run_in_thread(event.wait, NEVER_S)
 
 
 async def saved(checkpoints: Checkpoints, step: int) -> None:
@@ -141,7 +145,7 @@ async def test_n04_a_begin_that_was_given_up_removes_nothing_of_the_next_try(tmp
         finally:
             ended.set()
 
-    call = asyncio.create_task(aside(late))
+    call = asyncio.create_task(run_in_thread(late))
     await until(begun)
     call.cancel()
     await asyncio.gather(call, return_exceptions=True)
@@ -190,7 +194,7 @@ def test_n05_a_reference_past_its_deadline_appears_never(tmp_path):
             ended.set()
 
     with publishing(tmp_path / "weights", writer), pytest.raises(StalledError):
-        within(0.2, "the reference", follow)
+        run_within(0.2, "the reference", follow)
     assert ended.wait(NEVER_S)
     assert [type(error) for error in raised] == [StalledError]
     assert store.latest(tmp_path / "reference") is None
@@ -198,8 +202,8 @@ def test_n05_a_reference_past_its_deadline_appears_never(tmp_path):
 
 
 def test_what_is_wanted_is_told_from_what_was_given_up():
-    check_wanted("in no call at all")
-    assert within(NEVER_S, "a call", lambda: check_wanted("x")) is None
+    check_not_abandoned("in no call at all")
+    assert run_within(NEVER_S, "a call", lambda: check_not_abandoned("x")) is None
     begun, answers, ended = (threading.Event() for _ in range(3))
     raised: list[BaseException] = []
 
@@ -207,14 +211,14 @@ def test_what_is_wanted_is_told_from_what_was_given_up():
         begun.set()
         assert answers.wait(NEVER_S)
         try:
-            check_wanted("version 7")
+            check_not_abandoned("version 7")
         except StalledError as error:
             raised.append(error)
         finally:
             ended.set()
 
     with pytest.raises(StalledError):
-        within(0.05, "a call", outer)
+        run_within(0.05, "a call", outer)
     answers.set()
     assert ended.wait(NEVER_S)
     assert "version 7: abandoned after its deadline" in str(raised[0])

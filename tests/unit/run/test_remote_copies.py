@@ -37,11 +37,11 @@ from rlhf_cluster.run.checkpoint.remote_copies import (
     fetch_newest,
 )
 from rlhf_cluster.run.metrics_file import read_metrics
-from rlhf_cluster.run.restarts import point_of_return
+from rlhf_cluster.run.restarts import find_restart_checkpoint
 from rlhf_cluster.run.run_directory import RunDir
 from rlhf_cluster.util.durable_files import PAUSES
 from rlhf_cluster.util.json_files import write_json
-from rlhf_cluster.util.provenance import without_secrets
+from rlhf_cluster.util.provenance import remove_secrets
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.transports.transport import Deadline
 from tests.support.builders.checkpoint_files import write_whole
@@ -369,7 +369,7 @@ def test_copies_inside_the_run_directory_are_refused(tmp_path):
 
 def test_credentials_of_the_url_are_in_no_file_and_no_name(tmp_path):
     url = "memory://user:hunter2@copies/x?signature=abc"
-    tree = without_secrets(config(tmp_path, url).model_dump(mode="json"))
+    tree = remove_secrets(config(tmp_path, url).model_dump(mode="json"))
     assert tree["checkpoint"]["copy_to"] == "memory://(hidden)@copies/x?(hidden)"
     assert CopyFolder(url, "tiny").shown == "memory://(hidden)@copies/x?(hidden)/tiny"
 
@@ -433,7 +433,7 @@ async def test_d03_a_loss_inside_a_run_takes_the_newer_copy_too(tmp_path):
     run = make_run(tmp_path, 2, 4)
     await copied(run)
     tear(run, 4)
-    assert point_of_return(run, config(tmp_path), CoreLost("gone")).state.step == 4
+    assert find_restart_checkpoint(run, config(tmp_path), CoreLost("gone")).state.step == 4
 
 
 async def test_d03_a_copy_newer_than_the_resumed_step_is_set_aside_with_all_its_files(
@@ -477,7 +477,7 @@ async def test_d03_storage_that_cannot_be_asked_refuses_a_run_whose_newest_is_da
     assert whole.checkpoint.state.step == 4, "what is whole here needs nobody else"
     assert paused == []
     tear(run, 4)
-    with pytest.raises(StorageError, match=r"refused.*Nobody can tell"):
+    with pytest.raises(StorageError, match=r"refused.*It is unknown"):
         resume.whole_or_copy(run, config(tmp_path), paused.append)
     assert paused == [*PAUSES]
     assert checkpoint_folder.steps(run.checkpoints) == [2, 4]

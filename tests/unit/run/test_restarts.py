@@ -33,7 +33,7 @@ from rlhf_cluster.run.restarts import (
     Restarts,
     RestartWindow,
     RoomAgain,
-    point_of_return,
+    find_restart_checkpoint,
     with_recovery,
 )
 from rlhf_cluster.run.run_directory import MARKER, RunDir
@@ -222,7 +222,7 @@ def test_the_newest_whole_checkpoint_is_gone_on_from(run, tmp_path):
     (run.reference / "v000001").rename(run.reference / "v000000")
     manifest = run.reference / "v000000" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"version": 1', '"version": 0'))
-    found = point_of_return(run, settings(tmp_path), LOST)
+    found = find_restart_checkpoint(run, settings(tmp_path), LOST)
     assert found is not None
     assert found.state.step == 2
 
@@ -232,11 +232,11 @@ def test_who_lost_its_directory_fetches_nothing_into_it_and_goes_nowhere(run, tm
     other = {**json.loads(marker.read_text()), "host": "other"}
     marker.write_text(json.dumps(other))
     with pytest.raises(RunError, match="was taken by process .* on other"):
-        point_of_return(run, settings(tmp_path), LOST)
+        find_restart_checkpoint(run, settings(tmp_path), LOST)
 
 
 def test_a_run_without_a_checkpoint_yet_begins_anew_and_nothing_of_it_stays(run, tmp_path):
-    assert point_of_return(run, settings(tmp_path), LOST) is None
+    assert find_restart_checkpoint(run, settings(tmp_path), LOST) is None
     with RunLog(run) as log:
         resume.rewind_weights(run, None)
         resume.cut_back(run, None)
@@ -251,16 +251,16 @@ def test_a_run_without_a_checkpoint_yet_begins_anew_and_nothing_of_it_stays(run,
 
 def test_a_run_that_writes_no_checkpoints_is_not_begun_anew_after_a_step(run, tmp_path):
     with pytest.raises(CheckpointError, match=r"train_step: .*3 steps .*checkpoint.every = 0"):
-        point_of_return(run, settings(tmp_path, every=0), LOST)
+        find_restart_checkpoint(run, settings(tmp_path, every=0), LOST)
     run.metrics.unlink()
-    assert point_of_return(run, settings(tmp_path, every=0), LOST) is None
+    assert find_restart_checkpoint(run, settings(tmp_path, every=0), LOST) is None
 
 
 def test_a_run_whose_checkpoints_are_damaged_is_not_begun_anew(run, tmp_path):
     folder = write_whole(run.checkpoints, 2)
     (folder / "run.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"run.json"):
-        point_of_return(run, settings(tmp_path), LOST)
+        find_restart_checkpoint(run, settings(tmp_path), LOST)
 
 
 class LostLearner(FakeLearner):
@@ -310,5 +310,5 @@ async def test_a_publish_that_does_not_end_is_named():
     sync = sync_of(learner, FakeGeneration())
     await sync.after_step(1)
     await learner.asked.wait()
-    with pytest.raises(StalledError, match="version 1, whose learner is gone, still ran"):
+    with pytest.raises(StalledError, match="version 1, whose learner is dead, still ran"):
         await sync.abandon(0.01)

@@ -317,7 +317,7 @@ def test_n08_a_slow_read_ends_with_the_calls_deadline_and_goes_on(model_dir, sto
     for _ in range(3):
         with (
             call_deadline(0.01),
-            pytest.raises(StalledError, match=r"version 2 was not read .*goes on.*weights.root"),
+            pytest.raises(StalledError, match=r"version 2 was not read .*continues.*weights.root"),
         ):
             scorer.logprobs([given])
     with scorer._model.held():

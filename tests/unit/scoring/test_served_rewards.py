@@ -27,7 +27,7 @@ from rlhf_cluster.observe.record.samples import (
     write_samples,
 )
 from rlhf_cluster.pipeline import StepTimes
-from rlhf_cluster.records import Taken
+from rlhf_cluster.records import TrainingGroup
 from rlhf_cluster.rewards.servers.judge import JudgeConfig
 from rlhf_cluster.scoring.scorer import Scorer
 from tests.support.builders import tiny_llama
@@ -273,7 +273,7 @@ def test_parts_and_what_is_watched_stand_in_store_samples_and_metrics(score, tmp
     assert [json.loads(row["watched"]) for row in rows] == [s.watched for s in group.scored]
     assert {row["scorer_version"] for row in rows} == {group.scored[0].scorer_version}
     times = step_times()
-    taken = [Taken(ticket=group.ticket, handle=None, summary=group.summary())]
+    taken = [TrainingGroup(ticket=group.ticket, handle=None, summary=group.summary())]
     values = group_metrics(taken, times)
     assert (values["reward/part/gold"], values["reward/part/proxy"]) == (0.875, 2.5)
     CheckedMetrics().record(values)  # raises on a name that is not in the table
@@ -285,7 +285,7 @@ def test_a_replayed_group_counts_in_the_size_of_a_step_and_not_in_its_rewards(sc
     fresh, old = (run(gold=[value] * 4) for value in (1.0, 9.0))
     times = step_times()
     taken = [
-        Taken(ticket=group.ticket, handle=None, summary=group.summary(), uses=uses)
+        TrainingGroup(ticket=group.ticket, handle=None, summary=group.summary(), uses=uses)
         for uses, group in enumerate((fresh, old))
     ]
     values, alone = group_metrics(taken, times), group_metrics(taken[:1], times)

@@ -30,7 +30,7 @@ from rlhf_cluster.synthetic_data.produce import (
     Completions,
     beginning,
 )
-from rlhf_cluster.util.slow_disk import Patience
+from rlhf_cluster.util.slow_disk import DiskDeadline
 from tests.support.builders.dataset_runs import (
     LINE,
     Generation,
@@ -173,7 +173,7 @@ async def test_n07_a_slow_disk_holds_up_no_other_prompt_and_ends_the_stage_at_it
 ):
     """Nothing that the stage awaits stands still while the disk does not answer."""
     disk, begun = threading.Event(), threading.Event()
-    work = producer(tmp_path, patience=Patience(limit_s=0.05, setting="a.timeout_s"))
+    work = producer(tmp_path, patience=DiskDeadline(limit_s=0.05, setting="a.timeout_s"))
     append = work.file._append
 
     def slow(answers: Answers) -> None:

@@ -21,7 +21,7 @@ from rlhf_cluster.models.shared_passes import SharedPasses
 from rlhf_cluster.util.deadlines import (
     call_deadline,
     callee_deadline,
-    left_of_call,
+    remaining_s,
     reply_deadline,
 )
 from rlhf_cluster.weights.sync import MAX_REFUSED, PAUSE_S
@@ -110,15 +110,15 @@ def test_a_callee_deadline_is_the_longest_whose_reply_is_in_time(outer_s):
 
 def test_waits_one_after_the_other_share_the_deadline_of_their_call():
     now = [100.0]
-    assert left_of_call(60.0, lambda: now[0]) == 60.0
+    assert remaining_s(60.0, lambda: now[0]) == 60.0
     with call_deadline(50.0, lambda: now[0]):
-        assert left_of_call(60.0, lambda: now[0]) == 50.0
+        assert remaining_s(60.0, lambda: now[0]) == 50.0
         now[0] += 30.0
-        assert left_of_call(60.0, lambda: now[0]) == 20.0
-        assert left_of_call(5.0, lambda: now[0]) == 5.0
+        assert remaining_s(60.0, lambda: now[0]) == 20.0
+        assert remaining_s(5.0, lambda: now[0]) == 5.0
         now[0] += 30.0
-        assert left_of_call(60.0, lambda: now[0]) == 0.0
-    assert left_of_call(60.0, lambda: now[0]) == 60.0
+        assert remaining_s(60.0, lambda: now[0]) == 0.0
+    assert remaining_s(60.0, lambda: now[0]) == 60.0
 
 
 def test_a_group_that_waited_for_one_model_has_less_for_the_next():

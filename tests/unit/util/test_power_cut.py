@@ -26,7 +26,7 @@ from rlhf_cluster.run.checkpoint import (
 from rlhf_cluster.run.run_directory import RunDir
 from rlhf_cluster.scoring.moving_reference import ReferenceKeeper
 from rlhf_cluster.sections.reference_update import ReferenceUpdate
-from rlhf_cluster.util.durable_files import write_whole
+from rlhf_cluster.util.durable_files import write_all
 from rlhf_cluster.util.json_files import read_json
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.manifest import LocalPart
@@ -252,7 +252,7 @@ def test_the_recorder_finds_a_file_or_a_folder_that_is_not_synced(tmp_path, brok
 
     def work(recorder: Recorder) -> None:
         if not broken:
-            write_whole(root / "note", b"new", fsync=True)
+            write_all(root / "note", b"new", fsync=True)
         else:
             partial = root / "partial"
             with partial.open("wb") as file:
@@ -262,7 +262,7 @@ def test_the_recorder_finds_a_file_or_a_folder_that_is_not_synced(tmp_path, brok
                     os.fsync(file.fileno())
             partial.replace(root / "note")
             if broken != "folder":
-                write_whole(root / "other", b"", fsync=True)
+                write_all(root / "other", b"", fsync=True)
         recorder.promise("new")
 
     with recorded(root) as recorder:

@@ -26,11 +26,11 @@ from rlhf_cluster.run.status_snapshot import (
 )
 from rlhf_cluster.util.provenance import (
     HIDDEN,
-    without_credentials,
+    remove_credentials,
 )
 from rlhf_cluster.util.redaction import (
-    redacted,
-    secrets_of,
+    find_secrets,
+    redact,
 )
 from tests.support.builders.run_configs import tiny_config
 
@@ -110,14 +110,14 @@ def test_secrets_are_known_by_names_and_ordinary_words_stay():
         "TOKENIZERS_PARALLELISM": "enabled", "RAY_AUTH_TOKEN_PATH": "/home/user/token",
         "A_KEY": "short",
     }  # fmt: skip
-    found = secrets_of({"api_key": "from-a-setting", "url_env": "HOME"}, variables)
+    found = find_secrets({"api_key": "from-a-setting", "url_env": "HOME"}, variables)
     assert set(found) == {
         "a-token", "a-key-value", "an-aws-key", "a-password", "from-a-setting", "/home/user",
     }  # fmt: skip
     assert found == sorted(found, key=lambda value: -len(value)), "the longest first"
-    assert redacted({"a": ("x a-token y", 1, None)}, found) == {"a": [f"x {HIDDEN} y", 1, None]}
+    assert redact({"a": ("x a-token y", 1, None)}, found) == {"a": [f"x {HIDDEN} y", 1, None]}
 
 
 def test_a_password_with_an_at_sign_is_hidden_whole():
-    hidden = without_credentials("https://me:one@two@host/path and me@host")
+    hidden = remove_credentials("https://me:one@two@host/path and me@host")
     assert hidden == "https://(hidden)@host/path and me@host"

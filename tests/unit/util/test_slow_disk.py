@@ -20,10 +20,10 @@ from rlhf_cluster.run.metrics_file import read_metrics
 from rlhf_cluster.run.run_directory import RunDir
 from rlhf_cluster.run.status_snapshot import Snapshot
 from rlhf_cluster.util.slow_disk import (
-    MAX_BEHIND,
-    Behind,
-    Patience,
-    aside,
+    MAX_QUEUED_WRITES,
+    BackgroundWriter,
+    DiskDeadline,
+    run_in_thread,
 )
 from tests.support.builders.checkpoint_files import make_state
 from tests.support.builders.run_configs import tiny_config
@@ -49,8 +49,8 @@ class Disk:
         if self._mend:
             self.answers.set()
 
-    def patience(self, limit_s: float, told_fraction: float = 0.5) -> Patience:
-        return Patience(
+    def patience(self, limit_s: float, told_fraction: float = 0.5) -> DiskDeadline:
+        return DiskDeadline(
             limit_s=limit_s, setting="a.timeout_s", told_fraction=told_fraction, tell=self.tell
         )
 
@@ -101,7 +101,7 @@ def test_a_group_that_a_disk_does_not_take_in_time_is_named_with_the_cure(
     text = str(caught.value)
     assert f"{tmp_path}/g00000002.arrow" in text
     assert "not written within a.timeout_s = 0.02 s" in text
-    assert "raise buffer.write_timeout_s, and start the same command again" in text
+    assert "raise buffer.write_timeout_s, and rerun the command" in text
     assert len(disk.told) == 1
     assert "g00000002.arrow" in disk.told[0]
     assert store.numbers() == [], "it does not count as finished"
@@ -136,10 +136,10 @@ def test_a_slow_disk_that_takes_a_group_loses_nothing(tmp_path: Path):
 async def test_nobody_waits_for_a_call_that_was_given_up(disk: Disk):
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.01):
-            await aside(disk.wait)
-    assert await aside(lambda a, b: a + b, 2, 3) == 5
+            await run_in_thread(disk.wait)
+    assert await run_in_thread(lambda a, b: a + b, 2, 3) == 5
     with pytest.raises(ValueError, match="no"):
-        await aside(_raise, ValueError("no"))
+        await run_in_thread(_raise, ValueError("no"))
 
 
 def _raise(error: Exception) -> None:
@@ -154,8 +154,8 @@ class Clock:
         return self.now
 
 
-def behind(disk: Disk, clock: Callable[[], float], limit_s: float = 60.0) -> Behind:
-    return Behind("/disk/lines", disk.patience(limit_s), clock, grace_s=0.0)
+def behind(disk: Disk, clock: Callable[[], float], limit_s: float = 60.0) -> BackgroundWriter:
+    return BackgroundWriter("/disk/lines", disk.patience(limit_s), clock, grace_s=0.0)
 
 
 def test_what_waits_for_a_slow_disk_is_written_in_order(disk: Disk):
@@ -188,7 +188,7 @@ def test_no_write_waits_past_its_deadline(disk: Disk):
         StalledError, match=r"/disk/lines was not written within a\.timeout_s = 60 s"
     ):
         lines.put(lambda: None)
-    hasty = Behind("/disk/lines", disk.patience(0.02), clock, grace_s=0.0)
+    hasty = BackgroundWriter("/disk/lines", disk.patience(0.02), clock, grace_s=0.0)
     hasty.put(disk.wait)
     with pytest.raises(StalledError, match="not written within"):
         hasty.flush()
@@ -197,7 +197,7 @@ def test_no_write_waits_past_its_deadline(disk: Disk):
 def test_what_waits_is_bounded(disk: Disk):
     lines = behind(disk, Clock())
     lines.put(disk.wait)
-    for _ in range(MAX_BEHIND - 1):
+    for _ in range(MAX_QUEUED_WRITES - 1):
         lines.put(lambda: None)
     with pytest.raises(StalledError):
         lines.put(lambda: None)
@@ -216,7 +216,7 @@ def test_of_a_view_only_the_latest_waits(disk: Disk):
 
 
 def test_a_failed_write_is_raised_where_it_is_waited_for_or_by_the_next(disk: Disk):
-    patient = Behind("x", disk.patience(NEVER_S), grace_s=NEVER_S)
+    patient = BackgroundWriter("x", disk.patience(NEVER_S), grace_s=NEVER_S)
     with pytest.raises(ValueError, match="full"):
         patient.put(lambda: _raise(ValueError("full")))
     patient.put(lambda: None)
@@ -298,7 +298,7 @@ class HangingLearner:
         return make_state(1).learner
 
     async def write_state(self, folder: Path) -> None:
-        await aside(self._disk.wait)
+        await run_in_thread(self._disk.wait)
 
 
 async def test_a_checkpoint_on_a_slow_disk_is_told_of_and_costs_itself(tmp_path: Path, disk: Disk):

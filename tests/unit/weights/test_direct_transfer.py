@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlhf_cluster.errors import WeightError
-from rlhf_cluster.util.tensor_hashing import digest_of
+from rlhf_cluster.util.tensor_hashing import compute_digest
 from rlhf_cluster.weights.transports.direct_transfer import (
     Announced,
     Arrivals,
@@ -122,7 +122,7 @@ def test_a_version_that_arrived_whole_is_loaded_and_has_the_digest_of_one_in_fil
     for version in (1, 2):
         transfer.policy = small_model(seed=version)
         announced = transfer.publish(version)
-        assert announced.digest == digest_of(transfer.policy.items())
+        assert announced.digest == compute_digest(transfer.policy.items())
         assert_same(transfer.worker.model.weights, dict(transfer.policy))
         assert transfer.worker.model.version == version
 

@@ -10,7 +10,7 @@ import torch
 
 from rlhf_cluster.errors import WeightError
 from rlhf_cluster.records import WeightVersion
-from rlhf_cluster.util.tensor_hashing import digest_of
+from rlhf_cluster.util.tensor_hashing import compute_digest
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.formats.huggingface import export_hf
 from rlhf_cluster.weights.formats.lora_factors import (
@@ -164,7 +164,7 @@ def test_versions_of_adapters_read_back_as_the_merged_weights_and_have_their_dig
         model = publish.models[version.version]
         found = dict(store.read(version.path, expected_digest=version.digest))
         assert_same({name: found[name] for name in model}, model)
-        assert version.digest == digest_of(model.items())
+        assert version.digest == compute_digest(model.items())
         assert version.num_tensors == len(model) == len(found)
         assert version.num_bytes == sum(t.nbytes for t in model.values())
     manifests = [store.open_version(v.path) for v in versions]
@@ -361,7 +361,7 @@ def test_l03_readers_round_what_they_merge_by_the_streams_that_the_manifest_name
         assert_same(
             dict(store.read(version.path, expected_digest=version.digest, held=held)), model
         )
-        assert version.digest == digest_of(model.items())
+        assert version.digest == compute_digest(model.items())
         manifest = open_version(version.path)
         streams = {n: e.stream for n, e in manifest.tensors.items() if e.stream is not None}
         assert streams == {n: stream_key(version.version, n) for n in ADAPTED}

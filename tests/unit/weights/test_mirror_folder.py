@@ -68,7 +68,7 @@ def test_n02_a_name_that_something_else_has_is_refused_and_left(tmp_path: Path, 
     else:
         local.symlink_to(tmp_path)
     before = tree(tmp_path)
-    with pytest.raises(FileExistsError, match="no folder that this user's runs made"):
+    with pytest.raises(FileExistsError, match="not a folder that this user's runs made"):
         begin_use(local)
     sweep(tmp_path)
     assert tree(tmp_path) == before

@@ -152,7 +152,7 @@ def test_a_reader_that_leaves_in_the_middle_is_noticed_at_once(rank: Rank) -> No
     wire = rank.ask(rank.lend(*LARGE))
     wire.hear(soon(), "the size")
     wire.close()
-    assert "is gone" in rank.note()
+    assert "is disconnected" in rank.note()
 
 
 def test_a_reader_that_cannot_keep_what_comes_ends_the_transfer_and_says_why(rank: Rank) -> None:
@@ -163,7 +163,7 @@ def test_a_reader_that_cannot_keep_what_comes_ends_the_transfer_and_says_why(ran
 
     with pytest.raises(OSError, match="no room here"):
         fetch(handle, "generation-0", soon(), full)
-    assert "no room here" in rank.note() or "is gone" in rank.note()
+    assert "no room here" in rank.note() or "is disconnected" in rank.note()
     assert fetched(handle) == b"".join(LARGE)
 
 

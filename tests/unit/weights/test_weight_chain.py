@@ -12,7 +12,7 @@ from rlhf_cluster.errors import WeightError
 from rlhf_cluster.records import WeightVersion
 from rlhf_cluster.util.tensor_hashing import (
     CHUNK_BYTES,
-    digest_of,
+    compute_digest,
 )
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.formats.huggingface import export_hf
@@ -74,7 +74,7 @@ def test_a_chain_reads_back_exactly_and_has_the_digests_of_full_versions(tmp_pat
     versions, tensors = publish_chain(tmp_path, 4)
     for version, expected in zip(versions, tensors, strict=True):
         assert_same(dict(store.read(version.path, expected_digest=version.digest)), expected)
-        assert version.digest == digest_of(expected.items())
+        assert version.digest == compute_digest(expected.items())
     assert [len(store.open_version(v.path).chain) for v in versions] == [0, 1, 2, 3]
     assert len({v.digest for v in versions}) == 4
 
@@ -117,7 +117,7 @@ def test_any_split_of_a_difference_has_one_digest(data: st.DataObject, tmp_path_
         for rank, parts in enumerate(split(now, cuts, num_ranks))
     ]
     version = store.commit(root, 1, reports, keep=2)
-    assert version.digest == digest_of(now.items())
+    assert version.digest == compute_digest(now.items())
     assert_same(dict(store.read(version.path)), now)
 
 
@@ -235,7 +235,9 @@ def test_a_base_that_is_gone_is_refused_before_anything_changes(tmp_path: Path) 
     tensors = small_model()
     publish(tmp_path, 5, tensors)
     reports = write(tmp_path, 6, stepped(tensors, 1), base=(4, tensors))
-    with pytest.raises(WeightError, match=r"version 6 builds on version 4.*Publish it in full"):
+    with pytest.raises(
+        WeightError, match=r"version 6 builds on version 4.*Publish it as a full snapshot"
+    ):
         store.commit(tmp_path, 6, reports, keep=3)
     assert store.latest(tmp_path).version == 5
     assert publish(tmp_path, 6, stepped(tensors, 1)).version == 6

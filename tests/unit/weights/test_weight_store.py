@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rlhf_cluster.errors import StalledError, WeightError
 from rlhf_cluster.util.tensor_hashing import (
     CHUNK_BYTES,
-    digest_of,
+    compute_digest,
 )
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.manifest import LocalPart
@@ -55,7 +55,7 @@ def test_an_empty_store_has_no_latest_version(tmp_path: Path) -> None:
 def test_the_digest_does_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None:
     tensors = small_model()
     digests = {publish(tmp_path, n, tensors, num_ranks=n).digest for n in (1, 2, 3, 7)}
-    assert digests == {digest_of(tensors.items())}
+    assert digests == {compute_digest(tensors.items())}
 
 
 @settings(max_examples=60)
@@ -82,7 +82,7 @@ def test_any_split_reassembles_with_one_digest(data: st.DataObject, tmp_path_fac
         for rank, parts in enumerate(split(tensors, cuts, num_ranks))
     ]
     version = store.commit(root, 0, reports, keep=1)
-    assert version.digest == digest_of(tensors.items())
+    assert version.digest == compute_digest(tensors.items())
     assert_same(dict(store.read(version.path)), tensors)
 
 
@@ -92,7 +92,7 @@ def test_s24_changed_weights_have_another_digest(tmp_path: Path) -> None:
     with torch.no_grad():
         tensors["scale"] += 1
     after = publish(tmp_path, 1, tensors)
-    assert before.digest != after.digest == digest_of(tensors.items())
+    assert before.digest != after.digest == compute_digest(tensors.items())
 
 
 def test_renaming_retyping_and_reshaping_change_the_digest() -> None:
@@ -103,7 +103,7 @@ def test_renaming_retyping_and_reshaping_change_the_digest() -> None:
         ("a", zeros.reshape(2, 4)),
         ("a", zeros.to(torch.float16)),
     ]
-    assert len({digest_of([variant]) for variant in variants}) == 4
+    assert len({compute_digest([variant]) for variant in variants}) == 4
 
 
 def test_a_report_survives_pickling_and_is_small(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from rlhf_cluster.errors import StalledError, WeightError
 from rlhf_cluster.records import WeightVersion
-from rlhf_cluster.util.tensor_hashing import digest_of
+from rlhf_cluster.util.tensor_hashing import compute_digest
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.read_version import Held
 from rlhf_cluster.weights.transports.shared_files import FileSink
@@ -67,7 +67,7 @@ def test_what_was_published_is_what_is_read_in_full_and_as_a_chain(stand: Stand)
     versions, tensors = publish_chain(stand, 4)
     for version, expected in zip(versions, tensors, strict=True):
         assert_same(dict(stand.read(version)), expected)
-        assert version.digest == digest_of(expected.items())
+        assert version.digest == compute_digest(expected.items())
     held = Held(version=1, digest=versions[1].digest, tensors=dict(tensors[1]))
     for shard in (*stand.shards(versions[0]), *stand.shards(versions[1])):
         stand.lose(shard)
@@ -121,7 +121,9 @@ def test_a_base_that_is_gone_is_refused_before_anything_changes(stand: Stand) ->
     tensors = small_model()
     stand.publish(5, tensors)
     _, written = stand.write(6, stepped(tensors, 1), base=(4, tensors))
-    with pytest.raises(WeightError, match=r"version 6 builds on version 4.*Publish it in full"):
+    with pytest.raises(
+        WeightError, match=r"version 6 builds on version 4.*Publish it as a full snapshot"
+    ):
         stand.commit(6, written)
     assert stand.find() == [5]
 
