@@ -1,4 +1,4 @@
-"""Checkpoints of a run on Ray: what a cut is taken of, and a run directory that goes on."""
+"""Checkpoints of a run on Ray: the content of one, and the claim of a run directory to resume."""
 
 from __future__ import annotations
 
@@ -38,9 +38,11 @@ from rlhf_cluster.weights.writer_fence import publishing
 def claimed(
     config: AnyConfig, argv: list[str], overwrite: bool, accept_changes: bool
 ) -> tuple[RunDir, Continuation]:
-    """The run's directory, owned, and with what it goes on. Raises `RunError`.
+    """Claim the run's directory. Returns it with the state from which the run continues.
 
-    A directory whose run has finished is not owned: there is nothing to do.
+    A directory whose run has finished is not claimed, because there is nothing to do.
+
+    Raises: `RunError`.
     """
     fresh = overwrite or not RunDir.has_run(config.run_dir)
     if fresh:
@@ -75,7 +77,10 @@ def claimed(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cutter:
-    """Takes the cut of a run between two steps; `rlhf_cluster.run.checkpoint` decides when."""
+    """Collects a consistent snapshot of a run between two steps.
+
+    `rlhf_cluster.run.checkpoint` decides when.
+    """
 
     config: RunConfig
     rundir: RunDir
@@ -85,10 +90,13 @@ class Cutter:
     first_prompt: int
     reward_before: float | None
     observer: RunObserver
-    reference: Callable[[], int | None]  # the version of the stored one in use
+    reference: Callable[[], int | None]  # returns the version of the stored reference in use
 
     async def checkpoints(self, learner: RayLearner, resumed: RunState | None) -> Checkpoints:
-        """Waits for: the names of those that are there, where they are copied."""
+        """Build the saving of checkpoints for an attempt that continues from `resumed`, or from step 0.
+
+        Waits for: the list of existing checkpoints, if checkpoints are copied.
+        """
         settings, copies = self.config.checkpoint, self._copies()
         if copies is not None and resumed is not None:
             copies.follow(
@@ -114,7 +122,10 @@ class Cutter:
         )
 
     async def cut(self, step: int, learner: LearnerState) -> RunState:
-        """The reference in use stays on disk until no checkpoint names it."""
+        """Collect the state of the run after `step` steps.
+
+        The reference in use is pinned: it stays on disk until no checkpoint names it.
+        """
         return RunState(
             step=step,
             learner=learner,
@@ -130,7 +141,7 @@ class Cutter:
         )
 
     async def kept(self, states: Sequence[RunState]) -> None:
-        """These checkpoints are on disk, and no others."""
+        """Record that exactly these checkpoints are on disk, and unpin the references of others."""
         self.observer.checkpointed(states[-1].step)
         await self.observer.on_disk(self._unpin_all_but, {state.reference for state in states})
 

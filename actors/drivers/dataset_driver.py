@@ -1,11 +1,14 @@
-"""A data set from its configuration to its file: the pools of a run, without learner and buffer.
+"""Driver of a data set, from its configuration to its file: pools without learner and buffer.
 
     check inputs -> Ray -> preflight -> run directory
         -> pools -> answers (groups.jsonl, prompt by prompt) -> selection -> data.jsonl -> summary
 
-Promises: a stage that is killed, stopped or fails goes on by the same command, and samples no prompt
-again whose answers are written; where nothing is missing no pool is started; whatever ends it, every
-actor and placement group of it is taken down and the run directory says how it ended.
+Promises:
+- rerunning the command resumes a stage that was killed, was stopped or failed. Prompts whose answers
+  are written are not sampled again;
+- no pool is started if no answer is missing;
+- however the stage ends, all its actors and placement groups are removed, and the run directory says
+  how it ended.
 """
 
 from __future__ import annotations
@@ -72,7 +75,7 @@ def run_generate(
     engine_factory: str = DEFAULT_ENGINE,
     accept_changes: bool = False,
 ) -> dict[str, Any]:
-    """Run `config` to its end, from the prompts that are done where there are any.
+    """Run `config` to its end, skipping prompts that are done.
 
     Returns the summary, at once for a stage that has finished; raises the `RlhfError` that ended it.
     """
@@ -89,14 +92,14 @@ def run_generate(
         argv,
         overwrite,
         accept_changes,
-        lambda scratch: _checked(config, scratch),
+        lambda scratch: _check_inputs(config, scratch),
         lambda inputs: (),
         run,
     )
 
 
-def _checked(config: GenerateConfig, scratch: Path) -> Inputs:
-    """As `check_inputs`; the key of an endpoint must be there too."""
+def _check_inputs(config: GenerateConfig, scratch: Path) -> Inputs:
+    """Check the inputs with `check_inputs`, and that the key of an endpoint is set."""
     if config.stage.revise is not None and config.stage.revise.endpoint is not None:
         EndpointAsker.of(config.stage.revise.endpoint)
     return check_inputs(config.as_run, scratch)
@@ -115,7 +118,7 @@ class _Generation:
         self.config, self.inputs, self.rundir, self.started = config, inputs, rundir, started
         configure("controller", "controller", rundir.logs)
         self.num_prompts = inputs.prompts.epoch_size or 0
-        self.patience_s = 0.0  # for what an earlier process left on the cluster
+        self.patience_s = 0.0  # seconds for Ray to end the actors of an earlier process
         self.launcher = Launcher(
             config=config.as_run,
             model_dir=str(inputs.model_dir),
@@ -123,7 +126,7 @@ class _Generation:
             engine_environment=environment_of_engine(config.as_run, engine_factory),
         )
         self.tokenizer = load_tokenizer(config.model.tokenizer or str(inputs.model_dir))
-        self.config.data_file.unlink(missing_ok=True)  # of an earlier selection
+        self.config.data_file.unlink(missing_ok=True)  # left by an earlier selection
         self.file = AnswersFile(rundir.path / GROUPS)
         self.observer = StageObserver(
             config, rundir, self.num_prompts, HEADLINE, {}, view.update, started
@@ -133,13 +136,13 @@ class _Generation:
         )
 
     async def supervised(self) -> dict[str, Any]:
-        """`_run`, ended by the first signal: what is finished is written."""
+        """Run the stage until it ends or the first signal, with all finished answers written."""
         return await ended_by_signals(self._run(), lambda: False, 0.0, self._stopped_text)
 
     def _stopped_text(self) -> str:
         return (
             f"run {self.config.run.name} was stopped by a signal: {len(self.file.done)} of "
-            f"{self.num_prompts} prompts are written, and the same command goes on with the others"
+            f"{self.num_prompts} prompts are written, and the same command continues with the others"
         )
 
     async def _run(self) -> dict[str, Any]:
@@ -150,7 +153,7 @@ class _Generation:
                 observer.event(f"{len(self.file.done)} prompts are written already")
             discarded: dict[str, int] = {}
             if len(self.file.done) < self.num_prompts:
-                discarded = await self._sampled()
+                discarded = await self._sample_missing()
             summary = await run_in_thread(self._finish, discarded)
             await observer.finished()
             return summary
@@ -165,8 +168,11 @@ class _Generation:
             self.file.close()
             await run_in_thread(observer.close)
 
-    async def _sampled(self) -> dict[str, int]:
-        """Waits for: the answers to every prompt that is missing; the prompts discarded, by reason."""
+    async def _sample_missing(self) -> dict[str, int]:
+        """Sample the answers of all prompts that have none. Returns discarded prompts by reason.
+
+        Waits for: these answers.
+        """
         launcher, observer = self.launcher, self.observer
         control = await run_in_thread(
             control_channel, launcher.config, self.patience_s, observer.event
@@ -215,11 +221,14 @@ class _Generation:
             max_in_flight=config.run.max_in_flight_groups,
             max_error_rate=config.scoring.max_error_rate,
             finished=self._finished,
-            discarded=self._discarded,
+            discarded=self._record_discard,
         )
 
     def _revisions(self) -> Revisions | None:
-        """Raises `ConfigError` where the key of an endpoint is not set."""
+        """Build the revision of answers, if it is configured.
+
+        Raises: `ConfigError` if the key of an endpoint is not set.
+        """
         how, data = self.config.stage.revise, self.config.data
         if how is None:
             return None
@@ -233,17 +242,17 @@ class _Generation:
         )
 
     async def _fetch(self, handle: Handle) -> Any:
-        """Waits for: a group to be here, at most `scoring.request_timeout_s`."""
+        """Fetch the record of a group. Waits for: it, at most `scoring.request_timeout_s`."""
         return await answer(handle, self.config.scoring.request_timeout_s, "a group of responses")
 
     def _tokens(self, text: str) -> list[int]:
-        """Of a response, with its end."""
+        """Return the token ids of a response, including the end token."""
         tokenizer: Any = self.tokenizer
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return [*ids, tokenizer.eos_token_id]
 
     def _text(self, ids: Sequence[int]) -> str:
-        """As rewards read it."""
+        """Decode a response in the form that rewards get."""
         return str(
             self.tokenizer.decode(
                 list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -254,7 +263,7 @@ class _Generation:
         if self.progress.add(answers):
             self._record()
 
-    def _discarded(self, number: int, error: RlhfError) -> None:
+    def _record_discard(self, number: int, error: RlhfError) -> None:
         self.progress.discard(error)
         self.observer.event(f"prompt {number} discarded: {error}")
 

@@ -1,14 +1,17 @@
-"""An offline stage from its configuration to its result: ranks as Ray actors, driven step by step.
+"""Driver of an offline stage, from its configuration to its result: ranks as Ray actors.
 
     check inputs -> Ray -> preflight -> run directory
         -> ranks: [load] -> evaluate -> (train -> checkpoint)* -> evaluate -> report -> weights
         -> export -> summary
 
-Promises: what is wrong with the input is said before anything starts; a stage that is killed, stopped
-or fails goes on by the same command from its last checkpoint, and ends where an uninterrupted one does;
-after the loss of a rank it does so by itself, `learner.max_restarts` times
-(`rlhf_cluster.run.restarts`); whatever ends it, every actor and placement group of it is taken down and
-the run directory says how it ended.
+Promises:
+- errors in the input are reported before anything starts;
+- rerunning the command resumes a stage that was killed, was stopped or failed, from its last
+  checkpoint. Its result is that of an uninterrupted stage;
+- after a rank failure the stage resumes automatically, `learner.max_restarts` times
+  (`rlhf_cluster.run.restarts`);
+- however the stage ends, all its actors and placement groups are removed, and the run directory says
+  how it ended.
 """
 
 from __future__ import annotations
@@ -86,7 +89,7 @@ REPORT = "report.json"
 def run_stage(
     config: StageConfig, argv: list[str], overwrite: bool, accept_changes: bool = False
 ) -> dict[str, Any]:
-    """Run `config` to its end, from the last checkpoint where there is one.
+    """Run `config` to its end, from the last checkpoint if there is one.
 
     Returns the summary, at once for a stage that has finished; raises the `RlhfError` that ended it.
     """
@@ -123,14 +126,14 @@ class _StageRun:
         self.config, self.inputs, self.rundir, self.started = config, inputs, rundir, started
         configure("controller", "controller", rundir.logs)
         self.kind = STAGES[config.stage.type]
-        self.checkpoint = checkpoint  # from which the stage goes on
+        self.checkpoint = checkpoint  # from which the stage resumes
         self.checkpoints: Checkpoints | None = None
         self.restarts = Restarts(
             limit=config.learner.max_restarts,
             window=RestartWindow(config.cluster.restart_window_s),
         )
         self.stopping = False
-        self.before: float | None = None  # the headline of held-out units
+        self.before: float | None = None  # headline metric of held-out units before training
         self.held_out: float | None = None
         self.writer: Writer
         self.launcher = Launcher(
@@ -150,7 +153,7 @@ class _StageRun:
         )
 
     async def supervised(self) -> dict[str, Any]:
-        """`_run`, ended early by a signal: at the next step, or at once when none has begun."""
+        """Run the stage. A signal ends it after the current step, or at once if none has begun."""
 
         def stop() -> bool:
             begun, self.stopping = self.checkpoints is not None, True
@@ -164,7 +167,7 @@ class _StageRun:
 
     @property
     def _last_checkpoint(self) -> int:
-        """Step of the last complete one, -1 before the first."""
+        """Step of the last complete checkpoint, -1 before the first."""
         if self.checkpoints is not None:
             return self.checkpoints.stats.last
         return -1 if self.checkpoint is None else self.checkpoint.state.step
@@ -193,18 +196,18 @@ class _StageRun:
             await run_in_thread(observer.close)
 
     async def _begin(self) -> None:
-        """From here on nothing that an earlier attempt has under way becomes visible."""
+        """Begin an attempt. Writes of earlier attempts in progress can then not become visible."""
         self.writer = await begin_attempt(self.rundir.weights, self.config.checkpoint.timeout_s)
 
     async def _attempt(self) -> dict[str, Any]:
-        """One set of ranks, from their start to the end of the stage, or of them."""
+        """Run the stage with one set of ranks, until it ends or a rank fails."""
         core = StageCore(self.launcher)
         try:
             stage = await core.start_stage(self.inputs.num_steps)
             if self.checkpoint is not None:
                 await stage.load_state(self.checkpoint.learner, self.checkpoint.state.learner)
             async with core.watched(_nothing()):
-                return await self._trained(stage)
+                return await self._train(stage)
         except RlhfError as error:
             await self.observer.look_at_processes()
             loss = await core.loss_behind(error)
@@ -230,12 +233,17 @@ class _StageRun:
         step = None if self.checkpoint is None else self.checkpoint.state.step
         self.observer.recovering(lost, self.restarts.used, self.restarts.limit, step)
 
-    async def _trained(self, stage: RayStage) -> dict[str, Any]:
-        """Waits for: every step in turn, each with its deadline."""
+    async def _train(self, stage: RayStage) -> dict[str, Any]:
+        """Train all remaining steps, and return the summary of the stage.
+
+        Waits for: each step, within its deadline.
+        """
         state = None if self.checkpoint is None else self.checkpoint.state
         step = 0 if state is None else state.step
         self.checkpoints = await self._checkpoints(stage, state)
-        await run_in_thread(store.rewind, self.rundir.weights, -1)  # written once more at the end
+        await run_in_thread(
+            store.rewind, self.rundir.weights, -1
+        )  # the end of the stage writes it again
         if state is None:
             self.before = await self._evaluate(stage, 0)
         else:
@@ -336,14 +344,14 @@ class _StageRun:
             clock=time.monotonic,
             timeout_s=settings.timeout_s,
             told_fraction=self.config.observe.slow_write_fraction,
-            kept=self._kept,
+            kept=self._record_checkpoints,
             check_owner=self.rundir.check_claim,
             fence=functools.partial(publishing, self.rundir.weights, self.writer),
             copies=copies,
             stats=CheckpointStats(last=-1 if resumed is None else resumed.step),
         )
 
-    async def _kept(self, states: Sequence[RunState]) -> None:
+    async def _record_checkpoints(self, states: Sequence[RunState]) -> None:
         self.observer.checkpointed(states[-1].step)
 
     async def _cut(self, step: int, learner: LearnerState) -> RunState:
@@ -361,4 +369,4 @@ class _StageRun:
 
 
 async def _nothing() -> None:
-    """Beside the ranks there is nothing to look at."""
+    """Do nothing: a stage has only ranks to watch, no buffer."""

@@ -1,4 +1,4 @@
-"""The driver's eyes on an offline stage: metrics.jsonl, status.json and the screen.
+"""Records of an offline stage by its driver: metrics.jsonl, status.json and the screen.
 
 Everything is written when it happens; nothing here waits for anything.
 """
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class StageObserver(Observer[StageConfig | GenerateConfig]):
-    """`headline` is the metric that the stage is watched by."""
+    """Observer of a stage. `headline` is the metric that status and screen show."""
 
     noun = "stage"
 
@@ -70,9 +70,15 @@ class StageObserver(Observer[StageConfig | GenerateConfig]):
     def progress(
         self, step: int, values: Mapping[str, float], tokens_per_s: float, step_s: float
     ) -> None:
-        """`step` is done: metrics by name, tokens by wall time, and wall time of one step."""
+        """Record that `step` is done.
+
+        Args:
+            values: metrics by name.
+            tokens_per_s: tokens per second of wall time.
+            step_s: wall time of one step.
+        """
         now = self._clock()
-        self._stepped(now)
+        self._note_first_step(now)
         self._log.append(step, now, values)
         self._metrics.record(values)
         value = values.get(self._headline)
@@ -86,7 +92,7 @@ class StageObserver(Observer[StageConfig | GenerateConfig]):
         )
 
     def evaluation(self, step: int, found: Mapping[str, float]) -> float | None:
-        """Log one evaluation; returns its headline."""
+        """Record one evaluation; returns its headline metric."""
         values = {held_out_name(name): value for name, value in found.items()}
         self._log.append(step, self._clock(), values)
         self._metrics.record(values)

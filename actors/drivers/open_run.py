@@ -1,9 +1,11 @@
-"""The way from a configuration to a claimed run directory, the same for a run and a stage.
+"""Start of a run or stage, from its configuration to a claimed run directory.
 
     check inputs -> Ray -> preflight -> run directory -> live view -> the run itself
 
-Promises: what is wrong with the input is said before anything starts; a run that has finished is not
-touched; whatever comes, the directory and the cluster are given back.
+Promises:
+- errors in the input are reported before anything starts;
+- a finished run is not changed;
+- directory and cluster are released, however the run ends.
 """
 
 from __future__ import annotations
@@ -59,10 +61,15 @@ def in_run_directory(
     notes: Callable[[InputsT], Sequence[str]],
     run: Callable[[InputsT, RunDir, LiveView, Continuation], dict[str, Any]],
 ) -> dict[str, Any]:
-    """What `run` returns, or the summary of a run that has finished.
+    """Claim the run directory, call `run`, and return its summary.
 
-    `config` has absolute paths. `check` gets a scratch folder and returns the inputs, of which `notes`
-    tells what a person should know; `run` gets them with a made model moved into the run directory.
+    For a finished run, the stored summary is returned at once.
+
+    Args:
+        config: configuration with absolute paths.
+        check: checks and returns the inputs; gets a scratch folder.
+        notes: returns notes about the inputs, which are printed for the user.
+        run: the run itself; gets the inputs, with a newly made model moved into the run directory.
     """
     there = resume.standing(config, overwrite, accept_changes)
     if there is not None and there.finished:
@@ -87,7 +94,7 @@ def in_run_directory(
 
 
 def _waits_for(config: AnyConfig) -> list[str]:
-    """What the run has to wait for on a cluster that it is given, if anything."""
+    """Return a note if the run has to wait for resources of an existing cluster, else []."""
     if address_of(config) is None:
         return []
     found = judge_placement(
@@ -100,7 +107,7 @@ def _waits_for(config: AnyConfig) -> list[str]:
 
 
 def _move_in(inputs: InputsT, config: AnyConfig, rundir: RunDir) -> InputsT:
-    """A made model belongs to its run. One that is there from before is kept."""
+    """Copy a newly made model into the run directory, unless the run has one already."""
     if config.model.init is None:
         return inputs
     if not rundir.model.exists():
@@ -109,7 +116,10 @@ def _move_in(inputs: InputsT, config: AnyConfig, rundir: RunDir) -> InputsT:
 
 
 def _copy_whole(source: Path, target: Path) -> None:
-    """Under its name the copy is whole: what a crash has left of one is removed before."""
+    """Copy a folder so that `target` only exists once the copy is complete.
+
+    A partial copy that a crash has left is removed first.
+    """
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial)

@@ -1,17 +1,19 @@
-"""The composition root: one run from its configuration to its result.
+"""Driver of reinforcement learning: one run from its configuration to its result.
 
     check inputs -> Ray -> preflight -> run directory
-        -> pools                      stay to the end
-        -> learner and buffer         warm-up -> training; after a loss of them again
+        -> pools                      for the whole run
+        -> learner and buffer         warm-up -> training; again after a failure of one of them
         -> export -> summary
 
-With a checkpoint in the run directory the learner loads it in place of the warm-up, and its version
-goes live in place of version 0. So it is when the run loses a learner rank or the buffer
-(`rlhf_cluster.run.restarts`), with the same process and the same pools.
+If the run directory has a checkpoint, the learner loads it instead of the warm-up, and its version goes
+live instead of version 0. The same happens when a learner rank or the buffer fails
+(`rlhf_cluster.run.restarts`); process and pools then stay.
 
-Promises: what is wrong with the input is said before anything starts; whatever ends the run, every
-actor and placement group of it is taken down and the run directory says how it ended. Asked to end,
-the run ends at the next boundary between two steps, with a checkpoint of it.
+Promises:
+- errors in the input are reported before anything starts;
+- however the run ends, all its actors and placement groups are removed, and the run directory says how
+  it ended;
+- a run that is asked to end does so at the next boundary between two steps, with a checkpoint.
 """
 
 from __future__ import annotations
@@ -94,7 +96,7 @@ def run_config(
     engine_factory: str = DEFAULT_ENGINE,
     accept_changes: bool = False,
 ) -> dict[str, Any]:
-    """Run `config` to its end, from the last checkpoint where there is one.
+    """Run `config` to its end, from the last checkpoint if there is one.
 
     Returns the summary, at once for a run that has finished; raises the `RlhfError` that ended it.
     """
@@ -139,25 +141,25 @@ class _Run:
             engine_factory=engine_factory,
             engine_environment=environment_of_engine(config, engine_factory),
         )
-        self.checkpoint: Checkpoint | None = None  # from which the run goes on
-        self.patience_s = 0.0  # for what an earlier process left on the cluster
-        self.attempt: Attempt | None = None  # with the learner that lives
+        self.checkpoint: Checkpoint | None = None  # from which the run resumes
+        self.patience_s = 0.0  # seconds for Ray to end the actors of an earlier process
+        self.attempt: Attempt | None = None  # the current one
         self.restarts = Restarts(
             limit=config.learner.max_restarts,
             window=RestartWindow(config.cluster.restart_window_s),
         )
         self.num_ranks = 0
-        self.lost: frozenset[int] = frozenset()  # ranks, by the attempt before
+        self.lost: frozenset[int] = frozenset()  # ranks that failed in the previous attempt
         self.spares = learner_spares(self.launcher, lambda text: self.observer.event(text))
         self.pools: tuple[WorkerPool, ...]
         self.place: Place
         self.observer: RunObserver
 
     async def supervised(self) -> dict[str, Any]:
-        """`_run`, ended early by SIGTERM or SIGINT; the outcome is in the run directory.
+        """Run to the end, or until SIGTERM or SIGINT; the outcome is in the run directory.
 
-        The first signal ends it at the next boundary between two steps, within
-        `checkpoint.notice_s`; the end of that time, or a second signal, at once.
+        The first signal ends the run at the next boundary between two steps. After
+        `checkpoint.notice_s`, or at a second signal, the run ends at once.
         """
         stops: list[asyncio.Task[None]] = []
 
@@ -181,7 +183,7 @@ class _Run:
 
     @property
     def _last_checkpoint(self) -> int:
-        """Step of the last complete one, -1 before the first."""
+        """Step of the last complete checkpoint, -1 before the first."""
         if self.attempt is not None and self.attempt.checkpoints is not None:
             return self.attempt.checkpoints.stats.last
         return -1 if self.checkpoint is None else self.checkpoint.state.step
@@ -221,7 +223,7 @@ class _Run:
             observer.state("starting")
             if self.checkpoint is not None:
                 await observer.resumed(self.checkpoint.state.step)
-            summary = await self._trained(self._supervisor(control))
+            summary = await self._train(self._supervisor(control))
             await observer.finished()
             return summary
         except BaseException as error:
@@ -254,8 +256,11 @@ class _Run:
         scaler = None if config.autoscale is None else Autoscaler(config.autoscale, gpus)
         return Supervisor(control, self.pools, self.observer, scaler)
 
-    async def _trained(self, supervisor: Supervisor) -> dict[str, Any]:
-        """The pools stay to the end; learner and buffer are started as often as it takes."""
+    async def _train(self, supervisor: Supervisor) -> dict[str, Any]:
+        """Train to the end with one set of pools, and return the run's summary.
+
+        Learner and buffer are started again after each failure that the run recovers from.
+        """
         async with (
             self.place.transport.serving(),
             self.spares.kept(),
@@ -271,7 +276,10 @@ class _Run:
             return await self.observer.on_disk(self._finish, before, after)
 
     async def _attempt(self, started: asyncio.Future[None]) -> tuple[float | None, float | None]:
-        """One learner and one buffer, from their start to the end of training, or of them."""
+        """Train with one learner and one buffer, until training ends or one of them fails.
+
+        Returns the held-out rewards before and after training.
+        """
         state, again = self.checkpoint and self.checkpoint.state, self.restarts.used > 0
         may_shrink = again and self.config.learner.on_loss == "shrink"
         core = Core(
@@ -288,7 +296,7 @@ class _Run:
                 except PlacementError as error:
                     if not again:
                         raise
-                    # No room comes for it: a pool begins its start once.
+                    # A pool starts once, so it will not get these resources later.
                     raise PoolLost(f"a pool did not start: {error}") from error
                 self.attempt = Attempt(
                     place=self.place,
@@ -297,7 +305,7 @@ class _Run:
                     checkpoint=self.checkpoint,
                     again=again,
                 )
-                return await self._trained_by(self.attempt, core)
+                return await self._train_attempt(self.attempt, core)
         except RlhfError as error:
             await self.observer.look_at_processes()
             loss = await core.loss_behind(error)
@@ -307,8 +315,10 @@ class _Run:
         finally:
             core.take_down()
 
-    async def _trained_by(self, attempt: Attempt, core: Core) -> tuple[float | None, float | None]:
-        """With fewer ranks than asked, room for the others is looked for beside it."""
+    async def _train_attempt(
+        self, attempt: Attempt, core: Core
+    ) -> tuple[float | None, float | None]:
+        """Train, and with fewer ranks than configured look for resources for the others meanwhile."""
         if core.num_ranks == self.config.learner.ranks:
             return await attempt.train()
         growing = asyncio.create_task(attempt.grow(core.room_to_grow))
@@ -319,7 +329,7 @@ class _Run:
             await asyncio.gather(growing, return_exceptions=True)
 
     async def _prepare(self, learner: RayLearner) -> None:
-        """The weights of a new learner: the checkpoint's, or those after the warm-up."""
+        """Set the weights of a new learner: load the checkpoint, or run the warm-up."""
         if self.checkpoint is not None:
             await learner.load_state(self.checkpoint.learner, self.checkpoint.state.learner)
             return
@@ -327,7 +337,10 @@ class _Run:
             self.observer.warmup(step, await learner.sft_step(examples))
 
     async def _recover(self, lost: RlhfError) -> None:
-        """See that nothing of the lost attempt goes on, and from where the run does."""
+        """End everything of the failed attempt, and choose the checkpoint from which the run resumes.
+
+        Raises: `Stopped` if the run was asked to end.
+        """
         attempt = self.attempt
         stopped = attempt is not None and attempt.pipeline is not None and attempt.pipeline.stopped
         if attempt is not None and stopped and not attempt.growing:
@@ -347,7 +360,7 @@ class _Run:
 
     def _export(self, version: WeightVersion) -> None:
         final = self.rundir.final
-        if final.exists():  # of an attempt that was lost after it had trained the last step
+        if final.exists():  # left by an attempt that failed after the last step
             shutil.rmtree(final)
         export_hf(version, self.inputs.model_dir, final)
 

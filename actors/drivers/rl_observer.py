@@ -1,7 +1,7 @@
-"""The driver's eyes: from step reports and counters to metrics.jsonl, status.json and the screen.
+"""Records of a run by its driver: step reports and counters to metrics.jsonl, status.json, screen.
 
-Everything is written when it happens; nothing here waits for anything. The record of experience
-itself (samples) is written by the learner, so that no rollout passes through the driver.
+Everything is written when it happens; nothing here waits for anything. The learner writes the samples
+of rollouts, so that no rollout passes through the driver.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ from rlhf_cluster.weights.sync import SyncStats
 
 log = logging.getLogger(__name__)
 
-_TRAINED = "staleness/rollouts_total/"  # and the staleness
-OWN_ROLES = (Role.CONTROLLER, Role.WEIGHTS)  # the others export their numbers themselves
+_TRAINED = "staleness/rollouts_total/"  # followed by the staleness
+OWN_ROLES = (Role.CONTROLLER, Role.WEIGHTS)  # processes of other roles export their own metrics
 
 
 class RunObserver(Observer[RunConfig]):
-    """Implements the pipeline's observer. `further` gives metrics of services that the driver knows."""
+    """Observer of the pipeline. `further` returns metrics of services that the driver has."""
 
     def __init__(
         self,
@@ -74,8 +74,8 @@ class RunObserver(Observer[RunConfig]):
         self._recent: deque[dict[str, float]] = deque(maxlen=bottleneck_advisor.WINDOW)
         self._buffer: BufferStats | None = None
         self._num_recovered = 0
-        self._staleness: Counter[int] = Counter()  # rollouts trained
-        self.advice: bottleneck_advisor.Advice | None = None  # of the last steps
+        self._staleness: Counter[int] = Counter()  # number of trained rollouts by staleness
+        self.advice: bottleneck_advisor.Advice | None = None  # about the last steps
         self._disk_free = LatestValue(lambda: disk_free_fraction(rundir.path), math.nan)
         first = Snapshot(
             run=config.run.name,
@@ -88,7 +88,7 @@ class RunObserver(Observer[RunConfig]):
 
     def step(self, report: StepReport, taken: Sequence[TrainingGroup], times: StepTimes) -> None:
         now = self._clock()
-        self._stepped(now)
+        self._note_first_step(now)
         values = {
             "staleness/pipeline_depth": float(self._config.staleness.pipeline_depth),
             **report.metrics,
@@ -129,7 +129,7 @@ class RunObserver(Observer[RunConfig]):
         return {f"{_TRAINED}{s}": float(n) for s, n in self._staleness.items()}
 
     def num_workers(self, kind: str) -> int:
-        """Live workers of a pool."""
+        """Return the number of live workers of a pool."""
         return sum(pool.num_live for pool in self._pools if pool.kind == kind)
 
     def group_discarded(self, ticket: Ticket, error: RlhfError) -> None:
@@ -166,13 +166,15 @@ class RunObserver(Observer[RunConfig]):
             self._staleness |= {int(k.removeprefix(_TRAINED)): int(v) for k, v in trained.items()}
 
     def warmup(self, step: int, values: dict[str, float]) -> None:
-        """A step of the supervised warm-up. Its steps count for themselves."""
+        """Record a step of the supervised warm-up, whose steps are counted separately."""
         self._metrics.record({k: v for k, v in values.items() if find(k).role in OWN_ROLES})
         self._update(state="warmup", step=step, num_steps=self._num_warmup_steps)
 
     def evaluation(self, step: int, found: Evaluation) -> float | None:
-        """Log one evaluation, of one answer a prompt; returns the mean reward of those that were
-        answered, None without any."""
+        """Record one evaluation, with one answer per prompt.
+
+        Returns the mean reward of the answered prompts, None without any.
+        """
         answers, failures = found.answers, found.failures
         if failures:
             total = len(answers) + len(failures)
@@ -252,8 +254,10 @@ class RunObserver(Observer[RunConfig]):
 
 
 def group_metrics(taken: Sequence[TrainingGroup], times: StepTimes) -> dict[str, float]:
-    """Rewards, lengths and times of one step, from the groups' summaries; rewards and lengths of what
-    is fresh, so that each group counts once in a run."""
+    """Compute rewards, lengths and times of one step from the summaries of its groups.
+
+    Rewards and lengths are those of fresh groups, so that each group is counted once in a run.
+    """
     fresh = [t for t in taken if not t.uses]
     rewards = np.array([r for t in fresh for r in t.summary.rewards], dtype=np.float64)
     fresh_tokens = sum(t.summary.num_tokens for t in fresh)
@@ -291,7 +295,7 @@ def group_metrics(taken: Sequence[TrainingGroup], times: StepTimes) -> dict[str,
 
 
 def disk_free_fraction(path: Path) -> float:
-    """Of the file system that holds `path`; NaN where it does not say."""
+    """Return the free share of the file system that holds `path`; NaN if it is not known."""
     try:
         usage = shutil.disk_usage(path)
     except OSError:

@@ -1,7 +1,8 @@
-"""What the driver of any run tells of it: metrics.jsonl, status.json, events, a post-mortem.
+"""Records of any run by its driver: metrics.jsonl, status.json, events, a post-mortem.
 
-Everything is written when it happens; nothing here waits for anything. A kind of run adds what it
-counts: `RunObserver` for reinforcement learning, `StageObserver` for an offline stage.
+Everything is written when it happens; nothing waits for the disk unless its docstring says so.
+Subclasses add their metrics: `RunObserver` for reinforcement learning, `StageObserver` for an offline
+stage.
 """
 
 from __future__ import annotations
@@ -44,8 +45,13 @@ C = TypeVar("C", RunConfig, StageConfig | GenerateConfig)
 
 
 class Observer(Generic[C]):
-    """`show` gets every new snapshot; `first` is the first; `started_s` is the unix time at which the
-    run was asked for."""
+    """Writer of a run's records.
+
+    Args:
+        show: gets every new snapshot.
+        started_s: unix time at which the command was given.
+        first: first snapshot.
+    """
 
     noun = "run"
 
@@ -69,16 +75,16 @@ class Observer(Generic[C]):
         self._status = StatusFile(rundir, patience)
         self._metrics = RayMetrics("controller", {"run": config.run.name})
         self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
-        self._stacks: dict[str, list[str]] = {}  # of the other processes, at the last failure
+        self._stacks: dict[str, list[str]] = {}  # stacks of the other processes at the last failure
         self.first_step_s: float | None = None
         self.packages: dict[str, str | None] = json.loads(rundir.environment.read_text())[
             "packages"
         ]
-        """Versions of what the run was started with."""
+        """Versions of the packages with which the run was started."""
         self.snapshot = first
 
     def event(self, text: str) -> None:
-        """Something worth telling: a restart, a discard, a scaling."""
+        """Log an event and show it in the status, such as a restart, a discard, a scaling."""
         self._tell(text)
 
     def state(self, state: State, error: str | None = None, **changes: Any) -> None:
@@ -86,46 +92,50 @@ class Observer(Generic[C]):
         self._update(state=state, error=error, **changes)
 
     async def finished(self) -> None:
-        """The run has come to its end, and its record is whole.
+        """Complete the records of a run that has ended, and set its state.
 
-        Waits for: the lines that wait, at most their deadline. Raises `RunError`.
+        Raises: `RunError`.
+        Waits for: the lines that are not yet written, at most their deadline.
         """
         await run_in_thread(self._log.flush)
         self.state("finished")
 
     def records(self) -> list[Record]:
-        """The run's record, with the lines that still wait. Blocks and raises as `RunLog.flush`."""
+        """Return all metric records of the run. Blocks and raises like `RunLog.flush`."""
         self._log.flush()
         return read_metrics(self._rundir.metrics)
 
     async def on_disk(self, call: Callable[..., T], *arguments: Any) -> T:
-        """What `call` gives, which reads or writes the run directory.
+        """Call `call`, which reads or writes the run directory, in a thread; returns its result.
 
-        Waits for: its end, `observe.write_timeout_s` at most; `StalledError` then.
+        Raises: `StalledError` after `observe.write_timeout_s`.
+        Waits for: the call.
         """
         what = f"{getattr(call, '__name__', 'a file').strip('_')} in {self._rundir.path}"
         return await self.patience.aside(what, call, *arguments)
 
     async def resumed(self, step: int) -> None:
-        """The run goes on after `step` steps, which are in its record already."""
+        """Record that the run resumes after `step` steps, which its records contain already."""
         await self.on_disk(self._read_log)
         self._update(step=step, checkpoint=step)
         self.event(f"continues from the checkpoint of step {step}")
 
     def checkpointed(self, step: int) -> None:
-        """The run can be continued from `step`."""
+        """Record that the checkpoint of `step` is complete."""
         log.info("checkpoint of step %d is complete", step)
         self._update(checkpoint=step)
 
     def recovering(self, lost: RlhfError, restart: int, limit: int, step: int | None) -> None:
-        """What trains is lost: the run goes on from the checkpoint of `step`, or, where there is none,
-        from the beginning."""
+        """Record a failure of the learner or the buffer, and the restart that follows.
+
+        The run resumes from the checkpoint of `step`, or from the beginning if it is None.
+        """
         where = "from the beginning" if step is None else f"from its checkpoint of step {step}"
         text = f"{lost}: the {self.noun} goes on {where}, restart {restart} of {limit}"
         self._tell(text, state="recovering", restarts=restart)
 
     async def cut_back(self, checkpoint: Checkpoint | None) -> None:
-        """Take back what was told of the steps after `checkpoint`, or of all."""
+        """Delete the records of the steps after `checkpoint`, or of all steps without one."""
         await self.on_disk(self._cut_files, checkpoint)
         step = None if checkpoint is None else checkpoint.state.step
         self._update(step=step or 0, checkpoint=step)
@@ -135,14 +145,14 @@ class Observer(Generic[C]):
         self._read_log()
 
     def _read_log(self) -> None:
-        """What is counted over steps, from the record of those that count."""
+        """Set counters over steps from the metric records. Subclasses that have some override it."""
 
     async def look_at_processes(self) -> None:
-        """Keep where every process is, before what failed is taken down. Raises nothing."""
+        """Collect the stacks of all processes, before failed ones are taken down. Raises nothing."""
         self._stacks = await stacks_of_nodes.of_every_process(self._rundir.logs)
 
     async def post_mortem(self, error: BaseException) -> None:
-        """Leave what is known of the run that `error` ends. Raises nothing."""
+        """Write a post-mortem of the run that `error` ends. Raises nothing."""
 
         def document() -> dict[str, Any]:
             return post_mortem.describe(
@@ -160,7 +170,7 @@ class Observer(Generic[C]):
 
         try:
             await self.on_disk(post_mortem.write, self._rundir.path / post_mortem.NAME, document)
-        except StalledError as stalled:  # the error that ends the run is on its way
+        except StalledError as stalled:  # `error`, which ends the run, matters more
             log.error("no post-mortem: %s", stalled)
 
     def close(self) -> None:
@@ -168,10 +178,10 @@ class Observer(Generic[C]):
         self._status.close()
 
     def _services(self) -> Mapping[str, Any]:
-        """What the services last told, by name."""
+        """Return the last reports of the services by name, for the post-mortem."""
         return {}
 
-    def _stepped(self, now: float) -> None:
+    def _note_first_step(self, now: float) -> None:
         if self.first_step_s is None:
             self.first_step_s = now - self._started_s
 

@@ -1,7 +1,7 @@
-"""Watching over a run: worker health, wishes to scale, scaling by itself; and the buffer's numbers.
+"""Supervision of a run: worker health, scale requests, autoscaling, and the buffer's statistics.
 
-Each loop ends by cancellation; a pool that used up its restarts ends the run with its first cause. The
-control actor never does (`rlhf_cluster.run.control_channel`).
+Each loop ends by cancellation. A pool that has used all its restarts ends the run with the pool's root
+cause. A failure of the control actor never ends the run (`rlhf_cluster.run.control_channel`).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Supervisor:
         clock: Callable[[], float] = time.monotonic,
         look_every_s: float = LOOK_EVERY_S,
     ) -> None:
-        """`scaler` None: pools change when somebody asks, and not by themselves."""
+        """`scaler`: None disables autoscaling, so pools change on request only."""
         self._control = control
         self._pools = {pool.kind: pool for pool in pools}
         self._observer = observer
@@ -54,11 +54,13 @@ class Supervisor:
 
     @asynccontextmanager
     async def watching(self, started: asyncio.Future[None]) -> AsyncIterator[None]:
-        """Watch while the block runs, from when the pools have `started`. A failure of a watch loop,
-        or of the start, cancels the block and is raised."""
+        """Watch the pools while the block runs, once they have `started`.
+
+        A failure of a watch loop, or of the start, cancels the block and is raised.
+        """
         loops = [*(pool.supervise() for pool in self._pools.values()), self._serve_control()]
         if self._scaler is not None:
-            loops.append(self._scale_by_itself(self._scaler))
+            loops.append(self._autoscale(self._scaler))
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(_after(started, loop)) for loop in loops]
@@ -69,7 +71,10 @@ class Supervisor:
             raise first_failure(failures) from failures
 
     async def _serve_control(self) -> None:
-        """Waits for: wishes of other processes. Unblocked by: the next look."""
+        """Poll the control actor, and carry out the scale requests of other processes.
+
+        Waits for: the next poll. Ends by cancellation.
+        """
         async with asyncio.TaskGroup() as scaling:
             while True:
                 for wish in await self._control.exchange(asdict(self._observer.snapshot)):
@@ -77,7 +82,7 @@ class Supervisor:
                 await asyncio.sleep(self._look_every_s)
 
     async def _scale(self, wish: Wish) -> None:
-        """Its pools side by side, so that none waits for the workers of another."""
+        """Resize the pools of a request concurrently, so that none waits for another's workers."""
         results = await gather_or_cancel(self._scale_one(*asked) for asked in wish.sizes.items())
         await self._control.answer(wish, dict(zip(wish.sizes, results, strict=True)))
 
@@ -90,9 +95,11 @@ class Supervisor:
         return result
 
     async def _resize(self, kind: str, size: int, why: str) -> str:
-        """What was done, or "refused: " and the reason. Raises nothing that concerns the pool alone.
+        """Resize one pool. Returns what was done, or "refused: " and the reason.
 
-        Waits for: its turn, one change of a pool at a time; then as `WorkerPool.resize`.
+        It does not raise errors that concern this pool alone.
+
+        Waits for: an earlier change of this pool to end; then like `WorkerPool.resize`.
         """
         async with self._turns[kind]:
             self._observer.event(f"scale {kind} to {size}: {why}")
@@ -103,8 +110,11 @@ class Supervisor:
             self._observer.event(f"scale {kind} to {size}: {result}")
         return result
 
-    async def _scale_by_itself(self, scaler: Autoscaler) -> None:
-        """Waits for: the next look. Ends by cancellation."""
+    async def _autoscale(self, scaler: Autoscaler) -> None:
+        """Apply the decisions of `scaler` while the pools are settled.
+
+        Waits for: the next look. Ends by cancellation.
+        """
         while True:
             await asyncio.sleep(self._look_every_s)
             advice = self._observer.advice
@@ -128,13 +138,16 @@ class Supervisor:
 
     @property
     def settled(self) -> bool:
-        """Every pool has the workers that it should have, and none is being changed."""
+        """Whether every pool has the wanted number of workers, and none is being changed."""
         changing = any(turn.locked() for turn in self._turns.values())
         return not changing and all(len(p.live) == p.wanted for p in self._pools.values())
 
 
 async def look_at_buffer(buffer: RayBuffer, observer: RunObserver) -> None:
-    """Waits for: the next look. Ends by cancellation, or with the loss of the buffer."""
+    """Poll the buffer's statistics and record them.
+
+    Waits for: the next poll. Ends by cancellation, or when the buffer fails.
+    """
     while True:
         observer.buffer(await buffer.stats())
         await asyncio.sleep(LOOK_EVERY_S)

@@ -1,10 +1,10 @@
-"""Training with one learner and one buffer, from where they stand to the end of the run.
+"""Training with one learner and one buffer, from their current state to the end of the run.
 
     restore -> a version live -> evaluate -> pipeline -> evaluate
 
-An attempt begins with step 0, or with a checkpoint; then the weights of that step are published again.
-In a run that lost an earlier learner, what that one left beyond the checkpoint is taken back first:
-from the record and from the weight store.
+An attempt begins at step 0, or at a checkpoint, whose weights are then published again. After a failure
+of an earlier learner, everything that it wrote beyond the checkpoint is deleted first, from the records
+and from the weight store.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ T = TypeVar("T")
 
 
 class Stopped(RunError):
-    """The run was asked to end, and did so at a boundary between two steps."""
+    """End of a run that was asked to end, at a boundary between two steps."""
 
 
 def publish_deadline_s(config: RunConfig, num_bytes: int) -> float:
-    """Seconds until a version of `num_bytes` is live, over all tries of `WeightSync`."""
+    """Return the most seconds until a version of `num_bytes` is live, over all `WeightSync` tries."""
     return live_deadline_s(
         snapshot_s=2 * config.learner.step_timeout_s,
         publish_s=config.weights.publish_timeout_s,
@@ -76,7 +76,7 @@ def publish_deadline_s(config: RunConfig, num_bytes: int) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """What stays for the whole run, whatever happens to learner and buffer."""
+    """Context of a run that outlives failures of learner and buffer."""
 
     config: RunConfig
     inputs: Inputs
@@ -85,13 +85,16 @@ class Place:
     generation: RayGeneration
     scoring: RayScoring
     transport: Transport
-    export: Callable[[WeightVersion], None]  # write the trained model; may block
-    first_prompt: int  # of a run that begins with step 0
+    export: Callable[[WeightVersion], None]  # writes the trained model; may block
+    first_prompt: int  # cursor of a run that begins at step 0
 
 
 @dataclass(slots=True, kw_only=True)
 class Attempt:
-    """`again`: there was an attempt before it in this process."""
+    """Training with one learner and one buffer.
+
+    `again` says whether this process had an attempt before.
+    """
 
     place: Place
     learner: RayLearner
@@ -101,7 +104,7 @@ class Attempt:
     sync: WeightSync = field(init=False)
     checkpoints: Checkpoints | None = None
     pipeline: Pipeline | None = None
-    growing: bool = False  # it ends at a boundary between two steps, for one with all ranks
+    growing: bool = False  # it will end between two steps, for an attempt with all ranks
 
     def __post_init__(self) -> None:
         self.sync = WeightSync(
@@ -119,12 +122,14 @@ class Attempt:
 
     @property
     def publish_timeout_s(self) -> float:
-        """Until a version is live, over all tries of `WeightSync`."""
+        """Most seconds until a version is live, over all tries of `WeightSync`."""
         return publish_deadline_s(self.place.config, self.place.inputs.weights_bytes)
 
     async def train(self) -> tuple[float | None, float | None]:
-        """Rewards on held-out prompts before and after. Raises `Stopped`, `RoomAgain`, and what ends
-        training."""
+        """Train to the end. Returns the rewards on held-out prompts before and after training.
+
+        Raises: `Stopped`, `RoomAgain`, and any error that ends training.
+        """
         config, state = self.place.config, self.state
         depth = depth_controller(config.staleness)
         await self._restore(depth)
@@ -159,11 +164,11 @@ class Attempt:
         return before, after
 
     def fitted_buffer(self, state: RunState) -> BufferState:
-        """The buffer's part of `state`, as the run's settings allow it now."""
+        """Return the buffer's part of `state`, reduced to what the current settings allow."""
         found = trim_to_bound(state.buffer, gate_of(self.place.config))
         if over := len(state.buffer.open) - len(found.open):
             self.place.observer.event(
-                f"{over} of {len(state.buffer.open)} groups under way are discarded: with staleness."
+                f"{over} of {len(state.buffer.open)} groups in flight are discarded: with staleness."
                 f"max_staleness = {self.place.config.staleness.max_staleness} and look_ahead = "
                 f"{self.place.config.staleness.look_ahead} their turn comes too late"
             )
@@ -174,9 +179,10 @@ class Attempt:
         has_room: Callable[[], Awaitable[bool]],
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """End `train` with `RoomAgain` at a boundary between two steps, once there is room.
+        """End `train` with `RoomAgain` between two steps, once all ranks can be placed.
 
-        Waits for: a checkpoint of this attempt, then room; asks again after each further checkpoint.
+        Waits for: a checkpoint of this attempt, then free resources. It checks again after each
+        further checkpoint.
         """
         asked = -1 if self.state is None else self.state.step
         while True:
@@ -191,16 +197,16 @@ class Attempt:
                 return
 
     async def stop(self) -> None:
-        """Asked to end for good."""
+        """End training at the next boundary between two steps, for good."""
         self.growing = False
         if self.pipeline is not None:
             await self.pipeline.stop()
 
     async def abandon(self) -> None:
-        """The learner and the buffer are gone: see that nothing of this attempt goes on.
+        """End everything that this attempt has in progress, after learner and buffer have failed.
 
-        Waits for: a publish and a checkpoint under way to end, as they do without a learner; both
-        have deadlines.
+        Waits for: a publish and a checkpoint in progress. Both end without a learner, and have
+        deadlines.
         """
         await self.sync.abandon(self.publish_timeout_s)
         if self.checkpoints is not None:
@@ -208,10 +214,11 @@ class Attempt:
             self.checkpoints.close()
 
     async def _restore(self, depth: DepthController | None) -> None:
-        """What the learner and the buffer do not restore themselves. From here on nothing that an
-        earlier learner has under way becomes visible.
+        """Restore everything that the learner and the buffer do not restore themselves.
 
-        Waits for: the weight store, as `on_store`.
+        Writes of an earlier learner in progress can then not become visible.
+
+        Waits for: the weight store, like `on_store`.
         """
         place, state = self.place, self.state
         config = place.config
@@ -238,7 +245,10 @@ class Attempt:
             await self.buffer.set_pipeline_depth(depth.depth)
 
     async def _pipeline(self, depth: DepthController | None, first_prompt: int) -> Pipeline:
-        """Waits for: the store to be rewound, `buffer.write_timeout_s` at most for a few files."""
+        """Build the pipeline, after rewinding the stored groups.
+
+        Waits for: the rewind, at most `buffer.write_timeout_s` per few files.
+        """
         place, config, state = self.place, self.place.config, self.state
         on_disk = functools.partial(
             patience_of(config).aside, f"the groups in {config.run_dir / 'experience'}"
@@ -297,7 +307,11 @@ class Attempt:
         return place.observer.evaluation(step, found)
 
     async def _export(self) -> None:
-        """Waits for: the last version to be written as a model folder; the deadline is a publish's."""
+        """Write the last version as a model folder.
+
+        Raises: `StalledError` after `weights.publish_timeout_s`.
+        Waits for: the write.
+        """
         config, version = self.place.config, self.sync.last
         assert version is not None
         timeout_s = config.weights.publish_timeout_s
@@ -308,20 +322,24 @@ class Attempt:
             raise StalledError(
                 f"{self.place.rundir.final}: the trained model was not written within "
                 f"weights.publish_timeout_s = {timeout_s:g} s. Look at that disk, or raise it; the "
-                "same command goes on"
+                "same command resumes the run"
             ) from error
 
 
 async def begin_attempt(root: Path, timeout_s: float) -> Writer:
-    """Who publishes into `root` from now on. Waits as `on_store`."""
+    """Begin an attempt, and return the only writer that can publish into `root` from then on.
+
+    Waits like `on_store`.
+    """
     return await on_store(root, timeout_s, store.begin_attempt, root)
 
 
 async def on_store(root: Path, timeout_s: float, call: Callable[..., T], *arguments: Any) -> T:
-    """What `call`, which takes the lock of the store `root`, gives.
+    """Call `call`, which takes the lock of the store `root`, in a thread; returns its result.
 
-    Waits for: its end, the longer of `timeout_s` and twice the wait for that lock. One that is not over
-    then is a `CoreLost`: whoever holds the lock may be a process that a later attempt does not meet.
+    Raises: `CoreLost` after the longer of `timeout_s` and twice the wait for that lock. The process
+    that holds the lock may be dead by the next attempt, so another attempt is worthwhile.
+    Waits for: the call.
     """
     limit_s = max(timeout_s, reply_deadline(2 * LOCK_TIMEOUT_S))
     patience = DiskDeadline(limit_s=limit_s, setting="the wait for the lock of the weight store")
@@ -332,13 +350,17 @@ async def on_store(root: Path, timeout_s: float, call: Callable[..., T], *argume
 
 
 def save_deadline_s(config: RunConfig) -> float:
-    """For the checkpoint under way, and then the copy and the write of another one."""
+    """Return the seconds for a checkpoint in progress, then the copy and write of another one."""
     one_s = config.checkpoint.timeout_s
     return reply_deadline(one_s, reply_deadline(config.learner.step_timeout_s), one_s)
 
 
 def stopped_text(config: RunConfig | StageConfig, last: int) -> str:
-    """`last`: step of the last complete checkpoint, -1 where there is none."""
+    """Return the message of a stopped run.
+
+    Args:
+        last: step of the last complete checkpoint, -1 if there is none.
+    """
     next_step = f"The same command continues it from step {last}" if last >= 0 else "No checkpoint"
     return (
         f"run {config.run.name!r} was stopped by a signal; its metrics and published weights are in "

@@ -1,7 +1,7 @@
-"""The experience buffer as an actor, and its client.
+"""Actor of the experience buffer, and its client.
 
-The actor holds handles (object references), never arrays. Both waits of the client end with the
-buffer's own stall deadline, or with `CoreLost` when the actor is gone.
+The actor holds handles (object references), never arrays. Both waits of the client end at the buffer's
+stall deadline, or with `CoreLost` if the actor is dead.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ REPLY_MARGIN_S = 60.0
 
 
 def buffer_service(config: RunConfig, state: BufferState | None = None) -> BufferService:
-    """The buffer of a run, from the `state` of a checkpoint where it goes on from one."""
+    """Build the buffer of a run, from the `state` of a checkpoint if the run resumes from one."""
     gate = gate_of(config)
     replay = replay_pool(config)
     buffer = (
@@ -58,11 +58,14 @@ def buffer_service(config: RunConfig, state: BufferState | None = None) -> Buffe
 
 
 class BufferActor:
-    """`BufferService` in a process of its own. Handles arrive inside a list, so that Ray passes
-    the reference on instead of fetching what it stands for, and so they leave, replayed ones too."""
+    """`BufferService` in a separate process.
+
+    Handles arrive and leave inside a list, including those of replayed groups, so that Ray passes the
+    reference on instead of fetching the object.
+    """
 
     def __init__(self, config: RunConfig, state: BufferState | None = None) -> None:
-        """`state` is that of a checkpoint from which the run goes on."""
+        """`state`: the buffer's part of the checkpoint from which the run resumes."""
         check_code()
         configure("buffer", "buffer", config.run_dir / "logs")
         self._metrics = RayMetrics("buffer", {"run": config.run.name})
@@ -103,7 +106,7 @@ class BufferActor:
         await self._service.forget(numbers)
 
     async def present(self, after_s: float) -> None:
-        """Answer after so many seconds: the process lives."""
+        """Return after `after_s` seconds, which shows that the process is alive."""
         await asyncio.sleep(after_s)
 
     async def stats(self) -> BufferStats:
@@ -114,13 +117,16 @@ class BufferActor:
 
 
 class RayBuffer:
-    """`BufferPort` over a `BufferActor`."""
+    """`BufferPort` that calls a `BufferActor`."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
 
     async def admit(self) -> list[Ticket]:
-        """Waits for: a free slot. Unblocked by: the learner, a live version; ends with the run."""
+        """Return tickets for new groups; [] when the run ends.
+
+        Waits for: a free slot. Unblocked by: the learner, a live version, the end of the run.
+        """
         while True:
             reply = await self._call("admit")
             if not isinstance(reply, Answer):
@@ -135,7 +141,11 @@ class RayBuffer:
         await self._call("discard", ticket, reason)
 
     async def take(self, num_groups: int, learner_version: int) -> Sequence[TrainingGroup]:
-        """Waits for: finished groups. Unblocked by: the rollout loop, `stop`, or `StalledError`."""
+        """Return `num_groups` groups to train on; [] after `stop`.
+
+        Raises: `StalledError` after the buffer's stall deadline.
+        Waits for: finished groups. Unblocked by: the rollout loop, `stop`.
+        """
         while True:
             reply = await self._call("take", num_groups, learner_version)
             if not isinstance(reply, Answer):

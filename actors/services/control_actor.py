@@ -1,9 +1,9 @@
-"""A run's control channel: a small named actor that other processes can find.
+"""Control channel of a run: a small named actor that other processes can find.
 
-The run's driver reads wishes from it and leaves its status there. It holds no decision: the sizes
-it is given are checked, then carried out by the driver, which answers with what happened. When it dies
-the driver starts another (`rlhf_cluster.run.control_channel`); who asked meanwhile gets an error that
-says so.
+The run's driver reads scale requests from it and leaves its status there. The actor decides nothing:
+the driver checks and applies the requested sizes, and answers with the outcome. If the actor dies, the
+driver starts another one (`rlhf_cluster.run.control_channel`). A caller with an open request then gets
+an error that says so.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def actor_name(run_name: str) -> str:
 
 
 class ControlActor:
-    """Wishes in, answers and status out. Each wish has a number; answers are kept by number."""
+    """Table of scale requests, their answers by request number, and the run's last status."""
 
     def __init__(self) -> None:
         self._wishes: list[tuple[int, dict[str, int]]] = []
@@ -67,10 +67,11 @@ class ControlActor:
 
 
 def scale(run_dir: Path, sizes: Mapping[str, int], address: str | None) -> dict[str, str]:
-    """Ask the running job to change its pools. Returns what was done, by pool.
+    """Ask a running job to change its pools. Returns what was done, by pool.
 
-    Waits for: the run to add or drain the workers. `RunError` after `SCALE_TIMEOUT_S`, when the run
-    cannot be found, or when its control channel is lost meanwhile.
+    Raises: `RunError` after `SCALE_TIMEOUT_S`, if the run cannot be found, or if its control channel
+    dies in the meantime.
+    Waits for: the run to add or drain the workers.
     """
     for pool, size in sizes.items():
         if size < 1:
@@ -78,17 +79,20 @@ def scale(run_dir: Path, sizes: Mapping[str, int], address: str | None) -> dict[
     where = address or _address_of(run_dir)
     control = find(run_dir.name, where)
     try:
-        return _scaled(control, run_dir.name, sizes)
+        return _request_sizes(control, run_dir.name, sizes)
     except WorkerError as error:
         raise RunError(
             f"{run_dir.name}: the run's control channel was lost while it was asked to scale "
-            f"{dict(sizes)} ({error}). The run goes on and opens another within a minute: look at its "
-            "status for what was done, and ask again"
+            f"{dict(sizes)} ({error}). The run continues and opens another within a minute: look at "
+            "its status for what was done, and ask again"
         ) from error
 
 
-def _scaled(control: Any, run: str, sizes: Mapping[str, int]) -> dict[str, str]:
-    """Raises `WorkerError` when `control` is gone, `RunError` after `SCALE_TIMEOUT_S`."""
+def _request_sizes(control: Any, run: str, sizes: Mapping[str, int]) -> dict[str, str]:
+    """Send one scale request to `control`, and poll for its answer.
+
+    Raises: `WorkerError` if `control` is dead, `RunError` after `SCALE_TIMEOUT_S`.
+    """
     number = answer_now(control.ask_scale.remote(dict(sizes)), CALL_TIMEOUT_S, "control.ask_scale")
     deadline = time.monotonic() + SCALE_TIMEOUT_S
     while time.monotonic() < deadline:
@@ -97,15 +101,15 @@ def _scaled(control: Any, run: str, sizes: Mapping[str, int]) -> dict[str, str]:
             return result
         time.sleep(0.5)
     raise RunError(
-        f"{run}: no answer to scale {dict(sizes)} within {SCALE_TIMEOUT_S:g} s. It may still be under "
-        "way, waiting for nodes or for workers to drain: look at the run's status"
+        f"{run}: no answer to scale {dict(sizes)} within {SCALE_TIMEOUT_S:g} s. It may still be in "
+        "progress, waiting for nodes or for workers to drain: look at the run's status"
     )
 
 
 def find(run_name: str, address: str) -> Any:
-    """The control actor of a running job, after joining its cluster.
+    """Join the cluster of a running job, and return the job's control actor.
 
-    Raises `RunError`; `ConfigError` for another machine's cluster that asks for no token.
+    Raises: `RunError`; `ConfigError` for another machine's cluster that asks for no token.
     """
     check_address("address", address)
     try:

@@ -1,13 +1,12 @@
-"""Generation port over a pool of actors, with the retries that every pool's client uses.
+"""Generation port over a pool of actors, and the retries that the clients of all pools use.
 
 - If a worker dies or hangs, its group is tried on another worker, at most `max_retries` times.
   Random streams do not depend on the worker, so the new attempt draws the same tokens.
 - With `generation.segment_tokens` the unit of a retry is one segment, after the tokens so far. The
   next segment goes to the worker that has the caches of the group, while that worker lives.
-- Records stay in the object store: each call returns (small summary, record) as two references,
-  and only the summary is fetched here.
-- A call that timed out or was cancelled is kept as `Abandoned` while its worker may still compute
-  it.
+- Records stay in the object store. Each call returns (small summary, record) as two references, and
+  only the summary is fetched here.
+- A call that was cancelled is kept as `Abandoned` while its worker may still compute it.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ class _Call:
     worker: Worker
     reference: Any
     future: Future[Any]
-    ends: float  # when its own deadline passes
+    ends: float  # time of the call's own deadline, on the clock of `Abandoned`
 
     @property
     def is_open(self) -> bool:
@@ -65,9 +64,9 @@ class _Call:
 
 
 class Abandoned:
-    """Those that were given up, and that workers may still be at.
+    """Cancelled calls that workers may still be computing.
 
-    A call of an actor with threads cannot be cancelled once it runs: its worker is healthy, and busy
+    A call of an actor with threads cannot be cancelled once it runs. Its worker is healthy, and busy
     until the call's own deadline at most.
     """
 
@@ -84,19 +83,27 @@ class Abandoned:
         self._calls: list[_Call] = []
 
     def __len__(self) -> int:
-        """Those that are not known to have ended."""
+        """Number of calls that are not known to have ended."""
         return len(self._calls)
 
     def add(self, worker: Worker, reference: Any, ends: float) -> None:
-        """Cancelled: what waits in the worker does not begin, and an engine aborts its requests. What
-        is under way ends by itself before `ends`."""
+        """Cancel a call and remember it.
+
+        A call that waits in the worker does not begin, and an engine aborts its requests. Any other
+        call ends before `ends`.
+        """
         self._cancel(reference)
         self._calls = [call for call in self._calls if call.is_open]
         future = reference.future()
         self._calls.append(_Call(worker=worker, reference=reference, future=future, ends=ends))
 
     async def end(self) -> None:
-        """Waits for: each to end. A worker that is at one after the call's own deadline is replaced."""
+        """Let every remembered call end, and forget them.
+
+        A worker that still computes a call after the call's own deadline is replaced.
+
+        Waits for: each call, until its deadline.
+        """
         calls, self._calls = [call for call in self._calls if call.is_open], []
         await asyncio.gather(*(self._end(call) for call in calls))
 
@@ -109,12 +116,12 @@ class Abandoned:
         except WorkerSilent as error:
             await self._pool.fail(call.worker, error)
         except RlhfError:
-            pass  # it has ended
+            pass  # an error also means that the call has ended
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answered:
-    """What `worker` gave, and how many tries failed before."""
+    """Answer of `worker`, with the number of tries that failed before it."""
 
     summary: Any
     handle: Handle
@@ -133,13 +140,17 @@ async def try_workers(
     prefer: Worker | None = None,
     faulted: Callable[[Worker], Awaitable[None]] | None = None,
 ) -> Answered:
-    """The answer of the first worker that gives one; the last try's error otherwise. `retried` is
-    called before each further try.
+    """Try one worker after another, and return the first answer; else raise the last try's error.
 
-    A worker that died or was silent is replaced. One that answered with an error that another worker
-    may not meet (`rlhf_cluster.failures` has the table) is checked first: it stays when it can still
-    serve, and `faulted` is told. Other errors are raised at once, and so is a lost record, which is no
-    worker's fault.
+    - A worker that died or was silent is replaced.
+    - A worker that answered with an error that another worker may not see (`rlhf_cluster.failures` has
+      the table) is checked. It stays in the pool if it can still serve, and `faulted` is called.
+    - Other errors are raised at once. A lost record is one of these, as no worker caused it.
+
+    Args:
+        call: starts the call on a worker; returns the references of summary and record.
+        retried: called before each further try.
+        prefer: worker of the first try, if it is free.
     """
     last: RlhfError | None = None
     tried: list[Worker] = []
@@ -175,9 +186,9 @@ async def try_workers(
 
 
 class RayGeneration:
-    """`GenerationPort` over a pool of `GenerationWorker` actors.
+    """`GenerationPort` that calls a pool of `GenerationWorker` actors.
 
-    A worker that fails again and again, or is far slower than the others, is put into quarantine.
+    A worker that fails repeatedly, or is far slower than the others, is put into quarantine.
     """
 
     def __init__(self, pool: WorkerPool, config: RunConfig) -> None:
@@ -188,7 +199,7 @@ class RayGeneration:
         names = ("segments", "segments_queued", "tokens_kept", "tokens_resampled", "retries")
         self._totals = dict.fromkeys(names, 0)
         self._watch = Watch(config.generation.quarantine)
-        self._seen_changes = -1  # of the pool
+        self._seen_changes = -1  # `changes` of the pool when the watch was last updated
         self._version = PoolVersion(pool, self._pull_one)
 
     async def generate(
@@ -198,10 +209,10 @@ class RayGeneration:
         sampling: Sampling,
         start: PartialGroup | None = None,
     ) -> Handle:
-        """Segment after segment until no response goes on; each has `max_retries` of its own. Responses
-        go on from those of `start`, where it is given.
+        """Generate segments until every response is finished, continuing those of `start` if given.
 
-        Tokens so far that were lost with a node are sampled again, at most `max_retries` times.
+        Each segment may be retried `max_retries` times. Tokens so far that were lost with a node are
+        sampled again, at most `max_retries` times.
         """
         partial: Handle | PartialGroup | None = start
         worker: Worker | None = None
@@ -241,9 +252,9 @@ class RayGeneration:
             f"generate({ticket.group_id})",
             self._config.request_timeout_s,
             self._config.max_retries,
-            self._retried,
+            self._count_retry,
             prefer,
-            lambda w: self._faulted(w, ticket.group_id),
+            lambda w: self._record_fault(w, ticket.group_id),
         )
         name, took = given.worker.name, given.summary
         reason = self._watching().served(name, took["generate_s"], took["num_tokens"])
@@ -252,17 +263,17 @@ class RayGeneration:
             await self._pool.quarantine(given.worker, reason)
         return given
 
-    def _retried(self) -> None:
+    def _count_retry(self) -> None:
         self._totals["retries"] += 1
 
-    async def _faulted(self, worker: Worker, group_id: str) -> None:
+    async def _record_fault(self, worker: Worker, group_id: str) -> None:
         reason = self._watching().fault(worker.name, group_id, time.monotonic())
         if reason is not None:
             self._watch.forget(worker.name)
             await self._pool.quarantine(worker, reason, needed=True)
 
     def _watching(self) -> Watch:
-        """The watch, which knows who is live."""
+        """Return the watch, updated with the workers that are live."""
         if self._pool.changes != self._seen_changes:
             self._seen_changes = self._pool.changes
             self._watch.forget_all_but([worker.name for worker in self._pool.workers])
@@ -270,18 +281,23 @@ class RayGeneration:
         return self._watch
 
     def metrics(self) -> Mapping[str, float]:
-        """Segments, those at whose end requests waited, tries after the first, and the tokens that
-        failed calls did not cost, or did."""
+        """Return totals since the start.
+
+        These are: segments, segments at whose end requests waited, tries after the first, and the
+        tokens that were kept or sampled again after failed calls.
+        """
         return {f"generation/{name}_total": float(n) for name, n in self._totals.items()}
 
     @property
     def target(self) -> WeightVersion | None:
-        """The version that every worker with work runs; None until the first."""
+        """Version that every worker in service runs; None until the first one."""
         return self._version.target
 
     async def pull(self, version: WeightVersion) -> None:
-        """Make `version` live, by the promises of `PoolVersion.move`: nobody samples with weights older
-        than the live ones."""
+        """Make `version` live with the promises of `PoolVersion.move`.
+
+        After it no worker samples with older weights.
+        """
         await self._version.move(version)
 
     async def join(self, worker: Worker) -> None:
@@ -289,10 +305,12 @@ class RayGeneration:
         await self._version.join(worker)
 
     async def begin_anew(self) -> None:
-        """The learner goes back, and will publish the version that workers shall run next, whatever
-        they run now. Nothing may be generated until then; a worker joins as before the first version.
+        """Forget the live version after the learner went back to a checkpoint.
 
-        Waits for: groups that were given up to be gone from the engines.
+        The learner will publish the version that workers run next, whatever they run now. Nothing may
+        be generated until then. A worker joins like before the first version.
+
+        Waits for: cancelled groups to end in the engines.
         """
         self._version.target = None
         await self._abandoned.end()
@@ -316,5 +334,5 @@ class RayGeneration:
 
 
 async def check_health(worker: Worker, timeout_s: float) -> None:
-    """Raise a `WorkerError` when the worker does not answer, or answers that it cannot serve."""
+    """Raise a `WorkerError` if the worker does not answer, or answers that it cannot serve."""
     await answer(worker.actor.health.remote(), timeout_s, f"{worker.name}.health")

@@ -1,15 +1,17 @@
-"""Hot spares of the learner: warm processes that wait to become ranks
-(`rlhf_cluster.learner.hot_spares` decides which).
+"""Hot spares of the learner: warm processes that wait to become ranks.
 
     resume -> [place, start, import, wait] for each -> hire -> the ranks are started -> resume -> ...
 
+`rlhf_cluster.learner.hot_spares` decides which spare becomes which rank.
+
 Promises:
-- a spare has a place of its own, and is no rank and in no process group until it is hired;
-- none is started between `hire` and `resume`: room and processors belong to the ranks then;
-- one that dies, is silent or cannot start is replaced, `learner.max_restarts` times within a window
-  and after the pauses of `Restarts`; it never ends the run, which goes on without, and says so;
-- no room for one is no failure: it is asked for again;
-- nothing outlives `kept`.
+- a spare has its own placement group. It is not a rank, and not in a process group, until it is hired;
+- no spare is started between `hire` and `resume`, so that the ranks get the resources and processors;
+- a spare that dies, is silent or cannot start is replaced, `learner.max_restarts` times within a window
+  and after the pauses of `Restarts`. After that the run continues without it, and logs this: a spare
+  never ends the run;
+- missing resources for a spare are not a failure: the placement is tried again;
+- no spare outlives `kept`.
 """
 
 from __future__ import annotations
@@ -37,14 +39,14 @@ from rlhf_cluster.run.restarts import Restarts, RestartWindow
 log = logging.getLogger(__name__)
 
 LOOK_S = 1.0
-"""How long a spare takes for an answer that only says that it is there; `hire` may wait as long."""
+"""Time after which a spare answers that it is alive; `hire` may wait as long."""
 ROOM_AGAIN_S = 10.0
-"""From a search for room that found none to the next."""
+"""Seconds between a placement that failed for lack of resources and the next try."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Spare:
-    """One process. `where` says which, as in "process 77 on 10.0.0.1"."""
+    """One spare process. `where` describes it, such as "process 77 on 10.0.0.1"."""
 
     name: str
     actor: Any
@@ -56,10 +58,13 @@ class Spare:
 
 
 class Spares:
-    """All of a run; `wanted` may be 0. All methods run on one event loop.
+    """All hot spares of a run. All methods run on one event loop.
 
-    `start` makes one, or leaves nothing behind; `present` answers after so many seconds, or raises
-    what says that the spare is gone; `end` kills it.
+    Args:
+        wanted: number of spares, may be 0.
+        start: starts the spare with this number, or fails and leaves nothing behind.
+        present: returns after this number of seconds, or raises an error if the spare is dead.
+        end: kills a spare.
     """
 
     def __init__(
@@ -81,12 +86,12 @@ class Spares:
 
     @property
     def num_ready(self) -> int:
-        """Spares that wait to be hired."""
+        """Number of spares that wait to be hired."""
         return len(self._ready)
 
     @asynccontextmanager
     async def kept(self) -> AsyncIterator[None]:
-        """While the block runs there may be spares; after it there are none."""
+        """Allow spares inside the block, and end all of them after it."""
         try:
             yield
         finally:
@@ -95,7 +100,7 @@ class Spares:
                 self._end(self._ready.pop())
 
     def resume(self) -> None:
-        """From now on there are to be as many as wanted. Nothing when it is so already."""
+        """Begin to keep the wanted number of spares ready; does nothing if this is so already."""
         if self._tasks:
             return
         held: list[Spare | None] = [*self._ready]
@@ -103,10 +108,11 @@ class Spares:
         self._tasks = [asyncio.create_task(self._keep(spare)) for spare in held]
 
     async def hire(self, most: int) -> list[Spare]:
-        """At most so many of those that are ready and answer. They are the caller's from now on, who
-        may give them back; the others stay.
+        """Return at most `most` spares that are ready and answer.
 
-        Waits for: starts under way to be given up, then an answer of each, each with its deadline.
+        The caller owns them from then on, and may give them back. The others stay.
+
+        Waits for: starts in progress to be cancelled, then an answer of each spare within its deadline.
         """
         await self._pause()
         answers = await asyncio.gather(
@@ -121,11 +127,14 @@ class Spares:
         return hired
 
     def give_back(self, spares: list[Spare]) -> None:
-        """They were not needed after all."""
+        """Take back hired spares that were not needed."""
         self._ready = [*spares, *self._ready]
 
     async def _pause(self) -> None:
-        """Give up starts under way, and watching. Waits for: what they began to be taken down."""
+        """Cancel the starts in progress, and the watching of ready spares.
+
+        Waits for: the removal of actors and placement groups of these starts.
+        """
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.cancel()
@@ -134,8 +143,12 @@ class Spares:
                 log.error("keeping a hot spare failed", exc_info=found)
 
     async def _keep(self, spare: Spare | None) -> None:
-        """One spare after the other, each to its end. Waits for: room, a start, and the end of the
-        process. Ends by cancellation, or without a restart left."""
+        """Keep one spare ready: start it, watch it, and replace it when it fails.
+
+        Ends by cancellation, or when no restart is left.
+
+        Waits for: resources, a start, and the end of the process.
+        """
         told_no_room = False
         while True:
             try:
@@ -161,7 +174,7 @@ class Spares:
             try:
                 pause_s = self._restarts.spend(lost)
             except CoreLost as error:
-                self._tell(f"the run goes on with {self.num_ready} hot spares: {error}")
+                self._tell(f"the run continues with {self.num_ready} hot spares: {error}")
                 return
             used, limit = self._restarts.used, self._restarts.limit
             self._tell(f"{lost}: another hot spare is started, {used} of {limit}")
@@ -169,7 +182,7 @@ class Spares:
 
 
 def learner_spares(launcher: Launcher, tell: Callable[[str], None]) -> Spares:
-    """Those of `learner.spares`; none are started yet."""
+    """Build the spares of `learner.spares`, none of which is started yet."""
     config = launcher.config
 
     async def start(number: int) -> Spare:

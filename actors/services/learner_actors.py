@@ -1,8 +1,7 @@
-"""The learner ranks as actors, and the group of them as the learner port; on
-`actors.services.rank_actors`.
+"""Learner ranks as actors, and all of them as the learner port; see `actors.services.rank_actors`.
 
-Writing a snapshot to the weight store runs beside the next step. Every rank gets every group of a step
-and takes its own part by the same plan, so no rank has to tell another what to train on.
+A snapshot is written to the weight store while the next step runs. Every rank gets every group of a
+step and selects its share by the same plan, so ranks do not exchange what to train on.
 """
 
 from __future__ import annotations
@@ -49,14 +48,17 @@ _T = TypeVar("_T")
 
 
 def failing_as_a_version(method: Callable[_P, _T]) -> Callable[_P, _T]:
-    """`method`, which writes a version: an error of the storage and a deadline that passes are the
-    version's (`WeightError`), which is published again, and no loss of the learner."""
+    """Wrap `method`, which writes a version, so that storage errors become a `WeightError`.
+
+    A passed deadline is treated in the same way. The newest weights are then published again, and the
+    learner is not restarted.
+    """
 
     @functools.wraps(method)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         try:
             return method(*args, **kwargs)
-        except OSError as error:  # a `StalledError` too, as every TimeoutError
+        except OSError as error:  # includes `StalledError`, which is a TimeoutError
             raise WeightError(
                 f"{method.__name__}: the storage of the weights failed ({type(error).__name__}: "
                 f"{error})"
@@ -94,8 +96,15 @@ class LearnerActor(RankActor):
 
     @judging
     def train_step(self, handles: list[tuple[int, list[Any]]]) -> StepReport:
-        """`handles` are by ticket number, each in a list, so that Ray passes it on as it is. A group
-        whose object is gone is read from its file. Raises `StoreError` when that is gone too."""
+        """Train one step on the groups of `handles`, and return its report.
+
+        A group whose object is lost is read from its file.
+
+        Args:
+            handles: pairs of a ticket number and a list with the handle. Ray passes a reference inside
+                a list on without fetching the object.
+        Raises: `StoreError` if the file of a lost group is missing too.
+        """
         wanted = [(number, handle) for number, [handle] in handles]
         groups = collect(wanted, fetch_there, store_of(self._config))
         report = self._rank.train_step(groups)
@@ -152,7 +161,7 @@ class LearnerActor(RankActor):
         return published
 
     def cancel_publish(self) -> None:
-        """End the write or the commit under way, if there is one."""
+        """Cancel the write or commit in progress, if there is one."""
         if self._writing is not None:
             self._writing.cancel()
 
@@ -161,7 +170,10 @@ class LearnerActor(RankActor):
 
 
 class RayLearner(RayRanks):
-    """`LearnerPort` over all ranks. `writer`, which every publish shows, is set before the first."""
+    """`LearnerPort` that calls all ranks.
+
+    `writer` identifies the attempt in every publish, and is set before the first one.
+    """
 
     writer: Writer
 
@@ -183,7 +195,7 @@ class RayLearner(RayRanks):
 
     @property
     def snapshot_deadline_s(self) -> float:
-        """A snapshot after a publish that failed waits for the step that is under way."""
+        """Seconds for a snapshot, which after a failed publish waits for the current step."""
         return 2 * self._config.learner.step_timeout_s
 
     async def snapshot(self) -> int:
@@ -194,9 +206,9 @@ class RayLearner(RayRanks):
         return self._snapshot
 
     async def publish(self) -> WeightVersion:
-        """Waits for: every rank's write, then the commit, both within one deadline.
+        """Publish the last snapshot. If one rank fails, the writes of the others are cancelled.
 
-        When one fails, the others are cancelled.
+        Waits for: every rank's write, then the commit, both within one deadline.
         """
         ends = time.monotonic() + self._config.weights.publish_timeout_s
         number, base = self._snapshot, self._bases.take_base()
@@ -213,7 +225,7 @@ class RayLearner(RayRanks):
         return version
 
     async def refused(self, version: int, reason: str) -> None:
-        """Every rank logs it; the next version builds on none."""
+        """Log the refusal on every rank, and let the next version be a full one."""
         self._bases.take_base()
         for actor in self._actors:
             actor.refused.options(concurrency_group=IO_GROUP).remote(version, reason)

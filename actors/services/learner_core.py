@@ -1,15 +1,17 @@
-"""The core of a run: the learner ranks and the buffer, which live and die together.
+"""Core of a run: the learner ranks and the buffer, which are started and ended together.
 
-Between them they hold one cut of the run, and nobody can take over from one that is gone. So when one
-is lost all are ended, and a new core is started from a checkpoint (`rlhf_cluster.run.restarts`).
+The learner ranks and the buffer together hold one consistent snapshot of the run, so a failed process
+cannot be replaced alone. If one fails, all are ended, and a new core is started from a checkpoint
+(`rlhf_cluster.run.restarts`).
 
 Promises:
-- a process that dies is noticed at once, whether or not a call to it is under way; one that does not
-  answer for `cluster.heartbeat_timeout_s` counts as lost, as in the pools;
-- a failure beside a loss is taken for its consequence: the `CoreLost` names who is gone;
-- a rank that lives and failed in a way that may pass (`RankFailed`) counts as lost too;
-- ranks are hot spares first, then new processes; a core that may shrink starts with those and the ranks
-  that there is room for, when it is not for all of them;
+- a dead process is noticed at once, with or without a call to it in flight. A process that does not
+  answer for `cluster.heartbeat_timeout_s` is treated as dead, like in the pools;
+- an error that occurs together with a dead process is treated as its consequence: the `CoreLost` names
+  the dead process;
+- a live rank with an error that another attempt may not see (`RankFailed`) is treated as dead too;
+- ranks are hot spares first, then new processes. If the cluster cannot place all ranks, a core that may
+  shrink starts with the spares and the ranks that it can place;
 - nothing outlives `take_down`: ranks that wait in a collective for a dead one are killed too.
 """
 
@@ -64,12 +66,12 @@ from rlhf_cluster.records import BufferState
 log = logging.getLogger(__name__)
 
 LOOK_S = 5.0
-"""How long a process takes for an answer that only says that it is there."""
+"""Seconds after which a process answers that it is alive."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """One process. `actor` has a method `present`, answered whatever else it does."""
+    """One process of the core. It answers the method `present` of `actor` whatever else it does."""
 
     name: str
     actor: Any
@@ -77,9 +79,9 @@ class Member:
 
 
 class Core:
-    """Start it once; `take_down` ends it, whatever it came to.
+    """Learner ranks and buffer of one attempt. It is started once, and ended by `take_down`.
 
-    `num_ranks` is how many ranks it has, 0 before the start. `place_bundles` is replaced by tests.
+    `num_ranks` is its number of ranks, 0 before the start. Tests replace `place_bundles`.
     """
 
     def __init__(
@@ -91,7 +93,7 @@ class Core:
         spares: Spares | None = None,
         lost: Collection[int] = (),
     ) -> None:
-        """`lost` are the ranks that the core before this one lost."""
+        """`lost`: numbers of the ranks that failed in the previous core."""
         self._launcher = launcher
         self._may_shrink, self._tell, self._place = may_shrink, tell, place_bundles
         self._spares, self._lost = spares, lost
@@ -104,8 +106,13 @@ class Core:
         state: BufferState | None,
         prepare: Callable[[RayLearner], Awaitable[None]],
     ) -> tuple[RayLearner, RayBuffer]:
-        """Buffer and learner, side by side, ready to work: `state` is that of a checkpoint, and
-        `prepare` gives a new learner its weights. Raises the first failure."""
+        """Start learner and buffer concurrently, and return both, ready to work.
+
+        Args:
+            state: the buffer's state of a checkpoint, if there is one.
+            prepare: sets the weights of a new learner.
+        Raises: the first failure.
+        """
         try:
             async with asyncio.TaskGroup() as starts:
                 learner = starts.create_task(self._start_learner(prepare))
@@ -116,8 +123,10 @@ class Core:
 
     @asynccontextmanager
     async def watched(self, look: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-        """A member that is lost cancels the block, and is raised as `CoreLost`. `look` runs beside
-        the block, until it ends."""
+        """Cancel the block and raise `CoreLost` if a member dies or is silent.
+
+        `look` runs concurrently with the block, until the block ends.
+        """
         try:
             async with asyncio.TaskGroup() as watches:
                 tasks = [watches.create_task(self._watch(member)) for member in self.members]
@@ -129,7 +138,9 @@ class Core:
             raise first_failure(failures) from failures
 
     async def loss_behind(self, error: RlhfError) -> RlhfError:
-        """`error` itself, or the `CoreLost` that it follows from, or that it is.
+        """Return the `CoreLost` that caused `error`, or `error` if no member failed.
+
+        A `RankFailed` becomes a `CoreLost`.
 
         Waits for: an answer of every member, at most `cluster.heartbeat_timeout_s`.
         """
@@ -150,7 +161,10 @@ class Core:
         self.members.clear()
 
     async def _watch(self, member: Member) -> None:
-        """Waits for: the end of the process. Ends by cancellation, or with `CoreLost`."""
+        """Poll a member until it fails. Ends by cancellation, or with `CoreLost`.
+
+        Waits for: the end of the process.
+        """
         while True:
             await self._look(member, LOOK_S)
 
@@ -167,10 +181,12 @@ class Core:
         return RayBuffer(actor)
 
     async def room_to_grow(self) -> bool:
-        """Whether the cluster can hold the ranks that are missing, now or once it has grown.
+        """Return whether the cluster can place the missing ranks, possibly after it has grown.
 
-        Waits for: that room, at most the larger of `cluster.placement_timeout_s` and
-        `cluster.node_timeout_s`. What is reserved is given back.
+        The resources are reserved for the check, then given back.
+
+        Waits for: these resources, at most the larger of `cluster.placement_timeout_s` and
+        `cluster.node_timeout_s`.
         """
         waiting = 0 if self._spares is None else self._spares.num_ready
         missing = rank_bundles(self._launcher.config)[self.num_ranks + waiting :]
@@ -184,7 +200,7 @@ class Core:
         return True
 
     async def _reserve(self, bundles: Sequence[Bundle]) -> Any:
-        """Raises `PlacementError`."""
+        """Reserve `bundles` of the learner in one placement group. Raises `PlacementError`."""
         config = self._launcher.config
         name = self._launcher.placement_name("learner")
         return await self._place(bundles, name, config.cluster.room_timeout_s)
@@ -192,10 +208,14 @@ class Core:
     async def place_ranks(
         self, free: Callable[[], Mapping[str, float]], num_spares: int = 0
     ) -> tuple[int, Any]:
-        """How many ranks there are, and where: a placement group of a bundle for each that is not one
-        of `num_spares` spares, which have places; None where all are.
+        """Reserve resources for the ranks. Returns the number of ranks and a placement group.
 
-        `free` gives what is free in the cluster. Raises `PlacementError`.
+        The group has one bundle for each rank that is not one of `num_spares` spares, which have their
+        own. It is None if all ranks are spares.
+
+        Args:
+            free: returns the free resources of the cluster.
+        Raises: `PlacementError`.
         """
         section = self._launcher.config.learner
         bundles = rank_bundles(self._launcher.config)[num_spares:]
@@ -215,15 +235,18 @@ class Core:
             except PlacementError:
                 continue
             self._tell(
-                f"goes on with {num_spares + new} of {section.ranks} learner ranks: {no_room}"
+                f"continues with {num_spares + new} of {section.ranks} learner ranks: {no_room}"
             )
             return num_spares + new, group
         raise PlacementError(
-            f"{no_room}. Nor is there for fewer, down to learner.min_ranks = {section.min_ranks}"
+            f"{no_room}. Fewer cannot be placed either, down to learner.min_ranks = {section.min_ranks}"
         ) from no_room
 
     async def _start_learner(self, prepare: Callable[[RayLearner], Awaitable[None]]) -> RayLearner:
-        """All ranks that are no spares in one placement group, a bundle each."""
+        """Start all ranks: hired spares, and new processes in one placement group.
+
+        If the ranks cannot be placed, the spares are given back.
+        """
         asked = self._launcher.config
         hired = await self._spares.hire(asked.learner.ranks) if self._spares else []
         try:
@@ -252,8 +275,11 @@ class Core:
         *further: Any,
         spares: Sequence[Spare | None] = (),
     ) -> list[Any]:
-        """The actors of all ranks: its spare, where a rank has one, else a new one, built as
-        `kind(config, model folder, rank, *further)` in a bundle of `group`."""
+        """Return the actors of all ranks, and register them as members.
+
+        The actor of a rank is its spare, if it has one. Otherwise a new actor is built as
+        `kind(config, model folder, rank, *further)` in a bundle of `group`.
+        """
         actors, num_new = [], 0
         for rank, bundle in enumerate(rank_bundles(config)):
             spare = spares[rank] if spares else None

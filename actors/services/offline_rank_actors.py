@@ -1,6 +1,6 @@
-"""The ranks of an offline stage as actors, as one, and as what lives and dies together.
+"""Ranks of an offline stage: the actor of one rank, the client of all, and their common lifetime.
 
-Every rank gets all units of a batch and takes its own part by the same plan (`learner.offline_rank`).
+Every rank gets all units of a batch, and selects its share by the same plan (`learner.offline_rank`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class StageActor(RankActor):
-    """One rank of a stage."""
+    """Actor of one rank of a stage."""
 
     def __init__(self, config: StageConfig, model_dir: str, rank: int, num_steps: int) -> None:
         super().__init__(config, model_dir, rank)
@@ -83,7 +83,7 @@ class StageActor(RankActor):
 
 
 class RayStage(RayRanks):
-    """All ranks of a stage."""
+    """Client that calls all ranks of a stage."""
 
     async def train(self, units: Sequence[Unit]) -> StepReport:
         return (await self._all("train", self._step_s, ray.put(list(units))))[0]
@@ -106,7 +106,7 @@ class RayStage(RayRanks):
 
 
 class StageCore(Core):
-    """The ranks of a stage, which live and die together."""
+    """Ranks of a stage, which are started and ended together."""
 
     async def start_stage(self, num_steps: int) -> RayStage:
         config = self._launcher.config

@@ -1,9 +1,10 @@
-"""A rank as an actor, and all ranks as one: what reinforcement learning and offline stages share.
+"""Actor of a rank, and the client of all ranks, for reinforcement learning and offline stages.
 
-Each rank runs its steps one after the other in one thread; writing a checkpoint runs in others ("io"),
-beside the next step. A rank that dies or hangs fails the whole call with a `CoreLost` that names it;
-one that raises what another attempt may not meet, with a `RankFailed` (`rlhf_cluster.failures`). The
-others, which wait for it in a collective, are ended with it (`actors.services.learner_core`).
+Each rank runs its steps sequentially in one thread. A checkpoint is written in other threads ("io"),
+while the next step runs. If a rank dies or hangs, the call to all ranks fails with a `CoreLost` that
+names it. If a rank raises an error that another attempt may not see, the call fails with a `RankFailed`
+(`rlhf_cluster.failures`). The other ranks, which wait for it in a collective, are then ended too
+(`actors.services.learner_core`).
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ IO_GROUP = "io"  # three threads: publishing, its cancelling, a checkpoint
 LIFE_GROUP = "life"
 ACTOR_OPTIONS = {"concurrency_groups": {IO_GROUP: 3, LIFE_GROUP: 1}}
 NO_RANK = -1
-"""Of a hot spare, until `enlist`."""
+"""Rank number of a hot spare, until `enlist`."""
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
 def judging(method: Callable[_P, _T], starting: bool = False) -> Callable[_P, _T]:
-    """`method`, whose errors that may pass become `RankFailed`."""
+    """Wrap `method` so that errors that another attempt may not see become `RankFailed`."""
 
     @functools.wraps(method)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
@@ -59,8 +60,11 @@ def judging(method: Callable[_P, _T], starting: bool = False) -> Callable[_P, _T
 
 
 class RankActor:
-    """One rank, `self._rank`, which `setup` of each kind makes. torch is imported there, so that the
-    process is up before the model is."""
+    """Actor of one rank, `self._rank`.
+
+    `setup` of the subclass builds the rank. torch is imported there, so that the process answers before
+    the model is loaded.
+    """
 
     def __init__(self, config: Any, model_dir: str, rank: int) -> None:
         self._config = config
@@ -72,24 +76,24 @@ class RankActor:
         self._metrics: Any = None
 
     def warm(self) -> str:
-        """Import all that `setup` does, and no more; says which process this is."""
+        """Import the modules that `setup` needs. Returns a description of this process."""
         from rlhf_cluster.learner.prewarm import warm
 
         warm(self._config.learner, self._model_dir)
         return f"process {os.getpid()} on {ray.util.get_node_ip_address()}"
 
     def enlist(self, config: Any, rank: int) -> None:
-        """A hot spare becomes rank `rank` of the run of `config`; before every other call of a rank."""
+        """Make this hot spare rank `rank` of the run of `config`; precedes every other call."""
         self._config, self._number = config, rank
 
     def rendezvous(self) -> str:
-        """Where the ranks meet: this node, where rank 0 listens from now on. Asked of rank 0 only."""
+        """Listen on this node, and return the address at which the ranks meet. For rank 0 only."""
         host = ray.util.get_node_ip_address()
         self._listener = socket.create_server((host, 0))
         return f"tcp://{host}:{self._listener.getsockname()[1]}"
 
     def _open(self) -> None:
-        """Logs, metrics, and on rank 0 the store that the ranks meet at."""
+        """Open logs and metrics, and on rank 0 the store through which the ranks meet."""
         from actors.cluster.launch import check_code
         from actors.cluster.ray_metrics import RayMetrics
         from rlhf_cluster.observe.record.logs import configure
@@ -121,17 +125,20 @@ class RankActor:
     @judging
     def load_state(self, folder: str, state: LearnerState) -> None:
         self._rank.load_state(folder, state)
-        log.info("goes on from %s", folder)
+        log.info("resumes from %s", folder)
 
     @ray.method(concurrency_group=LIFE_GROUP)
     def present(self, after_s: float) -> None:
-        """Answer after so many seconds, whatever the other threads do: the process lives."""
+        """Return after `after_s` seconds, which shows that the process is alive.
+
+        It has its own thread, so other calls do not delay it.
+        """
         if self._metrics is not None:
             self._metrics.gauge("learner/resident_bytes", resident_bytes())
         time.sleep(after_s)
 
     def _patience(self, timeout_s: float, setting: str) -> DiskDeadline:
-        """With a write to disk, which is to be over before the driver gives its call up."""
+        """Build the deadline of a disk write, which ends before the driver's call times out."""
         fraction = self._config.observe.slow_write_fraction
         return DiskDeadline(
             limit_s=timeout_s, setting=setting, told_fraction=fraction, tell=log.warning
@@ -143,7 +150,7 @@ class RankActor:
 
 
 class RayRanks:
-    """All ranks as one."""
+    """Client that calls all ranks."""
 
     def __init__(self, actors: Sequence[Any], config: Any) -> None:
         self._actors = list(actors)
@@ -162,19 +169,28 @@ class RayRanks:
         return replace(states[0], num_bytes=sum(state.num_bytes for state in states))
 
     async def write_state(self, folder: Path) -> None:
-        """Waits for: every rank's write, then the commit, both within one deadline, which is under
-        `checkpoint.timeout_s`."""
+        """Write the state of all ranks into `folder`, then commit it.
+
+        Waits for: every rank's write, then the commit, both within one deadline, which is shorter than
+        `checkpoint.timeout_s`.
+        """
         ends = time.monotonic() + callee_deadline(self._config.checkpoint.timeout_s)
         reports = await self._io("write_state", self._actors, ends, str(folder))
         version = reports[0].version
         await self._io("commit_state", self._actors[:1], ends, str(folder), version, reports)
 
     async def load_state(self, folder: Path, state: LearnerState) -> None:
-        """Waits for: every rank to read all of it."""
+        """Load `state` from `folder` on every rank.
+
+        Waits for: every rank to read the complete state.
+        """
         await self._all("load_state", self._config.run.start_timeout_s, str(folder), state)
 
     async def _io(self, method: str, actors: Sequence[Any], ends: float, *arguments: Any) -> Any:
-        """The answers of `actors`, from their second threads; they get the seconds left as well."""
+        """Call `method` of `actors` in their "io" threads, and return the answers.
+
+        The seconds that are left until `ends` are the last argument of each call.
+        """
         left_s = max(0.0, ends - time.monotonic())
         refs = [
             getattr(a, method).options(concurrency_group=IO_GROUP).remote(*arguments, left_s)
@@ -187,7 +203,10 @@ class RayRanks:
         return await self._answers(refs, timeout_s, method)
 
     async def _answers(self, refs: Sequence[Any], timeout_s: float, method: str) -> list[Any]:
-        """Waits for: every rank. The first rank to fail is what the caller sees."""
+        """Return the answers of all ranks, or raise the error of the first rank to fail.
+
+        Waits for: every rank.
+        """
         waits = [
             asyncio.ensure_future(core_answer(ref, timeout_s, f"learner-{i}.{method}"))
             for i, ref in enumerate(refs)

@@ -1,4 +1,4 @@
-"""The scoring port over the pools of actors that score."""
+"""Scoring port over the pools of actors that score."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ log = logging.getLogger(__name__)
 
 
 class RayScoring:
-    """`ScoringPort` over the pools of `ScoringWorker` actors. It owns the reference that they share.
+    """`ScoringPort` that calls the pools of `ScoringWorker` actors, and owns their common reference.
 
-    Where several pools score, each is asked for its part of a group at the same time, and a worker of
-    `[scoring]` joins them. The group fails with the first part that does, once. `writer` is the attempt
-    that moves the reference; set before the first `follow` of an attempt.
+    With several pools, all score their part of a group concurrently, and a worker of `[scoring]` merges
+    the parts. The group fails once, with the error of the first part to fail. `writer` is the attempt
+    that moves the reference. It is set before the first `follow` of an attempt.
     """
 
     def __init__(
@@ -80,7 +80,10 @@ class RayScoring:
         self.writer: Writer | None = None
 
     async def score(self, group: Handle) -> tuple[Handle, GroupSummary]:
-        """Waits for: the parts of all pools, then for them to be joined; each call has a deadline."""
+        """Score one group. Returns the handle of its record, and its summary.
+
+        Waits for: the parts of all pools, then for their merge. Each call has a deadline.
+        """
         if len(self._pools) == 1:
             given = await self._ask(SCORING, "score", group)
             return given.handle, given.summary
@@ -89,24 +92,32 @@ class RayScoring:
         return given.handle, given.summary
 
     def take_busy(self) -> Mapping[str, float]:
-        """Seconds since the last call for which each pool was busy; nothing of a pool that is alone,
-        which its caller sees as well."""
+        """Return the seconds since the last call for which each pool was busy.
+
+        With a single pool it returns {}, because the caller measures the same.
+        """
         spent = {name: busy.take().busy_s for name, busy in self._busy.items()}
         return spent if len(spent) > 1 else {}
 
     async def follow(self, version: WeightVersion) -> None:
-        """The policy's `version` is on every generation worker: bring it to those that score under it,
-        and move the reference if it is due.
+        """Load the policy's `version` for exact log-probabilities, and move the reference if it is due.
 
-        Waits for: the new reference to be written, and loaded by every live worker that has one, by the
-        promises of `PoolVersion.move`; the same of the version. Raises `WeightError`, after which it
-        may be called again with the same version, also for a reference that is not written in time;
-        `StalledError`.
+        Every generation worker runs `version` already. Workers load version and reference with the
+        promises of `PoolVersion.move`.
+
+        Raises:
+            WeightError: also for a reference that is not written in time. The call may be repeated with
+                the same version.
+            StalledError.
+        Waits for: every live worker that scores with `version` to have it; then the new reference to be
+        written, and to be loaded by every live worker that has one.
         """
         if self._config.exact_logprobs and version != self._exact.target:
             try:
                 await self._exact.move(version)
-            except WeightError as error:  # each worker reads on, and its groups wait for that
+            except (
+                WeightError
+            ) as error:  # each worker continues to read, and its groups wait for that
                 log.warning("%s", error)
         if self._keeper is None:
             return
@@ -123,10 +134,13 @@ class RayScoring:
             await self._reference.move(target)
 
     async def begin_anew(self) -> None:
-        """The learner goes back: other weights will be published under numbers that were used.
+        """Forget all versions after the learner went back to a checkpoint.
 
-        Waits for: groups that were given up, then for every live worker to forget what it keeps by
-        number. One that fails is replaced.
+        Other weights will be published with version numbers that were used before. A worker that fails
+        to forget its versions is replaced.
+
+        Waits for: cancelled groups, then for every live worker to forget the weights that it keeps by
+        version number.
         """
         await asyncio.gather(*(calls.end() for calls in self._abandoned.values()))
         self._exact.target = None
@@ -136,22 +150,24 @@ class RayScoring:
             await asyncio.gather(*(self._forget_or_fail(w) for w in workers))
 
     async def join(self, pool: str, worker: Worker) -> None:
-        """Give a new worker of `pool` the reference and the policy's version, where it has to do with
-        them, before it gets work (`PoolVersion.join`)."""
+        """Load the reference and the policy's version on a new worker, before it gets work.
+
+        Only the pools that use them load them; see `PoolVersion.join`.
+        """
         if self._config.pool_of(REFERENCE) == pool:
             await self._reference.join(worker)
         if self._config.exact_logprobs and self._config.pool_of(EXACT) == pool:
             await self._exact.join(worker)
 
     def metrics(self) -> Mapping[str, float]:
-        """Tries after the first, and the version of the reference where one is configured."""
+        """Return the number of retries, and the version of the reference if one is configured."""
         found = {"scoring/retries_total": float(self._num_retries)}
         if self._config.reference:
             found["scoring/reference_version"] = float(self.reference_version() or 0)
         return found
 
     def reference_version(self) -> int | None:
-        """Of the reference that the workers have; None before the first."""
+        """Return the version of the reference that the workers have; None before the first one."""
         target = self._reference.target
         return None if target is None else target.version
 
@@ -164,13 +180,13 @@ class RayScoring:
                 method,
                 self._score_timeout_s,
                 self._config.max_retries,
-                self._retried,
+                self._count_retry,
             )
 
     def _serving(self, model: str) -> WorkerPool:
         return self._pools[self._config.pool_of(model)]
 
-    def _retried(self) -> None:
+    def _count_retry(self) -> None:
         self._num_retries += 1
 
     async def _forget_or_fail(self, worker: Worker) -> None:
@@ -196,7 +212,7 @@ class RayScoring:
 
 
 def score_deadline_s(config: RunConfig) -> float:
-    """For one group: to score it, and to store it where a run stores groups."""
+    """Return the seconds for scoring one group, and storing it if the run stores groups."""
     stored_s = config.buffer.write_timeout_s if isinstance(config, RunConfig) else 0.0
     return config.scoring.request_timeout_s + stored_s
 

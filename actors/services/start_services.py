@@ -1,6 +1,6 @@
-"""Starting the pools and the control actor of a run: which class runs where, with which options.
+"""Start of a run's pools and control actor: which class runs where, with which options.
 
-Learner and buffer are in `actors.services.learner_core`.
+Learner and buffer are started by `actors.services.learner_core`.
 """
 
 from __future__ import annotations
@@ -66,16 +66,18 @@ from rlhf_cluster.util.deadlines import reply_deadline
 log = logging.getLogger(__name__)
 
 GENERATION_CALLS = 900
-"""Groups that one engine takes at once; further ones wait in the pool."""
+"""Most groups that one engine has at once; further ones wait in the pool."""
 SCORING_CALLS = 8
 CONTROL_CALLS, SCORING_SPARE_THREADS = 100, 2
-"""Room of an actor besides its calls for groups, so that health checks, pulls, a new reference and
-calls that were given up never wait for a group to end."""
+"""Concurrent calls of an actor in addition to its calls for groups.
+
+Health checks, pulls, a new reference and cancelled calls therefore never wait for a group to end.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launcher:
-    """What every start needs: the run, its model folder, and a token of this attempt."""
+    """Start of actors for one attempt: holds the run, its model folder, and the attempt's token."""
 
     config: RunConfig
     model_dir: str
@@ -86,7 +88,7 @@ class Launcher:
     spawn: Callable[..., Any] = spawn
     failed_starts: FailedStarts = field(default_factory=FailedStarts)
     last_resorts: dict[int, tuple[Any, PlacementError]] = field(default_factory=dict)
-    """Groups on avoided nodes, by their `id`, each with the reason."""
+    """Placement groups on avoided nodes by their `id`, each with the reason for that node."""
 
     def placement_name(self, owner: str) -> str:
         return f"rlhf-{self.config.run.name}-{owner}-{self.attempt or uuid.uuid4().hex[:8]}"
@@ -94,8 +96,11 @@ class Launcher:
     async def actor(
         self, cls: type, arguments: list[Any], bundle: Bundle, **options: Any
     ) -> tuple[Any, Any]:
-        """An actor alone in a placement group of its own; no group is left where it fails. On an
-        avoided node only if no other node has the resources in time: it may work again."""
+        """Start an actor in a separate placement group, and return both.
+
+        An avoided node is used only if no other node has the resources in time, as it may work again.
+        If the start fails, the placement group is removed.
+        """
         environment = options.pop("environment", {})
         timeout_s = self.config.cluster.room_timeout_s
         name = self.placement_name(bundle.owner)
@@ -126,9 +131,12 @@ class Launcher:
         return actor, group
 
     async def ready(self, worker: Worker, join: Callable[[Worker], Awaitable[None]]) -> Worker:
-        """Start `worker`, and let it join. It is taken down when either fails, and its node is
-        remembered for that. A failed start on an avoided node raises `PlacementError`, which costs
-        a pool with its quorum no restart."""
+        """Start `worker`, let it join, and return it.
+
+        If either fails, the worker is taken down, and the failure is counted for its node. A failed
+        start on an avoided node raises `PlacementError`, which uses no restart of a pool that has its
+        quorum.
+        """
         node = self.places.node_of(worker.placement)
         _, no_room = self.last_resorts.pop(id(worker.placement), (None, None))
         try:
@@ -140,7 +148,7 @@ class Launcher:
                 log.warning("node %s is avoided: %s", node, error)
             try:
                 take_down(worker.actor, worker.placement, self.places)
-            except Exception:  # what failed first says more
+            except Exception:  # the first failure, raised below, says more
                 log.exception("%s: not ended", worker.name)
             if no_room is not None and isinstance(error, RlhfError):
                 raise PlacementError(f"{no_room}. A start there failed again: {error}") from error
@@ -150,9 +158,10 @@ class Launcher:
 
 
 def start_control(config: RunConfig, patience_s: float = 0.0) -> Any:
-    """The control actor. `RunError` when a run of this name is alive on the cluster.
+    """Start the control actor.
 
-    Waits for: Ray to end what an earlier attempt of the run left there, at most `patience_s`.
+    Raises: `RunError` if a run of this name is alive on the cluster.
+    Waits for: Ray to end the actor of an earlier attempt of the run, at most `patience_s`.
     """
     name, ends = actor_name(config.run.name), time.monotonic() + patience_s
     while True:
@@ -175,7 +184,7 @@ def start_control(config: RunConfig, patience_s: float = 0.0) -> Any:
 def control_channel(
     config: RunConfig, patience_s: float, tell: Callable[[str], None]
 ) -> ControlChannel:
-    """The run's control channel, open. Raises and waits as `start_control`."""
+    """Open the run's control channel. Raises and waits like `start_control`."""
 
     async def ask(actor: Any, method: str, *arguments: Any) -> Any:
         called = getattr(actor, method).remote(*arguments)
@@ -193,7 +202,7 @@ def control_channel(
 
 
 def generation_pool(launcher: Launcher) -> tuple[WorkerPool, RayGeneration]:
-    """An empty pool whose workers join with the newest weights live."""
+    """Build an empty generation pool and its client. Workers join with the newest weights."""
     config = launcher.config
 
     async def launch(name: str) -> Worker:
@@ -215,7 +224,7 @@ def generation_pool(launcher: Launcher) -> tuple[WorkerPool, RayGeneration]:
 
 
 def scoring_pools(launcher: Launcher) -> tuple[list[WorkerPool], RayScoring]:
-    """Empty pools of all that scores."""
+    """Build the empty pools of all scoring sections, and their client."""
     config = launcher.config
 
     async def launch(kind: str, name: str) -> Worker:
@@ -244,8 +253,10 @@ def scoring_pools(launcher: Launcher) -> tuple[list[WorkerPool], RayScoring]:
 async def started_pools(
     config: RunConfig, pools: Sequence[WorkerPool]
 ) -> AsyncIterator[asyncio.Future[None]]:
-    """All pools, being started; what is yielded is done when each has its quorum, and waits no more for
-    the others."""
+    """Start all pools inside the block, and close them after it.
+
+    Yields a future that is done when each pool has its quorum. Further workers start in the background.
+    """
     sections = pool_sections(config)
 
     async def start() -> None:
@@ -262,7 +273,7 @@ async def started_pools(
 
 
 def environment_of_engine(config: RunConfig, engine_factory: str) -> dict[str, str]:
-    """Environment variables of every process with an engine."""
+    """Return the environment variables of every process with an engine."""
     if engine_factory != DEFAULT_ENGINE:
         return {}
     from actors.vllm.vllm_arguments import engine_environment

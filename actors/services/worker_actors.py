@@ -1,4 +1,4 @@
-"""The pool workers as actors: the plain workers plus log file and Prometheus metrics."""
+"""Pool workers as actors: the plain workers with a log file and Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class GenerationActor(GenerationWorker):
 
 
 class ScoringActor(ScoringWorker):
-    """Of any pool that scores."""
+    """Actor of a worker in any scoring pool."""
 
     def __init__(self, config: RunConfig, model_dir: str, name: str, pool: str) -> None:
         check_code()
@@ -136,7 +136,7 @@ class ScoringActor(ScoringWorker):
 
     @ray.method(concurrency_group=HEALTH_GROUP)
     def health(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Answered in a thread of its own: hanging rewards must not look like a dead worker."""
+        """Answer a health check in a separate thread, so that hanging rewards do not delay it."""
         answer = super().health()
         self._metrics.gauge("scoring/groups_running", answer["num_in_flight"])
         self._metrics.gauge("scoring/resident_bytes", resident_bytes())
@@ -145,23 +145,23 @@ class ScoringActor(ScoringWorker):
         return answer
 
     def score(self, group: RolloutGroup) -> tuple[GroupSummary, ExperienceGroup]:
-        with self._measured(group):
+        with self._measure(group):
             answer = super().score(group)
         self._metrics.count("scoring/groups_total")
         return answer
 
     def score_part(self, group: RolloutGroup) -> tuple[int, ScorePart]:
-        with self._measured(group):
+        with self._measure(group):
             return super().score_part(group)
 
     def join(self, group: RolloutGroup, *parts: ScorePart) -> tuple[GroupSummary, ExperienceGroup]:
-        with self._measured(group):
+        with self._measure(group):
             answer = super().join(group, *parts)
         self._metrics.count("scoring/groups_total")
         return answer
 
     @contextmanager
-    def _measured(self, group: RolloutGroup) -> Iterator[None]:
+    def _measure(self, group: RolloutGroup) -> Iterator[None]:
         start = time.perf_counter()
         try:
             yield

@@ -128,7 +128,7 @@ async def test_a_spare_that_dies_is_replaced_within_the_budget_and_ends_nothing(
     assert nursery.pauses == [1.0, 2.0]
     assert nursery.told[1] == ("spare-0: the process died: another hot spare is started, 1 of 2")
     assert nursery.told[-1].startswith(
-        "the run goes on with 0 hot spares: hot spares of the learner lost 3 times within 3600 s, "
+        "the run continues with 0 hot spares: hot spares of the learner lost 3 times within 3600 s, "
         "over learner.max_restarts = 2. First cause: spare-0: the process died"
     )
 

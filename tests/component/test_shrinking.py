@@ -54,7 +54,7 @@ async def test_after_a_loss_the_run_goes_on_with_the_ranks_that_fit():
     assert found == (2, "group of 2")
     assert cluster.asked == [4, 3, 2]
     assert told == [
-        "goes on with 2 of 4 learner ranks: no room for 4 bundles within 60 s",
+        "continues with 2 of 4 learner ranks: no room for 4 bundles within 60 s",
     ]
 
 
@@ -146,7 +146,7 @@ def test_a_run_whose_node_is_gone_goes_on_with_fewer_ranks_and_then_with_all(
         node = None
         run.script(generate_delay_s=2.0)  # steps enough for a node to start beside them
         run.wait_for(
-            told("goes on with 1 of 2 learner ranks: no resources for"), "fewer ranks", 300
+            told("continues with 1 of 2 learner ranks: no resources for"), "fewer ranks", 300
         )
         node = ray_cluster.add_node(num_cpus=7)
         run.wait_for(told("there is room for all 2 learner ranks again"), "the node is used", 300)
