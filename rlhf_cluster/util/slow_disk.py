@@ -217,8 +217,8 @@ class BackgroundWriter:
     """Queue of writes that one thread does in order. A slow disk does not hold up the caller.
 
     `put` waits up to `grace_s` for its own write, but not at all if an earlier write is still running.
-    At most `MAX_QUEUED_WRITES` writes wait, each at most `patience.limit_s`. The error of a failed write is
-    raised by the `put` or `flush` that waits for it, or by the next one, and the writes queued behind
+    At most `MAX_QUEUED_WRITES` writes wait, each at most `patience.limit_s`. The error of a failed
+    write is raised by the `put` or `flush` that waits for it, or by the next one, and the writes queued behind
     it are dropped.
     """
 
