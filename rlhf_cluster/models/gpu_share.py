@@ -2,7 +2,7 @@
 
 Torch raises in the process that exceeds its share, before another process on the GPU lacks memory.
 Source: `torch.cuda.set_per_process_memory_fraction`, which bounds torch's allocator.
-`sections.gpu_shares.FILLED` leaves memory free for what CUDA and libraries use in addition.
+`sections.gpu_shares.FILLABLE_SHARE` leaves memory free for what CUDA and libraries use in addition.
 """
 
 from __future__ import annotations

@@ -166,7 +166,11 @@ class Producer:
     async def _keep(self, answers: Answers) -> None:
         """Write the answers to the file. Waits for the disk, at most the deadline of `patience`."""
         what = f"prompt {answers.number} in {self.file.path}"
-        await self.patience.aside(what, self.file.append, answers)
+        write = asyncio.ensure_future(self.patience.aside(what, self.file.append, answers))
+        try:
+            await asyncio.shield(write)
+        finally:  # where another prompt ends the stage meanwhile, answers that are complete stay
+            await asyncio.wait({write}, timeout=self.patience.limit_s)
 
     async def _answers(self, number: int) -> Answers:
         self.prompts.seek(number)

@@ -1,7 +1,7 @@
 """Files that survive a power cut, and retries after transient errors of a storage.
 
 Promises:
-- `write_whole`: a reader sees the old file or the new one, never a part. With `fsync` this holds after
+- `write_all`: a reader sees the old file or the new one, never a part. With `fsync` this holds after
   a power cut too, and the new file is on disk when the call returns;
 - folders that `make_folders` made, and entries of the folders below `sync_tree`'s root, survive a power
   cut;

@@ -217,8 +217,8 @@ class BackgroundWriter:
     """Queue of writes that one thread does in order. A slow disk does not hold up the caller.
 
     `put` waits up to `grace_s` for its own write, but not at all if an earlier write is still running.
-    At most `MAX_BEHIND` writes wait, each at most `patience.limit_s`. The error of a failed write is
-    raised by the `put` or `flush` that waits for it, or by the next one, and the writes queued behind
+    At most `MAX_QUEUED_WRITES` writes wait, each at most `patience.limit_s`. The error of a failed
+    write is raised by the `put` or `flush` that waits for it, or by the next one, and the writes queued behind
     it are dropped.
     """
 
@@ -236,7 +236,7 @@ class BackgroundWriter:
         """Queue one write. `latest`: it replaces the queued writes that have not begun.
 
         Raises the error of a failed write, and `StalledError` if a write has passed its deadline or
-        more than `MAX_BEHIND` wait.
+        more than `MAX_QUEUED_WRITES` wait.
         """
         with self._turn:
             self._raise()

@@ -16,7 +16,7 @@ from rlhf_cluster.sections.gpu_shares import memory_share
 from rlhf_cluster.models.gpu_share import limit_memory
 
 share = {share}
-keep_to_share(share, "cuda")
+limit_memory(share, "cuda")
 total = torch.cuda.get_device_properties(0).total_memory
 held = torch.ones(int(0.8 * memory_share(share) * total), dtype=torch.uint8, device="cuda")
 try:

@@ -94,7 +94,7 @@ def test_the_same_file_gives_the_same_bytes_in_any_process(data: Path, made: Pat
         "import sys\n"
         "from rlhf_cluster.sections.rl_run import BpeTokenizer\n"
         "from rlhf_cluster.models.make_model import learn_bpe\n"
-        "sys.stdout.write(learn(BpeTokenizer(path=sys.argv[1], vocab_size=512)).to_str())"
+        "sys.stdout.write(learn_bpe(BpeTokenizer(path=sys.argv[1], vocab_size=512)).to_str())"
     )
     one_thread = {**os.environ, "RAYON_NUM_THREADS": "1", "PYTHONHASHSEED": "7"}
     done = subprocess.run(

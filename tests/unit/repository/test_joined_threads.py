@@ -43,7 +43,9 @@ def _executor(call: ast.Call) -> list[ast.expr]:
 def test_n14_no_call_runs_in_a_thread_that_the_end_waits_for():
     assert len(SOURCES) > 200
     found = [f"{p}:{n}" for p in SOURCES for n in joined_threads(ast.parse(p.read_text()))]
-    assert not found, "call it with rlhf_cluster.util.slow_disk.run_in_thread, or Patience.aside"
+    assert not found, (
+        "call it with rlhf_cluster.util.slow_disk.run_in_thread, or DiskDeadline.aside"
+    )
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_what_a_run_file_may_ask():
             "'steps', which scores reasoning steps",
         ),
         ([{**HELP, "name": "a/b"}], None, {}, "pattern"),
-        ([HELP, {**SAFE, "name": "help.unclipped"}], None, {}, "what the reward 'help' tells"),
+        ([HELP, {**SAFE, "name": "help.unclipped"}], None, {}, "what the reward 'help' reports"),
         ([{**HELP, "clip": [1.0, 1.0]}], None, {}, "not below the second"),
         ([HELP, {**SAFE, "clip": [0, 1], "watch": True}], None, {}, "shown as it is"),
         ([HELP, {**STEPS, "clip": [0, 1]}], None, {}, "with a reward of steps: what it changes"),
