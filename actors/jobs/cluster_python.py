@@ -1,8 +1,8 @@
-"""The Python that a job on a cluster has to run with: the one that the cluster's own Ray runs with.
+"""Search for the Python that a job on a cluster has to run with: that of the cluster's own Ray.
 
-`python` on the cluster's PATH may be any other, or missing. A small job, which runs
-`actors.jobs.python_probe`, asks. It stays in the cluster's list of jobs: Ray writes an end of its own
-to one that is deleted.
+`python` on the cluster's PATH may be another one, or missing. So a small job runs
+`actors.jobs.python_probe` and prints the answer. It stays in the cluster's list of jobs, because Ray
+adds a new end to a job that is deleted.
 """
 
 from __future__ import annotations
@@ -29,8 +29,11 @@ from rlhf_cluster.errors import RunError, StalledError
 
 COMMAND = f'"${{{VARIABLE}:-python}}" -m actors.jobs.python_probe'
 HOOK = {"__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "actors.jobs.python_probe.tell"}
-"""What `worker_process_setup_hook` of a runtime environment becomes. As that key Ray would call it in
-the workers of the job alone, and not in the process that starts its command."""
+"""Variable into which Ray converts `worker_process_setup_hook` of a runtime environment.
+
+If it were set under that key, Ray would call the hook in the job's workers only, and not in the process
+that starts the job's command.
+"""
 PROBE_TIMEOUT_S = 120.0
 PROBE_EVERY_S = 0.2
 CURE = (
@@ -40,10 +43,13 @@ CURE = (
 
 
 def cluster_python(client: JobClient, folder: str, address: str, waiting: Waiting) -> str:
-    """The path of the Python of the cluster's Ray. `folder` is the one that the job will get.
+    """Return the path of the Python of the cluster's Ray.
 
-    Waits for: a small job, which imports this project. Unblocked by: its end, or `StalledError` after
-    `PROBE_TIMEOUT_S`. Raises `RunError` where this project cannot run with that Python.
+    Args:
+        folder: the folder that the job will get.
+    Raises: `RunError` if this project cannot run with that Python; `StalledError` after
+    `PROBE_TIMEOUT_S`.
+    Waits for: a small job, which imports this project. Unblocked by: its end.
     """
     probe = send(client, COMMAND, folder, {}, waiting, HOOK)
     deadline = waiting.clock() + PROBE_TIMEOUT_S
@@ -52,7 +58,7 @@ def cluster_python(client: JobClient, folder: str, address: str, waiting: Waitin
             within(CALL_TIMEOUT_S, "stopping the job", lambda: client.stop_job(probe))
             raise StalledError(
                 f"{address}: a first small job is {state_of(job)} after {PROBE_TIMEOUT_S:g} s "
-                f"({message_of(job)}). Has the head node room to start a process? `ray status` and "
+                f"({message_of(job)}). Can the head node start a process? `ray status` and "
                 "the logs in its session folder say more. The run was not submitted"
             )
         waiting.sleep(PROBE_EVERY_S)
@@ -61,7 +67,7 @@ def cluster_python(client: JobClient, folder: str, address: str, waiting: Waitin
 
 
 def _python_of(job: Any, text: str, address: str) -> str:
-    """The path that the probe tells in its log. Raises `RunError` as `cluster_python`."""
+    """Return the path that the probe printed in its log. Raises `RunError` like `cluster_python`."""
     lines = [line.removeprefix(MARK) for line in text.splitlines() if line.startswith(MARK)]
     if not lines:
         raise RunError(

@@ -39,19 +39,19 @@ AGENT_TIMEOUT_S = 60.0  # Ray itself ends a head node that is not up after 30 s
 AGENT_RETRY_S = 1.0
 
 STOP_GRACE_S = 60
-"""From the request to stop a job until Ray kills it, at least."""
+"""Least seconds from the request to stop a job until Ray kills it."""
 STOP_MARGIN_S = 15
 
 RUN_KEY, GRACE_KEY = "rlhf_run", "rlhf_stop_grace_s"
 
 STARTING = ("No available agent", "Failed to get head node agent", "Cannot connect to host")
-"""What the dashboard says while the agent of the head node, which starts jobs, is not up."""
+"""Errors of the dashboard while the agent of the head node, which starts jobs, is not up."""
 
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
 class JobClient(Protocol):
-    """What is used of Ray's JobSubmissionClient, and `get_log_tail`."""
+    """Port with the methods of Ray's JobSubmissionClient that are used, and `get_log_tail`."""
 
     def submit_job(
         self, *, entrypoint: str, runtime_env: dict[str, Any], metadata: dict[str, str]
@@ -68,7 +68,7 @@ class JobClient(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waiting:
-    """How a wait passes its time, and whom it tells that it waits."""
+    """Clock and sleep of a wait, and `say`, which gets a message for the user when it begins."""
 
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
@@ -76,8 +76,11 @@ class Waiting:
 
 
 def connect(address: str) -> JobClient:
-    """A client of the cluster whose dashboard is at `address`. Raises `RunError` if unreachable,
-    `ConfigError` for another machine's that asks for no token."""
+    """Connect to the cluster whose dashboard is at `address`.
+
+    Raises: `RunError` if it cannot be reached; `ConfigError` for a dashboard of another machine that
+    asks for no token.
+    """
     if not address.startswith(("http://", "https://")):
         raise RunError(
             f"{address}: expected the address of the Ray dashboard, such as http://HOST:8265"
@@ -88,7 +91,7 @@ def connect(address: str) -> JobClient:
     except urllib.error.HTTPError as error:
         if error.code == http.client.NOT_FOUND:
             raise _no_dashboard(address, f"HTTP {error.code} {error.reason}") from error
-        # It answers; the client below explains another refusal.
+        # the dashboard answers; the client below explains any other refusal
     except http.client.HTTPException as error:
         raise _no_dashboard(address, f"no HTTP: {type(error).__name__}") from error
     except (OSError, ValueError) as error:
@@ -111,7 +114,7 @@ def _no_dashboard(address: str, answer: str) -> RunError:
 
 
 def jobs_of(client: JobClient, run_or_job: str) -> list[Any]:
-    """Jobs with this id or run name, the newest first, live ones before ended ones."""
+    """Return the jobs with this id or run name: live ones before ended ones, each newest first."""
     jobs = within(CALL_TIMEOUT_S, "the list of jobs", client.list_jobs)
     found = [
         job
@@ -147,8 +150,8 @@ def send(
 ) -> str:
     """Start `command` in a copy of `folder` on the cluster. Returns the job's id.
 
-    Waits for: a cluster that is starting. Unblocked by: its start, `RunError` for any other refusal,
-    or `StalledError` after `AGENT_TIMEOUT_S`.
+    Raises: `StalledError` after `AGENT_TIMEOUT_S`; `RunError` for any other refusal.
+    Waits for: a cluster that is starting. Unblocked by: its start.
     """
     environment = {"PYTHONUNBUFFERED": "1", "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_S)}
 
@@ -170,10 +173,10 @@ def send(
 
 
 def once_agents_are_up(attempt: Callable[[], str], timeout_s: float, waiting: Waiting) -> str:
-    """`attempt()`, again while the cluster is so young that its head node takes no jobs.
+    """Call `attempt` repeatedly until the head node of a new cluster accepts jobs.
 
-    Waits for: the agent of the head node. Unblocked by: its start, any other error, or `StalledError`
-    at the first refusal after `timeout_s`.
+    Raises: `StalledError` at the first refusal after `timeout_s`; any other error of `attempt`.
+    Waits for: the agent of the head node. Unblocked by: its start, or another error.
     """
     ends = waiting.clock() + timeout_s
     told = False
@@ -202,10 +205,12 @@ def _no_agent(timeout_s: float) -> StalledError:
 
 
 def within(deadline_s: float, what: str, call: Callable[[], Any]) -> Any:
-    """`call()` with a deadline; Ray's client has none of its own.
+    """Call `call` with a deadline, which Ray's client does not have, and return its result.
 
-    Waits for: the call. Unblocked by: its end, or `StalledError` at the deadline; a call that hangs
-    stays behind on a daemon thread.
+    A call that hangs stays behind on a daemon thread.
+
+    Raises: `StalledError` at the deadline; `RunError` if the call fails.
+    Waits for: the call.
     """
     outcome: list[Any] = []
     failure: list[Exception] = []
@@ -213,7 +218,7 @@ def within(deadline_s: float, what: str, call: Callable[[], Any]) -> Any:
     def work() -> None:
         try:
             outcome.append(call())
-        # Everything the client raises is handed to the caller's thread.
+        # any error of the client is passed to the caller's thread
         except Exception as error:
             failure.append(error)
 
@@ -234,11 +239,14 @@ TAIL_TIMEOUT_S = 20.0
 
 
 class DashboardClient(JobSubmissionClient):
-    """What `actors.jobs.dashboard_calls.JobClient` asks for."""
+    """`JobClient` that calls the dashboard of a cluster."""
 
     def get_log_tail(self, job_id: str, node_id: str, num_lines: int) -> str:
-        """The last `num_lines` lines of a job whose driver ran on `node_id`, and of these the last
-        `TAIL_BYTES`: the node looks for them in its file, and sends no more."""
+        """Return the last `num_lines` log lines of a job whose driver ran on `node_id`.
+
+        Of these, at most the last `TAIL_BYTES` are kept. The node searches its file for the lines, and
+        sends only these.
+        """
         query = urlencode({"submission_id": job_id, "node_id": node_id, "lines": num_lines})
         with requests.get(
             f"{self._address}/api/v0/logs/file?{query}",
@@ -262,7 +270,7 @@ LINE_CHARS = 500
 
 
 def message_of(job: Any) -> str | None:
-    """What the job says of its end: its own error, else what Ray says and the last line of the log."""
+    """Return why a job ended: its own error, else Ray's message and the last line of the log."""
     said, log = _parts(job)
     errors = [line for line in log if line.startswith("error: ")]
     if errors:
@@ -271,20 +279,20 @@ def message_of(job: Any) -> str | None:
 
 
 def last_lines(job: Any, client: JobClient) -> list[str]:
-    """The last lines of the log of a job that runs or failed, each cut to `LINE_CHARS`; else none."""
+    """Return the last log lines of a job that runs or failed, each cut to `LINE_CHARS`; else []."""
     if state_of(job) not in ("RUNNING", "FAILED"):
         return []
     lines = _parts(job)[1]
     if not lines and job.driver_node_id is not None:
         try:
             lines = log_tail(job, client, LOG_LINES)
-        except (RunError, StalledError) as error:  # a status without them is still one
+        except (RunError, StalledError) as error:  # the status is still useful without these lines
             lines = [str(error).partition("\n")[0]]
     return [line[:LINE_CHARS] for line in lines if line.strip()][-LOG_LINES:]
 
 
 def log_tail(job: Any, client: JobClient, num_lines: int) -> list[str]:
-    """The last `num_lines` lines of a job's log; none before it has started."""
+    """Return the last `num_lines` lines of a job's log; [] before it has started."""
     if job.driver_node_id is None:
         return []
     text = within(
@@ -296,8 +304,10 @@ def log_tail(job: Any, client: JobClient, num_lines: int) -> list[str]:
 
 
 def _parts(job: Any) -> tuple[str | None, list[str]]:
-    """Ray's words, and the end of the log where it follows them: "... exit code 1, last available logs
-    (truncated to 20,000 chars):" and the lines."""
+    """Split a job's message into Ray's message, and the end of the log if it is included.
+
+    Ray announces the log with "... exit code 1, last available logs (truncated to 20,000 chars):".
+    """
     lines = [line.rstrip() for line in (job.message or "").splitlines() if line.strip()]
     if not lines:
         return None, []

@@ -1,11 +1,13 @@
-"""What a job of a Ray cluster is sent: the small folder that it runs in, and its command line.
+"""Folder and command line of a job on a Ray cluster.
 
 The folder has the configuration, this code, and the data files and reward modules that the
 configuration names by a path relative to the current folder. Models and run directories are never
 sent: they must be folders that every node of the cluster sees.
 
-Promises: a path that means something else on another node is refused before anything is sent, by its
-key; nothing from outside the current folder travels.
+Promises:
+- a path that means something else on another node is refused before anything is sent. The error names
+  its key;
+- nothing from outside the current folder is sent, other than this code.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ PACKAGES = ("rlhf_cluster", "actors")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What a file runs: its name, all its configurations, and the overrides that lead to them."""
+    """Content of a configuration file: its name, all its configurations, and their overrides."""
 
     name: str
     configs: tuple[AnyConfig, ...]
@@ -40,9 +42,9 @@ class Work:
 
 
 def read(config_path: Path, overrides: Sequence[str], name: str | None) -> Work:
-    """The work that `config_path` describes, under another `name` where one is given.
+    """Read and check the work that `config_path` describes, renamed to `name` if one is given.
 
-    It will join the cluster that runs it, whatever address it names. Raises `ConfigError`.
+    The work will join the cluster that runs it, whatever address it names. Raises `ConfigError`.
     """
     pipeline = pipeline_of(config_path, overrides)
     key = "run" if pipeline is None else "pipeline"
@@ -63,7 +65,7 @@ def read(config_path: Path, overrides: Sequence[str], name: str | None) -> Work:
 
 
 def entrypoint(python: str, overrides: Sequence[str]) -> str:
-    """The job's command line; it runs in the folder that `pack` filled."""
+    """Build the job's command line, which runs in the folder that `pack` filled."""
     words = [python, "-m", "rlhf_cluster.cli", "run", "run.toml"]
     for override in overrides:
         words += ["--set", override]
@@ -104,7 +106,7 @@ def _add_file(folder: Path, key: str, text: str | None, here: Path) -> None:
 
 
 def _data_files(config: AnyConfig) -> dict[str, str | None]:
-    """By their keys."""
+    """Return the paths of the data files by their configuration keys."""
     if isinstance(config, StageConfig):
         return {f"data.sources.{i}.path": s.path for i, s in enumerate(config.data.sources)}
     held_out = None if isinstance(config, GenerateConfig) else config.evaluation.path
@@ -112,14 +114,17 @@ def _data_files(config: AnyConfig) -> dict[str, str | None]:
 
 
 def _reward_modules(config: AnyConfig) -> list[str]:
-    """The top-level modules of the rewards that are Python functions."""
+    """Return the top-level modules of the rewards that are Python functions."""
     rewards = [] if isinstance(config, StageConfig) else config.scoring.rewards
     functions = [str(getattr(reward, "function", "")) for reward in rewards]
     return [f.partition(":")[0].partition(".")[0] for f in functions if f]
 
 
 def _check_paths(config: AnyConfig, prefix: str) -> None:
-    """Folders of the run must mean the same on every node. `prefix` of its keys in the file."""
+    """Raise `ConfigError` for a folder of the run that may differ between nodes.
+
+    `prefix`: that of the configuration's keys in the file.
+    """
     weights = config.weights.root if isinstance(config, RunConfig) else None
     paths = {"run.root": config.run.root, "weights.root": weights}
     model = {"model.path": config.model.path, "model.tokenizer": config.model.tokenizer}

@@ -1,10 +1,13 @@
-"""Runs as jobs of a Ray cluster, through its dashboard address.
+"""Runs as jobs of a Ray cluster, controlled through its dashboard address.
 
-Promises: every call to the cluster has a deadline, and one that is starting is waited for; a run name
-that a live job already has is refused; a job runs with the Python of the cluster's own Ray, and is not
-sent where that cannot run it; a job is found by its id or by the name of its run. Only the dashboard
-has to be reachable from here: what needs the cluster itself, such as `scale`, is sent there as a small
-job of its own.
+Promises:
+- every call to the cluster has a deadline, and a cluster that is starting is waited for;
+- a run name that a live job has already is refused;
+- a job runs with the Python of the cluster's own Ray, and is not sent if that Python cannot run it;
+- a job is found by its id or by the name of its run.
+
+Only the dashboard has to be reachable from here. A command that needs the cluster itself, such as
+`scale`, is sent there as a separate small job.
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ from rlhf_cluster.errors import RunError, StalledError
 
 FOLLOW_EVERY_S, MAX_FOLLOW_EVERY_S = 1.0, 30.0
 FOLLOW_CHARACTERS_PER_S = 500_000
-"""What following a job may cost its dashboard."""
+"""Most characters of a log per second that following a job may fetch from the dashboard."""
 SCALE_TIMEOUT_S = 960.0  # more than the run itself may take to answer
 
 
@@ -62,9 +65,12 @@ def submit(
 ) -> str:
     """Start `config_path`, a run, a stage or a pipeline, as a job and return its id.
 
-    Waits for: a cluster that is starting, and its Python. Unblocked by: these, or `StalledError`.
-    Raises `ConfigError` for a configuration that cannot run there, `RunError` for a run name that
-    is taken, a cluster that cannot be reached, or one whose Python cannot run this project.
+    Raises:
+        ConfigError: the configuration cannot run there.
+        RunError: the run name is taken, the cluster cannot be reached, or its Python cannot run this
+            project.
+        StalledError: the cluster or its Python does not answer in time.
+    Waits for: a cluster that is starting, and its Python.
     """
     work = read(config_path, overrides, run_name)
     client, waiting = client or connect(address), waiting or Waiting()
@@ -86,15 +92,20 @@ def submit(
 
 
 def stop_grace_s(configs: Sequence[AnyConfig]) -> int:
-    """How long a job that is asked to stop has until Ray kills it: over the notice of each of its
-    runs."""
+    """Return the seconds from the request to stop a job until Ray kills it.
+
+    They are more than the notice of each of the job's runs.
+    """
     notices = [config.checkpoint.notice_s for config in configs if hasattr(config, "checkpoint")]
     return max([STOP_GRACE_S, *(math.ceil(notice) + STOP_MARGIN_S for notice in notices)])
 
 
 def status(run_or_job: str, address: str, client: JobClient | None = None) -> dict[str, Any]:
-    """Where a job stands: job, run, state, message, started_s and ended_s in unix time, and the last
-    lines of its log while it runs and where it failed."""
+    """Return the state of a job.
+
+    The keys are job, run, state, message, started_s and ended_s in unix time, and log: the last lines
+    of its log if it runs or failed.
+    """
     client = client or connect(address)
     job = find(client, run_or_job, address)
     return {
@@ -115,9 +126,9 @@ def logs(
     actor: str | None = None,
     client: JobClient | None = None,
 ) -> Iterator[str]:
-    """Lines of the job's driver, the last `tail` of them.
+    """Yield the log lines of the job's driver, only the last `tail` if it is given.
 
-    Logs of single actors lie in the run directory: `actor` raises `RunError` that says so.
+    Logs of single actors are in the run directory: with `actor` it raises a `RunError` that says so.
     """
     client = client or connect(address)
     job = find(client, run_or_job, address)
@@ -140,10 +151,10 @@ def follow(
     client: JobClient | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[str]:
-    """Lines of the job's driver as they come, until the job ends.
+    """Yield the log lines of the job's driver as they are written, until the job ends.
 
-    Each look fetches the whole log, for want of a call that gives what is new. So the pauses between
-    them grow with it, and while it stays as it is.
+    Each poll fetches the complete log, because the dashboard has no call for new lines. So the pauses
+    between polls grow with the log, and while it does not change.
 
     Waits for: new lines or the job's end. Unblocked by: either, or by a call that runs past its
     deadline.
@@ -172,9 +183,11 @@ def stop(
     client: JobClient | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """End a job and see it ended. Raises `RunError` when it has ended already.
+    """Stop a job, and return when it has ended.
 
-    Waits for: the job to end. Unblocked by: its end, or Ray killing it after what `submit` gave it.
+    Raises: `RunError` if it has ended already; `StalledError` if it still runs after twice its grace.
+    Waits for: the job's end. Unblocked by: its end, or Ray, which kills it after the grace that
+    `submit` set.
     """
     client = client or connect(address)
     job = find(client, run_or_job, address)
@@ -200,8 +213,10 @@ def scale(
 ) -> dict[str, str]:
     """Change the pools of a run that is a live job. Returns what was done, by pool.
 
-    A job of its own asks the run, on the cluster. Waits for: that job to end. Unblocked by: its
-    end, or `StalledError` after `SCALE_TIMEOUT_S`. Raises `RunError` when the run is not live.
+    A separate job on the cluster sends the request to the run.
+
+    Raises: `RunError` if the run is not live; `StalledError` after `SCALE_TIMEOUT_S`.
+    Waits for: that job to end.
     """
     client = client or connect(address)
     job = find(client, run_or_job, address)
@@ -209,7 +224,9 @@ def scale(
     if has_ended(job) or name is None:
         what = f"has ended: {state_of(job)}" if has_ended(job) else "is no run of rlhf-cluster"
         raise RunError(f"job {job.submission_id} {what}. Only a live run can be scaled")
-    python = shlex.split(job.entrypoint)[0]  # it was found when the run was submitted
+    python = shlex.split(job.entrypoint)[
+        0
+    ]  # the cluster's Python, found when the run was submitted
     words = [python, "-m", "rlhf_cluster.cli", "scale", name]
     words += [f"{pool}={size}" for pool, size in sizes.items()]
     with tempfile.TemporaryDirectory(prefix="rlhf-scale-") as folder:

@@ -1,9 +1,11 @@
-"""Run on a cluster: which Python its Ray runs with, and whether this project can be imported there.
+"""Probe that runs on a cluster: the Python of its Ray, and whether this project can be imported there.
 
-`tell` is a hook that Ray calls in the process that starts a job's command; that process runs with the
-Python of the cluster's own Ray, whatever PATH has. `main` is then run with it and prints one line for
-`actors.jobs.cluster_python`. Promise: this module itself needs no package and no new Python, so that
-what is missing is said, and is not a traceback.
+Ray calls the hook `tell` in the process that starts a job's command. That process runs with the Python
+of the cluster's own Ray, whatever PATH says. `main` is then run with that Python, and prints one line
+for `actors.jobs.cluster_python`.
+
+Promise: this module needs no package and no recent Python, so that a missing one is reported, and is
+not a traceback.
 """
 
 from __future__ import annotations
@@ -20,18 +22,18 @@ OLDEST = (3, 11)
 
 
 def tell() -> None:
-    """Leave the path of this process's interpreter to the command that it starts."""
+    """Pass the path of this process's interpreter to the command that it starts."""
     os.environ[VARIABLE] = sys.executable
 
 
 def missing(version: tuple[int, ...]) -> str | None:
-    """Why a run could not start in this process, whose Python has `version`; None where it could."""
+    """Return why a run could not start in this process, whose Python has `version`; else None."""
     if version < OLDEST:
         return "it is older than Python " + ".".join(map(str, OLDEST))
     try:
         for module in ("rlhf_cluster.cli", "actors.drivers.rl_driver"):
             importlib.import_module(module)
-    # Whatever a foreign environment raises on an import is what the user has to read.
+    # a foreign environment may raise any error on an import, and the user has to read it
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None

@@ -1,4 +1,4 @@
-"""Learner ranks: training step, critic, sharding, publishing. No algorithm is known by name.
+"""Learner ranks: training step, critic, sharding, publishing. They know no algorithm by name.
 
 This package imports none of its modules.
 """

@@ -1,13 +1,12 @@
-"""Which process becomes which learner rank, when ranks are started and hot spares wait.
+"""Assignment of processes to learner ranks when hot spares are ready.
 
-A hot spare is a process that has imported all that a rank needs and belongs to no group yet
-(`learner.spares`). After a loss all ranks begin anew in processes that were in no group: what a library
-counts for itself in each process (DeepSpeed), and a collective that waits for a dead rank (NCCL), would
-stay with those that were. So what spares save is the start of as many processes, and the search for
-the room of as many.
+A hot spare is a process that has imported all modules that a rank needs, and is in no process group yet
+(`learner.spares`). After a failure all ranks start again in processes that were in no group. A process
+that was in one may keep counters of a library (DeepSpeed), or a collective that waits for a dead rank
+(NCCL). So each spare saves the start of one process, and the search for its resources.
 
-    a spare, for as many ranks as there are spares, the lost ones first
-    else a new process, in the room that there is
+    a spare, for as many ranks as there are spares, failed ranks first
+    else a new process, in free resources
     else, with learner.on_loss = "shrink", no rank
 """
 
@@ -23,16 +22,16 @@ _RANK = re.compile(r"learner-(\d+)")
 
 
 def rank_of(process: str) -> frozenset[int]:
-    """The rank that a process has by its name, such as "learner-1"; none for any other."""
+    """Return the rank in the name of a process, such as "learner-1"; empty for other names."""
     found = _RANK.fullmatch(process)
     return frozenset() if found is None else frozenset({int(found[1])})
 
 
 def seats(num_ranks: int, lost: Collection[int], spares: Sequence[S]) -> tuple[S | None, ...]:
-    """For each of `num_ranks` ranks the spare that takes it, or None for a new process.
+    """Assign spares to ranks. Returns the spare of each of `num_ranks` ranks, None for a new process.
 
-    Every spare takes one rank at most, in their order; `lost` ranks come first, then the lowest. A rank
-    that was lost and is left out of a smaller group needs none.
+    Spares are assigned in their order, at most one rank each: first to `lost` ranks, then to the lowest
+    ranks. A `lost` rank that a smaller group does not have gets none.
     """
     first = sorted(rank for rank in set(lost) if 0 <= rank < num_ranks)
     order = [*first, *(rank for rank in range(num_ranks) if rank not in set(first))]
@@ -41,7 +40,7 @@ def seats(num_ranks: int, lost: Collection[int], spares: Sequence[S]) -> tuple[S
 
 
 def told(taken: Sequence[object | None], lost: Collection[int]) -> str:
-    """What is done with which rank, in one line. `taken` is from `seats`, of what can be shown."""
+    """Describe an assignment of `seats`, `taken`, in one line of text."""
     parts = [
         f"rank {rank}{' (lost)' if rank in lost else ''} is {spare}"
         for rank, spare in enumerate(taken)

@@ -1,17 +1,18 @@
-"""One rank of the learner: a plain object that an actor, or a test, drives. On `training_rank`.
+"""Learner rank of reinforcement learning: a plain object that an actor, or a test, calls.
 
     setup -> sft_step* -> train_step*, with snapshot and write_snapshot between them -> close
 
-Every rank is given the same calls with the same arguments in the same order. Promises:
-- `version` is the number of steps of reinforcement learning, each of `learner.epochs` times
-  `learner.minibatches` optimizer steps; those that were skipped for gradients that are not finite
-  count, so that versions stay in step with the run. Their rollouts' ids are left in the run
-  directory under `skipped/`.
-- Supervised steps have an optimizer of their own, gone before the first step of reinforcement
-  learning, which starts with a fresh one; a checkpoint is of what comes after them.
-- An algorithm with a critic has a value model or a value head beside the policy, never published.
-- `snapshot` is all that publishing needs between two steps: a copy of this rank's own shards.
-  `write_snapshot` reads that copy only, so it may run in another thread beside the next step.
+Every rank gets the same calls with the same arguments in the same order. Promises:
+- `version` is the number of steps of reinforcement learning. Each has `learner.epochs` times
+  `learner.minibatches` optimizer steps. Optimizer steps that are skipped, because gradients are not
+  finite, are counted too, so that versions match the steps of the run. The ids of their rollouts are
+  written to `skipped/` in the run directory;
+- supervised steps have a separate optimizer. It is dropped before the first step of reinforcement
+  learning, which starts with a new one. A checkpoint has only the state after supervised steps;
+- an algorithm with a critic has a value model or a value head in addition to the policy. It is never
+  published;
+- publishing needs only `snapshot` between two steps: a copy of this rank's shards. `write_snapshot`
+  reads only that copy, so it may run in another thread, concurrently with the next step.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ from rlhf_cluster.weights.transports.transport import ShardSink
 
 
 class LearnerRank(TrainingRank[RunConfig]):
-    """Rank `rank` of `world_size`; all meet at `init_method` (see `process_group.join_group`)."""
+    """Rank `rank` of `world_size`. All ranks meet at `init_method`, see `process_group.join_group`."""
 
     def __init__(
         self,
@@ -107,29 +108,28 @@ class LearnerRank(TrainingRank[RunConfig]):
         self._changed = ChangedShare(callee_deadline(config.learner.step_timeout_s) / 2)
         self._bases = Bases(rank, config.weights.format)
         self.kept: dict[str, TokenSample] = {}
-        self._frozen: Frozen | None = None  # where versions are adapters
+        self._frozen: Frozen | None = None  # only if versions are adapters
 
     def setup(self) -> dict[str, Any]:
         """Load and shard the model, and meet the other ranks; returns facts about the rank.
 
-        Waits for the other ranks, at most `run.start_timeout_s`.
-
         Raises:
-            ConfigError: a model that cannot be trained, sharded or published.
-            StalledError: not all ranks came.
+            ConfigError: the model cannot be trained, sharded or published.
+            StalledError: not all ranks came in time.
+        Waits for: the other ranks, at most `run.start_timeout_s`.
         """
         settings, compute = self._config.learner, self._compute
         self._use_device()
         policy = self._load_policy()
         mesh = self._join()
-        self._model = self._sharded(policy, mesh)
+        self._model = self._shard(policy, mesh)
         assert_float32(self._model)
         if self._algorithm.needs_critic:
             if self._config.critic.kind == "head":
                 self._value_model = Fsdp2Model(sharded_head(policy, mesh), self._adamw)
             else:
                 value_model = load_value_model(self._model_dir, self._device, compute)
-                self._value_model = self._sharded(value_model, mesh)
+                self._value_model = self._shard(value_model, mesh)
         if self._config.weights.format == "adapter":
             self._frozen = frozen(self._model, self._publish_dtype)
         if self._algorithm.full_kl_in is not None:
@@ -142,7 +142,7 @@ class LearnerRank(TrainingRank[RunConfig]):
         return self._facts()
 
     def sft_step(self, examples: list[SftExample]) -> dict[str, float]:
-        """One supervised optimizer step; see `warmup_step.sft_step`.
+        """Run one supervised optimizer step; see `warmup_step.sft_step`.
 
         Raises:
             RunError: reinforcement learning has begun.
@@ -160,11 +160,11 @@ class LearnerRank(TrainingRank[RunConfig]):
         return sft_step(self.model, self._sft_updater, examples, step, self._layout)
 
     def train_step(self, groups: Sequence[ExperienceGroup]) -> StepReport:
-        """One step on all groups; see `train_step.train_step`.
+        """Run one step on all groups; see `train_step.train_step`.
 
-        Where two snapshots were taken before it, the report has the share of the elements that
-        differ between the last two of them, as bfloat16. `kept` then has, by rollout id, what the
-        step made of the first `observe.samples_per_step` rollouts.
+        After two snapshots, the report has the share of elements that differ between the last two of
+        them, compared as bfloat16. Sets `kept`: the token samples of the first
+        `observe.samples_per_step` rollouts by rollout id.
         """
         updater, kept = self._begin(), KeptTokens(self._config.observe.samples_per_step)
         metrics = train_step(
@@ -177,7 +177,7 @@ class LearnerRank(TrainingRank[RunConfig]):
             self._layout,
             self._clock,
             kept,
-            self._report_skipped,
+            self._record_skip,
             self._critic,
             self._reference,
         )
@@ -205,14 +205,16 @@ class LearnerRank(TrainingRank[RunConfig]):
         return self._version
 
     def write_snapshot(self, to: str | Sequence[ShardSink], base: int | None = None) -> ShardReport:
-        """Write the last snapshot as this rank's shard of its version. May run beside a step.
+        """Write the last snapshot as this rank's shard of its version.
 
-        It goes to all sinks of `to`, or that folder. With `base`, the version that this rank wrote
-        last, only the difference is stored; with the last anchor that it wrote, only the adapters.
-        After an error the snapshot can be written again.
+        May run concurrently with a step. After an error the snapshot can be written again.
 
+        Args:
+            to: the sinks, or a folder.
+            base: version that this rank wrote last, to store only the difference; or the last anchor
+                that it wrote, to store only the adapters.
         Raises:
-            WeightError: there is no snapshot, or it cannot be written, or not against `base`.
+            WeightError: there is no snapshot, it cannot be written, or `base` is another version.
             StalledError: a sink's deadline passed.
         """
         with self._snapshot_lock:
@@ -234,7 +236,7 @@ class LearnerRank(TrainingRank[RunConfig]):
         return report
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor of a complete version, as `store.commit` takes them."""
+        """Return name and shape of every tensor of a complete version, for `store.commit`."""
         return tensor_shapes(self.model)
 
     def _drop(self) -> None:
@@ -245,7 +247,7 @@ class LearnerRank(TrainingRank[RunConfig]):
 
     @property
     def _updaters(self) -> dict[str, Updater]:
-        """Those of reinforcement learning, by model; none before it began."""
+        """Updaters of reinforcement learning by model; {} before its first step."""
         critic = {} if self._critic is None else {"critic": self._critic.updater}
         return {} if self._updater is None else {"policy": self._updater, **critic}
 
@@ -254,7 +256,7 @@ class LearnerRank(TrainingRank[RunConfig]):
         return Joined(self._algorithm, self._normalizer)
 
     def _begin(self) -> Updater:
-        """Reinforcement learning's updater, made with the critic before the first step."""
+        """Return the updater of reinforcement learning; the first call builds it and the critic."""
         if self._updater is None:
             self._sft_updater = None
             self._updater = self._new_updater(self._schedule)
@@ -271,7 +273,7 @@ class LearnerRank(TrainingRank[RunConfig]):
     def _publish_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self._config.publish_dtype == "bfloat16" else torch.float32
 
-    def _report_skipped(self, update: int, rollout_ids: list[str]) -> None:
+    def _record_skip(self, update: int, rollout_ids: list[str]) -> None:
         if self._rank:
             return
         folder = self._config.run_dir / "skipped"

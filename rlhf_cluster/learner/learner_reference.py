@@ -4,9 +4,9 @@
 
 - `FrozenCopy`: the policy at the start of reinforcement learning. A second, frozen model, sharded
   by FSDP2 like the policy and in the type of the passes, so each rank holds its share.
-- `StartAdapters`: the policy itself with its adapters as they were at the start, swapped in for
-  the reference's pass. The weights below the adapters never change, so this costs a second set of
-  adapters and no model.
+- `StartAdapters`: the policy itself with the adapters of the start, which are swapped in for the
+  reference's pass. The weights below the adapters never change, so this needs a second set of
+  adapters, but no second model.
 - `FollowingCopy`: a copy that follows the policy, TR-DPO (Gorbatovski et al. 2024, arXiv
   2404.09656):
 
@@ -17,7 +17,7 @@ Promises:
 - a reference is held only if the algorithm asks for it; it gets no gradient and is not published;
 - a policy equal to its reference has a KL of exactly 0; every rank makes the same passes;
 - weights of a copy that follows are float32 whatever type the passes compute in, so small moves
-  are not lost. Its shards are all that a checkpoint stores of it.
+  are not rounded away. A checkpoint stores nothing of it but its shards.
 
 Shapes: B rows, S positions, H hidden size, V vocabulary, T response tokens of one rollout.
 """
@@ -56,7 +56,7 @@ from rlhf_cluster.weights.manifest import LocalPart
 
 
 class FrozenCopy:
-    """The model of a folder, loaded a second time: a `Reference`."""
+    """`Reference` that loads the model of a folder a second time."""
 
     def __init__(
         self,
@@ -68,10 +68,13 @@ class FrozenCopy:
         dtype: torch.dtype | None = None,
         head_dtype: HeadDtype = "float32",
     ) -> None:
-        """`dtype` is the weights' where it is not that of the passes. `vocabulary` is the policy's
-        where it may differ: of a larger one, whose last entries are padding, the first are used.
+        """Load and shard the model.
 
-        Raises `ConfigError` as `policy_model.load_policy`, and for a smaller vocabulary.
+        Args:
+            dtype: type of the weights, by default that of the passes.
+            vocabulary: size of the policy's vocabulary, if this model's may differ. If this model has
+                more entries, the last ones are padding and are not used.
+        Raises: `ConfigError` like `policy_model.load_policy`, and for a smaller vocabulary.
         """
         policy = load_policy(
             model_dir, dtype or compute_dtype, device, False, compute_dtype, head_dtype
@@ -103,7 +106,7 @@ class FrozenCopy:
 
 
 class StartAdapters:
-    """A policy that trains adapters, with those that it has now: a `Reference`."""
+    """`Reference` that is the policy with the adapters that it has when this is built."""
 
     def __init__(self, model: ShardedModel) -> None:
         self._model = model
@@ -141,7 +144,7 @@ class StartAdapters:
 def with_reference_kl(
     policy: ShardedModel, reference: Reference, groups: Sequence[ExperienceGroup], layout: Layout
 ) -> list[ExperienceGroup]:
-    """The groups with `reference_kl`, the KL of the policy as it is now, on every rank alike."""
+    """Return the groups with `reference_kl`, the KL of the current policy; equal on every rank."""
     rollouts = [s.rollout for g in groups for s in g.scored]
     sequences = [
         TokenSequence(prompt_ids=r.prompt_ids, target_ids=r.response_ids) for r in rollouts
@@ -155,7 +158,7 @@ def with_reference_kl(
 
 
 class FollowingCopy(FrozenCopy):
-    """The model of a folder, loaded a second time, which `follow` moves: a `Reference`."""
+    """`Reference` that loads the model of a folder a second time, and is moved by `follow`."""
 
     def __init__(
         self,
@@ -165,20 +168,20 @@ class FollowingCopy(FrozenCopy):
         compute_dtype: torch.dtype,
         head_dtype: HeadDtype = "float32",
     ) -> None:
-        """Raises `ConfigError` as `policy_model.load_policy`."""
+        """Load and shard the model. Raises `ConfigError` like `policy_model.load_policy`."""
         super().__init__(
             model_dir, mesh, device, compute_dtype, dtype=torch.float32, head_dtype=head_dtype
         )
 
     def shards(self) -> Iterator[LocalPart]:
-        """This rank's part of every weight, by its name in the policy; flat views."""
+        """Yield this rank's shard of every weight as flat views, with names of the policy."""
         return shards_of(self._policy)
 
     @torch.no_grad()
     def follow(self, policy: ShardedModel, share: float) -> None:
-        """Become (1 - share) of what it is and `apply_umask`, in (0, 1], of the policy.
+        """Set each weight to (1 - share) of itself plus `apply_umask`, in (0, 1], of the policy's.
 
-        The policy is FSDP2's, whole, and sharded over the same ranks.
+        The policy is sharded by FSDP2 over the same ranks, and has no adapters.
         """
         own = {part.name: part.tensor for part in self.shards()}
         for part in policy.shards():

@@ -1,13 +1,13 @@
-"""One rank of an offline stage: a plain object that an actor, or a test, drives.
+"""Learner rank of an offline stage: a plain object that an actor, or a test, calls.
 
     setup -> [load_state] -> train*, with evaluate and copy_state between them -> write_final -> close
 
-Every rank is given the same calls with the same units in the same order, all units of a batch on every
-rank; the plan picks each rank's share. On `learner.training_rank`. Promises:
-- a step is one optimizer step on the whole batch, and depends neither on the number of ranks nor on
-  how units fell into micro-batches, but for rounding;
-- an evaluation computes the stage's own loss and metrics without a gradient, and changes nothing;
-- the loss is the only thing here that knows what the stage is.
+Every rank gets the same calls with the same units in the same order. It gets all units of a batch; the
+plan selects each rank's share. Promises:
+- a step is one optimizer step on the complete batch. Apart from rounding it depends neither on the
+  number of ranks nor on the split of units into micro-batches;
+- an evaluation computes the stage's loss and metrics without a gradient, and changes nothing;
+- only the loss depends on the type of the stage.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ CLASSIFIER_HEAD = "score.weight"
 
 
 class StageRank(TrainingRank[StageConfig]):
-    """Rank `rank` of `world_size` of a stage of `num_steps` steps."""
+    """Rank `rank` of the `world_size` ranks of a stage with `num_steps` steps."""
 
     def __init__(
         self,
@@ -83,14 +83,15 @@ class StageRank(TrainingRank[StageConfig]):
     def setup(self) -> dict[str, Any]:
         """Load and shard the model, and meet the other ranks; returns facts about the rank.
 
-        Waits for the other ranks, at most `run.start_timeout_s`. Raises `ConfigError`, `StalledError`.
+        Raises `ConfigError`, `StalledError`.
+        Waits for: the other ranks, at most `run.start_timeout_s`.
         """
         self._use_device()
         model: PolicyLM | ValueLM = self._load_policy()
         if self._is_value:
             model = ValueLM(model, cast(Any, self._config.stage).num_values, bias=False)
         mesh = self._join()
-        self._model = self._sharded(model, mesh)
+        self._model = self._shard(model, mesh)
         assert_float32(self._model)
         head = self._config.learner.head_dtype
         if self.stage.needs_reference:
@@ -117,10 +118,10 @@ class StageRank(TrainingRank[StageConfig]):
         return self._facts()
 
     def train(self, units: Sequence[Unit]) -> StepReport:
-        """One optimizer step on all units.
+        """Run one optimizer step on all units.
 
         Raises:
-            DivergenceError: gradients were not finite for several steps in a row.
+            DivergenceError: gradients were not finite in several consecutive steps.
         """
         started = self._clock()
         updater = self._begin()
@@ -138,18 +139,20 @@ class StageRank(TrainingRank[StageConfig]):
 
     @torch.no_grad()
     def evaluate(self, units: Sequence[Unit]) -> dict[str, float]:
-        """The stage's metrics of `units`, over all ranks."""
+        """Compute the stage's metrics of `units`, over all ranks."""
         with self._whole_after():
             return self._passes(units)
 
     @torch.no_grad()
     def report(self, units: Sequence[Unit]) -> dict[str, Any]:
-        """What the stage says of the trained model, see `Stage.report`."""
+        """Compute the stage's report about the trained model; see `Stage.report`."""
         return self.stage.report(units, self)
 
     def write_final(self, root: str, attempt: int = 0) -> ShardReport:
-        """Write this rank's shard of the trained weights, in the names of the Hugging Face model.
-        `attempt` is that of the run."""
+        """Write this rank's shard of the trained weights, named as in a Hugging Face model.
+
+        `attempt`: number of the run's attempt.
+        """
         dtype = torch.bfloat16 if self._config.run.export_dtype == "bfloat16" else torch.float32
         is_rounded = self._config.learner.lora is not None and dtype == torch.bfloat16
         parts = publish.host_copy(self._named_parts(self._version if is_rounded else None), dtype)
@@ -157,14 +160,14 @@ class StageRank(TrainingRank[StageConfig]):
         return send_shard([sink], self._version, self._rank, parts)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor that all ranks' `write_final` make up together."""
+        """Return name and shape of every tensor that the `write_final` of all ranks produces."""
         shapes = publish.tensor_shapes(self.model)
         return {self._published_name(name): shape for name, shape in shapes.items()}
 
-    # What a stage's loss may ask for: `offline.stage.Passes`.
+    # Passes that a stage's loss may ask for: `offline.stage.Passes`.
 
     def logprobs(self, units: Sequence[Unit]) -> PerUnit:
-        return self._scored(units, lambda s, sizes: self._score(self.model, s, sizes))
+        return self._score_units(units, lambda s, sizes: self._score(self.model, s, sizes))
 
     def reference(self, units: Sequence[Unit]) -> PerUnit:
         if self._reference is None:
@@ -173,12 +176,12 @@ class StageRank(TrainingRank[StageConfig]):
                 "needs_reference in its class"
             )
         with self._reference.as_policy() as policy:
-            return self._scored(units, lambda s, sizes: self._score(policy, s, sizes))
+            return self._score_units(units, lambda s, sizes: self._score(policy, s, sizes))
 
     def values(self, units: Sequence[Unit]) -> PerUnit:
         num_values = cast(ValueLM, self.model.module).num_values
         width = () if num_values == 1 else (num_values,)
-        return self._scored(
+        return self._score_units(
             units, lambda s, sizes: passes.score_values(self.model, s, self._layout, sizes), width
         )
 
@@ -194,13 +197,16 @@ class StageRank(TrainingRank[StageConfig]):
         return passes.score(policy, sequences, 1.0, self._layout, unit_sizes=sizes)
 
     @torch.no_grad()
-    def _scored(
+    def _score_units(
         self,
         units: Sequence[Unit],
         score: Callable[[list[TokenSequence], list[int]], dict[int, np.ndarray]],
         width: tuple[int, ...] = (),
     ) -> PerUnit:
-        """Waits for all ranks."""
+        """Compute values of every sequence of `units` with `score`, and gather those of all ranks.
+
+        Waits for: all ranks.
+        """
         sequences, sizes = flatten_units(units)
         with self._whole_after():
             own = score(sequences, sizes)
@@ -209,7 +215,10 @@ class StageRank(TrainingRank[StageConfig]):
         return [tuple(next(found) for _ in unit.sequences) for unit in units]
 
     def _passes(self, units: Sequence[Unit]) -> dict[str, float]:
-        """All passes of a batch, with gradients where they are on; its metrics over all ranks."""
+        """Run all passes of a batch, with gradients if they are enabled.
+
+        Returns the metrics over all ranks.
+        """
         sequences, sizes = flatten_units(units)
         loss: Any = self.stage.loss(units, self)
         count = len(passes.own_plan(sequences, self._layout, sizes)) * self._world_size
@@ -241,7 +250,7 @@ class StageRank(TrainingRank[StageConfig]):
 
     @contextmanager
     def _whole_after(self) -> Iterator[None]:
-        """A pass without a backward pass leaves the root's parameters gathered."""
+        """Reshard the model after the block: passes without backward leave the root gathered."""
         yield
         if isinstance(self.model.module, FSDPModule):
             self.model.module.reshard()
@@ -255,7 +264,7 @@ class StageRank(TrainingRank[StageConfig]):
             yield replace(part, name=self._published_name(part.name))
 
     def _published_name(self, name: str) -> str:
-        """In a Hugging Face model, of a name that `publish` gives."""
+        """Convert a name of `publish` to that in a Hugging Face model."""
         if not self._is_value:
             return name
         if name == "value_head.weight":

@@ -1,7 +1,6 @@
-"""What a process can do for a learner rank before it is known which one: imports, most of its start.
+"""Preparation of a process for any learner rank: imports, which are most of a rank's start.
 
-No weights are read, no device is touched and no group is joined: who waits warm takes nothing but
-memory of the host.
+No weights are read, no device is used and no group is joined. A warm process needs only host memory.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def warm(settings: Learner, model_dir: str | Path) -> None:
-    """Import what a rank of `settings` runs on, and the code of the model in `model_dir`."""
+    """Import the modules that a rank with `settings` uses, and the code of the model's class."""
     importlib.import_module("rlhf_cluster.learner.learner_rank")
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -1,13 +1,16 @@
-"""The parts of a version of the weights that one learner rank writes.
+"""Parts of a weight version that one learner rank writes.
 
-Promises: names and shapes are those of the Hugging Face checkpoint that training started from, also
-when adapters are trained (they are merged into a copy, see `lora.merged`) on weights in 4 bits
-(published as what these stand for); tied tensors appear
-once; all ranks' parts hold every element once. Without adapters nothing is communicated: each rank
-reads its own memory.
+Promises:
+- names and shapes are those of the Hugging Face checkpoint that training started from. Adapters are
+  merged into a copy for that (`lora.merged`). Weights in 4 bits are published as the values that they
+  encode;
+- tied tensors appear once;
+- the parts of all ranks together have every element once;
+- without adapters nothing is communicated: each rank reads its own memory.
 
-For versions of format `adapter` there are also the parts that readers merge from
-(`weights.formats.lora_factors`). What never changes is copied only when it is written, beside a step.
+Versions of format `adapter` also have the parts from which readers merge
+(`weights.formats.lora_factors`). Tensors that never change are copied only when they are written, while
+a step runs.
 """
 
 from __future__ import annotations
@@ -43,14 +46,16 @@ from rlhf_cluster.weights.shards import ShardBase
 def local_parts(
     model: ShardedModel, as_adapters: bool = False, streams_of: int | None = None
 ) -> Iterator[LocalPart]:
-    """This rank's share of every tensor of the checkpoint. A share may be empty.
+    """Yield this rank's share, possibly empty, of every tensor of the checkpoint.
 
-    `as_adapters` gives what is written between anchors: adapters, and, marked by their `scale` and
-    not to be stored, the weights that readers merge from them and from `anchor_parts`. What is
-    merged gets the streams of version `streams_of`, if there is one, by which `host_copy` rounds it.
+    Parts may be views of the live weights: copy them before the next step. Rank 0 yields the complete
+    buffers of the checkpoint. With adapters every rank must take part.
 
-    Parts may be views of the live weights: copy them before the next step. Buffers that belong to
-    the checkpoint come from rank 0 whole. With adapters every rank must take part.
+    Args:
+        as_adapters: yield the parts of a version between anchors. These are the adapters, and the
+            weights that readers merge from them and from `anchor_parts`. The latter are marked by their
+            `scale` and are not stored.
+        streams_of: version whose random streams merged weights get, by which `host_copy` rounds them.
     """
     policy = cast(PolicyLM, model.module)
     for part in model.shards():
@@ -81,7 +86,7 @@ def _buffer_parts(policy: PolicyLM) -> Iterator[LocalPart]:
 
 
 def tensor_shapes(model: ShardedModel) -> dict[str, tuple[int, ...]]:
-    """Name and whole shape of every tensor that all ranks' `local_parts` make up together."""
+    """Return name and full shape of every tensor that the `local_parts` of all ranks make up."""
     buffers = _checkpoint_buffers(cast(PolicyLM, model.module))
     shapes = {
         checkpoint_name(name): shape
@@ -93,18 +98,23 @@ def tensor_shapes(model: ShardedModel) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frozen:
-    """This rank's part of all that no step changes where adapters are trained, not copied."""
+    """This rank's shards of the tensors that never change while adapters are trained; not copied."""
 
     parts: Sequence[LocalPart]
     base_dtype: torch.dtype
-    """In what type weights under adapters are stored."""
+    """Type in which weights under adapters are stored."""
     num_unadapted: int
     """Floating-point elements that are not under an adapter."""
 
 
 def frozen(model: ShardedModel, dtype: torch.dtype) -> Frozen:
-    """Weights under adapters are stored in `dtype` where it holds all of them to the bit, in float32
-    otherwise. Waits for all ranks."""
+    """Collect the tensors that never change, and choose the type in which they are stored.
+
+    Weights under adapters are stored in `dtype` if it represents all of them exactly, in float32
+    otherwise.
+
+    Waits for: all ranks.
+    """
     parts = [part for part in model.shards() if not lora.is_adapter(part.name)]
     parts += _buffer_parts(cast(PolicyLM, model.module))
     num_rounded, num_unadapted = 0, 0
@@ -122,8 +132,10 @@ def frozen(model: ShardedModel, dtype: torch.dtype) -> Frozen:
 
 
 def anchor_parts(model: ShardedModel, frozen: Frozen, dtype: torch.dtype) -> Iterator[LocalPart]:
-    """Copies in host memory of what never changes, as the first version stores it. Any thread may
-    call this, beside a step."""
+    """Yield copies in host memory of the tensors that never change, as an anchor stores them.
+
+    Any thread may call this, concurrently with a step.
+    """
     for part in frozen.parts:
         weight = qlora.unpacked(model, part)
         name = checkpoint_name(weight.name)
@@ -134,15 +146,20 @@ def anchor_parts(model: ShardedModel, frozen: Frozen, dtype: torch.dtype) -> Ite
 
 
 class Bases:
-    """What this rank can write a version against: the last one that it wrote, or, where versions are
-    adapters, its last anchor."""
+    """Version against which this rank can write differences.
+
+    It is the last one that the rank wrote, or its last anchor if versions are adapters.
+    """
 
     def __init__(self, rank: int, weights_format: str) -> None:
         self._rank, self._format = rank, weights_format
         self._last: ShardBase | None = None
 
     def find(self, version: int | None) -> ShardBase | None:
-        """Raises `WeightError` unless `version`, if there is one, is that version."""
+        """Return the base for `version`; None for None.
+
+        Raises: `WeightError` if this rank has another version, or none.
+        """
         if version is None:
             return None
         last = self._last
@@ -150,7 +167,7 @@ class Bases:
             holds = last.version if last else "none"
             raise WeightError(
                 f"learner rank {self._rank} holds version {holds} and cannot store what changed "
-                f"since version {version}. Publish in full"
+                f"since version {version}. Publish a full snapshot"
             )
         return last
 
@@ -162,9 +179,9 @@ class Bases:
 
 
 def host_copy(parts: Iterable[LocalPart], dtype: torch.dtype) -> list[LocalPart]:
-    """Copies in host memory, floating-point ones in `dtype`, the parts of adapters in float32.
+    """Copy parts to host memory: floating-point ones in `dtype`, those of adapters in float32.
 
-    What has a stream is rounded by it, which `dtype` bfloat16 goes with.
+    Parts with a random stream are rounded with it to bfloat16, so `dtype` is bfloat16 then.
     """
     return [
         _on_host(part, torch.float32 if lora_factors.is_factor(part.name) else dtype)
@@ -183,10 +200,12 @@ def _on_host(part: LocalPart, dtype: torch.dtype) -> LocalPart:
 def count_changed_bf16(
     before: Sequence[LocalPart], after: Sequence[LocalPart], unchanged: int = 0
 ) -> tuple[int, int]:
-    """(changed, all) elements of this rank's floating-point parts, compared as bfloat16.
+    """Count (changed, all) elements of this rank's floating-point parts, compared as bfloat16.
 
-    Both are copies of the same rank's parts, in the same order. Parts of adapters do not count;
-    `unchanged` elements that were not copied do.
+    Args:
+        before, after: copies of this rank's parts, in the same order. Parts of adapters are not
+            counted.
+        unchanged: number of elements that were not copied, and are counted.
     """
     changed, total = 0, unchanged
     for old, new in zip(before, after, strict=True):
@@ -198,12 +217,14 @@ def count_changed_bf16(
 
 
 class ChangedShare:
-    """`learner/params_changed_fraction_bf16`: how much of all ranks' parts differs between the last two
-    snapshots, counted in a thread, beside the step after the second of them.
+    """Metric `learner/params_changed_fraction_bf16`: share of elements that changed between snapshots.
 
-    An update far smaller than a weight is lost when the weight is published in bfloat16: a share
-    near 0 says that generation does not see what the learner learns. Weights that a stream rounds
-    are drawn again for each version: their share says little.
+    It compares the last two snapshots over all ranks. A thread counts while the step after the second
+    snapshot runs.
+
+    An update far smaller than a weight is rounded away when the weight is published in bfloat16. A
+    share near 0 means that generation does not see what the learner learns. Stochastically rounded
+    weights are drawn again for each version, so their share says little.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -213,15 +234,21 @@ class ChangedShare:
         self._counting: Future[tuple[int, int]] | None = None
 
     def copied(self, parts: list[LocalPart], unchanged: int) -> None:
-        """A snapshot was taken: `parts`, which nobody writes to."""
+        """Start to compare a new snapshot, `parts`, with the last one. It must not change any more.
+
+        `unchanged`: see `count_changed_bf16`.
+        """
         if self._last is not None:
             args = self._last, parts, unchanged
             self._counting = self._threads.submit(count_changed_bf16, *args)
         self._last = parts
 
     def take(self, device: torch.device) -> dict[str, float]:
-        """Empty unless a second snapshot was taken since the last call. Waits for: the count, and
-        then all ranks. Raises `StalledError` after `timeout_s`."""
+        """Return the metric; {} unless a second snapshot was taken since the last call.
+
+        Raises: `StalledError` after `timeout_s`.
+        Waits for: the count, then all ranks.
+        """
         counting, self._counting = self._counting, None
         if counting is None:
             return {}

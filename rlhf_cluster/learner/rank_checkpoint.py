@@ -1,15 +1,19 @@
-"""What a learner rank saves of its models, and how it goes on from it.
+"""Saving and loading of a learner rank's training state.
 
     MODEL/weight/NAME   MODEL/exp_avg/NAME   MODEL/exp_avg_sq/NAME   MODEL/step/NAME
 
-MODEL is `policy` or `critic`, NAME a trained parameter's in its module. Frozen parameters are not
-saved: they are those of the model folder. What else moves has names of its own (`further`). A
-checkpoint is a version in the format of the weight store, in float32: each rank writes what it holds,
-as runs of flattened tensors, and nothing is gathered.
+MODEL is `policy` or `critic`, NAME that of a trained parameter in its module. Frozen parameters are not
+saved, because the model folder has them. Other tensors that change have separate names (`further`). A
+checkpoint is a version in the format of the weight store, in float32. Each rank writes its shards, as
+ranges of flattened tensors, and nothing is gathered.
 
-Promises: what is loaded is what was saved, to the bit, whatever the number of ranks and the backend
-on either side; every tensor is verified before it is used; nothing is unpickled. A rank that loads
-reads all tensors, one at a time, and keeps its own part.
+Promises:
+- loaded values are bitwise identical to saved ones, whatever the number of ranks and the backend were
+  at saving and are at loading;
+- every tensor is verified before it is used;
+- nothing is unpickled.
+
+A rank that loads reads all tensors, one at a time, and keeps its shards.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ WEIGHT = "weight"
 
 
 class Stateful(Protocol):
-    """Something with a few numbers of its own: an algorithm, a stage."""
+    """Object with a few numbers as its state: an algorithm, a stage."""
 
     def state(self) -> dict[str, float]: ...
 
@@ -43,7 +47,7 @@ class Stateful(Protocol):
 
 
 class StateCopies:
-    """One rank's state in host memory, between the copy and the end of its writing."""
+    """Copy of one rank's state in host memory, until it is written."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
@@ -57,9 +61,10 @@ class StateCopies:
         version: int,
         further: Iterable[LocalPart] = (),
     ) -> LearnerState:
-        """Copy all that training goes on from; call between two steps. `further` tensors are named
-        like a model's, with a kind of their own.
+        """Copy all state that training resumes from; call between two steps.
 
+        Args:
+            further: other tensors, named like those of a model, but with another kind.
         Raises:
             CheckpointError: no step of reinforcement learning was taken yet.
         """
@@ -67,7 +72,7 @@ class StateCopies:
             raise CheckpointError(
                 f"learner rank {self._rank}: nothing to save before the first step"
             )
-        # what every rank holds whole is saved by rank 0 alone
+        # tensors that every rank has completely are saved by rank 0 only
         own = (p for p in _tensors(updaters) if self._rank == 0 or p.name.split("/")[1] != STEP)
         parts = host_copy(itertools.chain(own, further), torch.float32)
         with self._lock:
@@ -102,11 +107,12 @@ def load(
     algorithm: Stateful,
     further: Iterable[LocalPart] = (),
 ) -> None:
-    """Overwrite weights, moments, counters and `further` tensors by those of the version in `folder`
-    and `state`.
+    """Overwrite weights, moments, counters and `further` tensors by those of a checkpoint.
+
+    The checkpoint is the version in `folder` and `state`.
 
     Raises:
-        WeightError: a tensor that is damaged or missing.
+        WeightError: a tensor is damaged or missing.
         CheckpointError: the checkpoint is of other parameters, or of another algorithm.
     """
     targets = {part.name: part for part in itertools.chain(_tensors(updaters), further)}
@@ -137,7 +143,7 @@ _CURE = "Continue the run with the model, adapters and algorithm that it was sav
 
 
 def _tensors(updaters: Mapping[str, Updater]) -> Iterator[LocalPart]:
-    """Views of all that is saved, under the names it is saved by."""
+    """Yield views of all tensors of the updaters that are saved, with their saved names."""
     for owner, updater in updaters.items():
         model = updater.model
         trained = {name for name, p in model.module.named_parameters() if p.requires_grad}

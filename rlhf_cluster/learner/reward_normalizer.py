@@ -1,15 +1,17 @@
-"""Parts of the reward brought to one scale, by what the learner has seen of them so far.
+"""Normalisation of reward parts by running statistics over all trained rollouts.
 
     p'_ik = (p_ik - mean_k) / (std_k + 1e-4)      where part k has normalize = "running"
     reward_i = sum over k of w_k p'_ik            p' = p for the other parts
 
-mean_k and std_k are over the parts of all rollouts that were trained up to this step, its own
-included, each once.
+mean_k and std_k are over the parts of all rollouts that were trained up to and including this step,
+each once.
 
-Promises: every rank computes the same from the groups of the step, which come in the same order
-whatever finished first; the state is three numbers a part, saved with the learner's, so that a run
-that goes on has the numbers of one that never stopped. Nothing else of a rollout changes: its parts
-stay what they were, and so does the reward in its sample.
+Promises:
+- every rank computes the same values, as the groups of the step have the same order on all ranks,
+  whichever finished first;
+- the state is three numbers per part, which are saved with the learner. A resumed run has the numbers
+  of an uninterrupted one;
+- nothing else of a rollout changes: its parts stay the same, like the reward in its sample.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ _FIELDS = ("count", "mean", "squares")
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Of the numbers seen: how many, their mean, and the sum of squares about it."""
+    """Count of the numbers seen, their mean, and the sum of squared differences from it."""
 
     count: float = 0.0
     mean: float = 0.0
@@ -42,7 +44,7 @@ class Moments:
         return math.sqrt(self.squares / self.count) if self.count else 0.0
 
     def with_more(self, values: np.ndarray) -> Moments:
-        """Those of the numbers seen and `values` together (Chan et al. 1979)."""
+        """Return the moments of the numbers seen and `values` together (Chan et al. 1979)."""
         if len(values) == 0:
             return self
         mean, count = float(values.mean()), self.count + len(values)
@@ -57,7 +59,10 @@ class Moments:
 
 
 class RunningNormalizer:
-    """`weights` of all parts by name; `names` of those that are normalised."""
+    """Running normaliser of reward parts.
+
+    `weights`: weights of all parts by name. `names`: the parts that are normalised.
+    """
 
     def __init__(self, weights: Mapping[str, float], names: Sequence[str]) -> None:
         self._weights = dict(weights)
@@ -70,9 +75,11 @@ class RunningNormalizer:
         return cls(weights, [n for n, reward in rewards.items() if reward.normalize == "running"])
 
     def apply(self, groups: Sequence[ExperienceGroup]) -> Sequence[ExperienceGroup]:
-        """The groups of one step with rewards of normalised parts. Call once a step, in order.
+        """Return the groups of one step with rewards of normalised parts, and update the statistics.
 
-        Raises `RecordError` for a rollout with other parts than those that are weighed.
+        Call it once per step, in order.
+
+        Raises: `RecordError` for a rollout whose parts are not exactly those with weights.
         """
         if not self._moments:
             return groups
@@ -113,22 +120,22 @@ class RunningNormalizer:
         }
 
     def load_state(self, state: Mapping[str, float]) -> None:
-        """Go on from `state()`."""
+        """Restore the statistics of `state()`."""
         self._moments = {
             name: Moments(*(state[f"normalize/{name}/{field}"] for field in _FIELDS))
             for name in self._moments
         }
 
     def _reward(self, parts: Mapping[str, float]) -> float:
-        return math.fsum(self._weights[n] * self._normalized(n, p) for n, p in parts.items())
+        return math.fsum(self._weights[n] * self._normalize(n, p) for n, p in parts.items())
 
-    def _normalized(self, name: str, part: float) -> float:
+    def _normalize(self, name: str, part: float) -> float:
         moments = self._moments.get(name)
         return part if moments is None else (part - moments.mean) / (moments.std + EPSILON)
 
 
 class Joined:
-    """Several that have a state, as one. Their names of numbers must differ."""
+    """Several stateful objects as one. The names of their numbers must differ."""
 
     def __init__(self, *parts: Stateful) -> None:
         self._parts = parts

@@ -1,16 +1,18 @@
-"""What the learner made of the tokens of a step's first rollouts, for the samples of the step.
+"""Recorder of the learner's values for the tokens of a step's first rollouts, for the step's samples.
 
-Of a kept rollout, from the first pass that trains it in the step:
+The values of a recorded rollout are from the first pass of the step that trains it:
 
-    learner_logprobs     of the learner at the start of the step. Where the loss does without them
-                         (`Algorithm.needs_proximal`) and a batch has several minibatches, of the
-                         learner that this pass finds: earlier minibatches have then been trained
-    correction_weights   what the loss multiplies each token by for its sampler's distance
+    learner_logprobs     log-probabilities of the learner at the start of the step. If the loss does not
+                         need these (`Algorithm.needs_proximal`) and a batch has several minibatches,
+                         those of the learner in this pass, after earlier minibatches were trained
+    correction_weights   factors by which the loss corrects each token for its sampler's distance
                          (`Algorithm.correction_weights`); None for an algorithm without a correction
 
-Promises: the same on every rank, whichever rank computed a rollout; one collective a step, of the kept
-rollouts' trained tokens alone, in which every rank takes part; until then all stays on the device and
-nothing is waited for. A rollout that no pass computed is not there.
+Promises:
+- values are the same on every rank, whichever rank computed a rollout;
+- there is one collective per step, of the trained tokens of recorded rollouts. Every rank takes part.
+  Until then all values stay on the device, and nothing is waited for;
+- a rollout that no pass computed has no sample.
 """
 
 from __future__ import annotations
@@ -32,8 +34,11 @@ _SEEN, _WEIGHED = 1.0, 2.0
 COLUMNS = 3
 
 Gather = Callable[[Mapping[int, np.ndarray], Sequence[int]], list[np.ndarray]]
-"""gather(this rank's tables [n, COLUMNS] by rollout, n of every rollout) -> the tables of all ranks, in
-order, 0 where no rank has one (`passes.on_every_rank`)."""
+"""Function that gathers tables of all ranks, such as `passes.on_every_rank`.
+
+gather(this rank's tables [n, COLUMNS] by rollout, n of every rollout) -> the tables of all rollouts, in
+order, with 0 where no rank has a table.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +50,11 @@ class _Pass:
 
 
 class KeptTokens:
-    """Of one step: `see` at every pass, then `join` once. Rollouts are counted over the step's groups
-    in order; the first `limit` are kept, and with 0 nothing is done or gathered."""
+    """Recorder of one step: call `see` at every pass, then `join` once.
+
+    Rollouts are counted over the step's groups in order. The first `limit` are recorded. With 0 nothing
+    is computed or gathered.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -56,7 +64,7 @@ class KeptTokens:
 
     @torch.no_grad()
     def see(self, rollouts: Sequence[int], inputs: LossInputs, algorithm: Algorithm) -> None:
-        """A pass is made over a micro-batch: `rollouts` are those of its sequences, in order."""
+        """Record a pass over a micro-batch. `rollouts`: those of its sequences, in order."""
         places = {
             place: rollout
             for place, rollout in enumerate(rollouts)
@@ -76,9 +84,11 @@ class KeptTokens:
         )
 
     def join(self, groups: Sequence[ExperienceGroup], gather: Gather) -> None:
-        """Sets `found`, by rollout id. `groups` are those of the step, with the masks that it trained.
+        """Gather the values of all ranks, and set `found`, by rollout id.
 
-        Waits in `gather` for all ranks, which come all or, where no kept token is trained, none.
+        `groups` are those of the step, with the masks that it trained.
+
+        Waits for: all ranks in `gather`. If no recorded token is trained, no rank calls it.
         """
         scored = [s for group in groups for s in group.scored][: self._limit]
         masks = [s.rollout.response_mask for s in scored]
@@ -93,7 +103,10 @@ class KeptTokens:
         }
 
     def _own(self) -> dict[int, np.ndarray]:
-        """Rollout -> [its trained tokens, COLUMNS]: log-probability, weight, what there is of both."""
+        """Return this rank's tables by rollout, [its trained tokens, COLUMNS].
+
+        The columns are log-probability, weight, and a code for which of both are known.
+        """
         own = {}
         for one in self._passes:
             known = _SEEN if one.weights is None else _WEIGHED

@@ -1,12 +1,12 @@
-"""What every rank that trains a sharded model has, whatever it trains it for.
+"""Base class of a rank that trains a sharded model, for any kind of training.
 
     loading -> meeting the others -> sharding -> passes and steps -> copies of its state -> end
 
-`learner.LearnerRank` trains a policy by reinforcement learning on it, `learner.offline_rank.StageRank`
-any model on data that lies there. Promises:
+`learner_rank.LearnerRank` trains a policy by reinforcement learning, `offline_rank.StageRank` any model
+on existing data. Promises:
 - master weights, gradients and moments are float32;
-- `copy_state` is all that a checkpoint needs between two steps, and `load_state` goes on from what
-  `write_state` wrote as if there had been no interruption (`learner.rank_checkpoint`).
+- a checkpoint needs only `copy_state` between two steps. After `load_state` of what `write_state`
+  wrote, training continues as if it had not been interrupted (`learner.rank_checkpoint`).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 
 
 class RunSection(Protocol):
-    """What a rank reads of `[run]`."""
+    """Part of `[run]` that a rank reads."""
 
     @property
     def seed(self) -> int: ...
@@ -73,7 +73,7 @@ class RunSection(Protocol):
 
 
 class TrainingConfig(Protocol):
-    """What a rank reads of a run file, of reinforcement learning or of a stage."""
+    """Part of a configuration, of reinforcement learning or of a stage, that a rank reads."""
 
     @property
     def run(self) -> RunSection: ...
@@ -89,7 +89,7 @@ C = TypeVar("C", bound=TrainingConfig)
 
 
 class TrainingRank(Generic[C]):
-    """Rank `rank` of `world_size`; all meet at `init_method` (see `process_group.join_group`)."""
+    """Rank `rank` of `world_size`. All ranks meet at `init_method`, see `process_group.join_group`."""
 
     def __init__(
         self, config: C, model_dir: str, rank: int, world_size: int, init_method: str | None
@@ -106,7 +106,7 @@ class TrainingRank(Generic[C]):
 
     @property
     def version(self) -> int:
-        """Steps that were taken."""
+        """Number of steps that were taken."""
         return self._version
 
     @property
@@ -120,15 +120,15 @@ class TrainingRank(Generic[C]):
         return cast(PolicyLM, self.model.module)
 
     def copy_state(self) -> LearnerState:
-        """Copy all that training goes on from to host memory; see `rank_checkpoint.StateCopies`."""
+        """Copy all state that training resumes from; see `rank_checkpoint.StateCopies`."""
         return self._copies.copy(self._updaters, self._stateful, self._version, self._further)
 
     def write_state(self, root: str) -> ShardReport:
-        """Write the last copy of the state as this rank's shard. May run beside a step."""
+        """Write the last copy of the state as this rank's shard. May run during a step."""
         return self._copies.write(root)
 
     def load_state(self, folder: str, state: LearnerState) -> None:
-        """Go on from what all ranks' `write_state` made; see `rank_checkpoint.load`.
+        """Load the state that `write_state` of all ranks wrote; see `rank_checkpoint.load`.
 
         Raises:
             RunError: a step was taken.
@@ -148,25 +148,25 @@ class TrainingRank(Generic[C]):
 
     @property
     def _updaters(self) -> dict[str, Updater]:
-        """Those whose state is saved, by model; none before the first step."""
+        """Updaters whose state is saved, by model; {} before the first step."""
         raise NotImplementedError
 
     @property
     def _stateful(self) -> Stateful:
-        """What else has a state to save."""
+        """Object whose numbers are saved too."""
         raise NotImplementedError
 
     @property
     def _further(self) -> Iterable[LocalPart]:
-        """Other tensors to save, as `learner.rank_checkpoint` names them: views into live memory."""
+        """Other tensors to save, named as in `learner.rank_checkpoint`: views into live memory."""
         return ()
 
     def _begin(self) -> Updater:
-        """The updater of the steps that are saved, made before the first of them."""
+        """Return the updater of the steps that are saved; the first call builds it."""
         raise NotImplementedError
 
     def _drop(self) -> None:
-        """Give back all models."""
+        """Close and drop all models."""
         self._close_models([] if self._model is None else [self._model])
         self._model = None
 
@@ -186,11 +186,11 @@ class TrainingRank(Generic[C]):
 
     @property
     def _compute(self) -> torch.dtype:
-        """Type of the passes."""
+        """Type in which passes compute."""
         return torch.bfloat16 if self._config.learner.dtype == "bfloat16" else torch.float32
 
     def _load_policy(self) -> PolicyLM:
-        """The model of the folder, with the adapters that are asked for. Raises `ConfigError`."""
+        """Load the model of the folder, with adapters if configured. Raises `ConfigError`."""
         settings = self._config.learner
         policy = load_policy(
             self._model_dir, torch.float32, self._device, True, self._compute, settings.head_dtype
@@ -202,8 +202,11 @@ class TrainingRank(Generic[C]):
         return policy
 
     def _join(self) -> DeviceMesh:
-        """Waits for the other ranks, at most what is left of `run.start_timeout_s` since this one was
-        made. Raises `StalledError`."""
+        """Join the process group of all ranks.
+
+        Raises: `StalledError`.
+        Waits for: the other ranks, until `run.start_timeout_s` after this rank was built.
+        """
         whole_s = callee_deadline(self._config.run.start_timeout_s)
         left_s = max(1.0, whole_s - (time.monotonic() - self._made_s))
         mesh = join_group(
@@ -217,7 +220,7 @@ class TrainingRank(Generic[C]):
         self._joined = True
         return mesh
 
-    def _sharded(self, model: PolicyLM | ValueLM, mesh: DeviceMesh) -> ShardedModel:
+    def _shard(self, model: PolicyLM | ValueLM, mesh: DeviceMesh) -> ShardedModel:
         settings, compute = self._config.learner, self._compute
         if settings.backend == "zero3":
             if settings.gradient_checkpointing:
@@ -259,7 +262,7 @@ class TrainingRank(Generic[C]):
         )
 
     def _schedule_over(self, num_updates: int) -> Schedule:
-        """The learning rate of `[learner]` over so many optimizer steps."""
+        """Return the learning-rate schedule of `[learner]` for `num_updates` optimizer steps."""
         settings = self._config.learner
         return Schedule(
             peak=settings.learning_rate,

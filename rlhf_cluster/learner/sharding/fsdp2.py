@@ -1,6 +1,6 @@
 """Sharding with FSDP2, behind `sharded_model.ShardedModel`.
 
-One code path for one rank and for many. Every decoder layer is gathered for its own passes only.
+One rank and many ranks use the same code. Every decoder layer is gathered for its own passes only.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Fsdp2Model:
-    """A module that `shard` has sharded, with its AdamW: a `sharded_model.ShardedModel`."""
+    """`sharded_model.ShardedModel` of a module that `shard` has sharded, with its AdamW."""
 
     def __init__(self, module: nn.Module, settings: AdamWSettings) -> None:
         self._module = module
@@ -91,7 +91,7 @@ class Fsdp2Model:
 
 
 def shards_of(module: nn.Module) -> Iterator[LocalPart]:
-    """This rank's part of every parameter of a sharded module, by its name; flat views."""
+    """Yield this rank's shard of every parameter of a sharded module, by its name; flat views."""
     for name, parameter in module.named_parameters():
         yield _local_part(name, parameter.detach())
 
@@ -104,7 +104,7 @@ def shard(
 ) -> M:
     """Shard every decoder layer of `model.lm`, then the rest, in place; return it in training mode.
 
-    With `compute_dtype` bfloat16 the passes run in it and gradients are reduced in float32.
+    With `compute_dtype` bfloat16 passes run in bfloat16, and gradients are reduced in float32.
 
     Raises:
         ConfigError: the model's decoder layers cannot be found.
@@ -140,6 +140,6 @@ def _local_part(name: str, tensor: Tensor) -> LocalPart:
     _, offsets = compute_local_shape_and_global_offset(
         tensor.shape, tensor.device_mesh, tensor.placements
     )
-    # shards are runs of whole rows, so they are contiguous in the flattened tensor
+    # shards are ranges of complete rows, so they are contiguous in the flattened tensor
     offset = offsets[0] * math.prod(shape[1:]) if shape else 0
     return LocalPart(name=name, shape=shape, offset=offset, tensor=tensor.to_local().reshape(-1))

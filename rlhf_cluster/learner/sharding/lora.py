@@ -1,19 +1,20 @@
 """Adapters on the policy's linear layers, by peft: LoRA (arXiv 2106.09685) and DoRA (2402.09353).
 
     LoRA   W' = W + s B A                                  s = alpha / rank, B [out, rank], A [rank, in]
-    DoRA   W' = m (W + s B A) / |W + s B A|                the norm a row, m [out] learnt
+    DoRA   W' = m (W + s B A) / |W + s B A|                one norm per row, m [out] learnt
 
 Promises:
-- only the adapters are trained; W stays what was loaded, to the bit, or what its rounding to 4 bits
-  stands for (`learner.sharding.qlora`), in which case version 0 takes the place of the folder below;
-- B starts at 0 and m at |W|, so the policy starts as the model it was loaded from, which is
-  therefore the reference: a folder whose weights had an adapter merged into them before is the
-  reference WITH that adapter. The first A depends on the seed only, not on the rank;
-- the output projection and the embeddings are never adapted: log-probabilities are taken from their
-  weights directly, past any adapter;
-- no dropout: probabilities are a function of weights and tokens alone;
-- what is published is W', in the names of the checkpoint, merged into a copy by
-  `weights.formats.lora_factors.merge`; readers do the same where only the adapters are stored.
+- only the adapters are trained. W is bitwise identical to the loaded weight. With 4 bits
+  (`learner.sharding.qlora`) W is the rounded weight, and the next promise holds for version 0 instead
+  of the folder;
+- B starts at 0 and m at |W|, so the policy starts equal to the model of the folder, which is therefore
+  the reference. If an adapter was merged into the folder's weights before, the reference has that
+  adapter too. The first A depends on the seed only, not on the rank;
+- the output projection and the embeddings are never adapted, because log-probabilities are computed
+  from their weights directly, without any adapter;
+- there is no dropout: probabilities depend on weights and tokens only;
+- W' is published, with the names of the checkpoint, merged into a copy by
+  `weights.formats.lora_factors.merge`. If only the adapters are stored, readers merge in the same way.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ _BASE = ".base_layer.weight"
 
 
 def add_adapters(policy: PolicyLM, settings: Lora, seed: int) -> None:
-    """Put adapters on the layers that `settings.targets` names and freeze all else, in place.
+    """Add adapters to the layers of `settings.targets` and freeze all other weights, in place.
 
-    With `settings.quantize_base` every linear layer of the decoder is rounded to 4 bits before.
+    With `settings.quantize_base` every linear layer of the decoder is rounded to 4 bits first.
 
     Raises:
-        ConfigError: no linear layer of that name, or one that must not be adapted; bitsandbytes is
+        ConfigError: there is no linear layer of that name, it must not be adapted, or bitsandbytes is
             needed and not installed.
     """
     from peft import LoraConfig, inject_adapter_in_model
@@ -86,7 +87,7 @@ def add_adapters(policy: PolicyLM, settings: Lora, seed: int) -> None:
 
 
 def adapter_names(policy: nn.Module) -> list[str]:
-    """Names of the adapters' parameters."""
+    """Return the names of the adapters' parameters."""
     return [name for name, _ in policy.named_parameters() if is_adapter(name)]
 
 
@@ -101,8 +102,10 @@ def is_adapted(name: str) -> bool:
 
 
 def factor_name(name: str) -> str | None:
-    """What an adapter's parameter is stored as, after the name of its weight; None for m, whose
-    place the gain takes."""
+    """Return the stored name of an adapter's parameter, which begins with its weight's name.
+
+    None for m, instead of which the gain is stored.
+    """
     prefix, _, kind = name.partition(".lora_")
     stored = {
         f"A.{_ADAPTER}.weight": lora_factors.DOWN,
@@ -112,10 +115,10 @@ def factor_name(name: str) -> str | None:
 
 
 def merged(model: ShardedModel, part: LocalPart) -> list[LocalPart]:
-    """This rank's part of W' for its part of a W, and for DoRA its part of the gain.
+    """Merge adapters into this rank's part of a W. Returns its part of W', for DoRA also of the gain.
 
-    W' is under the name of W, a copy: neither W nor the adapter changes; the gain is named as
-    `weights.formats.lora_factors` says. The part may begin and end inside a row. Every rank must
+    W' is a copy with the name of W: neither W nor the adapter changes. The gain has the name that
+    `weights.formats.lora_factors` defines. The part may begin and end inside a row. Every rank must
     take part: the adapter is gathered, and for DoRA the norms of the rows are summed.
     """
     prefix = part.name.removesuffix(_BASE)
@@ -128,7 +131,7 @@ def merged(model: ShardedModel, part: LocalPart) -> list[LocalPart]:
     weight = lora_factors.merge(part.tensor, part.offset, down, up[first:last], scale)
     found = [replace(part, tensor=weight, scale=scale)]
     if _ADAPTER in layer.lora_magnitude_vector:
-        # what the part leaves of its first and its last row, at most
+        # elements that the part lacks of its first and of its last row
         around = (part.offset - first * columns, last * columns - stop)
         squares = weight.new_zeros(part.shape[0])
         rows = nn.functional.pad(weight, around).view(-1, columns)

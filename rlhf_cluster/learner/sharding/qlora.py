@@ -1,17 +1,17 @@
 """Frozen linear layers in 4 bits: QLoRA's NF4 (arXiv 2305.14314), by bitsandbytes, imported when used.
 
-    W = level[code] * scale        a code is 4 bits, two a byte; a scale is shared by 64 of them, in 8
-                                   bits that are scaled once more
+    W = level[code] * scale        a code has 4 bits, two codes are in one byte; 64 codes share a scale
+                                   of 8 bits, which is scaled again
 
 Promises:
-- the policy is the one of these W: passes, published versions and the reference are of what the bytes
-  stand for, never of the weights that they were made from;
-- a product is in the type of its input, W rounded to it, with gradients and without alike; W itself
+- the policy has these W: passes, published versions and the reference use the values that the bytes
+  encode, never the weights that were rounded;
+- a product has the type of its input, to which W is rounded, with and without gradients. W itself
   exists for one product at a time, forward and backward;
-- the bytes are a parameter, which backends shard like any other; the scales, 0.13 bits a weight, are
-  whole on every rank. A rank reads its own share of W without the others.
+- the bytes are a parameter, which backends shard like any other. The scales, 0.13 bits per weight, are
+  complete on every rank. A rank reads its share of W without the others.
 
-bitsandbytes' own layer is not used: on a CPU, passes without gradients repack its bytes in place and
+The layer of bitsandbytes is not used: on a CPU, passes without gradients repack its bytes in place and
 compute in bfloat16.
 """
 
@@ -35,10 +35,10 @@ _PACKED = ".packed"
 
 
 class Linear4bit(nn.Linear):
-    """A frozen linear layer that stands for another one, whose weights it rounds to 4 bits."""
+    """Frozen linear layer that replaces another one and holds its weights rounded to 4 bits."""
 
     def __init__(self, linear: nn.Linear) -> None:
-        nn.Module.__init__(self)  # nn.Linear's own makes a weight
+        nn.Module.__init__(self)  # that of nn.Linear would make a weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.register_parameter("bias", linear.bias)
         packed, self._state = _bitsandbytes().quantize_4bit(
@@ -48,22 +48,22 @@ class Linear4bit(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """A copy of W, [out, in] float32."""
+        """Dequantised copy of W, [out, in] float32."""
         return self.unpack(self.packed)
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """W, [out, in] float32, of all its bytes [out * in / 2, 1] uint8."""
+        """Dequantise W, [out, in] float32, from all its bytes [out * in / 2, 1] uint8."""
         return self.unpack_run(packed.view(-1), 0).view(self.out_features, self.in_features)
 
     def unpack_run(self, packed: Tensor, offset: int) -> Tensor:
-        """The part of flattened W, float32, of a run of its bytes that begins at byte `offset`."""
+        """Dequantise a part of flattened W, float32, from bytes that begin at byte `offset`."""
         functional, bytes_per_block = _bitsandbytes(), _BLOCK // 2
         stop = offset + packed.numel()
         first, last = offset // bytes_per_block, -(-stop // bytes_per_block)
         lead = offset - first * bytes_per_block
         blocks = nn.functional.pad(packed, (lead, last * bytes_per_block - stop))
         scales = functional.dequantize_blockwise(self._state.absmax, self._state.state2)
-        # one block a row: for rows shorter than a block the CPU kernel takes scales of others
+        # one block per row: for rows shorter than a block the CPU kernel uses scales of other blocks
         state = functional.QuantState(
             absmax=(scales + self._state.offset)[first:last],
             shape=torch.Size((last - first, _BLOCK)),
@@ -79,7 +79,7 @@ class Linear4bit(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """x W^T + bias, keeping the bytes of W for the backward pass instead of W. The bias is frozen."""
+    """Product x W^T + bias that keeps the bytes of W for the backward pass. The bias is frozen."""
 
     @staticmethod
     def forward(
@@ -97,7 +97,7 @@ class _Product(torch.autograd.Function):
 
 
 def quantize_decoder(policy: PolicyLM) -> None:
-    """Replace every plain linear layer of the decoder in place; the output projection stays.
+    """Replace every plain linear layer of the decoder in place, but not the output projection.
 
     Raises:
         ConfigError: bitsandbytes is not installed.
@@ -114,7 +114,7 @@ def quantize_decoder(policy: PolicyLM) -> None:
 
 
 def stands_for(module: nn.Module, part: LocalPart) -> tuple[str, tuple[int, ...]]:
-    """Name and shape of the weight that the part's tensor holds, in bytes or as it is."""
+    """Return name and shape of the weight that the part's tensor holds, packed or not."""
     if not part.name.endswith(_PACKED):
         return part.name, part.shape
     prefix = part.name.removesuffix(_PACKED)
@@ -123,7 +123,7 @@ def stands_for(module: nn.Module, part: LocalPart) -> tuple[str, tuple[int, ...]
 
 
 def unpacked(model: ShardedModel, part: LocalPart) -> LocalPart:
-    """This rank's part of W for its part of W's bytes; any other part as it is."""
+    """Dequantise a part that holds bytes of W to this rank's part of W; return others unchanged."""
     if not part.name.endswith(_PACKED):
         return part
     layer: Any = model.module.get_submodule(part.name.removesuffix(_PACKED))

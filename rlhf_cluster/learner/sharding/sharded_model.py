@@ -1,14 +1,14 @@
-"""What the learner asks of a sharded model, whatever library shards it.
+"""Interface of a sharded model for the learner, whatever library shards it.
 
 A `ShardedModel` is one rank's share of a model with its gradients and its AdamW. FSDP2
 (`fsdp2.Fsdp2Model`) and DeepSpeed ZeRO-3 (`zero3.Zero3Model`) implement it. Promises of both:
 
-- `backward` may be called any number of times before `step`, the same number on every rank;
-  gradients are the sum of all of them, each averaged over the ranks, and divided by nothing else;
-- master weights, gradients between passes, and moments are float32, also when passes compute in
-  bfloat16; gradients are reduced over the ranks in float32;
-- `gradients` and `shards` read this rank's memory only; `step` changes weights and moments only by
-  AdamW (decoupled weight decay, on matrices alone).
+- `backward` may be called any number of times before `step`, the same number on every rank. Gradients
+  are the sum over all calls, each averaged over the ranks, and divided by nothing else;
+- master weights, gradients between passes, and moments are float32, also if passes compute in
+  bfloat16. Gradients are reduced over the ranks in float32;
+- `gradients` and `shards` read this rank's memory only. `step` changes weights and moments only by
+  AdamW, with decoupled weight decay on matrices only.
 
 FSDP and ZeRO both AVERAGE gradients over the ranks. A loss that is a sum over tokens is therefore
 multiplied by the number of ranks before `backward`, which makes the average a sum.
@@ -30,7 +30,7 @@ from rlhf_cluster.errors import ConfigError
 from rlhf_cluster.weights.manifest import LocalPart
 
 PARAMETER_GROUPS = ("embeddings", "attention", "mlp", "norms", "head", "other")
-"""Groups whose gradient norms are told apart."""
+"""Parameter groups with separate gradient norms."""
 
 
 class ShardedModel(Protocol):
@@ -38,16 +38,16 @@ class ShardedModel(Protocol):
 
     @property
     def module(self) -> nn.Module:
-        """The model itself, its parameters sharded. Forward passes go through the call below."""
+        """Module with sharded parameters. Forward passes use `__call__` of this object instead."""
         ...
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The AdamW whose state holds this rank's moments."""
+        """AdamW whose state holds this rank's moments."""
         ...
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """A forward pass. Every rank must take part."""
+        """Run a forward pass. Every rank must take part."""
         ...
 
     def backward(self, loss: Tensor) -> None:
@@ -55,14 +55,14 @@ class ShardedModel(Protocol):
         ...
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Parameter name and this rank's part of its gradient, to be read or scaled in place.
+        """Yield parameter names with this rank's part of the gradient, to be read or scaled in place.
 
         The parts of all ranks together hold every element of a gradient once.
         """
         ...
 
     def step(self, learning_rate: float) -> None:
-        """One AdamW step with the gradients as they are, which are gone after it."""
+        """Run one AdamW step with the current gradients, and clear them."""
         ...
 
     def clear_gradients(self) -> None:
@@ -74,35 +74,41 @@ class ShardedModel(Protocol):
         ...
 
     def shards(self) -> Iterator[LocalPart]:
-        """This rank's part of every parameter by its name in `module`: float32 master weights, or
-        the bytes of `quantized` ones; flat views. A part may be empty; tied ones appear once."""
+        """Yield this rank's part of every parameter, by its name in `module`, as flat views.
+
+        Parts are float32 master weights, or the bytes of quantised weights. A part may be empty. Tied
+        parameters appear once.
+        """
         ...
 
     def whole(self, name: str) -> Tensor:
-        """A trained parameter's float32 master, gathered. Every rank must take part."""
+        """Gather the float32 master weight of a trained parameter. Every rank must take part."""
         ...
 
     def assign(self, parts: Iterable[LocalPart]) -> None:
-        """Overwrite this rank's parts of trained parameters, by their names in `module`, with parts
-        of the same extent. Gradients and moments stay."""
+        """Overwrite this rank's parts of trained parameters, by their names in `module`.
+
+        The new parts have the same extent. Gradients and moments do not change.
+        """
         ...
 
     def moments(self) -> Iterator[tuple[str, LocalPart]]:
-        """(key, this rank's part) of AdamW's state of every trained parameter, under its name.
+        """Yield (key, this rank's part) of AdamW's state of every trained parameter, with its name.
 
-        `exp_avg` and `exp_avg_sq` are cut as the parameter is, `step` [1] is whole on every rank.
-        Views into live memory, to be read or overwritten in place; zeros before the first step.
+        `exp_avg` and `exp_avg_sq` are sharded like the parameter; `step` [1] is complete on every
+        rank. Parts are views into live memory, to be read or overwritten in place. They are zero before
+        the first step.
         """
         ...
 
     def close(self) -> None:
-        """Give back what the library holds beside the module."""
+        """Release everything that the library holds in addition to the module."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdamWSettings:
-    """Weight decay is for matrices only. The learning rate comes with each step."""
+    """Settings of AdamW. Weight decay is for matrices only; each step gets its learning rate."""
 
     beta1: float
     beta2: float
@@ -111,7 +117,7 @@ class AdamWSettings:
 
 
 def adamw(module: nn.Module, settings: AdamWSettings, foreach: bool) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; weight decay on matrices only."""
+    """Build AdamW over the trainable parameters, with weight decay on matrices only."""
     trainable = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": settings.weight_decay},
@@ -131,7 +137,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def adamw_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """AdamW's state of a parameter, made as its first step makes it where there is none."""
+    """Return AdamW's state of a parameter. A missing one is created as by AdamW's first step."""
     state = optimizer.state[parameter]
     if not state:
         state[STEP] = torch.zeros((), dtype=torch.float32)
@@ -142,7 +148,7 @@ def adamw_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str
 def assert_float32(model: ShardedModel) -> None:
     """Raise `ConfigError` if a master weight or a moment is not float32.
 
-    In bfloat16 an update under 1/256 of a weight's size is lost altogether.
+    In bfloat16 an update smaller than 1/256 of a weight has no effect at all.
     """
     for part in model.shards():
         if part.tensor.is_floating_point() and part.tensor.dtype != torch.float32:
@@ -158,12 +164,12 @@ def clip_gradients(
 ) -> tuple[float, dict[str, float]]:
     """Scale gradients in place so that their norm over all ranks is at most `max_norm`.
 
-    Waits for all ranks (one collective).
+    If the norm is not finite the gradients do not change, and the caller must not step.
 
     Returns:
-        The norm before clipping, and the norms of the parameter groups that have gradients (their
-        squares add up to its square): the same on every rank. When the norm is not finite the
-        gradients are left as they are; the caller must not step.
+        The norm before clipping, and the norms of the parameter groups that have gradients, whose
+        squares add up to the square of the norm. Both are the same on every rank.
+    Waits for: all ranks (one collective).
     """
     by_group: dict[str, list[Tensor]] = {name: [] for name in PARAMETER_GROUPS}
     for name, gradient in gradients:
@@ -191,8 +197,9 @@ _PATTERNS = (
 
 
 def parameter_group(name: str) -> str:
-    """The parameter's group by its name; a head that is tied to the embeddings is one of those.
+    """Return the group of a parameter by its name.
 
-    An adapter belongs to the group of what it adapts.
+    A head that is tied to the embeddings belongs to the embeddings, an adapter to the group of its
+    weight.
     """
     return next((group for group, pattern in _PATTERNS if pattern.search(name)), "other")

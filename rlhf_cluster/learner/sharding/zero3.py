@@ -1,20 +1,21 @@
 """Sharding with DeepSpeed ZeRO-3, behind `sharded_model.ShardedModel`. Imports deepspeed when used.
 
-Every parameter is cut into as many equal runs of its flattened elements as there are ranks, the
-last ones padded; each rank keeps the float32 master copy of its run, in one flat tensor for each
-group of the optimizer. With bfloat16 passes there is a second, bfloat16 copy, made from the first.
+Every flattened parameter is split into equal ranges, one per rank, the last ones padded. Each rank
+keeps the float32 master copy of its ranges, in one flat tensor per optimizer group. With bfloat16
+passes there is a second copy in bfloat16, made from the first.
 
-What DeepSpeed would do by itself and this module does not let it do:
-- divide by the number of gradient accumulation steps (the engine believes in one; `backward` says
-  `scale_wrt_gas=False`), clip, set learning rates, skip steps for norms that are not finite;
-- round the weights it starts from: DeepSpeed makes float32 masters from the bfloat16 copy, so the
-  masters are set once more from the loaded weights;
-- reduce or accumulate gradients in bfloat16;
-- wait for other ranks without a deadline: its own process group gets the learner's;
-- compile an extension when it starts (the one it would use on CPU serves inference only).
+This module prevents several defaults of DeepSpeed:
+- dividing by the number of gradient accumulation steps (the engine is configured with one; `backward`
+  sets `scale_wrt_gas=False`), clipping, setting learning rates, skipping steps for norms that are not
+  finite;
+- rounding the first weights: DeepSpeed makes float32 masters from the bfloat16 copy, so the masters are
+  set again from the loaded weights;
+- reducing or accumulating gradients in bfloat16;
+- waiting for other ranks without a deadline: DeepSpeed's process group gets the learner's deadline;
+- compiling an extension at the start (the one that it would use on CPU serves inference only).
 
-After a rank died the group is rebuilt from new processes: DeepSpeed keeps counters of its own a
-process, in which old and new ranks would differ.
+After a rank died the group is rebuilt from new processes. DeepSpeed keeps counters in each process,
+which would differ between old and new ranks.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ _MAX_BUCKET_ELEMENTS = 50_000_000
 
 
 class Zero3Model:
-    """A module partitioned by a DeepSpeed engine, with its AdamW: a `sharded_model.ShardedModel`."""
+    """`sharded_model.ShardedModel` of a module that a DeepSpeed engine partitions, with AdamW."""
 
     def __init__(self, engine: Any, frozen: dict[str, Tensor] | None = None) -> None:
-        """`frozen` has this rank's flat parts of the parameters that have no master."""
+        """`frozen`: this rank's flat parts of the parameters that have no master weights."""
         self._engine = engine
         self._frozen = frozen or {}
         self._rank = dist.get_rank()
@@ -143,7 +144,7 @@ class Zero3Model:
         self._engine.destroy()
 
     def _extent(self, parameter: Any) -> tuple[int, int]:
-        """Where this rank's part begins in the flattened parameter, and its length, unpadded."""
+        """Return begin and length, without padding, of this rank's part of a flattened parameter."""
         offset = min(self._rank * parameter.ds_tensor.numel(), parameter.ds_numel)
         return offset, min(parameter.ds_tensor.numel(), parameter.ds_numel - offset)
 
@@ -178,14 +179,14 @@ def partition(
 
 
 def leave_group() -> None:
-    """Leave the process group, and what DeepSpeed derived from it, when all models are closed."""
+    """Leave the process group and DeepSpeed's derived groups. Call it when all models are closed."""
     from deepspeed import comm
 
     comm.destroy_process_group()
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """deepspeed for a rank with `device`. Raises `ConfigError` where it is not installed."""
+    """Import deepspeed for a rank with `device`. Raises `ConfigError` if it is not installed."""
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(
             "learner.backend = 'zero3' needs deepspeed, which is not installed. Install it "
@@ -224,8 +225,7 @@ def _engine_config(
 
 
 def _with_loaded_weights(engine: Any, loaded: dict[str, Tensor]) -> Zero3Model:
-    """Master and frozen weights are this rank's part of the loaded ones, which rounding never
-    touched."""
+    """Set master and frozen weights to this rank's part of the loaded weights, without rounding."""
     trained, frozen = [], {}
     for part in Zero3Model(engine).shards():
         own = loaded[part.name].view(-1)[part.offset : part.offset + part.tensor.numel()]

@@ -72,8 +72,7 @@ _STREAMS = ("start_values", "returns", "weight")
 
 
 class ValueHead(nn.Linear):
-    """Computes in float32, whatever the types of its input and of its weights in a pass. Starts at
-    0."""
+    """Linear head that computes in float32, whatever the types of input and weights. Starts at 0."""
 
     def __init__(
         self, hidden_size: int, device: torch.device, num_values: int = 1, bias: bool = True
@@ -89,7 +88,7 @@ class ValueHead(nn.Linear):
 
 
 class ValueLM(nn.Module):
-    """A decoder with a head of values; the root for sharding. Takes over the policy's decoder."""
+    """Decoder of the policy with a head of values; the root module for sharding."""
 
     def __init__(self, policy: PolicyLM, num_values: int = 1, bias: bool = True) -> None:
         super().__init__()
@@ -101,8 +100,10 @@ class ValueLM(nn.Module):
         self.value_head = ValueHead(hidden_size, device, num_values, bias)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """The value after each position, [B, S] float32, or [B, S, num_values] of several.
-        [B, S], [B, S] int64."""
+        """Compute the value after each position, [B, S] float32; [B, S, num_values] if several.
+
+        `input_ids` and `position_ids` are [B, S] int64.
+        """
         hidden = hidden_states(self.lm, input_ids, position_ids)
         values = self.value_head(hidden.reshape(-1, hidden.shape[-1]))
         several = () if self.num_values == 1 else (self.num_values,)
@@ -113,10 +114,10 @@ class ValueLM(nn.Module):
 def load_value_model(
     model_dir: str | Path, device: torch.device, compute_dtype: torch.dtype
 ) -> ValueLM:
-    """A trainable value model from a causal LM's folder, with float32 weights.
+    """Load a trainable value model from a causal LM's folder, with float32 weights.
 
     Raises:
-        ConfigError: as `policy_model.load_policy`, which proves that sequences can be packed.
+        ConfigError: like `policy_model.load_policy`, which checks that sequences can be packed.
     """
     return ValueLM(load_policy(model_dir, torch.float32, device, True, compute_dtype))
 
@@ -124,13 +125,13 @@ def load_value_model(
 def shard_value_model(
     model: ValueLM, mesh: DeviceMesh, compute_dtype: torch.dtype, gradient_checkpointing: bool
 ) -> ValueLM:
-    """Shard in place as the policy is, the head apart from the rest and in float32."""
+    """Shard a value model in place like the policy; its head is separate and in float32."""
     fully_shard(model.value_head, mesh=mesh)
     return shard(model, mesh, compute_dtype, gradient_checkpointing)
 
 
 def start_as(policy: ShardedModel, model: ShardedModel) -> None:
-    """Copy the policy's decoder into the critic's: this rank's shards, sharded alike."""
+    """Copy this rank's shards of the policy's decoder into the critic's, which is sharded alike."""
     prefix = f"lm.{cast(PolicyLM, policy.module).lm.base_model_prefix}."
     model.assign(
         replace(part, name=f"lm.{part.name.removeprefix(prefix)}")
@@ -140,7 +141,7 @@ def start_as(policy: ShardedModel, model: ShardedModel) -> None:
 
 
 class Critic:
-    """One rank's critic. Every rank makes the same calls with the same arguments."""
+    """Critic of one rank. Every rank makes the same calls with the same arguments."""
 
     def __init__(self, model: ShardedModel, updater: Updater, algorithm: CriticAlgorithm) -> None:
         self._model = model
@@ -150,7 +151,7 @@ class Critic:
     def estimate(
         self, groups: Sequence[ExperienceGroup], layout: Layout
     ) -> tuple[PerToken, PerToken, PerToken]:
-        """(advantages, values, returns) of all rollouts, the same on every rank."""
+        """Compute (advantages, values, returns) of all rollouts, the same on every rank."""
         values = score_values(self._model, groups, layout)
         advantages, returns = self._algorithm.estimate(groups, values)
         return advantages, values, returns
@@ -160,7 +161,7 @@ class Critic:
     ) -> None:
         """Accumulate this rank's share of the value loss's gradient, and its metrics in `sums`.
 
-        `sequences` are those of all ranks, with the streams that `attach` and the step gave them.
+        `sequences` are those of all ranks, with the streams that `attach` and the step added.
         """
 
         def loss(found: TrainedValues) -> tuple[Tensor, Sums]:
@@ -175,13 +176,13 @@ class Critic:
         run_value_passes(self._model, sequences, _STREAMS, layout, loss, sums)
 
     def apply(self, update: int) -> dict[str, float]:
-        """The optimizer step of number `update`; `Updater.apply` without the norms of its parts."""
+        """Run optimizer step `update` like `Updater.apply`, without the norms of parameter groups."""
         found = self.updater.apply(update, area="critic")
         return {name: value for name, value in found.items() if "_part/" not in name}
 
 
 def attach(batch: TrainingBatch, values: PerToken, returns: PerToken) -> TrainingBatch:
-    """The batch with the streams `start_values` and `returns` in its sequences."""
+    """Return the batch with the streams `start_values` and `returns` in its sequences."""
     flat = zip(
         batch.sequences,
         (v for group in values for v in group),
@@ -200,10 +201,10 @@ def attach(batch: TrainingBatch, values: PerToken, returns: PerToken) -> Trainin
 def value_metrics(
     groups: Sequence[ExperienceGroup], values: PerToken, returns: PerToken
 ) -> dict[str, float]:
-    """How well the values at the start of the step foretold the returns, over trained tokens.
+    """Compute how well the values at the start of the step predicted the returns of trained tokens.
 
-    `critic/explained_variance` is 1 - var(returns - values) / var(returns): 1 is perfect, 0 no
-    better than a constant; left out where all returns are equal.
+    `critic/explained_variance` is 1 - var(returns - values) / var(returns): 1 is perfect, 0 is not
+    better than a constant. It is omitted if all returns are equal.
     """
     masks = [s.rollout.response_mask for g in groups for s in g.scored]
     value, target = (
@@ -219,10 +220,10 @@ def value_metrics(
 def score_values(
     model: Callable[..., Tensor], groups: Sequence[ExperienceGroup], layout: Layout
 ) -> PerToken:
-    """The value before each response token, [T] float32 of every rollout, on every rank.
+    """Compute the value before each response token, [T] float32 of every rollout, on every rank.
 
-    Each rank computes its share; one collective adds the shares up, and each token's value is in
-    exactly one of them.
+    Each rank computes its share, which has the values of different tokens. One collective adds the
+    shares up.
     """
     rollouts = [s.rollout for g in groups for s in g.scored]
     sequences = [
@@ -242,14 +243,14 @@ STREAMS = ("start_values", "returns")
 
 
 def sharded_head(policy: PolicyLM, mesh: DeviceMesh) -> ValueHead:
-    """A head for this policy's hidden states, sharded over the ranks, in float32."""
+    """Build a float32 head for this policy's hidden states, sharded over the ranks."""
     head = ValueHead(policy.config.get_text_config().hidden_size, next(policy.parameters()).device)
     fully_shard(head, mesh=mesh)
     return head
 
 
 class HeadCritic(Critic):
-    """A `Critic` whose value loss is part of the policy's passes."""
+    """`Critic` whose value loss is part of the policy's passes."""
 
     def __init__(
         self,
@@ -266,7 +267,7 @@ class HeadCritic(Critic):
     def estimate(
         self, groups: Sequence[ExperienceGroup], layout: Layout
     ) -> tuple[PerToken, PerToken, PerToken]:
-        """(advantages, values, returns) of all rollouts, the same on every rank."""
+        """Compute (advantages, values, returns) of all rollouts, the same on every rank."""
 
         def values_of(input_ids: Tensor, position_ids: Tensor) -> Tensor:
             return self._model(self._policy(input_ids, position_ids)).squeeze(-1)
@@ -276,7 +277,7 @@ class HeadCritic(Critic):
         return advantages, values, returns
 
     def loss(self, tokens: TrainedTokens) -> tuple[Tensor, Sums]:
-        """This micro-batch's share of the weighted value loss, a scalar, and metric sums."""
+        """Compute this micro-batch's share of the weighted value loss, a scalar, and metric sums."""
         if tokens.hidden is None:
             raise RunError("a value head needs the hidden states of the pass; ask for them")
         inputs = ValueInputs(
@@ -292,13 +293,13 @@ class HeadCritic(Critic):
     def backward(
         self, sequences: Sequence[TokenSequence], layout: Layout, sums: MetricSums
     ) -> None:
-        """Nothing: the policy's passes did it."""
+        """Do nothing: the policy's passes have computed the gradient."""
 
 
 def new_critic(
     settings: CriticSection, policy: ShardedModel, model: ShardedModel, algorithm: CriticAlgorithm
 ) -> Critic:
-    """The critic around `model`, a head or a value model that begins as the policy is."""
+    """Build the critic of `model`, a head, or a value model that starts equal to the policy."""
     schedule = Schedule(peak=settings.learning_rate, warmup_steps=settings.warmup_steps)
     updater = Updater(model, schedule, settings.max_grad_norm)
     if settings.kind == "head":

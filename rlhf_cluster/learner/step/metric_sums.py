@@ -1,8 +1,10 @@
 """Metric sums of one step: added over micro-batches, reduced over ranks once, divided once.
 
-Promises: the result depends neither on how tokens fell into micro-batches nor on the number of
-ranks; a metric that no token contributed to is left out rather than reported as 0 or NaN. Every
-rank must have added the same names (a rank without tokens adds them with count 0).
+Promises:
+- the result depends neither on the split of tokens into micro-batches nor on the number of ranks;
+- a metric to which no token contributed is omitted, and not reported as 0 or NaN.
+
+Every rank must have added the same names. A rank without tokens adds them with count 0.
 """
 
 from __future__ import annotations
@@ -15,17 +17,17 @@ from rlhf_cluster.algorithms.algorithm import Sums
 
 
 class MetricSums:
-    """Collects (sum, count) by name; a name that ends in `_max` keeps the largest value.
+    """Sums and counts of metrics by name. A name that ends in `_max` keeps the largest value.
 
-    A sum that is a vector [K], with a count for all of it or one an entry, is K metrics: `name/0` to
-    `name/K-1`.
+    A sum that is a vector [K], with one count for all entries or one per entry, is K metrics: `name/0`
+    to `name/K-1`.
     """
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}
 
     def add(self, sums: Sums) -> None:
-        """Add one micro-batch. Stays on the device: nothing is waited for."""
+        """Add the sums of one micro-batch. They stay on the device, so nothing is waited for."""
         for name, (total, count) in sums.items():
             total, count = total.detach().double(), count.detach().double()
             count = count.expand_as(total)
@@ -39,9 +41,9 @@ class MetricSums:
             self._sums[name] = (total, count)
 
     def reduce(self) -> dict[str, float]:
-        """The metrics over all ranks' tokens, the same on every rank.
+        """Compute the metrics over the tokens of all ranks, the same on every rank.
 
-        Waits for all ranks (two collectives); the group's deadline bounds the wait.
+        Waits for: all ranks (two collectives), at most until the deadline of the process group.
         """
         if not self._sums:
             return {}

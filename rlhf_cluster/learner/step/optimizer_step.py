@@ -25,10 +25,12 @@ from rlhf_cluster.learner.sharding.sharded_model import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """Linear warm-up to `peak`, then constant, or linear or cosine decay towards `minimum`, or
-    constant with a linear decay over the last `decay_steps` (`wsd`, warm-up, stable, decay).
+    """Learning-rate schedule: linear warm-up to `peak`, then a course of kind `kind`.
 
-    Source of `wsd`: MiniCPM, arXiv 2404.06395; its decay as a line, arXiv 2405.18392.
+    The kinds are constant, linear or cosine decay towards `minimum`, and `wsd` (warm-up, stable,
+    decay): constant with a linear decay over the last `decay_steps`.
+
+    Source of `wsd`: MiniCPM, arXiv 2404.06395; its linear decay: arXiv 2405.18392.
     """
 
     peak: float
@@ -39,7 +41,7 @@ class Schedule:
     decay_steps: int = 0
 
     def lr_at(self, step: int) -> float:
-        """Learning rate of optimizer step `step`.
+        """Compute the learning rate of optimizer step `step`.
 
         warm-up:  peak (step + 1) / warmup_steps                      for step < warmup_steps
         linear:   minimum + (peak - minimum) (1 - x)
@@ -71,7 +73,7 @@ MAX_SKIPPED_IN_A_ROW = 5
 
 
 class Updater:
-    """Applies accumulated gradients to a sharded model, from a fresh optimizer on."""
+    """Optimizer steps of a sharded model, which start with a reset optimizer."""
 
     def __init__(self, model: ShardedModel, schedule: Schedule, max_grad_norm: float) -> None:
         self.model = model
@@ -83,7 +85,7 @@ class Updater:
 
     @property
     def skips(self) -> tuple[int, int]:
-        """(steps skipped so far, the last of them in a row): all of the updater's own state."""
+        """State of the updater: (steps skipped so far, consecutive ones up to the last step)."""
         return self.num_skipped, self._skipped_in_a_row
 
     @skips.setter
@@ -91,15 +93,15 @@ class Updater:
         self.num_skipped, self._skipped_in_a_row = skips
 
     def apply(self, step: int, area: str = "learner") -> dict[str, float]:
-        """Clip, step with the learning rate of `step`, clear the gradients.
+        """Clip the gradients, step with the learning rate of `step`, and clear the gradients.
 
         Returns:
             `{area}/grad_norm` before clipping and `{area}/grad_norm_part/{group}` of each parameter
-            group (left out when not finite), `{area}/learning_rate`, and `{area}/skipped_steps`,
-            all that were skipped so far.
+            group (omitted if not finite), `{area}/learning_rate`, and `{area}/skipped_steps`,
+            the number of all steps skipped so far.
 
         Raises:
-            DivergenceError: the norm was not finite for the fifth time in a row.
+            DivergenceError: the norm was not finite in `MAX_SKIPPED_IN_A_ROW` consecutive steps.
         """
         norm, parts = clip_gradients(self.model.gradients(), self._max_grad_norm)
         rate = self._schedule.lr_at(step)

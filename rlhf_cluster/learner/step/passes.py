@@ -1,12 +1,14 @@
-"""Forward and backward passes of one optimizer step, for any loss that is a sum over tokens, or over
-units of sequences that are laid out together (`packing.plan`).
+"""Forward and backward passes of one optimizer step, for any loss that is a sum.
 
-Promises: gradients end up as those of the sum of all micro-batches' losses of all ranks, whatever
-the number of ranks and micro-batches and the batching. Every rank makes the same number of passes:
-a dummy goes through the model and the loss with no token, so its gradient is zero and its
-collectives match those of the others.
+The sum is over tokens, or over units of sequences that are in the same micro-batch (`packing.plan`).
 
-Shapes: N trained tokens of one micro-batch, K values a position of a model of values.
+Promises:
+- gradients are those of the sum of the losses of all micro-batches of all ranks, whatever the number of
+  ranks, the number of micro-batches and the batching;
+- every rank makes the same number of passes. A dummy pass runs model and loss without a token, so its
+  gradient is zero, and its collectives match those of the other ranks.
+
+Shapes: N trained tokens of one micro-batch, K values per position of a value model.
 """
 
 from __future__ import annotations
@@ -45,28 +47,31 @@ from rlhf_cluster.models.divergence import (
 
 
 class Reference(Protocol):
-    """A frozen model of the policy's architecture."""
+    """Frozen model with the policy's architecture."""
 
     def outputs(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Last hidden states [B, S, H] and output projection [V, H], None where it is the policy's.
+        """Compute the last hidden states [B, S, H]; also returns the output projection [V, H].
 
-        Every rank must take part. Both are there until `release`.
+        The projection is None if it is the policy's. Every rank must take part. Both are valid until
+        `release`.
         """
         ...
 
     def release(self) -> None:
-        """Free what was gathered; call after the last backward pass that used `outputs`."""
+        """Free gathered weights; call after the last backward pass that used `outputs`."""
         ...
 
     def as_policy(self) -> AbstractContextManager[Any]:
-        """A model that answers as a `PolicyLM`, for passes without gradient. Every rank must take
-        part."""
+        """Return a context with a model like `PolicyLM`, for passes without gradient.
+
+        Every rank must take part.
+        """
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """How one rank lays its share of a batch into passes."""
+    """Settings by which one rank splits its share of a batch into passes."""
 
     rank: int
     ranks: int
@@ -91,19 +96,21 @@ def run_passes(
     unit_sizes: Sequence[int] | None = None,
     divergence: Divergence = REVERSE_KL,
 ) -> None:
-    """Accumulate this rank's share of the gradient, and its metrics in `sums`. Where gradients are
-    off, the metrics alone.
+    """Accumulate this rank's share of the gradient, and its metrics in `sums`.
+
+    If gradients are disabled, only the metrics are computed.
 
     Args:
-        sequences: of ALL ranks, the same on each but for streams; the plan picks this rank's.
+        sequences: those of ALL ranks, equal on each rank apart from streams. The plan selects this
+            rank's.
         streams: names of the sequences' streams that `loss` receives.
-        temperature: of the distribution that is scored.
-        loss: the shares of all micro-batches of all ranks add up to the loss that is descended.
+        temperature: that of the distribution that is scored.
+        loss: its shares of all micro-batches of all ranks add up to the loss that is minimised.
         entropy_gradient: whether the loss needs the entropy's gradient.
         with_hidden: whether the loss needs the policy's last hidden states.
-        reference: the policy whose KL the loss needs; its passes come on top.
-        unit_sizes: how many of the sequences make up each unit, see `packing.plan`.
-        divergence: what stands for the KL to the reference.
+        reference: policy to which the loss needs the KL; it needs additional passes.
+        unit_sizes: number of sequences in each unit, see `packing.plan`.
+        divergence: divergence that is computed as the KL to the reference.
     """
     for batch, trained, common in _micro_batches(sequences, streams, layout, unit_sizes):
         logprobs, entropy, *more = _forward(
@@ -137,7 +144,7 @@ def run_value_passes(
     sums: MetricSums,
     unit_sizes: Sequence[int] | None = None,
 ) -> None:
-    """`run_passes` for a model of values (`critic.ValueLM`)."""
+    """Accumulate gradient and metrics like `run_passes`, for a value model (`critic.ValueLM`)."""
     for batch, trained, common in _micro_batches(sequences, streams, layout, unit_sizes):
         found = TrainedValues(values=trained(values_of(model, batch, layout)), **common)
         _descend(model, *loss(found), layout, sums)
@@ -158,8 +165,11 @@ def _micro_batches(
     layout: Layout,
     unit_sizes: Sequence[int] | None,
 ) -> Iterator[tuple[MicroBatch, Callable[[Tensor], Tensor], dict[str, Any]]]:
-    """Each of this rank's micro-batches, what picks its trained positions, and the fields that are
-    the same for every model."""
+    """Yield this rank's micro-batches.
+
+    Each comes with a function that selects its trained positions, and with the fields of the loss's
+    argument that are the same for every model.
+    """
     sizes = [1] * len(sequences) if unit_sizes is None else unit_sizes
     firsts = dict(zip(np.cumsum([0, *sizes]).tolist(), sizes, strict=False))
     for planned in own_plan(sequences, layout, unit_sizes):
@@ -192,9 +202,11 @@ def score(
     reference: Reference | None = None,
     unit_sizes: Sequence[int] | None = None,
 ) -> dict[int, np.ndarray]:
-    """Log-probabilities of the targets [T] float32, of those sequences that `run_passes` with the
-    same sequences, layout and units would compute on this rank, by their index. With a reference the
-    KL to it at each target instead."""
+    """Compute log-probabilities of the targets, [T] float32, of this rank's sequences by index.
+
+    These are the sequences that `run_passes` computes on this rank for the same sequences, layout and
+    units. With a reference, the result is the KL to it at each target instead.
+    """
     found = {}
     for planned in own_plan(sequences, layout, unit_sizes):
         batch = collate(planned, sequences)
@@ -216,7 +228,7 @@ def score_values(
     layout: Layout,
     unit_sizes: Sequence[int] | None = None,
 ) -> dict[int, np.ndarray]:
-    """`score` for a model of values: [T] or [T, K] float32 of this rank's sequences."""
+    """Compute values at the targets, [T] or [T, K] float32, of this rank's sequences by index."""
     found = {}
     for planned in own_plan(sequences, layout, unit_sizes):
         batch = collate(planned, sequences)
@@ -227,7 +239,7 @@ def score_values(
 
 
 def values_of(model: Callable[..., Tensor], batch: MicroBatch, layout: Layout) -> Tensor:
-    """What a model of values says after each position, [B, S] or [B, S, K]."""
+    """Compute the values of a value model after each position, [B, S] or [B, S, K]."""
     arrays = (batch.input_ids, batch.position_ids)
     return model(*(torch.from_numpy(a).to(layout.device, non_blocking=True) for a in arrays))
 
@@ -238,10 +250,11 @@ def on_every_rank(
     layout: Layout,
     width: tuple[int, ...] = (),
 ) -> list[np.ndarray]:
-    """Values [T] float32 of all sequences, of which each is in one rank's `own` by its index; with
-    `width` (K,), [T, K].
+    """Gather values of all sequences, [T] float32, or [T, K] with `width` (K,), on every rank.
 
-    Waits for all ranks (one collective).
+    Args:
+        own: this rank's values by index of the sequence. Each sequence is in that of one rank.
+    Waits for: all ranks (one collective).
     """
     ends = np.cumsum(lengths)
     flat = np.zeros((ends[-1], *width), dtype=np.float32)
@@ -255,7 +268,7 @@ def on_every_rank(
 def own_plan(
     sequences: Sequence[TokenSequence], layout: Layout, unit_sizes: Sequence[int] | None = None
 ) -> list[MicroBatchPlan]:
-    """This rank's micro-batches, as many as every other rank's."""
+    """Return the plan of this rank's micro-batches, whose number is the same on every rank."""
     plans = plan(
         [s.num_inputs for s in sequences],
         layout.ranks,

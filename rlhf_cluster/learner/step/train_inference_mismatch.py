@@ -1,4 +1,6 @@
-"""Two reasons why a ratio is not 1, told apart by the exact log-probabilities of the scoring pool.
+"""Metrics of the two reasons why a ratio is not 1: engine mismatch and staleness.
+
+The scoring pool's exact log-probabilities separate them.
 
 With mu the engine's probability of a token at sampling, e the exact one (same weights, learner
 numerics; see `scoring.exact_logprobs`) and p the proximal policy's (the learner at the start of the
@@ -9,12 +11,12 @@ step):
 
     |log p - log mu|  <=  engine mismatch + staleness effect
 
-The first is a property of engine, types and quantisation and does not grow with staleness (but for
-KV caches that an update left in place); the second is 0 at staleness 0 when weights are published
-in the type that the learner computes in. Where an algorithm spends no pass on the proximal policy
-and a batch has several optimizer steps, p is the policy of the pass.
+The engine mismatch is a property of engine, types and quantisation. It does not grow with staleness,
+unless an update keeps KV caches. The staleness effect is 0 at staleness 0 if weights are published in
+the type in which the learner computes. If an algorithm runs no pass of the proximal policy and a batch
+has several optimizer steps, p is the policy of the pass.
 
-Mean and largest are exact; the 95th percentile comes from the histogram of
+Mean and maximum are exact. The 95th percentile is computed from the histogram of
 `algorithms.off_policy_distance`.
 """
 
@@ -35,7 +37,7 @@ EFFECTS = ("engine_mismatch", "staleness_effect")
 
 
 def effect_sums(sampled: Tensor, proximal: Tensor, exact: Tensor) -> Sums:
-    """Sums over the tokens of a micro-batch. Each argument [N] log-probabilities; N may be 0."""
+    """Compute sums over the tokens of a micro-batch. Arguments: [N] log-probabilities; N may be 0."""
     exact = exact.detach()
     return {
         **_sums("engine_mismatch", (sampled.detach() - exact).abs().double()),
@@ -44,7 +46,7 @@ def effect_sums(sampled: Tensor, proximal: Tensor, exact: Tensor) -> Sums:
 
 
 def derive_effects(means: Mapping[str, float]) -> dict[str, float]:
-    """The metrics that are no mean of tokens, from the reduced sums."""
+    """Compute the metrics that are not means over tokens from the reduced sums."""
     return {
         f"importance/{name}_p95": quantile(
             [means[f"_{name}_bin/{i}"] for i in range(NUM_BINS)], 0.95

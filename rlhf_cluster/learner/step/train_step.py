@@ -1,4 +1,4 @@
-"""One training step of any RL algorithm: a batch, its minibatches and optimizer steps.
+"""Training step of any RL algorithm: a batch, its minibatches and optimizer steps.
 
     staleness gate -> [values, KL] -> advantages -> sequences -> [proximal log-probabilities]
         -> for each epoch and minibatch: passes -> clip -> optimizer step [critic likewise]
@@ -9,21 +9,21 @@ communication is that of the sharded models, one reduction of metric sums, the g
 sum of the tokens that are recorded for the samples, and one of values (with a critic) or of KLs
 (in the reward).
 
-Minibatches are cut from units, which are rollouts, or whole groups for an algorithm that compares
+Minibatches consist of units, which are rollouts, or complete groups for an algorithm that compares
 the rollouts of a group.
 
 Promises:
-- a batch that breaks the staleness bound raises before a weight is touched;
+- a batch that exceeds the staleness bound raises before a weight changes;
 - the weight of a token in the loss is computed from all rollouts of its optimizer step
   (`algorithms.policy_losses`), including rollouts that are skipped because their loss is zero,
   times the weight of its group;
 - metrics of tokens are over the tokens that were computed;
-- with one optimizer step per batch the current policy is the proximal one, and no pass is spent on
-  it. With more, its log-probabilities are computed before the first of them;
-- minibatches depend on the seed, the batch's number and its size alone, so every rank cuts alike
-  and the number of ranks changes nothing. In each epoch every unit is in exactly one of them, and
-  their sizes differ by at most one. Members stay the same over epochs and only the order changes,
-  so each rank sees the same sequences again and can reuse what it computed for them.
+- with one optimizer step per batch the current policy is the proximal one, and needs no separate pass.
+  With more, its log-probabilities are computed before the first of them;
+- minibatches depend on the seed, the batch's number and its size only, so every rank has the same
+  ones, whatever the number of ranks. In each epoch every unit is in exactly one minibatch, and their
+  sizes differ by at most one unit. Members stay the same over epochs, and only the order changes. So
+  each rank sees the same sequences again, and can reuse their computed values.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ from rlhf_cluster.records import ExperienceGroup
 
 
 def minibatches(num_units: int, count: int, seed: int, number: int) -> list[list[int]]:
-    """Cut units 0 .. num_units - 1 into `count` random parts, each in rising order."""
+    """Split units 0 .. num_units - 1 into `count` random minibatches, each in rising order."""
     if count == 1:
         return [list(range(num_units))]
     shuffled = np.random.default_rng((seed, number)).permutation(num_units)
@@ -88,7 +88,7 @@ def minibatches(num_units: int, count: int, seed: int, number: int) -> list[list
 
 
 def order_of_parts(count: int, epochs: int, seed: int, number: int) -> list[int]:
-    """The parts in the order they are trained in, every one once an epoch: [count * epochs]."""
+    """Return the minibatches in training order, each once per epoch: [count * epochs]."""
     if count == 1:
         return [0] * epochs
     random = np.random.default_rng((seed, number, 1))
@@ -100,7 +100,7 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepSettings:
-    """What a step needs to know of the run."""
+    """Settings of the run that a step needs."""
 
     max_staleness: int
     max_response_tokens: int
@@ -120,7 +120,7 @@ class StepSettings:
 
     @property
     def num_updates(self) -> int:
-        """Optimizer steps of one batch."""
+        """Number of optimizer steps of one batch."""
         return self.epochs * self.minibatches
 
 
@@ -140,22 +140,23 @@ def train_step(
 ) -> dict[str, float]:
     """Train on `groups`; the learner's version before the step is `version`.
 
-    `report_skipped` is told the number and the rollouts' ids of each step that was skipped. `kept`
-    sees every pass, and has `found` in the end.
-
+    Args:
+        report_skipped: called with the number and the rollout ids of each skipped optimizer step.
+        kept: records every pass; its `found` is set at the end.
     Returns:
-        Metrics, the same on every rank but for the phases' seconds (`learner/prepare_s`,
-        `learner/forward_backward_s`, `learner/optimizer_s`).
-
+        Metrics. They are the same on every rank, apart from the seconds of the phases
+        (`learner/prepare_s`, `learner/forward_backward_s`, `learner/optimizer_s`).
     Raises:
-        StalenessError: a trained token breaks the bound. No weight was touched.
-        RecordError: experience that cannot be trained on.
-        DivergenceError: gradients were not finite for several optimizer steps in a row.
+        StalenessError: a trained token exceeds the bound. No weight has changed.
+        RecordError: the groups cannot be trained on.
+        DivergenceError: gradients were not finite in several consecutive optimizer steps.
     """
     started = clock()
     metrics = check_staleness(groups, version, settings.max_staleness)
-    groups = _rated(policy, algorithm, reference, algorithm.trained_groups(groups), layout)
-    batch, estimated = _batch(algorithm, critic, groups, version, layout)
+    groups = _add_reference_kl(
+        policy, algorithm, reference, algorithm.trained_groups(groups), layout
+    )
+    batch, estimated = _build_batch(algorithm, critic, groups, version, layout)
     metrics |= estimated
     parts = _parts(policy, algorithm, batch, version, settings, layout)
     prepared = clock()
@@ -174,7 +175,7 @@ def train_step(
         optimizer_s += clock() - computed
         if updater.num_skipped > skipped_before:
             report_skipped(update, [batch.rollout_ids[i] for i in parts[index].members])
-    metrics |= _reduced(algorithm, sums, batch, settings)
+    metrics |= _reduce_metrics(algorithm, sums, batch, settings)
     metrics |= {name: float(np.mean(values)) for name, values in norms.items()}
     metrics |= {
         "learner/prepare_s": prepared - started,
@@ -186,27 +187,30 @@ def train_step(
     return metrics
 
 
-def _rated(
+def _add_reference_kl(
     policy: ShardedModel,
     algorithm: Algorithm,
     reference: Reference | None,
     groups: Sequence[ExperienceGroup],
     layout: Layout,
 ) -> Sequence[ExperienceGroup]:
-    """The groups with their KL to the reference, where it is in the reward."""
+    """Return the groups with their KL to the reference, if it is part of the reward."""
     if reference is None or algorithm.full_kl_in != "reward":
         return groups
     return with_reference_kl(policy, reference, groups, layout)
 
 
-def _batch(
+def _build_batch(
     algorithm: Algorithm,
     critic: Critic | None,
     groups: Sequence[ExperienceGroup],
     version: int,
     layout: Layout,
 ) -> tuple[TrainingBatch, dict[str, float]]:
-    """What the step computes with, and how well the critic foretold it."""
+    """Build the training batch from the groups.
+
+    With a critic, its value estimates are used for the advantages, and its value metrics are returned.
+    """
     drop = algorithm.zero_advantage_is_zero_loss
     if critic is None:
         return training_batch(groups, algorithm.advantages(groups), version, drop), {}
@@ -217,12 +221,12 @@ def _batch(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
-    """The rollouts of one optimizer step, and the sequences computed for it."""
+    """Minibatch: the rollouts of one optimizer step, and the sequences that are computed for it."""
 
     members: list[int]
     sequences: list[TokenSequence]
-    computed: list[int]  # [sequences] which rollout each is of
-    unit_sizes: list[int]  # of the sequences
+    computed: list[int]  # [sequences] rollout of each sequence
+    unit_sizes: list[int]  # number of sequences in each unit
 
 
 def _parts(
@@ -233,7 +237,7 @@ def _parts(
     settings: StepSettings,
     layout: Layout,
 ) -> list[_Part]:
-    """Cut the batch, weigh its tokens, and score it with the proximal policy if it is to be used."""
+    """Split the batch into minibatches with token weights, and proximal log-probabilities if used."""
     parts, units = [], _units(batch, algorithm.keeps_groups)
     for picked in minibatches(len(units), settings.minibatches, settings.seed, version):
         members = [i for number in picked for i in units[number]]
@@ -263,7 +267,7 @@ def _parts(
 
 
 def _units(batch: TrainingBatch, whole_groups: bool) -> list[range]:
-    """The rollouts that are trained together: those of each group, or each alone."""
+    """Return the units of the batch: the rollouts of each group, or each rollout alone."""
     sizes = batch.group_sizes if whole_groups else [1] * len(batch.sequences)
     ends = np.cumsum(sizes).tolist()
     return [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
@@ -334,12 +338,12 @@ def _backward(
     )
 
 
-def _reduced(
+def _reduce_metrics(
     algorithm: Algorithm, sums: MetricSums, batch: TrainingBatch, settings: StepSettings
 ) -> dict[str, float]:
     reduced = sums.reduce()
     means = dict(algorithm.derive(reduced)) | derive_effects(reduced)
-    # the mean over tokens of their shares of the loss becomes the mean loss of an optimizer step
+    # convert the mean over tokens of their loss shares to the mean loss of an optimizer step
     computed = sum(
         n for n, s in zip(batch.num_tokens, batch.sequences, strict=True) if s is not None
     )

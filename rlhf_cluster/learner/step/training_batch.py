@@ -1,9 +1,11 @@
-"""Experience groups -> sequences to train on (numpy), and the staleness gate of the learner.
+"""Conversion of experience groups to training sequences (numpy), and the learner's staleness gate.
 
-Promises: the gate looks at every trained token at the moment of training and raises; nothing stale
-is dropped or trained without a word. `num_tokens` counts exactly the trained tokens of each
-rollout, also of those that are left out of the computation because their loss is zero: leaving
-them out saves their passes and changes neither the gradient nor its scale.
+Promises:
+- the gate checks every trained token at the moment of training, and raises. No stale token is silently
+  dropped or trained;
+- `num_tokens` counts exactly the trained tokens of each rollout, including rollouts that are skipped
+  because their loss is zero. Skipping saves their passes, and changes neither the gradient nor its
+  scale.
 """
 
 from __future__ import annotations
@@ -18,18 +20,18 @@ from rlhf_cluster.errors import RecordError, StalenessError
 from rlhf_cluster.records import ExperienceGroup, Rollout, ScoredRollout
 
 SCORES = ("ref_logprobs", "exact_logprobs", "teacher_logprobs", "reference_kl")
-"""What the scoring pool, or the learner at the start of the step, may have added."""
+"""Fields that the scoring pool, or the learner at the start of the step, may have added."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingBatch:
-    """What one step computes with. R rollouts, some of them left out of the passes."""
+    """Data of one step: R rollouts, some of which are skipped by the passes."""
 
-    sequences: list[TokenSequence | None]  # [R], None where a rollout is left out
+    sequences: list[TokenSequence | None]  # [R], None for a skipped rollout
     num_tokens: list[int]  # [R], trained tokens
     rollout_ids: list[str]  # [R]
     group_sizes: list[int]  # rollouts of each group; they add up to R
-    weights: list[float]  # [R], what the losses of its tokens are multiplied by
+    weights: list[float]  # [R], factors of the losses of their tokens
     streams: tuple[str, ...]
     temperature: float
 
@@ -41,13 +43,13 @@ class TrainingBatch:
 def check_staleness(
     groups: Sequence[ExperienceGroup], version: int, max_staleness: int
 ) -> dict[str, float]:
-    """Staleness of the trained tokens: learner `version` minus the version that sampled each.
+    """Check the staleness of trained tokens: learner `version` minus the version that sampled each.
 
     Returns:
         `staleness/mean` (over tokens) and `staleness/max`.
 
     Raises:
-        StalenessError: a trained token is staler than `max_staleness`, or newer than the learner.
+        StalenessError: a trained token exceeds `max_staleness`, or is newer than the learner.
     """
     found = []
     for group in groups:
@@ -80,13 +82,13 @@ def training_batch(
     """Turn groups and their advantages into sequences with the streams that losses need.
 
     Streams: `sampled_logprobs`, `advantages`, `staleness` (against the learner's `version`), and
-    those of `SCORES` that every rollout has. Rollouts without a trained token are left out always;
-    those whose advantages are all zero only with `drop_zero_advantages`, which is right when the
-    advantage multiplies the whole loss.
+    those of `SCORES` that every rollout has. Rollouts without a trained token are always skipped.
+    Rollouts whose advantages are all zero are skipped only with `drop_zero_advantages`, which is
+    correct if the advantage is a factor of the complete loss.
 
     Raises:
-        RecordError: no trained token at all, advantages that do not fit, mixed temperatures, or
-            one of `SCORES` for some rollouts only.
+        RecordError: there is no trained token, advantages do not match the tokens, temperatures
+            differ, or only some rollouts have one of `SCORES`.
     """
     scored = [s for group in groups for s in group.scored]
     flat_advantages = [a for group in advantages for a in group]
@@ -145,11 +147,14 @@ def _has(scored: Sequence[ScoredRollout], name: str) -> bool:
 
 
 def temperature_of(rollouts: Sequence[Rollout]) -> float:
-    """The one that all were sampled at. Raises `RecordError` where there is no single one, over 0."""
+    """Return the temperature of all rollouts.
+
+    Raises: `RecordError` if they have different ones, or it is not greater than 0.
+    """
     found = sorted({r.temperature for r in rollouts})
     if len(found) != 1 or found[0] <= 0:
         raise RecordError(
-            f"temperatures {found} in one batch; training needs a single one, over 0 (greedy "
+            f"temperatures {found} in one batch; training needs a single one, greater than 0 (greedy "
             "answers are for evaluation)"
         )
     return found[0]

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: mean negative log-likelihood of target tokens, prompts not trained."""
+"""Step of supervised fine-tuning: mean negative log-likelihood of target tokens, not of prompts."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def sft_step(
     step: int,
     layout: Layout,
 ) -> dict[str, float]:
-    """One optimizer step on all examples (the same on every rank).
+    """Run one optimizer step on all examples (the same on every rank).
 
     Returns:
-        `sft/loss` in nats a target token, `sft/entropy`, `sft/tokens`, `sft/grad_norm`,
+        `sft/loss` in nats per target token, `sft/entropy`, `sft/tokens`, `sft/grad_norm`,
         `sft/learning_rate`, `sft/skipped_steps`.
     """
     sequences = [TokenSequence(prompt_ids=e.prompt_ids, target_ids=e.target_ids) for e in examples]
