@@ -218,8 +218,8 @@ class BackgroundWriter:
 
     `put` waits up to `grace_s` for its own write, but not at all if an earlier write is still running.
     At most `MAX_QUEUED_WRITES` writes wait, each at most `patience.limit_s`. The error of a failed
-    write is raised by the `put` or `flush` that waits for it, or by the next one, and the writes queued behind
-    it are dropped.
+    write is raised by the `put` or `flush` that waits for it, or by the next one, and the writes queued
+    behind it are dropped.
     """
 
     what: str
