@@ -209,7 +209,7 @@ def _check_bounds(
 
 
 def _rows(share: Sequence[int], lengths: Sequence[int], capacity: int) -> list[Row]:
-    """Put the sequences of `apply_umask` (longest first) into rows by first-fit decreasing.
+    """Put the sequences of `share` (longest first) into rows by first-fit decreasing.
 
     Returns the rows, longest first. A sequence longer than `capacity` gets its own row, so with
     capacity 0 every sequence does.

@@ -114,7 +114,7 @@ def flatten_units(units: Sequence[Unit]) -> tuple[list[TokenSequence], list[int]
 
 
 def is_held_out(key: str, share: float) -> bool:
-    """Whether a unit with this key is in a held-out part of about `apply_umask` of all keys."""
+    """Whether a unit with this key is in a held-out part of about `share` of all keys."""
     return xxh3_64_intdigest(key.encode()) < share * 2**64
 
 

@@ -139,7 +139,7 @@ def _of_all(section: EnsembleSection, folder: Path) -> list[Scored] | None:
 
 
 def _poisson(share: float) -> int:
-    """Return the n whose cumulated probability passes `apply_umask`, for a Poisson distribution of mean
+    """Return the n whose cumulated probability passes `share`, for a Poisson distribution of mean
     1."""
     count, below, own = 0, math.exp(-1), math.exp(-1)
     while share >= below and count < 32:

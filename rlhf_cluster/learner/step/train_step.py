@@ -153,9 +153,8 @@ def train_step(
     """
     started = clock()
     metrics = check_staleness(groups, version, settings.max_staleness)
-    groups = _add_reference_kl(
-        policy, algorithm, reference, algorithm.trained_groups(groups), layout
-    )
+    groups = algorithm.trained_groups(groups)
+    groups = _add_reference_kl(policy, algorithm, reference, groups, layout)
     batch, estimated = _build_batch(algorithm, critic, groups, version, layout)
     metrics |= estimated
     parts = _parts(policy, algorithm, batch, version, settings, layout)
