@@ -79,7 +79,7 @@ def publish(
 
 
 def stepped(tensors: Tensors, seed: int, share: float = 0.02) -> dict[str, torch.Tensor]:
-    """Copies in which about `apply_umask` of the elements moved a little."""
+    """Copies in which about `share` of the elements moved a little."""
     generator = torch.Generator().manual_seed(seed)
     moved = {}
     for name, tensor in tensors.items():
