@@ -49,8 +49,8 @@ from rlhf_cluster.records import (
     RolloutGroup,
     Sampling,
     StepReport,
-    Taken,
     Ticket,
+    TrainingGroup,
     WeightVersion,
 )
 from rlhf_cluster.scoring.scorer import Scorer
@@ -172,7 +172,7 @@ class Buffer(BufferService):
             pass
         return [] if isinstance(answer, Answer) else answer
 
-    async def take(self, num_groups: int, learner_version: int) -> Sequence[Taken]:
+    async def take(self, num_groups: int, learner_version: int) -> Sequence[TrainingGroup]:
         while (answer := await super().take(num_groups, learner_version)) is Answer.WAIT:
             pass
         return [] if isinstance(answer, Answer) else answer
@@ -187,7 +187,7 @@ class Learner:
         self._names = rank.tensor_shapes()  # not during a step, which gathers parameters
         self._writer = store.begin_attempt(root)  # from here on no other learner publishes there
 
-    async def train_step(self, groups: Sequence[Taken]) -> StepReport:
+    async def train_step(self, groups: Sequence[TrainingGroup]) -> StepReport:
         async with asyncio.timeout(DEADLINE_S):
             return await aside(self._rank.train_step, [group.handle for group in groups])
 
@@ -214,7 +214,7 @@ class Printer:
     def __init__(self) -> None:
         self.steps: list[tuple[float, float]] = []  # mean reward, largest staleness
 
-    def step(self, report: StepReport, taken: Sequence[Taken], times: StepTimes) -> None:
+    def step(self, report: StepReport, taken: Sequence[TrainingGroup], times: StepTimes) -> None:
         reward = float(np.mean([reward for group in taken for reward in group.summary.rewards]))
         staleness = report.metrics["staleness/max"]
         self.steps.append((reward, staleness))

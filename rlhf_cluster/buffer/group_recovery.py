@@ -346,6 +346,9 @@ def made_by(config: RunConfig) -> str:
     }
     for name in ("generation", "scoring"):
         tree[name] = {k: v for k, v in tree[name].items() if k not in HARMLESS}
+    if config.generation.lora == "merged":
+        # Groups on disk may be older than this setting, and were sampled from merged weights.
+        del tree["generation"]["lora"]
     tree["precision"] = [
         [own.dtype, own.quantization]
         for model in (REFERENCE, TEACHER)

@@ -101,15 +101,20 @@ class WeightSync:
             return
         self._raise_failure()
         snapshot = await self._snapshot()
-        self._running = asyncio.create_task(self._publish_until_current(snapshot))
+        self._start(snapshot)
 
     async def publish_last(self, version: int, timeout_s: float) -> None:
         """Make `version`, the learner's current one, live unless it is live. For the end of a run."""
         await self.drain(timeout_s)
         if self.stats.live < version:
             self._due = version
-            self._running = asyncio.create_task(self._publish_until_current(await self._snapshot()))
+            self._start(await self._snapshot())
             await self.drain(timeout_s)
+
+    def _start(self, snapshot: int) -> None:
+        self._running = asyncio.create_task(self._publish_until_current(snapshot))
+        # A run that ends for another reason never asks how this ended, and nothing is to be logged.
+        self._running.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     async def drain(self, timeout_s: float) -> None:
         """Wait until the newest due version is live. Raises `StalledError` after `timeout_s`.

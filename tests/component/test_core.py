@@ -147,7 +147,7 @@ def test_every_call_of_a_rank_tells_what_may_pass_from_what_comes_again(tmp_path
         lambda: rank.train_step([]),
         rank.snapshot,
         lambda: rank.write_snapshot(None, WRITER, 60.0),
-        lambda: rank.commit(3, [], False, WRITER, 60.0),
+        lambda: rank.commit(3, [], WRITER, 60.0),
         rank.copy_state,
         lambda: rank.write_state("", 60.0),
         lambda: rank.load_state("", None),  # type: ignore[arg-type]
