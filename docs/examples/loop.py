@@ -54,7 +54,7 @@ from rlhf_cluster.records import (
     WeightVersion,
 )
 from rlhf_cluster.scoring.scorer import Scorer
-from rlhf_cluster.util.slow_disk import aside
+from rlhf_cluster.util.slow_disk import run_in_thread
 from rlhf_cluster.weights import read_version, store
 from rlhf_cluster.weights.sync import WeightSync
 from rlhf_cluster.weights.transports.shared_files import FileSink
@@ -92,11 +92,11 @@ class Generation:
 
     async def generate(self, ticket: Ticket, prompt: Prompt, sampling: Sampling) -> RolloutGroup:
         async with asyncio.timeout(DEADLINE_S), self._one_group:
-            return await aside(self._sample, ticket, prompt, sampling)
+            return await run_in_thread(self._sample, ticket, prompt, sampling)
 
     async def pull(self, version: WeightVersion) -> None:
         async with asyncio.timeout(DEADLINE_S):
-            await aside(self._load, version)
+            await run_in_thread(self._load, version)
 
     def _load(self, version: WeightVersion) -> None:
         # Every tensor's hash is verified before the first one is used.
@@ -160,7 +160,7 @@ class Scoring:
 
     async def score(self, group: RolloutGroup) -> tuple[ExperienceGroup, GroupSummary]:
         async with asyncio.timeout(DEADLINE_S):
-            scored = await aside(self._scorer.score, group)
+            scored = await run_in_thread(self._scorer.score, group)
         return scored, scored.summary()
 
 
@@ -189,15 +189,15 @@ class Learner:
 
     async def train_step(self, groups: Sequence[TrainingGroup]) -> StepReport:
         async with asyncio.timeout(DEADLINE_S):
-            return await aside(self._rank.train_step, [group.handle for group in groups])
+            return await run_in_thread(self._rank.train_step, [group.handle for group in groups])
 
     async def snapshot(self) -> int:
         async with asyncio.timeout(DEADLINE_S):
-            return await aside(self._rank.snapshot)
+            return await run_in_thread(self._rank.snapshot)
 
     async def publish(self) -> WeightVersion:
         async with asyncio.timeout(DEADLINE_S):
-            return await aside(self._publish)
+            return await run_in_thread(self._publish)
 
     def _publish(self) -> WeightVersion:
         sink = FileSink(str(self._root), attempt=self._writer.attempt)
