@@ -188,10 +188,16 @@ class ExperienceStore:
                 raise StoreError(f"{path}: cannot be deleted ({error})") from error
 
     def adopt(self, number: int, attempt: int) -> None:
-        """Make the file of `attempt` one of the attempt that is read. Raises `StoreError`."""
+        """Make the file of `attempt` one of the attempt that is read. Raises `StoreError`.
+
+        A file that is gone is no error: the attempt before may still be deleting what it no longer
+        needs, and a shared storage may answer a rename that it has done with "no such file".
+        """
         path = self.path(number, attempt)
         try:
             path.replace(self.path(number))
+        except FileNotFoundError:
+            return
         except OSError as error:
             raise StoreError(f"{path}: cannot be renamed ({error})") from error
 

@@ -195,6 +195,20 @@ def test_a_rewind_that_dies_anywhere_loses_nothing_that_the_next_one_keeps(tmp_p
     assert [number for number, _ in found.files()] == [0, 1, 2]
 
 
+def test_a_rewind_goes_on_when_a_late_call_of_the_attempt_before_deletes_a_file(tmp_path):
+    store = ExperienceStore(tmp_path / "experience")
+    recovery(tmp_path, step=2).rewind()
+    for number in range(3):
+        write(store, number, version=number)
+    again = recovery(tmp_path, step=2, store=store)
+    files = again.files_to_settle()
+    store.remove([1], attempt=0)
+    again.settle(files)
+    again.commit_rewind()
+    assert ExperienceStore(store.root).files() == [(0, 1), (2, 1)]
+    assert again.recover(Ticket(number=1, version=0), make_prompt(1)) is None
+
+
 def test_steps_after_the_checkpoint_are_forgotten(tmp_path):
     store = ExperienceStore(tmp_path / "experience")
     for number in range(4):
