@@ -86,9 +86,13 @@ def check(
     asked: Asked,
     orphans: Mapping[int, str] | None = None,
     mirror: Path | None = None,
+    copies: Path | None = None,
 ) -> Report:
-    """`orphans` are the processes of the run that are still alive (`processes.py`), by id; `mirror` is
-    the folder in which the run's copies of its versions were."""
+    """Read what a run left behind.
+
+    `orphans` are its processes that are still alive (`processes.py`), by id; `mirror` is the folder
+    of the relay's copies of its versions, `copies` that of the second copies of its checkpoints.
+    """
     report = Report()
     groups = _samples(run, asked, report)
     _outcome(run, asked, report)
@@ -100,6 +104,8 @@ def check(
     _weights(run, asked, report)
     if mirror is not None:
         _mirror(mirror, report)
+    if copies is not None:
+        _copies(copies / run.name, asked, report)
     for pid, command in sorted((orphans or {}).items()):
         report.orphans += 1
         report.found("orphan", f"process {pid} ({command}) outlived the run")
@@ -369,6 +375,20 @@ def _mirror(mirror: Path, report: Report) -> None:
         return
     for path in sorted(mirror.iterdir()):
         report.found("leftover", f"{path.name} of the mirror outlived the run")
+
+
+def _copies(copies: Path, asked: Asked, report: Report) -> None:
+    """Every second copy that says that it is complete is, the last step's among them."""
+    last = f"step-{asked.steps:06d}"
+    for path in sorted(copies.glob("step-*")):
+        if (path / "set_aside.json").is_file():
+            continue  # of a timeline that the run left
+        marker = _guarded(report, path, lambda p=path: read_json(p / "copied.json")["files"])
+        for name, entry in (marker or {}).items():
+            if not (path / name).is_file() or (path / name).stat().st_size != entry["bytes"]:
+                report.found("copy", f"{path.name}/{name} is not as copied.json says")
+    if not (copies / last / "copied.json").is_file():
+        report.found("copy", f"there is none of the last step, {asked.steps}")
 
 
 def _discards(run: Path) -> dict[str, str]:

@@ -10,6 +10,9 @@ among the kills:
 
     python -m tests.chaos.run --engine vllm --parallel 2 --ranks 2 --out chaos_vllm.json
 
+Runs have adapters, a moving reference and second copies of their checkpoints besides; `--features`
+names those that are wanted.
+
 A run with a violation keeps its directory and tells where it lies. The exit status is 0 when no run has
 one. With `--go-on` the runs of the result at `--out` stay, and only other seeds are run; `--part 2/8`
 runs every 8th seed from the 2nd on and adds to the result: a long result can be made in several parts,
@@ -24,7 +27,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import sys
 import tempfile
 import time
@@ -50,7 +52,7 @@ from tests.chaos.monkey import (
 )
 from tests.chaos.nodes import Nodes
 from tests.chaos.processes import Process
-from tests.chaos.subject import ENGINES, GENERATE_DELAY_S, Stuck, Subject
+from tests.chaos.subject import ENGINES, FEATURES, GENERATE_DELAY_S, Stuck, Subject
 
 STEPS_A_KILL = 24
 LAST_STEPS = 4
@@ -80,7 +82,11 @@ def chaotic_run(
     finally:
         subject.end()
     report = check(
-        subject.path, subject.asked, monkey.stragglers | subject.remains(), subject.mirror
+        subject.path,
+        subject.asked,
+        monkey.stragglers | subject.remains(),
+        subject.mirror,
+        subject.copies,
     )
     if stuck:
         report.found("stuck", stuck)
@@ -135,6 +141,7 @@ def one(seed: int, arguments: argparse.Namespace, address: str, nodes: Nodes) ->
         engine=arguments.engine,
         ranks=arguments.ranks,
         parallel=arguments.parallel,
+        features=tuple(arguments.features),
         name=f"chaos-{seed}-{os.getpid()}",
     )
     start = time.monotonic()
@@ -153,8 +160,7 @@ def one(seed: int, arguments: argparse.Namespace, address: str, nodes: Nodes) ->
         for violation in report.violations:
             print(f"  {violation}", flush=True)
     else:
-        shutil.rmtree(folder)
-        shutil.rmtree(subject.mirror)
+        subject.remove()
     found = asdict(report)
     return {
         "seed": seed,
@@ -167,7 +173,7 @@ def one(seed: int, arguments: argparse.Namespace, address: str, nodes: Nodes) ->
     }
 
 
-OPTIONS = ("kills", "engine", "ranks", "parallel", "nodes", "roles", "moments")
+OPTIONS = ("kills", "engine", "ranks", "parallel", "nodes", "roles", "moments", "features")
 
 
 def earlier(arguments: argparse.Namespace) -> tuple[list[str], list[dict[str, Any]]]:
@@ -246,6 +252,7 @@ def parse(command: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--nodes", type=int, default=2, help="beside the head; with 0 none is lost")
     parser.add_argument("--roles", nargs="+", choices=ROLES, default=list(ROLES))
     parser.add_argument("--moments", nargs="+", choices=MOMENTS, default=list(MOMENTS))
+    parser.add_argument("--features", nargs="*", choices=sorted(FEATURES), default=list(FEATURES))
     parser.add_argument("--out", type=Path, help="where the result goes, as JSON")
     parser.add_argument("--keep", type=Path, help="folder of the runs' directories")
     parser.add_argument("--minutes", type=float, help="begin no further run after this long")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -28,6 +29,18 @@ ENGINES = {
     "scripted": "tests.support.engines.scripted_engine:make_engine",
     "vllm": "actors.vllm.vllm_engine:make_engine",
 }
+FEATURES: dict[str, dict[str, dict[str, Any]]] = {
+    "lora": {"learner": {"lora": {"rank": 4, "alpha": 8.0}}},
+    "moving reference": {
+        "algorithm": {"kl_coef": 0.01},
+        "scoring": {
+            "reference": True,
+            "reference_update": {"type": "ema", "every": 2, "decay": 0.9},
+        },
+    },
+    "copies": {},  # checkpoint.copy_to, a folder beside the run's
+}
+"""Parts of the product that a run has besides, as keys by section."""
 GENERATE_DELAY_S = 0.5
 POLL_S = 0.02
 GONE_WITHIN_S = 60.0
@@ -51,6 +64,7 @@ class Subject:
     group_size: int = 4
     max_staleness: int = 1
     name: str = "chaos"
+    features: tuple[str, ...] = ()  # of FEATURES
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)  # of single keys, by section
     ends: list[str] = field(default_factory=list)
     seen: set[Process] = field(default_factory=set)
@@ -64,6 +78,12 @@ class Subject:
     def mirror(self) -> Path:
         """Where the machine's copies of the versions are while the run goes."""
         return self.folder.with_name(f"{self.folder.name}-mirror")
+
+    @property
+    def copies(self) -> Path | None:
+        """Folder of the second copies of the run's checkpoints; None without the feature."""
+        outside = self.folder.with_name(f"{self.folder.name}-copies")
+        return outside if "copies" in self.features else None
 
     @property
     def output(self) -> Path:
@@ -125,8 +145,18 @@ class Subject:
             "observe": {"live": False, "samples_per_step": 100_000},
             "weights": {"mirror": str(self.mirror)},
         }
-        names = {*sections, *self.changes}
-        return tiny_tree(**{n: {**sections.get(n, {}), **self.changes.get(n, {})} for n in names})
+        for more in (*(FEATURES[name] for name in self.features), self.changes):
+            for name, keys in more.items():
+                sections[name] = {**sections.get(name, {}), **keys}
+        if self.copies is not None:
+            sections["checkpoint"]["copy_to"] = self.copies.as_uri()
+        return tiny_tree(**sections)
+
+    def remove(self) -> None:
+        """Delete all that the run left."""
+        for folder in (self.folder, self.mirror, self.copies):
+            if folder is not None:
+                shutil.rmtree(folder)
 
     def slow(self, generate_delay_s: float) -> None:
         """From now on a group takes as long. Waits for: the model's folder."""

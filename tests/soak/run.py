@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -27,7 +26,7 @@ from benchmarks.listing import code_of
 from tests.chaos.checker import check
 from tests.chaos.processes import descendants, of_pid
 from tests.chaos.run import local_cluster
-from tests.chaos.subject import Subject
+from tests.chaos.subject import FEATURES, Subject
 from tests.soak.sampling import of_disk, of_processes, totals
 from tests.soak.trends import Sample, tail, trends, violations
 
@@ -159,6 +158,7 @@ def main(command: Sequence[str]) -> int:
             address=address,
             steps=arguments.steps,
             name=f"soak-{os.getpid()}",
+            features=tuple(FEATURES),
             changes={"checkpoint": {"every": 10}},
         )
         try:
@@ -166,7 +166,9 @@ def main(command: Sequence[str]) -> int:
             samples = sampled(subject, arguments.every, object_store(address))
         finally:
             subject.end()
-        report = check(subject.path, subject.asked, subject.remains(), subject.mirror)
+        report = check(
+            subject.path, subject.asked, subject.remains(), subject.mirror, subject.copies
+        )
     wrong = [str(violation) for violation in report.violations]
     wrong += violations(samples, arguments.steps, BOUNDS, LASTING)
     result = {
@@ -187,8 +189,7 @@ def main(command: Sequence[str]) -> int:
         (folder / "samples.json").write_text(json.dumps([asdict(s) for s in samples]))
         print(f"it lies in {folder}", flush=True)
     else:
-        shutil.rmtree(folder)
-        shutil.rmtree(subject.mirror)
+        subject.remove()
     return 1 if wrong else 0
 
 

@@ -344,3 +344,19 @@ def test_an_orphan_is_named(run: Path) -> None:
     assert str(report.violations[0]) == (
         "orphan: process 4711 (ray::GenerationActor) outlived the run"
     )
+
+
+def test_second_copies_are_whole_and_the_last_step_has_one(run: Path, tmp_path: Path) -> None:
+    copies = tmp_path / "second"
+    copy = copies / run.name / "step-000004"
+    assert kinds(check(run, ASKED, copies=copies)) == {"copy"}
+    copy.mkdir(parents=True)
+    (copy / "run.json").write_text("{}")
+    marker = {"files": {"run.json": {"bytes": 2}}}
+    (copy / "copied.json").write_text(json.dumps(marker))
+    left = copies / run.name / "step-000003"
+    left.mkdir()
+    (left / "set_aside.json").write_text("{}")
+    assert check(run, ASKED, copies=copies).violations == []
+    (copy / "run.json").write_text("{")
+    assert kinds(check(run, ASKED, copies=copies)) == {"copy"}

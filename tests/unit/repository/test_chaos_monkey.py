@@ -228,7 +228,7 @@ def test_a_run_that_violates_names_the_options_that_plan_its_kills() -> None:
     asked = parse(["--seed", "5", "--kills", "2", "--roles", "driver", "buffer"])
     told = parse(shlex.split(again(9, asked)))
     assert (told.runs, told.seed) == (1, 9)
-    for name in ("kills", "engine", "ranks", "parallel", "nodes", "roles", "moments"):
+    for name in ("kills", "engine", "ranks", "parallel", "nodes", "roles", "moments", "features"):
         assert getattr(told, name) == getattr(asked, name), name
     assert NODE in parse([]).roles
     assert NODE not in parse(["--nodes", "0"]).roles, "there is none to lose"
