@@ -29,6 +29,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -190,14 +191,12 @@ class ExperienceStore:
     def adopt(self, number: int, attempt: int) -> None:
         """Make the file of `attempt` one of the attempt that is read. Raises `StoreError`.
 
-        A file that is gone is no error: the attempt before may still be deleting what it no longer
-        needs, and a shared storage may answer a rename that it has done with "no such file".
+        A missing file is ignored: a late call of the attempt before may have deleted it.
         """
         path = self.path(number, attempt)
         try:
-            path.replace(self.path(number))
-        except FileNotFoundError:
-            return
+            with suppress(FileNotFoundError):
+                path.replace(self.path(number))
         except OSError as error:
             raise StoreError(f"{path}: cannot be renamed ({error})") from error
 
