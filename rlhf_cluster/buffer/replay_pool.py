@@ -154,7 +154,7 @@ class ReplayPool:
         for taken in fresh:
             self._use(taken, version + 1)
 
-    def forget(self, numbers: Iterable[int]) -> None:
+    def exclude(self, numbers: Iterable[int]) -> None:
         """Drop these groups, which cannot be read any more."""
         for number in numbers:
             self._used.pop(number, None)

@@ -42,6 +42,7 @@ from rlhf_cluster.records import (
 from rlhf_cluster.sections.rl_run import Replay
 from tests.support.builders.run_configs import tiny_config
 from tests.support.fakes.services import (
+    finished_group,
     make_group,
     make_prompt,
 )
@@ -216,7 +217,7 @@ def test_a_pool_that_goes_on_from_its_state_chooses_the_same(cut):
 def test_what_is_forgotten_is_replayed_no_more():
     replay = pool(num=3)
     run_steps(replay, 0, 1)
-    replay.forget([1, 77])
+    replay.exclude([1, 77])
     assert numbers(replay.take(1)) == [0, 2]
 
 
@@ -248,17 +249,17 @@ def run(buffer: ExperienceBuffer, num_steps: int) -> list[list[TrainingGroup]]:
     """Steps of a run whose versions are live at once."""
     found = []
     for _ in range(num_steps):
-        buffer.version_live(buffer.learner_version)
+        buffer.set_live_version(buffer.learner_version)
         while (ticket := buffer.admit()) is not None:
             finish(buffer, ticket)
         found.append(buffer.take(2))
-        buffer.saw_learner(buffer.learner_version + 1)
+        buffer.set_learner_version(buffer.learner_version + 1)
     return found
 
 
 def finish(buffer: ExperienceBuffer, ticket: Ticket) -> None:
     group = make_group(ticket, make_prompt(), [0.0, 1.0], version=ticket.version)
-    buffer.finish(ticket, group, group.summary())
+    buffer.finish(finished_group(ticket, group))
 
 
 def test_a_step_has_its_fresh_groups_first_and_no_counter_counts_the_others():
@@ -294,12 +295,12 @@ def test_a_resumed_buffer_hands_out_the_same_groups_again():
 
 def test_a_checkpoint_keeps_what_may_be_replayed_to_the_bit():
     buffer = ExperienceBuffer(GATE, replay=pool(priority="reward_spread"))
-    buffer.version_live(0)
+    buffer.set_live_version(0)
     while (ticket := buffer.admit()) is not None:
         group = make_group(ticket, make_prompt(), [0.1, 1 / 3, ticket.number], version=0)
-        buffer.finish(ticket, group, group.summary())
+        buffer.finish(finished_group(ticket, group))
     buffer.take(2)
-    buffer.saw_learner(1)
+    buffer.set_learner_version(1)
     state = buffer.state()
     assert state.replayable == (0, 1)
     adapter = TypeAdapter(BufferState)
