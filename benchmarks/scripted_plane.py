@@ -31,7 +31,7 @@ from actors.services.scoring_client import RayScoring
 from actors.services.start_services import SCORING_CALLS
 from rlhf_cluster.buffer.buffer import ExperienceBuffer
 from rlhf_cluster.buffer.buffer_service import BufferService
-from rlhf_cluster.buffer.staleness import gate_of
+from rlhf_cluster.buffer.staleness import build_gate
 from rlhf_cluster.config import RunConfig, validate
 from rlhf_cluster.generation.engine import LoadedWeights
 from rlhf_cluster.pipeline import Pipeline
@@ -248,7 +248,7 @@ async def control_plane(
 
     pools = (_pool("generation", start, None), _pool("scoring", start, SCORING_CALLS))
     generation, scoring = RayGeneration(pools[0], config), RayScoring({"scoring": pools[1]}, config)
-    held = ExperienceBuffer(gate_of(config))
+    held = ExperienceBuffer(build_gate(config))
     service = BufferService(held, config.run.stall_timeout_s, PATIENCE_S, time.monotonic)
     buffer, learner = RayBuffer(BufferProcess(service)), ScriptedLearner()
     sync = WeightSync(learner, generation, buffer, 1, time.monotonic)

@@ -301,7 +301,7 @@ class Pipeline:
         await self._adapt_depth(report, times)
         if self.recovery is not None:
             numbers = [group.ticket.number for group in taken]
-            await self.on_disk(self.recovery.trained, report.step, numbers)
+            await self.on_disk(self.recovery.record_trained, report.step, numbers)
         # last, so that the checkpoint of a step has the depth that the step chose
         if self.checkpoints is not None:
             await self.checkpoints.after_step(report.step)
@@ -311,7 +311,7 @@ class Pipeline:
 
         async def read(numbers: Sequence[int]) -> list[int]:
             async with self._reads:
-                return await self.on_disk(recovery.unusable, numbers)
+                return await self.on_disk(recovery.find_unusable, numbers)
 
         numbers = self.replayable
         chunks = [numbers[at : at + MAX_READS] for at in range(0, len(numbers), MAX_READS)]

@@ -118,11 +118,11 @@ class RecoveryPort(Protocol):
         """Return the finished group of `ticket` if an earlier attempt stored a usable one."""
         ...
 
-    def unusable(self, numbers: Sequence[int]) -> list[int]:
+    def find_unusable(self, numbers: Sequence[int]) -> list[int]:
         """Return those of these trained groups that are missing, damaged, or of other settings."""
         ...
 
-    def trained(self, step: int, numbers: Sequence[int]) -> None:
+    def record_trained(self, step: int, numbers: Sequence[int]) -> None:
         """Record that these ticket numbers were trained at `step`. Raises `StoreError`."""
         ...
 

@@ -17,8 +17,8 @@ from actors.cluster.launch import check_code
 from actors.cluster.ray_metrics import RayMetrics
 from rlhf_cluster.buffer.buffer import BufferStats, ExperienceBuffer, buffer_metrics
 from rlhf_cluster.buffer.buffer_service import BufferService
-from rlhf_cluster.buffer.replay_pool import replay_pool
-from rlhf_cluster.buffer.staleness import gate_of
+from rlhf_cluster.buffer.replay_pool import build_replay_pool
+from rlhf_cluster.buffer.staleness import build_gate
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.observe.occupancy import resident_bytes
 from rlhf_cluster.observe.record.logs import configure
@@ -38,7 +38,8 @@ class BufferActor(BufferService):
         check_code()
         configure("buffer", "buffer", config.run_dir / "logs")
         self._metrics = RayMetrics("buffer", {"run": config.run.name})
-        gate, replay = gate_of(config), replay_pool(config)
+        gate = build_gate(config)
+        replay = build_replay_pool(config.buffer.replay, config.run, config.staleness)
         log.info("admitting by %s", gate)
         buffer = (
             ExperienceBuffer.resume(gate, state, replay)

@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_cluster.buffer.buffer import ExperienceBuffer
 from rlhf_cluster.buffer.buffer_service import BufferService
-from rlhf_cluster.buffer.staleness import gate_of
+from rlhf_cluster.buffer.staleness import build_gate
 from rlhf_cluster.config import RunConfig, validate
 from rlhf_cluster.errors import RlhfError
 from rlhf_cluster.learner.learner_rank import LearnerRank
@@ -231,7 +231,7 @@ async def train(config: RunConfig, folder: Path) -> tuple[float, float, Printer]
 
     generation, scoring = Generation(inputs.model_dir, config.run.seed), Scoring(scorer)
     learner = Learner(rank, folder / "weights")
-    buffer = BufferService(ExperienceBuffer(gate_of(config)), DEADLINE_S, 1.0, time.monotonic)
+    buffer = BufferService(ExperienceBuffer(build_gate(config)), DEADLINE_S, 1.0, time.monotonic)
     sync = WeightSync(learner, generation, buffer, config.weights.publish_every, time.monotonic)
     observer = Printer()
     pipeline = Pipeline(

@@ -256,7 +256,7 @@ class ExperienceBuffer:
             self._reweighted += self._is_stale(group)
         self._taken += num_groups
         if self.replay is not None:
-            self.replay.trained(groups, self.learner_version)
+            self.replay.record_trained(groups, self.learner_version)
         return [*groups, *again]
 
     def exclude_from_replay(self, numbers: Iterable[int]) -> None:

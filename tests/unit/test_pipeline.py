@@ -142,7 +142,7 @@ class Stored:
         group = make_group(ticket, prompt, [0.0, 1.0], version=0)
         return (group, group.summary()) if ticket.number == 0 else None
 
-    def trained(self, step, numbers):
+    def record_trained(self, step, numbers):
         pass
 
 
@@ -421,11 +421,11 @@ class ManyStored:
     def recover(self, ticket, prompt):
         return None
 
-    def unusable(self, numbers):
+    def find_unusable(self, numbers):
         self.looks.append(len(numbers))
         return [number for number in numbers if number == 7]
 
-    def trained(self, step, numbers):
+    def record_trained(self, step, numbers):
         return None
 
 
