@@ -22,17 +22,16 @@ from typing import Any
 import numpy as np
 
 from actors.drivers.rl_observer import RunObserver
-from actors.services.buffer_actor import (
-    RayBuffer,
-    buffer_service,
-)
+from actors.services.buffer_actor import PATIENCE_S, RayBuffer
 from actors.services.generation_client import (
     RayGeneration,
     check_health,
 )
 from actors.services.scoring_client import RayScoring
 from actors.services.start_services import SCORING_CALLS
+from rlhf_cluster.buffer.buffer import ExperienceBuffer
 from rlhf_cluster.buffer.buffer_service import BufferService
+from rlhf_cluster.buffer.staleness import build_gate
 from rlhf_cluster.config import RunConfig, validate
 from rlhf_cluster.generation.engine import LoadedWeights
 from rlhf_cluster.pipeline import Pipeline
@@ -249,7 +248,9 @@ async def control_plane(
 
     pools = (_pool("generation", start, None), _pool("scoring", start, SCORING_CALLS))
     generation, scoring = RayGeneration(pools[0], config), RayScoring({"scoring": pools[1]}, config)
-    buffer, learner = RayBuffer(BufferProcess(buffer_service(config))), ScriptedLearner()
+    held = ExperienceBuffer(build_gate(config))
+    service = BufferService(held, config.run.stall_timeout_s, PATIENCE_S, time.monotonic)
+    buffer, learner = RayBuffer(BufferProcess(service)), ScriptedLearner()
     sync = WeightSync(learner, generation, buffer, 1, time.monotonic)
     observer = RunObserver(
         config, rundir, pools, lambda: sync.stats, lambda snapshot: None, time.time()

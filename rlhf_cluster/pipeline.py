@@ -42,11 +42,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from rlhf_cluster.buffer.adaptive_depth import DepthController
+from rlhf_cluster.buffer.buffer_service import ask_until_answered
 from rlhf_cluster.errors import RecordLost, RlhfError, WorkerError, first_failure
-from rlhf_cluster.failures import (
-    ErrorRate,
-    is_group_failure,
-)
+from rlhf_cluster.failures import ErrorRate, is_group_failure
 from rlhf_cluster.observe.occupancy import Occupancy
 from rlhf_cluster.ports import BufferPort, GenerationPort, LearnerPort, RecoveryPort, ScoringPort
 from rlhf_cluster.records import (
@@ -202,8 +200,8 @@ class Pipeline:
         """
         async with asyncio.TaskGroup() as groups:
             attempt = 0 if self.recovery is None else self.recovery.attempt
-            tickets = list(self.open)
-            while tickets := tickets or await self.buffer.admit():
+            tickets: Sequence[Ticket] = self.open
+            while tickets := tickets or await ask_until_answered(self.buffer.admit):
                 for ticket in tickets:
                     self.prompts.seek(self.first_prompt + ticket.number)
                     ticket = replace(ticket, attempt=attempt)
@@ -232,7 +230,8 @@ class Pipeline:
             self._outcomes.add(error)
         else:
             if self.trains_on(summary.rewards):
-                await self.buffer.finish(ticket, handle, summary)
+                group = TrainingGroup(ticket=ticket, handle=handle, summary=summary)
+                await self.buffer.finish(group)
             else:
                 await self.buffer.discard(ticket, NO_SIGNAL)
             self._outcomes.add(None)
@@ -267,10 +266,10 @@ class Pipeline:
         buffer's stall deadline.
         """
         if self.recovery is not None and self.replayable:
-            await self.buffer.forget(await self._unusable_replays(self.recovery))
+            await self.buffer.exclude_from_replay(await self._unusable_replays(self.recovery))
         for version in range(self.first_step, self.num_steps):
             start = self.clock()
-            taken = await self.buffer.take(self.groups_per_step, learner_version=version)
+            taken = await ask_until_answered(self.buffer.take, self.groups_per_step, version)
             if not taken:
                 return version
             got = self.clock()
@@ -302,7 +301,7 @@ class Pipeline:
         await self._adapt_depth(report, times)
         if self.recovery is not None:
             numbers = [group.ticket.number for group in taken]
-            await self.on_disk(self.recovery.trained, report.step, numbers)
+            await self.on_disk(self.recovery.record_trained, report.step, numbers)
         # last, so that the checkpoint of a step has the depth that the step chose
         if self.checkpoints is not None:
             await self.checkpoints.after_step(report.step)
@@ -312,7 +311,7 @@ class Pipeline:
 
         async def read(numbers: Sequence[int]) -> list[int]:
             async with self._reads:
-                return await self.on_disk(recovery.unusable, numbers)
+                return await self.on_disk(recovery.find_unusable, numbers)
 
         numbers = self.replayable
         chunks = [numbers[at : at + MAX_READS] for at in range(0, len(numbers), MAX_READS)]

@@ -62,22 +62,26 @@ class ScoringPort(Protocol):
 class BufferPort(Protocol):
     """Buffer of groups between generation and learner, which enforces the staleness bound."""
 
-    async def admit(self) -> list[Ticket]:
-        """Wait for free slots; return their tickets. Empty after the run's last group, or `stop`."""
+    async def admit(self) -> Sequence[Ticket] | None:
+        """Wait for free slots; return their tickets. Empty after the run's last group, or `stop`.
+
+        None means that none was free for a while: call again.
+        """
         ...
 
-    async def finish(self, ticket: Ticket, handle: Handle, summary: GroupSummary) -> None:
-        """Store the scored group of `ticket` for training."""
+    async def finish(self, group: TrainingGroup) -> None:
+        """Store a scored group for training."""
         ...
 
     async def discard(self, ticket: Ticket, reason: str) -> None:
         """Withdraw `ticket`, counted by `reason`; another group is admitted instead."""
         ...
 
-    async def take(self, num_groups: int, learner_version: int) -> Sequence[TrainingGroup]:
+    async def take(self, num_groups: int, learner_version: int) -> Sequence[TrainingGroup] | None:
         """Wait for the oldest `num_groups` within the look-ahead window of admission order.
 
-        Returns them, followed by replayed groups. Empty after `stop`.
+        Returns them, followed by replayed groups. Empty after `stop`. None means that they are not
+        finished yet: call again.
         """
         ...
 
@@ -93,11 +97,11 @@ class BufferPort(Protocol):
         """Set the number of steps that generation may run ahead of the learner."""
         ...
 
-    async def version_live(self, version: int) -> None:
+    async def set_live_version(self, version: int) -> None:
         """Record that every generation worker samples with `version` or a later one."""
         ...
 
-    async def forget(self, numbers: Sequence[int]) -> None:
+    async def exclude_from_replay(self, numbers: Sequence[int]) -> None:
         """Exclude the trained groups of these ticket numbers from replay."""
         ...
 
@@ -114,11 +118,11 @@ class RecoveryPort(Protocol):
         """Return the finished group of `ticket` if an earlier attempt stored a usable one."""
         ...
 
-    def unusable(self, numbers: Sequence[int]) -> list[int]:
+    def find_unusable(self, numbers: Sequence[int]) -> list[int]:
         """Return those of these trained groups that are missing, damaged, or of other settings."""
         ...
 
-    def trained(self, step: int, numbers: Sequence[int]) -> None:
+    def record_trained(self, step: int, numbers: Sequence[int]) -> None:
         """Record that these ticket numbers were trained at `step`. Raises `StoreError`."""
         ...
 

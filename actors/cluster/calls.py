@@ -7,6 +7,7 @@ An event loop waits for a Ray reference with `answer`, a thread with `answer_now
 - an argument that was lost with the node that held it into `RecordLost`;
 - a passed deadline into `WorkerSilent`.
 `core_answer` is for learner ranks and the buffer: their death or silence is a `CoreLost`.
+A `Client` lists the methods of an actor, each with its deadline.
 
 Promises:
 - a wait is longer than the time that the callee may take (`rlhf_cluster.util.deadlines`), so the
@@ -17,8 +18,9 @@ Promises:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from types import CoroutineType
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import ray
 from ray.exceptions import (
@@ -40,6 +42,9 @@ from rlhf_cluster.errors import (
     WorkerSilent,
 )
 from rlhf_cluster.util.deadlines import reply_deadline
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 async def answer(ref: ray.ObjectRef, timeout_s: float, what: str) -> Any:
@@ -75,6 +80,32 @@ async def core_answer(ref: ray.ObjectRef, timeout_s: float, what: str) -> Any:
         lost = CoreLost(str(error))
         lost.process = what.partition(".")[0]
         raise lost from error
+
+
+class Client:
+    """Client of one actor. A subclass lists the actor's methods, each as a `remote`."""
+
+    def __init__(self, actor: Any, name: str) -> None:
+        """`name`: that of the actor in errors."""
+        self.actor, self.name = actor, name
+
+
+def remote(
+    method: Callable[Concatenate[Any, _P], Awaitable[_T]],
+    timeout_s: float,
+    wait: Callable[[ray.ObjectRef, float, str], Awaitable[Any]] = core_answer,
+) -> Callable[Concatenate[Any, _P], CoroutineType[Any, Any, _T]]:
+    """Build the method of a `Client` that calls `method` of the actor, which may take `timeout_s`.
+
+    `wait` waits for the reply, and decides which errors the caller sees. Ray fetches an argument that
+    is a reference; one inside a record or a list is passed on.
+    """
+
+    async def call(client: Client, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        ref = getattr(client.actor, method.__name__).remote(*args, **kwargs)
+        return await wait(ref, timeout_s, f"{client.name}.{method.__name__}")
+
+    return call
 
 
 def answer_now(ref: ray.ObjectRef, timeout_s: float, what: str) -> Any:

@@ -56,7 +56,7 @@ from actors.services.start_services import (
 )
 from actors.weights.transports import Transport
 from rlhf_cluster.buffer.buffer import trim_to_bound
-from rlhf_cluster.buffer.staleness import gate_of
+from rlhf_cluster.buffer.staleness import build_gate
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.config.check_scoring import kl_notes
 from rlhf_cluster.config.pool_sections import pool_sections
@@ -286,7 +286,7 @@ class _Run:
             self.launcher, may_shrink, self.observer.event, spares=self.spares, lost=self.lost
         )
         try:
-            buffered = state and trim_to_bound(state.buffer, gate_of(self.config))
+            buffered = state and trim_to_bound(state.buffer, build_gate(self.config))
             learner, buffer = await core.start(buffered, self._prepare)
             self.num_ranks = core.num_ranks
             self.spares.resume()

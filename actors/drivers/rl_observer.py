@@ -93,7 +93,7 @@ class RunObserver(Observer[RunConfig]):
             "staleness/pipeline_depth": float(self._config.staleness.pipeline_depth),
             **report.metrics,
             **group_metrics(taken, times),
-            **replay_metrics(taken, self._config),
+            **replay_metrics(taken, self._config.buffer.replay, self._config.run.groups_per_step),
             **self._trained_by_staleness(report.step, taken),
             **self._counters(),
             "step/number": float(report.step),

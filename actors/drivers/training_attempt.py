@@ -33,7 +33,7 @@ from rlhf_cluster.buffer.group_recovery import (
     patience_of,
     recovery_of,
 )
-from rlhf_cluster.buffer.staleness import gate_of
+from rlhf_cluster.buffer.staleness import build_gate
 from rlhf_cluster.config import RunConfig, StageConfig
 from rlhf_cluster.errors import CoreLost, RunError, StalledError
 from rlhf_cluster.pipeline import Pipeline, evaluate
@@ -165,7 +165,7 @@ class Attempt:
 
     def fitted_buffer(self, state: RunState) -> BufferState:
         """Return the buffer's part of `state`, reduced to what the current settings allow."""
-        found = trim_to_bound(state.buffer, gate_of(self.place.config))
+        found = trim_to_bound(state.buffer, build_gate(self.place.config))
         if over := len(state.buffer.open) - len(found.open):
             self.place.observer.event(
                 f"{over} of {len(state.buffer.open)} groups in flight are discarded: with staleness."
@@ -255,7 +255,7 @@ class Attempt:
         )
         loop = asyncio.get_running_loop()
         tell = functools.partial(loop.call_soon_threadsafe, place.observer.event)
-        gate = gate_of(config)
+        gate = build_gate(config)
         open_tickets = () if state is None else self.fitted_buffer(state).open
         places = {ticket.number: place for place, ticket in enumerate(open_tickets)}
 

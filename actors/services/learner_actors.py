@@ -31,6 +31,7 @@ from rlhf_cluster.data.tokenizer import load_tokenizer
 from rlhf_cluster.errors import WeightError, WorkerError
 from rlhf_cluster.observe.record.samples import keep_samples, write_samples
 from rlhf_cluster.records import (
+    Handle,
     StepReport,
     TrainingGroup,
     WeightVersion,
@@ -95,18 +96,17 @@ class LearnerActor(RankActor):
         return self._rank.sft_step(examples)
 
     @judging
-    def train_step(self, handles: list[tuple[int, list[Any]]]) -> StepReport:
+    def train_step(self, handles: list[tuple[int, Handle]]) -> StepReport:
         """Train one step on the groups of `handles`, and return its report.
 
         A group whose object is lost is read from its file.
 
         Args:
-            handles: pairs of a ticket number and a list with the handle. Ray passes a reference inside
-                a list on without fetching the object.
+            handles: pairs of a ticket number and the handle. Ray passes a reference inside a list on
+                without fetching the object.
         Raises: `StoreError` if the file of a lost group is missing too.
         """
-        wanted = [(number, handle) for number, [handle] in handles]
-        groups = collect(wanted, fetch_there, store_of(self._config))
+        groups = collect(handles, fetch_there, store_of(self._config))
         report = self._rank.train_step(groups)
         if self._number == 0:
             log.info(

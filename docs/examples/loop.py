@@ -33,8 +33,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlhf_cluster.buffer.buffer import ExperienceBuffer
-from rlhf_cluster.buffer.buffer_service import Answer, BufferService
-from rlhf_cluster.buffer.staleness import gate_of
+from rlhf_cluster.buffer.buffer_service import BufferService
+from rlhf_cluster.buffer.staleness import build_gate
 from rlhf_cluster.config import RunConfig, validate
 from rlhf_cluster.errors import RlhfError
 from rlhf_cluster.learner.learner_rank import LearnerRank
@@ -164,20 +164,6 @@ class Scoring:
         return scored, scored.summary()
 
 
-class Buffer(BufferService):
-    """`BufferPort`: the buffer of a run, in this process. A wait that has no result yet is repeated."""
-
-    async def admit(self) -> list[Ticket]:
-        while (answer := await super().admit()) is Answer.WAIT:
-            pass
-        return [] if isinstance(answer, Answer) else answer
-
-    async def take(self, num_groups: int, learner_version: int) -> Sequence[TrainingGroup]:
-        while (answer := await super().take(num_groups, learner_version)) is Answer.WAIT:
-            pass
-        return [] if isinstance(answer, Answer) else answer
-
-
 class Learner:
     """`LearnerPort`: one rank. A snapshot is copied between two steps and published during the next."""
 
@@ -245,7 +231,7 @@ async def train(config: RunConfig, folder: Path) -> tuple[float, float, Printer]
 
     generation, scoring = Generation(inputs.model_dir, config.run.seed), Scoring(scorer)
     learner = Learner(rank, folder / "weights")
-    buffer = Buffer(ExperienceBuffer(gate_of(config)), DEADLINE_S, 1.0, time.monotonic)
+    buffer = BufferService(ExperienceBuffer(build_gate(config)), DEADLINE_S, 1.0, time.monotonic)
     sync = WeightSync(learner, generation, buffer, config.weights.publish_every, time.monotonic)
     observer = Printer()
     pipeline = Pipeline(

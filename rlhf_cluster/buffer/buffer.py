@@ -25,13 +25,7 @@ from dataclasses import dataclass, field, replace
 from rlhf_cluster.buffer.replay_pool import ReplayPool
 from rlhf_cluster.buffer.staleness import AdmissionGate
 from rlhf_cluster.errors import RecordError, StalenessError
-from rlhf_cluster.records import (
-    BufferState,
-    GroupSummary,
-    Handle,
-    Ticket,
-    TrainingGroup,
-)
+from rlhf_cluster.records import BufferState, Ticket, TrainingGroup
 
 STALE = "stale"
 """Discard reason of a group that is too old."""
@@ -191,11 +185,12 @@ class ExperienceBuffer:
         self._num_in_flight += 1
         return ticket
 
-    def finish(self, ticket: Ticket, handle: Handle, summary: GroupSummary) -> bool:
+    def finish(self, group: TrainingGroup) -> bool:
         """Store the finished group, and return whether it was kept.
 
         With on_stale = "drop" one that is too old is discarded.
         """
+        ticket, summary = group.ticket, group.summary
         self._open(ticket, "finish")
         if summary.oldest_version < ticket.version:
             raise StalenessError(
@@ -203,7 +198,7 @@ class ExperienceBuffer:
                 f"tokens of version {summary.oldest_version}: a worker sampled with weights older "
                 "than those reported live"
             )
-        self._waiting[ticket.number] = TrainingGroup(ticket=ticket, handle=handle, summary=summary)
+        self._waiting[ticket.number] = group
         self._finished += 1
         self._num_in_flight -= 1
         self._drop_stale([ticket.number])
@@ -221,18 +216,18 @@ class ExperienceBuffer:
             return False
         return len(self._next(num_groups)) == num_groups
 
-    def saw_learner(self, version: int) -> None:
+    def set_learner_version(self, version: int) -> None:
         """Record that the learner has done `version` steps."""
         self.learner_version = self._advance("learner", self.learner_version, version)
         self._drop_stale()
 
-    def version_live(self, version: int) -> None:
+    def set_live_version(self, version: int) -> None:
         """Record that every worker samples with `version` or later.
 
         The learner has therefore done that many steps.
         """
         self.live_version = self._advance("live", self.live_version, version)
-        self.saw_learner(max(self.learner_version, version))
+        self.set_learner_version(max(self.learner_version, version))
 
     def set_pipeline_depth(self, depth: int) -> None:
         """Change the pacing of admission. The bound does not depend on it."""
@@ -261,13 +256,13 @@ class ExperienceBuffer:
             self._reweighted += self._is_stale(group)
         self._taken += num_groups
         if self.replay is not None:
-            self.replay.trained(groups, self.learner_version)
+            self.replay.record_trained(groups, self.learner_version)
         return [*groups, *again]
 
-    def forget(self, numbers: Iterable[int]) -> None:
+    def exclude_from_replay(self, numbers: Iterable[int]) -> None:
         """Exclude these groups, which were taken before, from replay."""
         if self.replay is not None:
-            self.replay.forget(numbers)
+            self.replay.exclude(numbers)
 
     def stats(self) -> BufferStats:
         open_tickets = [entry for entry in self._waiting.values() if isinstance(entry, Ticket)]

@@ -1,42 +1,45 @@
 """The buffer with waiting: its actor runs this, and tests run it in one process.
 
-Every wait ends at its condition, or after `patience_s` seconds. It then returns `WAIT`, and the caller
-asks again. So a call never outlives its caller's deadline by more than `patience_s`, and a caller that
-died leaves no waiter behind. `take` raises `StalledError` when no group was finished and kept for
-`stall_timeout_s` seconds while the learner waited. The message names the groups that are missing.
+Every wait ends at its condition, or after `patience_s` seconds. It then returns None, and the caller
+asks again (`ask_until_answered`). So a call never outlives its caller's deadline by more than
+`patience_s`, and a caller that died leaves no waiter behind. `take` raises `StalledError` when no group
+was finished and kept for `stall_timeout_s` seconds while the learner waited. The message names the
+groups that are missing.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from enum import StrEnum
+from typing import ParamSpec, TypeVar
 
-from rlhf_cluster.buffer.buffer import (
-    BufferStats,
-    ExperienceBuffer,
-)
+from rlhf_cluster.buffer.buffer import BufferStats, ExperienceBuffer
 from rlhf_cluster.errors import StalledError
-from rlhf_cluster.records import (
-    BufferState,
-    GroupSummary,
-    Handle,
-    Ticket,
-    TrainingGroup,
-)
+from rlhf_cluster.records import BufferState, Ticket, TrainingGroup
+
+log = logging.getLogger(__name__)
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
-class Answer(StrEnum):
-    """Answer of a wait that has no result."""
+async def ask_until_answered(
+    call: Callable[_P, Awaitable[_T | None]], *args: _P.args, **kwargs: _P.kwargs
+) -> _T:
+    """Repeat `call`, a wait of the buffer, until it returns something other than None.
 
-    WAIT = "wait"  # nothing yet: ask again
-    DONE = "done"  # the run needs no further group, or was stopped
+    Waits for: what `call` waits for.
+    """
+    while (answer := await call(*args, **kwargs)) is None:
+        pass
+    return answer
 
 
 class BufferService:
-    """Async front of one `ExperienceBuffer`; all methods run on one event loop."""
+    """`BufferPort` over one `ExperienceBuffer`; all methods run on one event loop."""
 
     def __init__(
         self,
@@ -45,7 +48,7 @@ class BufferService:
         patience_s: float,
         clock: Callable[[], float],
     ) -> None:
-        self._buffer = buffer
+        self.buffer = buffer
         self._stall_timeout_s = stall_timeout_s
         self._patience_s = patience_s
         self._clock = clock
@@ -55,61 +58,63 @@ class BufferService:
         self._learner_waits = False
         self._stopped = False
 
-    async def admit(self) -> list[Ticket] | Answer:
-        """Return tickets for all free slots.
+    async def admit(self) -> list[Ticket] | None:
+        """Return tickets for all free slots; [] after the run's last group, or `stop`.
 
-        Waits for: one free slot. Unblocked by: `take`, `discard`, `version_live`.
+        Waits for: one free slot. Unblocked by: `take`, `discard`, `set_live_version`.
         """
         tickets: list[Ticket] = []
 
         def free_or_done() -> bool:
-            while not self._stopped and (ticket := self._buffer.admit()) is not None:
+            while not self._stopped and (ticket := self.buffer.admit()) is not None:
                 tickets.append(ticket)
-            return bool(tickets) or self._buffer.complete or self._stopped
+            return bool(tickets) or self.buffer.complete or self._stopped
 
-        await self._wait(free_or_done)
+        if not await self._wait(free_or_done):
+            return None
         if tickets:
             now = self._clock()
             self._oldest_age_s()
             self._admitted_s.extend((ticket.number, now) for ticket in tickets)
-            return tickets
-        return Answer.DONE if self._buffer.complete or self._stopped else Answer.WAIT
+        return tickets
 
-    async def finish(self, ticket: Ticket, handle: Handle, summary: GroupSummary) -> None:
+    async def finish(self, group: TrainingGroup) -> None:
         async with self._changed:
-            if self._buffer.finish(ticket, handle, summary):
+            if self.buffer.finish(group):
                 self._last_progress_s = self._clock()
             self._changed.notify_all()
 
     async def discard(self, ticket: Ticket, reason: str) -> None:
+        log.info("group %s discarded: %s", ticket.group_id, reason)
         async with self._changed:
-            self._buffer.discard(ticket, reason)
+            self.buffer.discard(ticket, reason)
             self._changed.notify_all()
 
-    async def take(self, num_groups: int, learner_version: int) -> Sequence[TrainingGroup] | Answer:
-        """Return the next groups for training.
+    async def take(self, num_groups: int, learner_version: int) -> list[TrainingGroup] | None:
+        """Return the next groups for training; [] after `stop`.
 
         Waits for: the groups to finish. Unblocked by: `finish`, `discard`, `stop`.
         """
         async with self._changed:
-            self._buffer.saw_learner(learner_version)
+            self.buffer.set_learner_version(learner_version)
             self._changed.notify_all()
         if not self._learner_waits:
             self._learner_waits = True
             self._last_progress_s = self._clock()
-        if await self._wait(lambda: self._stopped or self._buffer.ready(num_groups)):
+        if await self._wait(lambda: self._stopped or self.buffer.ready(num_groups)):
             self._learner_waits = False
             if self._stopped:
-                return Answer.DONE
+                return []
             async with self._changed:
-                groups = self._buffer.take(num_groups)
+                groups = self.buffer.take(num_groups)
                 self._changed.notify_all()
             return groups
         self._check_stall(num_groups)
-        return Answer.WAIT
+        return None
 
     async def stop(self) -> None:
-        """Make `admit` and `take` return `DONE` from here on. The content of the buffer stays."""
+        """Make `admit` and `take` return [] from here on. The content of the buffer stays."""
+        log.info("stopped: nothing is handed out any more")
         async with self._changed:
             self._stopped = True
             self._changed.notify_all()
@@ -117,33 +122,35 @@ class BufferService:
     async def state(self, learner_version: int) -> BufferState:
         """Return the state for `ExperienceBuffer.resume`. Call between two steps of the learner."""
         async with self._changed:
-            self._buffer.saw_learner(learner_version)
+            self.buffer.set_learner_version(learner_version)
             self._changed.notify_all()
-            return self._buffer.state()
+            return self.buffer.state()
 
-    async def version_live(self, version: int) -> None:
+    async def set_live_version(self, version: int) -> None:
+        log.info("version %d is live on every worker", version)
         async with self._changed:
-            self._buffer.version_live(version)
+            self.buffer.set_live_version(version)
             self._changed.notify_all()
 
     async def set_pipeline_depth(self, depth: int) -> None:
+        log.info("pipeline depth: %d", depth)
         async with self._changed:
-            self._buffer.set_pipeline_depth(depth)
+            self.buffer.set_pipeline_depth(depth)
             self._changed.notify_all()
 
-    async def forget(self, numbers: Sequence[int]) -> None:
+    async def exclude_from_replay(self, numbers: Sequence[int]) -> None:
         async with self._changed:
-            self._buffer.forget(numbers)
+            self.buffer.exclude_from_replay(numbers)
 
     async def stats(self) -> BufferStats:
-        return replace(self._buffer.stats(), oldest_age_s=self._oldest_age_s())
+        return replace(self.buffer.stats(), oldest_age_s=self._oldest_age_s())
 
     def _oldest_age_s(self) -> float:
         """Return the seconds since the admission of the oldest group, 0 without a group.
 
         For a group that was open at a resume they are counted from the resume.
         """
-        oldest, admitted = self._buffer.oldest, self._admitted_s
+        oldest, admitted = self.buffer.oldest, self._admitted_s
         while admitted and (oldest is None or admitted[0][0] < oldest):
             admitted.popleft()
         if oldest is None:
@@ -164,7 +171,7 @@ class BufferService:
         waited_s = self._clock() - self._last_progress_s
         if waited_s < self._stall_timeout_s:
             return
-        stats = self._buffer.stats()
+        stats = self.buffer.stats()
         missing = ", ".join(stats.in_flight[:8]) or "none admitted"
         more = f" and {len(stats.in_flight) - 8} more" if len(stats.in_flight) > 8 else ""
         raise StalledError(

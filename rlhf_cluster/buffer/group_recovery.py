@@ -13,10 +13,10 @@ now:
 A damaged file is logged, and its group generated again. If the number of the attempt before cannot be
 read, nothing is decided, and no file is deleted.
 
-`trained` notes the steps of each group and deletes files that are not needed. It raises if a group was
-trained more often than allowed. A group first trained (or seen discarded) at step s, and last at step
-e, may be trained until step u: s itself, or with replay s + max_staleness, by the age of its tokens.
-When t steps are done, it stays
+`record_trained` notes the steps of each group and deletes files that are not needed. It raises if a
+group was trained more often than allowed. A group first trained (or seen discarded) at step s, and last
+at step e, may be trained until step u: s itself, or with replay s + max_staleness, by the age of its
+tokens. When t steps are done, it stays
 - for the user, while e > t - keep_steps;
 - for the steps that follow, while u > t;
 - for checkpoint c, while s <= c + span and u > c. If s > c it was open at c, or not admitted. One with
@@ -186,7 +186,7 @@ class Recovery:
         )
         return (StoredGroup(number), summary) if usable else None
 
-    def unusable(self, numbers: Sequence[int]) -> list[int]:
+    def find_unusable(self, numbers: Sequence[int]) -> list[int]:
         """Return those of these trained groups that cannot be trained again.
 
         They are missing, damaged, or of other settings. Reads them all, and logs each.
@@ -204,7 +204,7 @@ class Recovery:
             found.append(number)
         return found
 
-    def trained(self, step: int, numbers: Sequence[int]) -> None:
+    def record_trained(self, step: int, numbers: Sequence[int]) -> None:
         """Note that the groups `numbers` were trained at `step`, and delete files without a use.
 
         Raises:

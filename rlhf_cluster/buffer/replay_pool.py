@@ -40,8 +40,7 @@ from rlhf_cluster.records import (
 )
 
 if TYPE_CHECKING:
-    from rlhf_cluster.config.run_config import RunConfig
-    from rlhf_cluster.sections.rl_run import Replay
+    from rlhf_cluster.sections.rl_run import Replay, Run, Staleness
 
 FLOOR = 0.1
 """Share of the draw that is uniform, whatever the priorities."""
@@ -149,12 +148,12 @@ class ReplayPool:
         self.replayed += len(found)
         return found
 
-    def trained(self, fresh: Iterable[TrainingGroup], version: int) -> None:
+    def record_trained(self, fresh: Iterable[TrainingGroup], version: int) -> None:
         """Record that the step at learner version `version` trains these groups the first time."""
         for taken in fresh:
             self._use(taken, version + 1)
 
-    def forget(self, numbers: Iterable[int]) -> None:
+    def exclude(self, numbers: Iterable[int]) -> None:
         """Drop these groups, which cannot be read any more."""
         for number in numbers:
             self._used.pop(number, None)
@@ -189,25 +188,21 @@ class ReplayPool:
         )
 
 
-def replay_pool(config: RunConfig) -> ReplayPool | None:
-    """Return the pool of a run, None if every group is trained once."""
-    settings = config.buffer.replay
+def build_replay_pool(settings: Replay | None, run: Run, staleness: Staleness) -> ReplayPool | None:
+    """Build the pool of a run; None if every group is trained once."""
     if settings is None:
         return None
-    return ReplayPool(
-        settings,
-        settings.num_replayed(config.run.groups_per_step),
-        config.run.seed,
-        config.staleness.max_staleness,
-    )
+    num = settings.num_replayed(run.groups_per_step)
+    return ReplayPool(settings, num, run.seed, staleness.max_staleness)
 
 
-def replay_metrics(taken: Sequence[TrainingGroup], config: RunConfig) -> dict[str, float]:
+def replay_metrics(
+    taken: Sequence[TrainingGroup], settings: Replay | None, groups_per_step: int
+) -> dict[str, float]:
     """Return the replay metrics of one step; none without replay."""
-    settings = config.buffer.replay
     if settings is None:
         return {}
-    num = settings.num_replayed(config.run.groups_per_step)
+    num = settings.num_replayed(groups_per_step)
     again = [each for each in taken if each.uses]
     values = {
         "replay/groups": float(len(again)),

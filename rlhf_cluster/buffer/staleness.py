@@ -120,8 +120,8 @@ class AdmissionGate:
         return (last_step + 1) * self.groups_per_step - (self.look_ahead - 1)
 
 
-def gate_of(config: RunConfig) -> AdmissionGate:
-    """Return the gate of a run."""
+def build_gate(config: RunConfig) -> AdmissionGate:
+    """Build the gate of a run."""
     return AdmissionGate(
         max_staleness=config.staleness.max_staleness,
         pipeline_depth=config.staleness.pipeline_depth,

@@ -198,7 +198,7 @@ class WeightSync:
             await self._learner.refused(version.version, str(refusal))
             return refusal
         await self._follow(version)
-        await self._buffer.version_live(version.version)
+        await self._buffer.set_live_version(version.version)
         self.stats.live = version.version
         self.stats.publish_s, self.stats.pull_s = written - start, self._clock() - written
         return None

@@ -2,11 +2,12 @@
 
 import asyncio
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 
-from actors.cluster.calls import answer
-from rlhf_cluster.errors import WorkerSilent
+from actors.cluster.calls import Client, answer, core_answer, remote
+from rlhf_cluster.errors import CoreLost, WorkerSilent
 
 
 class Reference:
@@ -44,3 +45,37 @@ async def test_a_cancellation_that_meets_the_answer_is_not_swallowed(turns: int)
     else:
         with pytest.raises(asyncio.CancelledError):
             await task
+
+
+class Clerk:
+    async def file(self, number: int, *, shelf: str) -> str: ...
+
+    async def fetch(self) -> str: ...
+
+
+class RemoteClerk(Client):
+    file = remote(Clerk.file, 5)
+
+
+async def test_a_method_of_a_client_calls_that_of_its_actor():
+    asked = []
+
+    def call(*args, **kwargs) -> Reference:
+        asked.append((args, kwargs))
+        reference = Reference()
+        reference.result.set_result("filed")
+        return reference
+
+    clerk = RemoteClerk(SimpleNamespace(file=SimpleNamespace(remote=call)), "clerk")
+    assert await clerk.file(7, shelf="b") == "filed"
+    assert asked == [((7,), {"shelf": "b"})]
+
+
+@pytest.mark.parametrize(("wait", "error"), [(answer, WorkerSilent), (core_answer, CoreLost)])
+async def test_each_call_of_a_client_has_its_own_deadline_and_error(wait, error):
+    class Silent(Client):
+        fetch = remote(Clerk.fetch, 0.01, wait)
+
+    clerk = Silent(SimpleNamespace(fetch=SimpleNamespace(remote=Reference)), "clerk")
+    with pytest.raises(error, match="clerk.fetch: no answer within 0.511 s"):
+        await clerk.fetch()

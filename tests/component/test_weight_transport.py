@@ -47,7 +47,7 @@ READS = {"read_weights": True}
 
 
 class _Buffer:
-    async def version_live(self, version: int) -> None: ...
+    async def set_live_version(self, version: int) -> None: ...
 
 
 @dataclass

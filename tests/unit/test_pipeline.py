@@ -7,6 +7,7 @@ import pytest
 from rlhf_cluster.algorithms import DapoConfig, GrpoConfig
 from rlhf_cluster.buffer.adaptive_depth import DepthController
 from rlhf_cluster.buffer.buffer import ExperienceBuffer
+from rlhf_cluster.buffer.buffer_service import BufferService
 from rlhf_cluster.buffer.staleness import AdmissionGate
 from rlhf_cluster.errors import (
     DataError,
@@ -35,7 +36,6 @@ from tests.support.fakes.services import (
     FakeObserver,
     FakePrompts,
     FakeScoring,
-    LocalBuffer,
     make_group,
     make_prompt,
     make_version,
@@ -53,7 +53,7 @@ async def build(steps=6, groups=3, max_staleness=1, depth=1, publish_every=1, **
         **parts.get("gate", {}),
     )
     stall_s = parts.get("stall_timeout_s", 30.0)
-    buffer = LocalBuffer(ExperienceBuffer(gate), stall_s, 0.05, time.monotonic)
+    buffer = BufferService(ExperienceBuffer(gate), stall_s, 0.05, time.monotonic)
     sync = WeightSync(learner, generation, buffer, publish_every, time.monotonic)
     await sync.after_step(0)
     await sync.drain(5)
@@ -142,7 +142,7 @@ class Stored:
         group = make_group(ticket, prompt, [0.0, 1.0], version=0)
         return (group, group.summary()) if ticket.number == 0 else None
 
-    def trained(self, step, numbers):
+    def record_trained(self, step, numbers):
         pass
 
 
@@ -421,11 +421,11 @@ class ManyStored:
     def recover(self, ticket, prompt):
         return None
 
-    def unusable(self, numbers):
+    def find_unusable(self, numbers):
         self.looks.append(len(numbers))
         return [number for number in numbers if number == 7]
 
-    def trained(self, step, numbers):
+    def record_trained(self, step, numbers):
         return None
 
 
@@ -442,13 +442,13 @@ async def test_thousands_of_stored_groups_are_read_a_few_at_once():
         stored.at_once -= 1
         return found
 
-    forgotten: list[int] = []
+    excluded: list[int] = []
 
-    async def forget(numbers):
-        forgotten.extend(numbers)
+    async def exclude(numbers):
+        excluded.extend(numbers)
 
-    pipeline.on_disk, pipeline.buffer.forget = on_disk, forget
+    pipeline.on_disk, pipeline.buffer.exclude_from_replay = on_disk, exclude
     await pipeline.run()
     assert 16 < stored.most <= 32 + 1, "the step's note is written beside the reads"
     assert stored.looks == [32, 32, 32, 4]
-    assert forgotten == [7]
+    assert excluded == [7]

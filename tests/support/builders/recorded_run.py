@@ -80,7 +80,7 @@ def record_run(
                     store.write(each)
                 log.append(step, START_S + 2.0 * step, metrics(step))
                 write_samples(run.samples, step, groups, step - 1, lambda ids: hostile, limit=3)
-                recovery.trained(step, [each.ticket.number for each in groups])
+                recovery.record_trained(step, [each.ticket.number for each in groups])
             store.write(group(steps * GROUPS, hostile))  # finished, and not trained
         (run.logs / "controller.log").write_text(LOG.format(hostile=hostile.replace("\n", " ")))
         run.write_status(

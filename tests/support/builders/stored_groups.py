@@ -49,7 +49,7 @@ def run_steps(root: Path, run: Recovery, num_steps: int, groups: int = 2) -> lis
         for number in range((step - 1) * groups, (step + 2) * groups):
             if number >= (step + 1) * groups or step == 1:
                 write(store, number, step)
-        run.trained(step, list(range((step - 1) * groups, step * groups)))
+        run.record_trained(step, list(range((step - 1) * groups, step * groups)))
         there.append(store.numbers())
     return there
 

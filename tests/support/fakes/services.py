@@ -5,15 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
-from rlhf_cluster.buffer.buffer import ExperienceBuffer
-from rlhf_cluster.buffer.buffer_service import (
-    Answer,
-    BufferService,
-)
 from rlhf_cluster.errors import RlhfError
 from rlhf_cluster.observe.metric_table import (
     Kind,
@@ -74,6 +68,10 @@ def make_group(
         for i, reward in enumerate(rewards)
     )
     return ExperienceGroup(ticket=ticket, prompt=prompt, scored=scored)
+
+
+def finished_group(ticket: Ticket, group: ExperienceGroup) -> TrainingGroup:
+    return TrainingGroup(ticket=ticket, handle=group, summary=group.summary())
 
 
 def make_version(number: int) -> WeightVersion:
@@ -166,24 +164,6 @@ class FakeLearner:
 
     async def refused(self, version: int, reason: str) -> None:
         self.refusals.append((version, reason))
-
-
-class LocalBuffer(BufferService):
-    """`BufferPort` over the service in this process."""
-
-    @property
-    def buffer(self) -> ExperienceBuffer:
-        return self._buffer
-
-    async def admit(self) -> Any:
-        while (reply := await super().admit()) is Answer.WAIT:
-            pass
-        return [] if reply is Answer.DONE else reply
-
-    async def take(self, num_groups: int, learner_version: int) -> Any:
-        while (reply := await super().take(num_groups, learner_version)) is Answer.WAIT:
-            pass
-        return [] if reply is Answer.DONE else reply
 
 
 @dataclass

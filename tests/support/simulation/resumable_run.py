@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cluster.buffer.buffer import ExperienceBuffer
+from rlhf_cluster.buffer.buffer_service import BufferService
 from rlhf_cluster.buffer.group_recovery import Recovery
 from rlhf_cluster.buffer.group_store import (
     ExperienceStore,
@@ -49,7 +50,6 @@ from tests.support.fakes.services import (
     FakeObserver,
     FakePrompts,
     FakeScoring,
-    LocalBuffer,
 )
 
 FIRST_PROMPT = 100
@@ -202,7 +202,7 @@ class Attempt:
         for number in [n for n, (_, last) in self.written.items() if last > rewound]:
             del self.written[number]
         self.stored_before = dict(self.written)
-        self.buffer = LocalBuffer(buffer, 30.0, 0.05, time.monotonic)
+        self.buffer = BufferService(buffer, 30.0, 0.05, time.monotonic)
 
     async def build(self) -> Pipeline:
         learner, buffer = Fused(self.learner, self.fuse), Fused(self.buffer, self.fuse)

@@ -23,6 +23,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from actors.cluster.calls import answer
 from actors.services.generation_client import RayGeneration
 from rlhf_cluster.buffer.buffer import ExperienceBuffer
+from rlhf_cluster.buffer.buffer_service import BufferService
 from rlhf_cluster.buffer.staleness import AdmissionGate
 from rlhf_cluster.errors import PlacementError, RlhfError, StalledError, WeightError, WorkerError
 from rlhf_cluster.generation.generation_worker import BRING_SHARE
@@ -49,7 +50,6 @@ from tests.support.fakes.services import (
     FakeLearner,
     FakeObserver,
     FakePrompts,
-    LocalBuffer,
 )
 from tests.support.simulation.simulated_mirror import (
     ROOT,
@@ -470,7 +470,7 @@ class SimulatedCluster:
             groups_per_step=shape.groups_per_step,
             num_steps=shape.steps,
         )
-        buffer = LocalBuffer(ExperienceBuffer(gate), 7200.0, 0.5, clock)
+        buffer = BufferService(ExperienceBuffer(gate), 7200.0, 0.5, clock)
         learner = self.learner
         learner.cluster = self
         sync = WeightSync(learner, self.client, buffer, 1, clock, self._went_live)

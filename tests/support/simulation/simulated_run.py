@@ -16,7 +16,7 @@ import simpy
 
 from rlhf_cluster.buffer.buffer import ExperienceBuffer
 from rlhf_cluster.buffer.staleness import AdmissionGate
-from rlhf_cluster.records import GroupSummary, Ticket
+from rlhf_cluster.records import GroupSummary, Ticket, TrainingGroup
 
 Draw = Callable[[random.Random], float]
 
@@ -74,7 +74,7 @@ class SimulatedRun:
         return [group.staleness for group in self.trained]
 
     def run(self) -> SimulatedRun:
-        self.buffer.version_live(0)
+        self.buffer.set_live_version(0)
         self._admit()
         self.env.process(self._learn())
         self.env.run()
@@ -101,7 +101,8 @@ class SimulatedRun:
             self.buffer.discard(ticket, "simulated")
         else:
             self.sampled_with[ticket.number] = version
-            if self.buffer.finish(ticket, None, self._summary(ticket, version)):
+            summary = self._summary(ticket, version)
+            if self.buffer.finish(TrainingGroup(ticket=ticket, handle=None, summary=summary)):
                 self.done.append(ticket.number)
             self._forget_dropped()
         self._notify()
@@ -127,7 +128,7 @@ class SimulatedRun:
             self._notify()
             yield self.env.timeout(self.train(self.rng))
             self.learner += 1
-            self.buffer.saw_learner(self.learner)
+            self.buffer.set_learner_version(self.learner)
             self._forget_dropped()
             if self.learner % self.publish_every == 0:
                 self._due = self.learner
@@ -143,13 +144,13 @@ class SimulatedRun:
             version = self.learner
             yield self.env.timeout(self.publish(self.rng))
             if self.live_at == "published":
-                self.buffer.version_live(version)
+                self.buffer.set_live_version(version)
                 self._notify()
             for worker in range(self.num_workers):
                 yield self.env.timeout(self.pull(self.rng))
                 self.workers[worker] = version
             if self.live_at == "pulled":
-                self.buffer.version_live(version)
+                self.buffer.set_live_version(version)
                 self._notify()
         self._publishing = False
 

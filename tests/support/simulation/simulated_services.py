@@ -16,7 +16,7 @@ import simpy
 from rlhf_cluster.buffer.buffer import ExperienceBuffer
 from rlhf_cluster.buffer.staleness import AdmissionGate
 from rlhf_cluster.observe.occupancy import Occupancy
-from rlhf_cluster.records import GroupSummary, Ticket
+from rlhf_cluster.records import GroupSummary, Ticket, TrainingGroup
 
 GROUPS = 16
 
@@ -55,7 +55,7 @@ class SimulatedServices:
             name: (simpy.Resource(self.env, size), Occupancy(self._now, lambda size=size: size))
             for name, size in self._sizes().items()
         }
-        self.buffer.version_live(0)
+        self.buffer.set_live_version(0)
         self._admit()
         self.env.run(self.env.process(self._learn()))
         return self
@@ -96,7 +96,7 @@ class SimulatedServices:
             num_tokens=1,
             rewards=(0.0,),
         )
-        self.buffer.finish(ticket, None, summary)
+        self.buffer.finish(TrainingGroup(ticket=ticket, handle=None, summary=summary))
         self._admit()
 
     def _served(self, pool: str, mean_s: float) -> Generator[simpy.Event, Any, None]:
@@ -132,11 +132,11 @@ class SimulatedServices:
                     "time/scoring_busy_s": scoring.busy_s,
                 }
             )
-            self.buffer.saw_learner(step)
+            self.buffer.set_learner_version(step)
             self.env.process(self._publish(step))
             self._admit()
 
     def _publish(self, version: int) -> Generator[simpy.Event, Any, None]:
         yield self.env.timeout(self.live_s)
-        self.buffer.version_live(version)
+        self.buffer.set_live_version(version)
         self._admit()

@@ -102,7 +102,7 @@ def test_damaged_notes_of_what_was_trained_are_told_and_the_run_goes_on(tmp_path
     assert "continues without what it said" in told[0]
     again.rewind()
     assert again.recover(Ticket(number=7, version=2), make_prompt(7)) is not None
-    again.trained(5, [7])
+    again.record_trained(5, [7])
     assert read_trained(store.root) == {7: (5,)}
 
 
@@ -214,8 +214,8 @@ def test_steps_after_the_checkpoint_are_forgotten(tmp_path):
     for number in range(4):
         write(store, number)
     run = recovery(tmp_path, keep_steps=9)
-    run.trained(1, [0, 1])
-    run.trained(2, [2, 3])
+    run.record_trained(1, [0, 1])
+    run.record_trained(2, [2, 3])
     assert read_trained(store.root) == {0: (1,), 1: (1,), 2: (2,), 3: (2,)}
     recovery(tmp_path, step=1).rewind()
     assert read_trained(store.root) == {0: (1,), 1: (1,)}
@@ -237,7 +237,7 @@ def test_what_a_checkpoint_on_disk_may_ask_for_stays_until_it_goes(tmp_path, nam
     there = run_steps(tmp_path, run, 7)
     assert there[-1] == [4, 5, 6, 7, *range(12, 18)], "trained at steps 3 and 4, at 7, and open"
     folder.rmdir()
-    run.trained(8, [14, 15])
+    run.record_trained(8, [14, 15])
     assert ExperienceStore(tmp_path / "experience").numbers() == [14, 15, 16, 17]
 
 
@@ -254,9 +254,9 @@ def test_discarded_groups_go_and_those_in_the_look_ahead_window_stay(tmp_path):
     for number in range(8):
         write(store, number)
     run = recovery(tmp_path, look_ahead=3, keep_steps=0)
-    run.trained(1, [0, 4])
+    run.record_trained(1, [0, 4])
     assert store.numbers() == [2, 3, 5, 6, 7], "1 was discarded; 2 and 3 may be open"
-    run.trained(2, [3, 6])
+    run.record_trained(2, [3, 6])
     assert store.numbers() == [5, 7]
 
 
@@ -267,8 +267,8 @@ def test_the_numbers_of_earlier_attempts_go_as_well(tmp_path):
     (store.root / TRAINED).write_text("{torn")
     run = recovery(tmp_path, step=2, keep_steps=1)
     run.rewind()
-    run.trained(3, [4, 5])
-    run.trained(4, [6, 7])
+    run.record_trained(3, [4, 5])
+    run.record_trained(4, [6, 7])
     assert store.numbers() == []
     assert read_trained(store.root) == {}
 
@@ -279,7 +279,7 @@ def test_a_folder_that_cannot_be_used_is_an_error_with_its_cure(tmp_path):
     with pytest.raises(
         StoreError, match=r"trained\.json: .* Free space .* buffer\.durable = false"
     ):
-        run.trained(1, [0])
+        run.record_trained(1, [0])
     (tmp_path / "experience").write_text("a file")
     with pytest.raises(
         StoreError, match=r"experience/x/attempt\.json: .* Not a directory.*that disk"

@@ -23,11 +23,11 @@ from rlhf_cluster.buffer.group_store import (
 from rlhf_cluster.buffer.replay_pool import (
     FLOOR,
     ReplayPool,
+    build_replay_pool,
     choose,
     draw,
     inclusion,
     replay_metrics,
-    replay_pool,
 )
 from rlhf_cluster.buffer.staleness import AdmissionGate
 from rlhf_cluster.errors import RecordError, StalenessError
@@ -42,6 +42,7 @@ from rlhf_cluster.records import (
 from rlhf_cluster.sections.rl_run import Replay
 from tests.support.builders.run_configs import tiny_config
 from tests.support.fakes.services import (
+    finished_group,
     make_group,
     make_prompt,
 )
@@ -173,7 +174,7 @@ def run_steps(replay: ReplayPool, first: int, last: int, fresh: int = 3) -> list
     for version in range(first, last):
         again = replay.take(version)
         group = [taken(n, version) for n in range(version * fresh, (version + 1) * fresh)]
-        replay.trained(group, version)
+        replay.record_trained(group, version)
         found.append([*numbers(group), *numbers(again)])
     return found
 
@@ -216,17 +217,17 @@ def test_a_pool_that_goes_on_from_its_state_chooses_the_same(cut):
 def test_what_is_forgotten_is_replayed_no_more():
     replay = pool(num=3)
     run_steps(replay, 0, 1)
-    replay.forget([1, 77])
+    replay.exclude([1, 77])
     assert numbers(replay.take(1)) == [0, 2]
 
 
 def test_a_use_that_may_not_be_is_an_error():
     replay = pool(num=1)
-    replay.trained([taken(0)], 0)
+    replay.record_trained([taken(0)], 0)
     with pytest.raises(
         RecordError, match=r"group g00000000 .* step 2 as its use 1, and steps \[1\]"
     ):
-        replay.trained([taken(0)], 1)
+        replay.record_trained([taken(0)], 1)
     [again] = replay.take(1)
     replay.load_state([used(0)], 0)
     replay.settings = Replay(max_uses=2)
@@ -248,17 +249,17 @@ def run(buffer: ExperienceBuffer, num_steps: int) -> list[list[TrainingGroup]]:
     """Steps of a run whose versions are live at once."""
     found = []
     for _ in range(num_steps):
-        buffer.version_live(buffer.learner_version)
+        buffer.set_live_version(buffer.learner_version)
         while (ticket := buffer.admit()) is not None:
             finish(buffer, ticket)
         found.append(buffer.take(2))
-        buffer.saw_learner(buffer.learner_version + 1)
+        buffer.set_learner_version(buffer.learner_version + 1)
     return found
 
 
 def finish(buffer: ExperienceBuffer, ticket: Ticket) -> None:
     group = make_group(ticket, make_prompt(), [0.0, 1.0], version=ticket.version)
-    buffer.finish(ticket, group, group.summary())
+    buffer.finish(finished_group(ticket, group))
 
 
 def test_a_step_has_its_fresh_groups_first_and_no_counter_counts_the_others():
@@ -294,12 +295,12 @@ def test_a_resumed_buffer_hands_out_the_same_groups_again():
 
 def test_a_checkpoint_keeps_what_may_be_replayed_to_the_bit():
     buffer = ExperienceBuffer(GATE, replay=pool(priority="reward_spread"))
-    buffer.version_live(0)
+    buffer.set_live_version(0)
     while (ticket := buffer.admit()) is not None:
         group = make_group(ticket, make_prompt(), [0.1, 1 / 3, ticket.number], version=0)
-        buffer.finish(ticket, group, group.summary())
+        buffer.finish(finished_group(ticket, group))
     buffer.take(2)
-    buffer.saw_learner(1)
+    buffer.set_learner_version(1)
     state = buffer.state()
     assert state.replayable == (0, 1)
     adapter = TypeAdapter(BufferState)
@@ -331,23 +332,26 @@ def replay_config(**section):
 
 
 def test_metrics_of_a_step_by_hand():
-    config = replay_config()
+    replay = replay_config().buffer.replay
     groups = [taken(8), taken(9), used(3).taken(0.5)]
-    assert replay_metrics(groups, config) == {
+    assert replay_metrics(groups, replay, 4) == {
         "replay/groups": 1,
         "replay/missing_groups": 1,
         "replay/uses_mean": 2,
         "replay/weight_mean": 0.5,
     }
-    assert replay_metrics(groups[:2], config) == {"replay/groups": 0, "replay/missing_groups": 2}
-    assert replay_metrics(groups, tiny_config()) == {}
+    assert replay_metrics(groups[:2], replay, 4) == {
+        "replay/groups": 0,
+        "replay/missing_groups": 2,
+    }
+    assert replay_metrics(groups, None, 4) == {}
 
 
 def test_the_settings_of_a_run_make_its_pool():
     config = replay_config(max_uses=4)
-    found = replay_pool(config)
+    found = build_replay_pool(config.buffer.replay, config.run, config.staleness)
     assert found is not None
     assert (found.num, found.max_staleness, found.settings.max_uses) == (2, 3, 4)
     assert config.fresh_groups == 2
-    assert replay_pool(tiny_config()) is None
+    assert build_replay_pool(None, config.run, config.staleness) is None
     assert tiny_config().fresh_groups == 4

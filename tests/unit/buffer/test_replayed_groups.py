@@ -39,7 +39,7 @@ def test_what_a_checkpoint_on_disk_may_train_again_stays_until_it_goes(tmp_path,
     there = run_steps(tmp_path, run, 9)
     assert there[-1] == [4, 5, 6, 7, 8, 9, *range(14, 22)], "of steps 3 to 5; of 8 and 9; open"
     folder.rmdir()
-    run.trained(10, [18, 19])
+    run.record_trained(10, [18, 19])
     assert ExperienceStore(tmp_path / "experience").numbers() == [16, 17, 18, 19, 20, 21]
 
 
@@ -48,16 +48,16 @@ def test_every_use_is_on_record_and_a_rewind_takes_the_later_ones_back(tmp_path)
     for number in range(4):
         write(store, number)
     run = replaying(tmp_path, keep_steps=9)
-    run.trained(1, [0, 1])
-    run.trained(2, [2, 0])
-    run.trained(3, [3, 0])
+    run.record_trained(1, [0, 1])
+    run.record_trained(2, [2, 0])
+    run.record_trained(3, [3, 0])
     assert read_trained(store.root) == {0: (1, 2, 3), 1: (1,), 2: (2,), 3: (3,)}
     again = replaying(tmp_path, step=2, keep_steps=9)
     again.rewind()
     assert read_trained(store.root) == {0: (1, 2), 1: (1,), 2: (2,)}
-    again.trained(3, [3, 0])
+    again.record_trained(3, [3, 0])
     with pytest.raises(RecordError, match=r"group 0 was trained by steps \[1, 2, 3, 4\].* 3 times"):
-        again.trained(4, [0])
+        again.record_trained(4, [0])
 
 
 @pytest.mark.parametrize(("settings", "second"), [({}, 2), ({"max_uses": 2, "reuse_steps": 2}, 1)])
@@ -65,9 +65,9 @@ def test_a_group_that_is_trained_once_too_often_is_an_error(tmp_path, settings, 
     """Without replay in another step; with it twice in one."""
     write(ExperienceStore(tmp_path / "experience"), 0)
     run = recovery(tmp_path, keep_steps=9, **settings)
-    run.trained(1, [0])
+    run.record_trained(1, [0])
     with pytest.raises(RecordError, match=rf"group 0 was trained by steps \[1, {second}\]"):
-        run.trained(second, [0])
+        run.record_trained(second, [0])
 
 
 def test_what_cannot_be_trained_again_is_named(tmp_path):
@@ -79,7 +79,7 @@ def test_what_cannot_be_trained_again_is_named(tmp_path):
     store.path(1).write_bytes(store.path(1).read_bytes()[:-1])
     run = replaying(tmp_path, step=2, tell=told.append)
     run.rewind()
-    assert run.unusable([0, 1, 2, 3, 4]) == [1, 3, 4]
+    assert run.find_unusable([0, 1, 2, 3, 4]) == [1, 3, 4]
     assert [text.split(":")[0] for text in told] == [
         "group 1 is not replayed",
         "group 3 is not replayed",

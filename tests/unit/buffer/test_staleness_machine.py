@@ -19,7 +19,7 @@ from rlhf_cluster.buffer.buffer import ExperienceBuffer
 from rlhf_cluster.buffer.replay_pool import ReplayPool
 from rlhf_cluster.buffer.staleness import AdmissionGate
 from rlhf_cluster.config.check_rollouts import largest_look_ahead
-from rlhf_cluster.records import BufferState, GroupSummary, Ticket
+from rlhf_cluster.records import BufferState, GroupSummary, Ticket, TrainingGroup
 from rlhf_cluster.sections.rl_run import Replay
 
 STEPS = 8
@@ -101,7 +101,7 @@ class Staleness(RuleBasedStateMachine):
         self.target = 0  # the newest version in the store
         self.workers = dict.fromkeys(range(num_workers), 0)
         self.next_worker = num_workers
-        self.buffer.version_live(0)
+        self.buffer.set_live_version(0)
         self.checkpoint = self.cut()
 
     def pool(self) -> ReplayPool | None:
@@ -142,7 +142,8 @@ class Staleness(RuleBasedStateMachine):
             rewards=(0.0, float(number % 3)),
         )
         self.finished[number] = self.oldest[number] = group.oldest
-        kept = self.buffer.finish(group.ticket, number, summary)
+        finished = TrainingGroup(ticket=group.ticket, handle=number, summary=summary)
+        kept = self.buffer.finish(finished)
         too_old = self.learner - group.oldest > self.gate.max_staleness
         assert kept == (not too_old or self.gate.on_stale != "drop")
         self.note_dropped()
@@ -221,7 +222,7 @@ class Staleness(RuleBasedStateMachine):
         self.learner += 1
         if self.learner % self.publish_every == 0:
             self.due = self.learner
-        self.buffer.saw_learner(self.learner)
+        self.buffer.set_learner_version(self.learner)
         self.note_dropped()
 
     @precondition(lambda self: self.writing is None and self.target < self.due)
@@ -242,7 +243,7 @@ class Staleness(RuleBasedStateMachine):
 
     def tell_live(self) -> None:
         if min(self.workers.values()) >= self.target:
-            self.buffer.version_live(self.target)
+            self.buffer.set_live_version(self.target)
 
     @rule(depth=st.integers(0, 3))
     def new_depth(self, depth):
@@ -264,7 +265,7 @@ class Staleness(RuleBasedStateMachine):
         self.trained, self.discarded = list(saved.trained), list(saved.discarded)
         self.workers = dict.fromkeys(self.workers, self.learner)
         self.writing, self.running, self.finished = None, {}, {}
-        self.buffer.version_live(self.learner)
+        self.buffer.set_live_version(self.learner)
         for ticket in saved.state.open:
             if reissue:
                 self.issue(ticket, pick)

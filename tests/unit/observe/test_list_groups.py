@@ -40,7 +40,7 @@ def run(tmp_path):
         numbers = [2 * step - 2, 2 * step - 1]
         groups = [group(number, [0.0, number / 4]) for number in numbers]
         write_samples(path / "samples", step, groups, step - 1, lambda ids: "", limit=2)
-        recovery.trained(step, numbers)
+        recovery.record_trained(step, numbers)
     return path
 
 

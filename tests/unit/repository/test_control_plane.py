@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks.control_plane import LAST_STEPS, measure
 from benchmarks.scripted_plane import control_plane
+from rlhf_cluster.buffer.buffer_service import ask_until_answered
 from rlhf_cluster.run.worker_loads import (
     Loads,
     State,
@@ -53,8 +54,10 @@ async def bytecodes_a_group(folder: Path, num_workers: int) -> float:
     rules = {"straggler_groups": 1}
     async with control_plane(folder, num_workers, 2, num_workers + 30, quarantine=rules) as plane:
         pipeline, _ = plane
-        tickets = await pipeline.buffer.admit()
-        learner = asyncio.ensure_future(pipeline.buffer.take(num_workers + 30, 0))
+        tickets = await ask_until_answered(pipeline.buffer.admit)
+        learner = asyncio.ensure_future(
+            ask_until_answered(pipeline.buffer.take, num_workers + 30, 0)
+        )
         prompt = pipeline.prompts.next()
         await asyncio.gather(*(pipeline.produce(t, prompt) for t in tickets[:num_workers]))
         found = [0]

@@ -278,8 +278,8 @@ class LostLearner(FakeLearner):
 
 def sync_of(learner: FakeLearner, generation: FakeGeneration) -> WeightSync:
     class Buffer:
-        async def version_live(self, version: int) -> None:
-            raise CoreLost("buffer.version_live: the process died")
+        async def set_live_version(self, version: int) -> None:
+            raise CoreLost("buffer.set_live_version: the process died")
 
     return WeightSync(learner, generation, Buffer(), 1, lambda: 0.0)  # type: ignore[arg-type]
 

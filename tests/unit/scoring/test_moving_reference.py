@@ -139,7 +139,7 @@ def test_the_reference_has_moved_before_a_version_counts_as_live():
     told = []
 
     class Buffer:
-        async def version_live(self, version: int) -> None:
+        async def set_live_version(self, version: int) -> None:
             told.append(("live", version))
 
     async def follow(version) -> None:

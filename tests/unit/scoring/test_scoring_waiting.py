@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from rlhf_cluster.buffer.buffer import ExperienceBuffer
+from rlhf_cluster.buffer.buffer_service import BufferService
 from rlhf_cluster.buffer.staleness import AdmissionGate
 from rlhf_cluster.pipeline import Pipeline, StepTimes
 from rlhf_cluster.records import Sampling
@@ -25,7 +26,6 @@ from tests.support.fakes.services import (
     FakeObserver,
     FakePrompts,
     FakeScoring,
-    LocalBuffer,
 )
 from tests.support.simulation.virtual_time import run_jumping
 
@@ -80,7 +80,7 @@ async def run(wanted: int) -> Scaling:
     await pool.start(1)
     gate = AdmissionGate(max_staleness=2, pipeline_depth=2, groups_per_step=GROUPS, num_steps=STEPS)
     generation, learner = FakeGeneration(lambda _: GENERATE_S), FakeLearner(step_delay_s=TRAIN_S)
-    buffer = LocalBuffer(ExperienceBuffer(gate), 60.0, 0.05, clock)
+    buffer = BufferService(ExperienceBuffer(gate), 60.0, 0.05, clock)
     observer = Scaling(pool=pool, wanted=wanted)
     sync = WeightSync(learner, generation, buffer, 1, clock)
     await sync.after_step(0)

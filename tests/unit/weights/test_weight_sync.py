@@ -81,7 +81,7 @@ def test_a_rank_refuses_a_base_that_it_does_not_hold_and_can_publish_in_full(
 
 
 class _Buffer:
-    async def version_live(self, version: int) -> None: ...
+    async def set_live_version(self, version: int) -> None: ...
 
 
 def sync_of(learner: FakeLearner, generation: FakeGeneration) -> WeightSync:
@@ -175,7 +175,7 @@ async def test_a_version_is_live_after_it_was_pulled_and_never_when_it_was_refus
                 raise WeightError("version 0 is not live: 0 of 4 generation workers took it")
 
     class Buffer:
-        async def version_live(self, version: int) -> None:
+        async def set_live_version(self, version: int) -> None:
             told.append(f"live {version}")
 
     learner = FakeLearner()
@@ -198,7 +198,7 @@ async def test_d01_a_version_waits_for_a_reference_that_its_readers_refuse(
             raise WeightError("the reference of version 0 is not live: its storage is slow")
 
     class Buffer:
-        async def version_live(self, version: int) -> None:
+        async def set_live_version(self, version: int) -> None:
             asked.append(-1)
 
     learner, generation = FakeLearner(), FakeGeneration()
