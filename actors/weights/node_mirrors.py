@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -92,8 +92,8 @@ class RemotePlanner(NamedActor):
     def keeps(self, node: str, versions: Sequence[int]) -> None:
         self.call(_CALL_TIMEOUT_S, "keeps", node, list(versions))
 
-    def lends(self, node: str, pieces: Sequence[tuple[Piece, Any]]) -> None:
-        self.call(_CALL_TIMEOUT_S, "lends", node, list(pieces))
+    def lends(self, node: str, pieces: Sequence[tuple[Piece, Any]], timeout_s: float) -> None:
+        self.call(min(_CALL_TIMEOUT_S, timeout_s), "lends", node, list(pieces))
 
     def begin_anew(self) -> None:
         self.call(_CALL_TIMEOUT_S, "begin_anew")
@@ -150,16 +150,20 @@ async def serving_relay(config: RunConfig) -> AsyncIterator[None]:
         await run_in_thread(_clear_nodes, local)
 
 
-def _clear_nodes(local: Path) -> None:
+def _clear_nodes(
+    local: Path, list_nodes: Callable[[], Sequence[dict[str, Any]]] = ray.nodes
+) -> None:
     clear = ray.remote(num_cpus=0, max_retries=0)(_clear)
     try:
         tasks = [
             clear.options(
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             ).remote(local)
-            for node in ray.nodes()
+            for node in list_nodes()
             if node["Alive"]
         ]
+        if not tasks:  # which `ray.wait` refuses
+            return
         _, late = ray.wait(tasks, num_returns=len(tasks), timeout=_CLEAR_TIMEOUT_S)
     except RayError as error:  # the run has ended, so this must not fail it
         log.warning("the copies in %s are left to the next run there (%s)", local, error)

@@ -20,8 +20,9 @@ from actors.weights.node_mirrors import (
     serving_relay,
 )
 from rlhf_cluster.config import RunConfig
-from rlhf_cluster.errors import WeightError
+from rlhf_cluster.errors import StalledError, WeightError
 from rlhf_cluster.records import WeightVersion
+from rlhf_cluster.util.deadlines import callee_deadline
 from rlhf_cluster.weights.manifest import ShardReport
 from rlhf_cluster.weights.store import commit
 from rlhf_cluster.weights.transports.lent_shards import ShardLender
@@ -84,8 +85,9 @@ class Transport:
         sinks: list[ShardSink] = [FileSink(self._root, deadline=deadline, attempt=writer.attempt)]
         lender = self._lender()
         if lender is not None:
-            lender.withdraw()
-            sinks.append(lender)
+            lending = _end_before(deadline)
+            lender.withdraw(lending)
+            sinks.append(lender.sink(lending))
         return rank.write_snapshot(sinks, base)
 
     def commit(
@@ -112,11 +114,11 @@ class Transport:
         )
         lender = self._lender()
         if lender is not None:
-            with contextlib.suppress(
-                WeightError
-            ):  # the version is visible, and readers can get the manifest elsewhere
+            # The version is visible, and readers can get the manifest elsewhere.
+            with contextlib.suppress(WeightError, StalledError):
                 manifest = memoryview(FileSource(self._root).manifest(version))
-                lender.write(version, MANIFEST_NAME, ShardImage(chunks=(manifest,)))
+                image = ShardImage(chunks=(manifest,))
+                lender.lend(version, MANIFEST_NAME, image, _end_before(deadline))
         return published
 
     def begin_anew(self) -> None:
@@ -151,3 +153,8 @@ class Transport:
             except (OSError, RuntimeError) as error:  # no file descriptor or no thread is left
                 log.warning("this rank lends nothing to the relay: %s", error)
             return self._lent
+
+
+def _end_before(publishing: Deadline) -> Deadline:
+    """Return the deadline of the relay's part of a publish, before that of the publish itself."""
+    return Deadline("lending a shard", callee_deadline(publishing.left_s("the relay")))

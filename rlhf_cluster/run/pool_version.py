@@ -36,10 +36,10 @@ LATE_OR_REFUSED = (WeightError, StalledError, WorkerSilent)
 """Errors of a load when the storage is slow or the version damaged, but the worker healthy."""
 MAX_CATCH_UP = 3
 """Tries to bring a worker that is behind to the newest version before it is replaced."""
-PAUSE_S = 2.0
+PAUSE_S = 6.0
 """Seconds before the first of these tries, longer before the next.
 
-A storage may refuse at once, for a moment.
+All pauses together outlast a storage that refuses at once for half a minute.
 """
 
 

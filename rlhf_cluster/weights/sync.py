@@ -13,7 +13,8 @@ Promises:
 - If the readers refuse a version (its shards are damaged or lost, or the storage is too slow), no
   worker is blamed. The workers keep serving the weights they have, the learner logs the reason, and
   the newest weights are published after a pause. A failed publish is handled the same way.
-  `MAX_REFUSED` consecutive failures of these kinds end the run.
+  `MAX_REFUSED` consecutive failures of these kinds end the run. The pauses between them outlast a
+  storage that answers nothing but errors for half a minute.
 - If its readers refuse a reference, no worker is blamed either. The version waits for the reference,
   and is live only with it.
 - A version is live only after `GenerationPort.pull` returned.
@@ -31,9 +32,9 @@ from rlhf_cluster.ports import BufferPort, GenerationPort, LearnerPort
 from rlhf_cluster.records import WeightVersion
 from rlhf_cluster.util.deadlines import reply_deadline
 
-MAX_REFUSED = 3
-PAUSE_S = 1.0
-"""Seconds of pause before the second try; the pauses before later tries are longer."""
+PAUSES_S = (5.0, 30.0)
+"""Seconds of pause before the second and the third try."""
+MAX_REFUSED = 1 + len(PAUSES_S)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -70,19 +71,17 @@ class WeightSync:
         publish_every: int,
         clock: Callable[[], float],
         pulled: Callable[[WeightVersion], Awaitable[None]] = _nothing_follows,
-        pause_s: float = PAUSE_S,
+        sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
     ) -> None:
-        """Start with no version published.
-
-        `pause_s`: pause after a version that was refused or not published; twice that after the next.
-        """
+        """Start with no version published."""
         self._learner = learner
         self._generation = generation
         self._buffer = buffer
         self._publish_every = publish_every
         self._clock = clock
         self._pulled = pulled
-        self._pause_s = pause_s
+        self._sleep = sleep
+        self._is_paused = False
         self._running: asyncio.Task[None] | None = None
         self._due = -1
         self.stats = SyncStats()
@@ -134,12 +133,16 @@ class WeightSync:
     async def abandon(self, timeout_s: float) -> None:
         """Wait for the end of the publish whose learner is dead, and discard its outcome.
 
+        A pause between two tries is cut short.
+
         Waits for: the publish in progress. Unblocked by: its calls to the learner, which fail because
         the learner is dead; a pull's deadline. Raises `StalledError` after `timeout_s`.
         """
         running, self._running = self._running, None
         if running is None:
             return
+        if self._is_paused:
+            running.cancel()
         done, _ = await asyncio.wait({running}, timeout=timeout_s)
         if not done:
             running.cancel()
@@ -166,7 +169,7 @@ class WeightSync:
             if refusal is None and self._due <= snapshot:
                 return
             if refusal is not None:
-                await asyncio.sleep(self._pause_s * num_refused)
+                await self._pause(num_refused)
             snapshot = await self._snapshot()
 
     async def _snapshot(self) -> int:
@@ -216,7 +219,15 @@ class WeightSync:
                 self.stats.refused += 1
                 if num_tries == MAX_REFUSED:
                     raise
-            await asyncio.sleep(self._pause_s * num_tries)
+            await self._pause(num_tries)
+
+    async def _pause(self, num_failed: int) -> None:
+        """Wait before the try that follows `num_failed` failed ones."""
+        self._is_paused = True
+        try:
+            await self._sleep(PAUSES_S[num_failed - 1])
+        finally:
+            self._is_paused = False
 
     def _raise_failure(self) -> None:
         if self._running is not None and self._running.done():
@@ -249,7 +260,7 @@ def live_deadline_s(
         followed_s = MAX_REFUSED * (reference_s + moved_s + 2 * reply_deadline(reference_s))
     if exact_s is not None:  # loaded by the pool of exact log-probabilities
         followed_s += MAX_REFUSED * (moved_s + 2 * reply_deadline(exact_s))
-    pauses_s = 2 * PAUSE_S * MAX_REFUSED
+    pauses_s = 2 * sum(PAUSES_S)  # of the publishes, and of the moves of the reference in each
     return reply_deadline(
         MAX_REFUSED * (reply_deadline(snapshot_s) + committed_s + pulled_s + followed_s + pauses_s)
     )

@@ -183,7 +183,11 @@ async def test_neither_dead_ranks_nor_a_refusal_cost_a_restart_and_the_learner_i
         # New ranks, and a receiver that raises: the next publish works without a restart.
         learner = await cluster.learner(1)
         buffer: Any = _Buffer()
-        sync = WeightSync(learner, cluster.generation, buffer, 1, time.monotonic)
+
+        async def sleep(seconds: float) -> None:
+            await asyncio.sleep(min(seconds, 1.0))
+
+        sync = WeightSync(learner, cluster.generation, buffer, 1, time.monotonic, sleep=sleep)
         cluster.script(fail_pull=True)
         await sync.after_step(1)
 

@@ -12,6 +12,8 @@ Promises:
   folders.
 - A folder has its name only together with its mark, and loses both at once. The mark is the last file
   to be deleted, so that the next sweep finishes one that was killed.
+- A process that is killed before it makes the mark, or after it removed it, leaves an empty folder
+  whose name has a suffix. A sweep removes such a folder of this user as long as it is empty.
 """
 
 from __future__ import annotations
@@ -224,9 +226,13 @@ def is_in_use(fd: int, local: Path) -> bool:
 def sweep(mirror: Path) -> None:
     """Remove the folders of copies below `mirror` that no process of this node uses."""
     for folder in sorted(mirror.glob("rlhf_mirror_*")):
-        if _NAME.fullmatch(folder.name) and _is_ours(folder):
-            with contextlib.suppress(OSError, StorageError):
+        if not _NAME.fullmatch(folder.name):
+            continue
+        with contextlib.suppress(OSError, StorageError):
+            if _is_ours(folder):
                 _remove_if_unheld(folder)
+            elif folder.suffix and os.lstat(folder).st_uid == os.geteuid():
+                folder.rmdir()  # fails for a folder that is not empty, and for a link
 
 
 def _remove_if_unheld(folder: Path) -> None:
@@ -264,8 +270,9 @@ def _make(local: Path) -> int | None:
     except OSError:
         if fd is not None:
             os.close(fd)
+        was_swept = not os.path.lexists(fresh)  # while it was empty
         shutil.rmtree(fresh, ignore_errors=True)
-        if os.path.lexists(local):  # another process was first
+        if was_swept or os.path.lexists(local):  # or another process was first
             return None
         raise
     return fd

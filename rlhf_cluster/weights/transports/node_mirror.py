@@ -9,7 +9,8 @@ hashes.
 Promises:
 - A node fetches each file once, for any number of readers: one of them fetches, the others wait.
 - A file has its final name only when it is complete, with the length in the manifest. Its readers
-  verify the content. A version that was found damaged (`distrust`) is fetched again, from the storage.
+  verify the content. A version that was found damaged (`distrust`) is fetched again. The storage
+  serves it once more for all nodes together, and no node gets a copy that another one distrusts.
 - When the planner cannot be reached, only the relay is lost: all files come from the storage then.
 - Every wait ends with the deadline, also where a storage does not answer, and with it this reader's
   lock of the node's copies. A fetch from a node that hangs ends with its lease, and another source is
@@ -129,6 +130,8 @@ class Mirror:
         self._lent: dict[Piece, _Lent] = {}
         self._seen: tuple[int, object] | None = None  # (version, which copy), of the last one
         self._distrusted: tuple[int, object] | None = None
+        self._reading = (-1, "", 0)
+        """Number and digest of the newest version, and how many of its copies were damaged."""
 
     def bring(self, version: WeightVersion, deadline: Deadline) -> WeightVersion:
         """Run `bringing` in the thread of the caller."""
@@ -159,10 +162,7 @@ class Mirror:
         number = version.version
         incomplete = {number}
         try:
-            if self._distrusted is not None and self._distrusted == self._here(number):
-                self._remove(number)  # no other reader of this node has replaced it meanwhile
-            else:
-                self._distrusted = None
+            await self._take_distrust(number, version.digest)
             manifest = await self._manifest(number, version.digest, deadline)
             chain = [await self._manifest(n.version, n.digest, deadline) for n in manifest.chain]
             missing = {
@@ -182,8 +182,23 @@ class Mirror:
                 self._remove(half)
             await self._tell_kept([])  # a node whose disk fails serves no other node
             raise
-        self._distrusted, self._seen = None, self._here(number)
+        self._seen = self._here(number)
         await self._remove_all_but(kept)
+
+    async def _take_distrust(self, number: int, digest: str) -> None:
+        """Remove the local copy of a version if it is the one that `distrust` marked.
+
+        From then on this node asks the plan for another reading of the storage.
+        """
+        if self._reading[:2] != (number, digest):
+            self._reading = (number, digest, 0)
+        distrusted, self._distrusted = self._distrusted, None
+        if distrusted is None or distrusted[0] != number:
+            return
+        self._reading = (number, digest, self._reading[2] + 1)
+        if distrusted == self._here(number):
+            self._remove(number)  # no other reader of this node has replaced it meanwhile
+            await self._tell_kept([n for n in self._copies.versions() if n != number])
 
     async def _make_room(self, num_bytes: int, kept: Sequence[int]) -> None:
         """Remove other versions where the missing files of `kept` need their space.
@@ -199,7 +214,7 @@ class Mirror:
                 raise OSError(errno.ENOSPC, f"{num_bytes} bytes are missing, and {free} are free")
 
     def distrust(self, version: int) -> None:
-        """Mark `version` as damaged: the next `bring` fetches it again, from the storage.
+        """Mark `version` as damaged: the next `bring` fetches it again, and from no damaged copy.
 
         It does not where another reader of this node has fetched it again meanwhile.
         """
@@ -283,7 +298,7 @@ class Mirror:
             deadline,
             self._carrier.lock(),
             progress_s=min(self._lease_s, PROGRESS_SHARE * deadline.left_s(waits_for)),
-            direct=from_storage or self._distrusted is not None,
+            direct=from_storage,
             open=list(sizes),
         )
         await self._carrier.all_of(
@@ -318,8 +333,10 @@ class Mirror:
     async def _ask(self, wanted: _Wanted) -> Assignment | None:
         if not wanted.direct:
             with contextlib.suppress(WeightError):
-                arguments = (self._node, wanted.open, (), ())
-                return await self._carrier.ask(self._planner.exchange, *arguments)
+                asked = [self._translate(piece) for piece in wanted.open]
+                arguments = (self._node, asked, (), ())
+                found = await self._carrier.ask(self._planner.exchange, *arguments)
+                return found and replace(found, piece=found.piece._replace(reading=0))
         return Assignment(piece=wanted.open[0], source=None)
 
     async def _fetch_one(self, wanted: _Wanted, found: Assignment) -> None:
@@ -357,7 +374,15 @@ class Mirror:
 
     async def _report(self, done: Sequence[Any] = (), failed: Sequence[Any] = ()) -> None:
         with contextlib.suppress(WeightError):  # without the report, the lease ends by its time
-            await self._carrier.ask(self._planner.exchange, self._node, (), done, failed)
+            ended = [
+                [(self._translate(piece), at) for piece, at in ends] for ends in (done, failed)
+            ]
+            await self._carrier.ask(self._planner.exchange, self._node, (), *ended)
+
+    def _translate(self, piece: Piece) -> Piece:
+        """Return `piece` with the number of its reading, as the plan knows it."""
+        number, _, reading = self._reading
+        return piece._replace(reading=reading) if piece.version == number else piece
 
     async def _bring_one(self, found: Assignment, wanted: _Wanted) -> None:
         piece = found.piece

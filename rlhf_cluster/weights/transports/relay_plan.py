@@ -17,6 +17,8 @@ Promises:
 - One reader alone, which may itself be the slow one, cannot exclude a source. Each strike expires
   after `STRIKE_S`, so a short network problem excludes a node only for this time.
 - A file that no living node has is fetched from the storage again.
+- A version that readers found damaged is read from the storage once more, for all of them together:
+  they ask for its files with a higher `reading`, and never get the copies that they distrust.
 
 This module is bookkeeping only: `node_mirror` moves the bytes, and an actor carries the requests.
 """
@@ -41,6 +43,8 @@ class Piece(NamedTuple):
 
     version: int
     name: str
+    reading: int = 0
+    """Number of copies of the version that its reader found damaged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +80,10 @@ class RelayPlan:
     """Pieces that nodes are reading from the storage."""
     _leases: dict[tuple[str, Piece], tuple[float, str | None]] = field(default_factory=dict)
     """End and source of the lease of each (node, piece), the oldest first."""
+    _unreported: set[tuple[str, Piece]] = field(default_factory=set)
+    """Fetches whose end was not reported, also those whose lease has ended."""
+    _outdated: set[tuple[str, Piece]] = field(default_factory=set)
+    """Fetches from before `begin_anew` whose end was not reported."""
     _strikes: dict[str, dict[str, float]] = field(default_factory=dict)
     """Time of the last failure of each reader at each source: source -> reader -> time."""
 
@@ -116,6 +124,8 @@ class RelayPlan:
 
     def done(self, node: str, piece: Piece, address: Any) -> None:
         """Record that `node` has the piece, and serves it at `address`."""
+        if not self._settle(node, piece):
+            return
         self._release(node, piece)
         if len(self._accusers(node)) < MAX_STRIKES:
             self._holders.setdefault(piece, {})[node] = address
@@ -134,6 +144,8 @@ class RelayPlan:
 
         With `source` None, no other node is blamed: the fault is of `node` or of the storage.
         """
+        if not self._settle(node, piece):
+            return
         self._release(node, piece)
         if source is None:
             return
@@ -155,6 +167,8 @@ class RelayPlan:
         for piece in [p for p in self._holders if p.version < oldest]:
             for holder in list(self._holders[piece]):
                 self._drop(holder, piece)
+        for fetches in (self._unreported, self._outdated):
+            fetches -= {fetch for fetch in fetches if fetch[1].version < oldest}
 
     def forget(self, node: str) -> None:
         """Drop all pieces that `node` has, because they cannot be used."""
@@ -162,11 +176,23 @@ class RelayPlan:
             self._drop(node, piece)
 
     def begin_anew(self) -> None:
-        """Drop everything, because versions will be published again with other files."""
+        """Drop everything, because versions will be published again with other files.
+
+        A report that comes later, about a fetch that began before, is ignored.
+        """
+        self._outdated |= self._unreported
+        self._unreported.clear()
         for state in (self._holders, self._free, self._has, self._uses, self._leases):
             state.clear()
         self._strikes.clear()
         self._reading.clear()
+
+    def _settle(self, node: str, piece: Piece) -> bool:
+        """End the fetch of a report. Return False if it began before `begin_anew`."""
+        is_outdated = (node, piece) in self._outdated
+        for fetches in (self._unreported, self._outdated):
+            fetches.discard((node, piece))
+        return not is_outdated
 
     def _accusers(self, source: str) -> dict[str, float]:
         """Return the readers that got nothing from `source` in the last `STRIKE_S` seconds."""
@@ -198,6 +224,8 @@ class RelayPlan:
     def _take(self, node: str, found: Assignment) -> None:
         source, piece = found.source, found.piece
         self._release(node, piece)  # an answer that came too late for who asked
+        self._unreported.add((node, piece))
+        self._outdated.discard((node, piece))  # a node asks again after its report, or without one
         self._leases[node, piece] = self.clock() + self.lease_s, source
         if source is None:
             self._reading.add(piece)

@@ -203,11 +203,11 @@ async def test_n08_a_worker_that_joins_from_a_slow_storage_keeps_its_place_and_c
     assert pulling.pool.workers[1].actor.versions == [1]
 
 
-async def test_a_storage_that_refuses_at_once_for_ten_seconds_costs_no_worker_its_place(
+async def test_a_storage_that_refuses_at_once_for_half_a_minute_costs_no_worker_its_place(
     pools: Pools,
 ) -> None:
     pulling = pools(*(Puller("fine") for _ in range(3)), Puller(SLOW))
-    pulling.refuses_until_s = 10.0
+    pulling.refuses_until_s = 30.0
     await pulling.start()
     await pulling.bring(1)
     while pulling.states() != ["live"] * 4:

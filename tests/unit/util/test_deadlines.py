@@ -24,7 +24,7 @@ from rlhf_cluster.util.deadlines import (
     remaining_s,
     reply_deadline,
 )
-from rlhf_cluster.weights.sync import MAX_REFUSED, PAUSE_S
+from rlhf_cluster.weights.sync import MAX_REFUSED, PAUSES_S
 from tests.support.builders.run_configs import tiny_config
 
 SHORT = {
@@ -60,7 +60,8 @@ def pairs(c: RunConfig) -> dict[str, tuple[float, float]]:
         reply_deadline(learner.snapshot_deadline_s)
         + publish_s
         + 2 * (pull_s + check_s)
-        + MAX_REFUSED * (follow_s + 2 * PAUSE_S)
+        + MAX_REFUSED * follow_s
+        + 2 * sum(PAUSES_S)
     )
     copy_s, write_s = reply_deadline(c.learner.step_timeout_s), c.checkpoint.timeout_s
     return {

@@ -11,13 +11,14 @@ import pytest
 
 from rlhf_cluster.errors import WeightError
 from rlhf_cluster.records import WeightVersion
+from rlhf_cluster.util.deadlines import reply_deadline
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.shards import send_shard
-from rlhf_cluster.weights.transports.lent_shards import ShardLender
+from rlhf_cluster.weights.transports.lent_shards import WITHDRAW_SHARE, ShardLender
 from rlhf_cluster.weights.transports.mirror_carrier import ThreadCarrier
 from rlhf_cluster.weights.transports.mirror_folder import NodeCopies
 from rlhf_cluster.weights.transports.node_mirror import Mirror
-from rlhf_cluster.weights.transports.rank_memory import ShardServer
+from rlhf_cluster.weights.transports.rank_memory import Served, ShardServer
 from rlhf_cluster.weights.transports.relay_plan import (
     Assignment,
     Piece,
@@ -36,6 +37,10 @@ from tests.support.builders.small_weights import (
 )
 
 RANKS = 2
+
+
+def soon() -> Deadline:
+    return Deadline("lending", 60.0)
 
 
 class Planner:
@@ -61,7 +66,7 @@ class Planner:
     def keeps(self, node: str, versions: Sequence[int]) -> None:
         self.plan.keeps(node, versions)
 
-    def lends(self, node: str, pieces: Sequence[tuple[Piece, Any]]) -> None:
+    def lends(self, node: str, pieces: Sequence[tuple[Piece, Any]], timeout_s: float) -> None:
         if self.gone:
             raise WeightError("the planner cannot be reached")
         self.plan.lends(node, pieces)
@@ -84,12 +89,13 @@ class Learner:
     def publish(self, version: int, seed: int) -> WeightVersion:
         reports = []
         for rank, parts in enumerate(split_evenly(small_model(seed=seed), RANKS)):
-            self.lenders[rank].withdraw()
-            sinks = [FileSink(self.root), self.lenders[rank]]
+            self.lenders[rank].withdraw(soon())
+            sinks = [FileSink(self.root), self.lenders[rank].sink(soon())]
             reports.append(send_shard(sinks, version, rank, parts))
         found = store.commit(self.root, version, reports, 10)
         manifest = (version_dir(self.root, version) / MANIFEST_NAME).read_bytes()
-        self.lenders[0].write(version, MANIFEST_NAME, ShardImage(chunks=(memoryview(manifest),)))
+        image = ShardImage(chunks=(memoryview(manifest),))
+        self.lenders[0].lend(version, MANIFEST_NAME, image, soon())
         return found
 
     def lose_files(self) -> None:
@@ -154,7 +160,7 @@ def test_between_two_versions_nobody_is_sent_to_what_is_about_to_go(
 ) -> None:
     version = learner.publish(1, seed=1)
     for lender in learner.lenders:
-        lender.withdraw()
+        lender.withdraw(soon())
     assert all(server.held for server in learner.servers), "for readers that are on their way"
     assert_same(read(node("a"), version), small_model(seed=1))
     assert set(learner.planner.sources) == {None}
@@ -185,7 +191,7 @@ def test_a_shard_that_is_lent_damaged_is_refused_and_then_read_from_the_files(
 
 def test_the_learner_may_change_its_memory_as_soon_as_a_shard_is_lent(learner: Learner) -> None:
     memory = bytearray(b"weights")
-    learner.lenders[0].write(1, "shard", ShardImage(chunks=(memoryview(memory),)))
+    learner.lenders[0].lend(1, "shard", ShardImage(chunks=(memoryview(memory),)), soon())
     memory[:] = b"changed"
     [chunks] = learner.servers[0].held.values()
     assert bytes(chunks[0]) == b"weights"
@@ -193,7 +199,7 @@ def test_the_learner_may_change_its_memory_as_soon_as_a_shard_is_lent(learner: L
 
 def test_a_shard_that_is_written_again_takes_the_place_of_the_first(learner: Learner) -> None:
     for text in (b"first", b"again"):
-        learner.lenders[0].write(1, "shard", ShardImage(chunks=(memoryview(text),)))
+        learner.lenders[0].lend(1, "shard", ShardImage(chunks=(memoryview(text),)), soon())
     [chunks] = learner.servers[0].held.values()
     assert bytes(chunks[0]) == b"again"
     found = learner.planner.plan.next("a", [Piece(1, "shard")])
@@ -214,3 +220,92 @@ def test_neither_a_planner_that_is_gone_nor_a_full_memory_costs_the_version(tmp_
         assert gone or not any(server.held for server in learner.servers)
         for server in learner.servers:
             server.close()
+
+
+class Recorder:
+    """Planner and server of one lender, in a process whose time is `now`. Each call is recorded."""
+
+    def __init__(self) -> None:
+        self.now, self.calls, self.told = 0.0, list[str](), list[str]()
+        self.hangs = False
+        self.on_call: Callable[[], None] = lambda: None
+        self.lender = ShardLender("learner", self, self, self.copied, self.told.append)  # type: ignore[arg-type]
+        self._num_lent = 0
+
+    def copied(self, chunk: memoryview) -> memoryview:
+        self.now += 1.0
+        return chunk
+
+    def deadline(self, seconds: float) -> Deadline:
+        return Deadline("lending", seconds, lambda: self.now)
+
+    def lends(self, node: str, pieces: Sequence[tuple[Piece, Any]], timeout_s: float) -> None:
+        self.calls.append(f"list {[piece.version for piece, _ in pieces]}")
+        self.on_call()
+        if self.hangs:
+            self.now += reply_deadline(timeout_s)
+            raise WeightError("relay:x cannot be reached")
+
+    def lend(self, chunks: Sequence[memoryview]) -> Any:
+        self._num_lent += 1
+        return Served(server="learner", host="", port=0, key=self._num_lent, token="")
+
+    def drop(self, keys: Sequence[int]) -> None:
+        self.calls += [f"drop {key}" for key in keys]
+
+    def write(self, version: int, num_chunks: int = 1, seconds: float = 60.0) -> None:
+        image = ShardImage(chunks=num_chunks * (memoryview(b"weights"),))
+        self.lender.lend(version, "shard", image, self.deadline(seconds))
+
+
+@pytest.mark.parametrize("seconds", [1.0, 4.0, 10.0, 270.0])
+def test_a_planner_that_hangs_takes_no_time_that_the_publish_needs(seconds: float) -> None:
+    run = Recorder()
+    run.hangs = True
+    deadline = run.deadline(seconds)
+    run.lender.withdraw(deadline)
+    assert run.now <= WITHDRAW_SHARE * seconds
+    run.lender.sink(deadline).write(1, "shard", ShardImage(chunks=(memoryview(b"weights"),)))
+    assert run.now <= max(seconds, 1.0 + WITHDRAW_SHARE * seconds), "the copy takes a second"
+    assert all(text.startswith("learner lends nothing: ") for text in run.told)
+
+
+def test_a_copy_that_takes_longer_than_the_publish_may_is_not_made_to_its_end() -> None:
+    run = Recorder()
+    run.write(1, num_chunks=100, seconds=5.0)
+    assert run.now == 5.0
+    assert run.calls == []
+    assert "waiting for a copy of shard" in run.told[0]
+
+
+def test_no_shard_is_freed_while_the_plan_lists_it() -> None:
+    """A late thread of the publish before lends its shard after the next one has withdrawn it."""
+    run = Recorder()
+    run.write(1)
+    run.lender.withdraw(run.deadline(60.0))
+    run.write(1)
+    run.write(2)
+    assert run.calls == [
+        "list [1]",
+        "list []",
+        "list [1]",
+        "drop 1",
+        "list []",
+        "drop 2",
+        "list [2]",
+    ]
+
+
+def test_a_withdrawal_never_comes_between_a_shard_that_is_lent_and_its_listing() -> None:
+    run = Recorder()
+
+    def withdraw_meanwhile() -> None:
+        run.on_call = lambda: None
+        run.lender.withdraw(Deadline("withdrawing", 0.1))
+
+    run.on_call = withdraw_meanwhile
+    run.write(1)
+    assert run.calls == ["list [1]"]
+    assert "waiting for another thread that lends a shard" in run.told[0]
+    run.lender.withdraw(run.deadline(60.0))
+    assert run.calls == ["list [1]", "list []"]

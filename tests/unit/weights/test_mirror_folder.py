@@ -86,6 +86,72 @@ def test_n02_what_a_lost_process_left_half_made_or_half_removed_is_removed_too(
     assert tree(local.parent) == []
 
 
+KILLED_MAKER = """
+import os, pathlib, sys
+from rlhf_cluster.weights.transports.mirror_folder import begin_use
+left = int(sys.argv[2])
+def at_a_change(event, arguments):
+    global left
+    if event in ("os.rename", "open") and "rlhf_mirror_" in str(arguments[0]):
+        if not left:
+            os._exit(9)
+        left -= 1
+sys.addaudithook(at_a_change)
+os.close(begin_use(pathlib.Path(sys.argv[1])))
+"""
+
+
+def test_what_a_process_that_is_killed_while_it_makes_the_folder_leaves_is_removed(
+    tmp_path: Path,
+) -> None:
+    for num_changes in range(9):
+        mirror = tmp_path / str(num_changes)
+        arguments = [str(copies_of(tmp_path / "store", mirror)), str(num_changes)]
+        command = [sys.executable, "-c", KILLED_MAKER, *arguments]
+        ended = subprocess.run(command, check=False, timeout=60).returncode
+        assert tree(mirror) != [], "it is killed after its first change, if at all"
+        sweep(mirror)
+        assert tree(mirror) == [], num_changes
+        if ended == 0:
+            return
+        assert ended == 9
+    raise AssertionError("no process made the folder")
+
+
+def test_an_empty_folder_is_removed_only_with_the_name_of_a_half_made_one(tmp_path: Path) -> None:
+    name = "rlhf_mirror_" + 16 * "a"
+    names = (name, name + ".notes", name + ".0123abc", "rlhf_mirror_notes.0123abcd", ".0123abcd")
+    for kept in names:
+        (tmp_path / kept).mkdir()
+    (tmp_path / (name + ".0123abce")).mkdir()
+    (tmp_path / (name + ".0123abce") / "file").touch()
+    (tmp_path / (name + ".0123abcf")).touch()
+    (tmp_path / (name + ".01234567")).symlink_to(tmp_path / name)
+    before = tree(tmp_path)
+    (tmp_path / (name + ".0123abcd")).mkdir()
+    sweep(tmp_path)
+    assert tree(tmp_path) == before
+
+
+def test_a_folder_that_is_swept_before_it_has_its_mark_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = copies_of(tmp_path / "store", tmp_path)
+    opens = os.open
+
+    def open_after_a_sweep(path: Path, *arguments: int) -> int:
+        sweep(tmp_path)
+        return opens(path, *arguments)
+
+    monkeypatch.setattr(os, "open", open_after_a_sweep)
+    assert begin_use(local) is None
+    monkeypatch.undo()
+    assert tree(tmp_path) == []
+    use = begin_use(local)
+    assert use is not None
+    os.close(use)
+
+
 def test_n02_stores_have_folders_of_their_own_and_one_store_one_folder(tmp_path: Path) -> None:
     roots = [tmp_path / "a" / "run" / "weights", tmp_path / "b" / "run" / "weights"]
     folders = {copies_of(root, tmp_path / "mirror") for root in (*roots, roots[0])}
@@ -131,7 +197,7 @@ def test_a_sweep_that_is_killed_anywhere_is_ended_by_the_next_one(tmp_path: Path
         arguments = [sys.executable, "-c", KILLED_SWEEP, str(mirror), str(num_removals)]
         ended = subprocess.run(arguments, check=False, timeout=60).returncode
         sweep(mirror)
-        assert [path for path in mirror.rglob("*") if path.is_file()] == [], num_removals
+        assert tree(mirror) == [], num_removals
         if ended == 0:
             return
         assert ended == 9

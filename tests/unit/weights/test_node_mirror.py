@@ -18,9 +18,8 @@ import pytest
 from rlhf_cluster.errors import StalledError, WeightError
 from rlhf_cluster.records import WeightVersion
 from rlhf_cluster.weights import store
-from rlhf_cluster.weights.transports.mirror_carrier import MAX_HUNG, ThreadCarrier, finish
+from rlhf_cluster.weights.transports.mirror_carrier import ThreadCarrier
 from rlhf_cluster.weights.transports.mirror_folder import NodeCopies, sweep
-from rlhf_cluster.weights.transports.mirror_ports import NoProgress
 from rlhf_cluster.weights.transports.node_mirror import Mirror
 from rlhf_cluster.weights.transports.rank_memory import Served, ShardServer
 from rlhf_cluster.weights.transports.relay_plan import (
@@ -28,7 +27,7 @@ from rlhf_cluster.weights.transports.relay_plan import (
     Piece,
     RelayPlan,
 )
-from rlhf_cluster.weights.transports.shared_files import MANIFEST_NAME, version_dir
+from rlhf_cluster.weights.transports.shared_files import MANIFEST_NAME
 from rlhf_cluster.weights.transports.transport import Deadline
 from tests.support.builders.small_weights import (
     assert_same,
@@ -154,6 +153,12 @@ def test_a_chain_is_brought_whole_and_only_what_is_new_and_what_is_not_needed_is
     assert_same(node("late").read(publish(root, 4, second, base=(3, first))), second)
 
 
+def flip_last_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
 def test_a_damaged_copy_is_brought_again_from_the_storage_once_a_node(
     tmp_path: Path, node, planner: Planner
 ) -> None:
@@ -161,10 +166,9 @@ def test_a_damaged_copy_is_brought_again_from_the_storage_once_a_node(
     readers = [node(f"reader {i}", host="one") for i in range(2)]
     for reader in readers:
         reader.bring(version)
+    node("peer").bring(version)
     [shard, *_] = sorted(readers[0].local.glob("v000001/*.safetensors"))
-    damaged = bytearray(shard.read_bytes())
-    damaged[-1] ^= 1
-    shard.write_bytes(damaged)
+    flip_last_bit(shard)
     for reader in readers:
         with pytest.raises(WeightError, match="damaged"):
             reader.read(version)
@@ -172,7 +176,65 @@ def test_a_damaged_copy_is_brought_again_from_the_storage_once_a_node(
     planner.sources.clear()
     for reader in readers:
         assert_same(reader.read(version), small_model(seed=1))
-    assert planner.sources == [], "the plan is not asked: others may have the damage too"
+    assert planner.sources == [None] * 3, "a peer may have the damage too"
+
+
+def test_a_version_that_all_nodes_find_damaged_is_read_from_the_storage_once_for_all_of_them(
+    tmp_path: Path, node, planner: Planner
+) -> None:
+    version = publish(tmp_path / "weights", 1, small_model(seed=1))
+    [shard, *_] = sorted((tmp_path / "weights" / "v000001").glob("*.safetensors"))
+    flip_last_bit(shard)
+    readers = [node(f"reader {i}", host=f"host {i // 2}") for i in range(6)]
+    for is_last in (False, False, True):
+        planner.sources.clear()
+        if is_last:
+            flip_last_bit(shard)
+        for reader in readers:
+            reader.bring(version)
+        assert planner.sources.count(None) == 3, "two shards and the manifest"
+        assert len(planner.sources) == 9, "once per node"
+        for reader in readers:
+            if is_last:
+                assert_same(reader.read(version), small_model(seed=1))
+            else:
+                with pytest.raises(WeightError, match="damaged"):
+                    reader.read(version)
+        for reader in readers:
+            reader.mirror.distrust(1)
+    assert planner.failures == [], "no reader was sent to a copy that was removed"
+
+
+def test_no_reader_is_sent_to_a_copy_that_its_node_distrusts(
+    tmp_path: Path, node, planner: Planner
+) -> None:
+    version = publish(tmp_path / "weights", 1, small_model(seed=1))
+    one = node("one")
+    one.bring(version)
+    one.mirror.distrust(1)
+    one.bring(version)
+    planner.sources.clear()
+    assert_same(node("new").read(version), small_model(seed=1))
+    assert planner.sources == [None] * 3
+    assert planner.failures == []
+
+
+def test_a_fetch_that_is_tried_again_after_damage_still_takes_no_damaged_copy(
+    tmp_path: Path, node, planner: Planner
+) -> None:
+    version = publish(tmp_path / "weights", 1, small_model(seed=1))
+    one = node("one")
+    one.bring(version)
+    node("peer").bring(version)
+    one.mirror.distrust(1)
+    shards = tmp_path / "weights" / "v000001"
+    shards.rename(shards.with_name("away"))
+    with pytest.raises(WeightError, match="there is no such version"):
+        one.bring(version)
+    shards.with_name("away").rename(shards)
+    planner.sources.clear()
+    one.bring(version)
+    assert planner.sources == [None] * 3
 
 
 def test_a_version_of_the_same_number_by_another_learner_replaces_the_copy(
@@ -305,7 +367,8 @@ def test_n01_a_copy_that_another_reader_replaced_is_served_no_more(
     readers[1].mirror.distrust(1)
     readers[1].bring(version)
     readers[0].bring(version)
-    assert held_by(readers) == [[], []], "what came from the storage is not lent"
+    sizes = sorted(f.stat().st_size for f in readers[0].local.glob("v000001/*"))
+    assert held_by(readers) == [[], sizes]
 
 
 def test_n01_a_file_that_is_lent_again_is_held_once(tmp_path: Path, node, planner: Planner) -> None:
@@ -452,59 +515,6 @@ def test_n13_readers_of_one_node_get_from_a_peer_what_the_storage_does_not_give(
     assert partials(readers[0]) == []
     let_go()
     peer.mirror.close()
-
-
-@pytest.fixture
-def pipe(tmp_path: Path) -> Iterator[tuple[Path, int]]:
-    """File "shard" of version 1, which gives what is written to the descriptor, and has no end."""
-    path = version_dir(tmp_path / "weights", 1) / "shard"
-    path.parent.mkdir(parents=True)
-    os.mkfifo(path)
-    fd = os.open(path, os.O_RDWR)
-    yield path, fd
-    os.close(fd)
-
-
-def test_n13_a_read_is_given_up_when_nothing_comes_and_not_when_it_takes_long(pipe) -> None:
-    path, fd = pipe
-    now, got = 0.0, bytearray()
-
-    class Copied:
-        def write(self, data: bytes) -> None:
-            nonlocal now
-            got.extend(data)
-            now += 0.9  # and more in all than what nothing may take
-            if len(got) < 5:
-                os.write(fd, b"x")
-
-    def clock() -> float:
-        nonlocal now
-        now += 0.001 if len(got) < 5 else 0.5
-        return now
-
-    server = ShardServer("a", "127.0.0.1", 30.0)
-    carrier = ThreadCarrier(path.parents[1], "a", server, clock=clock)
-    os.write(fd, b"x")
-    with pytest.raises(NoProgress, match="nothing was read for 1 s"):
-        finish(carrier.from_storage(Piece(1, "shard"), Copied(), 1.0, lambda: 60.0))
-    assert got == b"xxxxx"
-    carrier.close()
-
-
-def test_n13_a_storage_that_is_gone_for_good_takes_no_more_threads_than_the_bound(pipe) -> None:
-    path, _ = pipe
-    server = ShardServer("a", "127.0.0.1", 30.0)
-    carrier = ThreadCarrier(path.parents[1], "a", server)
-
-    def read() -> None:
-        finish(carrier.from_storage(Piece(1, "shard"), None, 0.0, lambda: 60.0))
-
-    for _ in range(MAX_HUNG):
-        with pytest.raises(NoProgress):
-            read()
-    with pytest.raises(WeightError, match=f"{MAX_HUNG} reads of that storage hang"):
-        read()
-    carrier.close()
 
 
 def test_n13_parts_that_a_lost_reader_left_are_removed_by_the_next_one(

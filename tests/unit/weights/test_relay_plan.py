@@ -189,6 +189,39 @@ def test_a_learner_that_goes_back_publishes_other_files_under_the_old_names() ->
     assert plan.next("n1", [A]) == Assignment(piece=A, source=None)
 
 
+@pytest.mark.parametrize("slow_s", [1.0, 1000.0])
+def test_a_report_about_the_files_of_a_learner_that_died_is_ignored(slow_s: float) -> None:
+    """Also where the lease had ended before the learner did, as it does when the storage is slow."""
+    now = [0.0]
+    plan = RelayPlan(streams=2, uploads=1, clock=lambda: now[0])
+    plan.lends("learner", [(B, "address")])
+    plan.next("late", [A])
+    plan.next("late", [B])
+    now[0] += slow_s
+    plan.next("other", [C])
+    plan.begin_anew()
+    plan.lends("learner", [(B, "address")])
+    plan.done("late", A, "the file before")
+    plan.failed("late", B, "learner")
+    assert plan.next("n1", [A]) == Assignment(piece=A, source=None)
+    assert plan.next("n1", [B]) == Assignment(piece=B, source="learner", address="address")
+    plan.done("n1", A, "address of n1")
+    assert plan.next("late", [A]) == Assignment(piece=A, source="n1", address="address of n1")
+    plan.done("late", A, "address of late")
+    assert plan.next("n2", [A]) is not None, "what it fetched since is believed"
+
+
+def test_a_plan_forgets_which_fetches_of_old_versions_were_never_reported() -> None:
+    plan = RelayPlan(streams=9, uploads=1)
+    for number in range(9):
+        plan.next("dies", [Piece(number, "a")])
+        if number == 5:
+            plan.begin_anew()
+    plan.keeps("n0", [9])
+    assert not plan._unreported
+    assert not plan._outdated
+
+
 class Told:
     """A plan in which nodes "good" and "other" have all pieces, and serve one reader at a time."""
 

@@ -1,5 +1,6 @@
 """Publishing from a learner rank, in full and as differences; what a failed publish leaves."""
 
+import asyncio
 import time
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,12 @@ class _Buffer:
     async def set_live_version(self, version: int) -> None: ...
 
 
+async def no_pause(seconds: float) -> None:
+    await asyncio.sleep(0)
+
+
 def sync_of(learner: FakeLearner, generation: FakeGeneration) -> WeightSync:
-    return WeightSync(learner, generation, _Buffer(), 1, time.monotonic, pause_s=0)  # type: ignore[arg-type]
+    return WeightSync(learner, generation, _Buffer(), 1, time.monotonic, sleep=no_pause)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("where", ["publish", "pull"])
@@ -105,6 +110,59 @@ async def test_a_publish_that_fails_once_is_made_up_for_within_the_run(where: st
     await sync.after_step(0)
     await sync.drain(5)
     assert (sync.stats.live, sync.stats.refused) == (0, MAX_REFUSED - 1)
+
+
+@pytest.mark.parametrize("where", ["publish", "pull", "follow"])
+async def test_a_storage_that_answers_only_errors_for_half_a_minute_ends_no_run(where: str) -> None:
+    """Such errors come at once, so that the tries themselves take no time."""
+    now = 0.0
+    learner, generation = FakeLearner(), FakeGeneration()
+
+    async def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    async def follow(version: WeightVersion) -> None:
+        if where == "follow" and now < 30.0:
+            raise WeightError("Input/output error")
+
+    arguments = (learner, generation, _Buffer(), 1, lambda: now, follow, sleep)
+    sync = WeightSync(*arguments)  # type: ignore[arg-type]
+    if where != "follow":
+        owner = learner if where == "publish" else generation
+        works = getattr(owner, where)
+
+        async def fails_for_a_while(*arguments: object) -> WeightVersion:
+            if now < 30.0:
+                raise WeightError("Input/output error")
+            return await works(*arguments)
+
+        setattr(owner, where, fails_for_a_while)
+    await sync.after_step(0)
+    await sync.drain(5)
+    assert sync.stats.live == 0
+    assert now <= 60.0
+
+
+@pytest.mark.parametrize("where", ["pull", "follow"])
+async def test_a_publish_that_pauses_when_its_learner_dies_is_not_waited_for(where: str) -> None:
+    learner, generation, paused = FakeLearner(), FakeGeneration(), asyncio.Event()
+
+    async def sleep(seconds: float) -> None:
+        paused.set()
+        await asyncio.Event().wait()
+
+    async def fails(version: WeightVersion) -> None:
+        raise WeightError("Input/output error")
+
+    if where == "pull":
+        generation.pull = fails  # type: ignore[method-assign]
+    arguments = (learner, generation, _Buffer(), 1, time.monotonic, fails, sleep)
+    sync = WeightSync(*arguments)  # type: ignore[arg-type]
+    await sync.after_step(0)
+    await paused.wait()
+    await sync.abandon(5)
+    assert len(asyncio.all_tasks()) == 1, "the publish has ended"
 
 
 @pytest.mark.parametrize("where", ["publish", "pull"])
@@ -179,7 +237,7 @@ async def test_a_version_is_live_after_it_was_pulled_and_never_when_it_was_refus
             told.append(f"live {version}")
 
     learner = FakeLearner()
-    sync = WeightSync(learner, Generation(), Buffer(), 1, time.monotonic, pause_s=0)  # type: ignore[arg-type]
+    sync = WeightSync(learner, Generation(), Buffer(), 1, time.monotonic, sleep=no_pause)  # type: ignore[arg-type]
     await sync.after_step(0)
     learner.version = 1
     await sync.drain(5)
@@ -202,7 +260,7 @@ async def test_d01_a_version_waits_for_a_reference_that_its_readers_refuse(
             asked.append(-1)
 
     learner, generation = FakeLearner(), FakeGeneration()
-    sync = WeightSync(learner, generation, Buffer(), 1, time.monotonic, follow, pause_s=0)  # type: ignore[arg-type]
+    sync = WeightSync(learner, generation, Buffer(), 1, time.monotonic, follow, sleep=no_pause)  # type: ignore[arg-type]
     await sync.after_step(0)
     if num_refused == MAX_REFUSED:
         with pytest.raises(WeightError, match="its storage is slow"):
