@@ -1,7 +1,8 @@
-"""Sections of an RL run file, and the tokenizers of a model made from numbers.
+"""Sections of an RL run file alone; those that a stage has too are in `training` and `every_run`.
 
-Each section checks its own bounds. `rlhf_cluster.config.run_config` checks what two sections must
-agree on. Algorithms and rewards keep their sections next to their code.
+Each section checks its own bounds, and its `problems` yield what its keys contradict.
+`rlhf_cluster.config.run_config` checks what two sections must agree on. Algorithms and rewards keep
+their sections next to their code.
 """
 
 from __future__ import annotations
