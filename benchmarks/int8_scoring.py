@@ -51,7 +51,7 @@ from rlhf_cluster.rewards.models.reward_model import (
 )
 from rlhf_cluster.rewards.reward import RewardContext
 from rlhf_cluster.scoring.reference_policy import Reference
-from rlhf_cluster.sections.rl_run import BpeTokenizer
+from rlhf_cluster.sections.every_run import BpeTokenizer
 
 DATA = "${RLHF_REAL_DATA}/hh-rlhf/harmless-base-2000.jsonl.gz"
 SEEDS = (0, 1, 2)

@@ -59,7 +59,7 @@ from rlhf_cluster.buffer.buffer import trim_to_bound
 from rlhf_cluster.buffer.staleness import build_gate
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.config.check_scoring import kl_notes
-from rlhf_cluster.config.pool_sections import pool_sections
+from rlhf_cluster.config.pools import pool_sections
 from rlhf_cluster.errors import CoreLost, PlacementError, PoolLost, RlhfError, StalledError
 from rlhf_cluster.generation.generation_worker import DEFAULT_ENGINE
 from rlhf_cluster.learner.hot_spares import rank_of

@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 
 from actors.drivers.rl_observer import RunObserver
 from actors.services.buffer_actor import RayBuffer
-from rlhf_cluster.config.pool_sections import no_such_pool
+from rlhf_cluster.config.pools import no_such_pool
 from rlhf_cluster.errors import RlhfError, first_failure
 from rlhf_cluster.run.autoscaler import (
     Action,

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_cluster.config import GenerateConfig, RunConfig, StageConfig
-from rlhf_cluster.config.chain import (
+from rlhf_cluster.config.load import (
+    AnyConfig,
     load_all,
     name_in_file,
     pipeline_of,
 )
-from rlhf_cluster.config.load import AnyConfig
 from rlhf_cluster.errors import ConfigError
 
 MAX_FILE_BYTES = 50 * 2**20

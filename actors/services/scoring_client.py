@@ -14,7 +14,7 @@ from actors.services.generation_client import (
     try_workers,
 )
 from rlhf_cluster.config import RunConfig
-from rlhf_cluster.config.pool_sections import (
+from rlhf_cluster.config.pools import (
     EXACT,
     REFERENCE,
     SCORING,

@@ -46,7 +46,7 @@ from actors.services.worker_actors import (
     ScoringActor,
 )
 from rlhf_cluster.config import RunConfig
-from rlhf_cluster.config.pool_sections import (
+from rlhf_cluster.config.pools import (
     GENERATION,
     pool_sections,
 )

@@ -22,7 +22,7 @@ from rlhf_cluster.config import RunConfig
 from rlhf_cluster.config.check_served_adapters import SERVED_RANKS
 from rlhf_cluster.errors import ConfigError, WorkerError
 from rlhf_cluster.generation.segments import stable_hash
-from rlhf_cluster.sections.gpu_shares import (
+from rlhf_cluster.sections.values import (
     is_share,
     memory_share,
 )

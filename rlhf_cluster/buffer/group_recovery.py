@@ -44,7 +44,7 @@ from rlhf_cluster.buffer.group_store import (
     ExperienceStore,
     read_attempt,
 )
-from rlhf_cluster.config.pool_sections import (
+from rlhf_cluster.config.pools import (
     REFERENCE,
     TEACHER,
 )

@@ -126,7 +126,7 @@ def validate(config: ConfigArgument, set_: SetOption = None, deep: Deep = False)
     loaded = _load(config, set_)
     from rlhf_cluster.cli.validate_command import checked
     from rlhf_cluster.config import GenerateConfig, StageConfig
-    from rlhf_cluster.config.chain import needs
+    from rlhf_cluster.config.load import needs
 
     for number, each in enumerate(loaded):
         if not isinstance(each, StageConfig):
@@ -388,7 +388,7 @@ def _message(error: Exception) -> str:
 
 
 def _load(config: Path, overrides: Sequence[str] | None) -> list[AnyConfig]:
-    from rlhf_cluster.config.chain import load_all
+    from rlhf_cluster.config.load import load_all
 
     return load_all(config, overrides or ())
 

@@ -175,7 +175,7 @@ def doctor(
         facts, kept = checks.look(Path("runs")), ()
     else:
         from rlhf_cluster.config import RunConfig
-        from rlhf_cluster.config.chain import load_all
+        from rlhf_cluster.config.load import load_all
         from rlhf_cluster.planning.kept_updates import kept_lines
         from rlhf_cluster.planning.placement import demand
 

@@ -4,38 +4,155 @@
     [run], [data], [generation], [scoring]       prompts and pools as in reinforcement learning
 
 Promises: what the pools would refuse is refused here (`as_run` is what they are started with); a
-setting that the selection does not read is refused.
+setting that the selection does not read is refused. `Revise` refuses texts of requests with unknown or
+missing places.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from string import Formatter
 from typing import Literal
 
-from pydantic import PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from rlhf_cluster.algorithms.ppo import PpoConfig
-from rlhf_cluster.config.revision_section import Revise
+from rlhf_cluster.config.pools import Scoring
 from rlhf_cluster.config.run_config import RunConfig
-from rlhf_cluster.config.scoring_section import Scoring
+from rlhf_cluster.rewards.servers.http_client import ServerSection
 from rlhf_cluster.sections.every_run import (
+    Model,
     RunFile,
     RunSection,
 )
 from rlhf_cluster.sections.rl_run import (
     Buffer,
-    Checkpoint,
     Data,
     Generation,
-    Learner,
-    Model,
     Run,
 )
-from rlhf_cluster.sections.section import Problems, Section, messages_of
+from rlhf_cluster.sections.section import Section, check_all, messages_of
+from rlhf_cluster.sections.training import (
+    Checkpoint,
+    Learner,
+)
+
+CRITIQUE = """Below are a question and an answer to it.
+
+<question>
+{prompt}
+</question>
+<answer>
+{response}
+</answer>
+
+Judge the answer by this principle: {principle}
+Name what in the answer goes against the principle, and what it lacks. Do not answer the question.
+"""
+
+REVISION = """Below are a question, an answer to it, and a critique of that answer.
+
+<question>
+{prompt}
+</question>
+<answer>
+{response}
+</answer>
+<critique>
+{critique}
+</critique>
+
+The critique is by this principle: {principle}
+Write the answer anew so that nothing of the critique holds any more. Give the new answer alone.
+"""
+
+_PLACES = {
+    "critique_request": ("prompt", "response", "principle"),
+    "revision_request": ("prompt", "response", "principle", "critique"),
+}
+
+_NEEDED = {
+    "critique_request": ("response", "principle"),
+    "revision_request": ("response", "critique"),
+}
+
+
+class ChatEndpoint(ServerSection):
+    """An OpenAI-compatible server that criticises and revises in place of the model."""
+
+    url: str = Field(pattern=r"^https?://[^\s@?#]+$")
+    """Base URL of the endpoint, such as http://judge:8000/v1; `/chat/completions` is added."""
+    model: str = Field(min_length=1)
+    """Name of the model at that endpoint."""
+    max_tokens: PositiveInt = 1024
+    """Longest critique and longest revision, in tokens of that model."""
+    temperature: float = Field(default=1.0, ge=0)
+    """Sampling temperature of that model. With 0, an unusable reply mostly repeats when asked again."""
+    parallel: PositiveInt = 8
+    """Requests in flight at once."""
+
+
+class Revise(Section):
+    """Each response is criticised by a principle and revised after the critique, `rounds` times."""
+
+    principles: tuple[str, ...] = Field(min_length=1)
+    """Principles to judge by. Each round of a response uses one, chosen by `run.seed`.
+
+    No principle repeats for a response before all were used.
+    """
+    rounds: PositiveInt = 1
+    """Critiques, each with its revision, of one response."""
+    attempts: PositiveInt = 2
+    """Most requests for one critique or revision until it has text and an end."""
+    critique_request: str = CRITIQUE
+    """Text of the request for a critique, with {prompt}, {response} and {principle}."""
+    revision_request: str = REVISION
+    """Text of the request for a revision: the same places, and {critique}."""
+    endpoint: ChatEndpoint | None = None
+    """Server that writes critiques and revisions. Default: the model itself, in the generation pool."""
+
+    @field_validator("principles")
+    @classmethod
+    def _check_principles(cls, principles: tuple[str, ...]) -> tuple[str, ...]:
+        if any(not principle.strip() for principle in principles):
+            raise ValueError("holds a blank text. Remove it")
+        if len(set(principles)) < len(principles):
+            raise ValueError("holds a principle twice. Remove one")
+        return principles
+
+    @field_validator("critique_request", "revision_request")
+    @classmethod
+    def _check_request(cls, text: str, info: ValidationInfo) -> str:
+        name = info.field_name or ""
+        known = ", ".join(f"{{{place}}}" for place in _PLACES[name])
+        try:
+            parts = list(Formatter().parse(text))
+        except ValueError as error:
+            raise ValueError(f"{error}. Write a brace that is none of {known} twice") from None
+        places = [place for _, place, spec, form in parts if place is not None]
+        if any(spec or form for _, _, spec, form in parts) or set(places) - {*_PLACES[name]}:
+            raise ValueError(f"has a place that is none of {known}. Write other braces twice")
+        missing = [place for place in _NEEDED[name] if place not in places]
+        if missing:
+            raise ValueError(
+                f"has no {{{missing[0]}}}, so that the reply could not be about it. Add it"
+            )
+        return text
+
 
 Select = Literal[
     "all", "best_of_n", "threshold", "pairs", "step_labels", "revisions", "revision_pairs"
 ]
+
 READ_BY: dict[str, tuple[Select, ...]] = {
     "keep": ("best_of_n", "threshold", "pairs"),
     "threshold": ("best_of_n", "threshold", "step_labels"),
@@ -178,32 +295,34 @@ class GenerateConfig(RunFile[GenerateRun]):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> GenerateConfig:
-        _check_frozen(self)
-        _check_number_of_prompts(self)
-        try:
-            _ = self.as_run
-        except ValidationError as error:
-            raise Problems(*messages_of(RunConfig, error)) from None
+        check_all(self, (_check_frozen, _check_number_of_prompts, _check_pools))
         return self
 
 
-def _check_frozen(c: GenerateConfig) -> None:
+def _check_frozen(c: GenerateConfig) -> Iterator[str]:
     for name, off in (("reference", False), ("exact_logprobs", False), ("teacher", None)):
-        if (found := getattr(c.scoring, name)) != off:
-            raise ValueError(
-                f"scoring.{name} = {found!r} with stage.type = 'generate': nothing is trained, and "
-                "its log-probabilities would not be read. Remove it"
+        if getattr(c.scoring, name) != off:
+            yield (
+                f"{{scoring.{name}}} with {{stage.type}}: nothing is trained, and its "
+                "log-probabilities would not be read. Remove it"
             )
     if c.generation.quantization == "int8":
-        raise ValueError(
-            "generation.quantization = 'int8' with stage.type = 'generate': that form is made of "
-            "published versions, and none is published. Remove it, or use one of vLLM's own"
+        yield (
+            "{generation.quantization} with {stage.type}: that form is made of published versions, and "
+            "none is published. Remove it, or use one of vLLM's own"
         )
 
 
-def _check_number_of_prompts(c: GenerateConfig) -> None:
+def _check_number_of_prompts(c: GenerateConfig) -> Iterator[str]:
     if c.data.task is not None and c.data.limit is None:
-        raise ValueError(
-            f"data.task = {c.data.task!r} without data.limit: a task has no end. Give the number of "
-            "prompts with data.limit"
+        yield (
+            "{data.task} without data.limit: a task has no end. Give the number of prompts with "
+            "data.limit"
         )
+
+
+def _check_pools(c: GenerateConfig) -> Iterator[str]:
+    try:
+        _ = c.as_run
+    except ValidationError as error:
+        yield from messages_of(RunConfig, error)

@@ -10,23 +10,23 @@ from pathlib import Path
 from typing import Self
 
 from rlhf_cluster.algorithms import ALGORITHMS, AlgorithmConfig, GrpoConfig
-from rlhf_cluster.config.autoscale_section import Autoscale
-from rlhf_cluster.config.scoring_section import Scoring
+from rlhf_cluster.config.pools import Autoscale, Scoring
 from rlhf_cluster.records import Sampling
-from rlhf_cluster.sections.every_run import RunFile
+from rlhf_cluster.sections.every_run import Model, RunFile
 from rlhf_cluster.sections.rl_run import (
     Buffer,
-    Checkpoint,
     Critic,
     Data,
     Evaluation,
     Generation,
-    Learner,
-    Model,
     Run,
     Sft,
     Staleness,
     Weights,
+)
+from rlhf_cluster.sections.training import (
+    Checkpoint,
+    Learner,
 )
 from rlhf_cluster.sections.values import Dtype, Rounding
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from rlhf_cluster.sections.rl_run import Learner
+    from rlhf_cluster.sections.training import Learner
 
 
 def warm(settings: Learner, model_dir: str | Path) -> None:

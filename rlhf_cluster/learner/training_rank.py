@@ -59,7 +59,7 @@ from rlhf_cluster.util.process_group import join_group
 from rlhf_cluster.weights.manifest import LocalPart, ShardReport
 
 if TYPE_CHECKING:
-    from rlhf_cluster.sections.rl_run import Learner
+    from rlhf_cluster.sections.training import Learner
 
 
 class RunSection(Protocol):

@@ -2,14 +2,14 @@
 
 Torch raises in the process that exceeds its share, before another process on the GPU lacks memory.
 Source: `torch.cuda.set_per_process_memory_fraction`, which bounds torch's allocator.
-`sections.gpu_shares.FILLABLE_SHARE` leaves memory free for what CUDA and libraries use in addition.
+`sections.values.FILLABLE_SHARE` leaves memory free for what CUDA and libraries use in addition.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rlhf_cluster.sections.gpu_shares import (
+from rlhf_cluster.sections.values import (
     is_share,
     memory_share,
 )

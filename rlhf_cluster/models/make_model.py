@@ -34,7 +34,10 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_cluster.data.rows import expand, read_rows, texts
 from rlhf_cluster.errors import DataError
-from rlhf_cluster.sections.rl_run import BpeTokenizer, ModelInit
+from rlhf_cluster.sections.every_run import (
+    BpeTokenizer,
+    ModelInit,
+)
 from rlhf_cluster.util.durable_files import apply_umask
 
 if TYPE_CHECKING:

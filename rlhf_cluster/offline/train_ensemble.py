@@ -1,6 +1,6 @@
 """Several models of one stage: the units that each of them trains on, and the report on all of them.
 
-    members = 3        the stage is run three times, one after the other (`config.chain`):
+    members = 3        the stage is run three times, one after the other (`config.load`):
     NAME/NAME-0 ...    a run directory per member, with its checkpoints, report and final model
     NAME/report.json   report on all members, written by the one that finishes last
 
@@ -80,7 +80,7 @@ class EnsembleSection(StageSectionBase):
 def check_single(section: EnsembleSection) -> None:
     """Check that a section describes one model. Raises `ConfigError` for several.
 
-    `config.chain` makes the sections of single members, which can be trained.
+    `config.load` makes the sections of single members, which can be trained.
     """
     if section.members > 1 and section.member is None:
         raise ConfigError(

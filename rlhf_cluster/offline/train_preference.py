@@ -60,7 +60,7 @@ from rlhf_cluster.offline.stage import (
     StageContext,
 )
 from rlhf_cluster.sections.offline_stage import StageSectionBase
-from rlhf_cluster.sections.reference_update import (
+from rlhf_cluster.sections.values import (
     FixedReference,
     PeriodicReference,
     ReferenceUpdate,

@@ -136,7 +136,7 @@ class RewardModelStage(Stage[RewardModelStageConfig]):
     lower_is_better = False
 
     def __init__(self, section: RewardModelStageConfig, context: StageContext) -> None:
-        """Build the stage. Raises `ConfigError` for a section of several members: `config.chain`."""
+        """Build the stage. Raises `ConfigError` for a section of several members: `config.load`."""
         super().__init__(section, context)
         train_ensemble.check_single(section)
 

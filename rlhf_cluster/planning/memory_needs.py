@@ -26,14 +26,14 @@ from dataclasses import dataclass
 
 from rlhf_cluster.algorithms import ALGORITHMS
 from rlhf_cluster.config import GenerateConfig, RunConfig, StageConfig
-from rlhf_cluster.config.pool_sections import (
+from rlhf_cluster.config.pools import (
     EXACT,
     GENERATION,
     REFERENCE,
     TEACHER,
+    Scoring,
     pool_sections,
 )
-from rlhf_cluster.config.scoring_section import Scoring
 from rlhf_cluster.offline import build_stage
 from rlhf_cluster.offline.stage import StageContext
 from rlhf_cluster.planning.doctor import (
@@ -41,11 +41,11 @@ from rlhf_cluster.planning.doctor import (
     Finding,
     Verdict,
 )
-from rlhf_cluster.sections.gpu_shares import (
+from rlhf_cluster.sections.training import Learner
+from rlhf_cluster.sections.values import (
     is_share,
     memory_share,
 )
-from rlhf_cluster.sections.rl_run import Learner
 
 BYTES = {"float32": 4, "bfloat16": 2}
 STATE_BYTES = 16  # per trained parameter

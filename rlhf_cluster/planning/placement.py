@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from rlhf_cluster.config import GenerateConfig, RunConfig, StageConfig
 from rlhf_cluster.config.load import AnyConfig
-from rlhf_cluster.config.pool_sections import (
+from rlhf_cluster.config.pools import (
     GENERATION,
     SCORING,
     pool_sections,

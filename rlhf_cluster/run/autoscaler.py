@@ -31,7 +31,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rlhf_cluster.config.autoscale_section import (
+from rlhf_cluster.config.pools import (
     Autoscale,
     PoolScale,
 )

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_cluster.errors import WeightError
 from rlhf_cluster.records import WeightVersion
-from rlhf_cluster.sections.reference_update import (
+from rlhf_cluster.sections.values import (
     EmaReference,
     FixedReference,
     ReferenceUpdate,

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rlhf_cluster.config.scoring_section import Scoring
+from rlhf_cluster.config.pools import Scoring
 from rlhf_cluster.data.tokenizer import check_same_tokens
 from rlhf_cluster.errors import StalledError, WeightError
 from rlhf_cluster.records import Rollout, WeightVersion

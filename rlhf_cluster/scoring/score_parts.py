@@ -32,7 +32,7 @@ from typing import Any, TypeVar
 import numpy as np
 from xxhash import xxh3_128_hexdigest
 
-from rlhf_cluster.config.scoring_section import Scoring
+from rlhf_cluster.config.pools import Scoring
 from rlhf_cluster.errors import RecordError, ScoringError
 
 Row = tuple[float, ...]
@@ -51,7 +51,7 @@ class ScorePart:
     """Answers of one pool for one group.
 
     `rewards` by name; None for a watched reward that failed. `versions` of these rewards, by name.
-    `logprobs` by model (`config.pool_sections.MODELS`): [B] arrays [T] float32, in nats.
+    `logprobs` by model (`config.pools.MODELS`): [B] arrays [T] float32, in nats.
     `reference_version`: of the newest reference that these may have used, -1 without a reference.
     """
 

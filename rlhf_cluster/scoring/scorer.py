@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rlhf_cluster.config import RunConfig
-from rlhf_cluster.config.pool_sections import (
+from rlhf_cluster.config.pools import (
     EXACT,
     MODELS,
     REFERENCE,
@@ -287,7 +287,7 @@ class Scorer:
     def _step_ends(
         self, rollout: Rollout, text: str, spans: Sequence[tuple[int, int]]
     ) -> np.ndarray | None:
-        if not self._config.scoring.pays_steps or self._tokenizer is None:
+        if not self._config.scoring.step_rewards or self._tokenizer is None:
             return None
         silent = frozenset(self._tokenizer.all_special_ids)
         return step_ends(self._text, rollout.response_ids.tolist(), silent, text, spans)

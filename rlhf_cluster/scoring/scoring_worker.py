@@ -18,7 +18,7 @@ from typing import Any
 
 from rlhf_cluster.buffer.group_store import ExperienceStore
 from rlhf_cluster.config import RunConfig
-from rlhf_cluster.config.pool_sections import SCORING
+from rlhf_cluster.config.pools import SCORING
 from rlhf_cluster.errors import WorkerError
 from rlhf_cluster.records import ExperienceGroup, GroupSummary, RolloutGroup, WeightVersion
 from rlhf_cluster.scoring.score_parts import ScorePart

@@ -23,7 +23,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
-from rlhf_cluster.config.scoring_section import Scoring
+from rlhf_cluster.config.pools import Scoring
 from rlhf_cluster.errors import RlhfError, ScoringError
 from rlhf_cluster.records import RolloutGroup
 from rlhf_cluster.rewards import RewardConfig, build_rewards

@@ -1,12 +1,13 @@
-"""Sections that every run file has: [run], [cluster] and [observe].
+"""Sections that every run file has: [run], [cluster], [observe] and [model].
 
 This module alone defines the paths of the run directory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Generic, Literal, Self, TypeVar
+from typing import Annotated, Generic, Literal, Self, TypeVar
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
@@ -116,3 +117,72 @@ class RunFile(Section, Generic[R]):
         """Return a copy with an absolute `run.root`, valid in every process. Other settings stay."""
         root = str(Path(self.run.root).absolute())
         return self.model_copy(update={"run": self.run.model_copy(update={"root": root})})
+
+
+class CharacterTokenizer(Section):
+    """One token for each printable ASCII character and the newline."""
+
+    type: Literal["characters"] = "characters"
+
+
+class BpeTokenizer(Section):
+    """Byte-pair tokenizer learned from the texts of a data file, with a chat template."""
+
+    type: Literal["bpe"] = "bpe"
+    path: str
+    """Data file, of any format that prompts or preferences may have. `${NAME}` is replaced by the
+    environment variable."""
+    vocab_size: int = Field(default=2048, ge=512)
+    """Largest number of tokens, including the 256 bytes and the special tokens. A small file may give
+    fewer."""
+    limit: PositiveInt | None = None
+    """Number of rows to learn from, from the first. Default: all."""
+
+
+TokenizerInit = Annotated[CharacterTokenizer | BpeTokenizer, Field(discriminator="type")]
+
+
+class ModelInit(Section):
+    """Small causal LM with random weights and its own tokenizer, made without a download."""
+
+    architecture: Literal["llama", "qwen3"] = "llama"
+    hidden_size: PositiveInt = 128
+    num_layers: PositiveInt = 2
+    num_heads: PositiveInt = 4
+    num_kv_heads: PositiveInt | None = None
+    intermediate_size: PositiveInt = 336
+    max_position: PositiveInt = 64
+    init_scale: PositiveFloat = 0.5
+    """Standard deviation of the weights times sqrt(hidden_size)."""
+    tie_embeddings: bool = True
+    tokenizer: TokenizerInit = CharacterTokenizer()
+    """One token per character, or byte pairs learned from a data file."""
+
+    def problems(self) -> Iterator[str]:
+        if self.hidden_size % self.num_heads:
+            yield "{hidden_size} is not a multiple of {num_heads}. Change one of them"
+        if self.num_heads % (self.num_kv_heads or self.num_heads):
+            yield "{num_heads} is not a multiple of {num_kv_heads}. Change one of them"
+
+
+class Model(Section):
+    """Model of the policy: a Hugging Face folder, or one made from `init`."""
+
+    path: str | None = None
+    """Folder (or hub id, where the hub can be reached) of a causal LM with its tokenizer."""
+    tokenizer: str | None = None
+    """Folder of a tokenizer to use instead of the model's own."""
+    init: ModelInit | None = None
+
+    def problems(self) -> Iterator[str]:
+        if (self.path is None) == (self.init is None):
+            yield (
+                f"model.path and model.init: {'both' if self.path else 'neither'} given. Give "
+                "model.path (a Hugging Face folder) or a [model.init] section (a small model made from "
+                "numbers), not both"
+            )
+        if self.init is not None and self.tokenizer is not None:
+            yield (
+                "{tokenizer} with [model.init]: a made model comes with its tokenizer. Remove "
+                "model.tokenizer, or give model.path"
+            )

@@ -6,6 +6,7 @@ own section next to its code.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -36,6 +37,10 @@ class StageRun(RunSection):
         if isinstance(tree, dict) and tree.get("steps") is None and tree.get("epochs") is None:
             return {**tree, "epochs": 1}
         return tree
+
+    def problems(self) -> Iterator[str]:
+        if self.steps is not None and self.epochs is not None:
+            yield "run.steps and run.epochs: both given. Give one of them"
 
 
 class Source(Section):
@@ -81,6 +86,26 @@ class StageData(Section):
     """Share of the units that is never trained on. A hash of a unit's key selects it."""
     held_out_limit: PositiveInt = 1024
     """Largest number of held-out units that an evaluation uses."""
+
+    def problems(self) -> Iterator[str]:
+        for number, source in enumerate(self.sources):
+            key = f"data.sources.{number}"
+            if (source.task is None) == (source.path is None):
+                yield (
+                    f"{key}.task and {key}.path: {'both' if source.path else 'neither'} given. Give "
+                    "path (a data file) or task (a built-in task), not both"
+                )
+            elif source.task is not None and source.limit is None:
+                yield (
+                    f"{key}.task = {source.task!r} without limit: a task has no end. Give the number "
+                    "of rows with limit"
+                )
+        if self.template != "chat" and (self.system_prompt is not None or self.drop_system):
+            key = "drop_system" if self.drop_system else "system_prompt"
+            yield (
+                f"data.{key} needs data.template = 'chat', found {self.template!r}. Set the template, "
+                f"or remove {key}"
+            )
 
 
 class StageSectionBase(Section):

@@ -1,20 +1,22 @@
-"""Sections of an RL run file, and the tokenizers of a model made from numbers.
+"""Sections of an RL run file alone; those that a stage has too are in `training` and `every_run`.
 
-Each section checks its own bounds. `rlhf_cluster.config.run_config` checks what two sections must
-agree on. Algorithms and rewards keep their sections next to their code.
+Each section checks its own bounds, and its `problems` yield what its keys contradict.
+`rlhf_cluster.config.run_config` checks what two sections must agree on. Algorithms and rewards keep
+their sections next to their code.
 """
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from rlhf_cluster.sections.every_run import RunSection
 from rlhf_cluster.sections.section import Section
-from rlhf_cluster.sections.values import Dtype, HeadDtype, OnStale, Rounding
+from rlhf_cluster.sections.values import Dtype, OnStale, Rounding, is_share
 
 
 class Quarantine(Section):
@@ -63,32 +65,17 @@ class Replay(Section):
     """Exponent of the importance weight that corrects for unequal probabilities. 1: the gradient of
     replayed groups is, on average, that of uniform replay. Only with priority = "reward_spread"."""
 
+    def problems(self) -> Iterator[str]:
+        default = type(self)()
+        if self.priority == "uniform" and (self.alpha, self.beta) != (default.alpha, default.beta):
+            yield (
+                "{alpha} and {beta} with {priority}: they shape a priority. Remove them, or set "
+                "priority = 'reward_spread'"
+            )
+
     def num_replayed(self, groups_per_step: int) -> int:
         """Return how many groups of a step should be replayed ones."""
         return round(self.fraction * groups_per_step)
-
-
-class CharacterTokenizer(Section):
-    """One token for each printable ASCII character and the newline."""
-
-    type: Literal["characters"] = "characters"
-
-
-class BpeTokenizer(Section):
-    """Byte-pair tokenizer learned from the texts of a data file, with a chat template."""
-
-    type: Literal["bpe"] = "bpe"
-    path: str
-    """Data file, of any format that prompts or preferences may have. `${NAME}` is replaced by the
-    environment variable."""
-    vocab_size: int = Field(default=2048, ge=512)
-    """Largest number of tokens, including the 256 bytes and the special tokens. A small file may give
-    fewer."""
-    limit: PositiveInt | None = None
-    """Number of rows to learn from, from the first. Default: all."""
-
-
-TokenizerInit = Annotated[CharacterTokenizer | BpeTokenizer, Field(discriminator="type")]
 
 
 class Run(RunSection):
@@ -100,33 +87,6 @@ class Run(RunSection):
     """Groups of rollouts (prompts) that one step trains on."""
     stall_timeout_s: PositiveFloat = 300.0
     """Seconds without groups to train on after which the run fails."""
-
-
-class ModelInit(Section):
-    """Small causal LM with random weights and its own tokenizer, made without a download."""
-
-    architecture: Literal["llama", "qwen3"] = "llama"
-    hidden_size: PositiveInt = 128
-    num_layers: PositiveInt = 2
-    num_heads: PositiveInt = 4
-    num_kv_heads: PositiveInt | None = None
-    intermediate_size: PositiveInt = 336
-    max_position: PositiveInt = 64
-    init_scale: PositiveFloat = 0.5
-    """Standard deviation of the weights times sqrt(hidden_size)."""
-    tie_embeddings: bool = True
-    tokenizer: TokenizerInit = CharacterTokenizer()
-    """One token per character, or byte pairs learned from a data file."""
-
-
-class Model(Section):
-    """Model of the policy: a Hugging Face folder, or one made from `init`."""
-
-    path: str | None = None
-    """Folder (or hub id, where the hub can be reached) of a causal LM with its tokenizer."""
-    tokenizer: str | None = None
-    """Folder of a tokenizer to use instead of the model's own."""
-    init: ModelInit | None = None
 
 
 class Data(Section):
@@ -154,6 +114,24 @@ class Data(Section):
     limit: PositiveInt | None = None
     """Number of rows to use, from the first. Default: all."""
 
+    def problems(self) -> Iterator[str]:
+        if (self.task is None) == (self.path is None):
+            yield (
+                f"data.task and data.path: {'both' if self.path else 'neither'} given. Give data.path "
+                "(a .jsonl or .parquet file) or data.task (a built-in task), not both"
+            )
+        if self.template == "chat":
+            return
+        if self.system_prompt is not None:
+            yield (
+                "data.system_prompt needs data.template = 'chat', found {template}. Set the template, "
+                "or remove the system prompt"
+            )
+        if self.drop_answer:
+            yield (
+                "{drop_answer} with {template}: what is left is messages. Set data.template = 'chat'"
+            )
+
 
 class Sft(Section):
     """Supervised warm-up before reinforcement learning. `steps = 0`: no warm-up."""
@@ -172,6 +150,23 @@ class Evaluation(Section):
     num_prompts: int = Field(default=0, ge=0)
     path: str | None = None
     """Held-out file with the same columns as the data. A built-in task generates held-out prompts."""
+
+
+NEVER_STARTS = (
+    "{min_workers} is over {workers}: the pool would never start. Lower it, or raise workers"
+)
+"""Problem of a pool that needs more workers than it starts with."""
+_WEIGHTLESS, _DRAFT = ("ngram", "ngram_gpu", "suffix"), "draft_model"
+_REFUSED_ENGINE_ARGS = {
+    *("top_p", "top_k", "min_p", "repetition_penalty"),
+    *("logprobs_mode", "seed", "model", "max_model_len"),
+}
+_CHECKED_ENGINE_ARGS = {
+    "speculative_config": "speculative",
+    "quantization": "quantization",
+    "enable_prefix_caching": "prefix_caching",
+    "enable_lora": "lora",
+}
 
 
 class Generation(Section):
@@ -210,7 +205,7 @@ class Generation(Section):
     num_cpus: PositiveFloat = 1.0
     num_gpus: float = Field(default=0.0, ge=0)
     """GPUs of one worker: 0, `tensor_parallel_size`, or a share of one GPU; see
-    `sections.gpu_shares`."""
+    `sections.values`."""
     segment_tokens: PositiveInt | None = None
     """Tokens that a worker samples of each response of a group in one segment. It then returns the
     group, and a next segment continues it, so a worker's death costs one segment only. Each segment
@@ -233,6 +228,53 @@ class Generation(Section):
     `salt`: running requests keep theirs, and new requests use only caches of their own version. `keep`:
     keep all caches and share them across versions. docs/architecture.md has the cost of each."""
 
+    def problems(self) -> Iterator[str]:
+        if self.segment_tokens is not None and self.segment_tokens >= self.max_response_tokens:
+            yield (
+                "{segment_tokens} is not under {max_response_tokens}: no response would be cut. Lower "
+                "it, or remove it"
+            )
+        if self.min_workers is not None and self.min_workers > self.workers:
+            yield NEVER_STARTS
+        if self.cache_on_update == "salt" and not self.prefix_caching:
+            yield (
+                "{cache_on_update} with {prefix_caching}: there is no prefix cache to keep apart by "
+                "version. Use 'keep', which is the same there, or turn prefix_caching on"
+            )
+        yield from self._problems_of_devices()
+        yield from self._problems_of_engine_args()
+        if self.speculative is not None:
+            yield from _problems_of_speculation(self.speculative)
+
+    def _problems_of_devices(self) -> Iterator[str]:
+        shared = is_share(self.num_gpus) and self.tensor_parallel_size == 1
+        if self.num_gpus and self.num_gpus != self.tensor_parallel_size and not shared:
+            yield (
+                "{num_gpus} and {tensor_parallel_size}: a worker needs one GPU a tensor-parallel part. "
+                "Make them equal (or num_gpus = 0 for CPU, or a share of a GPU with one part)"
+            )
+        if shared and self.kv_cache_bytes is None:
+            yield (
+                "{num_gpus} without generation.kv_cache_bytes: vLLM measures what is free for its "
+                "cache, and finds what other processes of the GPU have not taken yet. Set "
+                "generation.kv_cache_bytes, so that weights and cache fit this share"
+            )
+
+    def _problems_of_engine_args(self) -> Iterator[str]:
+        found = sorted(_REFUSED_ENGINE_ARGS & self.engine_args.keys())
+        if found:
+            yield (
+                f"generation.engine_args.{found[0]}: not allowed here. Truncated or penalised sampling "
+                "cannot be replayed by the learner, and model, max_model_len, seed and logprobs_mode "
+                "are set by the run. Remove it"
+            )
+        for name, key in _CHECKED_ENGINE_ARGS.items():
+            if name in self.engine_args:
+                yield (
+                    f"generation.engine_args.{name} = {self.engine_args[name]!r} passes by what is "
+                    f"checked of generation.{key}. Set generation.{key} instead"
+                )
+
     @property
     def draft_folder(self) -> str | None:
         """Folder of the draft model; None without one."""
@@ -243,87 +285,26 @@ class Generation(Section):
         return self.pull_timeout_s + num_bytes / self.pull_bytes_per_s
 
 
-class Lora(Section):
-    """LoRA by peft: only adapters are trained, and published versions have them merged."""
-
-    rank: PositiveInt = 16
-    alpha: PositiveFloat = 32.0
-    """Scale of the adapter: its product is multiplied by alpha / rank."""
-    targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
-    """Names of linear layers, such as ["q_proj", "v_proj"]. `all-linear`: all but the output layer."""
-    dora: bool = False
-    """Learn the magnitude of each row separately from its direction (DoRA)."""
-    quantize_base: bool = False
-    """Store the decoder's frozen linear layers in 4 bits (QLoRA), by bitsandbytes. The policy and its
-    reference start as the model with these layers rounded, which is version 0."""
-
-
-class Learner(Section):
-    """Learner: sharded ranks with fp32 master weights."""
-
-    ranks: PositiveInt = 1
-    backend: Literal["fsdp2", "zero3"] = "fsdp2"
-    """Sharding of weights, gradients and moments: torch FSDP2 or DeepSpeed ZeRO-3. Equal results."""
-    lora: Lora | None = None
-    """[learner.lora]: train adapters instead of the weights themselves."""
-    epochs: PositiveInt = 1
-    """Passes of a step over its batch."""
-    minibatches: PositiveInt = 1
-    """Random parts of a batch with one optimizer step each, so epochs * minibatches per step."""
-    learning_rate: PositiveFloat
-    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
-    """Learning-rate schedule over optimizer steps. `wsd` (warmup-stable-decay): constant, then linear
-    decay over the last `decay_steps`."""
-    warmup_steps: int = Field(default=0, ge=0)
-    decay_steps: PositiveInt | None = None
-    """Optimizer steps of the decay at the end. Only with schedule = "wsd"."""
-    min_learning_rate: float = Field(default=0.0, ge=0)
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.95, ge=0, lt=1)
-    adam_eps: PositiveFloat = 1e-8
-    """Term added to the root of AdamW's second moment. If it is near the size of the gradients, weights
-    with small gradients make smaller steps."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    max_grad_norm: PositiveFloat = 1.0
-    dtype: Dtype = "bfloat16"
-    """Compute type of the forward and backward pass; master weights and moments are float32."""
-    head_dtype: HeadDtype = "float32"
-    """Type of the logits: of this policy, of the frozen models that it is compared with, and of the
-    engine if `generation.quantization` is not set. `float32` avoids rounding them to 16 bits, which
-    would cost up to 0.06 nats per token. `model`: the type of the model's own head."""
-    gradient_checkpointing: bool = False
-    batching: Literal["packed", "padded"] = "packed"
-    """Layout of sequences. `packed`: end to end in rows. `padded`: one per row. Equal results."""
-    tokens_per_micro_batch: PositiveInt = 16384
-    """Tokens, including padding, of one forward pass on one rank. A larger batch takes more passes."""
-    tokens_per_row: PositiveInt | None = None
-    """Length of a packed row in tokens. Default: the longest sequence that the run allows."""
-    logprob_chunk_tokens: PositiveInt = 1024
-    """Tokens whose log-probabilities are computed at once, which bounds the memory of the logits."""
-    num_cpus: PositiveFloat = 1.0
-    num_gpus: float = Field(default=0.0, ge=0)
-    """GPUs of one rank: 0, 1, or a share of one; see `sections.gpu_shares`."""
-    max_restarts: int = Field(default=3, ge=0)
-    """Restarts of the ranks and the buffer from the newest checkpoint, within
-    `cluster.restart_window_s`, after one of these processes failed. The next failure ends the run with
-    the first cause."""
-    on_loss: Literal["restart", "shrink"] = "restart"
-    """Policy when a rank fails and the cluster cannot place all ranks within the larger of
-    `cluster.placement_timeout_s` and `cluster.node_timeout_s`. `restart`: count another failure.
-    `shrink`: continue with the ranks that fit, and return to the full number at the first checkpoint
-    after resources are free again. Results do not depend on the number of ranks."""
-    spares: int = Field(default=0, ge=0)
-    """Number of hot spares: processes that wait with the resources (CPUs, GPUs) of one rank each
-    and have imported everything that a rank needs. After a failure they become ranks, the failed
-    ones first, before new processes are placed. New spares start in the background during the next
-    steps. All ranks are restarted after a failure, so with as many spares as ranks no new process
-    is needed. At most `max_restarts` spares that die while waiting are replaced within
-    `cluster.restart_window_s`; their deaths never end a run."""
-    min_ranks: PositiveInt = 1
-    """Least number of ranks to continue with. With fewer ranks each holds more of the model. Only with
-    on_loss = "shrink"."""
-    collective_timeout_s: PositiveFloat = 60.0
-    step_timeout_s: PositiveFloat = 1800.0
+def _problems_of_speculation(settings: dict[str, Any]) -> Iterator[str]:
+    method, key = settings.get("method"), "generation.speculative"
+    if method not in (*_WEIGHTLESS, _DRAFT):
+        yield (
+            f"{key}.method = {method!r}: what proposes tokens has weights that are neither trained "
+            "nor published, and would stay as they are while the policy moves away from them. Use "
+            f"one of {', '.join(map(repr, _WEIGHTLESS))} (no weights), or {_DRAFT!r} with a folder "
+            "of the policy's own tensors"
+        )
+    elif (method == _DRAFT) != ("model" in settings):
+        yield (
+            f"{key}.method = {method!r} with {key}.model = {settings.get('model')!r}: a draft model "
+            f"needs a folder, and nothing else takes one. Set method = {_DRAFT!r} and model, or "
+            "remove model"
+        )
+    if settings.get("rejection_sample_method") == "synthetic":
+        yield (
+            f"{key}.rejection_sample_method = 'synthetic' accepts drafts by a given rate and not by "
+            "their probability, so that responses are not the policy's. Remove it"
+        )
 
 
 class Critic(Section):
@@ -341,6 +322,13 @@ class Critic(Section):
     """Optimizer steps of linear warm-up. The rate is constant after it."""
     max_grad_norm: PositiveFloat = 1.0
 
+    def problems(self) -> Iterator[str]:
+        if self.kind == "separate" and self.coef != type(self)().coef:
+            yield (
+                "{coef} with {kind}: a separate critic has a learning rate instead of a weight. Remove "
+                "it, or set critic.kind = 'head'"
+            )
+
 
 class AdaptiveDepth(Section):
     """Adaptation of `staleness.pipeline_depth` to measurements; see `buffer.adaptive_depth`."""
@@ -353,6 +341,10 @@ class AdaptiveDepth(Section):
     """Share of a step above which time spent waiting for groups means that the learner waits."""
     steps: PositiveInt = 4
     """Number of steps whose mean decides. Steps trained on groups of an earlier depth are excluded."""
+
+    def problems(self) -> Iterator[str]:
+        if self.ess_low >= self.ess_high:
+            yield "{ess_low} is not under {ess_high}. Lower the first"
 
 
 class Staleness(Section):
@@ -377,6 +369,36 @@ class Staleness(Section):
     """Staleness bound with on_stale = "reweight", greater than `max_staleness`."""
     adaptive: AdaptiveDepth | None = None
     """[staleness.adaptive]: adapt the depth to measurements, starting from `pipeline_depth`."""
+
+    def problems(self) -> Iterator[str]:
+        if self.on_stale != "wait" and self.max_staleness == 0:
+            yield (
+                "{on_stale} with {max_staleness}: exactly on-policy training has to wait for every "
+                "publish. Use on_stale = 'wait', or allow staleness"
+            )
+        if self.on_stale == "drop" and self.look_ahead > 1:
+            yield (
+                "{on_stale} with {look_ahead}: a group gets old by being overtaken, so the slow ones "
+                "(long answers) would be discarded. Use look_ahead = 1, or on_stale = 'wait'"
+            )
+        if self.on_stale != "reweight" and self.stale_limit is not None:
+            yield (
+                "{stale_limit} with {on_stale}: it is the bound of on_stale = 'reweight' only. Remove "
+                "it, or set on_stale = 'reweight'"
+            )
+        if self.on_stale == "reweight" and (self.stale_limit or 0) <= self.max_staleness:
+            yield (
+                "{on_stale} needs a staleness.stale_limit over {max_staleness}, found "
+                f"{self.stale_limit}. Set it to the largest staleness that may be trained, or use "
+                "on_stale = 'wait'"
+            )
+        moves = self.adaptive is not None
+        if moves and (self.pipeline_depth > self.max_staleness or self.max_staleness == 0):
+            yield (
+                "staleness.adaptive with {pipeline_depth} and {max_staleness}: the depth moves between "
+                "0 and max_staleness, and starts at pipeline_depth. Raise max_staleness, or lower the "
+                "depth"
+            )
 
     @property
     def bound(self) -> int:
@@ -447,6 +469,13 @@ class Weights(Section):
             )
         return transport
 
+    def problems(self) -> Iterator[str]:
+        if self.mirror is not None and self.transport == "files":
+            yield (
+                "{mirror} with {transport}: readers read the store, and nothing is copied. Set "
+                "weights.transport = 'relay', or remove weights.mirror"
+            )
+
     @property
     def is_relayed(self) -> bool:
         """Whether the workers that generate take versions from each other."""
@@ -478,30 +507,3 @@ class Buffer(Section):
     replay: Replay | None = None
     """[buffer.replay]: train part of each step on groups of earlier steps. Default: every group is
     trained exactly once."""
-
-
-class Checkpoint(Section):
-    """Checkpoints of the whole run. Running the same command again resumes from the newest one."""
-
-    every: int = Field(default=50, ge=0)
-    """Steps between two checkpoints; the last step has one too. 0: only when the run is stopped. A
-    checkpoint is written in the background during the next steps, from a copy in host memory of 12
-    bytes per trained parameter, divided among the ranks."""
-    keep: PositiveInt = 2
-    """Number of checkpoints on disk. An older one is deleted once a newer one is complete."""
-    keep_best: int = Field(default=0, ge=0, le=1)
-    """1: keep in addition the checkpoint whose last 10 steps had the highest mean reward. A run resumes
-    from the newest in any case."""
-    copy_to: str | None = None
-    """URL of a folder for a second copy of the checkpoints on disk, such as file:///mnt/copies or
-    s3://bucket/runs. Any storage of fsspec; each run has a folder in it. A run that has no complete
-    checkpoint where it is started resumes from the copy. Put credentials into the storage's own
-    environment variables."""
-    timeout_s: PositiveFloat = 600.0
-    """Deadline in seconds for writing a checkpoint, for reading all of it before a run resumes from it,
-    for copying it, and for fetching a copy; each has this time."""
-    notice_s: float = Field(default=45.0, gt=0, le=3600)
-    """Seconds in which the run finishes its step and writes a checkpoint after SIGTERM, Ctrl-C or stop.
-    Set it to more than both take. A second signal ends the run at once. A job gets this time. A pod of
-    Kubernetes has terminationGracePeriodSeconds, 120 in the files of deploy/kuberay: for values greater
-    than 100 raise that too."""

@@ -8,10 +8,12 @@ All problems are raised as one `ConfigError` that lists file, key, value and fix
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +32,10 @@ class Section(BaseModel):
         strict=False,
         defer_build=True,
     )
+
+    def problems(self) -> Iterator[str]:
+        """Yield what keys of this section contradict, for `check_all`, which fills in "{key}"."""
+        return iter(())
 
 
 S = TypeVar("S", bound=Section)
@@ -67,23 +73,53 @@ class Problems(ValueError):
     """Problems that independent checks of one run file found; `args` are their messages."""
 
 
-def check_all(config: C, checks: Iterable[Callable[[C], None]]) -> None:
-    """Run every check, and raise all that they refuse as one `Problems`.
+def check_all(config: C, checks: Iterable[Callable[[C], Iterable[str]]] = ()) -> None:
+    """Raise all problems of the sections in `config`, and all that `checks` yield, as one `Problems`.
 
-    A check raises `ValueError` for the first thing that it refuses. One that stumbles over what an
+    "{section.key}" in a message becomes "section.key = value". A check that stumbles over what an
     earlier check refused adds nothing.
     """
-    problems: list[str] = []
-    for check in checks:
+    texts: list[str] = []
+    found = [(key, section, type(section).problems) for key, section in _sections_in(config, "")]
+    for key, holder, check in (*found, *(("", config, check) for check in checks)):
         try:
-            check(config)
-        except ValueError as error:
-            problems.append(str(error))
+            texts.extend(_fill_in(text, holder, key) for text in check(holder))
         except (AttributeError, KeyError, TypeError, ZeroDivisionError):
-            if not problems:
+            if not texts:
                 raise
-    if problems:
-        raise Problems(*problems)
+    if texts:
+        raise Problems(*dict.fromkeys(texts))
+
+
+def _sections_in(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Yield each section in `value` with its key, which ends in a dot."""
+    inner: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Section):
+        yield key, value
+        inner = value
+    elif isinstance(value, dict):
+        inner = value.items()
+    elif isinstance(value, list | tuple):
+        inner = enumerate(value)
+    for name, item in inner:
+        yield from _sections_in(item, f"{key}{name}.")
+
+
+_KEY = re.compile(r"\{([a-z_0-9]+(?:\.[a-z_0-9]+)*)\}")
+
+
+def _fill_in(text: str, holder: Any, key: str) -> str:
+    """Replace "{name}" in `text` by the key and the value of that setting of `holder`."""
+
+    def setting(match: re.Match[str]) -> str:
+        try:
+            value = attrgetter(match[1])(holder)
+        except AttributeError:  # braces of a user's text
+            return match[0]
+        shown = f"{value:g}" if isinstance(value, float) else repr(value)
+        return f"{key}{match[1]} = {shown.lower() if isinstance(value, bool) else shown}"
+
+    return _KEY.sub(setting, text)
 
 
 def validate(cls: type[S], tree: dict[str, Any], source: str) -> S:

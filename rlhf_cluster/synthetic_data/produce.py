@@ -25,7 +25,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from rlhf_cluster.config.revision_section import Revise
+from rlhf_cluster.config.dataset_config import Revise
 from rlhf_cluster.data.reasoning_steps import (
     step_ends,
     step_spans,

@@ -32,7 +32,10 @@ from typing import Any, Literal, Protocol, TypeVar, cast
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from rlhf_cluster.config.revision_section import ChatEndpoint, Revise
+from rlhf_cluster.config.dataset_config import (
+    ChatEndpoint,
+    Revise,
+)
 from rlhf_cluster.errors import ScoringError
 from rlhf_cluster.records import (
     ExperienceGroup,

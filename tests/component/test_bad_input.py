@@ -19,7 +19,7 @@ from rlhf_cluster.cli.commands import main
 from rlhf_cluster.models.make_model import make_model
 from rlhf_cluster.observe.record.samples import read_samples
 from rlhf_cluster.run.run_directory import RunDir
-from rlhf_cluster.sections.rl_run import ModelInit
+from rlhf_cluster.sections.every_run import ModelInit
 from tests.support.builders.run_configs import (
     tiny_config,
     tiny_tree,

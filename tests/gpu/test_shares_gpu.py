@@ -12,7 +12,7 @@ pytestmark = [
 ]
 WITH_A_SHARE = """
 import torch
-from rlhf_cluster.sections.gpu_shares import memory_share
+from rlhf_cluster.sections.values import memory_share
 from rlhf_cluster.models.gpu_share import limit_memory
 
 share = {share}

@@ -37,7 +37,7 @@ from rlhf_cluster.weights.formats import lora_factors
 from rlhf_cluster.weights.manifest import LocalPart
 
 if TYPE_CHECKING:
-    from rlhf_cluster.sections.rl_run import Lora
+    from rlhf_cluster.sections.training import Lora
 
 _ADAPTER = "default"
 _BASE = ".base_layer.weight"

@@ -1,6 +1,6 @@
 """Advice from made-up steps, and the settings of an autoscaler that acts on it."""
 
-from rlhf_cluster.config.autoscale_section import (
+from rlhf_cluster.config.pools import (
     Autoscale,
     PoolScale,
 )

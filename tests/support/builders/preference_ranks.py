@@ -18,11 +18,11 @@ from rlhf_cluster.data.packing import (
 from rlhf_cluster.data.units import Unit
 from rlhf_cluster.models.make_model import make_bpe
 from rlhf_cluster.offline.stage import StageContext
+from rlhf_cluster.sections.every_run import BpeTokenizer
 from rlhf_cluster.sections.offline_stage import (
     Source,
     StageData,
 )
-from rlhf_cluster.sections.rl_run import BpeTokenizer
 from tests.support.builders.tiny_learner import VOCABULARY
 
 if TYPE_CHECKING:

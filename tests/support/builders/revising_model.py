@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_cluster.config.revision_section import Revise
+from rlhf_cluster.config.dataset_config import Revise
 from rlhf_cluster.errors import (
     RlhfError,
 )

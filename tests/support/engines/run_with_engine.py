@@ -9,8 +9,7 @@ from actors.drivers.offline_driver import run_stage
 from actors.drivers.rl_driver import run_config
 from rlhf_cluster.cli.commands import explain
 from rlhf_cluster.config import GenerateConfig, StageConfig
-from rlhf_cluster.config.chain import load_all
-from rlhf_cluster.config.load import AnyConfig
+from rlhf_cluster.config.load import AnyConfig, load_all
 from rlhf_cluster.errors import RlhfError
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from rlhf_cluster.config import RunConfig, load_run, validate
-from rlhf_cluster.config.chain import load_all
 from rlhf_cluster.config.check_scoring import kl_notes
+from rlhf_cluster.config.load import load_all
 from rlhf_cluster.errors import ConfigError
 from rlhf_cluster.sections.section import Problems, check_all
 from tests.support.builders.run_configs import (
@@ -292,10 +292,10 @@ def test_problems_of_several_sections_are_reported_at_once():
 
 
 def test_a_check_that_stumbles_over_what_another_refused_adds_nothing_and_alone_is_an_error_of_ours():
-    def refuses(config: object) -> None:
-        raise ValueError("no model")
+    def refuses(config: object) -> list[str]:
+        return ["no model"]
 
-    def stumbles(config: object) -> None:
+    def stumbles(config: object) -> list[str]:
         raise AttributeError("'NoneType' object has no attribute 'path'")
 
     with pytest.raises(Problems) as raised:

@@ -12,7 +12,7 @@ from rlhf_cluster.cli.stage_text import (
     generation_ending,
 )
 from rlhf_cluster.config import GenerateConfig, RunConfig, load_any, validate
-from rlhf_cluster.config.chain import (
+from rlhf_cluster.config.load import (
     load_all,
     needs,
 )
@@ -56,7 +56,7 @@ def made(**sections: Any) -> GenerateConfig:
         ({"stage": {"keep": 5}}, "samples = 4 with select = 'best_of_n' and keep = 5"),
         ({"stage": {"select": "pairs", "keep": 3}}, "6 samples are needed"),
         ({"data": {"limit": None}}, "data.task = 'sort_digits' without data.limit"),
-        ({"scoring": {"reference": True}}, "scoring.reference = True with stage.type"),
+        ({"scoring": {"reference": True}}, "scoring.reference = true with stage.type"),
         ({"generation": {"quantization": "int8"}}, "quantization = 'int8' with stage.type"),
         ({"generation": {"max_response_tokens": 80}}, "is over model.init.max_position = 64"),
         ({"learner": {"ranks": 1}}, "learner: unknown key"),

@@ -9,7 +9,7 @@ import pytest
 import tomli_w
 
 from rlhf_cluster.config import RunConfig, StageConfig, load_any, validate
-from rlhf_cluster.config.chain import (
+from rlhf_cluster.config.load import (
     load_all,
     needs,
 )

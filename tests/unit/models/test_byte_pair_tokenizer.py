@@ -19,7 +19,10 @@ from rlhf_cluster.models.make_model import (
     make_bpe,
     make_model,
 )
-from rlhf_cluster.sections.rl_run import BpeTokenizer, ModelInit
+from rlhf_cluster.sections.every_run import (
+    BpeTokenizer,
+    ModelInit,
+)
 
 WORDS = ["the", "other", "mother", "was", "there", "with", "her", "brother", "and", "father"]
 
@@ -92,7 +95,7 @@ def test_the_chat_template_ends_every_turn_and_marks_what_the_assistant_says(mad
 def test_the_same_file_gives_the_same_bytes_in_any_process(data: Path, made: Path) -> None:
     code = (
         "import sys\n"
-        "from rlhf_cluster.sections.rl_run import BpeTokenizer\n"
+        "from rlhf_cluster.sections.every_run import BpeTokenizer\n"
         "from rlhf_cluster.models.make_model import learn_bpe\n"
         "sys.stdout.write(learn_bpe(BpeTokenizer(path=sys.argv[1], vocab_size=512)).to_str())"
     )

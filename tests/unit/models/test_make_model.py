@@ -27,7 +27,7 @@ from rlhf_cluster.models.make_model import (
     make_tokenizer,
     text_config,
 )
-from rlhf_cluster.sections.rl_run import ModelInit
+from rlhf_cluster.sections.every_run import ModelInit
 
 
 @pytest.fixture(scope="module")

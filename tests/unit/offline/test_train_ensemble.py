@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from actors.jobs import job_folder
 from rlhf_cluster.cli.stage_text import stage_ending
 from rlhf_cluster.config import StageConfig
-from rlhf_cluster.config.chain import (
+from rlhf_cluster.config.load import (
     load_all,
     members_of,
     name_in_file,

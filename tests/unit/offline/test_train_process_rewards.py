@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_cluster.config.scoring_section import Scoring
+from rlhf_cluster.config.pools import Scoring
 from rlhf_cluster.data.preferences import UnusableRow
 from rlhf_cluster.data.reasoning_steps import (
     reduce_scores,
@@ -258,7 +258,7 @@ def test_a_model_learns_to_tell_steps_it_has_not_seen_and_serves_as_a_reward(
     config = ProcessRewardConfig(path=str(final), dtype="float32", reduce="none")
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     scoring = Scoring(rewards=[config], step_separator="; ")
-    assert scoring.pays_steps
+    assert scoring.step_rewards
     rewards = Rewards(scoring, Totals())
     rewards.build(str(tmp_path / "tokenizer"), "cpu")
     reward = rewards._built["process_reward_model"]

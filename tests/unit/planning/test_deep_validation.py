@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_cluster.cli.commands import main
 from rlhf_cluster.config import load_run
-from rlhf_cluster.config.chain import load_all
+from rlhf_cluster.config.load import load_all
 from rlhf_cluster.models.make_model import make_model
 from rlhf_cluster.models.model_folder import checkpoint_shapes
 from rlhf_cluster.planning.deep_validation import deep

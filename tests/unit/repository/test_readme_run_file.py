@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 
 from rlhf_cluster.models.make_model import make_model
-from rlhf_cluster.sections.rl_run import BpeTokenizer, ModelInit
+from rlhf_cluster.sections.every_run import (
+    BpeTokenizer,
+    ModelInit,
+)
 
 REPOSITORY = Path(__file__).parents[3]
 FILES = re.findall(r"```toml\n(.*?)```", Path("README.md").read_text(), flags=re.DOTALL)

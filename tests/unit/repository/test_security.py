@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from actors.vllm.vllm_arguments import engine_arguments
-from rlhf_cluster.config.chain import PipelineSection
+from rlhf_cluster.config.load import PipelineSection
 from rlhf_cluster.errors import ConfigError, DataError, RunError, WeightError
 from rlhf_cluster.models.model_folder import checkpoint_shapes
 from rlhf_cluster.observe.record import logs

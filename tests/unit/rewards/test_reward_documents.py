@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_cluster.config import RunConfig
-from rlhf_cluster.config.scoring_section import Scoring
+from rlhf_cluster.config.pools import Scoring
 from rlhf_cluster.rewards import REWARDS, build_rewards
 from rlhf_cluster.rewards.programs.code_tests import read_test
 from rlhf_cluster.rewards.programs.sandbox import Outcome

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_cluster.config import RunConfig, validate
-from rlhf_cluster.config.autoscale_section import (
+from rlhf_cluster.config.pools import (
     Autoscale,
     PoolScale,
 )

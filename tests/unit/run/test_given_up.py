@@ -19,7 +19,7 @@ from rlhf_cluster.run.checkpoint.background_saving import Checkpoints
 from rlhf_cluster.run.checkpoint.run_state import RunState
 from rlhf_cluster.run.run_directory import MARKER, RunDir
 from rlhf_cluster.scoring.moving_reference import ReferenceKeeper
-from rlhf_cluster.sections.reference_update import PeriodicReference
+from rlhf_cluster.sections.values import PeriodicReference
 from rlhf_cluster.util.slow_disk import (
     check_not_abandoned,
     run_in_thread,

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 
 from rlhf_cluster.errors import WeightError
 from rlhf_cluster.scoring.moving_reference import ReferenceKeeper
-from rlhf_cluster.sections.reference_update import ReferenceUpdate
+from rlhf_cluster.sections.values import ReferenceUpdate
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.sync import WeightSync
 from tests.support.builders.small_weights import (

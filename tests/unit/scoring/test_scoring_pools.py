@@ -20,7 +20,7 @@ from rlhf_cluster.buffer.group_file import (
 )
 from rlhf_cluster.buffer.group_recovery import made_by
 from rlhf_cluster.config import RunConfig
-from rlhf_cluster.config.pool_sections import pool_sections
+from rlhf_cluster.config.pools import pool_sections
 from rlhf_cluster.errors import ConfigError, RecordError, ScoringError, StalledError
 from rlhf_cluster.planning import memory_needs
 from rlhf_cluster.planning.placement import demand, derived

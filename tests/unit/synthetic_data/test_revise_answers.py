@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_cluster.config.revision_section import ChatEndpoint
+from rlhf_cluster.config.dataset_config import ChatEndpoint
 from rlhf_cluster.errors import (
     ConfigError,
     RecordLost,

@@ -13,8 +13,7 @@ from rlhf_cluster.cli.stage_text import (
     generation_ending,
 )
 from rlhf_cluster.config import GenerateConfig, validate
-from rlhf_cluster.config.dataset_config import GenerateSection
-from rlhf_cluster.config.revision_section import Revise
+from rlhf_cluster.config.dataset_config import GenerateSection, Revise
 from rlhf_cluster.data.preferences import parse_pair
 from rlhf_cluster.errors import ConfigError, DataError, RunError
 from rlhf_cluster.observe.metric_table import find

@@ -9,7 +9,7 @@ import torch
 
 from rlhf_cluster.errors import WeightError
 from rlhf_cluster.models.make_model import make_model
-from rlhf_cluster.sections.rl_run import ModelInit
+from rlhf_cluster.sections.every_run import ModelInit
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.formats.huggingface import export_hf
 from tests.support.builders.small_weights import publish
