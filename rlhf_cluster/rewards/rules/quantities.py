@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -128,7 +128,10 @@ _COMMANDS = (
 )  # fmt: skip
 _SPACED = re.compile(r"(?<![\d.,/^*+=-])(?<![-+*/=^] )[1-9]\d{0,2}(?: \d{3})+(?![\d/,])(?! ?[/^])")
 _SPACES = re.compile(r" {2,}")
-_OPERATOR = re.compile(r"[\s()$\[\]]*(?:[-+*/^:\u2248]|\\pm|\+/-)[\s()$\[\]]*|\)?\(\s?")
+_OPERATOR = re.compile(
+    r"[\s()$\[\]]*(?:[-+*/^:\u2248]|\\pm|\+/-)[\s()$\[\]]*|\)?\(\s?"
+    r"|\s(?:times|plus|minus|divided by|multiplied by)\s"
+)
 _EQUALS = re.compile(r"(?<![<>!=])=(?!=)")
 _ARITHMETIC = re.compile(r"(?=.*\d)[\d\s.,+*/^()$\u2044-]+")
 _COMPARED = re.compile(r"[^A-Za-z?\u0080-\uffff<>|]*[<>|][^A-Za-z?\u0080-\uffff]*")
@@ -143,7 +146,7 @@ _STYLE = re.compile(
     r"|color\s?\{[A-Za-z]{1,20}\})"
 )
 _CIRCUMSTANCE = re.compile(
-    r"\b(?:in|after|with|within|during|over|if|all)\s[$]?$|\b(?:the|[a-z]+'s)\s$", re.IGNORECASE
+    r"\b(?:in|after|with|within|during|over|from|if|all)\s[$]?$|\bfor\s$|\b(?:the|[a-z]+'s)\s$", re.IGNORECASE
 )
 _VARIABLE = re.compile(
     r"\s?(?:(?:[xyznkijbuvqre]|a(?! [A-Za-z]))(?![A-Za-z])"
@@ -179,12 +182,15 @@ _CONTRASTED = re.compile(
     re.MULTILINE,
 )
 """Number after a "not" that follows another one: `42, not 41`."""
-_OF = re.compile(r"\s(?:out )?of (?:the |all |all the )?[$]?")
+_OF = re.compile(r"%?\s(?:(?:out )?of|in) (?:the |all |all the )?[$]?")
+_IS = re.compile(r"\s(?:is|are|equals)\s")
 _SUPPOSED = re.compile(
-    r"\bif\b[^,;.\n]{0,24}\b(?:were|was|had been)\s[$]?$"
-    r"|\b(?:suppose|assume|assuming|imagine)\b[^,;.\n]{0,24}\s[$]?$",
-    re.IGNORECASE,
+    r"\b(?:(?i:if|whether)\b[^,;.\n\d]{0,24}\b(?:were|was|had been|is)"
+    r"|(?:(?i:suppos|assum)(?:e|ing)|(?i:imagine|let(?:'s (?:say|assume)|\s[A-Za-z](?![A-Za-z])))|Were)\b"
+    r"[^,;.\n\d]{0,24})(?:\s|=\s?)[$]?$"
 )
+_CONDITIONAL = re.compile(r"\bwould\b[^,;.\n\d]{0,24}\s[$]?$", re.IGNORECASE)
+_CONDITION = re.compile(r"[^,;.\n\d]{0,24}\s(?:if|unless)\b", re.IGNORECASE)
 _NO_ANSWER = re.compile(
     r"(?:^|[.:;]\s|\b(?:is|have|give|find)\s)no (?:final )?answer\s*(?:[.;,:!]|$)", re.IGNORECASE
 )
@@ -204,11 +210,19 @@ _UNIT = re.compile(
     r"|(?:(?:square|cubic|sq\.?|cu\.?) )?[A-Za-z]+"
     r"(?:[\u00b2\u00b3]|\s?\^\s?[23])?(?:/[A-Za-z]+\u00b2?)?)"
 )
-_REMARK = re.compile(r"\([^()]*\)\.?|\W*(?:confidence|certainty)\b.*", re.IGNORECASE)
+_REMARK = re.compile(
+    r"\([^()]*[A-Za-z][^()]*\)\.?|\W*(?:confidence|certainty|difficulty|source|note|n\.?b|p\.?s|hope"
+    r"|i hope|feel free|let me know|(?:would|do) you|if you (?:want|need|have|would))\b.*|.*\?\W*",
+    re.IGNORECASE,
+)
+"""A line after the answer that does not state it."""
+_CERTAIN = re.compile(r"\s?%\s(?:sure|certain|confident)\b")
+_LABEL = re.compile(r"^[\s*_]*(?:\([A-Z]\)|[A-Z][).:])[\s*_]+")
+"""Letter of a choice before what it stands for: `B) 42`."""
 _BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*(?!:)")
 
 _PROSE = re.compile(r"(?=.*[A-Za-z]{2})[^\\^{}\[\]|<>=+*/]*", re.DOTALL)
-_APPLIED = re.compile(r"(?:[A-Za-z)]\s?[*/^]|(?<![A-Za-z])[A-Za-z]\s?[-+]|\)\s?[-+])\s?$")
+_APPLIED = re.compile(r"(?:[A-Za-z)]\s?[*/^]|(?<![A-Za-z])[A-Za-z]\s?[-+]|\)\s?[-+]|\d\s?[-+*/])\s?$")
 
 _UNIT_NAMES = (
     "m meter metre", "cm centimeter centimetre", "mm millimeter millimetre", "km kilometer kilometre",
@@ -257,11 +271,11 @@ def read_sentence(text: str) -> Quantity | None:
         return None
     bold = [part for part in _BOLD.findall(text) if _is_numeric(part)]
     text = _CONTRASTED.sub(r"\1", _CORRECTED.sub("", bold[-1] if bold else text))
-    text = _plain(FORMULA.sub(_inline, text), spaced=True)
+    text = _plain(FORMULA.sub(_inline, _LABEL.sub("", text)), spaced=True)
     if not re.search(r"[A-Za-z]{2}", text):
         return read_formula(text.rstrip(" .!"))
     tokens = _tokens(text)
-    stated = [token for token in tokens if not _CIRCUMSTANCE.search(text[: token.start][-16:])]
+    stated = _stated(text, tokens)
     if not tokens:
         return None
     start = (stated or tokens)[0]
@@ -277,6 +291,8 @@ def read_sentence(text: str) -> Quantity | None:
 def _read_result(text: str) -> Quantity | None:
     """What the last equation of a sentence comes to."""
     *_, before, last = _EQUALS.split(text)
+    if _SUPPOSED.search(f"{before[-40:]} "):
+        return None
     if not _NUMBER.search(last):  # "20 = A"
         tokens = _tokens(before)
         return _chosen(before, tokens, len(tokens) - 1)
@@ -304,8 +320,14 @@ def read_prose(text: str) -> Quantity | None:
         if tokens and _EQUALS.search(plain) and re.search(r"[A-Za-z]{2}", plain):
             return _read_result(plain)
         if tokens:
-            return _chosen(plain, tokens, len(tokens) - 1)
+            stated = _stated(plain, tokens) or tokens
+            return _chosen(plain, tokens, tokens.index(stated[-1]))
     return None
+
+
+def _stated(text: str, tokens: Sequence[_Token]) -> list[_Token]:
+    """The numbers that are no circumstance, such as "in 5 days"."""
+    return [token for token in tokens if not _CIRCUMSTANCE.search(text[: token.start][-16:])]
 
 
 def read_statement(statement: Statement) -> Quantity | None:
@@ -411,7 +433,9 @@ def _chosen(text: str, tokens: list[_Token], index: int) -> Quantity | None:
     if index and _OF.fullmatch(text[tokens[index - 1].end : tokens[index].start]):
         index -= 1  # "42 of 50" is 42, and "2/3 of 60" is arithmetic
         value = tokens[index].value
-        if value is None or value.denominator != 1:
+        if index and _IS.fullmatch(text[tokens[index - 1].end : tokens[index].start]):
+            index -= 1  # "10 is 20% of 50" is 10
+        elif value is None or value.denominator != 1:
             return None
     token = tokens[index]
     for one, other in pairwise(tokens[max(index - 1, 0) : index + 2]):
@@ -420,7 +444,7 @@ def _chosen(text: str, tokens: list[_Token], index: int) -> Quantity | None:
             return None
     if is_withheld(text, token.start, token.end):
         return None
-    if re.match(r"\s?(?:\?|\\pm|\\mp|\+/-|[-+*^<>|]|!(?=\s*[\d$]))", text[token.end :]):
+    if re.match(r"\s?(?:\?|\\pm|\\mp|\+/-|[-+*^<>|]|(?:times|plus|minus) some|!(?=\s*[\d$]))", text[token.end :]):
         return None
     return _quantity(text, token)
 
@@ -431,13 +455,17 @@ def is_withheld(text: str, start: int, end: int) -> bool:
     cut = _CLAUSE.search(text, end)
     clause = text[begin + 1 : cut.start() if cut else len(text)]
     before = text[max(start - 40, 0) : start]
+    if _CONDITIONAL.search(before) and _CONDITION.match(text, end):
+        return True
     return _DENIED.search(clause) is not None or any(
         words.search(before) for words in (_BOUNDED, _DOUBTED, _SUPPOSED)
     )
 
 
 def _is_remark(text: str, token: _Token) -> bool:
-    """Whether it stands in parentheses after a word or a number: "72 kilometers (45 miles)"."""
+    """Whether it stands in parentheses after a word, "72 km (45 miles)", or says how sure one is."""
+    if _CERTAIN.match(text, token.end):
+        return True
     opening = text.rfind(" (", 0, token.start)
     return opening > 0 and ")" not in text[opening : token.start] and ")" in text[token.end :]
 
