@@ -33,7 +33,8 @@ MAX_STATEMENT_CHARACTERS = 400
 _MAX_JOINED = 8
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])[ ]{0,4}")
 _MARKUP = re.compile(
-    r"</?(?:b|i|u|p|em|strong|code|center|span|div|final|final_answer|result|output|solution)>"
+    r"~~[^~\n]{1,80}~~|</?(?:b|i|u|p|em|strong|code|center|span|div|final|final_answer"
+    r"|result|output|solution|mark|kbd|br)(?: [^<>\n]{0,80})?/?>"
 )
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _BARE = re.compile(r"[^\s${}]{1,64}")
@@ -48,21 +49,26 @@ FORMULA = re.compile(
 """A formula among words; one of its groups has the content."""
 _ANSWER = re.compile(r"(?i:(?<![A-Za-z])answer)\b|\u7b54\u6848")
 _SUPPOSED = re.compile(
-    r"\b(?:if|whether|suppos(?:e|ing)|assum(?:e|ing)|imagine|let's (?:say|assume))\b[^,;:.\n]*$",
+    r"\b(?:if|whether|suppos(?:e|ing)|assum(?:e|ing)|imagine|let's (?:say|assume)"
+    r"|convert|round|write|express|put|double|multiply|divide|subtract"
+    r"|(?:to|can|must|should) (?:find|get|calculate|determine|check))\b[^,;:.\n]*$",
     re.IGNORECASE,
 )
+"""Before "answer": it is supposed, or still to be worked on."""
 _IF = r"[^.\n]{0,80}\b(?:if|unless)\b"
 _SAYS = re.compile(
     # "answer:", "answer (in cm):", "the answer to this question is", a heading; but not "write the
     # answer as a percentage: 5" and "multiply the answer by 3, which is 5".
-    r"[ *_`\"]{0,4}(?:\([^()\n]{1,40}\)[ *_]{0,4})?(?:[:=|\uff1a\u662f\u4e3a\u2192]|->|\s[\u2013\u2014-]\s)"
+    r"[ *_`\"]{0,4}(?:\([^()\n]{1,40}\)[ *_]{0,4})?"
+    r"(?:[-=]>|[:=|\uff1a\u662f\u4e3a\u2192]|\s[\u2013\u2014-]\s)"
     r"|(?:[ *_]{1,4}(?:to|of|for|in|as|you)\b[^\n.,;?!:=\uff1a]{0,80}?)?"
     r"(?:[ *_]{1,4}|, (?:then|therefore|thus|hence), )"
     rf"(?:then |therefore |thus |now |should |must |will |would (?!{_IF})){{0,2}}"
     r"(?=(?P<doubt>cannot |can't |can not |might |could |may |isn't |never |would )?)"
     r"(?:cannot |can't |can not |might |could |may |would )?(?:isn't|is|are|be|was|equals|IS|Is"
     r"|(?:comes|works|turns) (?:out )?to(?: be)?)\b"
-    r"|(?: of)?[ *_]{1,4}(?=\$?\d)"
+    r"|[ *_]{1,4}#?\d{1,2}[ *_]{0,4}:|(?: of)?[ *_]{1,4}(?=\$?\d)"
+    r"|[ *_]{1,4}(?:to|for|of) (?:the )?(?:problem|question|part|exercise)\b[^\n.,;?!:=\uff1a]{0,24}:"
     r"|[ *_#]{0,8}\n"
 )
 _QUOTED_END = re.compile(r"\"[\s,}\]]*$")
@@ -154,6 +160,8 @@ def _last_said(text: str) -> str | None:
         line, _, below = rest.partition("\n")
         if not line.strip(" *_.:$\\[(") or line.rstrip(" *_").endswith((":", "\uff1a")):
             line = _first_line(below)
+        if says[0].endswith("|"):  # a row of a table
+            line = line.partition("|")[0]
         if _VALUE.search(line):
             return (says["doubt"] or "") + _QUOTED_END.sub("", line).strip(" |")
     return None
@@ -163,7 +171,7 @@ def _first_line(text: str) -> str:
     """The first line that is more than the opening of a formula."""
     for line in text.splitlines():
         if line.strip(" *_\\[$`->"):
-            return line.strip(" >")
+            return line.strip(" >").removeprefix("- ")
     return ""
 
 

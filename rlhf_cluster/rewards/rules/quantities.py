@@ -49,7 +49,7 @@ _NUMBER = re.compile(
     rf"""
     (?<![A-Za-z0-9_^])(?<![0-9][.,])
     (?:(?<![)\]])(?P<sign>[-+])(?=[\d.{_CURRENCY}(]))?
-    (?:(?P<currency>[{_CURRENCY}])\ ?(?P<inner>-(?=[\d.]))?)?
+    (?:(?P<currency>(?:US|[ACS])?[{_CURRENCY}]|USD|EUR|GBP|INR)\ ?(?P<inner>-(?=[\d.]))?)?
     (?P<digits>
         \d{{1,3}}(?:\.\d{{3}})+,\d{{1,2}}(?![\d.,]) | \d{{1,3}}(?:\.\d{{3}}){{2,}}(?![\d.,])
         | \d{{1,3}}(?:,\d{{3}})+(?![\d])(?!,\d)(?:\.\d+)?
@@ -96,10 +96,14 @@ _SIGNS = str.maketrans(
         "\u00b1": "\\pm",
     }
 )
+_ORNAMENT = re.compile(
+    "[\u2020-\u2022\u2190-\u21ff\u2500-\u25cb\u25cd-\u27bf\u2b00-\u2bff\ufe0f\u20e3\U0001f000-\U0001faff]+"
+)
+"""Bullets, arrows and pictures, but not `_UNREAD`."""
 _RAISED_RUN = re.compile(rf"(?<=[\da-zA-Z)])[{''.join(_SUPERSCRIPTS)}]+")
 _SEPARATOR = re.compile(r"(?<=\d)(?:\\[,;:! ]|[\u2009\u202f\u00a0~']|\{,\})(?=\d{3}(?!\d))")
 WRAPPED = re.compile(
-    r"\\(?:text[a-z]*|math(?:rm|bf|it|sf|tt)|mbox|hbox|operatorname|boldsymbol|bm|underline|phantom)"
+    r"\\(?:text[a-z]*|math(?:rm|bf|it|sf|tt)|mbox|hbox|framebox|operatorname|boldsymbol|bm|underline|phantom)"
     r"\s?\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
 _REPEATING = re.compile(
@@ -129,8 +133,8 @@ _COMMANDS = (
 _SPACED = re.compile(r"(?<![\d.,/^*+=-])(?<![-+*/=^] )[1-9]\d{0,2}(?: \d{3})+(?![\d/,])(?! ?[/^])")
 _SPACES = re.compile(r" {2,}")
 _OPERATOR = re.compile(
-    r"[\s()$\[\]]*(?:[-+*/^:\u2248]|\\pm|\+/-)[\s()$\[\]]*|\)?\(\s?"
-    r"|\s(?:times|plus|minus|divided by|multiplied by)\s"
+    r"[\s()$\[\]]*(?:[-+*/^\u2248]|:(?!\s)|(?<=\s):|\\pm|\+/-)[\s()$\[\]]*|\)?\(\s?"
+    r"|\s(?:times|plus|minus|less|by|divided by|multiplied by|groups of)\s(?:the )?"
 )
 _EQUALS = re.compile(r"(?<![<>!=])=(?!=)")
 _ARITHMETIC = re.compile(r"(?=.*\d)[\d\s.,+*/^()$\u2044-]+")
@@ -142,11 +146,14 @@ _RELATION = re.compile(
 )
 _CALL = re.compile(r"(?:\\[A-Za-z]+\s?|[A-Za-z]+)\(\s?$")
 _STYLE = re.compile(
-    r"\\(?:(?:bf|rm|it|sf|large|Large|LARGE|huge|Huge|normalsize|checkmark)(?![A-Za-z])"
+    r"\\(?:(?:bf|rm|it|sf|large|Large|LARGE|huge|Huge|normalsize|checkmark|therefore"
+    r"|Rightarrow|rightarrow|implies|blacksquare|square)(?![A-Za-z])|\\tag\{[^{}]{0,20}\}"
     r"|color\s?\{[A-Za-z]{1,20}\})"
 )
 _CIRCUMSTANCE = re.compile(
-    r"\b(?:in|after|with|within|during|over|from|if|all)\s[$]?$|\bfor\s$|\b(?:the|[a-z]+'s)\s$", re.IGNORECASE
+    r"\b(?:in|after|with|within|during|over|from|if|all|every|per|until)\s[$]?$"
+    r"|\b(?:for|at|the|[a-z]+'s|day|age|year|week|month|step|page|level|grade)\s$",
+    re.IGNORECASE,
 )
 _VARIABLE = re.compile(
     r"\s?(?:(?:[xyznkijbuvqre]|a(?! [A-Za-z]))(?![A-Za-z])"
@@ -160,7 +167,7 @@ _CLAUSE = re.compile(
 )
 _DENIED = re.compile(
     r"\b(?:wrong|incorrect|false|unknown|undetermined|unsure|maybe|perhaps|possibly|probably|neither"
-    r"|(?:i|a|my|just a) guess|impossible|doubt(?:ful)?|cannot be (?:right|correct)|or so"
+    r"|(?:i|a|my|just a) guess|impossible|unlikely|doubt(?:ful)?|cannot be (?:right|correct)|or so"
     r"|not (?:right|correct|sure|known)|(?:cannot|can't|unable to) (?:be )?(?:determine|say|tell|know)"
     r"|don't know)",
     re.IGNORECASE,
@@ -172,7 +179,8 @@ _DOUBTED = re.compile(
 )
 _BOUNDED = re.compile(
     r"\b(?:(?:more|less|fewer|greater|larger|smaller|higher|lower|bigger) than|at (?:least|most)"
-    r"|over|under|above|below|up to|between|from|exceeds)\s?[$]?$",
+    r"|over|under|above|below|up to|between|from|exceeds"
+    r"|twice|double|triple|half(?: of)?|(?:third|quarter|fifth|tenth)s? of)\s?[$]?$",
     re.IGNORECASE,
 )
 _CORRECTED = re.compile(r"\bnot\b[^.;\n]{1,60}?\bbut(?: rather)?\s", re.IGNORECASE)
@@ -182,11 +190,16 @@ _CONTRASTED = re.compile(
     re.MULTILINE,
 )
 """Number after a "not" that follows another one: `42, not 41`."""
+_GOES_ON = re.compile(
+    r"\s?(?:\?|\\pm|\\mp|\+/-|[-+*^<>|]|(?:times|plus|minus) some|!(?=\s*[\d$])"
+    r"|(?:squared|cubed|or (?:so|more|less|fewer))\b)"
+)
+"""What makes a number before it another one, or none."""
 _OF = re.compile(r"%?\s(?:(?:out )?of|in) (?:the |all |all the )?[$]?")
 _IS = re.compile(r"\s(?:is|are|equals)\s")
 _SUPPOSED = re.compile(
     r"\b(?:(?i:if|whether)\b[^,;.\n\d]{0,24}\b(?:were|was|had been|is)"
-    r"|(?:(?i:suppos|assum)(?:e|ing)|(?i:imagine|let(?:'s (?:say|assume)|\s[A-Za-z](?![A-Za-z])))|Were)\b"
+    r"|(?:(?i:suppos|assum)(?:e|ing)|(?i:imagine|let(?:'s (?:say|assume)|\s[A-Za-z]))|Were)\b"
     r"[^,;.\n\d]{0,24})(?:\s|=\s?)[$]?$"
 )
 _CONDITIONAL = re.compile(r"\bwould\b[^,;.\n\d]{0,24}\s[$]?$", re.IGNORECASE)
@@ -217,12 +230,15 @@ _REMARK = re.compile(
 )
 """A line after the answer that does not state it."""
 _CERTAIN = re.compile(r"\s?%\s(?:sure|certain|confident)\b")
-_LABEL = re.compile(r"^[\s*_]*(?:\([A-Z]\)|[A-Z][).:])[\s*_]+")
+_AROUND = " .!*_='\"\u201c\u201d\u00ab\u00bb\u2026"
+_LABEL = re.compile(r"^[\s*_]*(?:\([A-Za-z]\)|[A-Za-z]\)|[A-Z][.:])[\s*_]+")
 """Letter of a choice before what it stands for: `B) 42`."""
 _BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*(?!:)")
 
 _PROSE = re.compile(r"(?=.*[A-Za-z]{2})[^\\^{}\[\]|<>=+*/]*", re.DOTALL)
-_APPLIED = re.compile(r"(?:[A-Za-z)]\s?[*/^]|(?<![A-Za-z])[A-Za-z]\s?[-+]|\)\s?[-+]|\d\s?[-+*/])\s?$")
+_APPLIED = re.compile(
+    r"(?:[A-Za-z)]\s?[*/^]|(?<![A-Za-z])[A-Za-z]\s?[-+]|\)\s?[-+]|\d\s?[-+*/])\s?$"
+)
 
 _UNIT_NAMES = (
     "m meter metre", "cm centimeter centimetre", "mm millimeter millimetre", "km kilometer kilometre",
@@ -258,7 +274,7 @@ def read_formula(text: str, is_target: bool = False) -> Quantity | None:
     """The one number that a box or a target is; None for anything else, or more than it."""
     if len(text) > MAX_PROSE_CHARACTERS or _DENIED.search(text):
         return None
-    text = _plain(text, spaced=True)
+    text = _LABEL.sub("", _plain(text, spaced=True))
     exact, *_, rounded = text.split("\u2248") if "\u2248" in text else ("", "")
     if rounded:
         return read_formula(exact) or read_formula(rounded)
@@ -271,9 +287,9 @@ def read_sentence(text: str) -> Quantity | None:
         return None
     bold = [part for part in _BOLD.findall(text) if _is_numeric(part)]
     text = _CONTRASTED.sub(r"\1", _CORRECTED.sub("", bold[-1] if bold else text))
-    text = _plain(FORMULA.sub(_inline, _LABEL.sub("", text)), spaced=True)
-    if not re.search(r"[A-Za-z]{2}", text):
-        return read_formula(text.rstrip(" .!"))
+    text = _LABEL.sub("", _plain(FORMULA.sub(_inline, text), spaced=True))
+    if not re.search(r"[A-Za-z]{2}|[\u3040-\u9fff]", text):
+        return read_formula(text.strip(_AROUND))
     tokens = _tokens(text)
     stated = _stated(text, tokens)
     if not tokens:
@@ -372,6 +388,9 @@ def _read_sides(text: str, read: Callable[[str], Quantity | None]) -> Quantity |
     if any(_NEXT_NAME.search(side) for side in before):
         return None
     found = read(last)
+    if found is None and len(before) == 1 and _ARITHMETIC.fullmatch(last):
+        [other], before = before, [last]  # `72 = 40 + 32`
+        last, found = other, read(other)
     if found is None:
         return None
     for side in before:
@@ -440,11 +459,13 @@ def _chosen(text: str, tokens: list[_Token], index: int) -> Quantity | None:
     token = tokens[index]
     for one, other in pairwise(tokens[max(index - 1, 0) : index + 2]):
         between = text[one.end : other.start]
-        if not between.strip() or _OPERATOR.fullmatch(between) or _are_joined(one, other, between):
+        if not between.strip() or _OPERATOR.fullmatch(between):
+            return None
+        if _are_joined(one, other, between, not _stated(text, [one])):
             return None
     if is_withheld(text, token.start, token.end):
         return None
-    if re.match(r"\s?(?:\?|\\pm|\\mp|\+/-|[-+*^<>|]|(?:times|plus|minus) some|!(?=\s*[\d$]))", text[token.end :]):
+    if _GOES_ON.match(text, token.end):
         return None
     return _quantity(text, token)
 
@@ -470,10 +491,12 @@ def _is_remark(text: str, token: _Token) -> bool:
     return opening > 0 and ")" not in text[opening : token.start] and ")" in text[token.end :]
 
 
-def _are_joined(one: _Token, other: _Token, between: str) -> bool:
+def _are_joined(one: _Token, other: _Token, between: str, is_circumstance: bool) -> bool:
     """Whether two numbers are offered side by side: "72 or 73", but not "72 hours or 3 days"."""
     joint = _JOINED.fullmatch(between)
     if joint is None or one.value == other.value:
+        return False
+    if is_circumstance and joint[1] and between.endswith(", "):  # "in 7 days, 42"
         return False
     return joint[1] in ("", other.word) or other.word == ""
 
@@ -555,7 +578,7 @@ def _unit(word: str) -> str:
 
 def with_plain_signs(text: str) -> str:
     """The text with ASCII or LaTeX for Unicode's digits, signs and fractions."""
-    return _RAISED_RUN.sub(_lowered, text).translate(_SIGNS)
+    return _ORNAMENT.sub(" ", _RAISED_RUN.sub(_lowered, text).translate(_SIGNS))
 
 
 def _plain(text: str, spaced: bool) -> str:
