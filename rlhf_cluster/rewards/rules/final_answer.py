@@ -50,11 +50,13 @@ FORMULA = re.compile(
 _ANSWER = re.compile(r"(?i:(?<![A-Za-z])answer)\b|\u7b54\u6848")
 _SUPPOSED = re.compile(
     r"\b(?:if|whether|suppos(?:e|ing)|assum(?:e|ing)|imagine|let's (?:say|assume)"
+    r"|doubt|(?:not|n't) (?:think|believe|sure|true|certain)|false|no proof|nobody knows"
+    r"|wrong|incorrect|previous|first|initial|might (?:say|think)"
     r"|convert|round|write|express|put|double|multiply|divide|subtract"
     r"|(?:to|can|must|should) (?:find|get|calculate|determine|check))\b[^,;:.\n]*$",
     re.IGNORECASE,
 )
-"""Before "answer": it is supposed, or still to be worked on."""
+"""Before "answer": it is supposed, denied, or still to be worked on."""
 _IF = r"[^.\n]{0,80}\b(?:if|unless)\b"
 _SAYS = re.compile(
     # "answer:", "answer (in cm):", "the answer to this question is", a heading; but not "write the
@@ -72,6 +74,10 @@ _SAYS = re.compile(
     r"|[ *_#]{0,8}\n"
 )
 _QUOTED_END = re.compile(r"\"[\s,}\]]*$")
+_SENTENCE = re.compile(r"(?:[A-Za-z]+\W+){4}")
+_SOLUTION = re.compile(
+    r"\n(?!\W*(?i:explanation|because|reason|since|check|proof|work|note))[^\n]*\d"
+)
 _VALUE = re.compile(r"[\d\\$\u00bc-\u00be\u2150-\u215e]")
 
 
@@ -162,9 +168,17 @@ def _last_said(text: str) -> str | None:
             line = _first_line(below)
         if says[0].endswith("|"):  # a row of a table
             line = line.partition("|")[0]
+        if says[0].rstrip(" *_").endswith((":", "\n")) and _begins_solution(line, rest):
+            return None
         if _VALUE.search(line):
             return (says["doubt"] or "") + _QUOTED_END.sub("", line).strip(" |")
     return None
+
+
+def _begins_solution(line: str, rest: str) -> bool:
+    """Whether what follows "Answer:" is a sentence of a solution that goes on in the next line."""
+    following = rest.partition(line)[2]
+    return _SENTENCE.search(line) is not None and _SOLUTION.match(following) is not None
 
 
 def _first_line(text: str) -> str:

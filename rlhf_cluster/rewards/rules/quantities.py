@@ -166,9 +166,11 @@ _CLAUSE = re.compile(
     r"[,;]\s|\.\s|[.!?]$|\s(?:because|since|as|so|which|where|when|after|before|given)\b|(?<=[\w%])\s\("
 )
 _DENIED = re.compile(
-    r"\b(?:wrong|incorrect|false|unknown|undetermined|unsure|maybe|perhaps|possibly|probably|neither"
+    r"(?:\b|(?=n't))(?:wrong|incorrect|false|unknown|undetermined|unsure|maybe|perhaps|possibly|probably|neither"
     r"|(?:i|a|my|just a) guess|impossible|unlikely|doubt(?:ful)?|cannot be (?:right|correct)|or so"
-    r"|not (?:right|correct|sure|known)|(?:cannot|can't|unable to) (?:be )?(?:determine|say|tell|know)"
+    r"|not (?:right|correct|sure|known|true|the answer)|n't (?:right|correct|sure|true|the answer)"
+    r"|(?:not|n't) (?:think|believe)|no proof|cannot be the answer"
+    r"|(?:cannot|can't|unable to) (?:be )?(?:determine|say|tell|know)"
     r"|don't know)",
     re.IGNORECASE,
 )
@@ -180,9 +182,17 @@ _DOUBTED = re.compile(
 _BOUNDED = re.compile(
     r"\b(?:(?:more|less|fewer|greater|larger|smaller|higher|lower|bigger) than|at (?:least|most)"
     r"|over|under|above|below|up to|between|from|exceeds"
+    r"|other than|except|all but|by no means|minus|negative|divisible by"
+    r"|(?:square|root|multiple|factor|opposite|inverse) of"
     r"|twice|double|triple|half(?: of)?|(?:third|quarter|fifth|tenth)s? of)\s?[$]?$",
     re.IGNORECASE,
 )
+_RETRACTED = re.compile(
+    r"[^.,(\n\d]{0,30}(?:\(|(?:, |\.+ |\()(?:but|no|wait|however)\b)[^\n\d]{0,24}?"
+    r"\b(?:wrong|incorrect|guess|not (?:right|correct|sure)|n't (?:right|correct|sure))\b",
+    re.IGNORECASE,
+)
+"""What follows a number that is taken back: `42. No, that is wrong.`"""
 _CORRECTED = re.compile(r"\bnot\b[^.;\n]{1,60}?\bbut(?: rather)?\s", re.IGNORECASE)
 _CONTRASTED = re.compile(
     r"(\d[^.;\n\d]{0,24}?),?\s\(?(?:(?:(?<=,\s)|(?<=\()|(?:and|but)\s)not|rather than|instead of)\s[$]?"
@@ -191,8 +201,9 @@ _CONTRASTED = re.compile(
 )
 """Number after a "not" that follows another one: `42, not 41`."""
 _GOES_ON = re.compile(
-    r"\s?(?:\?|\\pm|\\mp|\+/-|[-+*^<>|]|(?:times|plus|minus) some|!(?=\s*[\d$])"
-    r"|(?:squared|cubed|or (?:so|more|less|fewer))\b)"
+    r"\s?(?:\?|\\pm|\\mp|\+/-|[-+*^<>|]|(?:times|plus|minus) some"
+    r"|(?:times|plus|minus|(?:more|less|fewer) than) [A-Za-z](?![A-Za-z])|!(?=\s*[\d$])"
+    r"|(?:squared|cubed|choose|factorial|or (?:so|more|less|fewer))\b)"
 )
 """What makes a number before it another one, or none."""
 _OF = re.compile(r"%?\s(?:(?:out )?of|in) (?:the |all |all the )?[$]?")
@@ -476,6 +487,8 @@ def is_withheld(text: str, start: int, end: int) -> bool:
     cut = _CLAUSE.search(text, end)
     clause = text[begin + 1 : cut.start() if cut else len(text)]
     before = text[max(start - 40, 0) : start]
+    if _RETRACTED.match(text, end):
+        return True
     if _CONDITIONAL.search(before) and _CONDITION.match(text, end):
         return True
     return _DENIED.search(clause) is not None or any(
