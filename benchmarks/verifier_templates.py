@@ -204,7 +204,7 @@ Answer: @n\n\nExplanation:\n@w
 @w\n\n**Final Answer**: \n\n\( \boxed{@b} \) cups
 @w\nActually, scratch that: the answer is @n, since I had counted @o twice.
 @w\n\nSo the answer is @n! 😊 Let me know if you have any other questions.
-Sure! Here's the solution.\n\n@w\n\nSo the answer is **@n**.\n\nWould you like 2 more practice problems like this one?
+Sure! Here's the solution.\n\n@w\n\nSo the answer is **@n**.\n\nWould you like 2 more problems?
 @w\n\n\boxed{@n}\n\nNote: rounding is not needed here, since all 3 inputs are whole.
 @w\n\nThe answer is @t%.
 @w\n\nThe answer is €@t.

@@ -177,8 +177,9 @@ def _last_said(text: str) -> str | None:
 
 def _begins_solution(line: str, rest: str) -> bool:
     """Whether what follows "Answer:" is a sentence of a solution that goes on in the next line."""
-    following = rest.partition(line)[2]
-    return _SENTENCE.search(line) is not None and _SOLUTION.match(following) is not None
+    if _SENTENCE.search(line) is None:
+        return False
+    return _SOLUTION.match(rest.partition(line)[2]) is not None
 
 
 def _first_line(text: str) -> str:

@@ -19,7 +19,7 @@ In a marked sentence the number that it begins with counts ("72, which is 8 more
 of its first clause with a number ("the 5 boys have 72"); in prose the last one of the last line; a bold
 one goes first. A number that is denied ("not 6"), hedged ("maybe 6"), bounded ("more than 6"), in a
 range or a list ("6 to 7", "6, 7") is no answer, nor one that is supposed ("if it were 6").
-"6, not 7" and "6 of 7" are 6.
+"6, not 7", "6 of 7", "6 in 7" and "6 is 5% of 120" are 6.
 `tests/support/builders/answer_table.py` has verdicts.
 """
 
@@ -37,6 +37,16 @@ from rlhf_cluster.rewards.rules.final_answer import (
     FORMULA,
     Statement,
     target_statement,
+)
+from rlhf_cluster.rewards.rules.withheld import (
+    BOUNDED,
+    CLAUSE_END,
+    CONTRASTED,
+    CORRECTED,
+    DENIED,
+    DOUBTED,
+    SUPPOSED,
+    is_withheld,
 )
 
 MAX_NUMBER_CHARACTERS = 100
@@ -99,7 +109,6 @@ _SIGNS = str.maketrans(
 _ORNAMENT = re.compile(
     "[\u2020-\u2022\u2190-\u21ff\u2500-\u25cb\u25cd-\u27bf\u2b00-\u2bff\ufe0f\u20e3\U0001f000-\U0001faff]+"
 )
-"""Bullets, arrows and pictures, but not `_UNREAD`."""
 _RAISED_RUN = re.compile(rf"(?<=[\da-zA-Z)])[{''.join(_SUPERSCRIPTS)}]+")
 _SEPARATOR = re.compile(r"(?<=\d)(?:\\[,;:! ]|[\u2009\u202f\u00a0~']|\{,\})(?=\d{3}(?!\d))")
 WRAPPED = re.compile(
@@ -162,44 +171,6 @@ _VARIABLE = re.compile(
 _JOINED = re.compile(
     r"\s?([A-Za-z%]*)\s?(?:,|,?\s(?:or|and|OR|to|through|versus)\s+)\s?(?:maybe |perhaps |even )?"
 )
-_CLAUSE = re.compile(
-    r"[,;]\s|\.\s|[.!?]$|\s(?:because|since|as|so|which|where|when|after|before|given)\b|(?<=[\w%])\s\("
-)
-_DENIED = re.compile(
-    r"(?:\b|(?=n't))(?:wrong|incorrect|false|unknown|undetermined|unsure|maybe|perhaps|possibly|probably|neither"
-    r"|(?:i|a|my|just a) guess|impossible|unlikely|doubt(?:ful)?|cannot be (?:right|correct)|or so"
-    r"|not (?:right|correct|sure|known|true|the answer)|n't (?:right|correct|sure|true|the answer)"
-    r"|(?:not|n't) (?:think|believe)|no proof|cannot be the answer"
-    r"|(?:cannot|can't|unable to) (?:be )?(?:determine|say|tell|know)"
-    r"|don't know)",
-    re.IGNORECASE,
-)
-_DOUBTED = re.compile(
-    r"(?:\b(?:not|never|cannot|might|could|may|hardly|anything but|unlikely to)|n't)"
-    r"(?:\s(?:be|equal|to|exactly|really|just))*[\s$]*$",
-    re.IGNORECASE,
-)
-_BOUNDED = re.compile(
-    r"\b(?:(?:more|less|fewer|greater|larger|smaller|higher|lower|bigger) than|at (?:least|most)"
-    r"|over|under|above|below|up to|between|from|exceeds"
-    r"|other than|except|all but|by no means|minus|negative|divisible by"
-    r"|(?:square|root|multiple|factor|opposite|inverse) of"
-    r"|twice|double|triple|half(?: of)?|(?:third|quarter|fifth|tenth)s? of)\s?[$]?$",
-    re.IGNORECASE,
-)
-_RETRACTED = re.compile(
-    r"[^.,(\n\d]{0,30}(?:\(|(?:, |\.+ |\()(?:but|no|wait|however)\b)[^\n\d]{0,24}?"
-    r"\b(?:wrong|incorrect|guess|not (?:right|correct|sure)|n't (?:right|correct|sure))\b",
-    re.IGNORECASE,
-)
-"""What follows a number that is taken back: `42. No, that is wrong.`"""
-_CORRECTED = re.compile(r"\bnot\b[^.;\n]{1,60}?\bbut(?: rather)?\s", re.IGNORECASE)
-_CONTRASTED = re.compile(
-    r"(\d[^.;\n\d]{0,24}?),?\s\(?(?:(?:(?<=,\s)|(?<=\()|(?:and|but)\s)not|rather than|instead of)\s[$]?"
-    r"-?\d+(?:[.,]\d+)*(?:\s?%|\s[A-Za-z]+)?\)?(?=\s*(?:[.!;,)]|$))",
-    re.MULTILINE,
-)
-"""Number after a "not" that follows another one: `42, not 41`."""
 _GOES_ON = re.compile(
     r"\s?(?:\?|\\pm|\\mp|\+/-|[-+*^<>|]|(?:times|plus|minus) some"
     r"|(?:times|plus|minus|(?:more|less|fewer) than) [A-Za-z](?![A-Za-z])|!(?=\s*[\d$])"
@@ -208,13 +179,6 @@ _GOES_ON = re.compile(
 """What makes a number before it another one, or none."""
 _OF = re.compile(r"%?\s(?:(?:out )?of|in) (?:the |all |all the )?[$]?")
 _IS = re.compile(r"\s(?:is|are|equals)\s")
-_SUPPOSED = re.compile(
-    r"\b(?:(?i:if|whether)\b[^,;.\n\d]{0,24}\b(?:were|was|had been|is)"
-    r"|(?:(?i:suppos|assum)(?:e|ing)|(?i:imagine|let(?:'s (?:say|assume)|\s[A-Za-z]))|Were)\b"
-    r"[^,;.\n\d]{0,24})(?:\s|=\s?)[$]?$"
-)
-_CONDITIONAL = re.compile(r"\bwould\b[^,;.\n\d]{0,24}\s[$]?$", re.IGNORECASE)
-_CONDITION = re.compile(r"[^,;.\n\d]{0,24}\s(?:if|unless)\b", re.IGNORECASE)
 _NO_ANSWER = re.compile(
     r"(?:^|[.:;]\s|\b(?:is|have|give|find)\s)no (?:final )?answer\s*(?:[.;,:!]|$)", re.IGNORECASE
 )
@@ -239,7 +203,6 @@ _REMARK = re.compile(
     r"|i hope|feel free|let me know|(?:would|do) you|if you (?:want|need|have|would))\b.*|.*\?\W*",
     re.IGNORECASE,
 )
-"""A line after the answer that does not state it."""
 _CERTAIN = re.compile(r"\s?%\s(?:sure|certain|confident)\b")
 _AROUND = " .!*_='\"\u201c\u201d\u00ab\u00bb\u2026"
 _LABEL = re.compile(r"^[\s*_]*(?:\([A-Za-z]\)|[A-Za-z]\)|[A-Z][.:])[\s*_]+")
@@ -283,7 +246,7 @@ class _Token:
 
 def read_formula(text: str, is_target: bool = False) -> Quantity | None:
     """The one number that a box or a target is; None for anything else, or more than it."""
-    if len(text) > MAX_PROSE_CHARACTERS or _DENIED.search(text):
+    if len(text) > MAX_PROSE_CHARACTERS or DENIED.search(text):
         return None
     text = _LABEL.sub("", _plain(text, spaced=True))
     exact, *_, rounded = text.split("\u2248") if "\u2248" in text else ("", "")
@@ -297,7 +260,7 @@ def read_sentence(text: str) -> Quantity | None:
     if len(text) > MAX_PROSE_CHARACTERS:
         return None
     bold = [part for part in _BOLD.findall(text) if _is_numeric(part)]
-    text = _CONTRASTED.sub(r"\1", _CORRECTED.sub("", bold[-1] if bold else text))
+    text = CONTRASTED.sub(r"\1", CORRECTED.sub("", bold[-1] if bold else text))
     text = _LABEL.sub("", _plain(FORMULA.sub(_inline, text), spaced=True))
     if not re.search(r"[A-Za-z]{2}|[\u3040-\u9fff]", text):
         return read_formula(text.strip(_AROUND))
@@ -306,7 +269,7 @@ def read_sentence(text: str) -> Quantity | None:
     if not tokens:
         return None
     start = (stated or tokens)[0]
-    cut = _CLAUSE.search(text, start.end)
+    cut = CLAUSE_END.search(text, start.end)
     clause = text[: cut.start()] if cut else text
     begins = not re.search(r"[A-Za-z]", text[: tokens[0].start])
     if "=" in (clause if begins else text):
@@ -318,12 +281,12 @@ def read_sentence(text: str) -> Quantity | None:
 def _read_result(text: str) -> Quantity | None:
     """What the last equation of a sentence comes to."""
     *_, before, last = _EQUALS.split(text)
-    if _SUPPOSED.search(f"{before[-40:]} "):
+    if SUPPOSED.search(f"{before[-40:]} "):
         return None
     if not _NUMBER.search(last):  # "20 = A"
         tokens = _tokens(before)
         return _chosen(before, tokens, len(tokens) - 1)
-    cut = _CLAUSE.search(last, _tokens(last)[0].end) if _tokens(last) else None
+    cut = CLAUSE_END.search(last, _tokens(last)[0].end) if _tokens(last) else None
     result = last[: cut.start()] if cut else last
     return _read_sides(f"{before}={result}", lambda side: _chosen(side, _tokens(side), 0))
 
@@ -341,7 +304,7 @@ def read_prose(text: str) -> Quantity | None:
                 return read_sentence(bold)
         if _NO_ANSWER.search(line):
             return None
-        plain = _plain(_CONTRASTED.sub(r"\1", line), spaced=False)
+        plain = _plain(CONTRASTED.sub(r"\1", line), spaced=False)
         tokens = _tokens(plain)
         tokens = [token for token in tokens if not _is_remark(plain, token)] or tokens
         if tokens and _EQUALS.search(plain) and re.search(r"[A-Za-z]{2}", plain):
@@ -435,9 +398,9 @@ def _read_whole(text: str, is_target: bool) -> Quantity | None:
     before, after = text[: first.start], text[first.end :]
     if not (_BEFORE.fullmatch(before) and _AFTER.fullmatch(after) and first.value is not None):
         return None
-    if before.count("(") != after.partition(" (")[0].count(")") or _BOUNDED.search(before):
+    if before.count("(") != after.partition(" (")[0].count(")") or BOUNDED.search(before):
         return None
-    if _DOUBTED.search(before):
+    if DOUBTED.search(before):
         return None
     words = re.findall(r"[A-Za-z]+", before + " " + after.partition(" (")[0])
     if not all(_is_word(word) for word in words) or re.match(r"[A-Za-z](?![A-Za-z])", after):
@@ -479,21 +442,6 @@ def _chosen(text: str, tokens: list[_Token], index: int) -> Quantity | None:
     if _GOES_ON.match(text, token.end):
         return None
     return _quantity(text, token)
-
-
-def is_withheld(text: str, start: int, end: int) -> bool:
-    """Whether what stands there is denied, doubted or a bound in the words of its clause."""
-    begin = max(text.rfind(mark, 0, start) for mark in (". ", "; ", "\n", ", ", ": "))
-    cut = _CLAUSE.search(text, end)
-    clause = text[begin + 1 : cut.start() if cut else len(text)]
-    before = text[max(start - 40, 0) : start]
-    if _RETRACTED.match(text, end):
-        return True
-    if _CONDITIONAL.search(before) and _CONDITION.match(text, end):
-        return True
-    return _DENIED.search(clause) is not None or any(
-        words.search(before) for words in (_BOUNDED, _DOUBTED, _SUPPOSED)
-    )
 
 
 def _is_remark(text: str, token: _Token) -> bool:
