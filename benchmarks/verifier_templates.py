@@ -166,6 +166,59 @@ The answer is @n. Here is why:\n\n@w
 @w\n\nSo, the value of $x$ is $@l$.
 @w\n\nSo the value of \( x \) is \( \boxed{@l} \).
 @w\n\nAnswer: $\boxed{@l}$ dollars
+@w\n\n### Result\n\n$$\boxed{@b}$$
+@w\n\n---\n\n**Result:** @t 🎉
+@w\n\n| Quantity | Value |\n|---|---|\n| First step | @o |\n| **Total** | **@t** |
+@w\n\n| Step | Amount |\n|:--|--:|\n| Start | @o |\n| Change | @p |\n| Total | @t |
+@w\n\n✅ **Final answer:** @t
+@w\n\nWait, let me double-check: I first wrote @o, but that forgot a step. The answer is @n.
+My first guess was @o, which is wrong. @w\nThe correct answer is **@n**.
+<think>Maybe it is @o? Let me see.\n@w</think>\nThe answer is @n.
+<think>\n@w\nSo the answer is @o. Hmm, no.\n</think>\n\n**@t**
+@w\n\n```\nAnswer: @n\n```
+```python\ntotal = work()\nprint(total)\n```\n\nOutput:\n\n```\n@n\n```
+@w\n\n\[\n\text{Total} = @e = \boxed{@b}\n\]
+@w\n\n$$\boxed{@b\ \text{dollars}}$$
+@w\n\nSo in total that comes to **$@t**.
+Of these options:\n(A) @o\n(B) @p\n(C) @n\n\nthe answer is (C) @n.
+A) @o\nB) @n\nC) @p\n\n@w\n\nAnswer: B) @n
+@w\n\nTherefore, she needs @t minutes in total (that is, @n, and not @o).
+@w\nThe answer is not @o, as one might think at first, but @n.
+@w\n\nFinal answer: @n (check: @e = @n ✓)
+@w\n\n**Verification:** @e = @n. ✔\n\n**Answer: @n**
+Answer: @n\n\nExplanation:\n@w
+**TL;DR:** The answer is @n.\n\n@w
+@w\n\n{"answer": @n}
+@w\n\n```json\n{"steps": 3, "answer": "@n"}\n```
+@w\n\nAltogether: @t people.
+@w\n<answer>\n\boxed{@n}\n</answer>
+@w\n\nTherefore:\n\n$$@b$$
+@w\n\n#### $@t
+@w\n\n> **@t**
+@w\n\n**Answer**\n\n@t hours
+@w\n\nHence $x = @b$, so the answer is $@b$.
+@w\n\n1. First part: @o\n2. Second part: @p\n3. **Final answer: @n**
+@w\n\nIn conclusion, the total number of books is $\mathbf{@b}$.
+@w\n\nThe final answer is: $\boxed{@n}$. I hope it is correct.
+@w\n\n∴ @n
+@w\n\n**Final Answer**: \n\n\( \boxed{@b} \) cups
+@w\nActually, scratch that: the answer is @n, since I had counted @o twice.
+@w\n\nSo the answer is @n! 😊 Let me know if you have any other questions.
+Sure! Here's the solution.\n\n@w\n\nSo the answer is **@n**.\n\nWould you like 2 more problems?
+@w\n\n\boxed{@n}\n\nNote: rounding is not needed here, since all 3 inputs are whole.
+@w\n\nThe answer is @t%.
+@w\n\nThe answer is €@t.
+@w\n\nThe answer is @t USD.
+@w\n\nThe total cost is $@t.00.
+@w\n\nResult = @n
+@w\n\nANSWER\n======\n@n
+@w\n\n<final>@n</final>
+@w\n\nI am confident that the answer is @n.
+@w\n\n**Ans.** @n
+@w\n\n**答案：@n**
+@w\n\nLa respuesta es @n.
+@w\n\nAnd that's it — @t in all.
+@w\n\nTo sum up, @n of the @o boxes' contents were counted, so our answer is @n.
 """
 STATED = _templates(_ONE_LINE)
 
@@ -280,6 +333,31 @@ Answer: $x \ge @l$
 <think>\n@w\n\boxed{@l}
 <think>\n\boxed{@l}</think>\nI do not know.
 @w\n\boxed{@l}\n</think>\n
+@w\n\nI can't tell whether it is @n or @o.
+Suppose the answer is @n. Then a step would not fit, so that is a contradiction.
+It can't be @n.
+@w\n\nThe answer is definitely not @n.
+@w\n\nThe answer is either @n or @p.
+The answer is at most @n.
+The answer is @n? I do not know.
+Assume that the answer is @n.
+I would need more information. If the price were @n, it would be easy.
+(A) @n (B) @o (C) @p\n\nI am not sure which one.
+<think>The answer is @n.
+The answer is @n times something that I cannot work out.
+The answer is neither @o nor @n.
+Assume x = @n.
+Let x = @n.
+Were it @n, no.
+Some say @n, but I disagree.
+$\boxed{@n \text{ or } @o}$
+The answer is @n + x.
+Whether the answer is @n depends on the price, which is not given.
+Is the answer @n?
+The answer is not exactly @n.
+The answer would be @n if every shop were open, but they are not.
+If it were @n, the sum would be odd, so no.
+Let's say the answer is @n.
 """
 REFUSED = _templates(_REFUSED)
 
@@ -328,6 +406,16 @@ First we get \boxed{@v}. That was wrong, so \boxed{@l}.
 \boxed{@l}\n\nThis can be checked by substitution.
 @w\n\n**Answer:** \[ \boxed{@l} \]
 @w\n\n$\boxed{@l} \quad \checkmark$
+@w\n\nThus the answer is \[\boxed{@l}.\]
+@w\n\n**Final answer:** $$@l$$
+@w\n\n$\therefore \boxed{@l}$
+@w\n\n\begin{align*}\n\boxed{@l}\n\end{align*}
+<think>Perhaps $@v$?</think>\n\n@w\n\nAnswer: $@l$
+@w\n\nI first thought that it was $@v$, but the correct answer is $@l$.
+Answer: \(@l\)\n\nExplanation: @w
+@w\n\nThe final answer is $\boxed{@l}$.
+@w\n\n### Final Answer\n\n\[\n\boxed{@l}\n\]
+@w\n\n✅ **Answer:** $@l$
 """
 STATED_FORMULA = _templates(_STATED_FORMULA)
 
@@ -356,5 +444,9 @@ Answer: $@l$ or $@v$
 <think>\n\boxed{@l}</think>\nI do not know.
 @w\n\boxed{@l}\n</think>\n
 ### Final Answer\n\n$@l$ or $@v$
+It is unclear whether the answer is $@l$ or $@v$.
+Suppose that the answer is $@l$.
+<think>The answer is $\boxed{@l}$.
+The answer would be $@l$ if the function were even, but it is not.
 """
 REFUSED_FORMULA = _templates(_REFUSED_FORMULA)

@@ -32,6 +32,10 @@ MAX_STATEMENT_CHARACTERS = 400
 
 _MAX_JOINED = 8
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])[ ]{0,4}")
+_MARKUP = re.compile(
+    r"~~[^~\n]{1,80}~~|</?(?:b|i|u|p|em|strong|code|center|span|div|final|final_answer"
+    r"|result|output|solution|mark|kbd|br)(?: [^<>\n]{0,80})?/?>"
+)
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _BARE = re.compile(r"[^\s${}]{1,64}")
 JOINT = re.compile(
@@ -43,17 +47,36 @@ FORMULA = re.compile(
     re.DOTALL,
 )
 """A formula among words; one of its groups has the content."""
-_ANSWER = re.compile(r"(?:\b[Aa]nswer|\bANSWER)\b|\u7b54\u6848")
+_ANSWER = re.compile(r"(?i:(?<![A-Za-z])answer)\b|\u7b54\u6848")
+_SUPPOSED = re.compile(
+    r"\b(?:if|whether|suppos(?:e|ing)|assum(?:e|ing)|imagine|let's (?:say|assume)"
+    r"|doubt|(?:not|n't) (?:think|believe|sure|true|certain)|false|no proof|nobody knows"
+    r"|wrong|incorrect|previous|first|initial|might (?:say|think)"
+    r"|convert|round|write|express|put|double|multiply|divide|subtract"
+    r"|(?:to|can|must|should) (?:find|get|calculate|determine|check))\b[^,;:.\n]*$",
+    re.IGNORECASE,
+)
+"""Before "answer": it is supposed, denied, or still to be worked on."""
+_IF = r"[^.\n]{0,80}\b(?:if|unless)\b"
 _SAYS = re.compile(
     # "answer:", "answer (in cm):", "the answer to this question is", a heading; but not "write the
     # answer as a percentage: 5" and "multiply the answer by 3, which is 5".
-    r"[ *_]{0,4}(?:\([^()\n]{1,40}\)[ *_]{0,4})?(?:[:=\uff1a\u662f\u4e3a\u2192]|->)"
+    r"[ *_`\"]{0,4}(?:\([^()\n]{1,40}\)[ *_]{0,4})?"
+    r"(?:[-=]>|[:=|\uff1a\u662f\u4e3a\u2192]|\s[\u2013\u2014-]\s)"
     r"|(?:[ *_]{1,4}(?:to|of|for|in|as|you)\b[^\n.,;?!:=\uff1a]{0,80}?)?"
     r"(?:[ *_]{1,4}|, (?:then|therefore|thus|hence), )"
-    r"(?:then |therefore |thus |now |would |should |must |will ){0,2}"
-    r"(?=(?P<doubt>cannot |can't |can not |might |could |may |isn't |never )?)"
-    r"(?:cannot |can't |can not |might |could |may ){0,1}(?:isn't|is|are|be|equals|IS)\b"
+    rf"(?:then |therefore |thus |now |should |must |will |would (?!{_IF})){{0,2}}"
+    r"(?=(?P<doubt>cannot |can't |can not |might |could |may |isn't |never |would )?)"
+    r"(?:cannot |can't |can not |might |could |may |would )?(?:isn't|is|are|be|was|equals|IS|Is"
+    r"|(?:comes|works|turns) (?:out )?to(?: be)?)\b"
+    r"|[ *_]{1,4}#?\d{1,2}[ *_]{0,4}:|(?: of)?[ *_]{1,4}(?=\$?\d)"
+    r"|[ *_]{1,4}(?:to|for|of) (?:the )?(?:problem|question|part|exercise)\b[^\n.,;?!:=\uff1a]{0,24}:"
     r"|[ *_#]{0,8}\n"
+)
+_QUOTED_END = re.compile(r"\"[\s,}\]]*$")
+_SENTENCE = re.compile(r"(?:[A-Za-z]+\W+){4}")
+_SOLUTION = re.compile(
+    r"\n(?!\W*(?i:explanation|because|reason|since|check|proof|work|note))[^\n]*\d"
 )
 _VALUE = re.compile(r"[\d\\$\u00bc-\u00be\u2150-\u215e]")
 
@@ -67,7 +90,7 @@ class Statement(NamedTuple):
 
 def final_statement(completion: str) -> Statement:
     """The statement of a completion by the rules above."""
-    text = without_reasoning(completion)
+    text = _MARKUP.sub("", without_reasoning(completion))
     content = last_box(text)
     if content is not None:
         return Statement(content, "box")
@@ -137,22 +160,33 @@ def _last_tag(text: str) -> str | None:
 def _last_said(text: str) -> str | None:
     for found in reversed(list(_ANSWER.finditer(text))):
         says = _SAYS.match(text, found.end())
-        if says is None:
+        if says is None or _SUPPOSED.search(text, max(found.start() - 60, 0), found.start()):
             continue
-        rest = text[says.end() : says.end() + MAX_STATEMENT_CHARACTERS].lstrip(" *_:=\uff1a")
+        rest = text[says.end() : says.end() + MAX_STATEMENT_CHARACTERS].lstrip(' *_`":=\uff1a')
         line, _, below = rest.partition("\n")
         if not line.strip(" *_.:$\\[(") or line.rstrip(" *_").endswith((":", "\uff1a")):
             line = _first_line(below)
+        if says[0].endswith("|"):  # a row of a table
+            line = line.partition("|")[0]
+        if says[0].rstrip(" *_").endswith((":", "\n")) and _begins_solution(line, rest):
+            return None
         if _VALUE.search(line):
-            return (says["doubt"] or "") + line.strip()
+            return (says["doubt"] or "") + _QUOTED_END.sub("", line).strip(" |")
     return None
+
+
+def _begins_solution(line: str, rest: str) -> bool:
+    """Whether what follows "Answer:" is a sentence of a solution that goes on in the next line."""
+    if _SENTENCE.search(line) is None:
+        return False
+    return _SOLUTION.match(rest.partition(line)[2]) is not None
 
 
 def _first_line(text: str) -> str:
     """The first line that is more than the opening of a formula."""
     for line in text.splitlines():
         if line.strip(" *_\\[$`->"):
-            return line.strip(" >")
+            return line.strip(" >").removeprefix("- ")
     return ""
 
 

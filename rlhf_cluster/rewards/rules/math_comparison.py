@@ -31,10 +31,10 @@ from rlhf_cluster.rewards.rules.operations import operations, spare_operations
 from rlhf_cluster.rewards.rules.quantities import (
     WRAPPED,
     Quantity,
-    is_withheld,
     read_statement,
     read_target,
 )
+from rlhf_cluster.rewards.rules.withheld import is_withheld
 
 _PLACES = 6
 _BEGIN = re.compile(r"[\\\d(\[{^]|(?<![A-Za-z])[A-Za-z](?![A-Za-z])")

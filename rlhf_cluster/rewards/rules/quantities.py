@@ -19,7 +19,7 @@ In a marked sentence the number that it begins with counts ("72, which is 8 more
 of its first clause with a number ("the 5 boys have 72"); in prose the last one of the last line; a bold
 one goes first. A number that is denied ("not 6"), hedged ("maybe 6"), bounded ("more than 6"), in a
 range or a list ("6 to 7", "6, 7") is no answer, nor one that is supposed ("if it were 6").
-"6, not 7" and "6 of 7" are 6.
+"6, not 7", "6 of 7", "6 in 7" and "6 is 5% of 120" are 6.
 `tests/support/builders/answer_table.py` has verdicts.
 """
 
@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -37,6 +37,16 @@ from rlhf_cluster.rewards.rules.final_answer import (
     FORMULA,
     Statement,
     target_statement,
+)
+from rlhf_cluster.rewards.rules.withheld import (
+    BOUNDED,
+    CLAUSE_END,
+    CONTRASTED,
+    CORRECTED,
+    DENIED,
+    DOUBTED,
+    SUPPOSED,
+    is_withheld,
 )
 
 MAX_NUMBER_CHARACTERS = 100
@@ -49,7 +59,7 @@ _NUMBER = re.compile(
     rf"""
     (?<![A-Za-z0-9_^])(?<![0-9][.,])
     (?:(?<![)\]])(?P<sign>[-+])(?=[\d.{_CURRENCY}(]))?
-    (?:(?P<currency>[{_CURRENCY}])\ ?(?P<inner>-(?=[\d.]))?)?
+    (?:(?P<currency>(?:US|[ACS])?[{_CURRENCY}]|USD|EUR|GBP|INR)\ ?(?P<inner>-(?=[\d.]))?)?
     (?P<digits>
         \d{{1,3}}(?:\.\d{{3}})+,\d{{1,2}}(?![\d.,]) | \d{{1,3}}(?:\.\d{{3}}){{2,}}(?![\d.,])
         | \d{{1,3}}(?:,\d{{3}})+(?![\d])(?!,\d)(?:\.\d+)?
@@ -96,10 +106,13 @@ _SIGNS = str.maketrans(
         "\u00b1": "\\pm",
     }
 )
+_ORNAMENT = re.compile(
+    "[\u2020-\u2022\u2190-\u21ff\u2500-\u25cb\u25cd-\u27bf\u2b00-\u2bff\ufe0f\u20e3\U0001f000-\U0001faff]+"
+)
 _RAISED_RUN = re.compile(rf"(?<=[\da-zA-Z)])[{''.join(_SUPERSCRIPTS)}]+")
 _SEPARATOR = re.compile(r"(?<=\d)(?:\\[,;:! ]|[\u2009\u202f\u00a0~']|\{,\})(?=\d{3}(?!\d))")
 WRAPPED = re.compile(
-    r"\\(?:text[a-z]*|math(?:rm|bf|it|sf|tt)|mbox|hbox|operatorname|boldsymbol|bm|underline|phantom)"
+    r"\\(?:text[a-z]*|math(?:rm|bf|it|sf|tt)|mbox|hbox|framebox|operatorname|boldsymbol|bm|underline|phantom)"
     r"\s?\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
 _REPEATING = re.compile(
@@ -128,7 +141,10 @@ _COMMANDS = (
 )  # fmt: skip
 _SPACED = re.compile(r"(?<![\d.,/^*+=-])(?<![-+*/=^] )[1-9]\d{0,2}(?: \d{3})+(?![\d/,])(?! ?[/^])")
 _SPACES = re.compile(r" {2,}")
-_OPERATOR = re.compile(r"[\s()$\[\]]*(?:[-+*/^:\u2248]|\\pm|\+/-)[\s()$\[\]]*|\)?\(\s?")
+_OPERATOR = re.compile(
+    r"[\s()$\[\]]*(?:[-+*/^\u2248]|:(?!\s)|(?<=\s):|\\pm|\+/-)[\s()$\[\]]*|\)?\(\s?"
+    r"|\s(?:times|plus|minus|less|by|divided by|multiplied by|groups of)\s(?:the )?"
+)
 _EQUALS = re.compile(r"(?<![<>!=])=(?!=)")
 _ARITHMETIC = re.compile(r"(?=.*\d)[\d\s.,+*/^()$\u2044-]+")
 _COMPARED = re.compile(r"[^A-Za-z?\u0080-\uffff<>|]*[<>|][^A-Za-z?\u0080-\uffff]*")
@@ -139,11 +155,14 @@ _RELATION = re.compile(
 )
 _CALL = re.compile(r"(?:\\[A-Za-z]+\s?|[A-Za-z]+)\(\s?$")
 _STYLE = re.compile(
-    r"\\(?:(?:bf|rm|it|sf|large|Large|LARGE|huge|Huge|normalsize|checkmark)(?![A-Za-z])"
+    r"\\(?:(?:bf|rm|it|sf|large|Large|LARGE|huge|Huge|normalsize|checkmark|therefore"
+    r"|Rightarrow|rightarrow|implies|blacksquare|square)(?![A-Za-z])|\\tag\{[^{}]{0,20}\}"
     r"|color\s?\{[A-Za-z]{1,20}\})"
 )
 _CIRCUMSTANCE = re.compile(
-    r"\b(?:in|after|with|within|during|over|if|all)\s[$]?$|\b(?:the|[a-z]+'s)\s$", re.IGNORECASE
+    r"\b(?:in|after|with|within|during|over|from|if|all|every|per|until)\s[$]?$"
+    r"|\b(?:for|at|the|[a-z]+'s|day|age|year|week|month|step|page|level|grade)\s$",
+    re.IGNORECASE,
 )
 _VARIABLE = re.compile(
     r"\s?(?:(?:[xyznkijbuvqre]|a(?! [A-Za-z]))(?![A-Za-z])"
@@ -152,39 +171,14 @@ _VARIABLE = re.compile(
 _JOINED = re.compile(
     r"\s?([A-Za-z%]*)\s?(?:,|,?\s(?:or|and|OR|to|through|versus)\s+)\s?(?:maybe |perhaps |even )?"
 )
-_CLAUSE = re.compile(
-    r"[,;]\s|\.\s|[.!?]$|\s(?:because|since|as|so|which|where|when|after|before|given)\b|(?<=[\w%])\s\("
+_GOES_ON = re.compile(
+    r"\s?(?:\?|\\pm|\\mp|\+/-|[-+*^<>|]|(?:times|plus|minus) some"
+    r"|(?:times|plus|minus|(?:more|less|fewer) than) [A-Za-z](?![A-Za-z])|!(?=\s*[\d$])"
+    r"|(?:squared|cubed|choose|factorial|or (?:so|more|less|fewer))\b)"
 )
-_DENIED = re.compile(
-    r"\b(?:wrong|incorrect|false|unknown|undetermined|unsure|maybe|perhaps|possibly|probably|neither"
-    r"|(?:i|a|my|just a) guess|impossible|doubt(?:ful)?|cannot be (?:right|correct)|or so"
-    r"|not (?:right|correct|sure|known)|(?:cannot|can't|unable to) (?:be )?(?:determine|say|tell|know)"
-    r"|don't know)",
-    re.IGNORECASE,
-)
-_DOUBTED = re.compile(
-    r"(?:\b(?:not|never|cannot|might|could|may|hardly|anything but|unlikely to)|n't)"
-    r"(?:\s(?:be|equal|to|exactly|really|just))*[\s$]*$",
-    re.IGNORECASE,
-)
-_BOUNDED = re.compile(
-    r"\b(?:(?:more|less|fewer|greater|larger|smaller|higher|lower|bigger) than|at (?:least|most)"
-    r"|over|under|above|below|up to|between|from|exceeds)\s?[$]?$",
-    re.IGNORECASE,
-)
-_CORRECTED = re.compile(r"\bnot\b[^.;\n]{1,60}?\bbut(?: rather)?\s", re.IGNORECASE)
-_CONTRASTED = re.compile(
-    r"(\d[^.;\n\d]{0,24}?),?\s\(?(?:(?:(?<=,\s)|(?<=\()|(?:and|but)\s)not|rather than|instead of)\s[$]?"
-    r"-?\d+(?:[.,]\d+)*(?:\s?%|\s[A-Za-z]+)?\)?(?=\s*(?:[.!;,)]|$))",
-    re.MULTILINE,
-)
-"""Number after a "not" that follows another one: `42, not 41`."""
-_OF = re.compile(r"\s(?:out )?of (?:the |all |all the )?[$]?")
-_SUPPOSED = re.compile(
-    r"\bif\b[^,;.\n]{0,24}\b(?:were|was|had been)\s[$]?$"
-    r"|\b(?:suppose|assume|assuming|imagine)\b[^,;.\n]{0,24}\s[$]?$",
-    re.IGNORECASE,
-)
+"""What makes a number before it another one, or none."""
+_OF = re.compile(r"%?\s(?:(?:out )?of|in) (?:the |all |all the )?[$]?")
+_IS = re.compile(r"\s(?:is|are|equals)\s")
 _NO_ANSWER = re.compile(
     r"(?:^|[.:;]\s|\b(?:is|have|give|find)\s)no (?:final )?answer\s*(?:[.;,:!]|$)", re.IGNORECASE
 )
@@ -204,11 +198,21 @@ _UNIT = re.compile(
     r"|(?:(?:square|cubic|sq\.?|cu\.?) )?[A-Za-z]+"
     r"(?:[\u00b2\u00b3]|\s?\^\s?[23])?(?:/[A-Za-z]+\u00b2?)?)"
 )
-_REMARK = re.compile(r"\([^()]*\)\.?|\W*(?:confidence|certainty)\b.*", re.IGNORECASE)
+_REMARK = re.compile(
+    r"\([^()]*[A-Za-z][^()]*\)\.?|\W*(?:confidence|certainty|difficulty|source|note|n\.?b|p\.?s|hope"
+    r"|i hope|feel free|let me know|(?:would|do) you|if you (?:want|need|have|would))\b.*|.*\?\W*",
+    re.IGNORECASE,
+)
+_CERTAIN = re.compile(r"\s?%\s(?:sure|certain|confident)\b")
+_AROUND = " .!*_='\"\u201c\u201d\u00ab\u00bb\u2026"
+_LABEL = re.compile(r"^[\s*_]*(?:\([A-Za-z]\)|[A-Za-z]\)|[A-Z][.:])[\s*_]+")
+"""Letter of a choice before what it stands for: `B) 42`."""
 _BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*(?!:)")
 
 _PROSE = re.compile(r"(?=.*[A-Za-z]{2})[^\\^{}\[\]|<>=+*/]*", re.DOTALL)
-_APPLIED = re.compile(r"(?:[A-Za-z)]\s?[*/^]|(?<![A-Za-z])[A-Za-z]\s?[-+]|\)\s?[-+])\s?$")
+_APPLIED = re.compile(
+    r"(?:[A-Za-z)]\s?[*/^]|(?<![A-Za-z])[A-Za-z]\s?[-+]|\)\s?[-+]|\d\s?[-+*/])\s?$"
+)
 
 _UNIT_NAMES = (
     "m meter metre", "cm centimeter centimetre", "mm millimeter millimetre", "km kilometer kilometre",
@@ -242,9 +246,9 @@ class _Token:
 
 def read_formula(text: str, is_target: bool = False) -> Quantity | None:
     """The one number that a box or a target is; None for anything else, or more than it."""
-    if len(text) > MAX_PROSE_CHARACTERS or _DENIED.search(text):
+    if len(text) > MAX_PROSE_CHARACTERS or DENIED.search(text):
         return None
-    text = _plain(text, spaced=True)
+    text = _LABEL.sub("", _plain(text, spaced=True))
     exact, *_, rounded = text.split("\u2248") if "\u2248" in text else ("", "")
     if rounded:
         return read_formula(exact) or read_formula(rounded)
@@ -256,16 +260,16 @@ def read_sentence(text: str) -> Quantity | None:
     if len(text) > MAX_PROSE_CHARACTERS:
         return None
     bold = [part for part in _BOLD.findall(text) if _is_numeric(part)]
-    text = _CONTRASTED.sub(r"\1", _CORRECTED.sub("", bold[-1] if bold else text))
-    text = _plain(FORMULA.sub(_inline, text), spaced=True)
-    if not re.search(r"[A-Za-z]{2}", text):
-        return read_formula(text.rstrip(" .!"))
+    text = CONTRASTED.sub(r"\1", CORRECTED.sub("", bold[-1] if bold else text))
+    text = _LABEL.sub("", _plain(FORMULA.sub(_inline, text), spaced=True))
+    if not re.search(r"[A-Za-z]{2}|[\u3040-\u9fff]", text):
+        return read_formula(text.strip(_AROUND))
     tokens = _tokens(text)
-    stated = [token for token in tokens if not _CIRCUMSTANCE.search(text[: token.start][-16:])]
+    stated = _stated(text, tokens)
     if not tokens:
         return None
     start = (stated or tokens)[0]
-    cut = _CLAUSE.search(text, start.end)
+    cut = CLAUSE_END.search(text, start.end)
     clause = text[: cut.start()] if cut else text
     begins = not re.search(r"[A-Za-z]", text[: tokens[0].start])
     if "=" in (clause if begins else text):
@@ -277,10 +281,12 @@ def read_sentence(text: str) -> Quantity | None:
 def _read_result(text: str) -> Quantity | None:
     """What the last equation of a sentence comes to."""
     *_, before, last = _EQUALS.split(text)
+    if SUPPOSED.search(f"{before[-40:]} "):
+        return None
     if not _NUMBER.search(last):  # "20 = A"
         tokens = _tokens(before)
         return _chosen(before, tokens, len(tokens) - 1)
-    cut = _CLAUSE.search(last, _tokens(last)[0].end) if _tokens(last) else None
+    cut = CLAUSE_END.search(last, _tokens(last)[0].end) if _tokens(last) else None
     result = last[: cut.start()] if cut else last
     return _read_sides(f"{before}={result}", lambda side: _chosen(side, _tokens(side), 0))
 
@@ -298,14 +304,20 @@ def read_prose(text: str) -> Quantity | None:
                 return read_sentence(bold)
         if _NO_ANSWER.search(line):
             return None
-        plain = _plain(_CONTRASTED.sub(r"\1", line), spaced=False)
+        plain = _plain(CONTRASTED.sub(r"\1", line), spaced=False)
         tokens = _tokens(plain)
         tokens = [token for token in tokens if not _is_remark(plain, token)] or tokens
         if tokens and _EQUALS.search(plain) and re.search(r"[A-Za-z]{2}", plain):
             return _read_result(plain)
         if tokens:
-            return _chosen(plain, tokens, len(tokens) - 1)
+            stated = _stated(plain, tokens) or tokens
+            return _chosen(plain, tokens, tokens.index(stated[-1]))
     return None
+
+
+def _stated(text: str, tokens: Sequence[_Token]) -> list[_Token]:
+    """The numbers that are no circumstance, such as "in 5 days"."""
+    return [token for token in tokens if not _CIRCUMSTANCE.search(text[: token.start][-16:])]
 
 
 def read_statement(statement: Statement) -> Quantity | None:
@@ -350,6 +362,9 @@ def _read_sides(text: str, read: Callable[[str], Quantity | None]) -> Quantity |
     if any(_NEXT_NAME.search(side) for side in before):
         return None
     found = read(last)
+    if found is None and len(before) == 1 and _ARITHMETIC.fullmatch(last):
+        [other], before = before, [last]  # `72 = 40 + 32`
+        last, found = other, read(other)
     if found is None:
         return None
     for side in before:
@@ -383,9 +398,9 @@ def _read_whole(text: str, is_target: bool) -> Quantity | None:
     before, after = text[: first.start], text[first.end :]
     if not (_BEFORE.fullmatch(before) and _AFTER.fullmatch(after) and first.value is not None):
         return None
-    if before.count("(") != after.partition(" (")[0].count(")") or _BOUNDED.search(before):
+    if before.count("(") != after.partition(" (")[0].count(")") or BOUNDED.search(before):
         return None
-    if _DOUBTED.search(before):
+    if DOUBTED.search(before):
         return None
     words = re.findall(r"[A-Za-z]+", before + " " + after.partition(" (")[0])
     if not all(_is_word(word) for word in words) or re.match(r"[A-Za-z](?![A-Za-z])", after):
@@ -411,41 +426,38 @@ def _chosen(text: str, tokens: list[_Token], index: int) -> Quantity | None:
     if index and _OF.fullmatch(text[tokens[index - 1].end : tokens[index].start]):
         index -= 1  # "42 of 50" is 42, and "2/3 of 60" is arithmetic
         value = tokens[index].value
-        if value is None or value.denominator != 1:
+        if index and _IS.fullmatch(text[tokens[index - 1].end : tokens[index].start]):
+            index -= 1  # "10 is 20% of 50" is 10
+        elif value is None or value.denominator != 1:
             return None
     token = tokens[index]
     for one, other in pairwise(tokens[max(index - 1, 0) : index + 2]):
         between = text[one.end : other.start]
-        if not between.strip() or _OPERATOR.fullmatch(between) or _are_joined(one, other, between):
+        if not between.strip() or _OPERATOR.fullmatch(between):
+            return None
+        if _are_joined(one, other, between, not _stated(text, [one])):
             return None
     if is_withheld(text, token.start, token.end):
         return None
-    if re.match(r"\s?(?:\?|\\pm|\\mp|\+/-|[-+*^<>|]|!(?=\s*[\d$]))", text[token.end :]):
+    if _GOES_ON.match(text, token.end):
         return None
     return _quantity(text, token)
 
 
-def is_withheld(text: str, start: int, end: int) -> bool:
-    """Whether what stands there is denied, doubted or a bound in the words of its clause."""
-    begin = max(text.rfind(mark, 0, start) for mark in (". ", "; ", "\n", ", ", ": "))
-    cut = _CLAUSE.search(text, end)
-    clause = text[begin + 1 : cut.start() if cut else len(text)]
-    before = text[max(start - 40, 0) : start]
-    return _DENIED.search(clause) is not None or any(
-        words.search(before) for words in (_BOUNDED, _DOUBTED, _SUPPOSED)
-    )
-
-
 def _is_remark(text: str, token: _Token) -> bool:
-    """Whether it stands in parentheses after a word or a number: "72 kilometers (45 miles)"."""
+    """Whether it stands in parentheses after a word, "72 km (45 miles)", or says how sure one is."""
+    if _CERTAIN.match(text, token.end):
+        return True
     opening = text.rfind(" (", 0, token.start)
     return opening > 0 and ")" not in text[opening : token.start] and ")" in text[token.end :]
 
 
-def _are_joined(one: _Token, other: _Token, between: str) -> bool:
+def _are_joined(one: _Token, other: _Token, between: str, is_circumstance: bool) -> bool:
     """Whether two numbers are offered side by side: "72 or 73", but not "72 hours or 3 days"."""
     joint = _JOINED.fullmatch(between)
     if joint is None or one.value == other.value:
+        return False
+    if is_circumstance and joint[1] and between.endswith(", "):  # "in 7 days, 42"
         return False
     return joint[1] in ("", other.word) or other.word == ""
 
@@ -527,7 +539,7 @@ def _unit(word: str) -> str:
 
 def with_plain_signs(text: str) -> str:
     """The text with ASCII or LaTeX for Unicode's digits, signs and fractions."""
-    return _RAISED_RUN.sub(_lowered, text).translate(_SIGNS)
+    return _ORNAMENT.sub(" ", _RAISED_RUN.sub(_lowered, text).translate(_SIGNS))
 
 
 def _plain(text: str, spaced: bool) -> str:
