@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from rlhf_cluster.errors import ScoringError
-from rlhf_cluster.scoring.score_cache import (
+from rlhf_cluster.scoring.served_rewards import (
     ScoreCache,
     content_key,
 )
