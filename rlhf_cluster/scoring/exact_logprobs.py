@@ -116,7 +116,7 @@ class ExactLogprobs:
             tensors, epoch = None, self._epoch
             if version != self._resident:
                 tensors = self._tensors(version, f"rollout {rollouts[members[0]].rollout_id}")
-            with self._model.held():
+            with self._model.hold():
                 self._use(version, tensors if epoch == self._epoch else None)
                 values = self._model.compute([rollouts[i] for i in members])
             for i, own in zip(members, values, strict=True):
@@ -149,7 +149,7 @@ class ExactLogprobs:
             self._reads.clear()
             self._cache.clear()
             self._digests.clear()
-        with self._model.held():
+        with self._model.hold():
             self._resident = -1
 
     def _forget_one(self, version: int) -> None:

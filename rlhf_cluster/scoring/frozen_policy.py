@@ -93,7 +93,7 @@ class FrozenPolicy:
         self._loading = threading.Lock()
         self._num_asked = 0
         self._together = SharedPasses(
-            self._compute_held,
+            self._hold_and_compute,
             size=_num_inputs,
             budget=tokens_per_batch,
             max_calls=batch_groups,
@@ -144,7 +144,7 @@ class FrozenPolicy:
             )
         try:
             tensors = dict(read(version.path, expected_digest=version.digest, deadline=deadline))
-            with self.held():
+            with self.hold():
                 if asked != self._num_asked:
                     raise WeightError(f"{what} is not loaded: another was asked for meanwhile")
                 self.replace(what, tensors)
@@ -152,7 +152,7 @@ class FrozenPolicy:
             self._loading.release()
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def hold(self) -> Iterator[None]:
         """Reserve the model for this thread inside the block.
 
         Waits for: other groups' passes. Raises `StalledError` past the deadline.
@@ -168,7 +168,7 @@ class FrozenPolicy:
     def replace(self, what: str, tensors: Mapping[str, Tensor]) -> None:
         """Replace all weights by the checkpoint `tensors`; `what` names them in errors.
 
-        The caller has entered `held`. Raises `WeightError` when names or shapes are not the model's;
+        The caller has entered `hold`. Raises `WeightError` when names or shapes are not the model's;
         nothing has changed then.
         """
         check_names(
@@ -203,7 +203,7 @@ class FrozenPolicy:
                 )
 
     def compute(self, rollouts: Sequence[Rollout]) -> list[Array]:
-        """Return [T] float32 for each rollout. The caller has called `check` and entered `held`."""
+        """Return [T] float32 for each rollout. The caller has called `check` and entered `hold`."""
         by_temperature = sorted(range(len(rollouts)), key=lambda i: rollouts[i].temperature)
         found: dict[int, Array] = {}
         for temperature, group in groupby(by_temperature, lambda i: rollouts[i].temperature):
@@ -212,8 +212,8 @@ class FrozenPolicy:
             found.update(zip(indices, values, strict=True))
         return [found[i] for i in range(len(rollouts))]
 
-    def _compute_held(self, rollouts: list[Rollout]) -> list[Array]:
-        with self.held():
+    def _hold_and_compute(self, rollouts: list[Rollout]) -> list[Array]:
+        with self.hold():
             return self.compute(rollouts)
 
     def _busy(self) -> StalledError:
@@ -238,13 +238,13 @@ class FrozenPolicy:
         found: dict[int, Array] = {}
         for planned in plan(lengths, 1, budget, budget, "padded")[0]:
             batch = collate(planned, sequences)
-            values = self._scores(batch, temperature)
+            values = self._run_batch(batch, temperature)
             for span in batch.spans:
                 found[span.sequence] = values[span.row, span.start : span.stop].copy()
         return [found[i] for i in range(len(rollouts))]
 
     @torch.inference_mode()
-    def _scores(self, batch: MicroBatch, temperature: float) -> Array:
+    def _run_batch(self, batch: MicroBatch, temperature: float) -> Array:
         logprobs, _ = self._policy(
             *(
                 torch.from_numpy(array).to(self._device)

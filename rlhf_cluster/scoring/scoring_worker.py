@@ -66,9 +66,9 @@ from rlhf_cluster.scoring.score_parts import (
     InfiniteSum,
     ScorePart,
     Scores,
-    joined,
+    compute_scores,
+    join_parts,
     scorer_version,
-    scores,
 )
 from rlhf_cluster.scoring.served_rewards import Rewards, Totals
 from rlhf_cluster.util.deadlines import call_deadline
@@ -185,7 +185,7 @@ class ScoringWorker:
             WorkerError: the worker is not running.
         """
         with self._busy():
-            return self._join_and_store(group, [self._part(group)])
+            return self._join_and_store(group, [self._compute_part(group)])
 
     def score_part(self, group: RolloutGroup) -> tuple[int, ScorePart]:
         """Score the group with the rewards and models of this worker's pool.
@@ -195,7 +195,7 @@ class ScoringWorker:
         Raises as `score`.
         """
         with self._busy():
-            return len(group.rollouts), self._part(group)
+            return len(group.rollouts), self._compute_part(group)
 
     def join(self, group: RolloutGroup, *parts: ScorePart) -> tuple[GroupSummary, ExperienceGroup]:
         """Join the parts of all pools to the scored group, and store it.
@@ -226,11 +226,11 @@ class ScoringWorker:
         self._tokenizer = self._reference = self._exact = self._teacher = None
         self._rewards.close()
 
-    def _part(self, group: RolloutGroup) -> ScorePart:
+    def _compute_part(self, group: RolloutGroup) -> ScorePart:
         is_trained = _is_trained(group)
         if is_trained:
             self._check_lengths(group)
-        answers = _with_greedy(group)
+        answers = _append_greedy(group)
         completions = self._decode(answers)
         steps = [
             [text[begin:end] for begin, end in step_spans(text, self._scoring.step_separator)]
@@ -239,7 +239,7 @@ class ScoringWorker:
         return ScorePart(
             rewards=self._rewards.answers(answers, completions, steps),
             versions=self._rewards.versions,
-            logprobs=self._model_logprobs(group) if is_trained else {},
+            logprobs=self._compute_logprobs(group) if is_trained else {},
             # read last: a reference that is loaded meanwhile may have been used
             reference_version=self._reference_version,
         )
@@ -248,24 +248,24 @@ class ScoringWorker:
         self, group: RolloutGroup, parts: Sequence[ScorePart]
     ) -> tuple[GroupSummary, ExperienceGroup]:
         is_trained = _is_trained(group)
-        found = joined(parts, self._config.scoring, group.group_id, is_trained)
-        experience = self._experience(group, found)
+        found = join_parts(parts, self._config.scoring, group.group_id, is_trained)
+        experience = self._merge(group, found)
         if self._store is not None and is_trained:
             self._store.write(experience, found.reference_version)
         return experience.summary(), experience
 
-    def _experience(self, group: RolloutGroup, found: ScorePart) -> ExperienceGroup:
+    def _merge(self, group: RolloutGroup, found: ScorePart) -> ExperienceGroup:
         scoring = self._config.scoring
-        completions = self._decode(_with_greedy(group))
+        completions = self._decode(_append_greedy(group))
         spans = [step_spans(text, scoring.step_separator) for text in completions]
-        all_scores = self._scores(found, [len(own) for own in spans], group)
+        all_scores = self._compute_scores(found, [len(own) for own in spans], group)
         version = scorer_version(scoring, found.versions)
         nothing = [None] * len(group.rollouts)
         logprobs = {name: found.logprobs.get(name, nothing) for name in MODELS}
         scored = []
         for index, rollout in enumerate(group.rollouts):
             own = all_scores[index]
-            ends = self._step_ends(rollout, completions[index], spans[index])
+            ends = self._locate_steps(rollout, completions[index], spans[index])
             scored.append(
                 ScoredRollout(
                     rollout=rollout,
@@ -290,11 +290,11 @@ class ScoringWorker:
             greedy_reward=None if group.greedy is None else all_scores[-1].reward,
         )
 
-    def _scores(
+    def _compute_scores(
         self, found: ScorePart, num_steps: Sequence[int], group: RolloutGroup
     ) -> list[Scores]:
         try:
-            return scores(found, self._config.scoring, num_steps, group.group_id)
+            return compute_scores(found, self._config.scoring, num_steps, group.group_id)
         except InfiniteSum:
             self._totals.add("errors/sum/infinite")
             raise
@@ -330,23 +330,23 @@ class ScoringWorker:
             raise self._count_error("the length of a rollout", "length", group, reason, detail)
 
     def _decode(self, group: RolloutGroup) -> list[str]:
-        return [self._text(rollout.response_ids.tolist()) for rollout in group.rollouts]
+        return [self._decode_ids(rollout.response_ids.tolist()) for rollout in group.rollouts]
 
-    def _text(self, ids: Sequence[int]) -> str:
+    def _decode_ids(self, ids: Sequence[int]) -> str:
         text = self._running_tokenizer().decode(
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return str(text)
 
-    def _step_ends(
+    def _locate_steps(
         self, rollout: Rollout, text: str, spans: Sequence[tuple[int, int]]
     ) -> np.ndarray | None:
         if not self._config.scoring.pays_steps:
             return None
         silent = frozenset(self._running_tokenizer().all_special_ids)
-        return step_ends(self._text, rollout.response_ids.tolist(), silent, text, spans)
+        return step_ends(self._decode_ids, rollout.response_ids.tolist(), silent, text, spans)
 
-    def _model_logprobs(self, group: RolloutGroup) -> dict[str, list[np.ndarray]]:
+    def _compute_logprobs(self, group: RolloutGroup) -> dict[str, list[np.ndarray]]:
         """Return the log-probabilities of the group's rollouts, by served model."""
         if self._reference is not None and not self._reference_is_given:
             raise WorkerError(
@@ -431,7 +431,7 @@ def _is_trained(group: RolloutGroup) -> bool:
     return group.ticket.purpose == "train"
 
 
-def _with_greedy(group: RolloutGroup) -> RolloutGroup:
+def _append_greedy(group: RolloutGroup) -> RolloutGroup:
     """Return the group with its greedy response, if it has one, as its last rollout."""
     if group.greedy is None:
         return group

@@ -99,7 +99,7 @@ class ScoreCache:
         self._changing = threading.Lock()  # held for a look-up or an insertion only
         self.hits = self.misses = 0
 
-    def through(
+    def fetch(
         self, keys: Sequence[bytes], compute: Callable[[list[int]], Sequence[Row]]
     ) -> list[Row]:
         """Return the row of each key, in order, from the cache or from `compute`.
@@ -205,8 +205,8 @@ class Rewards:
         try:
             with self._totals.timed(name):
                 if self._configs[name].scores_steps:
-                    return self._of_steps(name, group, completions, steps)
-                return RewardAnswer(rows=self._of_responses(name, group, completions))
+                    return self._score_steps(name, group, completions, steps)
+                return RewardAnswer(rows=self._score_responses(name, group, completions))
         except RlhfError as error:
             reason = error.reason if isinstance(error, RewardFailure) else type(error).__name__
             text = f"reward {name!r}, group {group.group_id}: [{reason}] {error}"
@@ -217,7 +217,7 @@ class Rewards:
                 return None
             raise ScoringError(text) from error
 
-    def _of_steps(
+    def _score_steps(
         self,
         name: str,
         group: RolloutGroup,
@@ -229,14 +229,14 @@ class Rewards:
         checked = check_step_scores(found, [len(own) for own in steps])
         return RewardAnswer(rows=[(sum(own),) for own in checked], steps=checked)
 
-    def _of_responses(
+    def _score_responses(
         self, name: str, group: RolloutGroup, completions: Sequence[str]
     ) -> Sequence[Row]:
         config, reward = self._configs[name], cast("Reward", self._built[name])
 
         def ask(places: Sequence[int]) -> list[Row]:
             rollouts = [group.rollouts[place] for place in places]
-            return _rows(reward, config, group, rollouts, [completions[place] for place in places])
+            return _ask(reward, config, group, rollouts, [completions[place] for place in places])
 
         if not (self._scoring.cache_entries and config.scores_alone):
             return ask(range(len(completions)))
@@ -245,7 +245,7 @@ class Rewards:
             content_key(version, group.prompt, rollout, text)
             for rollout, text in zip(group.rollouts, completions, strict=True)
         ]
-        return self._cache.through(keys, ask)
+        return self._cache.fetch(keys, ask)
 
 
 def content_key(version: str, prompt: Prompt, rollout: Rollout, completion: str) -> bytes:
@@ -276,7 +276,7 @@ def reward_version(config: RewardConfig, reward: Any) -> str:
     return digest([settings, reward.version if isinstance(reward, Versioned) else ""])
 
 
-def _rows(
+def _ask(
     reward: Reward,
     config: RewardConfig,
     group: RolloutGroup,

@@ -322,7 +322,7 @@ def test_n08_a_slow_read_ends_with_the_calls_deadline_and_goes_on(model_dir, sto
             pytest.raises(StalledError, match=r"version 2 was not read .*continues.*weights.root"),
         ):
             scorer.logprobs([given])
-    with scorer._model.held():
+    with scorer._model.hold():
         pass  # it is free for groups of other versions meanwhile
     scorer.answers.set()
     [found] = scorer.logprobs([given])

@@ -115,7 +115,7 @@ def test_a_group_that_finds_the_model_busy_fails_by_its_deadline(model_dir):
     reference = FrozenPolicy(
         "reference", str(model_dir), "float32", "cpu", 4096, wait_timeout_s=0.05
     )
-    with reference.held(), pytest.raises(StalledError, match=r"busy for 0\.05 s"):
+    with reference.hold(), pytest.raises(StalledError, match=r"busy for 0\.05 s"):
         reference.logprobs(rollouts())
     assert len(reference.logprobs(rollouts())) == len(RESPONSES)
 
@@ -181,7 +181,7 @@ def test_a_reference_that_is_moved_while_a_group_holds_it_waits_for_the_group(mo
         "reference", str(model_dir), "float32", "cpu", 4096, wait_timeout_s=0.05
     )
     before = reference.logprobs(rollouts())
-    with reference.held(), pytest.raises(StalledError, match=r"busy for 0\.05 s"):
+    with reference.hold(), pytest.raises(StalledError, match=r"busy for 0\.05 s"):
         reference.load(other[1])
     assert np.array_equal(reference.logprobs(rollouts())[0], before[0])
 
