@@ -1,6 +1,6 @@
 """Reinforcement learning in one process, for learning curves: exact staleness, no Ray, no vLLM.
 
-    prompts -> sampler (weights of version v - staleness) -> Scorer -> LearnerRank.train_step
+    prompts -> sampler (weights of version v - staleness) -> ScoringWorker -> LearnerRank.train_step
 
 Everything that decides what is learned is the project's own: inputs, rewards, `LearnerRank` with
 warm-up, sharding, packing and the algorithm. Only the sampler is a plain one: transformers with a
@@ -35,7 +35,7 @@ from rlhf_cluster.records import (
     Sampling,
     Ticket,
 )
-from rlhf_cluster.scoring.scorer import Scorer
+from rlhf_cluster.scoring.scoring_worker import ScoringWorker
 
 Weights = dict[str, Tensor]
 
@@ -60,10 +60,10 @@ def train(
     started = time.perf_counter()
     inputs = check_inputs(config, folder)
     learner = LearnerRank(config, str(inputs.model_dir), 0, 1, None)
-    scorer = Scorer(config, str(inputs.model_dir), "in-process")
+    scorer = ScoringWorker(config, str(inputs.model_dir), "in-process")
     try:
         learner.setup()
-        scorer.setup()
+        scorer.start()
         for examples in inputs.warmup_batches():
             learner.sft_step(examples)
         sampler = PlainSampler(str(inputs.model_dir), config.run.seed)
@@ -79,7 +79,7 @@ def train(
                 for i in range(len(prompts))
             ]
             sampled = sampler.sample(tickets, prompts, config.sampling)
-            groups = [scorer.score(group) for group in sampled]
+            groups = [scorer.score(group)[1] for group in sampled]
             rewards.append(float(np.mean([s.reward for g in groups for s in g.scored])))
             look: dict[str, float] = {"step": step + 1}
             if is_look := look_every is not None and (step + 1) % look_every == 0:
@@ -229,7 +229,7 @@ class PlainSampler:
 
 
 def _evaluate(
-    sampler: PlainSampler, scorer: Scorer, prompts: Sequence[Prompt], config: RunConfig
+    sampler: PlainSampler, scorer: ScoringWorker, prompts: Sequence[Prompt], config: RunConfig
 ) -> float:
     tickets = [
         Ticket(number=i, version=sampler.version, purpose="evaluate") for i in range(len(prompts))
@@ -237,7 +237,7 @@ def _evaluate(
     max_tokens = config.generation.max_response_tokens
     greedy = Sampling(num_samples=1, temperature=0.0, max_tokens=max_tokens)
     groups = sampler.sample(tickets, prompts, greedy)
-    return float(np.mean([scorer.score(group).scored[0].reward for group in groups]))
+    return float(np.mean([scorer.score(group)[1].scored[0].reward for group in groups]))
 
 
 def _weights(learner: LearnerRank) -> Weights:

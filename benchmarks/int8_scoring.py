@@ -50,7 +50,7 @@ from rlhf_cluster.rewards.models.reward_model import (
     RewardModelConfig,
 )
 from rlhf_cluster.rewards.reward import RewardContext
-from rlhf_cluster.scoring.reference_policy import Reference
+from rlhf_cluster.scoring.frozen_policy import FrozenPolicy
 from rlhf_cluster.sections.every_run import BpeTokenizer
 
 DATA = "${RLHF_REAL_DATA}/hh-rlhf/harmless-base-2000.jsonl.gz"
@@ -121,8 +121,13 @@ def measured(held_out: Sequence[Example], folder: Path) -> dict[str, float]:
             RewardModelConfig(path=str(folder / "reward"), tokens_per_batch=2048, **keys),
             RewardContext(),
         )
-        reference = Reference(
-            str(folder / "lm"), keys["dtype"], "cpu", 2048, quantization=keys.get("quantization")
+        reference = FrozenPolicy(
+            "reference",
+            str(folder / "lm"),
+            keys["dtype"],
+            "cpu",
+            2048,
+            quantization=keys.get("quantization"),
         )
         scores[name] = np.array([reward.score(p, r, ["", ""]) for p, r in map(_group, held_out)])
         answers = [reference.logprobs(r) for _, r in map(_group, held_out)]

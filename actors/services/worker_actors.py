@@ -125,7 +125,7 @@ class ScoringActor(ScoringWorker):
 
     def start(self) -> dict[str, float]:
         facts = super().start()
-        versions = self._running_scorer().versions
+        versions = self._rewards.versions
         log.info("rewards and models up after %.1f s, versions %s", facts["start_s"], versions)
         return facts
 

@@ -53,7 +53,7 @@ from rlhf_cluster.records import (
     TrainingGroup,
     WeightVersion,
 )
-from rlhf_cluster.scoring.scorer import Scorer
+from rlhf_cluster.scoring.scoring_worker import ScoringWorker
 from rlhf_cluster.util.slow_disk import run_in_thread
 from rlhf_cluster.weights import read_version, store
 from rlhf_cluster.weights.sync import WeightSync
@@ -155,13 +155,13 @@ class Generation:
 class Scoring:
     """`ScoringPort`: the run's rewards, in a thread."""
 
-    def __init__(self, scorer: Scorer) -> None:
+    def __init__(self, scorer: ScoringWorker) -> None:
         self._scorer = scorer
 
     async def score(self, group: RolloutGroup) -> tuple[ExperienceGroup, GroupSummary]:
         async with asyncio.timeout(DEADLINE_S):
-            scored = await run_in_thread(self._scorer.score, group)
-        return scored, scored.summary()
+            summary, scored = await run_in_thread(self._scorer.score, group)
+        return scored, summary
 
 
 class Learner:
@@ -223,9 +223,9 @@ async def train(config: RunConfig, folder: Path) -> tuple[float, float, Printer]
     """Train in `folder`. Returns the held-out reward before and after, and what was printed."""
     inputs = check_inputs(config, folder)
     rank = LearnerRank(config, str(inputs.model_dir), 0, 1, None)
-    scorer = Scorer(config, str(inputs.model_dir), "loop")
+    scorer = ScoringWorker(config, str(inputs.model_dir), "loop")
     rank.setup()
-    scorer.setup()
+    scorer.start()
     for examples in inputs.warmup_batches():
         rank.sft_step(examples)
 

@@ -147,7 +147,7 @@ class Scoring(Section):
 
     Scores of reward models, ensembles, and judges that rate at temperature 0 are cached. 0: none, so
     that no score depends, even in its last bits, on what was scored before. See
-    `scoring.score_cache`.
+    `scoring.served_rewards.ScoreCache`.
     """
     num_cpus: PositiveFloat = 1.0
     num_gpus: float = Field(default=0.0, ge=0)

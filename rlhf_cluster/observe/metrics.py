@@ -80,7 +80,7 @@ _TOTALS = {
 
 
 def scoring_totals(stats: Mapping[str, float]) -> dict[str, float]:
-    """Return the totals of a scorer (`Scorer.stats`) that are counters, by the counter's name."""
+    """Return the totals (`ScoringWorker.stats`) that are counters, by the counter's name."""
     found = {}
     for key, total in stats.items():
         kind, slash, reward = key.partition("/")

@@ -52,7 +52,6 @@ from rlhf_cluster.weights.transports.shared_files import (
     FileSource,
     version_dir,
 )
-from rlhf_cluster.weights.transports.transport import ShardSource
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,7 +70,6 @@ class ExactLogprobs:
         model: FrozenPolicy,
         weights_dir: str | Path,
         cached_versions: int,
-        source: ShardSource | None = None,
         wait_timeout_s: float = 300.0,
     ) -> None:
         """Hold no version yet.
@@ -80,12 +78,11 @@ class ExactLogprobs:
             model: built from the run's model folder.
             weights_dir: the policy's store.
             cached_versions: versions that are kept in host memory.
-            source: where versions are read; None: their files in the store.
             wait_timeout_s: seconds to wait for a read, where the call has no deadline.
         """
         self._model = model
         self._weights_dir = Path(weights_dir)
-        self._source = source or FileSource(weights_dir)
+        self._source = FileSource(weights_dir)
         self._cached_versions = cached_versions
         self._wait_timeout_s = wait_timeout_s
         self._cache: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
@@ -119,9 +116,9 @@ class ExactLogprobs:
             tensors, epoch = None, self._epoch
             if version != self._resident:
                 tensors = self._tensors(version, f"rollout {rollouts[members[0]].rollout_id}")
-            with self._model.held():
+            with self._model.hold():
                 self._use(version, tensors if epoch == self._epoch else None)
-                values = self._model.logprobs([rollouts[i] for i in members])
+                values = self._model.compute([rollouts[i] for i in members])
             for i, own in zip(members, values, strict=True):
                 sampled_by_it = rollouts[i].versions == version
                 found[i][sampled_by_it] = own[sampled_by_it]
@@ -152,7 +149,7 @@ class ExactLogprobs:
             self._reads.clear()
             self._cache.clear()
             self._digests.clear()
-        with self._model.held():
+        with self._model.hold():
             self._resident = -1
 
     def _forget_one(self, version: int) -> None:
@@ -173,7 +170,7 @@ class ExactLogprobs:
         if tensors is None:
             tensors = self._tensors(version, "a group")
         self._resident = -1  # unless all tensors arrive
-        self._model.load(f"version {version}", tensors)
+        self._model.replace(f"version {version}", tensors)
         self._resident = version
         self.num_loads += 1
 

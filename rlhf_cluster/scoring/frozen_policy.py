@@ -1,4 +1,8 @@
-"""A policy that is not trained: log-probabilities of response tokens under any version's weights.
+"""A policy that is not trained: log-probabilities of response tokens under its present weights.
+
+The reference of a KL and the teacher have the weights of a folder. `load` replaces them by a
+version's, read and verified concurrently with scoring and copied to the model between two groups.
+`scoring.exact_logprobs` replaces them for each version that sampled a token.
 
 Promises:
 - The distribution is the one of the rollout's temperature.
@@ -7,9 +11,13 @@ Promises:
 - One entry is returned for every response token, in the order of the rollouts.
 - Weights are replaced by name, all of them or none. A tensor that is missing, extra or of another
   shape is refused before any is replaced.
+- A group is scored with one set of weights, also while they are replaced.
+- A policy with the same weights has KL 0 to it, unless it is quantized.
 - With `quantization`, the linear layers hold the weights, in the model's type, rounded to 8 bits
   (`models.int8_linear`). Weights that are loaded later are rounded too. The values are then near the
   learner's, but not equal.
+
+Memory: the model, and a second host copy of the stored weights while a version is loaded.
 
 Shapes: T response tokens.
 """
@@ -32,7 +40,7 @@ from rlhf_cluster.data.packing import (
     collate,
     plan,
 )
-from rlhf_cluster.errors import ScoringError, StalledError
+from rlhf_cluster.errors import ScoringError, StalledError, WeightError
 from rlhf_cluster.models.int8_linear import (
     Linear8bit,
     quantize_linear,
@@ -42,7 +50,7 @@ from rlhf_cluster.models.policy_model import (
     load_policy,
 )
 from rlhf_cluster.models.shared_passes import SharedPasses
-from rlhf_cluster.records import Rollout
+from rlhf_cluster.records import Rollout, WeightVersion
 from rlhf_cluster.sections.values import (
     Dtype,
     FrozenQuantization,
@@ -50,12 +58,14 @@ from rlhf_cluster.sections.values import (
 )
 from rlhf_cluster.util.deadlines import remaining_s
 from rlhf_cluster.weights.assemble import check_names
+from rlhf_cluster.weights.store import read
+from rlhf_cluster.weights.transports.transport import Deadline
 
 Array = np.ndarray
 
 
 class FrozenPolicy:
-    """Frozen model that serves one thread at a time: its owner enters `held()` around every use."""
+    """Frozen model. Several threads may call it; it serves `batch_groups` of them at once."""
 
     def __init__(
         self,
@@ -67,6 +77,8 @@ class FrozenPolicy:
         wait_timeout_s: float = 300.0,
         quantization: FrozenQuantization | None = None,
         head_dtype: HeadDtype = "float32",
+        batch_groups: int = 1,
+        load_timeout_s: float = 600.0,
     ) -> None:
         """Load the model of `model_dir`. `name` is its name in errors. Raises `ConfigError`."""
         self._name = name
@@ -77,6 +89,17 @@ class FrozenPolicy:
         self._tokens_per_batch = tokens_per_batch
         self._wait_timeout_s = wait_timeout_s
         self._lock = threading.Lock()
+        self._load_timeout_s = load_timeout_s
+        self._loading = threading.Lock()
+        self._num_asked = 0
+        self._together = SharedPasses(
+            self._hold_and_compute,
+            size=_num_inputs,
+            budget=tokens_per_batch,
+            max_calls=batch_groups,
+            timeout_s=wait_timeout_s,
+            late=self._busy,
+        )
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._rounded: dict[str, Linear8bit] = {}
         stored = cast("dict[str, Tensor]", self._policy.lm.state_dict(keep_vars=True))
@@ -89,8 +112,47 @@ class FrozenPolicy:
         if quantization is not None:
             self._quantize()
 
+    def logprobs(self, rollouts: Sequence[Rollout]) -> list[Array]:
+        """Return [T] float32 for each rollout, in nats, at its temperature.
+
+        Raises:
+            ScoringError: a rollout without a distribution (temperature 0), or longer than the
+                token budget.
+            StalledError: other groups held the model past the deadline.
+        """
+        self.check(rollouts)
+        return self._together(rollouts)
+
+    def load(self, version: WeightVersion) -> None:
+        """Replace all weights by those of `version`.
+
+        One load runs at a time. A load that hung in its storage while a later one was requested changes
+        nothing when it continues.
+
+        Waits for: the load before it, the storage and groups in progress, `load_timeout_s` in all.
+        Raises `WeightError` when the weights are damaged, missing, not of this model or no longer
+        requested, `StalledError` past the deadline; the weights are as before then.
+        """
+        what = f"the {self._name} of version {version.version}"
+        deadline = Deadline(f"loading {what}", self._load_timeout_s)
+        self._num_asked += 1  # the last request wins, in whatever order two loads run
+        asked = self._num_asked
+        if not self._loading.acquire(timeout=deadline.left_s()):
+            raise StalledError(
+                f"{what} waited {self._load_timeout_s:g} s for the load before it, which hangs in its "
+                "storage. Look at that disk, or raise run.start_timeout_s"
+            )
+        try:
+            tensors = dict(read(version.path, expected_digest=version.digest, deadline=deadline))
+            with self.hold():
+                if asked != self._num_asked:
+                    raise WeightError(f"{what} is not loaded: another was asked for meanwhile")
+                self.replace(what, tensors)
+        finally:
+            self._loading.release()
+
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def hold(self) -> Iterator[None]:
         """Reserve the model for this thread inside the block.
 
         Waits for: other groups' passes. Raises `StalledError` past the deadline.
@@ -103,10 +165,11 @@ class FrozenPolicy:
             self._lock.release()
 
     @torch.no_grad()
-    def load(self, what: str, tensors: Mapping[str, Tensor]) -> None:
+    def replace(self, what: str, tensors: Mapping[str, Tensor]) -> None:
         """Replace all weights by the checkpoint `tensors`; `what` names them in errors.
 
-        Raises `WeightError` when names or shapes are not the model's; nothing has changed then.
+        The caller has entered `hold`. Raises `WeightError` when names or shapes are not the model's;
+        nothing has changed then.
         """
         check_names(
             what,
@@ -139,8 +202,8 @@ class FrozenPolicy:
                     f"scoring.tokens_per_batch = {self._tokens_per_batch}. Raise it"
                 )
 
-    def logprobs(self, rollouts: Sequence[Rollout]) -> list[Array]:
-        """Return [T] float32 for each rollout, in nats. The caller calls `check` and enters `held`."""
+    def compute(self, rollouts: Sequence[Rollout]) -> list[Array]:
+        """Return [T] float32 for each rollout. The caller has called `check` and entered `hold`."""
         by_temperature = sorted(range(len(rollouts)), key=lambda i: rollouts[i].temperature)
         found: dict[int, Array] = {}
         for temperature, group in groupby(by_temperature, lambda i: rollouts[i].temperature):
@@ -149,24 +212,9 @@ class FrozenPolicy:
             found.update(zip(indices, values, strict=True))
         return [found[i] for i in range(len(rollouts))]
 
-    def together(self, max_groups: int) -> SharedPasses[Rollout, Array]:
-        """Return a `logprobs` that batches groups which wait for the model at the same time.
-
-        It enters `held` once for all of them. The caller calls `check`.
-        """
-
-        def compute(rollouts: list[Rollout]) -> list[Array]:
-            with self.held():
-                return self.logprobs(rollouts)
-
-        return SharedPasses(
-            compute,
-            size=_num_inputs,
-            budget=self._tokens_per_batch,
-            max_calls=max_groups,
-            timeout_s=self._wait_timeout_s,
-            late=self._busy,
-        )
+    def _hold_and_compute(self, rollouts: list[Rollout]) -> list[Array]:
+        with self.hold():
+            return self.compute(rollouts)
 
     def _busy(self) -> StalledError:
         return StalledError(
@@ -190,13 +238,13 @@ class FrozenPolicy:
         found: dict[int, Array] = {}
         for planned in plan(lengths, 1, budget, budget, "padded")[0]:
             batch = collate(planned, sequences)
-            values = self._scores(batch, temperature)
+            values = self._run_batch(batch, temperature)
             for span in batch.spans:
                 found[span.sequence] = values[span.row, span.start : span.stop].copy()
         return [found[i] for i in range(len(rollouts))]
 
     @torch.inference_mode()
-    def _scores(self, batch: MicroBatch, temperature: float) -> Array:
+    def _run_batch(self, batch: MicroBatch, temperature: float) -> Array:
         logprobs, _ = self._policy(
             *(
                 torch.from_numpy(array).to(self._device)

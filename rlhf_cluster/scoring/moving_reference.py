@@ -93,7 +93,7 @@ class ReferenceKeeper:
             return current
         if isinstance(update, EmaReference):
             kept = update.decay ** (gap / update.every)
-            return self._write(live, averaged(_tensors(current), _tensors(live), kept), writer)
+            return self._write(live, average(_tensors(current), _tensors(live), kept), writer)
         return self._write(live, _tensors(live), writer)
 
     def _first(self, live: WeightVersion) -> _Named:
@@ -123,7 +123,7 @@ class ReferenceKeeper:
         )
 
 
-def averaged(reference: _Named, policy: _Named, kept: float) -> _Named:
+def average(reference: _Named, policy: _Named, kept: float) -> _Named:
     """Yield kept * reference + (1 - kept) * policy, by name, in float32.
 
     Tensors that are not floating-point are the policy's. Raises `WeightError` when the names differ.

@@ -78,19 +78,19 @@ class InfiniteSum(ScoringError):
     """The sum of a group's rewards is not finite."""
 
 
-def joined(
-    parts: Sequence[ScorePart], scoring: Scoring, group_id: str, with_logprobs: bool
+def join_parts(
+    parts: Sequence[ScorePart], scoring: Scoring, group_id: str, is_trained: bool
 ) -> ScorePart:
     """Join the answers of all pools. Raises `RecordError` where one is missing, or came twice."""
     everything = ScorePart(
-        rewards=_union([part.rewards for part in parts], group_id),
-        versions=_union([part.versions for part in parts], group_id),
-        logprobs=_union([part.logprobs for part in parts], group_id),
+        rewards=_merge([part.rewards for part in parts], group_id),
+        versions=_merge([part.versions for part in parts], group_id),
+        logprobs=_merge([part.logprobs for part in parts], group_id),
         reference_version=max((part.reference_version for part in parts), default=-1),
     )
     there = everything.rewards.keys() | everything.logprobs.keys()
     wanted = {reward.name or reward.type for reward in scoring.rewards}
-    if missing := sorted((wanted | scoring.models if with_logprobs else wanted) - there):
+    if missing := sorted((wanted | scoring.models if is_trained else wanted) - there):
         raise RecordError(
             f"group {group_id}: no pool gave {missing[0]!r}; there are {sorted(there)}. This is a "
             "fault of the system"
@@ -98,7 +98,7 @@ def joined(
     return everything
 
 
-def scores(
+def compute_scores(
     found: ScorePart, scoring: Scoring, num_steps: Sequence[int], group_id: str
 ) -> list[Scores]:
     """Compute the scores of each response, [R], from all answers.
@@ -126,7 +126,8 @@ def scores(
             for total, own in zip(step_rewards, answer.steps, strict=True):
                 total += config.weight * np.array(own)
     return [
-        _scores(scoring, group_id, *one) for one in zip(parts, watched, step_rewards, strict=True)
+        _sum_parts(scoring, group_id, *one)
+        for one in zip(parts, watched, step_rewards, strict=True)
     ]
 
 
@@ -145,7 +146,7 @@ def digest(value: Any) -> str:
     return xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())[:16]
 
 
-def _scores(
+def _sum_parts(
     scoring: Scoring,
     group_id: str,
     parts: dict[str, float],
@@ -177,7 +178,7 @@ def _check_shape(answer: RewardAnswer, name: str, num_steps: Sequence[int], grou
         )
 
 
-def _union(mappings: Sequence[Mapping[str, V]], group_id: str) -> dict[str, V]:
+def _merge(mappings: Sequence[Mapping[str, V]], group_id: str) -> dict[str, V]:
     found: dict[str, V] = {}
     for mapping in mappings:
         if twice := sorted(found.keys() & mapping.keys()):

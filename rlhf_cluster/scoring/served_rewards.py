@@ -7,7 +7,7 @@ Promises:
 - A reward that returns no score fails its group with a `ScoringError` that names the reward, the
   group and the reason: an error is never a score. A watched reward does not fail the group: its
   failure is counted and logged, and its answer is None.
-- A score is cached only for rewards that declare it to be deterministic (`scoring.score_cache`).
+- A score is cached only for rewards that declare it to be deterministic.
 - `versions` are equal if the rewards' settings and their models are.
 
 Shapes: B rollouts, S steps.
@@ -16,16 +16,18 @@ Shapes: B rollouts, S steps.
 from __future__ import annotations
 
 import logging
+import pickle
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import blake2b
 from typing import Any, cast
 
 from rlhf_cluster.config.pools import Scoring
 from rlhf_cluster.errors import RlhfError, ScoringError
-from rlhf_cluster.records import RolloutGroup
+from rlhf_cluster.records import Prompt, Rollout, RolloutGroup
 from rlhf_cluster.rewards import RewardConfig, build_rewards
 from rlhf_cluster.rewards.reward import (
     CountsOutcomes,
@@ -39,15 +41,17 @@ from rlhf_cluster.rewards.reward_failure import (
     check_scores,
     check_step_scores,
 )
-from rlhf_cluster.scoring.score_cache import (
-    ScoreCache,
-    content_key,
-)
 from rlhf_cluster.scoring.score_parts import (
     RewardAnswer,
     Row,
     digest,
 )
+
+log = logging.getLogger(__name__)
+
+_NO_PART_OF_VERSION = {"name", "timeout_s", "weight", "watch", "clip"}
+
+_PLACES = {"path", "paths"}
 
 
 class Totals:
@@ -75,11 +79,63 @@ class Totals:
             return dict(self._values)
 
 
-log = logging.getLogger(__name__)
+class ScoreCache:
+    """Cached rows of all rewards of one worker. `max_entries` = 0 keeps nothing.
 
-_NO_PART_OF_VERSION = {"name", "timeout_s", "weight", "watch", "clip"}
+    Promises:
+    - A row is found only by its key: a digest of the scorer's version, the prompt with all its
+      columns, the token ids and the text of the response.
+    - There are never more than `max_entries` rows. The least recently used are evicted first.
+    - A row that could not be computed is not kept.
 
-_PLACES = {"path", "paths"}
+    Two threads that miss the same key at once both compute it. A reward model reads the responses of
+    a group in one padded batch, and the rounding of its last bits depends on the rest of the batch. A
+    score from the cache was computed in a batch with other responses.
+    """
+
+    def __init__(self, max_entries: int) -> None:
+        self._max_entries = max_entries
+        self._rows: OrderedDict[bytes, Row] = OrderedDict()
+        self._changing = threading.Lock()  # held for a look-up or an insertion only
+        self.hits = self.misses = 0
+
+    def fetch(
+        self, keys: Sequence[bytes], compute: Callable[[list[int]], Sequence[Row]]
+    ) -> list[Row]:
+        """Return the row of each key, in order, from the cache or from `compute`.
+
+        `compute` gets the indices in `keys` of those that are not cached, each key once, and returns
+        their rows. It is not called when all are cached. Its errors are raised, and nothing is kept.
+        """
+        known = self._look_up(keys)
+        places = {key: place for place, key in reversed([*enumerate(keys)]) if key not in known}
+        missing = sorted(places.values())
+        with self._changing:
+            self.misses += len(missing)
+            self.hits += len(keys) - len(missing)
+        if missing:
+            rows = compute(missing)
+            known |= {keys[place]: row for place, row in zip(missing, rows, strict=True)}
+            self._keep({keys[place]: known[keys[place]] for place in missing})
+        return [known[key] for key in keys]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def _look_up(self, keys: Sequence[bytes]) -> dict[bytes, Row]:
+        with self._changing:
+            found = {key: self._rows[key] for key in keys if key in self._rows}
+            for key in found:
+                self._rows.move_to_end(key)
+        return found
+
+    def _keep(self, rows: dict[bytes, Row]) -> None:
+        with self._changing:
+            for key, row in rows.items():
+                self._rows[key] = row
+                self._rows.move_to_end(key)
+            while len(self._rows) > self._max_entries:
+                self._rows.popitem(last=False)
 
 
 class Rewards:
@@ -149,8 +205,8 @@ class Rewards:
         try:
             with self._totals.timed(name):
                 if self._configs[name].scores_steps:
-                    return self._of_steps(name, group, completions, steps)
-                return RewardAnswer(rows=self._of_responses(name, group, completions))
+                    return self._score_steps(name, group, completions, steps)
+                return RewardAnswer(rows=self._score_responses(name, group, completions))
         except RlhfError as error:
             reason = error.reason if isinstance(error, RewardFailure) else type(error).__name__
             text = f"reward {name!r}, group {group.group_id}: [{reason}] {error}"
@@ -161,7 +217,7 @@ class Rewards:
                 return None
             raise ScoringError(text) from error
 
-    def _of_steps(
+    def _score_steps(
         self,
         name: str,
         group: RolloutGroup,
@@ -173,14 +229,14 @@ class Rewards:
         checked = check_step_scores(found, [len(own) for own in steps])
         return RewardAnswer(rows=[(sum(own),) for own in checked], steps=checked)
 
-    def _of_responses(
+    def _score_responses(
         self, name: str, group: RolloutGroup, completions: Sequence[str]
     ) -> Sequence[Row]:
         config, reward = self._configs[name], cast("Reward", self._built[name])
 
         def ask(places: Sequence[int]) -> list[Row]:
             rollouts = [group.rollouts[place] for place in places]
-            return _rows(reward, config, group, rollouts, [completions[place] for place in places])
+            return _ask(reward, config, group, rollouts, [completions[place] for place in places])
 
         if not (self._scoring.cache_entries and config.scores_alone):
             return ask(range(len(completions)))
@@ -189,7 +245,24 @@ class Rewards:
             content_key(version, group.prompt, rollout, text)
             for rollout, text in zip(group.rollouts, completions, strict=True)
         ]
-        return self._cache.through(keys, ask)
+        return self._cache.fetch(keys, ask)
+
+
+def content_key(version: str, prompt: Prompt, rollout: Rollout, completion: str) -> bytes:
+    """Return the key of a row, 32 bytes: a digest of the scorer's version and of all its inputs."""
+    digest = blake2b(digest_size=32)
+    parts = (
+        version.encode(),
+        # Equal values may be pickled in different ways. Then the score is computed again.
+        pickle.dumps((prompt.source, dict(prompt.columns)), protocol=5),
+        rollout.prompt_ids.tobytes(),
+        rollout.response_ids.tobytes(),
+        completion.encode("utf-8", "surrogatepass"),
+    )
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "big"))
+        digest.update(part)
+    return digest.digest()
 
 
 def reward_version(config: RewardConfig, reward: Any) -> str:
@@ -203,7 +276,7 @@ def reward_version(config: RewardConfig, reward: Any) -> str:
     return digest([settings, reward.version if isinstance(reward, Versioned) else ""])
 
 
-def _rows(
+def _ask(
     reward: Reward,
     config: RewardConfig,
     group: RolloutGroup,

@@ -9,7 +9,7 @@ LIGHT = {
     "rlhf_cluster.config, rlhf_cluster.pipeline": "torch ray vllm transformers pyarrow",
     "rlhf_cluster.algorithms": "torch",
     "rlhf_cluster.rewards": "torch transformers",
-    "rlhf_cluster.scoring.scorer": "torch transformers",
+    "rlhf_cluster.scoring.scoring_worker": "torch transformers",
     "rlhf_cluster.scoring.moving_reference": "torch",
     "rlhf_cluster.generation.generation_worker": "torch vllm ray transformers",
     "actors.vllm.vllm_engine, tests.support.engines.scripted_engine": "torch vllm ray transformers",

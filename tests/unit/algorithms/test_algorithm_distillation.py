@@ -22,7 +22,7 @@ from rlhf_cluster.buffer.group_file import (
 from rlhf_cluster.config import RunConfig, validate
 from rlhf_cluster.errors import ConfigError, RecordError, ScoringError
 from rlhf_cluster.planning.run_inputs import check_inputs
-from rlhf_cluster.scoring.scorer import Scorer
+from rlhf_cluster.scoring.scoring_worker import ScoringWorker
 from tests.support.builders import tiny_llama
 from tests.support.builders.run_configs import (
     tiny_config,
@@ -196,13 +196,13 @@ def teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 DISTILLING = {"algorithm": {"type": "on_policy_distillation"}}
 
 
-def scorer(model_dir: Path, teacher: Path) -> Scorer:
+def scorer(model_dir: Path, teacher: Path) -> ScoringWorker:
     tree = tiny_tree(
         model={"path": str(model_dir)}, scoring={"teacher": str(teacher), "tokens_per_batch": 16}
     )
     del tree["model"]["init"]
     config = validate(RunConfig, {**tree, **DISTILLING}, source="test")
-    return Scorer(config, str(model_dir), "scoring-0")
+    return ScoringWorker(config, str(model_dir), "scoring-0")
 
 
 def test_every_sampled_token_is_rated_by_the_teacher_and_kept(
@@ -211,10 +211,10 @@ def test_every_sampled_token_is_rated_by_the_teacher_and_kept(
     from transformers import AutoModelForCausalLM
 
     own = scorer(model_dir, teacher_dir)
-    own.setup()
+    own.start()
     prompt = prompt_of(ids=[2, 3, 0, 4], columns={"answer": "x"})
     rollouts = make_rollouts(prompt, ([9, 8, 7, 1], [5]), temperature=0.7)
-    found = own.score(group_of(prompt, rollouts))
+    _, found = own.score(group_of(prompt, rollouts))
     lm = AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float32)
     for scored in found.scored:
         response = torch.from_numpy(scored.rollout.response_ids).long()
@@ -228,7 +228,8 @@ def test_every_sampled_token_is_rated_by_the_teacher_and_kept(
     image = encode(found, Header(newest_version=0, made_by="0" * 32))
     for before, after in zip(found.scored, decode(image)[0].scored, strict=True):
         np.testing.assert_array_equal(after.teacher_logprobs, before.teacher_logprobs)
-    assert own.score(group_of(prompt, rollouts), False).scored[0].teacher_logprobs is None
+    _, held_out = own.score(group_of(prompt, rollouts, purpose="evaluate"))
+    assert held_out.scored[0].teacher_logprobs is None
     long = make_rollouts(prompt, ([9] * 14,), temperature=0.7)
     with pytest.raises(ScoringError, match="17 positions"):
         own.score(group_of(prompt, long))
@@ -248,9 +249,9 @@ def test_a_teacher_with_other_tokens_is_refused_before_anything_starts(
     with pytest.raises(
         ConfigError, match=r"scoring.teacher = .*differ in 1 tokens, such as '<new>'"
     ):
-        scorer(model_dir, folder).setup()
+        scorer(model_dir, folder).start()
     with pytest.raises(ConfigError, match=r"scoring.teacher: .*no such folder"):
-        scorer(model_dir, tmp_path / "gone").setup()
+        scorer(model_dir, tmp_path / "gone").start()
     config = tiny_config(scoring={"teacher": str(folder)}, **DISTILLING)
     with pytest.raises(ConfigError, match=r"scoring.teacher = .*differ in \d+ tokens"):
         check_inputs(config, tmp_path)

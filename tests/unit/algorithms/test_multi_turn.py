@@ -17,7 +17,7 @@ from rlhf_cluster.errors import ScoringError
 from rlhf_cluster.learner.learner_rank import LearnerRank
 from rlhf_cluster.learner.step.training_batch import training_batch
 from rlhf_cluster.records import ExperienceGroup, RolloutGroup, ScoredRollout, Ticket
-from rlhf_cluster.scoring.scorer import Scorer
+from rlhf_cluster.scoring.scoring_worker import ScoringWorker
 from tests.support.builders import tiny_llama
 from tests.support.builders.run_configs import tiny_tree
 from tests.support.builders.tiny_learner import (
@@ -198,9 +198,9 @@ def _dialogues(last_is_trained: bool = True) -> RolloutGroup:
     return RolloutGroup(ticket=ticket, prompt=prompt, rollouts=tuple(rollouts))
 
 
-def _scorer(config: RunConfig, model_dir: str) -> Scorer:
-    scorer = Scorer(config, model_dir, "scoring-0")
-    scorer.setup()
+def _scorer(config: RunConfig, model_dir: str) -> ScoringWorker:
+    scorer = ScoringWorker(config, model_dir, "scoring-0")
+    scorer.start()
     return scorer
 
 
@@ -231,7 +231,7 @@ def test_s40_three_turns_longer_than_the_cap_of_one_are_trained_to_the_last_acti
     scorer = _scorer(config, model_dir)
     given = _dialogues()
     assert all(len(r.response_ids) > CAP for r in given.rollouts)
-    experience = scorer.score(given)
+    experience = scorer.score(given)[1]
     assert [s.reward for s in experience.scored] == [1.0, 0.0]
     for scored, rollout in zip(experience.scored, given.rollouts, strict=True):
         assert scored.rollout == rollout
@@ -243,7 +243,7 @@ def test_s40_three_turns_longer_than_the_cap_of_one_are_trained_to_the_last_acti
     learner.close()
     assert metrics["learner/tokens"] == 2 * sum(actions for actions, _ in TURNS)
     assert metrics["learner/grad_norm"] == pytest.approx(_plain_norm(experience), rel=1e-4)
-    shorter = scorer.score(_dialogues(last_is_trained=False))
+    shorter = scorer.score(_dialogues(last_is_trained=False))[1]
     assert abs(_plain_norm(shorter) / _plain_norm(experience) - 1) > 1e-2
 
 
@@ -269,5 +269,6 @@ def test_s40_a_row_that_cannot_be_trained_whole_fails_its_group_and_is_counted(
     scorer = _scorer(config, model_dir)
     with pytest.raises(ScoringError, match=rf"group g00000000: \[{reason}\] rollout 0/0 .*{words}"):
         scorer.score(_dialogues())
-    assert scorer.stats() == {f"errors/length/{reason}": 1}
-    assert len(scorer.score(_dialogues(), with_logprobs=False).scored) == 2
+    assert scorer.stats() == {f"errors/length/{reason}": 1, "num_in_flight": 0}
+    held_out = replace(_dialogues(), ticket=Ticket(number=0, version=0, purpose="evaluate"))
+    assert len(scorer.score(held_out)[1].scored) == 2

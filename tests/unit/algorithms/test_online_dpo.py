@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,8 @@ from rlhf_cluster.errors import ConfigError, RecordError, ScoringError
 from rlhf_cluster.learner.step.training_batch import training_batch
 from rlhf_cluster.offline.train_preference import _pair_loss
 from rlhf_cluster.records import ExperienceGroup, RolloutGroup
-from rlhf_cluster.scoring.scorer import Scorer
+from rlhf_cluster.scoring.scoring_worker import ScoringWorker
+from tests.support.builders import tiny_llama
 from tests.support.builders.preference_ranks import (
     pair_unit,
     stage_ranks,
@@ -311,11 +313,15 @@ def test_what_cannot_work_is_refused_with_the_reason(
         assert word in message
 
 
-def test_a_row_holds_a_pair_and_a_rollout_that_would_break_it_costs_its_group_alone() -> None:
+def test_a_row_holds_a_pair_and_a_rollout_that_would_break_it_costs_its_group_alone(
+    tmp_path: Path,
+) -> None:
     config = configured({})
     assert config.tokens_per_row == 2 * config.max_sequence_tokens == 32
     assert configured({"loss": {"type": "simpo"}}, scoring={}).algorithm.group_size == 2
-    scorer = Scorer(config, "nowhere", "scoring-0")
+    tiny_llama.save(tiny_llama.build(seed=1, max_position=48), tmp_path)
+    scorer = ScoringWorker(config, str(tmp_path), "scoring-0")
+    scorer.start()
     (group,) = random_groups(0, num_groups=1, group_size=2, lengths=[20, 3])
     rollouts = tuple(s.rollout for s in group.scored)
     given = RolloutGroup(ticket=group.ticket, prompt=group.prompt, rollouts=rollouts)

@@ -20,7 +20,7 @@ from rlhf_cluster.learner.sharding.sharded_model import parameter_group
 from rlhf_cluster.learner.step.passes import score
 from rlhf_cluster.models.policy_model import load_policy
 from rlhf_cluster.records import ExperienceGroup, WeightVersion
-from rlhf_cluster.scoring.reference_policy import Reference
+from rlhf_cluster.scoring.frozen_policy import FrozenPolicy
 from rlhf_cluster.util.tensor_hashing import compute_digest
 from rlhf_cluster.weights.read_version import (
     open_version,
@@ -53,7 +53,7 @@ def _pre_adapted(folder: Path) -> str:
 
 def _with_reference(model_dir: str, groups: Sequence[ExperienceGroup]) -> list[ExperienceGroup]:
     """The groups as the scoring pool hands them on that serves this folder as the reference."""
-    reference = Reference(model_dir, "float32", "cpu", tokens_per_batch=16384)
+    reference = FrozenPolicy("reference", model_dir, "float32", "cpu", tokens_per_batch=16384)
     found = []
     for group in groups:
         logprobs = reference.logprobs([s.rollout for s in group.scored])

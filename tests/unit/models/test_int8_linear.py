@@ -29,8 +29,7 @@ from rlhf_cluster.rewards.models.reward_model_ensemble import (
 )
 from rlhf_cluster.rewards.reward import RewardContext
 from rlhf_cluster.scoring.frozen_policy import FrozenPolicy
-from rlhf_cluster.scoring.reference_policy import Reference
-from rlhf_cluster.scoring.scorer import Scorer
+from rlhf_cluster.scoring.scoring_worker import ScoringWorker
 from tests.support.builders import tiny_llama
 from tests.support.builders.run_configs import tiny_config
 from tests.support.builders.scored_groups import (
@@ -132,9 +131,11 @@ def _is_linear(module: torch.nn.Module) -> bool:
 def test_reference_logprobs_are_those_of_the_rounded_weights(
     policy_dir: Path,
 ) -> None:
-    reference = Reference(str(policy_dir), "float32", "cpu", 4096, quantization="int8")
-    plain = _dequantized(reference._model._policy.lm)
-    exact = Reference(str(policy_dir), "float32", "cpu", 4096).logprobs(ROLLOUTS)
+    reference = FrozenPolicy(
+        "reference", str(policy_dir), "float32", "cpu", 4096, quantization="int8"
+    )
+    plain = _dequantized(reference._policy.lm)
+    exact = FrozenPolicy("reference", str(policy_dir), "float32", "cpu", 4096).logprobs(ROLLOUTS)
     for found, response, unrounded in zip(
         reference.logprobs(ROLLOUTS), RESPONSES, exact, strict=True
     ):
@@ -155,10 +156,12 @@ def test_a_version_that_is_loaded_is_rounded_as_the_folder_it_came_from(
     model = tiny_llama.build(seed=2, max_position=48)
     tiny_llama.save(model, tmp_path / "other")
     version = tiny_llama.publish(tmp_path, 3, tiny_llama.checkpoint_tensors(model))
-    reference = Reference(str(policy_dir), dtype, "cpu", 4096, quantization="int8")
+    reference = FrozenPolicy("reference", str(policy_dir), dtype, "cpu", 4096, quantization="int8")
     before = reference.logprobs(ROLLOUTS)
     reference.load(version)
-    other = Reference(str(tmp_path / "other"), dtype, "cpu", 4096, quantization="int8")
+    other = FrozenPolicy(
+        "reference", str(tmp_path / "other"), dtype, "cpu", 4096, quantization="int8"
+    )
     for old, found, wanted in zip(
         before, reference.logprobs(ROLLOUTS), other.logprobs(ROLLOUTS), strict=True
     ):
@@ -210,14 +213,14 @@ def test_the_scorer_rounds_reference_and_teacher_and_never_the_exact_model(
         },
         algorithm={"type": "on_policy_distillation"},
     )
-    scorer = Scorer(config, str(policy_dir), "scoring-0")
-    scorer.setup()
+    scorer = ScoringWorker(config, str(policy_dir), "scoring-0")
+    scorer.start()
     try:
         assert scorer._reference is not None
         assert scorer._teacher is not None
         assert scorer._exact is not None
-        assert len(_layers(scorer._reference._model._policy)) == EVERY_LINEAR
-        assert len(_layers(scorer._teacher._model._policy)) == EVERY_LINEAR
+        assert len(_layers(scorer._reference._policy)) == EVERY_LINEAR
+        assert len(_layers(scorer._teacher._policy)) == EVERY_LINEAR
         assert _layers(scorer._exact._model._policy) == []
     finally:
         scorer.close()

@@ -4,6 +4,7 @@ import shutil
 import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +14,11 @@ from rlhf_cluster.errors import RecordError, ScoringError, StalledError, WeightE
 from rlhf_cluster.records import GroupSummary, ScoredRollout, Ticket
 from rlhf_cluster.scoring.exact_logprobs import ExactLogprobs
 from rlhf_cluster.scoring.frozen_policy import FrozenPolicy
-from rlhf_cluster.scoring.scorer import Scorer
+from rlhf_cluster.scoring.scoring_worker import ScoringWorker
 from rlhf_cluster.sections.rl_run import Staleness
 from rlhf_cluster.util.deadlines import call_deadline
 from rlhf_cluster.weights import store
-from rlhf_cluster.weights.transports.shared_files import FileSource, version_dir
+from rlhf_cluster.weights.transports.shared_files import version_dir
 from tests.support.builders import (
     small_weights,
     tiny_llama,
@@ -220,16 +221,17 @@ def test_a_scorer_adds_exact_logprobs_to_what_is_trained_only(model_dir, store_d
         weights={"root": str(root)},
         scoring={"rewards": [{"type": "exact_match"}], "exact_logprobs": True},
     )
-    scorer = Scorer(config, str(model_dir), "scoring-0")
-    scorer.setup()
+    scorer = ScoringWorker(config, str(model_dir), "scoring-0")
+    scorer.start()
     try:
-        group = make_group(make_prompt(columns={"answer": "w5"}, ids=PROMPT), rollouts())
-        for scored in scorer.score(group).scored:
+        prompt = make_prompt(columns={"answer": "w5"}, ids=PROMPT)
+        group, held_out = (make_group(prompt, rollouts(), purpose=p) for p in ("train", "evaluate"))
+        for scored in scorer.score(group)[1].scored:
             np.testing.assert_allclose(
                 scored.exact_logprobs, slowly(models, scored.rollout), atol=TOLERANCE
             )
             assert scored.ref_logprobs is None
-        for scored in scorer.score(group, with_logprobs=False).scored:
+        for scored in scorer.score(held_out)[1].scored:
             assert scored.exact_logprobs is None
     finally:
         scorer.close()
@@ -292,27 +294,27 @@ def test_a_version_that_is_asked_for_is_among_the_newest_that_the_store_keeps(ch
     assert max(ages) == oldest, "and the oldest of them is asked for"
 
 
-class SlowSource(FileSource):
-    """Shards that arrive when `answers` is set."""
+class SlowExact(ExactLogprobs):
+    """Exact log-probabilities whose reads wait until `answers` is set."""
 
-    def __init__(self, root: Path) -> None:
-        super().__init__(root)
-        self.answers, self.asked = threading.Event(), threading.Event()
+    answers: threading.Event
+    asked: threading.Event
 
-    def manifest(self, version: int) -> bytes:
+    def _read(self, version: int, who: str) -> dict[str, Any]:
         self.asked.set()
         assert self.answers.wait(30)
-        return super().manifest(version)
+        return super()._read(version, who)
 
 
-def slow_exact(model_dir: Path, root: Path, cached_versions: int = 2):
-    source = SlowSource(root)
+def slow_exact(model_dir: Path, root: Path) -> SlowExact:
     model = FrozenPolicy("exact", str(model_dir), "float32", "cpu", 4096)
-    return ExactLogprobs(model, root, cached_versions, source, wait_timeout_s=30.0), source
+    made = SlowExact(model, root, cached_versions=2, wait_timeout_s=30.0)
+    made.answers, made.asked = threading.Event(), threading.Event()
+    return made
 
 
 def test_n08_a_slow_read_ends_with_the_calls_deadline_and_goes_on(model_dir, store_dir, models):
-    scorer, source = slow_exact(model_dir, store_dir)
+    scorer = slow_exact(model_dir, store_dir)
     [given] = rollouts(mixed=[([9, 8, 1], [2, 2, 2])])
     for _ in range(3):
         with (
@@ -320,19 +322,19 @@ def test_n08_a_slow_read_ends_with_the_calls_deadline_and_goes_on(model_dir, sto
             pytest.raises(StalledError, match=r"version 2 was not read .*continues.*weights.root"),
         ):
             scorer.logprobs([given])
-    with scorer._model.held():
+    with scorer._model.hold():
         pass  # it is free for groups of other versions meanwhile
-    source.answers.set()
+    scorer.answers.set()
     [found] = scorer.logprobs([given])
     np.testing.assert_allclose(found, slowly(models, given), atol=TOLERANCE)
     assert scorer.num_reads == 1, "no try begins anew"
 
 
 def test_n08_a_version_that_was_brought_is_not_read_for_a_group(model_dir, store_dir, models):
-    scorer, source = slow_exact(model_dir, store_dir)
-    source.answers.set()
+    scorer = slow_exact(model_dir, store_dir)
+    scorer.answers.set()
     scorer.bring(store.open_version(version_dir(store_dir, 1)))
-    source.answers.clear()
+    scorer.answers.clear()
     [given] = rollouts(mixed=[([9, 8], [1, 1])])
     with call_deadline(10.0):
         [found] = scorer.logprobs([given])
@@ -344,14 +346,14 @@ def test_n08_what_is_read_while_versions_are_forgotten_is_not_kept(
     model_dir, store_dir, models, tmp_path
 ):
     root = shutil.copytree(store_dir, tmp_path / "weights")
-    scorer, source = slow_exact(model_dir, root)
+    scorer = slow_exact(model_dir, root)
     [given] = rollouts(mixed=[([9, 8, 7, 1], [2, 2, 2, 2])])
     with call_deadline(0.01), pytest.raises(StalledError):
         scorer.logprobs([given])
     [old] = scorer._reads.values()
-    assert source.asked.wait(30)
+    assert scorer.asked.wait(30)
     scorer.forget()
-    source.answers.set()
+    scorer.answers.set()
     assert old.result(30)
     assert scorer._cache == {}
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from rlhf_cluster.errors import ScoringError, StalledError, WeightError
-from rlhf_cluster.scoring import reference_policy as reference_module
-from rlhf_cluster.scoring.reference_policy import Reference
+from rlhf_cluster.scoring import frozen_policy as frozen_module
+from rlhf_cluster.scoring.frozen_policy import FrozenPolicy
 from tests.support.builders import tiny_llama
 from tests.support.builders.scored_groups import (
     make_prompt,
@@ -56,7 +56,7 @@ def rollouts(temperature=1.0, responses=RESPONSES):
 def test_logprobs_are_those_of_each_sequence_alone_at_its_temperature(
     model_dir, naive, tokens_per_batch, temperature
 ):
-    reference = Reference(str(model_dir), "float32", "cpu", tokens_per_batch)
+    reference = FrozenPolicy("reference", str(model_dir), "float32", "cpu", tokens_per_batch)
     found = reference.logprobs(rollouts(temperature))
     for array, response in zip(found, RESPONSES, strict=True):
         assert array.dtype == np.float32
@@ -69,7 +69,7 @@ def test_rollouts_of_several_temperatures_keep_their_order(model_dir, naive):
         rollouts(temperature, [response])[0]
         for temperature, response in zip(temperatures, RESPONSES, strict=False)
     ]
-    found = Reference(str(model_dir), "float32", "cpu", 4096).logprobs(mixed)
+    found = FrozenPolicy("reference", str(model_dir), "float32", "cpu", 4096).logprobs(mixed)
     for array, temperature, response in zip(found, temperatures, RESPONSES, strict=False):
         np.testing.assert_allclose(array, naive(response, temperature), atol=2e-5)
 
@@ -81,7 +81,7 @@ def test_s38_a_policy_equal_to_the_reference_is_at_zero_distance(model_dir, dtyp
 
     from rlhf_cluster.models.policy_model import load_policy
 
-    [found] = Reference(str(model_dir), dtype, "cpu", 4096).logprobs(rollouts()[:1])
+    [found] = FrozenPolicy("reference", str(model_dir), dtype, "cpu", 4096).logprobs(rollouts()[:1])
     policy = load_policy(model_dir, getattr(torch, dtype), "cpu", trainable=True)
     tokens = torch.tensor([PROMPT + list(RESPONSES[0])])
     positions = torch.arange(tokens.shape[1] - 1)[None]
@@ -91,8 +91,8 @@ def test_s38_a_policy_equal_to_the_reference_is_at_zero_distance(model_dir, dtyp
 
 
 def test_the_reference_is_frozen(model_dir):
-    reference = Reference(str(model_dir), "float32", "cpu", 4096)
-    policy = reference._model._policy
+    reference = FrozenPolicy("reference", str(model_dir), "float32", "cpu", 4096)
+    policy = reference._policy
     parameters = list(policy.parameters())
     assert parameters
     assert not any(p.requires_grad for p in parameters)
@@ -100,20 +100,22 @@ def test_the_reference_is_frozen(model_dir):
 
 
 def test_a_greedy_rollout_has_no_reference_distribution(model_dir):
-    reference = Reference(str(model_dir), "float32", "cpu", 4096)
+    reference = FrozenPolicy("reference", str(model_dir), "float32", "cpu", 4096)
     with pytest.raises(ScoringError, match="temperature 0"):
         reference.logprobs(rollouts(temperature=0.0))
 
 
 def test_a_sequence_over_the_token_budget_is_named(model_dir):
-    reference = Reference(str(model_dir), "float32", "cpu", tokens_per_batch=22)
+    reference = FrozenPolicy("reference", str(model_dir), "float32", "cpu", tokens_per_batch=22)
     with pytest.raises(ScoringError, match=r"g0/4 has 23 positions.*tokens_per_batch = 22"):
         reference.logprobs(rollouts())
 
 
 def test_a_group_that_finds_the_model_busy_fails_by_its_deadline(model_dir):
-    reference = Reference(str(model_dir), "float32", "cpu", 4096, wait_timeout_s=0.05)
-    with reference._model.held(), pytest.raises(StalledError, match=r"busy for 0\.05 s"):
+    reference = FrozenPolicy(
+        "reference", str(model_dir), "float32", "cpu", 4096, wait_timeout_s=0.05
+    )
+    with reference.hold(), pytest.raises(StalledError, match=r"busy for 0\.05 s"):
         reference.logprobs(rollouts())
     assert len(reference.logprobs(rollouts())) == len(RESPONSES)
 
@@ -134,10 +136,10 @@ def test_s38_a_loaded_version_scores_bit_for_bit_as_the_folder_it_came_from(
 ):
     """The tied head follows its embeddings: it has no tensor of its own in the version."""
     folder, version, _ = other
-    reference = Reference(str(model_dir), dtype, "cpu", 4096)
+    reference = FrozenPolicy("reference", str(model_dir), dtype, "cpu", 4096)
     before = reference.logprobs(rollouts())
     reference.load(version)
-    expected = Reference(str(folder), dtype, "cpu", 4096).logprobs(rollouts())
+    expected = FrozenPolicy("reference", str(folder), dtype, "cpu", 4096).logprobs(rollouts())
     for old, found, wanted in zip(before, reference.logprobs(rollouts()), expected, strict=True):
         assert np.array_equal(found, wanted)
         assert not np.array_equal(found, old)
@@ -160,7 +162,7 @@ def test_a_version_of_another_model_is_refused_by_name_and_changes_nothing(
     tensors = dict(tiny_llama.checkpoint_tensors(other[2]))
     change(tensors)
     version = tiny_llama.publish(tmp_path, 4, tensors)
-    reference = Reference(str(model_dir), "float32", "cpu", 4096)
+    reference = FrozenPolicy("reference", str(model_dir), "float32", "cpu", 4096)
     before = reference.logprobs(rollouts())
     with pytest.raises(WeightError, match=message):
         reference.load(version)
@@ -169,15 +171,17 @@ def test_a_version_of_another_model_is_refused_by_name_and_changes_nothing(
 
 
 def test_a_version_that_is_not_the_announced_one_is_refused(model_dir, other):
-    reference = Reference(str(model_dir), "float32", "cpu", 4096)
+    reference = FrozenPolicy("reference", str(model_dir), "float32", "cpu", 4096)
     with pytest.raises(WeightError, match="not the version that was announced"):
         reference.load(replace(other[1], digest="0" * 32))
 
 
 def test_a_reference_that_is_moved_while_a_group_holds_it_waits_for_the_group(model_dir, other):
-    reference = Reference(str(model_dir), "float32", "cpu", 4096, wait_timeout_s=0.05)
+    reference = FrozenPolicy(
+        "reference", str(model_dir), "float32", "cpu", 4096, wait_timeout_s=0.05
+    )
     before = reference.logprobs(rollouts())
-    with reference._model.held(), pytest.raises(StalledError, match=r"busy for 0\.05 s"):
+    with reference.hold(), pytest.raises(StalledError, match=r"busy for 0\.05 s"):
         reference.load(other[1])
     assert np.array_equal(reference.logprobs(rollouts())[0], before[0])
 
@@ -187,7 +191,7 @@ def test_d01_a_load_that_hung_changes_nothing_once_a_later_one_was_asked_for(
 ):
     """The driver gave it up, and asked again: two threads of one actor."""
     hangs, goes_on = threading.Event(), threading.Event()
-    read = reference_module.read
+    read = frozen_module.read
 
     def slow(path, **options):
         if not hangs.is_set():
@@ -195,8 +199,8 @@ def test_d01_a_load_that_hung_changes_nothing_once_a_later_one_was_asked_for(
             assert goes_on.wait(20)
         return read(path, **options)
 
-    monkeypatch.setattr(reference_module, "read", slow)
-    reference = Reference(str(model_dir), "float32", "cpu", 4096)
+    monkeypatch.setattr(frozen_module, "read", slow)
+    reference = FrozenPolicy("reference", str(model_dir), "float32", "cpu", 4096)
     before = reference.logprobs(rollouts())
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(reference.load, other[1])
@@ -213,7 +217,9 @@ def test_d01_a_load_that_hung_changes_nothing_once_a_later_one_was_asked_for(
 
 
 def test_d01_a_load_behind_one_that_hangs_ends_by_its_deadline(model_dir, other):
-    reference = Reference(str(model_dir), "float32", "cpu", 4096, load_timeout_s=0.05)
+    reference = FrozenPolicy(
+        "reference", str(model_dir), "float32", "cpu", 4096, load_timeout_s=0.05
+    )
     with (
         reference._loading,
         pytest.raises(StalledError, match=r"waited 0\.05 s for the load before"),

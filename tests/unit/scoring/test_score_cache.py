@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from rlhf_cluster.errors import ScoringError
-from rlhf_cluster.scoring.score_cache import (
+from rlhf_cluster.scoring.served_rewards import (
     ScoreCache,
     content_key,
 )
@@ -28,7 +28,7 @@ class Computer:
 
 def ask(cache: ScoreCache, letters: str) -> tuple[list, list[str]]:
     computer = Computer(letters.encode())
-    return cache.through([letter.encode() for letter in letters], computer), computer.asked
+    return cache.fetch([letter.encode() for letter in letters], computer), computer.asked
 
 
 def test_a_row_is_computed_once_and_each_gets_its_own():
@@ -61,7 +61,7 @@ def test_what_fails_is_not_kept():
         raise ScoringError("busy")
 
     with pytest.raises(ScoringError):
-        cache.through([b"a"], fail)
+        cache.fetch([b"a"], fail)
     assert len(cache) == 0
     assert ask(cache, "a")[1] == ["a"]
 

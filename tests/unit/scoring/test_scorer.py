@@ -1,4 +1,4 @@
-"""The scorer and the worker around it: joining, decoding, errors, and groups beside each other."""
+"""A scoring worker: joining, decoding, errors, and groups beside each other."""
 
 import os
 import pickle
@@ -12,7 +12,6 @@ import pytest
 from rlhf_cluster import rewards
 from rlhf_cluster.errors import ConfigError, ScoringError, WorkerError
 from rlhf_cluster.records import FinishReason
-from rlhf_cluster.scoring.scorer import Scorer
 from rlhf_cluster.scoring.scoring_worker import ScoringWorker
 from tests.support.builders import tiny_llama
 from tests.support.builders.run_configs import tiny_config
@@ -64,18 +63,18 @@ def python(function: str, **keys) -> dict:
 
 @pytest.fixture
 def make(model_dir):
-    """Builds and starts a scorer or a worker around one; closes it at the end."""
+    """Builds and starts a worker; closes it at the end."""
     made = []
 
-    def build(cls, *configured, **scoring):
+    def build(*configured, **scoring):
         steps = any(reward.get("per_step") for reward in configured)
         config = tiny_config(
             scoring={"rewards": list(configured), **scoring},
             algorithm={"advantage": "process" if steps else "outcome"},
         )
-        one = cls(config, str(model_dir), "scoring-3")
+        one = ScoringWorker(config, str(model_dir), "scoring-3")
         made.append(one)
-        one.setup() if isinstance(one, Scorer) else one.start()
+        one.start()
         return one
 
     yield build
@@ -91,12 +90,11 @@ def group(*responses, number=7, purpose="train", temperature=1.0, **columns):
 
 def test_rewards_are_joined_by_weight_and_ids_pass_through_untouched(make):
     scorer = make(
-        Scorer,
         {"type": "exact_match", "weight": 2.0},
         python("length", name="words", weight=-0.5),
     )
     given = group([5, 6, 1], [5, 1], [5, 0, 6, 1], answer="w5 w6")
-    scored = scorer.score(given)
+    scored = scorer.score(given)[1]
     # Special tokens (<end>, <pad>) are not part of the text that rewards read.
     assert [s.reward_parts for s in scored.scored] == [
         {"exact_match": 1.0, "words": 2.0},
@@ -112,15 +110,16 @@ def test_rewards_are_joined_by_weight_and_ids_pass_through_untouched(make):
     assert (stats["num_groups"], stats["num_rollouts"]) == (1, 3)
 
 
-def test_the_reference_scores_every_response_token_unless_it_is_left_out(make, model_dir):
-    from rlhf_cluster.scoring.reference_policy import Reference
+def test_the_reference_scores_every_response_token(make, model_dir):
+    from rlhf_cluster.scoring.frozen_policy import FrozenPolicy
 
-    scorer = make(Scorer, EXACT, reference=True, dtype="float32")
+    scorer = make(EXACT, reference=True, dtype="float32")
     given = group(answer="w5")
-    expected = Reference(str(model_dir), "float32", "cpu", 4096).logprobs(given.rollouts)
-    for one, logprobs in zip(scorer.score(given).scored, expected, strict=True):
+    expected = FrozenPolicy("reference", str(model_dir), "float32", "cpu", 4096).logprobs(
+        given.rollouts
+    )
+    for one, logprobs in zip(scorer.score(given)[1].scored, expected, strict=True):
         assert np.array_equal(one.ref_logprobs, logprobs)
-    assert all(s.ref_logprobs is None for s in scorer.score(given, with_logprobs=False).scored)
 
 
 @pytest.mark.parametrize("update", [{"type": "periodic", "every": 2}, {"type": "ema"}])
@@ -128,14 +127,14 @@ def test_no_group_is_scored_before_the_reference_of_the_run_was_given(
     make, model_dir, tmp_path, update
 ):
     """The model folder is not the reference where it moves: a worker that joins late has to wait."""
-    worker = make(ScoringWorker, EXACT, reference=True, dtype="float32", reference_update=update)
+    worker = make(EXACT, reference=True, dtype="float32", reference_update=update)
     with pytest.raises(WorkerError, match="call load_reference first"):
         worker.score(group(answer="w5"))
     other = tiny_llama.build(seed=2, max_position=48)
     version = tiny_llama.publish(tmp_path / "reference", 4, tiny_llama.checkpoint_tensors(other))
     worker.load_reference(version)
     _, scored = worker.score(group(answer="w5"))
-    expected = make(Scorer, EXACT, reference=True, dtype="float32")._reference
+    expected = make(EXACT, reference=True, dtype="float32")._reference
     expected.load(version)
     for one, logprobs in zip(
         scored.scored, expected.logprobs(group(answer="w5").rollouts), strict=True
@@ -148,18 +147,18 @@ def test_a_run_without_a_reference_has_none_to_replace(make, model_dir, tmp_path
         tmp_path, 0, tiny_llama.checkpoint_tensors(tiny_llama.build(1, max_position=48))
     )
     with pytest.raises(WorkerError, match=r"scoring\.reference = False"):
-        make(ScoringWorker, EXACT).load_reference(version)
+        make(EXACT).load_reference(version)
 
 
 def test_a_reference_that_cannot_score_fails_the_group_by_name(make):
-    scorer = make(Scorer, EXACT, reference=True, dtype="float32")
+    scorer = make(EXACT, reference=True, dtype="float32")
     with pytest.raises(ScoringError, match=r"reference, group g00000007: .*temperature 0"):
         scorer.score(group(temperature=0.0, answer="w5"))
     assert scorer.stats()["errors/reference/sequence"] == 1
 
 
 def test_s23_a_failed_reward_names_reward_group_and_reason_and_is_counted_by_reason(make):
-    scorer = make(Scorer, EXACT, python("by_column", name="mine", timeout_s=0.3))
+    scorer = make(EXACT, python("by_column", name="mine", timeout_s=0.3))
     for behaviour, reason in (("raise", "raised"), ("hang", "timeout"), ("hang", "timeout")):
         with pytest.raises(ScoringError) as error:
             scorer.score(group(answer="w5", behaviour=behaviour))
@@ -200,7 +199,7 @@ def test_s23_whatever_a_reward_returns_is_checked_where_it_is_used(
     make, monkeypatch, scores, reason
 ):
     monkeypatch.setitem(rewards.REWARDS, "exact_match", ScriptedReward)
-    scorer = make(Scorer, EXACT)
+    scorer = make(EXACT)
     with pytest.raises(ScoringError, match=rf"\[{reason}\]"):
         scorer.score(group(scores=scores))
     assert scorer.stats()[f"errors/exact_match/{reason}"] == 1
@@ -208,7 +207,7 @@ def test_s23_whatever_a_reward_returns_is_checked_where_it_is_used(
 
 def test_a_weighted_sum_that_overflows_is_an_error(make, monkeypatch):
     monkeypatch.setitem(rewards.REWARDS, "exact_match", ScriptedReward)
-    scorer = make(Scorer, {"type": "exact_match", "weight": 1e10})
+    scorer = make({"type": "exact_match", "weight": 1e10})
     with pytest.raises(ScoringError, match=r"the sum of rewards, group g00000007: \[infinite\]"):
         scorer.score(group(scores=[1.0, 1e300]))
 
@@ -218,7 +217,7 @@ def test_a_reward_that_cannot_start_fails_setup_and_releases_the_others(make, mo
     monkeypatch.setattr(ScriptedReward, "close", lambda self: closed.append(self))
     monkeypatch.setitem(rewards.REWARDS, "exact_match", ScriptedReward)
     with pytest.raises(ConfigError, match="has no attribute 'absent'"):
-        make(Scorer, EXACT, python("absent"))
+        make(EXACT, python("absent"))
     assert len(closed) == 1
 
 
@@ -228,16 +227,16 @@ def test_a_reward_that_waits_for_its_child_holds_up_neither_rewards_nor_referenc
 ):
     gate = str(folder / "gate")
     os.mkfifo(gate)
-    scorer = make(Scorer, python("by_column", processes=2), reference=True, dtype="float32")
+    scorer = make(python("by_column", processes=2), reference=True, dtype="float32")
     finished = []
 
     def run() -> None:
-        finished.append(scorer.score(group(number=1, behaviour=gate)).group_id)
+        finished.append(scorer.score(group(number=1, behaviour=gate))[1].group_id)
 
     blocked = threading.Thread(target=run)
     blocked.start()
     with open(gate, "wb"):  # waits for: the first group's reward to be running
-        finished.append(scorer.score(group(number=2, behaviour="fine")).group_id)
+        finished.append(scorer.score(group(number=2, behaviour="fine"))[1].group_id)
     blocked.join(timeout=30)
     assert finished == ["g00000002", "g00000001"]
 
@@ -254,7 +253,7 @@ class CountingReward:
 
 
 def test_outcomes_that_a_reward_counts_are_among_the_totals(make):
-    scorer = make(Scorer, EXACT)
+    scorer = make(EXACT)
     assert not any(name.startswith("outcomes/") for name in scorer.stats())
     scorer._rewards._built["code"] = CountingReward()
     assert scorer.stats()["outcomes/code/timeout"] == 2.0
@@ -262,16 +261,16 @@ def test_outcomes_that_a_reward_counts_are_among_the_totals(make):
 
 def test_a_scorer_that_is_not_set_up_or_closed_says_so(make, model_dir):
     config = tiny_config(scoring={"rewards": [EXACT]})
-    with pytest.raises(WorkerError, match="call setup"):
-        Scorer(config, str(model_dir), "scoring-0").score(group(answer="w5"))
-    scorer = make(Scorer, EXACT)
+    with pytest.raises(WorkerError, match="call start"):
+        ScoringWorker(config, str(model_dir), "scoring-0").score(group(answer="w5"))
+    scorer = make(EXACT)
     scorer.close()
-    with pytest.raises(WorkerError, match="call setup"):
+    with pytest.raises(WorkerError, match="call start"):
         scorer.score(group(answer="w5"))
 
 
 def test_a_worker_returns_the_summary_first_and_the_record_second(make):
-    worker = make(ScoringWorker, EXACT, reference=True, dtype="float32")
+    worker = make(EXACT, reference=True, dtype="float32")
     summary, experience = worker.score(group(answer="w5 w6"))
     assert summary == experience.summary()
     assert summary.rewards == (1.0, 0.0)
@@ -281,7 +280,7 @@ def test_a_worker_returns_the_summary_first_and_the_record_second(make):
 
 
 def test_a_worker_scores_greedy_held_out_groups_without_a_reference(make):
-    worker = make(ScoringWorker, EXACT, reference=True, dtype="float32")
+    worker = make(EXACT, reference=True, dtype="float32")
     _, trained = worker.score(group(answer="w5"))
     _, held_out = worker.score(group(purpose="evaluate", temperature=0.0, answer="w5"))
     assert all(s.ref_logprobs is not None for s in trained.scored)
@@ -289,7 +288,7 @@ def test_a_worker_scores_greedy_held_out_groups_without_a_reference(make):
 
 
 def test_a_failed_group_leaves_the_worker_healthy_and_a_closed_worker_is_not(make):
-    worker = make(ScoringWorker, EXACT)
+    worker = make(EXACT)
     with pytest.raises(ScoringError, match="no column 'answer'"):
         worker.score(group())
     assert worker.health()["num_in_flight"] == 0
@@ -302,13 +301,12 @@ def test_a_failed_group_leaves_the_worker_healthy_and_a_closed_worker_is_not(mak
 def test_a_response_cut_at_the_limit_is_scored_with_its_finish_reason(make):
     prompt = make_prompt("w2", {"answer": "w5"}, ids=[2])
     cut = make_rollouts(prompt, [[5, 1]], FinishReason.LENGTH)
-    scored = make(Scorer, EXACT).score(make_group(prompt, cut))
+    _, scored = make(EXACT).score(make_group(prompt, cut))
     assert [s.reward for s in scored.scored] == [0.0]
 
 
 def test_a_greedy_answer_is_scored_by_the_rewards_and_is_no_rollout_of_the_group(make):
     scorer = make(
-        Scorer,
         {"type": "exact_match", "weight": 2.0},
         python("length", name="words", weight=-0.5),
         reference=True,
@@ -316,8 +314,8 @@ def test_a_greedy_answer_is_scored_by_the_rewards_and_is_no_rollout_of_the_group
     )
     given = group([5, 6, 1], [5, 1], answer="w5 w6")
     (greedy,) = make_rollouts(given.prompt, [[5, 6, 5, 1]], temperature=0.0)
-    scored = scorer.score(replace(given, greedy=greedy))
-    alone = scorer.score(given)
+    scored = scorer.score(replace(given, greedy=greedy))[1]
+    alone = scorer.score(given)[1]
     assert scored.greedy_reward == 0 * 2.0 + 3 * -0.5
     assert [s.reward for s in scored.scored] == [s.reward for s in alone.scored] == [1.0, -0.5]
     assert all(s.ref_logprobs is not None for s in scored.scored)
@@ -327,14 +325,13 @@ def test_a_greedy_answer_is_scored_by_the_rewards_and_is_no_rollout_of_the_group
 
 def test_rewards_of_steps_are_summed_and_keep_the_tokens_at_which_steps_end(make):
     scorer = make(
-        Scorer,
         {"type": "exact_match", "weight": 10.0},
         python("by_step", name="lines", per_step=True, weight=0.5),
         step_separator=" w9 ",
     )
     given = group([5, 6, 9, 7, 1], [5, 9, 9, 9, 6, 6, 1], [1], answer="w5 w6 w9 w7")
     (greedy,) = make_rollouts(given.prompt, [[5, 9, 6, 1]], temperature=0.0)
-    scored = scorer.score(replace(given, greedy=greedy))
+    scored = scorer.score(replace(given, greedy=greedy))[1]
     # "w5 w9 w9 w9 w6 w6": the separator takes the spaces around it, so a lone w9 is a step
     assert [s.step_rewards.tolist() for s in scored.scored] == [[1.0, 0.5], [0.5, 0.5, 1.0], [0.0]]
     assert [s.step_ends.tolist() for s in scored.scored] == [[1, 4], [0, 2, 6], [0]]
@@ -347,14 +344,14 @@ def test_rewards_of_steps_are_summed_and_keep_the_tokens_at_which_steps_end(make
     assert [s.outcome_reward for s in scored.scored] == [10.0, 0.0, 0.0]
     assert [s.rollout for s in scored.scored] == list(given.rollouts)
     assert scored.greedy_reward == 1.0
-    alone = make(Scorer, EXACT).score(given)
+    _, alone = make(EXACT).score(given)
     assert all(s.step_ends is None and s.step_rewards is None for s in alone.scored)
 
 
 def test_a_wrong_number_of_step_scores_fails_the_group_and_is_counted(make, monkeypatch):
     monkeypatch.setattr(ScriptedReward, "score_steps", lambda self, *_: [[1.0]] * 2, raising=False)
     monkeypatch.setitem(rewards.REWARDS, "python", ScriptedReward)
-    scorer = make(Scorer, python("by_step", per_step=True), step_separator=" w9 ")
+    scorer = make(python("by_step", per_step=True), step_separator=" w9 ")
     words = (
         r"reward 'python', group g00000007: \[steps\] .* 1 step scores for rollout 1, .* 2 steps"
     )

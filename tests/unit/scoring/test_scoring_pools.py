@@ -35,7 +35,7 @@ from rlhf_cluster.scoring.score_parts import (
     RewardAnswer,
     ScorePart,
 )
-from rlhf_cluster.scoring.scorer import Scorer
+from rlhf_cluster.scoring.scoring_worker import ScoringWorker
 from rlhf_cluster.sections.section import validate
 from tests.support.builders import tiny_llama
 from tests.support.builders.run_configs import (
@@ -73,20 +73,20 @@ def model_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def scorers(model_dir, monkeypatch) -> Callable[..., dict[str, Scorer]]:
+def scorers(model_dir, monkeypatch) -> Callable[..., dict[str, ScoringWorker]]:
     """One of each pool, ready, by name."""
     monkeypatch.setitem(rewards.REWARDS, "exact_match", Scripted)
     monkeypatch.setitem(rewards.REWARDS, "ensemble", Telling)
 
-    def build(**scoring: Any) -> dict[str, Scorer]:
+    def build(**scoring: Any) -> dict[str, ScoringWorker]:
         config = tiny_config(scoring={"rewards": REWARDS, **scoring})
         found = {
-            pool: Scorer(config, str(model_dir), "scoring-0", pool=pool)
+            pool: ScoringWorker(config, str(model_dir), "scoring-0", pool=pool)
             for pool in pool_sections(config)
             if pool != "generation"
         }
         for scorer in found.values():
-            scorer.setup()
+            scorer.start()
         return found
 
     return build
@@ -111,28 +111,28 @@ def test_what_several_pools_find_is_to_the_byte_what_one_finds(scorers, monkeypa
     group = group_of(**COLUMNS)
     [alone] = scorers(**MODELS).values()
     apart = scorers(**MODELS, pools=APART)
-    parts = {pool: scorer.part(group) for pool, scorer in apart.items()}
+    parts = {pool: scorer.score_part(group)[1] for pool, scorer in apart.items()}
     assert {pool: (set(p.rewards), set(p.logprobs)) for pool, p in parts.items()} == {
         "scoring": ({"gold"}, set()),
         "policies": (set(), {"reference", "exact_logprobs"}),
         "proxies": ({"proxy", "ens"}, set()),
     }
-    expected = alone.score(group)
+    _, expected = alone.score(group)
     assert expected.scored[0].ref_logprobs is not None
     assert expected.scored[0].watched["gold.unclipped"] == 1.0
     for order in ([*parts], [*parts][::-1]):
-        found = apart["scoring"].join(group, [parts[pool] for pool in order])
+        _, found = apart["scoring"].join(group, *(parts[pool] for pool in order))
         assert stored(found) == stored(expected)
 
 
 def test_the_reason_of_a_pool_that_fails_is_the_groups_and_a_watched_one_costs_nothing(scorers):
     apart = scorers(pools={"proxies": APART["proxies"]})
     group = group_of(gold=COLUMNS["gold"], proxy="fail")
-    parts = [scorer.part(group) for scorer in apart.values()]
+    parts = [scorer.score_part(group)[1] for scorer in apart.values()]
     assert parts[1].rewards["proxy"] is None
-    assert all("proxy" not in s.watched for s in apart["scoring"].join(group, parts).scored)
+    assert all("proxy" not in s.watched for s in apart["scoring"].join(group, *parts)[1].scored)
     with pytest.raises(ScoringError, match=r"reward 'gold', group g00000007: \[died\]"):
-        apart["scoring"].part(group_of(gold="fail", proxy=COLUMNS["proxy"]))
+        apart["scoring"].score_part(group_of(gold="fail", proxy=COLUMNS["proxy"]))
 
 
 @pytest.mark.parametrize(
@@ -145,9 +145,9 @@ def test_the_reason_of_a_pool_that_fails_is_the_groups_and_a_watched_one_costs_n
 )
 def test_parts_that_are_not_the_whole_group_are_refused(scorers, change, words):
     apart, group = scorers(pools={"proxies": APART["proxies"]}), group_of(**COLUMNS)
-    parts = [scorer.part(group) for scorer in apart.values()]
+    parts = [scorer.score_part(group)[1] for scorer in apart.values()]
     with pytest.raises(RecordError, match=words):
-        apart["scoring"].join(group, change(parts))
+        apart["scoring"].join(group, *change(parts))
 
 
 def cut(part: ScorePart) -> ScorePart:
@@ -158,10 +158,12 @@ def cut(part: ScorePart) -> ScorePart:
 
 def test_a_trained_group_without_a_models_log_probabilities_is_refused(scorers):
     apart, group = scorers(**MODELS, pools={"policies": APART["policies"]}), group_of(**COLUMNS)
-    own = apart["scoring"].part(group)
+    _, own = apart["scoring"].score_part(group)
     with pytest.raises(RecordError, match="no pool gave 'exact_logprobs'"):
-        apart["scoring"].join(group, [own])
-    held_out = apart["scoring"].join(group, [own], with_logprobs=False)
+        apart["scoring"].join(group, own)
+    _, held_out = apart["scoring"].join(
+        replace(group, ticket=replace(group.ticket, purpose="evaluate")), own
+    )
     assert held_out.scored[0].ref_logprobs is None
 
 

@@ -29,7 +29,7 @@ from rlhf_cluster.observe.record.samples import (
 from rlhf_cluster.pipeline import StepTimes
 from rlhf_cluster.records import TrainingGroup
 from rlhf_cluster.rewards.servers.judge import JudgeConfig
-from rlhf_cluster.scoring.scorer import Scorer
+from rlhf_cluster.scoring.scoring_worker import ScoringWorker
 from tests.support.builders import tiny_llama
 from tests.support.builders.run_configs import tiny_config
 from tests.support.builders.scored_groups import (
@@ -50,12 +50,12 @@ from tests.support.fakes.scripted_rewards import (
 class Run:
     """Scores groups whose prompt has the columns that are given."""
 
-    def __init__(self, scorer: Scorer) -> None:
+    def __init__(self, scorer: ScoringWorker) -> None:
         self.scorer = scorer
 
     def __call__(self, number: int = 7, responses: Any = RESPONSES, **columns: Any):
         prompt = make_prompt("w2 w3", columns, ids=[2, 3])
-        return self.scorer.score(make_group(prompt, make_rollouts(prompt, responses), number))
+        return self.scorer.score(make_group(prompt, make_rollouts(prompt, responses), number))[1]
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +74,8 @@ def score(model_dir, monkeypatch):
 
     def build(*configured: dict[str, Any], **scoring: Any):
         config = tiny_config(scoring={"rewards": list(configured), **scoring})
-        scorer = Scorer(config, str(model_dir), "scoring-0")
-        scorer.setup()
+        scorer = ScoringWorker(config, str(model_dir), "scoring-0")
+        scorer.start()
 
         return Run(scorer)
 
@@ -197,7 +197,7 @@ def test_a_greedy_answer_is_scored_by_the_same_objective(score):
     prompt = make_prompt("w2", {"safe": [0.0, 1.0], "gold": [5.0, 6.0]}, ids=[2])
     sampled, greedy = make_rollouts(prompt, [[5, 1], [6, 1]])
     group = replace(make_group(prompt, [sampled]), greedy=greedy)
-    found = run.scorer.score(group)
+    found = run.scorer.score(group)[1]
     assert ([s.reward for s in found.scored], found.greedy_reward) == ([0.0], 6.0)
 
 

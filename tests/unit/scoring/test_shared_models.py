@@ -16,8 +16,8 @@ from rlhf_cluster.rewards.models.reward_model import (
     RewardModelConfig,
 )
 from rlhf_cluster.rewards.reward import RewardContext
-from rlhf_cluster.scoring.reference_policy import Reference
-from rlhf_cluster.scoring.scorer import Scorer
+from rlhf_cluster.scoring.frozen_policy import FrozenPolicy
+from rlhf_cluster.scoring.scoring_worker import ScoringWorker
 from tests.support.builders import tiny_llama
 from tests.support.builders.run_configs import tiny_config
 from tests.support.builders.scored_groups import (
@@ -84,8 +84,10 @@ def test_the_reference_gives_groups_together_what_it_gives_each_alone(
     model_dir, batch_groups, passes
 ):
     """Alone each group is a pass; then those that wait share them."""
-    reference = Reference(str(model_dir), "float32", "cpu", 4096, batch_groups=batch_groups)
-    rows = passes_of(reference._model._policy)
+    reference = FrozenPolicy(
+        "reference", str(model_dir), "float32", "cpu", 4096, batch_groups=batch_groups
+    )
+    rows = passes_of(reference._policy)
     alone = [reference.logprobs(own) for own in groups()]
     assert rows == [2, 1, 2]
     calls = [lambda own=own: reference.logprobs(own) for own in groups()]
@@ -99,8 +101,8 @@ def test_the_reference_gives_groups_together_what_it_gives_each_alone(
 
 
 def test_a_rollout_that_cannot_be_scored_fails_its_group_before_it_joins(model_dir):
-    reference = Reference(str(model_dir), "float32", "cpu", 64, batch_groups=8)
-    rows = passes_of(reference._model._policy)
+    reference = FrozenPolicy("reference", str(model_dir), "float32", "cpu", 64, batch_groups=8)
+    rows = passes_of(reference._policy)
     prompt = make_prompt(ids=[2, 3, 0, 4])
     with pytest.raises(ScoringError, match="temperature 0"):
         reference.logprobs(make_rollouts(prompt, [[5]], temperature=0.0))
@@ -131,12 +133,12 @@ def test_groups_that_share_passes_are_scored_with_one_reference_while_it_is_repl
     """Two temperatures are two passes: the other reference comes in the first one, and waits."""
     other = tiny_llama.build(seed=2, max_position=48)
     version = tiny_llama.publish(tmp_path, 3, tiny_llama.checkpoint_tensors(other))
-    reference = Reference(str(model_dir), "float32", "cpu", 4096, batch_groups=8)
+    reference = FrozenPolicy("reference", str(model_dir), "float32", "cpu", 4096, batch_groups=8)
     prompt = make_prompt(ids=[2, 3, 0, 4])
     asked = [make_rollouts(prompt, [[9, 8, 7]], temperature=t) for t in (0.7, 1.0)]
     before = [reference.logprobs(own)[0] for own in asked]
     lock = WatchedLock()
-    reference._model._lock = lock  # type: ignore[assignment]
+    reference._lock = lock  # type: ignore[assignment]
     loading = threading.Thread(target=reference.load, args=(version,), daemon=True)
 
     def replaced_meanwhile(module: Any, args: Any) -> None:
@@ -144,8 +146,8 @@ def test_groups_that_share_passes_are_scored_with_one_reference_while_it_is_repl
             loading.start()
             assert lock.waited_for.wait(DEADLINE_S)
 
-    reference._model._policy.register_forward_pre_hook(replaced_meanwhile)
-    rows = passes_of(reference._model._policy)
+    reference._policy.register_forward_pre_hook(replaced_meanwhile)
+    rows = passes_of(reference._policy)
     calls = [lambda own=own: reference.logprobs(own) for own in asked]
     together = asked_at_once(reference._together, calls)
     assert rows == [1, 1]
@@ -197,15 +199,15 @@ def test_a_scorers_reference_teacher_and_reward_model_follow_the_setting(
             "batch_groups": batch_groups,
         },
     )
-    scorer = Scorer(config, str(model_dir), "scoring-0")
-    scorer.setup()
+    scorer = ScoringWorker(config, str(model_dir), "scoring-0")
+    scorer.start()
     prompt = make_prompt(ids=[2, 3, 0, 4])
     given = [make_group(prompt, own) for own in groups()]
     reference, teacher = cast("Any", scorer._reference), cast("Any", scorer._teacher)
     rewards = cast("Any", scorer._rewards._built["reward_model"])
     fronts = {
-        reference._together: passes_of(reference._model._policy),
-        teacher._together: passes_of(teacher._model._policy),
+        reference._together: passes_of(reference._policy),
+        teacher._together: passes_of(teacher._policy),
         rewards._together: passes_of(rewards._model.base_model),
     }
     asks = [
