@@ -34,6 +34,7 @@ from actors.drivers.training_attempt import (
     begin_attempt,
     stopped_text,
 )
+from actors.services.learner_core import core_restarts
 from actors.services.offline_rank_actors import (
     RayStage,
     StageCore,
@@ -70,8 +71,6 @@ from rlhf_cluster.run.checkpoint.remote_copies import (
 from rlhf_cluster.run.checkpoint.resume import Continuation
 from rlhf_cluster.run.checkpoint.run_state import RunState
 from rlhf_cluster.run.restarts import (
-    Restarts,
-    RestartWindow,
     find_restart_checkpoint,
     with_recovery,
 )
@@ -128,10 +127,7 @@ class _StageRun:
         self.kind = STAGES[config.stage.type]
         self.checkpoint = checkpoint  # from which the stage resumes
         self.checkpoints: Checkpoints | None = None
-        self.restarts = Restarts(
-            limit=config.learner.max_restarts,
-            window=RestartWindow(config.cluster.restart_window_s),
-        )
+        self.restarts = core_restarts(config)
         self.stopping = False
         self.before: float | None = None  # headline metric of held-out units before training
         self.held_out: float | None = None

@@ -45,7 +45,7 @@ from actors.drivers.training_attempt import (
 )
 from actors.services.hot_spare_actors import learner_spares
 from actors.services.learner_actors import RayLearner
-from actors.services.learner_core import Core
+from actors.services.learner_core import Core, core_restarts
 from actors.services.start_services import (
     Launcher,
     control_channel,
@@ -76,8 +76,6 @@ from rlhf_cluster.run.checkpoint.checkpoint_folder import Checkpoint
 from rlhf_cluster.run.checkpoint.resume import Continuation
 from rlhf_cluster.run.control_channel import ControlChannel
 from rlhf_cluster.run.restarts import (
-    Restarts,
-    RestartWindow,
     find_restart_checkpoint,
     with_recovery,
 )
@@ -144,10 +142,7 @@ class _Run:
         self.checkpoint: Checkpoint | None = None  # from which the run resumes
         self.patience_s = 0.0  # seconds for Ray to end the actors of an earlier process
         self.attempt: Attempt | None = None  # the current one
-        self.restarts = Restarts(
-            limit=config.learner.max_restarts,
-            window=RestartWindow(config.cluster.restart_window_s),
-        )
+        self.restarts = core_restarts(config)
         self.num_ranks = 0
         self.lost: frozenset[int] = frozenset()  # ranks that failed in the previous attempt
         self.spares = learner_spares(self.launcher, lambda text: self.observer.event(text))

@@ -30,6 +30,9 @@ class ClusterSection(Section):
     node_timeout_s: float = Field(default=0.0, ge=0)
     """Seconds that a placement which does not fit the present nodes waits for nodes that the cluster's
     autoscaler starts. 0: the placement is refused at once."""
+    recovery_timeout_s: PositiveFloat = 3600.0
+    """Seconds that a run waits for free resources after a failure of the learner or of the buffer. Past
+    it the run ends; the same command resumes it."""
     worker_groups: bool = False
     """Place each kind of worker on its own group of nodes, by a resource that these nodes offer:
     rlhf_generation, rlhf_scoring, rlhf_training. deploy/kuberay and deploy/slurm set up such nodes."""
