@@ -55,6 +55,7 @@ from rlhf_cluster.planning.run_inputs import (
     StageInputs,
     check_stage_inputs,
 )
+from rlhf_cluster.planning.start_deadline import with_start_deadline
 from rlhf_cluster.records import LearnerState
 from rlhf_cluster.run.checkpoint.background_saving import (
     Checkpoints,
@@ -98,7 +99,8 @@ def run_stage(
     def run(
         inputs: StageInputs, rundir: RunDir, view: LiveView, found: Continuation
     ) -> dict[str, Any]:
-        stage = _StageRun(config, inputs, rundir, view, started, found.checkpoint)
+        bounded = with_start_deadline(config, inputs.model_dir)
+        stage = _StageRun(bounded, inputs, rundir, view, started, found.checkpoint)
         return asyncio.run(stage.supervised())
 
     return in_run_directory(

@@ -70,6 +70,7 @@ from rlhf_cluster.planning.run_inputs import (
     Inputs,
     check_inputs,
 )
+from rlhf_cluster.planning.start_deadline import with_start_deadline
 from rlhf_cluster.records import WeightVersion
 from rlhf_cluster.run.autoscaler import Autoscaler
 from rlhf_cluster.run.checkpoint.checkpoint_folder import Checkpoint
@@ -102,7 +103,7 @@ def run_config(
     started = time.time()
 
     def run(inputs: Inputs, rundir: RunDir, view: LiveView, found: Continuation) -> dict[str, Any]:
-        chosen = with_transport(config, inputs.model_dir)
+        chosen = with_start_deadline(with_transport(config, inputs.model_dir), inputs.model_dir)
         own = _Run(chosen, inputs, rundir, view, engine_factory, started)
         own.checkpoint = found.checkpoint
         own.patience_s = config.cluster.placement_timeout_s if found.notes else 0.0

@@ -94,7 +94,8 @@ class RunSection(Section):
     """Folder that holds the runs. On a cluster every node must see it."""
     seed: int = Field(default=0, ge=0)
     start_timeout_s: PositiveFloat = 600.0
-    """Seconds after which the run fails if its services or ranks are not up."""
+    """Seconds after which the run fails if its services or ranks are not up. The time to read the model
+    is added: its files at `generation.pull_bytes_per_s` (200 MB/s in an offline stage)."""
 
 
 R = TypeVar("R", bound=RunSection)
