@@ -46,6 +46,7 @@ from rlhf_cluster.planning.run_inputs import (
     Inputs,
     check_inputs,
 )
+from rlhf_cluster.planning.start_deadline import with_start_deadline
 from rlhf_cluster.records import Handle
 from rlhf_cluster.run.checkpoint.resume import Continuation
 from rlhf_cluster.run.run_directory import RunDir
@@ -83,7 +84,8 @@ def run_generate(
     started = time.time()
 
     def run(inputs: Inputs, rundir: RunDir, view: LiveView, found: Continuation) -> dict[str, Any]:
-        own = _Generation(config, inputs, rundir, view, engine_factory, started)
+        bounded = with_start_deadline(config, inputs.model_dir)
+        own = _Generation(bounded, inputs, rundir, view, engine_factory, started)
         own.patience_s = config.cluster.placement_timeout_s if found.notes else 0.0
         return asyncio.run(own.supervised())
 

@@ -34,6 +34,7 @@ from actors.drivers.training_attempt import (
     begin_attempt,
     stopped_text,
 )
+from actors.services.learner_core import core_restarts
 from actors.services.offline_rank_actors import (
     RayStage,
     StageCore,
@@ -54,6 +55,7 @@ from rlhf_cluster.planning.run_inputs import (
     StageInputs,
     check_stage_inputs,
 )
+from rlhf_cluster.planning.start_deadline import with_start_deadline
 from rlhf_cluster.records import LearnerState
 from rlhf_cluster.run.checkpoint.background_saving import (
     Checkpoints,
@@ -70,8 +72,6 @@ from rlhf_cluster.run.checkpoint.remote_copies import (
 from rlhf_cluster.run.checkpoint.resume import Continuation
 from rlhf_cluster.run.checkpoint.run_state import RunState
 from rlhf_cluster.run.restarts import (
-    Restarts,
-    RestartWindow,
     find_restart_checkpoint,
     with_recovery,
 )
@@ -99,7 +99,8 @@ def run_stage(
     def run(
         inputs: StageInputs, rundir: RunDir, view: LiveView, found: Continuation
     ) -> dict[str, Any]:
-        stage = _StageRun(config, inputs, rundir, view, started, found.checkpoint)
+        bounded = with_start_deadline(config, inputs.model_dir)
+        stage = _StageRun(bounded, inputs, rundir, view, started, found.checkpoint)
         return asyncio.run(stage.supervised())
 
     return in_run_directory(
@@ -128,10 +129,7 @@ class _StageRun:
         self.kind = STAGES[config.stage.type]
         self.checkpoint = checkpoint  # from which the stage resumes
         self.checkpoints: Checkpoints | None = None
-        self.restarts = Restarts(
-            limit=config.learner.max_restarts,
-            window=RestartWindow(config.cluster.restart_window_s),
-        )
+        self.restarts = core_restarts(config)
         self.stopping = False
         self.before: float | None = None  # headline metric of held-out units before training
         self.held_out: float | None = None

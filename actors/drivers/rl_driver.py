@@ -45,7 +45,7 @@ from actors.drivers.training_attempt import (
 )
 from actors.services.hot_spare_actors import learner_spares
 from actors.services.learner_actors import RayLearner
-from actors.services.learner_core import Core
+from actors.services.learner_core import Core, core_restarts
 from actors.services.start_services import (
     Launcher,
     control_channel,
@@ -70,14 +70,13 @@ from rlhf_cluster.planning.run_inputs import (
     Inputs,
     check_inputs,
 )
+from rlhf_cluster.planning.start_deadline import with_start_deadline
 from rlhf_cluster.records import WeightVersion
 from rlhf_cluster.run.autoscaler import Autoscaler
 from rlhf_cluster.run.checkpoint.checkpoint_folder import Checkpoint
 from rlhf_cluster.run.checkpoint.resume import Continuation
 from rlhf_cluster.run.control_channel import ControlChannel
 from rlhf_cluster.run.restarts import (
-    Restarts,
-    RestartWindow,
     find_restart_checkpoint,
     with_recovery,
 )
@@ -104,7 +103,7 @@ def run_config(
     started = time.time()
 
     def run(inputs: Inputs, rundir: RunDir, view: LiveView, found: Continuation) -> dict[str, Any]:
-        chosen = with_transport(config, inputs.model_dir)
+        chosen = with_start_deadline(with_transport(config, inputs.model_dir), inputs.model_dir)
         own = _Run(chosen, inputs, rundir, view, engine_factory, started)
         own.checkpoint = found.checkpoint
         own.patience_s = config.cluster.placement_timeout_s if found.notes else 0.0
@@ -144,10 +143,7 @@ class _Run:
         self.checkpoint: Checkpoint | None = None  # from which the run resumes
         self.patience_s = 0.0  # seconds for Ray to end the actors of an earlier process
         self.attempt: Attempt | None = None  # the current one
-        self.restarts = Restarts(
-            limit=config.learner.max_restarts,
-            window=RestartWindow(config.cluster.restart_window_s),
-        )
+        self.restarts = core_restarts(config)
         self.num_ranks = 0
         self.lost: frozenset[int] = frozenset()  # ranks that failed in the previous attempt
         self.spares = learner_spares(self.launcher, lambda text: self.observer.event(text))

@@ -55,13 +55,21 @@ from actors.services.learner_actors import (
 )
 from actors.services.rank_actors import ACTOR_OPTIONS
 from actors.services.start_services import Launcher
+from rlhf_cluster.config import RunConfig, StageConfig
 from rlhf_cluster.errors import CoreLost, PlacementError, RankFailed, RlhfError, first_failure
 from rlhf_cluster.learner.hot_spares import (
     seats,
     told,
 )
-from rlhf_cluster.planning.placement import Bundle, buffer_bundle, fewer_ranks, rank_bundles
+from rlhf_cluster.planning.placement import (
+    Bundle,
+    buffer_bundle,
+    fewer_ranks,
+    rank_bundles,
+    total_resources,
+)
 from rlhf_cluster.records import BufferState
+from rlhf_cluster.run.restarts import Restarts, RestartWindow
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +84,19 @@ class Member:
     name: str
     actor: Any
     placement: Any
+
+
+def core_restarts(config: RunConfig | StageConfig) -> Restarts:
+    """Return the budget of restarts of the learner ranks and, in a run, of the buffer."""
+    bundles = rank_bundles(config)
+    if isinstance(config, RunConfig):
+        bundles.append(buffer_bundle(config))
+    return Restarts(
+        limit=config.learner.max_restarts,
+        needs=total_resources(bundles),
+        recovery_timeout_s=config.cluster.recovery_timeout_s,
+        window=RestartWindow(config.cluster.restart_window_s),
+    )
 
 
 class Core:

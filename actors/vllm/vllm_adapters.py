@@ -11,8 +11,10 @@ Promises:
   happens after a failure of the learner;
 - an adapter is only added to the weights that it was trained over: the first version of each anchor is
   compared with the engine's model folder (`weights.formats.peft_folder.refuse_other_base`);
-- a folder exists as long as a request may need it, because vLLM reads it again after an eviction.
-  Folders are under TMPDIR of the node. `close` deletes them; those of a killed process remain.
+- a folder exists as long as a request may need it, because vLLM reads it again after an eviction. A
+  folder that is not whole, or is written after its deadline, is deleted at once. A folder that was
+  written and never added is deleted with the next version, and cannot be added then. Folders are under
+  TMPDIR of the node. `close` deletes them; those of a killed process remain.
 """
 
 from __future__ import annotations
@@ -73,6 +75,9 @@ class Adapters:
         self._checked_base = ""
         self._served: dict[int, Adapter] = {}  # by number
         self._retired: list[Path] = []
+        self._unclaimed: set[Path] = set()  # written, and not added yet
+        self._claiming = threading.Lock()
+        self._is_closed = False
         self._writing = threading.Lock()
 
     def write(self, version: WeightVersion, deadline: Deadline) -> Adapter:
@@ -88,9 +93,14 @@ class Adapters:
         try:
             return self._write(version, deadline)
         finally:
+            if self._is_closed:
+                shutil.rmtree(self._root, ignore_errors=True)
             self._writing.release()
 
     def _write(self, version: WeightVersion, deadline: Deadline) -> Adapter:
+        with self._claiming:
+            self._retired += self._unclaimed
+            self._unclaimed.clear()
         while self._retired:
             shutil.rmtree(self._retired.pop(), ignore_errors=True)
         manifest, factors = read_factors(version.path, version.digest, deadline)
@@ -100,7 +110,13 @@ class Adapters:
             self._checked_base = anchor
         self._num_written += 1
         folder = self._root / f"v{version.version:06d}-{self._num_written}"
-        write_peft_folder(folder, manifest, factors)
+        try:
+            write_peft_folder(folder, manifest, factors)
+            deadline.left_s(str(folder))
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        self._unclaimed.add(folder)
         return Adapter(
             version=version.version,
             number=self._num_written,
@@ -111,6 +127,12 @@ class Adapters:
 
     def add(self, llm: Any, adapter: Adapter) -> None:
         """Let vLLM load an adapter. Raises `WeightError`, with the served adapters unchanged."""
+        with self._claiming:
+            if adapter.folder not in self._unclaimed:
+                raise WeightError(
+                    f"version {adapter.version} was not loaded: a later one was written meanwhile"
+                )
+            self._unclaimed.remove(adapter.folder)
         try:
             llm.add_lora(adapter.lora_request)
         except (ValueError, RuntimeError, OSError) as error:
@@ -128,4 +150,5 @@ class Adapters:
             self._retired.append(self._served.pop(number).folder)
 
     def close(self) -> None:
+        self._is_closed = True
         shutil.rmtree(self._root, ignore_errors=True)

@@ -356,14 +356,14 @@ class VllmEngine(Engine):
         if self._recompute or version <= self._version:
             self._llm.reset_prefix_cache(reset_running_requests=True)
         self._llm.set_weight_version(str(version))
-        self._requests.follow(version)
+        self._deliver(self._requests.follow(version))
         self._version = version
         return time.perf_counter() - started
 
     def _serve(self, adapter: Adapter) -> float:
         started = time.perf_counter()
         self._adapters.add(self._llm, adapter)
-        self._requests.follow(adapter.version, adapter)
+        self._deliver(self._requests.follow(adapter.version, adapter))
         self._adapters.retire(self._llm, self._requests.adapters_used)
         self._version = adapter.version
         return time.perf_counter() - started

@@ -1,7 +1,8 @@
 """Requests in flight in vLLM: conversion from plain values, and of the results back to plain values.
 
 Promises:
-- a request is answered once, with all its samples or with an error that names it;
+- a request is answered once, with all its samples or with an error that names it, also where vLLM
+  refuses it when the weights change;
 - with `salted`, a request carries the version of its first step as vLLM's `cache_salt`, which is
   part of the key of every cached block. So no request starts from keys and values that the weights
   of another version computed. A request that waits while the version changes has had no step, and
@@ -21,7 +22,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from actors.vllm.vllm_adapters import Adapter
-from rlhf_cluster.errors import DataError, WorkerError
+from rlhf_cluster.errors import DataError, RlhfError, WorkerError
 from rlhf_cluster.generation.engine import (
     Request,
     Sample,
@@ -137,21 +138,29 @@ class Requests:
         self._in_flight.clear()
         return owed
 
-    def follow(self, version: int, adapter: Adapter | None = None) -> None:
+    def follow(self, version: int, adapter: Adapter | None = None) -> list[Answer]:
         """Label all later steps with `version`, whose weights they run.
 
-        If adapters are served, requests that have had no step sample with `adapter`.
+        If adapters are served, requests that have had no step sample with `adapter`. Returns the errors
+        of requests that vLLM does not take again.
         """
         self._salt, self._adapter = str(version), adapter
         if not (self._salted or self._serves):
-            return
+            return []
         from vllm.v1.request import RequestStatus
 
-        for request_id, flight in self._in_flight.items():
-            if all(s.status is RequestStatus.WAITING for s in flight.sequences):
+        answers: list[Answer] = []
+        for request_id, flight in list(self._in_flight.items()):
+            if not all(s.status is RequestStatus.WAITING for s in flight.sequences):
+                continue
+            try:
                 self._llm.abort_request([request_id])
                 flight.sequences = self._submit(flight.request)
                 flight.adapter = adapter
+            except Exception as error:
+                del self._in_flight[request_id]
+                answers.append((flight.answer, _as_failure(request_id, version, error)))
+        return answers
 
     def _served_version(self, flight: _InFlight) -> int | None:
         if not self._serves:
@@ -188,6 +197,17 @@ def sampling_params(request: Request) -> SamplingParams:
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
+
+
+def _as_failure(request_id: str, version: int, error: Exception) -> RlhfError:
+    if isinstance(error, RlhfError):
+        return error
+    failure = WorkerError(
+        f"request {request_id}: vLLM failed when it was submitted again for version {version}: "
+        f"{type(error).__name__}: {error}"
+    )
+    failure.__cause__ = error
+    return failure
 
 
 def _to_sample(request_id: str, choice: CompletionOutput, served: int | None = None) -> Sample:

@@ -12,12 +12,13 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_cluster.config import GenerateConfig, StageConfig
+from rlhf_cluster.config import GenerateConfig, RunConfig, StageConfig
 from rlhf_cluster.config.load import AnyConfig
 from rlhf_cluster.data.tokenizer import end_token_ids, load_tokenizer
 from rlhf_cluster.errors import DataError, WeightError
 from rlhf_cluster.models.model_folder import checkpoint_shapes
 from rlhf_cluster.planning import doctor, memory_needs
+from rlhf_cluster.planning.choose_transport import with_transport
 from rlhf_cluster.planning.doctor import Finding
 from rlhf_cluster.planning.memory_needs import (
     Need,
@@ -37,6 +38,8 @@ def deep(config: AnyConfig, scratch: Path, earlier: Sequence[AnyConfig] = ()) ->
     sources = _Sources(earlier, scratch)
     model_dir = sources.model_of(config)
     findings = [*_tokenizers(config, model_dir, sources), *_templates(config, earlier)]
+    if isinstance(config, RunConfig):
+        config = with_transport(config, model_dir)
     needs = _needs(config, _shape(model_dir), sources)
     sizes = [size for _, size in doctor.gpus()]
     alone = config.cluster.address is None

@@ -10,6 +10,8 @@ The estimate, in bytes, for P parameters of w bytes each and R ranks:
                    w P / R        each further frozen model: a stage's teacher, its reference, and
                                   the reference of an algorithm whose KL is over the whole vocabulary;
                                   4 P / R for a stage's reference that moves, none under adapters
+                   v P / R        in the host's memory, with the relay of `weights.transport`: the lent
+                                  copy of its shard of a full version, v bytes per parameter
     generation     w P / t        each of t tensor-parallel parts, and the KV cache, of which a token
                                   takes 2 w L times the size of its keys
     scoring pools  w P            each frozen model that a pool serves: reference, teacher, exact
@@ -22,7 +24,7 @@ Hosts hold 12 P / R more for each rank while a checkpoint is written.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from rlhf_cluster.algorithms import ALGORITHMS
 from rlhf_cluster.config import GenerateConfig, RunConfig, StageConfig
@@ -76,16 +78,25 @@ class Frozen:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Need:
-    """Bytes that one process of a role needs on its device, by their purpose in `parts`."""
+    """Bytes that one process of a role needs, by their purpose.
+
+    `parts` are on its device; `host_parts` are in the host's memory, also where the device is a GPU.
+    """
 
     role: str
     processes: int
     gpus: float  # of one process
     parts: Mapping[str, float]
+    host_parts: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> float:
         return sum(self.parts.values())
+
+    @property
+    def host_bytes(self) -> float:
+        """Bytes in the host's memory; all of them for a role without GPUs."""
+        return sum(self.host_parts.values()) + (self.num_bytes if self.gpus == 0 else 0)
 
 
 def of_run(config: RunConfig, shape: Shape, frozen: Mapping[str, float]) -> list[Need]:
@@ -101,6 +112,9 @@ def of_run(config: RunConfig, shape: Shape, frozen: Mapping[str, float]) -> list
         if config.algorithm.full_kl_in is not None and config.learner.lora is None
         else {},
     )
+    if config.weights.is_relayed:
+        shard = BYTES[config.publish_dtype] * shape.num_parameters / config.learner.ranks
+        learner = replace(learner, host_parts={"lent shard": shard})
     return [learner, *of_pools(config, shape, frozen)]
 
 
@@ -191,19 +205,22 @@ def judge(
     """Yield one finding per role, and one for this host.
 
     A role with GPUs is compared with the smallest GPU here. The sum of the roles without GPUs is
-    compared with this host's memory, where the run is `alone` on it.
+    compared with this host's memory, where the run is `alone` on it, and with it what the other roles
+    have there.
     """
     on_host = 0.0
     for need in needs:
-        value = f"{gib(need.num_bytes)} each ({_parts(need)}), {need.processes} of them"
+        value = f"{gib(need.num_bytes)} each ({_list(need.parts)}), {need.processes} of them"
+        if need.host_parts:
+            lent = gib(sum(need.host_parts.values()))
+            value += f"; each in host memory {lent} ({_list(need.host_parts)})"
         cure = ""
         verdict: Verdict = "ok"
-        if need.gpus == 0:
-            on_host += need.processes * need.num_bytes
-        elif gpus and need.num_bytes > memory_share(need.gpus) * min(gpus):
+        on_host += need.processes * need.host_bytes
+        if need.gpus and gpus and need.num_bytes > memory_share(need.gpus) * min(gpus):
             part = f"{need.gpus:g} of " if is_share(need.gpus) else ""
             verdict, cure = "wrong", f"{part}{gib(min(gpus))} on a GPU here. {_cure(need.role)}"
-        elif not gpus:
+        elif need.gpus and not gpus:
             value += "; no GPU here to compare it with"
         yield Finding(name=f"memory, {need.role}", verdict=verdict, value=value, cure=cure)
     if on_host and host_bytes is not None and alone:
@@ -211,8 +228,8 @@ def judge(
         yield Finding(
             name="memory of this host",
             verdict="wrong" if full else "ok",
-            value=f"{gib(on_host)} of {gib(host_bytes)} that are free, for what runs without a GPU",
-            cure="Fewer workers or ranks, a smaller model, or a larger machine" if full else "",
+            value=f"{gib(on_host)} of {gib(host_bytes)} that are free, for what is not on a GPU",
+            cure=_host_cure(needs) if full else "",
         )
 
 
@@ -259,5 +276,11 @@ def _learner(
     )
 
 
-def _parts(need: Need) -> str:
-    return ", ".join(f"{name} {gib(size)}" for name, size in need.parts.items()) or "no model"
+def _host_cure(needs: Sequence[Need]) -> str:
+    cure = "Fewer workers or ranks, a smaller model, or a larger machine"
+    lends = any(need.host_parts for need in needs)
+    return cure + (", or weights.transport = 'files', which lends no shards" if lends else "")
+
+
+def _list(parts: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {gib(size)}" for name, size in parts.items()) or "no model"

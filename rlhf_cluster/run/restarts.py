@@ -14,7 +14,8 @@ Promises:
   weights, wrong settings) ends the run at once;
 - returning to all ranks is not a failure and costs no restart;
 - capacity that is missing after a failure costs no restart: the run waits for it, as the pools wait
-  for theirs, until it is stopped; the checkpoint is not read again for it;
+  for theirs, until it is stopped or `cluster.recovery_timeout_s` has passed; the checkpoint is not read
+  again for it;
 - failures, those of a start too, are counted within a sliding window of time, so that the budget
   is a rate: a run of weeks loses a process now and then, a crash loop loses many within the
   window. The failure that exceeds `limit` ends the run, with the first of them as its cause;
@@ -128,12 +129,15 @@ class Restarts:
     """Budget of restarts: at most `limit` within a window.
 
     The first comes after `pause_s`, each later one there after twice the pause of the one before, at
-    most `MAX_PAUSE_S`. `what` is the part that failed, for the error message.
+    most `MAX_PAUSE_S`. `what` is the part that failed and `needs` the resources that it asks for, for
+    error messages. `recovery_timeout_s`: longest wait for these resources.
     """
 
     limit: int
     what: str = "learner or buffer"
+    needs: str = ""
     pause_s: float = 1.0
+    recovery_timeout_s: float = 3600.0
     window: RestartWindow = field(default_factory=RestartWindow)
 
     @property
@@ -156,6 +160,27 @@ class Restarts:
         self.window.count(lost)
         return self.pause_after(recent)
 
+    def pause_for_room(self, num_before: int, since_s: float, error: PlacementError) -> float:
+        """Return the seconds to wait for capacity before a try that `num_before` refusals came before.
+
+        The last try comes at the end of `recovery_timeout_s`.
+
+        Args:
+            since_s: time of the first refusal, by the window's clock.
+            error: the newest refusal.
+        Raises: `PlacementError` when that time has passed.
+        """
+        waited_s = self.window.clock() - since_s
+        left_s = self.recovery_timeout_s - waited_s
+        if left_s <= 0:
+            raise PlacementError(
+                f"no room for the learner after a wait of {waited_s:.0f} s; the limit is "
+                f"cluster.recovery_timeout_s = {self.recovery_timeout_s:g}. It needs {self.needs}. "
+                f"Last refusal: {error}. Add or free such nodes and give the same command again, which "
+                "resumes from the last checkpoint; or raise cluster.recovery_timeout_s"
+            ) from error
+        return min(left_s, self.pause_after(num_before))
+
     def pause_after(self, num_before: int) -> float:
         """Return the seconds to wait before a try that `num_before` tries came before."""
         return min(MAX_PAUSE_S, self.pause_s * 2.0 ** min(num_before, 30))
@@ -173,8 +198,10 @@ async def with_recovery(
     After a failure `recover` brings everything else to a state to resume from. From the first failure
     on, missing capacity is waited for: dead processes may still hold it, or a node is on its way. Each
     `attempt` waits for it within its own deadline, with a pause between two, up to `MAX_PAUSE_S`.
+
+    Waits for: capacity. Unblocked by: its return, `restarts.recovery_timeout_s`, cancellation.
     """
-    num_waits = 0
+    num_waits, waits_since_s = 0, 0.0
     while True:
         try:
             return await attempt()
@@ -184,8 +211,11 @@ async def with_recovery(
         except PlacementError as error:
             if not restarts.used:
                 raise
+            if not num_waits:
+                waits_since_s = restarts.window.clock()
+            pause_s = restarts.pause_for_room(num_waits, waits_since_s, error)
             tell(f"waits for room for the learner: {error}")
-            await sleep(restarts.pause_after(num_waits))
+            await sleep(pause_s)
             num_waits += 1
             continue
         except CoreLost as error:

@@ -33,6 +33,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import RunError, StorageError
 from rlhf_cluster.run.status_snapshot import Snapshot
 from rlhf_cluster.util import redaction
@@ -248,8 +249,17 @@ class RunDir:
             return None
 
     def read_resolved(self) -> dict[str, Any] | None:
-        """Return the configuration that the run was last started with; None when it is missing."""
-        return read_json(self.resolved)
+        """Return the configuration that the run was last started with; None when it is missing.
+
+        A directory that has no weight of an optimised reward was trained by GDPO with weight 1.
+        """
+        settings = read_json(self.resolved)
+        algorithm = (settings or {}).get("algorithm") or {}
+        if settings is not None and algorithm.get("type") == "gdpo":
+            optimised = [r for r in settings["scoring"]["rewards"] if not r.get("watch")]
+            unset = {r.get("name") or r["type"]: 1.0 for r in optimised}
+            algorithm["reward_weights"] = {**unset, **algorithm.get("reward_weights", {})}
+        return settings
 
     def read_summary(self) -> dict[str, Any]:
         """Return the result of a run that is over. Raises `RunError`."""
@@ -286,10 +296,21 @@ class RunDir:
         for folder in FOLDERS:
             (self.path / folder).mkdir(exist_ok=True)
         self.weights.mkdir(parents=True, exist_ok=True)
-        settings = config.model_dump(mode="json")
+        settings = list_settings(config)
         redaction.hide(redaction.find_secrets(settings))
         write_json(self.resolved, remove_secrets(settings), fsync=True)
         write_json(self.environment, describe_environment(argv, config.run.seed), fsync=True)
+
+
+def list_settings(config: AnyConfig) -> dict[str, Any]:
+    """Return all settings as a run directory stores them, with their secrets.
+
+    GDPO's weights of rewards are those that the learner uses, set or not.
+    """
+    settings = config.model_dump(mode="json")
+    if isinstance(config, RunConfig):
+        settings["algorithm"] = config.trained_algorithm.model_dump(mode="json")
+    return settings
 
 
 def find_run(run: str, root: str | Path = "runs") -> RunDir:

@@ -31,6 +31,9 @@ class ClusterSection(Section):
     node_timeout_s: float = Field(default=0.0, ge=0)
     """Seconds that a placement which does not fit the present nodes waits for nodes that the cluster's
     autoscaler starts. 0: the placement is refused at once."""
+    recovery_timeout_s: PositiveFloat = 3600.0
+    """Seconds that a run waits for free resources after a failure of the learner or of the buffer. Past
+    it the run ends; the same command resumes it."""
     worker_groups: bool = False
     """Place each kind of worker on its own group of nodes, by a resource that these nodes offer:
     rlhf_generation, rlhf_scoring, rlhf_training. deploy/kuberay and deploy/slurm set up such nodes."""
@@ -92,7 +95,8 @@ class RunSection(Section):
     """Folder that holds the runs. On a cluster every node must see it."""
     seed: int = Field(default=0, ge=0)
     start_timeout_s: PositiveFloat = 600.0
-    """Seconds after which the run fails if its services or ranks are not up."""
+    """Seconds after which the run fails if its services or ranks are not up. The time to read the model
+    is added: its files at `generation.pull_bytes_per_s` (200 MB/s in an offline stage)."""
 
 
 R = TypeVar("R", bound=RunSection)

@@ -43,7 +43,7 @@ from rlhf_cluster.run.metrics_file import (
     cut_metrics,
     read_metrics,
 )
-from rlhf_cluster.run.run_directory import RunDir
+from rlhf_cluster.run.run_directory import RunDir, list_settings
 from rlhf_cluster.util.json_files import read_json
 from rlhf_cluster.util.provenance import remove_secrets
 from rlhf_cluster.weights import store
@@ -298,7 +298,7 @@ def rewind_weights(run: RunDir, checkpoint: Checkpoint | None) -> None:
 
 def describe(config: AnyConfig) -> dict[str, Any]:
     """Return the configuration as a run directory stores it: complete, without secrets."""
-    return remove_secrets(config.model_dump(mode="json"))
+    return remove_secrets(list_settings(config))
 
 
 def defaults(section: BaseModel) -> dict[str, Any]:

@@ -41,6 +41,7 @@ def write_peft_folder(folder: Path, manifest: Manifest, factors: Mapping[str, Te
 
     Raises `WeightError`: DoRA, adapters of several ranks or scales, a disk that cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     gains = [name for name in factors if name.endswith(lora_factors.GAIN)]
@@ -75,7 +76,7 @@ def write_peft_folder(folder: Path, manifest: Manifest, factors: Mapping[str, Te
         folder.mkdir(parents=True)
         save_file(tensors, folder / TENSORS)
         (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # save_file reports a full disk as the latter
         raise WeightError(
             f"{folder}: version {manifest.version} cannot be written for the engine ({error}). Make "
             "room there, or set TMPDIR to another folder"

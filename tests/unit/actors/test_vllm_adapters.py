@@ -3,18 +3,21 @@
 import asyncio
 import copy
 import sys
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from safetensors import SafetensorError
 
 from actors.vllm.vllm_adapters import Adapter, Adapters
+from actors.vllm.vllm_engine import VllmEngine
 from actors.vllm.vllm_requests import Requests
-from rlhf_cluster.errors import WeightError
+from rlhf_cluster.errors import DataError, WeightError, WorkerError
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.transports.transport import Deadline
 from tests.support.builders import tiny_llama
-from tests.support.builders.engine_models import adapted, make_request
+from tests.support.builders.engine_models import adapted, engine_config, make_request
 
 
 def module(name: str, **values: object) -> ModuleType:
@@ -48,6 +51,8 @@ class FakeLlm:
         self.calls: list[tuple[str, object]] = []
         self.requests: dict[int, SimpleNamespace] = {}
         self.refusal: Exception | None = None
+        self.refused: dict[str, Exception] = {}  # by request
+        self.engine_core = SimpleNamespace(shutdown=lambda: None)
 
     def add_lora(self, request):
         if self.refusal is not None:
@@ -58,8 +63,13 @@ class FakeLlm:
         del self.loaded[number]
 
     def add_request(self, request_id, prompt, params, lora_request=None):
+        if request_id in self.refused:
+            raise self.refused[request_id]
         made = SimpleNamespace(name=request_id, lora=lora_request, status="waiting")
         self.requests[len(self.requests)] = made
+
+    def has_unfinished_requests(self):
+        return False
 
     def abort_request(self, names):
         self.calls.append(("abort", names))
@@ -202,3 +212,118 @@ def test_a_read_that_hangs_is_not_overtaken(adapters, model, tmp_path):
     with adapters._writing, pytest.raises(WeightError, match="still being read"):
         adapters.write(version, Deadline("t", 60))
     adapters.write(version, Deadline("t", 60))
+
+
+async def test_a_waiting_request_that_vllm_refuses_under_the_new_adapter_is_answered_alone():
+    llm = FakeLlm()
+    requests, future = serving(llm), asyncio.get_running_loop().create_future
+    answers = {name: future() for name in ("runs", "refused", "fails", "waits")}
+    for name, answer in answers.items():
+        requests.add(make_request(name), answer)
+    llm.running("runs")
+    llm.refused = {"refused": ValueError("no block is free"), "fails": KeyError("lora")}
+    owed = dict(requests.follow(1, adapter(1)))
+    assert set(owed) == {answers["refused"], answers["fails"]}
+    assert isinstance(owed[answers["refused"]], DataError)
+    assert "refused request refused: no block is free" in str(owed[answers["refused"]])
+    assert isinstance(owed[answers["fails"]], WorkerError)
+    assert llm.lora_of("waits") == 1
+    assert set(requests.drop_all()) == {answers["runs"], answers["waits"]}
+
+
+class FakeEngine(VllmEngine):
+    """The engine's thread and queue over a fake vLLM, which has no steps to do."""
+
+    def __init__(self, llm: FakeLlm, adapters: Adapters) -> None:
+        super().__init__(engine_config(), "unused", "w0")
+        self._serves = True
+        self._fake = llm, adapters
+
+    def _build(self) -> None:
+        self._llm, self._adapters = self._fake  # type: ignore[assignment]
+        self._scheduler = SimpleNamespace(requests=self._fake[0].requests)
+        self._requests = serving(self._fake[0])
+
+
+@pytest.fixture
+def start_engine(monkeypatch):
+    """Start a `FakeEngine` with the served adapters given."""
+    monkeypatch.setattr("actors.vllm.vllm_engine.engine_arguments", lambda *_: {})
+
+    @asynccontextmanager
+    async def start(llm: FakeLlm, adapters: Adapters):
+        engine = FakeEngine(llm, adapters)
+        await engine.start()
+        try:
+            yield engine
+        finally:
+            await engine.close()
+
+    return start
+
+
+async def test_the_caller_of_a_refused_request_gets_the_error_when_the_adapter_changes(
+    adapters, model, tmp_path, start_engine
+):
+    llm = FakeLlm()
+    async with asyncio.timeout(60), start_engine(llm, adapters) as engine:
+        asked = asyncio.ensure_future(engine.generate(make_request("waits")))
+        await engine._call(lambda: None)  # the request is submitted
+        llm.refused = {"waits": ValueError("too long for this adapter")}
+        loaded = await engine.load_weights(publish(tmp_path / "store", 1, model, 1))
+        assert loaded.version == 1
+        with pytest.raises(DataError, match="refused request waits: too long for this adapter"):
+            await asked
+        engine.check()
+
+
+def folders(adapters: Adapters) -> list[str]:
+    return sorted(path.name for path in adapters._root.iterdir())
+
+
+def test_a_folder_that_was_written_too_late_is_removed(adapters, model, tmp_path, monkeypatch):
+    deadline = Deadline("t", 60)
+
+    def write(folder, *_):
+        folder.mkdir()
+        deadline.cancel()
+
+    monkeypatch.setattr("actors.vllm.vllm_adapters.write_peft_folder", write)
+    with pytest.raises(WeightError, match="t was cancelled"):
+        adapters.write(publish(tmp_path / "store", 1, model, 1), deadline)
+    assert folders(adapters) == []
+
+
+@pytest.mark.parametrize(
+    "failure", [OSError(28, "No space left on device"), SafetensorError("No space left on device")]
+)
+def test_a_folder_that_cannot_be_written_whole_is_removed(
+    adapters, model, tmp_path, monkeypatch, failure
+):
+    def full(_, path):
+        path.write_bytes(b"the first block")
+        raise failure
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(WeightError, match="No space left on device"):
+        adapters.write(publish(tmp_path / "store", 1, model, 1), Deadline("t", 60))
+    assert folders(adapters) == []
+
+
+def test_an_adapter_that_no_caller_waits_for_goes_with_the_next_version(adapters, model, tmp_path):
+    llm = FakeLlm()
+    forgotten = adapters.write(publish(tmp_path / "store", 1, model, 1), Deadline("t", 60))
+    newer = adapters.write(publish(tmp_path / "store", 2, model, 2), Deadline("t", 60))
+    assert folders(adapters) == [newer.folder.name]
+    with pytest.raises(WeightError, match="version 1 was not loaded: a later one was written"):
+        adapters.add(llm, forgotten)
+    adapters.add(llm, newer)
+    adapters.write(publish(tmp_path / "store", 3, model, 3), Deadline("t", 60))
+    assert newer.folder.exists(), "it is served"
+
+
+def test_a_write_that_ends_after_close_leaves_nothing(adapters, model, tmp_path):
+    version = publish(tmp_path / "store", 1, model, 1)
+    adapters.close()
+    adapters.write(version, Deadline("t", 60))
+    assert not adapters._root.exists()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -102,6 +103,45 @@ def test_a_role_is_compared_with_the_smallest_gpu_or_all_with_the_host(needs, gp
     assert [finding.verdict for finding in found] == verdicts
     for finding in found:
         assert bool(finding.cure) == (finding.verdict != "ok")
+
+
+def test_a_rank_of_a_relayed_run_lends_a_copy_of_its_shard_from_the_hosts_memory():
+    weights = {"transport": "relay", "dtype": "bfloat16"}
+    run = {"weights": weights, "learner": {"ranks": 4, "num_gpus": 1}}
+    need = by_role(tiny_config(**run))["learner rank"]
+    assert need.host_parts == {"lent shard": 2 * QWEN3_8B.num_parameters / 4}
+    without = by_role(tiny_config(**{**run, "weights": {"transport": "files"}}))["learner rank"]
+    assert without.host_parts == {}
+    assert need.parts == without.parts, "nothing of it is on the GPU"
+    on_cpu = by_role(tiny_config(weights=weights, learner={"ranks": 4}))["learner rank"]
+    assert on_cpu.host_parts == need.host_parts
+
+
+def test_what_ranks_on_gpus_lend_is_compared_with_the_host():
+    lends = replace(need(70 * GIB, processes=4), host_parts={"lent shard": 4.0 * GIB})
+    role, host = judge([lends], [80 * GIB], 15 * GIB, alone=True)
+    assert "in host memory 4 GiB (lent shard 4 GiB)" in role.value
+    assert (role.verdict, host.verdict) == ("ok", "wrong")
+    assert "16 GiB of 15 GiB" in host.value
+    assert "weights.transport = 'files'" in host.cure
+    on_cpu = replace(lends, gpus=0.0)
+    assert "296 GiB of 15 GiB" in list(judge([on_cpu], [], 15 * GIB, alone=True))[1].value
+    assert [f.verdict for f in judge([lends], [80 * GIB], 17 * GIB, alone=True)] == ["ok", "ok"]
+
+
+def test_the_transport_that_a_run_chooses_decides_what_is_lent(model, tmp_path):
+    large = {"transport": "auto", "relay_above_bytes": 1, "dtype": "float32"}
+    found = {}
+    for transport in ("auto", "files"):
+        config = tiny_config(
+            model={"path": str(model), "init": None},
+            weights=large | {"transport": transport},
+            generation={"workers": 2},
+            run={"root": "/somewhere"},
+        )
+        report = {f.name: f.value for f in deep(config, tmp_path / transport)}
+        found[transport] = "lent shard" in report["memory, learner rank"]
+    assert found == {"auto": True, "files": False}
 
 
 def test_on_a_cluster_this_host_says_nothing():

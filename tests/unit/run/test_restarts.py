@@ -53,7 +53,10 @@ class Run:
 
     def __init__(self, ends: Sequence[RlhfError | str], limit: int = 3) -> None:
         self.ends = list(ends)
-        self.restarts = Restarts(limit=limit)
+        self.now = 0.0
+        self.restarts = Restarts(
+            limit=limit, needs="8 CPU, 4 GPU", window=RestartWindow(clock=lambda: self.now)
+        )
         self.told: list[str | float] = []
 
     async def attempt(self) -> str:
@@ -68,6 +71,7 @@ class Run:
 
     async def sleep(self, seconds: float) -> None:
         self.told.append(seconds)
+        self.now += seconds
 
     async def run(self) -> str:
         return await with_recovery(
@@ -160,6 +164,64 @@ async def test_n09_room_that_is_missing_after_a_loss_costs_no_restart_and_no_rea
     assert pauses[:8] == [1.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, MAX_PAUSE_S]
     assert max(pauses) == MAX_PAUSE_S
     assert pauses[-1] == 1.0, "the wait for room begins anew after the second loss"
+
+
+NO_ROOM = PlacementError("no resources for learner-0 (1 CPU). Free in the cluster now: nothing")
+
+
+async def test_room_that_never_comes_is_waited_for_up_to_a_limit():
+    run = Run([LOST, *[NO_ROOM] * 99])
+    run.restarts.recovery_timeout_s = 100.0
+    with pytest.raises(PlacementError) as caught:
+        await run.run()
+    text = str(caught.value)
+    assert "no room for the learner after a wait of 100 s" in text
+    assert "cluster.recovery_timeout_s = 100" in text
+    assert "needs 8 CPU, 4 GPU" in text
+    assert str(NO_ROOM) in text
+    assert caught.value.__cause__ is NO_ROOM
+    assert run.told.count("attempt") == 9, "the last try is at the limit"
+    assert run.told[-2:] == [37.0, "attempt"], "the last pause ends at the limit"
+    assert str(pickle.loads(pickle.dumps(caught.value))) == text
+
+
+async def test_a_wait_that_ends_leaves_the_next_one_its_whole_time():
+    waits = [NO_ROOM] * 7  # 63 s
+    run = Run([LOST, *waits, LOST, *waits, "done"])
+    run.restarts.recovery_timeout_s = 100.0
+    assert await run.run() == "done"
+
+
+async def test_a_slow_try_counts_as_waiting():
+    """A placement that takes its own 600 s to be refused, of a limit of 1000 s."""
+    run = Run([LOST, *[NO_ROOM] * 99])
+    run.restarts.recovery_timeout_s = 1000.0
+
+    async def attempt() -> str:
+        run.now += 600.0 if run.restarts.used else 0.0
+        return await run.attempt()
+
+    with pytest.raises(PlacementError, match="after a wait of 1203 s"):
+        await with_recovery(attempt, run.recover, run.restarts, run.told.append, run.sleep)
+    assert run.told.count("attempt") == 4
+
+
+async def test_a_wait_for_room_can_be_stopped():
+    run, waits = Run([LOST, NO_ROOM]), asyncio.Event()
+
+    async def sleep(_: float) -> None:
+        if not run.ends:
+            waits.set()
+            await asyncio.Event().wait()
+
+    task = asyncio.ensure_future(
+        with_recovery(run.attempt, run.recover, run.restarts, run.told.append, sleep)
+    )
+    async with asyncio.timeout(60):
+        await waits.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
 
 
 async def test_going_back_to_all_ranks_costs_neither_a_restart_nor_a_pause():

@@ -206,6 +206,44 @@ def test_a_setting_with_names_of_its_own_stands_beside_no_default():
     assert all(line.startswith("scoring.pools.proxies.") for line in found)
 
 
+def gdpo(*weights: float, **own: float) -> dict[str, object]:
+    """Sections of a run by GDPO with one reward per weight: r0, r1, ..."""
+    rewards = [{"type": "exact_match", "name": f"r{i}", "weight": w} for i, w in enumerate(weights)]
+    return {
+        "algorithm": {"type": "gdpo", "reward_weights": own},
+        "scoring": {"rewards": rewards},
+    }
+
+
+def began(run: RunDir, stored: dict[str, float], **sections) -> None:
+    """Make `run` one that began with `sections`, and stores only these weights of GDPO."""
+    settings = describe(config(run.path.parent, **sections))
+    settings["algorithm"]["reward_weights"] = stored
+    run.resolved.write_text(json.dumps(settings))
+
+
+def test_a_gdpo_run_without_stored_weights_was_trained_with_1_each(left: RunDir):
+    began(left, {}, **gdpo(1.0, -0.5))
+    with pytest.raises(RunError) as refused:
+        look(left, **gdpo(1.0, -0.5))
+    assert "  - algorithm.reward_weights.r1 = -0.5, was 1.0\n" in str(refused.value)
+    assert "reward_weights.r0" not in str(refused.value)
+    notes = look(left, accept=True, **gdpo(1.0, -0.5)).notes
+    assert "changed: algorithm.reward_weights.r1 = -0.5, was 1.0" in notes
+
+
+def test_a_gdpo_run_whose_weights_are_those_of_before_continues(left: RunDir):
+    began(left, {"r1": 3.0}, **gdpo(2.0, 3.0))
+    with pytest.raises(RunError, match=r"reward_weights\.r0 = 2\.0, was 1\.0"):
+        look(left, **gdpo(2.0, 3.0))
+    assert look(left, **gdpo(2.0, 3.0, r0=1.0)).notes == look(left, **gdpo(2.0, 3.0, r0=1)).notes
+    with RunDir.reclaim(left.path, config(left.path.parent, **gdpo(2.0, 3.0))) as run:
+        run.go_on(config(left.path.parent, **gdpo(2.0, 3.0)))
+        stored = json.loads(run.resolved.read_text())["algorithm"]["reward_weights"]
+    assert stored == {"r0": 2.0, "r1": 3.0}, "what the learner trains with"
+    assert look(left, **gdpo(2.0, 3.0)).checkpoint is not None
+
+
 def test_how_versions_travel_may_differ_in_a_resumed_run(left: RunDir):
     assert look(left, weights={"transport": "relay"}).notes == look(left).notes
     with pytest.raises(RunError, match="weights.publish_every"):
