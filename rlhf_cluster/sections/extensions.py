@@ -121,11 +121,11 @@ class FromOtherPackages:
 
 def installed(group: str) -> tuple[importlib.metadata.EntryPoint, ...]:
     """Return the entry points of a group in all installed packages. Imports none of them."""
-    return _installed(group, tuple(sys.path))
+    return _find_entry_points(group, tuple(sys.path))
 
 
 @functools.cache
-def _installed(group: str, path: tuple[str, ...]) -> tuple[importlib.metadata.EntryPoint, ...]:
+def _find_entry_points(group: str, path: tuple[str, ...]) -> tuple[importlib.metadata.EntryPoint, ...]:
     return tuple(importlib.metadata.entry_points(group=group))
 
 
