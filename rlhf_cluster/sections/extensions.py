@@ -45,13 +45,13 @@ class Table(dict[str, T]):
         self.check_name(name)
         if ":" in name:
             return import_name(name, f"{self.kind} {name!r}")
-        entry = next(e for e in installed(self.group) if e.name == name)
+        entry = next(e for e in list_installed(self.group) if e.name == name)
         package = distribution_name(entry)
         return import_name(entry.value, f"{self.kind} {name!r} of the package {package}")
 
     def check_name(self, name: str) -> None:
         """Raise `ConfigError` for a name that no type or more than one type has. Imports nothing."""
-        entries = [entry for entry in installed(self.group) if entry.name == name]
+        entries = [entry for entry in list_installed(self.group) if entry.name == name]
         owners = [distribution_name(entry) for entry in entries]
         if name in self:
             owners.insert(0, "rlhf-cluster (built in)")
@@ -61,7 +61,7 @@ class Table(dict[str, T]):
                 "one of them, or give the dotted path, type = 'package.module:Class'"
             )
         if not owners and ":" not in name:
-            others = ", ".join(sorted({repr(e.name) for e in installed(self.group)})) or "none"
+            others = ", ".join(sorted({repr(e.name) for e in list_installed(self.group)})) or "none"
             raise ConfigError(
                 f"unknown type {name!r}; expected one of {', '.join(map(repr, sorted(self)))}; "
                 f"installed by other packages: {others}. A class of yours is named by its path, "
@@ -119,13 +119,15 @@ class FromOtherPackages:
             raise Problems(*messages_of(section, error)) from None
 
 
-def installed(group: str) -> tuple[importlib.metadata.EntryPoint, ...]:
+def list_installed(group: str) -> tuple[importlib.metadata.EntryPoint, ...]:
     """Return the entry points of a group in all installed packages. Imports none of them."""
     return _find_entry_points(group, tuple(sys.path))
 
 
 @functools.cache
-def _find_entry_points(group: str, path: tuple[str, ...]) -> tuple[importlib.metadata.EntryPoint, ...]:
+def _find_entry_points(
+    group: str, path: tuple[str, ...]
+) -> tuple[importlib.metadata.EntryPoint, ...]:
     return tuple(importlib.metadata.entry_points(group=group))
 
 
@@ -141,8 +143,8 @@ def try_installed(tables: Iterable[Table[Any]]) -> Iterator[tuple[str, str, str]
     Yields (kind and name, packages, what is wrong); the last is "" for a type that a run can use.
     """
     for table in tables:
-        for name in sorted({entry.name for entry in installed(table.group)}):
-            owners = [distribution_name(e) for e in installed(table.group) if e.name == name]
+        for name in sorted({entry.name for entry in list_installed(table.group)}):
+            owners = [distribution_name(e) for e in list_installed(table.group) if e.name == name]
             fault = ""
             try:
                 table.check_name(name)
