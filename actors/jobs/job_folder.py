@@ -1,7 +1,7 @@
 """Folder and command line of a job on a Ray cluster.
 
-The folder has the configuration, this code, and the data files and reward modules that the
-configuration names by a path relative to the current folder. Models and run directories are never
+The folder has the configuration, this code, and the data files and Python modules that the
+configuration names and the current folder has. Models and run directories are never
 sent: they must be folders that every node of the cluster sees.
 
 Promises:
@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlhf_cluster.config import GenerateConfig, RunConfig, StageConfig
 from rlhf_cluster.config.load import (
@@ -82,7 +83,7 @@ def pack(folder: Path, config_path: Path, work: Work, here: Path) -> None:
     for config in work.configs:
         for key, text in _data_files(config).items():
             _add_file(folder, key, text, here)
-        for module in _reward_modules(config):
+        for module in _named_modules(config):
             for name in (f"{module}.py", module):
                 if (here / name).exists() and not (folder / name).exists():
                     _copy(here / name, folder / name)
@@ -113,11 +114,23 @@ def _data_files(config: AnyConfig) -> dict[str, str | None]:
     return {"data.path": config.data.path, "evaluation.path": held_out}
 
 
-def _reward_modules(config: AnyConfig) -> list[str]:
-    """Return the top-level modules of the rewards that are Python functions."""
+def _named_modules(config: AnyConfig) -> list[str]:
+    """Return the top-level modules of reward functions, and of types that are named by their path."""
     rewards = [] if isinstance(config, StageConfig) else config.scoring.rewards
-    functions = [str(getattr(reward, "function", "")) for reward in rewards]
-    return [f.partition(":")[0].partition(".")[0] for f in functions if f]
+    paths = [str(getattr(reward, "function", "")) for reward in rewards]
+    paths += [*config.observe.sinks, *_types(config.model_dump())]
+    return [path.partition(":")[0].partition(".")[0] for path in paths if ":" in path]
+
+
+def _types(tree: Any) -> Iterator[str]:
+    """Yield every `type` of a configuration's tree."""
+    if isinstance(tree, dict):
+        if isinstance(tree.get("type"), str):
+            yield tree["type"]
+        tree = list(tree.values())
+    if isinstance(tree, list | tuple):
+        for value in tree:
+            yield from _types(value)
 
 
 def _check_paths(config: AnyConfig, prefix: str) -> None:

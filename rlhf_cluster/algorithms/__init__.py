@@ -31,8 +31,9 @@ from rlhf_cluster.algorithms.reinforce_pp import ReinforcePp, ReinforcePpConfig
 from rlhf_cluster.algorithms.remax import Remax, RemaxConfig
 from rlhf_cluster.algorithms.rloo import Rloo, RlooConfig
 from rlhf_cluster.algorithms.sapo import Sapo, SapoConfig
+from rlhf_cluster.sections.extensions import FromOtherPackages, Table
 
-ALGORITHMS: dict[str, type[PolicyGradient[Any]] | type[OnlineDpo]] = {
+_BUILT_IN: dict[str, type[PolicyGradient[Any]] | type[OnlineDpo]] = {
     "cispo": Cispo,
     "dapo": Dapo,
     "dr_grpo": DrGrpo,
@@ -48,6 +49,7 @@ ALGORITHMS: dict[str, type[PolicyGradient[Any]] | type[OnlineDpo]] = {
     "rloo": Rloo,
     "sapo": Sapo,
 }
+ALGORITHMS = Table("algorithm", "rlhf_cluster.algorithms", _BUILT_IN)
 
 
 def _with_type(section: Any) -> Any:
@@ -70,6 +72,7 @@ AlgorithmConfig = Annotated[
     | RlooConfig
     | SapoConfig,
     Field(discriminator="type"),
+    FromOtherPackages(ALGORITHMS),
     BeforeValidator(_with_type),
 ]
 

@@ -22,6 +22,7 @@ from pydantic import Field, PositiveFloat
 from rlhf_cluster.algorithms import preference_losses
 from rlhf_cluster.algorithms.algorithm import Sums
 from rlhf_cluster.algorithms.preference_losses import Divergence, Labelled, Pairs
+from rlhf_cluster.sections.extensions import FromOtherPackages, Table
 from rlhf_cluster.sections.section import Section
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ class KtoConfig(Section):
         return losses, labelled_metrics(labelled, losses, baseline, self.beta)
 
 
-PREFERENCE_LOSSES: dict[str, type[PairLoss] | type[KtoConfig]] = {
+_BUILT_IN: dict[str, type[PairLoss] | type[KtoConfig]] = {
     "dpo": DpoConfig,
     "dpop": DpopConfig,
     "ipo": IpoConfig,
@@ -182,10 +183,12 @@ PREFERENCE_LOSSES: dict[str, type[PairLoss] | type[KtoConfig]] = {
     "robust_dpo": RobustDpoConfig,
     "simpo": SimpoConfig,
 }
+PREFERENCE_LOSSES = Table("preference loss", "rlhf_cluster.preference_losses", _BUILT_IN)
 
 PreferenceLoss = Annotated[
     DpoConfig | DpopConfig | IpoConfig | KtoConfig | OrpoConfig | RobustDpoConfig | SimpoConfig,
     Field(discriminator="type"),
+    FromOtherPackages(PREFERENCE_LOSSES),
 ]
 
 

@@ -3,7 +3,7 @@
 Promises: a package that is missing is an error before anything starts (`check_sinks`); a sink that
 fails to open, raises, or falls behind is counted, logged once and dropped, and never ends or delays
 the run: each has its own thread and queue. Values that are not finite are not sent. To add one: a class
-with `log` and `close`, and a row in `SINKS`.
+with `log` and `close`, and a row in `SINKS`. Other packages add one as `docs/extending.md` says.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rlhf_cluster.errors import ConfigError
+from rlhf_cluster.sections.every_run import SINK_NAMES
 from rlhf_cluster.util.provenance import remove_secrets
 
 if TYPE_CHECKING:
@@ -54,9 +54,9 @@ class RunInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SinkKind:
-    """Kind of sink. `package` is imported by `build` alone."""
+    """Kind of sink. `package` is imported by `build` alone; None where `build` is imported already."""
 
-    package: str
+    package: str | None
     build: Callable[[RunInfo], Sink]
 
 
@@ -128,21 +128,27 @@ class _Mlflow:
         self._client.set_terminated(self._id)
 
 
-SINKS: Mapping[str, SinkKind] = MappingProxyType(
-    {
-        "tensorboard": SinkKind(package="tensorboard", build=_TensorBoard),
-        "wandb": SinkKind(package="wandb", build=_Wandb),
-        "mlflow": SinkKind(package="mlflow", build=_Mlflow),
-    }
+class _SinkKinds(dict[str, SinkKind]):
+    """Built-in kinds of sinks by name. `kinds[name]` also finds those of other packages."""
+
+    def __missing__(self, name: str) -> SinkKind:
+        return SinkKind(package=None, build=SINK_NAMES[name])
+
+
+SINKS = _SinkKinds(
+    tensorboard=SinkKind(package="tensorboard", build=_TensorBoard),
+    wandb=SinkKind(package="wandb", build=_Wandb),
+    mlflow=SinkKind(package="mlflow", build=_Mlflow),
 )
 
 
 def check_sinks(names: Sequence[str], kinds: Mapping[str, SinkKind] = SINKS) -> None:
     """Check that the package of each sink is installed. Raises `ConfigError`."""
     for name in names:
-        if importlib.util.find_spec(kinds[name].package) is None:
+        package = kinds[name].package
+        if package is not None and importlib.util.find_spec(package) is None:
             raise ConfigError(
-                f"observe.sinks: {name!r} needs the package {kinds[name].package}, which is not "
+                f"observe.sinks: {name!r} needs the package {package}, which is not "
                 f"installed. pip install 'rlhf-cluster[{name}]', or leave it out"
             )
 

@@ -37,6 +37,18 @@ from rlhf_cluster.offline.train_sft import (
     SftConfig,
     SftStage,
 )
+from rlhf_cluster.sections.extensions import FromOtherPackages, Table
+
+_BUILT_IN: Mapping[str, type[Stage[Any]]] = {
+    "distillation": DistillationStage,
+    "pointwise_reward_model": PointwiseRewardModelStage,
+    "preference": PreferenceStage,
+    "process_reward_model": ProcessRewardModelStage,
+    "reward_model": RewardModelStage,
+    "sft": SftStage,
+}
+STAGES = Table("stage", "rlhf_cluster.stages", _BUILT_IN)
+"""Classes of stages by the `type` of their section."""
 
 StageSection = Annotated[
     DistillationConfig
@@ -46,17 +58,8 @@ StageSection = Annotated[
     | RewardModelStageConfig
     | SftConfig,
     Field(discriminator="type"),
+    FromOtherPackages(STAGES),
 ]
-
-STAGES: Mapping[str, type[Stage[Any]]] = {
-    "distillation": DistillationStage,
-    "pointwise_reward_model": PointwiseRewardModelStage,
-    "preference": PreferenceStage,
-    "process_reward_model": ProcessRewardModelStage,
-    "reward_model": RewardModelStage,
-    "sft": SftStage,
-}
-"""Classes of stages by the `type` of their section."""
 
 
 def build_stage(section: Any, context: StageContext) -> Stage[Any]:

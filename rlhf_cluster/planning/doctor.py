@@ -22,6 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from rlhf_cluster.algorithms import ALGORITHMS
+from rlhf_cluster.algorithms.preference_loss_config import PREFERENCE_LOSSES
+from rlhf_cluster.offline import STAGES
+from rlhf_cluster.rewards import REWARDS
+from rlhf_cluster.sections.every_run import SINK_NAMES
+from rlhf_cluster.sections.extensions import try_installed
+
 PROBE_BYTES = 64_000_000
 GIB = 1 << 30
 TESTED = {
@@ -57,7 +64,8 @@ class Facts:
     """Facts of a machine.
 
     `packages`: version by name, None where not installed. `gpus`: name and bytes of each. `ports`:
-    whether each requested port is free. Folders are the nearest that exist.
+    whether each requested port is free. `types`: kind and name, package and fault of each type that
+    another package adds. Folders are the nearest that exist.
     """
 
     python: str
@@ -73,6 +81,7 @@ class Facts:
     gpus_wanted: float
     ports: Mapping[int, bool]
     max_open_files: int
+    types: Sequence[tuple[str, str, str]] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +96,7 @@ def judge(facts: Facts) -> list[Finding]:
     """Return one finding for each checked fact, the basic ones first."""
     return [
         *_software(facts),
+        *_types(facts),
         *_processor(facts),
         *_memory(facts),
         *_storage(facts),
@@ -118,6 +128,7 @@ def look(
         gpus_wanted=gpus_wanted,
         ports={port: is_free(port) for port in ports},
         max_open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        types=tuple(try_installed((ALGORITHMS, REWARDS, STAGES, PREFERENCE_LOSSES, SINK_NAMES))),
     )
 
 
@@ -185,6 +196,13 @@ def _software(facts: Facts) -> Iterator[Finding]:
         yield Finding(name="engine", verdict="wrong", value=value, cure=cure)
     else:
         yield Finding(name="engine", verdict="ok", value=value)
+
+
+def _types(facts: Facts) -> Iterator[Finding]:
+    for name, package, fault in facts.types:
+        verdict: Verdict = "note" if fault else "ok"
+        cure = f"A run that names it is refused: {fault}" if fault else ""
+        yield Finding(name=name, verdict=verdict, value=f"from {package}", cure=cure)
 
 
 def _processor(facts: Facts) -> Iterator[Finding]:

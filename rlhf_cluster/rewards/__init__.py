@@ -72,6 +72,27 @@ from rlhf_cluster.rewards.servers.judge import (
     Judge,
     JudgeConfig,
 )
+from rlhf_cluster.sections.extensions import FromOtherPackages, Table
+
+_BUILT_IN: Mapping[str, Any] = {
+    "code": Code,
+    "ensemble": Ensemble,
+    "equations": Equations,
+    "exact_match": ExactMatch,
+    "format": Format,
+    "http": Http,
+    "json_schema": JsonSchema,
+    "judge": Judge,
+    "length": Length,
+    "maths": Maths,
+    "multiple_choice": MultipleChoice,
+    "numeric": Numeric,
+    "process_reward_model": ProcessReward,
+    "python": PythonFunction,
+    "reward_model": RewardModel,
+}
+REWARDS = Table("reward", "rlhf_cluster.rewards", _BUILT_IN)
+"""Classes by the `type` of their section; each is built as `cls(section, context)`."""
 
 RewardConfig = Annotated[
     CodeConfig
@@ -90,26 +111,8 @@ RewardConfig = Annotated[
     | PythonFunctionConfig
     | RewardModelConfig,
     Field(discriminator="type"),
+    FromOtherPackages(REWARDS),
 ]
-
-REWARDS: Mapping[str, Any] = {
-    "code": Code,
-    "ensemble": Ensemble,
-    "equations": Equations,
-    "exact_match": ExactMatch,
-    "format": Format,
-    "http": Http,
-    "json_schema": JsonSchema,
-    "judge": Judge,
-    "length": Length,
-    "maths": Maths,
-    "multiple_choice": MultipleChoice,
-    "numeric": Numeric,
-    "process_reward_model": ProcessReward,
-    "python": PythonFunction,
-    "reward_model": RewardModel,
-}
-"""Classes by the `type` of their section; each is built as `cls(section, context)`."""
 
 __all__ = ["REWARDS", "RewardConfig", "build_rewards"]
 

@@ -7,13 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Generic, Literal, Self, TypeVar
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar, get_args
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, field_validator
 
+from rlhf_cluster.sections.extensions import Table
 from rlhf_cluster.sections.section import Section
 
 SinkName = Literal["tensorboard", "wandb", "mlflow"]
+SINK_NAMES: Table[Any] = Table("sink", "rlhf_cluster.sinks", dict.fromkeys(get_args(SinkName)))
+
+
+def _check_sink(name: str) -> str:
+    SINK_NAMES.check_name(name)
+    _ = SINK_NAMES[name]  # imports the class of another package
+    return name
 
 
 class ClusterSection(Section):
@@ -61,10 +69,11 @@ class Observe(Section):
     """Rollouts per step that are written to samples/*.parquet; 0 for none."""
     live: bool = True
     """Show a live view on a terminal. False, or without a terminal: plain lines."""
-    sinks: tuple[SinkName, ...] = ()
+    sinks: tuple[Annotated[str, AfterValidator(_check_sink)], ...] = ()
     """Destinations of metrics in addition to metrics.jsonl: "tensorboard", "wandb", "mlflow". Each
     needs the extra of that name (pip install 'rlhf-cluster[wandb]'). W&B stays offline unless
-    WANDB_MODE is set. MLflow writes into the run directory unless MLFLOW_TRACKING_URI is set."""
+    WANDB_MODE is set. MLflow writes into the run directory unless MLFLOW_TRACKING_URI is set. Also the
+    name of a sink that another package installs, or the path of a class, "package.module:Class"."""
 
     write_timeout_s: PositiveFloat = 60.0
     """Deadline in seconds for writing a line of metrics.jsonl. Until then lines wait in memory, in

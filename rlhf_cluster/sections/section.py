@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rlhf_cluster.errors import ConfigError
+from rlhf_cluster.sections.import_name import is_built_in, restore_section
 
 
 class Section(BaseModel):
@@ -36,6 +37,13 @@ class Section(BaseModel):
     def problems(self) -> Iterator[str]:
         """Yield what keys of this section contradict, for `check_all`, which fills in "{key}"."""
         return iter(())
+
+    def __reduce_ex__(self, protocol: typing.SupportsIndex) -> Any:
+        """Pickle a section of another package so that a node without it says what is missing."""
+        cls = type(self)
+        if is_built_in(cls) or cls.__module__ == "__main__" or "<" in cls.__qualname__:
+            return super().__reduce_ex__(protocol)
+        return restore_section, (f"{cls.__module__}:{cls.__qualname__}", self.__getstate__())
 
 
 S = TypeVar("S", bound=Section)
@@ -157,7 +165,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 def _explain(cls: type[Section], problem: Any) -> Sequence[str]:
     """Return the messages of one problem that pydantic found; several where checks found several."""
     found = problem.get("ctx", {}).get("error")
-    return found.args if isinstance(found, Problems) else [_explain_one(cls, problem)]
+    if not isinstance(found, Problems):
+        return [_explain_one(cls, problem)]
+    where = ".".join(map(str, problem["loc"]))
+    return [f"{where}: {text}" for text in found.args] if where else found.args
 
 
 def _explain_one(cls: type[Section], problem: Any) -> str:
