@@ -24,7 +24,6 @@ from rlhf_cluster.planning.cluster_room import (
     address_of,
     local_cpus,
 )
-from rlhf_cluster.planning.placement import demand
 from rlhf_cluster.util.addresses import check_address
 
 OBJECT_STORE_BYTES = 512 << 20
@@ -88,12 +87,6 @@ def metrics_targets() -> list[str]:
     """Return HOST:PORT of each live node's Prometheus endpoint."""
     nodes = (node for node in ray.nodes() if node["Alive"])
     return [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in nodes]
-
-
-def describe_demand(config: AnyConfig) -> str:
-    bundles = demand(config)
-    cpus, gpus = sum(b.cpus for b in bundles), sum(b.gpus for b in bundles)
-    return f"{len(bundles)} bundles, {cpus:g} CPU, {gpus:g} GPU"
 
 
 def _check_port_free(port: int) -> None:

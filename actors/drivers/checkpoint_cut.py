@@ -1,33 +1,32 @@
-"""Checkpoints of a run on Ray: the content of one, and the claim of a run directory to resume."""
+"""Checkpoints of a run on Ray: how they are saved, and the content of one."""
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from actors.drivers.rl_observer import RunObserver
+from actors.drivers.run_observer import Observer
 from actors.services.buffer_actor import RayBuffer
 from actors.services.learner_actors import RayLearner
 from rlhf_cluster.buffer.adaptive_depth import DepthController
-from rlhf_cluster.config import RunConfig
+from rlhf_cluster.config import GenerateConfig, RunConfig
 from rlhf_cluster.config.load import AnyConfig
 from rlhf_cluster.records import LearnerState
-from rlhf_cluster.run.checkpoint import (
-    checkpoint_folder,
-    resume,
-)
+from rlhf_cluster.run.checkpoint import checkpoint_folder
 from rlhf_cluster.run.checkpoint.background_saving import (
     Checkpoints,
     CheckpointStats,
+    Cut,
 )
 from rlhf_cluster.run.checkpoint.remote_copies import (
     Copies,
     CopyStats,
     folder_of,
 )
-from rlhf_cluster.run.checkpoint.resume import Continuation
 from rlhf_cluster.run.checkpoint.run_state import RunState
 from rlhf_cluster.run.run_directory import RunDir
 from rlhf_cluster.weights import store
@@ -35,44 +34,51 @@ from rlhf_cluster.weights.sync import SyncStats
 from rlhf_cluster.weights.writer_fence import publishing
 
 
-def claimed(
-    config: AnyConfig, argv: list[str], overwrite: bool, accept_changes: bool
-) -> tuple[RunDir, Continuation]:
-    """Claim the run's directory. Returns it with the state from which the run continues.
+async def make_checkpoints(
+    config: AnyConfig,
+    rundir: RunDir,
+    observer: Observer[Any],
+    *,
+    num_steps: int,
+    learner: Any,
+    cut: Cut,
+    kept: Callable[[Sequence[RunState]], Awaitable[None]],
+    fence: checkpoint_folder.Fence,
+    resumed: RunState | None,
+) -> Checkpoints:
+    """Build the saving of checkpoints for an attempt that continues from `resumed`, or from step 0.
 
-    A directory whose run has finished is not claimed, because there is nothing to do.
-
-    Raises: `RunError`.
+    Args:
+        learner: copies and writes the state of the ranks.
+        cut: returns the state of the run between two steps.
+        kept: gets the states that are on disk after each checkpoint.
+        fence: lets only the current attempt complete a checkpoint.
+    Waits for: the list of existing checkpoints, if checkpoints are copied.
     """
-    fresh = overwrite or not RunDir.has_run(config.run_dir)
-    if fresh:
-        run = RunDir.create(config.run_dir, config, overwrite=overwrite, argv=argv)
-    else:
-        run = RunDir.reclaim(config.run_dir, config)
-    try:
-        if fresh:
-            known = resume.whole_copy(run, config, overwrite)
-            if known.checkpoint is None:
-                return run, Continuation(finished=False, checkpoint=None, notes=[])
-        else:
-            known = resume.whole_or_copy(run, config)
-        found = resume.look(run, config, accept_changes, known)
-    except BaseException:
-        if fresh and not checkpoint_folder.steps(run.checkpoints):
-            run.remove()
-        else:
-            run.withdraw()
-        raise
-    if found.finished:
-        run.withdraw()
-    elif found.checkpoint is None and not found.kept:
-        run.restart(config, argv)
-    else:
-        run.summary.unlink(missing_ok=True)
-        run.go_on(config, argv)
-        if found.checkpoint is not None:
-            resume.cut_back(run, found.checkpoint)
-    return run, found
+    assert not isinstance(config, GenerateConfig)
+    settings, copy, copies = config.checkpoint, folder_of(config), None
+    if copy is not None:
+        copies = Copies(run=rundir, copy=copy, timeout_s=settings.timeout_s, tell=observer.event)
+        if resumed is not None:
+            copies.follow(await observer.on_disk(checkpoint_folder.steps, rundir.checkpoints))
+    return Checkpoints(
+        root=rundir.checkpoints,
+        every=settings.every,
+        keep=settings.keep,
+        keep_best=settings.keep_best,
+        num_steps=num_steps,
+        learner=learner,
+        cut=cut,
+        tell=observer.event,
+        clock=time.monotonic,
+        timeout_s=settings.timeout_s,
+        told_fraction=config.observe.slow_write_fraction,
+        kept=kept,
+        check_owner=rundir.check_claim,
+        fence=fence,
+        copies=copies,
+        stats=CheckpointStats(last=-1 if resumed is None else resumed.step),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,32 +99,17 @@ class Cutter:
     reference: Callable[[], int | None]  # returns the version of the stored reference in use
 
     async def checkpoints(self, learner: RayLearner, resumed: RunState | None) -> Checkpoints:
-        """Build the saving of checkpoints for an attempt that continues from `resumed`, or from step 0.
-
-        Waits for: the list of existing checkpoints, if checkpoints are copied.
-        """
-        settings, copies = self.config.checkpoint, self._copies()
-        if copies is not None and resumed is not None:
-            copies.follow(
-                await self.observer.on_disk(checkpoint_folder.steps, self.rundir.checkpoints)
-            )
-        return Checkpoints(
-            root=self.rundir.checkpoints,
-            every=settings.every,
-            keep=settings.keep,
-            keep_best=settings.keep_best,
+        """Build the saving of checkpoints of the run. Waits like `make_checkpoints`."""
+        return await make_checkpoints(
+            self.config,
+            self.rundir,
+            self.observer,
             num_steps=self.config.run.steps,
             learner=learner,
             cut=self.cut,
-            tell=self.observer.event,
-            clock=time.monotonic,
-            timeout_s=settings.timeout_s,
-            told_fraction=self.config.observe.slow_write_fraction,
             kept=self.kept,
-            check_owner=self.rundir.check_claim,
             fence=functools.partial(publishing, self.config.weights_dir, learner.writer),
-            copies=copies,
-            stats=CheckpointStats(last=-1 if resumed is None else resumed.step),
+            resumed=resumed,
         )
 
     async def cut(self, step: int, learner: LearnerState) -> RunState:
@@ -149,13 +140,6 @@ class Cutter:
         for version in store.pinned(self.rundir.reference):
             if version not in needed:
                 store.unpin(self.rundir.reference, version)
-
-    def _copies(self) -> Copies | None:
-        copy = folder_of(self.config)
-        if copy is None:
-            return None
-        timeout_s = self.config.checkpoint.timeout_s
-        return Copies(run=self.rundir, copy=copy, timeout_s=timeout_s, tell=self.observer.event)
 
     def _pinned_reference(self) -> int | None:
         if not self.config.stored_reference:

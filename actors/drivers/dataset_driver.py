@@ -1,14 +1,12 @@
 """Driver of a data set, from its configuration to its file: pools without learner and buffer.
 
-    check inputs -> Ray -> preflight -> run directory
-        -> pools -> answers (groups.jsonl, prompt by prompt) -> selection -> data.jsonl -> summary
+    pools -> answers (groups.jsonl, prompt by prompt) -> selection -> data.jsonl -> summary
 
 Promises:
 - rerunning the command resumes a stage that was killed, was stopped or failed. Prompts whose answers
   are written are not sampled again;
 - no pool is started if no answer is missing;
-- however the stage ends, all its actors and placement groups are removed, and the run directory says
-  how it ended.
+- however the stage ends, all its actors and placement groups are removed.
 """
 
 from __future__ import annotations
@@ -19,37 +17,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from actors.drivers.open_run import in_run_directory
+from actors.drivers.driver import Driver, Opened
 from rlhf_cluster.util.slow_disk import run_in_thread
 
 # isort: split
 from actors.cluster.calls import answer
-from actors.cluster.signals import ended_by_signals
 from actors.drivers.offline_observer import StageObserver
 from actors.drivers.supervisor import Supervisor
 from actors.services.start_services import (
-    Launcher,
     control_channel,
-    environment_of_engine,
     generation_pool,
     scoring_pools,
     started_pools,
 )
+from rlhf_cluster.config import RunConfig
 from rlhf_cluster.config.dataset_config import GenerateConfig
 from rlhf_cluster.data.tokenizer import load_tokenizer, render
 from rlhf_cluster.errors import RlhfError
-from rlhf_cluster.generation.generation_worker import DEFAULT_ENGINE
-from rlhf_cluster.observe.record.logs import configure
-from rlhf_cluster.observe.report.live_view import LiveView
-from rlhf_cluster.planning.placement import demand, total_resources
 from rlhf_cluster.planning.run_inputs import (
     Inputs,
     check_inputs,
 )
-from rlhf_cluster.planning.start_deadline import with_start_deadline
 from rlhf_cluster.records import Handle
-from rlhf_cluster.run.checkpoint.resume import Continuation
-from rlhf_cluster.run.run_directory import RunDir
 from rlhf_cluster.synthetic_data.answers_file import (
     GROUPS,
     Answers,
@@ -69,106 +58,49 @@ HEADLINE = "generate/reward_mean"
 REPORT = "report.json"
 
 
-def run_generate(
-    config: GenerateConfig,
-    argv: list[str],
-    overwrite: bool,
-    engine_factory: str = DEFAULT_ENGINE,
-    accept_changes: bool = False,
-) -> dict[str, Any]:
-    """Run `config` to its end, skipping prompts that are done.
+class DatasetDriver(Driver[GenerateConfig, Inputs, StageObserver]):
+    """A stage that makes a data set."""
 
-    Returns the summary, at once for a stage that has finished; raises the `RlhfError` that ended it.
-    """
-    config = config.with_absolute_paths()
-    started = time.time()
-
-    def run(inputs: Inputs, rundir: RunDir, view: LiveView, found: Continuation) -> dict[str, Any]:
-        bounded = with_start_deadline(config, inputs.model_dir)
-        own = _Generation(bounded, inputs, rundir, view, engine_factory, started)
-        own.patience_s = config.cluster.placement_timeout_s if found.notes else 0.0
-        return asyncio.run(own.supervised())
-
-    return in_run_directory(
-        config,
-        argv,
-        overwrite,
-        accept_changes,
-        lambda scratch: _check_inputs(config, scratch),
-        lambda inputs: (),
-        run,
-    )
-
-
-def _check_inputs(config: GenerateConfig, scratch: Path) -> Inputs:
-    """Check the inputs with `check_inputs`, and that the key of an endpoint is set."""
-    if config.stage.revise is not None and config.stage.revise.endpoint is not None:
-        EndpointAsker.of(config.stage.revise.endpoint)
-    return check_inputs(config.as_run, scratch)
-
-
-class _Generation:
-    def __init__(
-        self,
-        config: GenerateConfig,
-        inputs: Inputs,
-        rundir: RunDir,
-        view: LiveView,
-        engine_factory: str,
-        started: float,
-    ) -> None:
-        self.config, self.inputs, self.rundir, self.started = config, inputs, rundir, started
-        configure("controller", "controller", rundir.logs)
+    def __init__(self, opened: Opened[GenerateConfig, Inputs]) -> None:
+        super().__init__(opened)
+        config, inputs = self.config, self.inputs
         self.num_prompts = inputs.prompts.epoch_size or 0
-        self.patience_s = 0.0  # seconds for Ray to end the actors of an earlier process
-        self.launcher = Launcher(
-            config=config.as_run,
-            model_dir=str(inputs.model_dir),
-            engine_factory=engine_factory,
-            engine_environment=environment_of_engine(config.as_run, engine_factory),
-        )
         self.tokenizer = load_tokenizer(config.model.tokenizer or str(inputs.model_dir))
-        self.config.data_file.unlink(missing_ok=True)  # left by an earlier selection
-        self.file = AnswersFile(rundir.path / GROUPS)
+        config.data_file.unlink(missing_ok=True)  # left by an earlier selection
+        self.file = AnswersFile(self.rundir.path / GROUPS)
         self.observer = StageObserver(
-            config, rundir, self.num_prompts, HEADLINE, {}, view.update, started
+            config, self.rundir, self.num_prompts, HEADLINE, {}, self.show, self.started_s
         )
-        self.progress = Progress(
-            self.config.run.record_every, len(self.file.done), self.config.stage.samples
-        )
+        self.progress = Progress(config.run.record_every, len(self.file.done), config.stage.samples)
 
-    async def supervised(self) -> dict[str, Any]:
-        """Run the stage until it ends or the first signal, with all finished answers written."""
-        return await ended_by_signals(self._run(), lambda: False, 0.0, self._stopped_text)
+    @staticmethod
+    def check_inputs(config: GenerateConfig, scratch: Path) -> Inputs:
+        """Check the inputs like those of a run, and that the key of an endpoint is set."""
+        if config.stage.revise is not None and config.stage.revise.endpoint is not None:
+            EndpointAsker.of(config.stage.revise.endpoint)
+        return check_inputs(config.as_run, scratch)
 
-    def _stopped_text(self) -> str:
+    @property
+    def services_config(self) -> RunConfig:
+        return self.config.as_run
+
+    def stopped_text(self) -> str:
         return (
             f"run {self.config.run.name} was stopped by a signal: {len(self.file.done)} of "
             f"{self.num_prompts} prompts are written, and the same command continues with the others"
         )
 
-    async def _run(self) -> dict[str, Any]:
-        observer = self.observer
-        try:
-            observer.state("starting")
-            if self.file.done:
-                observer.event(f"{len(self.file.done)} prompts are written already")
-            discarded: dict[str, int] = {}
-            if len(self.file.done) < self.num_prompts:
-                discarded = await self._sample_missing()
-            summary = await run_in_thread(self._finish, discarded)
-            await observer.finished()
-            return summary
-        except BaseException as error:
-            stopped = isinstance(error, asyncio.CancelledError)
-            text = self._stopped_text() if stopped else str(error) or type(error).__name__
-            observer.state("stopped" if stopped else "failed", text)
-            if not stopped:
-                await observer.post_mortem(error)
-            raise
-        finally:
-            self.file.close()
-            await run_in_thread(observer.close)
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+    async def work(self) -> dict[str, Any]:
+        if self.file.done:
+            self.observer.event(f"{len(self.file.done)} prompts are written already")
+        discarded: dict[str, int] = {}
+        if len(self.file.done) < self.num_prompts:
+            discarded = await self._sample_missing()
+        return await run_in_thread(self._finish, discarded)
 
     async def _sample_missing(self) -> dict[str, int]:
         """Sample the answers of all prompts that have none. Returns discarded prompts by reason.
@@ -285,15 +217,6 @@ class _Generation:
         config, rundir = self.config, self.rundir
         report = write_dataset(rundir.path / GROUPS, config.data_file, config.stage, discarded)
         write_json(rundir.path / REPORT, report)
-        summary = {
-            "run": config.run.name,
-            "run_dir": str(rundir.path),
-            "stage": config.stage.type,
-            "report": report,
-            "data_file": str(config.data_file),
-            "first_step_s": self.observer.first_step_s,
-            "total_s": time.time() - self.started,
-            "demand": total_resources(demand(config)),
-        }
-        rundir.write_summary(summary)
-        return summary
+        return self.write_summary(
+            stage=config.stage.type, report=report, data_file=str(config.data_file)
+        )

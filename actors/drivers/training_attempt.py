@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from actors.drivers.checkpoint_cut import Cutter
+from actors.drivers.driver import Stopped, stopped_text
 from actors.drivers.rl_observer import RunObserver
 from actors.services.buffer_actor import RayBuffer
 from actors.services.generation_client import RayGeneration
@@ -34,8 +35,8 @@ from rlhf_cluster.buffer.group_recovery import (
     recovery_of,
 )
 from rlhf_cluster.buffer.staleness import build_gate
-from rlhf_cluster.config import RunConfig, StageConfig
-from rlhf_cluster.errors import CoreLost, RunError, StalledError
+from rlhf_cluster.config import RunConfig
+from rlhf_cluster.errors import CoreLost, StalledError
 from rlhf_cluster.pipeline import Pipeline, evaluate
 from rlhf_cluster.planning.run_inputs import Inputs
 from rlhf_cluster.records import BufferState, Ticket, WeightVersion
@@ -56,10 +57,6 @@ from rlhf_cluster.weights.writer_fence import LOCK_TIMEOUT_S, Writer
 
 LOOK_EVERY_S = 1.0
 T = TypeVar("T")
-
-
-class Stopped(RunError):
-    """End of a run that was asked to end, at a boundary between two steps."""
 
 
 def publish_deadline_s(config: RunConfig, num_bytes: int) -> float:
@@ -353,16 +350,3 @@ def save_deadline_s(config: RunConfig) -> float:
     """Return the seconds for a checkpoint in progress, then the copy and write of another one."""
     one_s = config.checkpoint.timeout_s
     return reply_deadline(one_s, reply_deadline(config.learner.step_timeout_s), one_s)
-
-
-def stopped_text(config: RunConfig | StageConfig, last: int) -> str:
-    """Return the message of a stopped run.
-
-    Args:
-        last: step of the last complete checkpoint, -1 if there is none.
-    """
-    next_step = f"The same command continues it from step {last}" if last >= 0 else "No checkpoint"
-    return (
-        f"run {config.run.name!r} was stopped by a signal; its metrics and published weights are in "
-        f"{config.run_dir}. {next_step}"
-    )

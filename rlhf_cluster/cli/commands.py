@@ -99,24 +99,26 @@ def _run(
     there = standing(loaded, overwrite, accept_changes)  # before anything slow
     if there is not None and there.finished:
         return there.notes
+    from actors.drivers.driver import drive
+
     if isinstance(loaded, StageConfig):
-        from actors.drivers.offline_driver import run_stage
+        from actors.drivers.offline_driver import StageDriver
         from rlhf_cluster.cli.stage_text import stage_ending
 
-        summary = run_stage(loaded, argv, overwrite, accept_changes)
+        summary = drive(StageDriver, loaded, argv, overwrite, accept_changes)
         return stage_ending(summary, _own_name(), Path.cwd())
     if isinstance(loaded, GenerateConfig):
-        from actors.drivers.dataset_driver import run_generate
+        from actors.drivers.dataset_driver import DatasetDriver
         from rlhf_cluster.cli.stage_text import generation_ending
 
         _check_engine(loaded.as_run)
-        summary = run_generate(loaded, argv, overwrite, accept_changes=accept_changes)
+        summary = drive(DatasetDriver, loaded, argv, overwrite, accept_changes)
         return generation_ending(summary, _own_name(), Path.cwd())
     _check_engine(loaded)
-    from actors.drivers.rl_driver import run_config
+    from actors.drivers.rl_driver import RLDriver
     from rlhf_cluster.cli.run_text import ending
 
-    summary = run_config(loaded, argv, overwrite, accept_changes=accept_changes)
+    summary = drive(RLDriver, loaded, argv, overwrite, accept_changes)
     return ending(summary, loaded, config, overrides, _own_name(), Path.cwd(), alone)
 
 

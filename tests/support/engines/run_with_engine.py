@@ -4,9 +4,10 @@ engine than vLLM."""
 import sys
 from typing import Any
 
-from actors.drivers.dataset_driver import run_generate
-from actors.drivers.offline_driver import run_stage
-from actors.drivers.rl_driver import run_config
+from actors.drivers.dataset_driver import DatasetDriver
+from actors.drivers.driver import drive
+from actors.drivers.offline_driver import StageDriver
+from actors.drivers.rl_driver import RLDriver
 from rlhf_cluster.cli.commands import explain
 from rlhf_cluster.config import GenerateConfig, StageConfig
 from rlhf_cluster.config.load import AnyConfig, load_all
@@ -25,11 +26,8 @@ def main() -> int:
 
 
 def run(config: AnyConfig, engine: str) -> dict[str, Any]:
-    if isinstance(config, StageConfig):
-        return run_stage(config, sys.argv[1:], False)
-    if isinstance(config, GenerateConfig):
-        return run_generate(config, sys.argv[1:], False, engine)
-    return run_config(config, sys.argv[1:], False, engine_factory=engine)
+    kinds = {StageConfig: StageDriver, GenerateConfig: DatasetDriver}
+    return drive(kinds.get(type(config), RLDriver), config, sys.argv[1:], False, False, engine)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from actors.drivers.checkpoint_cut import claimed
+from actors.drivers.driver import claimed
 from rlhf_cluster.buffer.staleness import AdmissionGate
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import (
