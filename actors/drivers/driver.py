@@ -1,4 +1,4 @@
-"""What every run has in common, from its configuration to its summary.
+"""Driver of any run, from its configuration to its summary.
 
     check inputs -> Ray -> preflight -> run directory -> live view
         -> Driver.run: work -> summary
@@ -78,7 +78,7 @@ class Stopped(RunError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened(Generic[ConfigT, InputsT]):
-    """What a driver gets: the checked inputs of a run, and its claimed directory."""
+    """Checked inputs of a run, and its claimed directory."""
 
     config: ConfigT
     inputs: InputsT
@@ -142,11 +142,11 @@ class Driver(Generic[ConfigT, InputsT, ObserverT]):
         """Return the message of a run that a signal ended."""
         raise NotImplementedError
 
-    def explained(self, error: BaseException) -> BaseException:
+    def explain(self, error: BaseException) -> BaseException:
         """Return the error that is raised for `error`, which ended the run."""
         return error
 
-    async def supervised(self) -> dict[str, Any]:
+    async def supervise(self) -> dict[str, Any]:
         """Run to the end, or until SIGTERM or SIGINT; the outcome is in the run directory.
 
         The first signal ends the run at the next boundary between two steps. After
@@ -171,7 +171,7 @@ class Driver(Generic[ConfigT, InputsT, ObserverT]):
             observer.state("stopped" if stopped else "failed", text)
             if not stopped:
                 await observer.post_mortem(error)
-            if (explained := self.explained(error)) is not error:
+            if (explained := self.explain(error)) is not error:
                 raise explained from error
             raise
         finally:
@@ -294,7 +294,7 @@ def drive(
         inputs = kind.check_inputs(config, Path(scratch))
         with connected(config) as address:
             preflight(demand(config), config.cluster.node_timeout_s)
-            rundir, found = claimed(config, argv, overwrite, accept_changes)
+            rundir, found = claim(config, argv, overwrite, accept_changes)
             with rundir:
                 if found.finished:
                     return rundir.read_summary()
@@ -315,7 +315,7 @@ def drive(
                         started_s=started_s,
                         engine_factory=engine_factory,
                     )
-                    return asyncio.run(kind(opened).supervised())
+                    return asyncio.run(kind(opened).supervise())
 
 
 def stopped_text(config: RunConfig | StageConfig, last: int) -> str:
@@ -331,7 +331,7 @@ def stopped_text(config: RunConfig | StageConfig, last: int) -> str:
     )
 
 
-def claimed(
+def claim(
     config: AnyConfig, argv: list[str], overwrite: bool, accept_changes: bool
 ) -> tuple[RunDir, Continuation]:
     """Claim the run's directory. Returns it with the state from which the run continues.

@@ -137,7 +137,7 @@ class RLDriver(TrainingDriver[RunConfig, Inputs, RunObserver]):
         self.control.close()
         super().close()
 
-    def explained(self, error: BaseException) -> BaseException:
+    def explain(self, error: BaseException) -> BaseException:
         """Add the last errors of the pools to a `StalledError`: they may be its cause."""
         if not isinstance(error, StalledError):
             return error

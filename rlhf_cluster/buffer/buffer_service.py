@@ -39,7 +39,7 @@ async def ask_until_answered(
 
 
 class BufferService:
-    """`BufferPort` over one `ExperienceBuffer`; all methods run on one event loop."""
+    """`BufferPort` of one `ExperienceBuffer`; all methods run on one event loop."""
 
     def __init__(
         self,

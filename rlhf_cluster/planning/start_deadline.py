@@ -8,7 +8,7 @@ from typing import TypeVar
 from rlhf_cluster.config import GenerateConfig, RunConfig, StageConfig
 from rlhf_cluster.sections.rl_run import Generation
 
-C = TypeVar("C", RunConfig, StageConfig, GenerateConfig)
+C = TypeVar("C", bound=RunConfig | StageConfig | GenerateConfig)
 
 
 def with_start_deadline(config: C, model_dir: str | Path) -> C:

@@ -176,7 +176,7 @@ def _last_said(text: str) -> str | None:
 
 
 def _begins_solution(line: str, rest: str) -> bool:
-    """Whether what follows "Answer:" is a sentence of a solution that goes on in the next line."""
+    """Whether "Answer:" begins a solution of several lines, of which this is a sentence."""
     if _SENTENCE.search(line) is None:
         return False
     return _SOLUTION.match(rest.partition(line)[2]) is not None

@@ -176,7 +176,7 @@ _GOES_ON = re.compile(
     r"|(?:times|plus|minus|(?:more|less|fewer) than) [A-Za-z](?![A-Za-z])|!(?=\s*[\d$])"
     r"|(?:squared|cubed|choose|factorial|or (?:so|more|less|fewer))\b)"
 )
-"""What makes a number before it another one, or none."""
+"""Words that change the number before them, or take it back."""
 _OF = re.compile(r"%?\s(?:(?:out )?of|in) (?:the |all |all the )?[$]?")
 _IS = re.compile(r"\s(?:is|are|equals)\s")
 _NO_ANSWER = re.compile(
@@ -265,7 +265,7 @@ def read_sentence(text: str) -> Quantity | None:
     if not re.search(r"[A-Za-z]{2}|[\u3040-\u9fff]", text):
         return read_formula(text.strip(_AROUND))
     tokens = _tokens(text)
-    stated = _stated(text, tokens)
+    stated = _select_stated(text, tokens)
     if not tokens:
         return None
     start = (stated or tokens)[0]
@@ -310,13 +310,13 @@ def read_prose(text: str) -> Quantity | None:
         if tokens and _EQUALS.search(plain) and re.search(r"[A-Za-z]{2}", plain):
             return _read_result(plain)
         if tokens:
-            stated = _stated(plain, tokens) or tokens
+            stated = _select_stated(plain, tokens) or tokens
             return _chosen(plain, tokens, tokens.index(stated[-1]))
     return None
 
 
-def _stated(text: str, tokens: Sequence[_Token]) -> list[_Token]:
-    """The numbers that are no circumstance, such as "in 5 days"."""
+def _select_stated(text: str, tokens: Sequence[_Token]) -> list[_Token]:
+    """Leave out numbers of circumstances, such as "in 5 days"."""
     return [token for token in tokens if not _CIRCUMSTANCE.search(text[: token.start][-16:])]
 
 
@@ -435,7 +435,7 @@ def _chosen(text: str, tokens: list[_Token], index: int) -> Quantity | None:
         between = text[one.end : other.start]
         if not between.strip() or _OPERATOR.fullmatch(between):
             return None
-        if _are_joined(one, other, between, not _stated(text, [one])):
+        if _are_joined(one, other, between, not _select_stated(text, [one])):
             return None
     if is_withheld(text, token.start, token.end):
         return None
@@ -445,7 +445,7 @@ def _chosen(text: str, tokens: list[_Token], index: int) -> Quantity | None:
 
 
 def _is_remark(text: str, token: _Token) -> bool:
-    """Whether it stands in parentheses after a word, "72 km (45 miles)", or says how sure one is."""
+    """Return whether it is in parentheses after a word, "72 km (45 miles)", or tells certainty."""
     if _CERTAIN.match(text, token.end):
         return True
     opening = text.rfind(" (", 0, token.start)

@@ -34,7 +34,7 @@ _RETRACTED = re.compile(
     r"\b(?:wrong|incorrect|guess|not (?:right|correct|sure)|n't (?:right|correct|sure))\b",
     re.IGNORECASE,
 )
-"""What follows a number that is taken back: `42. No, that is wrong.`"""
+"""Retraction of a number before it: `42. No, that is wrong.`"""
 SUPPOSED = re.compile(
     r"\b(?:(?i:if|whether)\b[^,;.\n\d]{0,24}\b(?:were|was|had been|is)"
     r"|(?:(?i:suppos|assum)(?:e|ing)|(?i:imagine|let(?:'s (?:say|assume)|\s[A-Za-z]))|Were)\b"
@@ -52,7 +52,7 @@ CONTRASTED = re.compile(
 
 
 def is_withheld(text: str, start: int, end: int) -> bool:
-    """Whether what stands there is denied, doubted or a bound in the words of its clause."""
+    """Return whether the words of its clause deny it, doubt it or make it a bound."""
     begin = max(text.rfind(mark, 0, start) for mark in (". ", "; ", "\n", ", ", ": "))
     cut = CLAUSE_END.search(text, end)
     clause = text[begin + 1 : cut.start() if cut else len(text)]

@@ -13,7 +13,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from actors.drivers.driver import claimed
+from actors.drivers.driver import claim
 from rlhf_cluster.buffer.staleness import AdmissionGate
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import (
@@ -380,13 +380,13 @@ def test_credentials_of_the_url_are_in_no_file_and_no_name(tmp_path):
 async def test_the_same_command_elsewhere_owns_a_directory_that_goes_on(tmp_path):
     await copied(make_run(tmp_path, 2, 4))
     settings = config(tmp_path / "elsewhere")
-    run, outcome = claimed(settings, [], overwrite=False, accept_changes=False)
+    run, outcome = claim(settings, [], overwrite=False, accept_changes=False)
     assert run.is_held()
     assert outcome.checkpoint.state.step == 4
     assert [r["step"] for r in read_metrics(run.metrics)] == [0, 1, 2, 3, 4]
     assert run.read_resolved() == resume.describe(settings)
     run.close()
-    run, outcome = claimed(settings, [], overwrite=True, accept_changes=False)
+    run, outcome = claim(settings, [], overwrite=True, accept_changes=False)
     assert outcome.checkpoint is None
     assert CopyFolder(URL, "tiny").steps() == [], "what is overwritten is nowhere any more"
     run.close()
@@ -397,12 +397,12 @@ async def test_a_refused_command_elsewhere_leaves_no_directory(tmp_path, memory)
     damage(memory, "/step-000002/checkpoint/run.json")
     settings = config(tmp_path / "elsewhere")
     with pytest.raises(RunError, match="has copies there and none is whole"):
-        claimed(settings, [], overwrite=False, accept_changes=False)
+        claim(settings, [], overwrite=False, accept_changes=False)
     assert not settings.run_dir.exists()
 
 
 def test_a_run_without_copies_begins_as_ever(tmp_path):
-    run, outcome = claimed(config(tmp_path), [], overwrite=False, accept_changes=False)
+    run, outcome = claim(config(tmp_path), [], overwrite=False, accept_changes=False)
     assert (outcome.checkpoint, outcome.finished, outcome.notes) == (None, False, [])
     run.close()
 

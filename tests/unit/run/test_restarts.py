@@ -175,7 +175,7 @@ async def test_room_that_never_comes_is_waited_for_up_to_a_limit():
     with pytest.raises(PlacementError) as caught:
         await run.run()
     text = str(caught.value)
-    assert "no room for the learner after a wait of 100 s" in text
+    assert "the learner cannot be placed after a wait of 100 s" in text
     assert "cluster.recovery_timeout_s = 100" in text
     assert "needs 8 CPU, 4 GPU" in text
     assert str(NO_ROOM) in text
