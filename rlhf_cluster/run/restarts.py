@@ -176,8 +176,8 @@ class Restarts:
             raise PlacementError(
                 f"the learner cannot be placed after a wait of {waited_s:.0f} s; the limit is "
                 f"cluster.recovery_timeout_s = {self.recovery_timeout_s:g}. It needs {self.needs}. "
-                f"Last refusal: {error}. Add or free these resources and give the same command again, which "
-                "resumes from the last checkpoint; or raise cluster.recovery_timeout_s"
+                f"Last refusal: {error}. Add or free these resources and give the same command "
+                "again, which resumes from the last checkpoint; or raise cluster.recovery_timeout_s"
             ) from error
         return min(left_s, self.pause_after(num_before))
 
