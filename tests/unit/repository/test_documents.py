@@ -80,22 +80,31 @@ def test_what_the_documents_say_of_learning_is_what_was_measured():
 
 
 def test_what_the_documents_say_of_staleness_is_what_was_measured():
-    found = json.loads(Path("benchmarks/results/staleness_study.json").read_text())
+    found = json.loads(Path("benchmarks/results/staleness_study.json").read_text())["figures"]
     text = Path("docs/algorithms.md").read_text()
+    section = text.partition("### How stale")[2].partition("\n### ")[0]
     rows = re.findall(
-        r"^\| (\d) \| ([\d.]+) \| clip ([\d.]+) / [\d.]+, learning rate (\S+) \|$", text, re.M
+        r"^\| (\d) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", section, re.M
     )
-    assert [int(staleness) for staleness, *_ in rows] == [0, 2, 4, 8]
-    clips = {"clip": "0.2", "wide": "0.4"}
-    for staleness, reward, low, rate in rows:
-        name = f"best_at_{staleness}" if staleness != "0" else "sync"
-        assert float(reward) == pytest.approx(found["figures"][name], abs=0.00051), name
-        setting, _, searched = found["settings"][name].partition("@")
-        assert (clips[setting], float(searched)) == (low, float(rate)), name
-    shown = re.findall(r"([\d.]+) with `bypass` and at ([\d.]+) with `recompute`", text)
-    runs = [found["runs"][f"{name}@0.0003/4/0"] for name in ("clip_tis", "decoupled_tis")]
-    expected = [run["reward_after"] for run in runs]
-    assert [tuple(map(float, pair)) for pair in shown] == [pytest.approx(expected, abs=0.0051)]
+    names = {"0": "sync", "8": "stale_8"}
+    assert [staleness for staleness, *_ in rows] == list(names)
+    for staleness, *shown in rows:
+        name = names[staleness]
+        keys = (name, *(f"{name}/{k}" for k in ("deviation", "kl", "effective_sample_size")))
+        for figure, key, bound in zip(shown, keys, (5.1e-4, 5.1e-4, 1e-9, 5.1e-3), strict=True):
+            assert float(figure) == pytest.approx(found[key], abs=bound), key
+    shown = re.findall(r"difference is (\S+), 95 % interval (\S+) to (\S+):", section)
+    keys = ("difference", "difference_low", "difference_high")
+    expected = pytest.approx([found[key] for key in keys], abs=5.1e-4)
+    assert [[float(value) for value in values] for values in shown] == [expected]
+    by_setting = sorted(value for key, value in found.items() if "/setting_" in key)
+    rewards = re.findall(r"^\| \d \| ([\d.]+) \| `", section, re.M)
+    assert sorted(map(float, rewards)) == pytest.approx(by_setting, abs=5.1e-4)
+    bests = re.findall(
+        r"`bypass` reached a held-out reward of (\S+) .*?`recompute` (\S+)", text, re.S
+    )
+    searched = [found[f"stale_8/search/{proximal}"] for proximal in ("bypass", "recompute")]
+    assert [[float(v) for v in pair] for pair in bests] == [pytest.approx(searched, abs=5.1e-4)]
 
 
 def test_what_the_documents_say_of_int8_is_what_was_measured():
