@@ -11,6 +11,18 @@ cap. What a rule did is reported as shares of tokens (`shares_by_staleness`).
 
 Each is reported for all tokens, and as NAME_by_staleness/S for those of staleness S, 0 to 4 and 5+.
 
+`effect_sums` and `derive_effects` separate two reasons for the distance, with e the exact probability
+of a token (`scoring.exact_logprobs`: the weights of the sampler, the numerics of the learner) and p
+that of the proximal policy:
+
+    engine mismatch    |log mu - log e|      the same weights, in the engine and in the learner
+    staleness effect   |log p  - log e|      the same numerics, with later weights
+
+The engine mismatch is a property of engine, types and quantisation. It does not grow with staleness,
+unless an update keeps KV caches. The staleness effect is 0 at staleness 0 if weights are published in
+the type in which the learner computes. If an algorithm runs no pass of the proximal policy and a batch
+has several optimizer steps, p is the policy of the pass.
+
 Names that start with `_` are sums for `derive_distance`, which removes them. Every micro-batch gives
 the same names, with count 0 where it has no such token.
 """
@@ -31,6 +43,8 @@ BAND = (0.5, 5.0)
 """Band of ratios that is reported (the token band of IcePop)."""
 
 STALENESS_LABELS = ("0", "1", "2", "3", "4", "5+")
+
+EFFECTS = ("engine_mismatch", "staleness_effect")
 
 SMALLEST = 1e-4
 BINS_PER_DECADE = 8
@@ -95,6 +109,26 @@ def derive_distance(means: Mapping[str, float]) -> dict[str, float]:
     return metrics
 
 
+def effect_sums(sampled: Tensor, proximal: Tensor, exact: Tensor) -> Sums:
+    """Return sums over the tokens of a micro-batch. Each argument [N] log-probabilities; N may be 0."""
+    exact = exact.detach()
+    return {
+        **_effect("engine_mismatch", (sampled.detach() - exact).abs().double()),
+        **_effect("staleness_effect", (proximal.detach() - exact).abs().double()),
+    }
+
+
+def derive_effects(means: Mapping[str, float]) -> dict[str, float]:
+    """Compute the metrics that are not means over tokens from the reduced sums."""
+    return {
+        f"importance/{name}_p95": quantile(
+            [means[f"_{name}_bin/{i}"] for i in range(NUM_BINS)], 0.95
+        )
+        for name in EFFECTS
+        if f"importance/{name}_mean" in means
+    }
+
+
 def _derive_bucket(means: Mapping[str, float], index: int) -> dict[str, float]:
     """Return the metrics of the tokens in one bucket, by names without `_by_staleness`."""
     ending = f"_by_staleness/{index}"
@@ -148,6 +182,15 @@ def histogram(sizes: Tensor, bucket: Tensor | None = None) -> Tensor:
         return sizes.new_zeros(NUM_BINS).index_add(0, bins, ones)
     flat = sizes.new_zeros(len(STALENESS_LABELS) * NUM_BINS)
     return flat.index_add(0, bucket * NUM_BINS + bins, ones).view(-1, NUM_BINS)
+
+
+def _effect(name: str, sizes: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    count = sizes.new_tensor(sizes.numel())
+    return {
+        f"importance/{name}_mean": (sizes.sum(), count),
+        f"importance/{name}_max": (_largest(sizes), count),
+        f"_{name}_bin": (histogram(sizes), count),
+    }
 
 
 def _to_bucket(staleness: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ def test_s31_killed_at_any_event_a_run_ends_with_the_weights_and_moments_of_an_u
     assert {float(v[0]) for n, v in trained.items() if "/step/" in n} == {float(STEPS)}
     assert all(np.any(v) for n, v in trained.items() if "/exp_avg_sq/" in n)
     resumed_from = {runs.check([kill_at]) for kill_at in range(1, runs.events + 1)}
-    assert resumed_from == {0, 2}, "attempts went on from the beginning and from a checkpoint"
+    assert resumed_from >= {0, 2}, "attempts went on from the beginning and from a checkpoint"
 
 
 def test_s31_killed_again_and_again_at_chosen_events_it_ends_the_same(start_learner: Any) -> None:

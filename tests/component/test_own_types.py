@@ -30,16 +30,20 @@ def test_a_run_with_types_of_another_package_trains_and_is_resumed(
 ) -> None:
     for name in ("median_algorithm", "shout_reward", "csv_sink"):
         shutil.copy(EXAMPLES / f"{name}.py", tmp_path)
-    settings = {"name": "own", "groups_per_step": 2}
-    code, output = start_run(**OWN, run={**settings, "steps": 2}, checkpoint={"every": 1}).finish()
-    assert code == 0, output
-    resumed = start_run(**OWN, run={**settings, "steps": 3}, checkpoint={"every": 1})
+    settings = {"name": "own", "groups_per_step": 2, "steps": 6}
+    killed = start_run(**OWN, run=settings, checkpoint={"every": 1})
+    killed.script(generate_delay_s=0.5)
+    killed.wait_for(lambda s: s.checkpoint is not None and s.checkpoint >= 1, "a checkpoint")
+    killed.process.kill()
+    killed.process.wait(30)
+    resumed = start_run(**OWN, run=settings, checkpoint={"every": 1})
     code, output = resumed.finish()
     assert code == 0, output
-    assert [record["step/number"] for record in resumed.metrics()] == [1, 2, 3]
+    assert "continues from its checkpoint of step " in output
+    assert [record["step/number"] for record in resumed.metrics()] == [1, 2, 3, 4, 5, 6]
     assert all("reward/part/capitals" in record for record in resumed.metrics())
     written = (resumed.path / "sinks" / "csv_sink:CsvSink" / "metrics.csv").read_text()
-    assert "3,reward/mean," in written
+    assert "6,reward/mean," in written
 
 
 def test_an_actor_without_the_package_ends_the_start_with_its_name(

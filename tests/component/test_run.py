@@ -168,7 +168,7 @@ def test_a_run_with_mirrors_brings_each_version_to_the_node_once_and_leaves_noth
 
 
 def test_a_failed_pull_retires_the_worker_and_loses_nothing(start_run):
-    run = start_run(run=LONG, generation={"workers": 2})
+    run = start_run(run={**LONG, "steps": 10 * LONG["steps"]}, generation={"workers": 2})
     run.script(**SLOW)
     run.wait_for(lambda s: s.step >= 2, "two steps")
     run.script(workers={"generation-1": {"fail_pull": True}}, **SLOW)

@@ -212,6 +212,6 @@ async def test_neither_dead_ranks_nor_a_refusal_cost_a_restart_and_the_learner_i
         cluster.script(workers={first: {"fail_pull": True}})
         version = await cluster.publish(learner)
         await cluster.generation.pull(version)
-        await until(lambda: len(cluster.pool.live) == 2, "the replacement did not join")
+        await until(lambda: len(cluster.pool.live) == 2, "the replacement did not join", 90)
         assert await cluster.versions_live() == [version.version] * 2
         assert first not in [w.name for w in cluster.pool.live]

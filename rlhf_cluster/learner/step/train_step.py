@@ -40,6 +40,7 @@ from rlhf_cluster.algorithms.algorithm import (
     Sums,
 )
 from rlhf_cluster.algorithms.micro_batch_loss import TrainedTokens
+from rlhf_cluster.algorithms.off_policy_distance import derive_effects, effect_sums
 from rlhf_cluster.algorithms.policy_losses import token_weights
 from rlhf_cluster.config.run_config import RunConfig
 from rlhf_cluster.data.packing import TokenSequence
@@ -62,10 +63,6 @@ from rlhf_cluster.learner.step.passes import (
     on_every_rank,
     run_passes,
     score,
-)
-from rlhf_cluster.learner.step.train_inference_mismatch import (
-    derive_effects,
-    effect_sums,
 )
 from rlhf_cluster.learner.step.training_batch import (
     TrainingBatch,

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_cluster.errors import RecordError
-from rlhf_cluster.learner.learner_rank import LearnerRank
-from rlhf_cluster.learner.step.train_inference_mismatch import (
+from rlhf_cluster.algorithms.off_policy_distance import (
     derive_effects,
     effect_sums,
 )
+from rlhf_cluster.errors import RecordError
+from rlhf_cluster.learner.learner_rank import LearnerRank
 from rlhf_cluster.learner.step.training_batch import training_batch
 from rlhf_cluster.observe.metric_table import find
 from rlhf_cluster.records import ExperienceGroup
