@@ -13,8 +13,6 @@ Promises:
 from __future__ import annotations
 
 import json
-import logging
-import os
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
@@ -22,14 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.cluster.named_actors import NAMESPACE
+from actors.cluster.ray_cluster import join
 
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-
+# isort: split
 import ray
 
-from actors.cluster import loopback
-from actors.cluster.calls import answer, answer_now
+from actors.cluster.calls import NAMESPACE, answer, answer_now
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import RunError, WorkerError, WorkerSilent
 from rlhf_cluster.run.restarts import RestartWindow
@@ -229,15 +225,8 @@ def find(run_name: str, address: str) -> Any:
     """
     check_address("address", address)
     try:
-        loopback.refuse_silent(address)
         if not ray.is_initialized():
-            loopback.follow(address)
-            ray.init(
-                address=address,
-                namespace=NAMESPACE,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+            join(address)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise RunError(f"{run_name}: cannot join the Ray cluster at {address}: {error}") from error
     try:
