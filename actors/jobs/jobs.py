@@ -7,10 +7,9 @@ Promises:
 - a job is found by its id or by the name of its run.
 
 Only the dashboard has to be reachable from here. A command that needs the cluster itself, such as
-`scale`, is sent there as a separate small job. So is the search for the Python of the cluster's Ray:
-`python` on the cluster's PATH may be another one, or missing. The small job runs
-`actors.jobs.python_probe`, and stays in the cluster's list of jobs, because Ray adds a new end to a job
-that is deleted.
+`scale`, is sent there as a separate small job. Another one runs `actors.jobs.python_probe`, since
+`python` on the cluster's PATH may not be that of the cluster's Ray. It stays in the list of jobs: Ray
+adds a new end to a job that is deleted.
 """
 
 from __future__ import annotations
