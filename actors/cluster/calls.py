@@ -7,7 +7,8 @@ An event loop waits for a Ray reference with `answer`, a thread with `answer_now
 - an argument that was lost with the node that held it into `RecordLost`;
 - a passed deadline into `WorkerSilent`.
 `core_answer` is for learner ranks and the buffer: their death or silence is a `CoreLost`.
-A `Client` lists the methods of an actor, each with its deadline.
+A `Client` lists the methods of an actor, each with its deadline. A `NamedActor` is found by its name,
+and is called from threads; `serving` runs it.
 
 Promises:
 - a wait is longer than the time that the callee may take (`rlhf_cluster.util.deadlines`), so the
@@ -18,7 +19,9 @@ Promises:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from types import CoroutineType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -37,11 +40,16 @@ from rlhf_cluster.errors import (
     CoreLost,
     RecordLost,
     RlhfError,
+    RunError,
+    WeightError,
     WorkerDied,
     WorkerError,
     WorkerSilent,
 )
 from rlhf_cluster.util.deadlines import reply_deadline
+
+NAMESPACE = "rlhf_cluster"
+_NAME_TIMEOUT_S = 30.0
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -150,3 +158,60 @@ def translate(error: Exception, what: str) -> RlhfError:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return WorkerDied(f"{what}: the process died. {' '.join(lines[:3])}")
     return WorkerError(f"{what}: {type(error).__name__}: {error}")
+
+
+class NamedActor:
+    """Handle of the actor `name` in another process. Calls block, so it is for threads."""
+
+    def __init__(self, name: str, role: str) -> None:
+        """`role`: relative clause for errors about the actor, such as "which lists the versions"."""
+        self._name, self._role = name, role
+        self._actor: Any = None
+
+    def call(self, timeout_s: float, method: str, *arguments: Any) -> Any:
+        """Call a method of the actor and return its result.
+
+        Raises: `WeightError` if it cannot be reached, or does not answer within `timeout_s`.
+        """
+        try:
+            if self._actor is None:
+                self._actor = ray.get_actor(self._name, namespace=NAMESPACE)
+            reference = getattr(self._actor, method).remote(*arguments)
+            return answer_now(reference, timeout_s, f"{self._name}.{method}")
+        except (WorkerError, ValueError) as error:
+            self._actor = None
+            raise WeightError(
+                f"{self._name}, {self._role}, cannot be reached ({error}). Publish again when "
+                "it is back"
+            ) from error
+
+
+@asynccontextmanager
+async def serving(build: Callable[[], Any], name: str) -> AsyncIterator[None]:
+    """Run an actor of class `build` with the name `name` for the duration of the block.
+
+    Ray restarts an actor that died; it then has no state.
+
+    Raises: `RunError` if the name is still taken after `_NAME_TIMEOUT_S`.
+    Waits for: the name, if a run that was killed still holds it.
+    """
+    ends = time.monotonic() + _NAME_TIMEOUT_S
+    while True:
+        try:
+            actor: Any = (
+                ray.remote(num_cpus=0, max_restarts=-1)(build)
+                .options(name=name, namespace=NAMESPACE)
+                .remote()
+            )
+            break
+        except ValueError as error:
+            if time.monotonic() > ends:
+                raise RunError(
+                    f"actor {name} of another run of this name is still alive after "
+                    f"{_NAME_TIMEOUT_S:g} s. Stop that run"
+                ) from error
+        await asyncio.sleep(1.0)
+    try:
+        yield
+    finally:
+        ray.kill(actor)

@@ -24,8 +24,8 @@ from rlhf_cluster.util.slow_disk import run_in_thread
 from actors.cluster.calls import answer
 from actors.drivers.offline_observer import StageObserver
 from actors.drivers.supervisor import Supervisor
+from actors.services.control_actor import open_channel
 from actors.services.start_services import (
-    control_channel,
     generation_pool,
     scoring_pools,
     started_pools,
@@ -109,7 +109,7 @@ class DatasetDriver(Driver[GenerateConfig, Inputs, StageObserver]):
         """
         launcher, observer = self.launcher, self.observer
         control = await run_in_thread(
-            control_channel, launcher.config, self.patience_s, observer.event
+            open_channel, launcher.config, self.patience_s, observer.event
         )
         generation, scoring = generation_pool(launcher), scoring_pools(launcher)
         self.pools, self.clients = (generation[0], *scoring[0]), (generation[1], scoring[1])

@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import signal
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -37,7 +38,6 @@ from actors.cluster.launch import (
     preflight,
     resources_by_node,
 )
-from actors.cluster.signals import ended_by_signals
 from actors.drivers.run_observer import Observer
 from actors.services.learner_core import Core, core_restarts
 from actors.services.start_services import Launcher, environment_of_engine
@@ -67,6 +67,7 @@ from rlhf_cluster.util.durable_files import sync_tree
 from rlhf_cluster.util.json_files import write_json
 from rlhf_cluster.util.slow_disk import run_in_thread
 
+T = TypeVar("T")
 ConfigT = TypeVar("ConfigT", bound=AnyConfig)
 InputsT = TypeVar("InputsT", Inputs, StageInputs)
 ObserverT = TypeVar("ObserverT", bound=Observer[Any])
@@ -403,3 +404,40 @@ def _copy_whole(source: Path, target: Path) -> None:
     shutil.copytree(source, partial)
     sync_tree(partial)
     partial.rename(target)
+
+
+async def ended_by_signals(
+    run: Coroutine[Any, Any, T],
+    stop: Callable[[], bool],
+    notice_s: float,
+    text: Callable[[], str],
+) -> T:
+    """Await `run`, let signals end it, and return its result.
+
+    The first signal calls `stop`, which returns whether the run will end itself. If so, the run has
+    `notice_s` for that.
+
+    Raises: `RunError` of `text`, when the run is cancelled: after `notice_s`, at a second signal, or
+    where `stop` returns False.
+    """
+    task = asyncio.ensure_future(run)
+    loop = asyncio.get_running_loop()
+    asked: list[asyncio.TimerHandle] = []
+
+    def on_signal() -> None:
+        if asked or not stop():
+            task.cancel()
+        else:
+            asked.append(loop.call_later(notice_s, task.cancel))
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        raise RunError(text()) from None
+    finally:
+        for handle in asked:
+            handle.cancel()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)

@@ -35,11 +35,11 @@ from actors.drivers.training_attempt import (
     Attempt,
     Place,
 )
+from actors.services.control_actor import ControlChannel, open_channel
 from actors.services.hot_spare_actors import learner_spares
 from actors.services.learner_actors import RayLearner
 from actors.services.learner_core import Core
 from actors.services.start_services import (
-    control_channel,
     generation_pool,
     scoring_pools,
     started_pools,
@@ -60,7 +60,6 @@ from rlhf_cluster.planning.run_inputs import (
 from rlhf_cluster.records import WeightVersion
 from rlhf_cluster.run.autoscaler import Autoscaler
 from rlhf_cluster.run.checkpoint.background_saving import Checkpoints
-from rlhf_cluster.run.control_channel import ControlChannel
 from rlhf_cluster.run.worker_pool import WorkerPool
 from rlhf_cluster.weights.formats.huggingface import export_hf
 from rlhf_cluster.weights.sync import SyncStats
@@ -103,7 +102,7 @@ class RLDriver(TrainingDriver[RunConfig, Inputs, RunObserver]):
 
     async def open(self) -> None:
         control = self.control = await run_in_thread(
-            control_channel, self.config, self.patience_s, lambda text: self.observer.event(text)
+            open_channel, self.config, self.patience_s, lambda text: self.observer.event(text)
         )
         generation, scoring = generation_pool(self.launcher), scoring_pools(self.launcher)
         self.pools = (generation[0], *scoring[0])

@@ -1,7 +1,7 @@
 """Supervision of a run: worker health, scale requests, autoscaling, and the buffer's statistics.
 
 Each loop ends by cancellation. A pool that has used all its restarts ends the run with the pool's root
-cause. A failure of the control actor never ends the run (`rlhf_cluster.run.control_channel`).
+cause. A failure of the control actor never ends the run (`actors.services.control_actor`).
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict
 from typing import Any
 
 from ray.exceptions import RayError
 
 from actors.drivers.rl_observer import RunObserver
 from actors.services.buffer_actor import RayBuffer
+from actors.services.control_actor import ControlChannel, Wish
 from rlhf_cluster.config.pools import no_such_pool
 from rlhf_cluster.errors import RlhfError, first_failure
 from rlhf_cluster.run.autoscaler import (
@@ -25,10 +25,6 @@ from rlhf_cluster.run.autoscaler import (
     Autoscaler,
 )
 from rlhf_cluster.run.bottleneck_advisor import Advice
-from rlhf_cluster.run.control_channel import (
-    ControlChannel,
-    Wish,
-)
 from rlhf_cluster.run.worker_pool import WorkerPool
 from rlhf_cluster.util.concurrency import gather_or_cancel
 
@@ -77,14 +73,14 @@ class Supervisor:
         """
         async with asyncio.TaskGroup() as scaling:
             while True:
-                for wish in await self._control.exchange(asdict(self._observer.snapshot)):
+                for wish in await self._control.exchange():
                     scaling.create_task(self._scale(wish))
                 await asyncio.sleep(self._look_every_s)
 
     async def _scale(self, wish: Wish) -> None:
         """Resize the pools of a request concurrently, so that none waits for another's workers."""
         results = await gather_or_cancel(self._scale_one(*asked) for asked in wish.sizes.items())
-        await self._control.answer(wish, dict(zip(wish.sizes, results, strict=True)))
+        self._control.answer(wish, dict(zip(wish.sizes, results, strict=True)))
 
     async def _scale_one(self, kind: str, size: int) -> str:
         if kind not in self._pools:

@@ -17,9 +17,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlencode
 
 import requests
@@ -29,13 +29,9 @@ from rlhf_cluster.errors import RunError, StalledError
 from rlhf_cluster.util.addresses import check_address
 
 CALL_TIMEOUT_S = 30.0
-
 CONNECT_TIMEOUT_S = 10.0
-
 SUBMIT_TIMEOUT_S = 120.0
-
 AGENT_TIMEOUT_S = 60.0  # Ray itself ends a head node that is not up after 30 s
-
 AGENT_RETRY_S = 1.0
 
 STOP_GRACE_S = 60
@@ -47,23 +43,36 @@ RUN_KEY, GRACE_KEY = "rlhf_run", "rlhf_stop_grace_s"
 STARTING = ("No available agent", "Failed to get head node agent", "Cannot connect to host")
 """Errors of the dashboard while the agent of the head node, which starts jobs, is not up."""
 
+TAIL_BYTES, TAIL_TIMEOUT_S = 16 << 20, 20.0
+LOG_LINES, LINE_CHARS = 10, 500
+
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
-class JobClient(Protocol):
-    """Port with the methods of Ray's JobSubmissionClient that are used, and `get_log_tail`."""
+class JobClient(JobSubmissionClient):
+    """Ray's client of the jobs of a cluster, which can also read the end of a log."""
 
-    def submit_job(
-        self, *, entrypoint: str, runtime_env: dict[str, Any], metadata: dict[str, str]
-    ) -> str: ...
+    def get_log_tail(self, job_id: str, node_id: str, num_lines: int) -> str:
+        """Return the last `num_lines` log lines of a job whose driver ran on `node_id`.
 
-    def list_jobs(self) -> Sequence[Any]: ...
-
-    def get_job_logs(self, job_id: str) -> str: ...
-
-    def get_log_tail(self, job_id: str, node_id: str, num_lines: int) -> str: ...
-
-    def stop_job(self, job_id: str) -> bool: ...
+        Of these, at most the last `TAIL_BYTES` are kept. The node searches its file for the lines, and
+        sends only these.
+        """
+        query = urlencode({"submission_id": job_id, "node_id": node_id, "lines": num_lines})
+        with requests.get(
+            f"{self._address}/api/v0/logs/file?{query}",
+            headers=self._headers,
+            cookies=self._cookies,
+            verify=self._verify,
+            stream=True,
+            timeout=TAIL_TIMEOUT_S,
+        ) as answer:
+            if answer.status_code != requests.codes.ok:
+                self._raise_error(answer)
+            tail = b""
+            for chunk in answer.iter_content(1 << 20):
+                tail = (tail + chunk)[-TAIL_BYTES:]
+        return tail.decode(errors="replace")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,11 +108,10 @@ def connect(address: str) -> JobClient:
             f"{address}: no Ray dashboard answers within {CONNECT_TIMEOUT_S:g} s ({error}). Is the "
             "cluster up, started with a dashboard, and its port reachable from here?"
         ) from error
-    pass
 
     logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)
     logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.WARNING)
-    return within(CALL_TIMEOUT_S, "connecting to the cluster", lambda: DashboardClient(address))
+    return within(CALL_TIMEOUT_S, "connecting to the cluster", lambda: JobClient(address))
 
 
 def _no_dashboard(address: str, answer: str) -> RunError:
@@ -231,42 +239,6 @@ def within(deadline_s: float, what: str, call: Callable[[], Any]) -> Any:
     if not outcome:
         raise StalledError(f"{what}: no answer from the cluster within {deadline_s:g} s")
     return outcome[0]
-
-
-TAIL_BYTES = 16 << 20
-
-TAIL_TIMEOUT_S = 20.0
-
-
-class DashboardClient(JobSubmissionClient):
-    """`JobClient` that calls the dashboard of a cluster."""
-
-    def get_log_tail(self, job_id: str, node_id: str, num_lines: int) -> str:
-        """Return the last `num_lines` log lines of a job whose driver ran on `node_id`.
-
-        Of these, at most the last `TAIL_BYTES` are kept. The node searches its file for the lines, and
-        sends only these.
-        """
-        query = urlencode({"submission_id": job_id, "node_id": node_id, "lines": num_lines})
-        with requests.get(
-            f"{self._address}/api/v0/logs/file?{query}",
-            headers=self._headers,
-            cookies=self._cookies,
-            verify=self._verify,
-            stream=True,
-            timeout=TAIL_TIMEOUT_S,
-        ) as answer:
-            if answer.status_code != requests.codes.ok:
-                self._raise_error(answer)
-            tail = b""
-            for chunk in answer.iter_content(1 << 20):
-                tail = (tail + chunk)[-TAIL_BYTES:]
-        return tail.decode(errors="replace")
-
-
-LOG_LINES = 10
-
-LINE_CHARS = 500
 
 
 def message_of(job: Any) -> str | None:

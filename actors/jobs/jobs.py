@@ -7,11 +7,14 @@ Promises:
 - a job is found by its id or by the name of its run.
 
 Only the dashboard has to be reachable from here. A command that needs the cluster itself, such as
-`scale`, is sent there as a separate small job.
+`scale`, is sent there as a separate small job. Another one runs `actors.jobs.python_probe`, since
+`python` on the cluster's PATH may not be that of the cluster's Ray. It stays in the list of jobs: Ray
+adds a new end to a job that is deleted.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 import tempfile
@@ -20,7 +23,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from actors.jobs.cluster_python import cluster_python
 from actors.jobs.dashboard_calls import (
     CALL_TIMEOUT_S,
     GRACE_KEY,
@@ -46,6 +48,7 @@ from actors.jobs.job_folder import (
     pack,
     read,
 )
+from actors.jobs.python_probe import MARK, VARIABLE
 from rlhf_cluster.config.load import AnyConfig
 from rlhf_cluster.errors import RunError, StalledError
 
@@ -53,6 +56,19 @@ FOLLOW_EVERY_S, MAX_FOLLOW_EVERY_S = 1.0, 30.0
 FOLLOW_CHARACTERS_PER_S = 500_000
 """Most characters of a log per second that following a job may fetch from the dashboard."""
 SCALE_TIMEOUT_S = 960.0  # more than the run itself may take to answer
+PROBE_COMMAND = f'"${{{VARIABLE}:-python}}" -m actors.jobs.python_probe'
+PROBE_HOOK = {"__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "actors.jobs.python_probe.tell"}
+"""Variable into which Ray converts `worker_process_setup_hook` of a runtime environment.
+
+If it were set under that key, Ray would call the hook in the job's workers only, and not in the process
+that starts the job's command.
+"""
+PROBE_TIMEOUT_S = 120.0
+PROBE_EVERY_S = 0.2
+PYTHON_CURE = (
+    "Start Ray on every node with the `ray` of an environment that has this project, such as "
+    "`.venv/bin/ray start` after `make install`. The run was not submitted"
+)
 
 
 def submit(
@@ -89,6 +105,47 @@ def submit(
             facts[GRACE_KEY] = str(grace_s)
         stops = {"RAY_JOB_STOP_WAIT_TIME_S": str(grace_s)}
         return send(client, command, folder, facts, waiting, stops)
+
+
+def cluster_python(client: JobClient, folder: str, address: str, waiting: Waiting) -> str:
+    """Return the path of the Python of the cluster's Ray.
+
+    Args:
+        folder: the folder that the job will get.
+    Raises: `RunError` if this project cannot run with that Python; `StalledError` after
+    `PROBE_TIMEOUT_S`.
+    Waits for: a small job, which imports this project. Unblocked by: its end.
+    """
+    probe = send(client, PROBE_COMMAND, folder, {}, waiting, PROBE_HOOK)
+    deadline = waiting.clock() + PROBE_TIMEOUT_S
+    while not has_ended(job := find(client, probe, address)):
+        if waiting.clock() > deadline:
+            within(CALL_TIMEOUT_S, "stopping the job", lambda: client.stop_job(probe))
+            raise StalledError(
+                f"{address}: a first small job is {state_of(job)} after {PROBE_TIMEOUT_S:g} s "
+                f"({message_of(job)}). Can the head node start a process? `ray status` and "
+                "the logs in its session folder say more. The run was not submitted"
+            )
+        waiting.sleep(PROBE_EVERY_S)
+    text = within(CALL_TIMEOUT_S, "the job's log", lambda: client.get_job_logs(probe))
+    return _python_of(job, text, address)
+
+
+def _python_of(job: Any, text: str, address: str) -> str:
+    """Return the path that the probe printed in its log. Raises `RunError` like `cluster_python`."""
+    lines = [line.removeprefix(MARK) for line in text.splitlines() if line.startswith(MARK)]
+    if not lines:
+        raise RunError(
+            f"{address}: this project cannot run there; a first small job is {state_of(job)}: "
+            f"{message_of(job)}. {PYTHON_CURE}"
+        )
+    told = json.loads(lines[-1])
+    if told["missing"] is not None:
+        raise RunError(
+            f"{address}: the cluster's Ray runs with {told['python']} (Python {told['version']}), "
+            f"where this project cannot run: {told['missing']}. {PYTHON_CURE}"
+        )
+    return told["python"]
 
 
 def stop_grace_s(configs: Sequence[AnyConfig]) -> int:

@@ -2,7 +2,7 @@
 
 Ray calls the hook `tell` in the process that starts a job's command. That process runs with the Python
 of the cluster's own Ray, whatever PATH says. `main` is then run with that Python, and prints one line
-for `actors.jobs.cluster_python`.
+for `actors.jobs.jobs`.
 
 Promise: this module needs no package and no recent Python, so that a missing one is reported, and is
 not a traceback.

@@ -1,30 +1,34 @@
 """Control channel of a run: a small named actor that other processes can find.
 
-The run's driver reads scale requests from it and leaves its status there. The actor decides nothing:
-the driver checks and applies the requested sizes, and answers with the outcome. If the actor dies, the
-driver starts another one (`rlhf_cluster.run.control_channel`). A caller with an open request then gets
-an error that says so.
+The driver reads scale requests from it, checks and applies the sizes, and leaves the outcome there.
+
+Promises:
+- the control actor never ends the run. Ray restarts it under its name when it dies; one that is silent
+  is killed for that. After `cluster.max_restarts` restarts within `cluster.restart_window_s` the
+  run continues without one, and logs it;
+- a request outlives a restart: its process repeats it until there is an answer, and the driver keeps
+  the answers. It is carried out once, since it has a key that no other request has.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import os
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.cluster.named_actors import NAMESPACE
+from actors.cluster.ray_cluster import join
 
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-
+# isort: split
 import ray
 
-from actors.cluster import loopback
-from actors.cluster.calls import answer_now
-from rlhf_cluster.errors import RunError, WorkerError
+from actors.cluster.calls import NAMESPACE, answer, answer_now
+from rlhf_cluster.config import RunConfig
+from rlhf_cluster.errors import RunError, WorkerError, WorkerSilent
+from rlhf_cluster.run.restarts import RestartWindow
 from rlhf_cluster.util.addresses import check_address
 
 CALL_TIMEOUT_S = 30.0
@@ -36,41 +40,147 @@ def actor_name(run_name: str) -> str:
 
 
 class ControlActor:
-    """Table of scale requests, their answers by request number, and the run's last status."""
+    """Scale requests that are open, and the answers to others, by key. A restart empties both."""
 
     def __init__(self) -> None:
-        self._wishes: list[tuple[int, dict[str, int]]] = []
-        self._answers: dict[int, dict[str, str]] = {}
-        self._status: dict[str, Any] = {}
-        self._next = 0
+        self._start = uuid.uuid4().hex
+        self._open: dict[str, dict[str, int]] = {}
+        self._answers: dict[str, dict[str, str]] = {}
 
-    def ask_scale(self, sizes: dict[str, int]) -> int:
-        self._next += 1
-        self._wishes.append((self._next, sizes))
-        return self._next
+    def scale(self, key: str, sizes: dict[str, int]) -> dict[str, str] | None:
+        """Return the answer to the request `key`. Without one the request is open, and it is None."""
+        if key not in self._answers:
+            self._open[key] = sizes
+        return self._answers.get(key)
 
-    def wishes(self) -> list[tuple[int, dict[str, int]]]:
-        taken, self._wishes = self._wishes, []
-        return taken
+    def exchange(self, answers: dict[str, dict[str, str]]) -> tuple[str, dict[str, dict[str, int]]]:
+        """Take `answers` by key, and return a token of this start, and the open requests."""
+        self._answers |= answers
+        for key in answers:
+            self._open.pop(key, None)
+        return self._start, self._open
 
-    def answer(self, number: int, results: dict[str, str]) -> None:
-        self._answers[number] = results
 
-    def result(self, number: int) -> dict[str, str] | None:
-        return self._answers.get(number)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """Request of another process for sizes of pools."""
 
-    def set_status(self, status: dict[str, Any]) -> None:
-        self._status = status
+    key: str
+    sizes: dict[str, int]
 
-    def status(self) -> dict[str, Any]:
-        return self._status
+
+class ControlChannel:
+    """The driver's end of the control actor. It is closed when no restarts are left."""
+
+    def __init__(
+        self,
+        exchange: Callable[[dict[str, dict[str, str]]], Awaitable[tuple[str, dict[str, Any]]]],
+        *,
+        end: Callable[[bool], None],
+        max_restarts: int,
+        tell: Callable[[str], None],
+        restarts: RestartWindow | None = None,
+    ) -> None:
+        """Open the channel.
+
+        `exchange` calls the method of the actor, with a deadline, and raises `WorkerError`. `end` kills
+        the actor: for good if its argument is True, else Ray restarts it.
+        """
+        self._exchange, self._end, self._tell = exchange, end, tell
+        self._max_restarts = max_restarts
+        self.restarts = restarts or RestartWindow()
+        self.is_open = True
+        self._start: str | None = None  # None: not known since the actor was killed
+        self._open: dict[str, dict[str, int]] = {}  # requests whose process has no answer yet
+        self._answers: dict[str, dict[str, str] | None] = {}  # None while it is carried out
+
+    async def exchange(self) -> list[Wish]:
+        """Leave the answers in the actor, and return the wishes made since the last call.
+
+        Waits for: the actor, and if it died, for its restart. Raises nothing.
+        """
+        if not self.is_open:
+            return []
+        answers = {key: found for key in self._open if (found := self._answers[key]) is not None}
+        try:
+            start, self._open = await self._exchange(answers)
+        except WorkerError as error:
+            self._start = None
+            if self._may_restart(error):
+                self._end(False)
+            return []
+        if self._start not in (None, start):
+            self._may_restart(WorkerError("control: the process died"))
+        self._start = start
+        new = [
+            Wish(key=k, sizes=sizes) for k, sizes in self._open.items() if k not in self._answers
+        ]
+        self._answers |= {wish.key: None for wish in new}
+        return new
+
+    def answer(self, wish: Wish, results: Mapping[str, str]) -> None:
+        """Make `results` the answer to `wish`. The next `exchange` delivers it."""
+        self._answers[wish.key] = dict(results)
+
+    def close(self) -> None:
+        if self.is_open:
+            self._end(True)
+            self.is_open = False
+
+    def _may_restart(self, error: WorkerError) -> bool:
+        """Count a restart; without one left, close the channel and return False."""
+        within = f"{self.restarts.window_s:g} s"
+        if self.restarts.recent >= self._max_restarts:
+            self.close()
+            self._tell(
+                f"the control channel was lost {self.restarts.recent + 1} times within {within}, over "
+                f"cluster.max_restarts = {self._max_restarts}: the run goes on without it, and "
+                f"cannot be scaled. Last: {error}"
+            )
+            return False
+        self.restarts.count(error)
+        self._tell(
+            f"{error}: another control channel is open, restart {self.restarts.recent} of "
+            f"{self._max_restarts}"
+        )
+        return True
+
+
+def open_channel(
+    config: RunConfig, patience_s: float, tell: Callable[[str], None]
+) -> ControlChannel:
+    """Start the run's control actor, and return the driver's end of it.
+
+    Raises: `RunError` if a run of this name is alive on the cluster.
+    Waits for: Ray to end the actor of an earlier attempt of the run, at most `patience_s`.
+    """
+    name, ends = actor_name(config.run.name), time.monotonic() + patience_s
+    control = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ControlActor)
+    while True:
+        try:
+            actor: Any = control.options(name=name, namespace=NAMESPACE).remote()
+            break
+        except ValueError as error:
+            if time.monotonic() >= ends:
+                raise RunError(
+                    f"run {config.run.name!r} is already alive on this cluster (actor {name}). Stop "
+                    "it, or choose another run.name"
+                ) from error
+        time.sleep(0.2)
+    return ControlChannel(
+        lambda answers: answer(actor.exchange.remote(answers), CALL_TIMEOUT_S, "control.exchange"),
+        end=lambda for_good: ray.kill(actor, no_restart=for_good),
+        max_restarts=config.cluster.max_restarts,
+        tell=tell,
+        restarts=RestartWindow(config.cluster.restart_window_s),
+    )
 
 
 def scale(run_dir: Path, sizes: Mapping[str, int], address: str | None) -> dict[str, str]:
     """Ask a running job to change its pools. Returns what was done, by pool.
 
-    Raises: `RunError` after `SCALE_TIMEOUT_S`, if the run cannot be found, or if its control channel
-    dies in the meantime.
+    Raises: `RunError` after `SCALE_TIMEOUT_S`, if the run cannot be found, or if it has ended or lost
+    its control channel for good.
     Waits for: the run to add or drain the workers.
     """
     for pool, size in sizes.items():
@@ -89,16 +199,18 @@ def scale(run_dir: Path, sizes: Mapping[str, int], address: str | None) -> dict[
 
 
 def _request_sizes(control: Any, run: str, sizes: Mapping[str, int]) -> dict[str, str]:
-    """Send one scale request to `control`, and poll for its answer.
+    """Repeat one scale request to `control` until it has an answer.
 
     Raises: `WorkerError` if `control` is dead, `RunError` after `SCALE_TIMEOUT_S`.
     """
-    number = answer_now(control.ask_scale.remote(dict(sizes)), CALL_TIMEOUT_S, "control.ask_scale")
-    deadline = time.monotonic() + SCALE_TIMEOUT_S
+    key, deadline = uuid.uuid4().hex, time.monotonic() + SCALE_TIMEOUT_S
     while time.monotonic() < deadline:
-        result = answer_now(control.result.remote(number), CALL_TIMEOUT_S, "control.result")
-        if result is not None:
-            return result
+        try:
+            asked = control.scale.remote(key, dict(sizes))
+            if (result := answer_now(asked, CALL_TIMEOUT_S, "control.scale")) is not None:
+                return result
+        except WorkerSilent:  # the driver has it restarted; the request is then made again
+            continue
         time.sleep(0.5)
     raise RunError(
         f"{run}: no answer to scale {dict(sizes)} within {SCALE_TIMEOUT_S:g} s. It may still be in "
@@ -113,15 +225,8 @@ def find(run_name: str, address: str) -> Any:
     """
     check_address("address", address)
     try:
-        loopback.refuse_silent(address)
         if not ray.is_initialized():
-            loopback.follow(address)
-            ray.init(
-                address=address,
-                namespace=NAMESPACE,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+            join(address)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise RunError(f"{run_name}: cannot join the Ray cluster at {address}: {error}") from error
     try:

@@ -1,4 +1,4 @@
-"""Start of a run's pools and control actor: which class runs where, with which options.
+"""Start of a run's pools: which class runs where, with which options.
 
 Learner and buffer are started by `actors.services.learner_core`.
 """
@@ -8,14 +8,11 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
-
-import ray
 
 from actors.cluster.calls import answer
 from actors.cluster.launch import (
@@ -25,12 +22,6 @@ from actors.cluster.launch import (
     preflight,
     spawn,
     take_down,
-)
-from actors.cluster.named_actors import NAMESPACE
-from actors.services.control_actor import (
-    CALL_TIMEOUT_S,
-    ControlActor,
-    actor_name,
 )
 from actors.services.generation_client import (
     RayGeneration,
@@ -50,10 +41,9 @@ from rlhf_cluster.config.pools import (
     GENERATION,
     pool_sections,
 )
-from rlhf_cluster.errors import PlacementError, RlhfError, RunError
+from rlhf_cluster.errors import PlacementError, RlhfError
 from rlhf_cluster.generation.generation_worker import DEFAULT_ENGINE
 from rlhf_cluster.planning.placement import Bundle, pool_bundle
-from rlhf_cluster.run.control_channel import ControlChannel
 from rlhf_cluster.run.restarts import FailedStarts, RestartWindow
 from rlhf_cluster.run.worker_pool import (
     PoolLimits,
@@ -155,50 +145,6 @@ class Launcher:
             raise
         self.failed_starts.succeeded(node)
         return worker
-
-
-def start_control(config: RunConfig, patience_s: float = 0.0) -> Any:
-    """Start the control actor.
-
-    Raises: `RunError` if a run of this name is alive on the cluster.
-    Waits for: Ray to end the actor of an earlier attempt of the run, at most `patience_s`.
-    """
-    name, ends = actor_name(config.run.name), time.monotonic() + patience_s
-    while True:
-        try:
-            return (
-                ray.remote(ControlActor)
-                .options(name=name, namespace=NAMESPACE, num_cpus=0, max_concurrency=1)
-                .remote()
-            )
-        except ValueError as error:
-            if time.monotonic() < ends:
-                time.sleep(0.2)
-                continue
-            raise RunError(
-                f"run {config.run.name!r} is already alive on this cluster (actor {name}). Stop it, "
-                "or choose another run.name"
-            ) from error
-
-
-def control_channel(
-    config: RunConfig, patience_s: float, tell: Callable[[str], None]
-) -> ControlChannel:
-    """Open the run's control channel. Raises and waits like `start_control`."""
-
-    async def ask(actor: Any, method: str, *arguments: Any) -> Any:
-        called = getattr(actor, method).remote(*arguments)
-        return await answer(called, CALL_TIMEOUT_S, f"control.{method}")
-
-    return ControlChannel(
-        start_control(config, patience_s),
-        start=functools.partial(start_control, config),
-        end=lambda actor: ray.kill(actor, no_restart=True),
-        ask=ask,
-        max_restarts=config.cluster.max_restarts,
-        tell=tell,
-        restarts=RestartWindow(config.cluster.restart_window_s),
-    )
 
 
 def generation_pool(launcher: Launcher) -> tuple[WorkerPool, RayGeneration]:

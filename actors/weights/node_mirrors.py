@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.cluster.named_actors import (
+from actors.cluster.calls import (
     NamedActor,
     serving,
 )

@@ -144,7 +144,7 @@ def validate(config: ConfigArgument, set_: SetOption = None, deep: Deep = False)
             for note in notes:
                 typer.echo(f"note: {note}")
         if deep:
-            from actors.cluster.cluster_place import placement
+            from actors.cluster.ray_cluster import placement
 
             inspect_commands.look_deep(each, loaded[:number], placement)
 

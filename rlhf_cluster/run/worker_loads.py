@@ -62,27 +62,25 @@ class Loads:
     """
 
     changes: int = 0  # how often a worker came or went
-    _load: dict[Worker, int] = field(default_factory=dict)
-    _place: dict[Worker, int] = field(default_factory=dict)  # in the order of coming
+    _entries: dict[Worker, tuple[int, int, Worker]] = field(default_factory=dict)
+    """(load, number of its coming, worker) by live worker."""
     _heap: list[tuple[int, int, Worker]] = field(default_factory=list)
-    """(load, place, worker), each once. An entry with an outdated load is ignored."""
-    _in_heap: set[tuple[int, int]] = field(default_factory=set)  # (load, place)
+    """Entries, each once. One that is not in `_entries` is outdated, and ignored."""
+    _in_heap: set[tuple[int, int, Worker]] = field(default_factory=set)
 
     def __len__(self) -> int:
         """Return the number of live workers."""
-        return len(self._load)
+        return len(self._entries)
 
     def update(self, worker: Worker) -> None:
         """List `worker` under its current load, or remove it if it is not live."""
-        if worker.state is State.LIVE:
-            if worker not in self._load:
-                self._place[worker] = self.changes
-                self.changes += 1
-            self._load[worker] = worker.num_in_flight
-            self._push((worker.num_in_flight, self._place[worker], worker))
-        elif self._load.pop(worker, None) is not None:
-            del self._place[worker]
-            self.changes += 1
+        listed = self._entries.pop(worker, None)
+        is_live = worker.state is State.LIVE
+        if is_live:
+            number = self.changes if listed is None else listed[1]
+            self._entries[worker] = (worker.num_in_flight, number, worker)
+            self._push(self._entries[worker])
+        self.changes += is_live != (listed is not None)
 
     def has_room(self, limit: int | None) -> bool:
         """Whether a live worker has less than `limit` in flight."""
@@ -104,19 +102,16 @@ class Loads:
         return entry[2]
 
     def _first(self) -> tuple[int, int, Worker] | None:
-        while self._heap:
-            load, place, worker = self._heap[0]
-            if self._load.get(worker) == load and self._place[worker] == place:
-                return self._heap[0]
+        while self._heap and self._entries.get(self._heap[0][2]) != self._heap[0]:
             self._pop()
-        return None
+        return self._heap[0] if self._heap else None
 
     def _push(self, entry: tuple[int, int, Worker]) -> None:
-        if entry[:2] not in self._in_heap:
-            self._in_heap.add(entry[:2])
+        if entry not in self._in_heap:
+            self._in_heap.add(entry)
             heappush(self._heap, entry)
 
     def _pop(self) -> tuple[int, int, Worker]:
         entry = heappop(self._heap)
-        self._in_heap.remove(entry[:2])
+        self._in_heap.remove(entry)
         return entry

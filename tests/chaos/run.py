@@ -110,7 +110,7 @@ def local_cluster(num_nodes: int = 0) -> Iterator[tuple[str, Nodes]]:
     import ray
     from ray.cluster_utils import Cluster
 
-    from actors.cluster.named_actors import NAMESPACE
+    from actors.cluster.calls import NAMESPACE
     from tests.support.processes.free_ports import free_ports
 
     arguments = {

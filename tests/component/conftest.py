@@ -26,7 +26,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 import ray
 from ray.cluster_utils import Cluster
 
-from actors.cluster.named_actors import NAMESPACE
+from actors.cluster.calls import NAMESPACE
 from rlhf_cluster.models.make_model import make_model
 from rlhf_cluster.observe.record.samples import read_samples
 from rlhf_cluster.run.metrics_file import read_metrics

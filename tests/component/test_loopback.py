@@ -21,14 +21,14 @@ from actors.cluster.ray_cluster import connected
 from tests.support.builders.run_configs import tiny_config
 with connected(tiny_config()) as address:
     control = ray.remote(ControlActor).options(name=actor_name("here"), num_cpus=0).remote()
-    ray.get(control.status.remote())
+    ray.get(control.exchange.remote({}))
     print(address, ray.util.get_node_ip_address(), flush=True)
     input()
 """
 OTHER = """
 import sys, ray
 from actors.services.control_actor import find
-print("wishes", ray.get(find("here", sys.argv[1]).wishes.remote(), timeout=60))
+print("wishes", ray.get(find("here", sys.argv[1]).exchange.remote({}), timeout=60)[1])
 """
 
 
@@ -67,7 +67,7 @@ def test_every_socket_of_a_local_cluster_is_on_loopback_and_other_processes_join
                 text=True,
                 timeout=120,
             )
-            assert found.stdout == "wishes []\n", found.stderr
+            assert found.stdout == "wishes {}\n", found.stderr
         finally:
             owner.communicate("\n", timeout=60)
 

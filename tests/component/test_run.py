@@ -12,7 +12,7 @@ import pytest
 import ray
 from ray.util.state import list_actors
 
-from actors.cluster.named_actors import NAMESPACE
+from actors.cluster.calls import NAMESPACE
 from actors.services.control_actor import (
     actor_name,
     scale,

@@ -3,10 +3,10 @@
 import asyncio
 
 from actors.drivers.supervisor import Supervisor
+from actors.services.control_actor import Wish
 from rlhf_cluster.errors import PlacementError
 from rlhf_cluster.run.autoscaler import Autoscaler
 from rlhf_cluster.run.bottleneck_advisor import Advice
-from rlhf_cluster.run.control_channel import Wish
 from tests.support.builders.advice import (
     BOTH,
     advice,
@@ -39,7 +39,7 @@ class FakePool:
 class FakeControl:
     """Nobody asks for anything."""
 
-    async def exchange(self, status) -> list[None]:
+    async def exchange(self) -> list[None]:
         return []
 
 
@@ -48,9 +48,6 @@ class FakeObserver:
 
     def __init__(self, given: Advice | None) -> None:
         self.advice, self.events = given, []
-        from rlhf_cluster.run.status_snapshot import Snapshot
-
-        self.snapshot = Snapshot(run="x", state="running", step=1, num_steps=2, time_s=0.0)
         self.told = asyncio.Event()
 
     def event(self, text: str) -> None:
@@ -90,11 +87,11 @@ async def test_a_pool_that_there_is_not_is_refused_by_name():
     class Asked(FakeControl):
         """One wish, and its answer."""
 
-        async def exchange(self, status) -> list[Wish]:
+        async def exchange(self) -> list[Wish]:
             sizes = {"genration": 2, "learner": 2}
-            return [] if told else [Wish(number=1, sizes=sizes, actor=None)]
+            return [] if told else [Wish(key="a", sizes=sizes)]
 
-        async def answer(self, wish, results) -> None:
+        def answer(self, wish, results) -> None:
             told.append(results)
             observer.told.set()
 

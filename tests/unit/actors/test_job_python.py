@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from actors.jobs import python_probe
-from actors.jobs.cluster_python import (
+from actors.jobs.jobs import (
     PROBE_TIMEOUT_S,
     cluster_python,
 )

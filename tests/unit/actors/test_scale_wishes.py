@@ -10,8 +10,8 @@ import pytest
 from ray.exceptions import RayError
 
 from actors.drivers.supervisor import Supervisor
+from actors.services.control_actor import Wish
 from rlhf_cluster.errors import PlacementError
-from rlhf_cluster.run.control_channel import Wish
 
 
 @dataclass
@@ -39,18 +39,16 @@ class AskedOnce:
     results: dict[str, str] = field(default_factory=dict)
     taken: bool = False
 
-    async def exchange(self, status: Any) -> list[Wish]:
+    async def exchange(self) -> list[Wish]:
         taken, self.taken = self.taken, True
-        return [] if taken else [Wish(number=1, sizes=self.sizes, actor=None)]
+        return [] if taken else [Wish(key="a", sizes=self.sizes)]
 
-    async def answer(self, wish: Wish, results: dict[str, str]) -> None:
+    def answer(self, wish: Wish, results: dict[str, str]) -> None:
         self.results = results
         self.answered.set()
 
 
-@dataclass
 class Observer:
-    snapshot: Wish = field(default_factory=lambda: Wish(number=0, sizes={}, actor=None))
     advice: None = None
 
     def event(self, text: str) -> None: ...

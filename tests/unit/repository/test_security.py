@@ -207,17 +207,17 @@ def test_this_machines_addresses_are_known_and_no_others():
 def test_a_cluster_that_answers_on_loopback_alone_is_joined_there(host, stays, monkeypatch):
     from ray._private import ray_constants, services
 
-    from actors.cluster import loopback
+    from actors.cluster.ray_cluster import follow_loopback
 
     for name in (ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "GLOO_SOCKET_IFNAME"):
         monkeypatch.setenv(name, os.environ.get(name, ""))
     monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", True)
     with socket.create_server((host, 0)) as cluster:
-        loopback.follow(f"127.0.0.1:{cluster.getsockname()[1]}", outward="127.0.0.2")
+        follow_loopback(f"127.0.0.1:{cluster.getsockname()[1]}", outward="127.0.0.2")
     assert ray_constants.ENABLE_RAY_CLUSTER is not stays
     if stays:
         assert services.resolve_ip_for_localhost("127.0.0.1") == "127.0.0.1"
-    loopback.follow("192.0.2.7:6379")
+    follow_loopback("192.0.2.7:6379")
     assert ray_constants.ENABLE_RAY_CLUSTER
 
 
