@@ -52,7 +52,7 @@ from rlhf_cluster.synthetic_data.produce import (
 )
 from rlhf_cluster.synthetic_data.revise_answers import EndpointAsker
 from rlhf_cluster.synthetic_data.write_dataset import write_dataset
-from rlhf_cluster.util.json_files import write_json
+from rlhf_cluster.util.durable_files import write_json
 
 HEADLINE = "generate/reward_mean"
 REPORT = "report.json"

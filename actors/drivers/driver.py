@@ -63,8 +63,7 @@ from rlhf_cluster.run.checkpoint.background_saving import Checkpoints
 from rlhf_cluster.run.checkpoint.resume import Continuation
 from rlhf_cluster.run.restarts import find_restart_checkpoint, with_recovery
 from rlhf_cluster.run.run_directory import RunDir
-from rlhf_cluster.util.durable_files import sync_tree
-from rlhf_cluster.util.json_files import write_json
+from rlhf_cluster.util.durable_files import sync_tree, write_json
 from rlhf_cluster.util.slow_disk import run_in_thread
 
 T = TypeVar("T")

@@ -46,7 +46,7 @@ from rlhf_cluster.planning.run_inputs import (
 from rlhf_cluster.records import LearnerState
 from rlhf_cluster.run.checkpoint.background_saving import Checkpoints
 from rlhf_cluster.run.checkpoint.run_state import RunState
-from rlhf_cluster.util.json_files import write_json
+from rlhf_cluster.util.durable_files import write_json
 from rlhf_cluster.util.slow_disk import run_in_thread
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.writer_fence import Writer, publishing

@@ -54,8 +54,8 @@ from rlhf_cluster.util.concurrency import gather_or_cancel
 from rlhf_cluster.util.durable_files import (
     find_storage_cause,
     make_folders,
+    write_json,
 )
-from rlhf_cluster.util.json_files import write_json
 from rlhf_cluster.util.slow_disk import DiskDeadline
 
 if TYPE_CHECKING:
@@ -262,9 +262,7 @@ class Recovery:
     def _write(self, name: str, values: Mapping[str, int | tuple[int, ...]]) -> None:
         path = self._store.root / name
         try:
-            if self._store.fsync:
-                make_folders(path.parent)
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folders(path.parent, self._store.fsync)
             write_json(path, values, fsync=self._store.fsync)
         except OSError as error:
             raise StoreError(

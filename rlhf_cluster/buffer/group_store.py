@@ -41,7 +41,7 @@ from rlhf_cluster.records import ExperienceGroup, Handle, StoredGroup, Ticket
 from rlhf_cluster.util.durable_files import (
     make_folders,
     run_with_retries,
-    sync_folder,
+    write_atomically,
 )
 from rlhf_cluster.util.slow_disk import DiskDeadline
 
@@ -206,27 +206,12 @@ class ExperienceStore:
             leftover.unlink(missing_ok=True)
 
     def _replace(self, path: Path, image: bytes) -> None:
-        if self.fsync:
-            make_folders(self.root)
-        else:
-            self.root.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.partial")
-        try:
-            fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            try:
-                rest = memoryview(image)
-                while rest:
-                    rest = rest[self._write_file(fd, rest) :]
-                if self.fsync:
-                    os.fsync(fd)
-            finally:
-                os.close(fd)
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-        if self.fsync:
-            sync_folder(self.root)
+        make_folders(self.root, self.fsync)
+        # Several writers may have the same group.
+        with write_atomically(path, self.fsync, f".{uuid.uuid4().hex}") as file:
+            rest = memoryview(image)
+            while rest:
+                rest = rest[self._write_file(file.fileno(), rest) :]
 
 
 def read_attempt(root: Path) -> int:

@@ -25,8 +25,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import string
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,7 +36,7 @@ from rlhf_cluster.sections.every_run import (
     BpeTokenizer,
     ModelInit,
 )
-from rlhf_cluster.util.durable_files import apply_umask
+from rlhf_cluster.util.durable_files import apply_umask, make_whole_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -140,16 +138,12 @@ def make_model(init: ModelInit, out_dir: str | Path, seed: int) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    partial = out_dir.with_name(f"{out_dir.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
     try:
-        _save(model, partial)
-        tokenizer.save_pretrained(partial)
-        partial.rename(out_dir)
+        with make_whole_folder(out_dir) as partial:
+            _save(model, partial)
+            tokenizer.save_pretrained(partial)
     except OSError as error:
         raise DataError(f"{out_dir}: cannot write the model ({error})") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return out_dir
 
 

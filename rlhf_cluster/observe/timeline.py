@@ -15,7 +15,6 @@ Trace Event Format: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQt
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -29,6 +28,7 @@ from rlhf_cluster.observe.report.read_run import (
     read_run,
 )
 from rlhf_cluster.run.run_directory import RunDir
+from rlhf_cluster.util.durable_files import write_all
 
 LEARNER, GENERATION, COUNTERS, EVENTS = 1, 2, 3, 4
 NAMES = {LEARNER: "learner", GENERATION: "generation", COUNTERS: "counters", EVENTS: "events"}
@@ -48,9 +48,7 @@ Event = dict[str, Any]
 def write_timeline(run: RunDir, path: Path) -> int:
     """Write the trace as JSON; return its number of events."""
     found = timeline(read_run(run), list(_groups(run)))
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps({"traceEvents": found, "displayTimeUnit": "ms"}))
-    os.replace(partial, path)
+    write_all(path, json.dumps({"traceEvents": found, "displayTimeUnit": "ms"}).encode())
     return len(found)
 
 

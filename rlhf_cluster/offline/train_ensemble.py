@@ -36,7 +36,7 @@ from rlhf_cluster.offline.scorer_report import (
     ensemble_report,
 )
 from rlhf_cluster.sections.offline_stage import StageSectionBase
-from rlhf_cluster.util.json_files import write_json
+from rlhf_cluster.util.durable_files import write_json
 
 SCORES = "held_out.json"
 """File in a member's run directory with its scores of every held-out unit."""

@@ -39,12 +39,10 @@ from rlhf_cluster.run.status_snapshot import Snapshot
 from rlhf_cluster.util import redaction
 from rlhf_cluster.util.durable_files import (
     make_folders,
+    read_json,
     run_with_retries,
     sync_folder,
     take_lock,
-)
-from rlhf_cluster.util.json_files import (
-    read_json,
     write_json,
 )
 from rlhf_cluster.util.provenance import (

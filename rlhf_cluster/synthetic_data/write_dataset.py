@@ -9,7 +9,6 @@ Promises:
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from rlhf_cluster.synthetic_data.select_rows import (
     rows_of,
     step_labels,
 )
+from rlhf_cluster.util.durable_files import write_atomically
 
 
 @dataclass(slots=True)
@@ -131,24 +131,21 @@ def write_dataset(
     Raises `DataError` for a damaged file, a file that cannot be written, or no row at all.
     """
     report = Report(section=section)
-    partial = target.with_name(f".{target.name}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        with write_atomically(target) as file:
             for group in in_order(groups):
                 rows, taken, left = rows_of(group, section)
                 report.add(group, rows, taken, left)
                 for row in rows:
-                    file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-        if not report.rows:
-            raise DataError(_explain_nothing(report, discarded))
-        os.replace(partial, target)
+                    text = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+                    file.write(text.encode())
+            if not report.rows:
+                raise DataError(_explain_nothing(report, discarded))
     except OSError as error:
         raise DataError(
             f"{target}: cannot be written ({error}). Free space there, and give the same command "
             "again: no prompt is sampled again"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return report.document(discarded)
 
 

@@ -1,8 +1,12 @@
-"""Files that survive a power cut, and retries after transient errors of a storage.
+"""Files and folders that appear and vanish whole, and retries after transient errors of a storage.
 
 Promises:
-- `write_all`: a reader sees the old file or the new one, never a part. With `fsync` this holds after
-  a power cut too, and the new file is on disk when the call returns;
+- `write_atomically`, `write_all`, `write_json`: a reader sees the old file or the new one, never a
+  part. With `fsync` this holds after a power cut too, and the new file is on disk when the call
+  returns;
+- no secret of this process is in a file of `write_json`;
+- a folder of `make_whole_folder` appears when all its files are written, and one of `remove_folder`
+  vanishes before any of them is deleted;
 - folders that `make_folders` made, and entries of the folders below `sync_tree`'s root, survive a power
   cut;
 - `take_lock` excludes other processes, or raises an error that names the missing mount option;
@@ -16,14 +20,19 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
+import shutil
 import stat
 import time
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, Any, TypeVar
 
 from rlhf_cluster.errors import RlhfError, StalledError, StorageError
+from rlhf_cluster.util import redaction
 
 T = TypeVar("T")
 
@@ -117,26 +126,84 @@ def apply_umask(path: Path) -> None:
     path.chmod(mode)
 
 
-def write_all(path: Path, data: bytes, fsync: bool = False) -> None:
-    """Replace the file at `path` by `data`. One writer at a time. Raises `OSError`."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        if fsync:
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(partial, path)
+@contextmanager
+def write_atomically(path: Path, fsync: bool = False, mark: str = "") -> Iterator[IO[bytes]]:
+    """Open a file that replaces the one at `path` when the block ends, and is deleted at an error.
+
+    One writer at a time, or one per `mark`. Raises `OSError`.
+    """
+    partial = path.with_name(f".{path.name}{mark}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            if fsync:
+                sync_file(file)
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(OSError):  # the same disk
+            partial.unlink()
+        raise
     if fsync:
         sync_folder(path.parent)
 
 
-def make_folders(path: Path) -> None:
-    """Make `path` and all folders above it, so that they survive a power cut. Raises `OSError`."""
+def write_all(path: Path, data: bytes, fsync: bool = False) -> None:
+    """Replace the file at `path` by `data`. One writer at a time. Raises `OSError`."""
+    with write_atomically(path, fsync) as file:
+        file.write(data)
+
+
+def write_json(path: Path, value: Mapping[str, Any], fsync: bool = False) -> None:
+    """Write `value` without the secrets of this process (`redaction`). Raises `OSError`."""
+    text = json.dumps(redaction.redact_process_secrets(value), indent=2, default=str) + "\n"
+    write_all(path, text.encode(), fsync)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Read a JSON file; None if there is no such file, or if it is not JSON.
+
+    Raises `OSError` for any other error of the storage, as the file may exist.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+@contextmanager
+def make_whole_folder(folder: Path) -> Iterator[Path]:
+    """Make an empty folder that gets the name `folder` when the block ends. Raises `OSError`."""
+    partial = folder.with_name(f"{folder.name}.partial-{uuid.uuid4().hex}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove `folder`, which is missing while its files are being deleted. Raises `OSError`."""
+    trash = folder.with_suffix(".trash")
+    shutil.rmtree(trash, ignore_errors=True)
+    folder.rename(trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def make_folders(path: Path, sync: bool = True) -> None:
+    """Make `path` and all folders above it. Raises `OSError`. `sync`: they survive a power cut."""
     if path.is_dir():
         return
-    make_folders(path.parent)
+    make_folders(path.parent, sync)
     path.mkdir(exist_ok=True)
-    sync_folder(path.parent)
+    if sync:
+        sync_folder(path.parent)
+
+
+def sync_file(file: IO[Any]) -> None:
+    """Make what was written to the open file survive a power cut."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

@@ -37,6 +37,7 @@ from rlhf_cluster.errors import WeightError
 from rlhf_cluster.records import WeightVersion
 from rlhf_cluster.util.durable_files import (
     find_storage_cause,
+    remove_folder,
     sync_folder,
     write_all,
 )
@@ -136,7 +137,7 @@ def commit(
         if version == newest:
             _check_same_tensors(final, manifest)
             newest = _step_back(final.parent, version)
-            _to_trash(final)
+            remove_folder(final)
         _remove_leftovers(final.parent, newest)
         write_all(partial / MANIFEST_NAME, encode(manifest).encode(), fsync)
         _remove_strangers(partial, manifest)
@@ -367,16 +368,8 @@ def _with_bases(root: Path, kept: set[int]) -> set[int]:
 
 def _remove_version(root: Path, version: int) -> None:
     folder = version_dir(root, version)
-    _to_trash(folder)
+    remove_folder(folder)
     folder.with_suffix(".pin").unlink(missing_ok=True)
-
-
-def _to_trash(folder: Path) -> None:
-    # Renamed first: a version is complete or missing, also while its files are being deleted.
-    trash = folder.with_suffix(".trash")
-    shutil.rmtree(trash, ignore_errors=True)
-    folder.rename(trash)
-    shutil.rmtree(trash, ignore_errors=True)
 
 
 def _remove_strangers(partial: Path, manifest: Manifest) -> None:

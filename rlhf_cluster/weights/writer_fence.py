@@ -28,8 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rlhf_cluster.errors import FencedError, StalledError, WeightError
-from rlhf_cluster.util.durable_files import take_lock
-from rlhf_cluster.util.json_files import write_json
+from rlhf_cluster.util.durable_files import take_lock, write_json
 from rlhf_cluster.util.slow_disk import check_not_abandoned
 
 NAME = "writer.json"

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cluster.observe.record import logs
+from rlhf_cluster.util.durable_files import write_all
 from rlhf_cluster.util.provenance import remove_secrets
 from rlhf_cluster.util.redaction import (
     find_secrets,
@@ -140,9 +141,7 @@ def write(path: Path, document: Callable[[], Mapping[str, Any]]) -> None:
     """Write the document that `document` returns, whole or not at all. Log what fails in it."""
     try:
         text = json.dumps(document(), indent=1, default=str) + "\n"
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        write_all(path, text.encode())
     except Exception:  # the error that ends the run is on its way; this one must not take its place
         log.exception("%s: not written", path)
 

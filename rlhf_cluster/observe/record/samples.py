@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import numpy as np
 
 from rlhf_cluster.errors import StalledError, StoreError
 from rlhf_cluster.records import ExperienceGroup, ScoredRollout, TokenSample
+from rlhf_cluster.util.durable_files import write_all
 from rlhf_cluster.util.slow_disk import run_within
 
 log = logging.getLogger(__name__)
@@ -141,16 +140,12 @@ def _write_parquet(path: Path, rows: Sequence[Row]) -> None:
         "step_rewards": pa.list_(pa.float64()),
     }
     schema = pa.schema([(name, types.get(name, pa.string())) for name in rows[0]])
-    partial = path.with_name(f".{path.name}.partial")
     image = pa.BufferOutputStream()  # pyarrow leaves a file open that it cannot write
     parquet.write_table(pa.Table.from_pylist(list(rows), schema=schema), image)
     data = image.getvalue()
     try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
+        write_all(path, data)
     except OSError as error:
-        with suppress(OSError):  # the same disk
-            partial.unlink(missing_ok=True)
         raise StoreError(
             f"{path}: {len(rows)} samples of {data.size} bytes cannot be written ({error}). Free "
             "space there, or do without them: observe.samples_per_step = 0"

@@ -6,7 +6,6 @@ Missing and null values leave gaps.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlhf_cluster.errors import RunError
+from rlhf_cluster.util.durable_files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,10 +58,8 @@ def draw_curve(records: Records, path: str | Path, title: str) -> None:
         panel(axes, records)
         _tidy(axes)
     figure.suptitle(title, fontsize=14, fontweight="bold")
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png")
-    os.replace(partial, path)
+    with write_atomically(Path(path)) as file:
+        figure.savefig(file, format="png")
 
 
 def series(records: Records, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -209,7 +207,5 @@ def draw_stage_curve(records: Records, path: str | Path, title: str, headline: s
         axes.grid(alpha=0.25, lw=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=14, fontweight="bold")
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png")
-    os.replace(partial, path)
+    with write_atomically(Path(path)) as file:
+        figure.savefig(file, format="png")

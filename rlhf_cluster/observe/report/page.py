@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -15,6 +14,7 @@ from rlhf_cluster.observe.record.samples import Row
 from rlhf_cluster.observe.report.charts import Curve, chart
 from rlhf_cluster.observe.report.read_run import RunRecord
 from rlhf_cluster.run.status_snapshot import who_waits
+from rlhf_cluster.util.durable_files import write_all
 
 MAX_PARTS = 8  # colours
 GAIN = "advisor/gain/"
@@ -101,9 +101,7 @@ def page(runs: Sequence[RunRecord], now_s: float) -> str:
 
 def write_page(path: Path, content: str) -> None:
     """Replace `path` atomically: a browser that reloads sees the old page or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(content, encoding="utf-8", errors="replace")
-    os.replace(partial, path)
+    write_all(path, content.encode(errors="replace"))
 
 
 def text(value: object) -> str:

@@ -39,7 +39,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
 
 from xxhash import xxh3_128_hexdigest
 
@@ -49,7 +48,9 @@ from rlhf_cluster.util.durable_files import (
     PAUSES,
     find_storage_cause,
     make_folders,
+    remove_folder,
     run_with_retries,
+    sync_file,
     sync_folder,
     sync_tree,
 )
@@ -261,7 +262,7 @@ def retain(root: Path, keep: int, keep_best: int = 0) -> list[RunState]:
             kept |= {path for path in [_best(folders)] if path is not None}
         for folder in folders:
             if folder not in kept:
-                _remove(folder)
+                remove_folder(folder)
         texts = {path: (path / STATE).read_bytes() for path in folders if path in kept}
     except OSError as error:
         raise CheckpointError(f"{root}: cannot remove older checkpoints ({error})") from error
@@ -318,11 +319,6 @@ def is_plain(name: str) -> bool:
     return plain is not None and ".." not in name
 
 
-def flush(file: IO[Any]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
 def _all(root: Path) -> list[Path]:
     """Return the folders that have a checkpoint's name, by step."""
     try:
@@ -355,15 +351,7 @@ def _describe(path: Path, with_hash: bool) -> dict[str, int | str]:
     return {"bytes": num_bytes, "hash": xxh3_128_hexdigest(path.read_bytes())}
 
 
-def _remove(folder: Path) -> None:
-    # Renamed first: a checkpoint is intact or deleted, also while its files are being deleted.
-    trash = folder.with_suffix(".trash")
-    shutil.rmtree(trash, ignore_errors=True)
-    folder.rename(trash)
-    shutil.rmtree(trash, ignore_errors=True)
-
-
 def _write(path: Path, text: str) -> None:
     with path.open("w", encoding="utf-8") as file:
         file.write(text)
-        flush(file)
+        sync_file(file)

@@ -27,10 +27,9 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,11 +55,12 @@ from rlhf_cluster.util.durable_files import (
     find_storage_cause,
     make_folders,
     run_with_retries,
+    sync_file,
     sync_folder,
     sync_tree,
 )
 from rlhf_cluster.util.provenance import remove_credentials
-from rlhf_cluster.util.slow_disk import run_within
+from rlhf_cluster.util.slow_disk import run_in_thread, run_within
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.read_version import verify
 from rlhf_cluster.weights.transports.shared_files import version_dir
@@ -87,14 +87,14 @@ class CopyFolder:
         import fsspec.core
 
         self.shown = f"{remove_credentials(url).rstrip('/')}/{run_name}"
-        with self._translate_errors("open"):
+        with self.translate_errors("open"):
             fs, path = fsspec.core.url_to_fs(url)
         self._fs: Any = fs
         self._root = f"{str(path).rstrip('/')}/{run_name}"
 
     def steps(self) -> list[int]:
         """Return the steps that have a copy, complete or not. Raises `CheckpointError`."""
-        with self._translate_errors("list"):
+        with self.translate_errors("list"):
             self._fs.invalidate_cache()
             try:
                 names = [
@@ -124,7 +124,7 @@ class CopyFolder:
 
     def num_bytes(self, step: int) -> int:
         """Return the size of a copy, 0 if it is not complete. Raises `CheckpointError`."""
-        with self._translate_errors(f"read step {step} from"):
+        with self.translate_errors(f"read step {step} from"):
             return sum(entry["bytes"] for entry in (self._marker(step) or {}).values())
 
     def put(self, step: int, files: Mapping[str, Path], deadline: Deadline) -> None:
@@ -142,7 +142,7 @@ class CopyFolder:
 
     def _put(self, step: int, files: Mapping[str, Path], deadline: Deadline) -> None:
         entries = {}
-        with self._translate_errors(f"write step {step} to"):
+        with self.translate_errors(f"write step {step} to"):
             for name, path in files.items():
                 target = self._path(step, name)
                 self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
@@ -154,7 +154,7 @@ class CopyFolder:
 
     def remove(self, step: int) -> None:
         """Remove all files of the copy of `step`, its marker first. Raises `CheckpointError`."""
-        with self._translate_errors(f"remove step {step} from"):
+        with self.translate_errors(f"remove step {step} from"):
             with suppress(FileNotFoundError):
                 self._fs.rm_file(self._path(step, MARKER))
             with suppress(FileNotFoundError):
@@ -162,7 +162,7 @@ class CopyFolder:
 
     def set_aside(self, step: int) -> None:
         """Make the copy of `step` invalid, and keep all of its files. Raises `CheckpointError`."""
-        with self._translate_errors(f"set aside step {step} in"), suppress(FileNotFoundError):
+        with self.translate_errors(f"set aside step {step} in"), suppress(FileNotFoundError):
             self._fs.mv(self._path(step, MARKER), self._path(step, ASIDE_MARKER))
 
     def get(self, step: int, target: Path, deadline: Deadline) -> None:
@@ -173,7 +173,7 @@ class CopyFolder:
         files = self._marker(step)
         if files is None:
             raise CheckpointError(f"{self.shown}: the copy of step {step} is not complete")
-        with self._translate_errors(f"read step {step} from"):
+        with self.translate_errors(f"read step {step} from"):
             for name, entry in files.items():
                 if not checkpoint_folder.is_plain(name):
                     raise CheckpointError(
@@ -183,7 +183,7 @@ class CopyFolder:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with self._fs.open(self._path(step, name), "rb") as source, path.open("wb") as out:
                     found = _pump(source, out, deadline)
-                    checkpoint_folder.flush(out)
+                    sync_file(out)
                 if found != entry:
                     raise CheckpointError(
                         f"{self.shown}: {name} of step {step} is {found}, expected {entry}; damaged"
@@ -191,7 +191,7 @@ class CopyFolder:
 
     def _marker(self, step: int) -> dict[str, Any] | None:
         """Return the files of a copy; None when it is not complete."""
-        with self._translate_errors(f"read step {step} from"):
+        with self.translate_errors(f"read step {step} from"):
             try:
                 return dict(json.loads(self._fs.cat_file(self._path(step, MARKER)))["files"])
             except FileNotFoundError:
@@ -200,24 +200,18 @@ class CopyFolder:
     def _path(self, step: int, name: str) -> str:
         return f"{self._root}/{checkpoint_folder.name_of(step)}/{name}".rstrip("/")
 
-    def _translate_errors(self, what: str) -> Told:
-        return Told(f"cannot {what} {self.shown}")
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """Context that turns whatever a storage raises into a `CheckpointError` without credentials."""
-
-    what: str
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, RlhfError):
+    @contextmanager
+    def translate_errors(self, what: str) -> Iterator[None]:
+        """Turn whatever a storage raises into a `CheckpointError` without credentials."""
+        try:
+            yield
+        except RlhfError:
+            raise
+        except Exception as error:
             text = remove_credentials(f"{type(error).__name__}: {error}")
             damaged = isinstance(error, FileNotFoundError | ValueError | LookupError | TypeError)
-            raise (CheckpointError if damaged else StorageError)(f"{self.what} ({text})") from error
+            kind = CheckpointError if damaged else StorageError
+            raise kind(f"cannot {what} {self.shown} ({text})") from error
 
 
 def _pump(source: Any, out: Any, deadline: Deadline) -> dict[str, int | str]:
@@ -400,7 +394,7 @@ class Copies:
             step = max(due)
             tried.add(step)
             try:
-                await self._in_time(lambda deadline, step=step: self._copy(step, deadline), step)
+                await self._in_time(step)
             except RlhfError as error:
                 self.stats.failed += 1
                 self.tell(f"no copy of the checkpoint of step {step}: {error}")
@@ -427,33 +421,16 @@ class Copies:
                 deadline.left_s("the removal of older copies")
                 self.copy.remove(other)
 
-    async def _in_time(self, work: Callable[[Deadline], None], step: int) -> None:
-        """Run `work` in a daemon thread, so that a hanging storage does not hold up the run's end.
+    async def _in_time(self, step: int) -> None:
+        """Run `_copy` in a thread, so that a hanging storage does not hold up the run's end.
 
         Waits for: the thread. Unblocked by: its end, or the deadline, after which it writes no marker.
         """
         deadline = Deadline(f"the copy of step {step} to {self.copy.shown}", self.timeout_s)
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[None] = loop.create_future()
-
-        def finish(error: BaseException | None) -> None:
-            if not done.done():
-                done.set_result(None) if error is None else done.set_exception(error)
-
-        def run() -> None:
-            error = None
-            try:
-                with Told(f"cannot copy step {step} to {self.copy.shown}"):
-                    work(deadline)
-            except Exception as caught:
-                error = caught
-            with suppress(RuntimeError):  # the loop is closed: no caller waits any more
-                loop.call_soon_threadsafe(finish, error)
-
-        threading.Thread(target=run, name=f"copy-{step}", daemon=True).start()
         try:
             async with asyncio.timeout(self.timeout_s):
-                await done
+                with self.copy.translate_errors(f"copy step {step} to"):
+                    await run_in_thread(self._copy, step, deadline)
         except TimeoutError as error:
             if isinstance(error, StalledError):
                 raise

@@ -44,7 +44,7 @@ from rlhf_cluster.run.metrics_file import (
     read_metrics,
 )
 from rlhf_cluster.run.run_directory import RunDir, list_settings
-from rlhf_cluster.util.json_files import read_json
+from rlhf_cluster.util.durable_files import read_json
 from rlhf_cluster.util.provenance import remove_secrets
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.read_version import verify

@@ -12,7 +12,6 @@ Memory: the tensors of one output file.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_cluster.data.tokenizer import load_tokenizer
 from rlhf_cluster.errors import WeightError
 from rlhf_cluster.records import WeightVersion
-from rlhf_cluster.util.durable_files import apply_umask
+from rlhf_cluster.util.durable_files import apply_umask, make_whole_folder
 from rlhf_cluster.weights.assemble import check_names
 from rlhf_cluster.weights.manifest import Manifest
 from rlhf_cluster.weights.store import open_version, read
@@ -66,23 +65,19 @@ def export_hf(
     _check_names(manifest, model_dir, config, num_values)
     if num_values is not None:
         config |= _as_classifier(config, num_values)
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    partial = out_dir.with_name(f"{out_dir.name}.partial-{os.getpid()}")
-    partial.mkdir()
+    config.pop("torch_dtype", None)
+    config["dtype"] = _main_dtype(manifest)
+    text = json.dumps(config, indent=2) + "\n"
     try:
-        copy_companions(model_dir, partial)
-        if tokenizer_dir is not None:
-            load_tokenizer(tokenizer_dir).save_pretrained(partial)
-        config.pop("torch_dtype", None)
-        config["dtype"] = _main_dtype(manifest)
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        tensors = read(version.path, expected_digest=version.digest)
-        _write_weights(tensors, manifest, partial, max_file_bytes)
-        partial.rename(out_dir)
+        with make_whole_folder(out_dir) as partial:
+            copy_companions(model_dir, partial)
+            if tokenizer_dir is not None:
+                load_tokenizer(tokenizer_dir).save_pretrained(partial)
+            (partial / "config.json").write_text(text, encoding="utf-8")
+            tensors = read(version.path, expected_digest=version.digest)
+            _write_weights(tensors, manifest, partial, max_file_bytes)
     except OSError as error:
         raise WeightError(f"{out_dir}: cannot write the export ({error})") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return out_dir
 
 

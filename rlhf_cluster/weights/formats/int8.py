@@ -13,15 +13,13 @@ tensors, and every reader checks the digest that was published, whatever precisi
 from __future__ import annotations
 
 import json
-import shutil
-import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cluster.errors import WeightError
 from rlhf_cluster.models.int8_rounding import round_to_int8
-from rlhf_cluster.util.durable_files import apply_umask
+from rlhf_cluster.util.durable_files import apply_umask, make_whole_folder
 from rlhf_cluster.weights.formats.huggingface import (
     INDEX_NAME,
     copy_companions,
@@ -86,20 +84,16 @@ def write_start_folder(model_dir: str | Path, out_dir: str | Path) -> Path:
     model_dir, out_dir = Path(model_dir), Path(out_dir)
     if out_dir.is_dir():
         return out_dir
-    partial = out_dir.with_name(f"{out_dir.name}.partial-{uuid.uuid4().hex}")
     try:
-        partial.mkdir(parents=True)
-        _write_weights(model_dir, partial)
-        copy_companions(model_dir, partial)
-        config = json.loads((model_dir / "config.json").read_bytes())
-        config["quantization_config"] = _quantization_config()
-        (partial / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-        partial.rename(out_dir)
+        with make_whole_folder(out_dir) as partial:
+            _write_weights(model_dir, partial)
+            copy_companions(model_dir, partial)
+            config = json.loads((model_dir / "config.json").read_bytes())
+            config["quantization_config"] = _quantization_config()
+            (partial / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     except OSError as error:
         if not out_dir.is_dir():  # else another process was first
             raise WeightError(f"{out_dir}: cannot write the INT8 model ({error})") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return out_dir
 
 

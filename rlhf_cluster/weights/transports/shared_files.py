@@ -78,10 +78,7 @@ class FileSink:
     def write(self, version: int, name: str, image: ShardImage) -> None:
         folder = partial_dir(self._root, version, self._attempt)
         try:
-            if self._fsync:
-                make_folders(folder)
-            else:
-                folder.mkdir(parents=True, exist_ok=True)
+            make_folders(folder, self._fsync)
             self._check_space(folder, image.num_bytes)
             self._write(folder / name, image)
         except StalledError:  # an OSError too, as every TimeoutError

@@ -39,8 +39,7 @@ from rlhf_cluster.run.checkpoint.remote_copies import (
 from rlhf_cluster.run.metrics_file import read_metrics
 from rlhf_cluster.run.restarts import find_restart_checkpoint
 from rlhf_cluster.run.run_directory import RunDir
-from rlhf_cluster.util.durable_files import PAUSES
-from rlhf_cluster.util.json_files import write_json
+from rlhf_cluster.util.durable_files import PAUSES, write_json
 from rlhf_cluster.util.provenance import remove_secrets
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.transports.transport import Deadline

@@ -10,7 +10,6 @@ import pytest
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import RunError
 from rlhf_cluster.run.checkpoint import (
-    checkpoint_folder,
     resume,
 )
 from rlhf_cluster.run.checkpoint.resume import (
@@ -21,6 +20,7 @@ from rlhf_cluster.run.checkpoint.resume import (
 )
 from rlhf_cluster.run.metrics_file import read_metrics
 from rlhf_cluster.run.run_directory import RunDir
+from rlhf_cluster.util.durable_files import remove_folder
 from tests.support.builders.checkpoint_files import write
 from tests.support.builders.run_configs import tiny_config
 
@@ -136,7 +136,7 @@ def test_a_finished_run_has_nothing_to_do_unless_it_is_to_go_on(left):
 
 def test_only_a_run_that_had_no_checkpoint_yet_starts_from_the_beginning(left):
     for step in (1, 2):
-        checkpoint_folder._remove(left.checkpoints / f"step-{step:06d}")
+        remove_folder(left.checkpoints / f"step-{step:06d}")
     found = look(left)
     assert (found.finished, found.checkpoint) == (False, None)
     assert "3 steps and no checkpoint yet; starts from the beginning" in found.notes[0]

@@ -26,8 +26,7 @@ from rlhf_cluster.run.checkpoint import (
 from rlhf_cluster.run.run_directory import RunDir
 from rlhf_cluster.scoring.moving_reference import ReferenceKeeper
 from rlhf_cluster.sections.values import ReferenceUpdate
-from rlhf_cluster.util.durable_files import write_all
-from rlhf_cluster.util.json_files import read_json
+from rlhf_cluster.util.durable_files import read_json, write_all
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.manifest import LocalPart
 from tests.support.builders.checkpoint_files import make_state
