@@ -35,9 +35,9 @@ from actors.drivers.training_attempt import (
     Attempt,
     Place,
 )
-from actors.services.hot_spare_actors import learner_spares
-from actors.services.learner_actors import RayLearner
+from actors.services.hot_spare_actors import learner_spares, rank_of
 from actors.services.learner_core import Core
+from actors.services.rank_actors import RayLearner
 from actors.services.start_services import (
     control_channel,
     generation_pool,
@@ -51,7 +51,6 @@ from rlhf_cluster.config import RunConfig
 from rlhf_cluster.config.check_scoring import kl_notes
 from rlhf_cluster.config.pools import pool_sections
 from rlhf_cluster.errors import CoreLost, PlacementError, PoolLost, RlhfError, StalledError
-from rlhf_cluster.learner.hot_spares import rank_of
 from rlhf_cluster.planning.choose_transport import with_transport
 from rlhf_cluster.planning.run_inputs import (
     Inputs,

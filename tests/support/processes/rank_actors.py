@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from actors.services.learner_actors import LearnerActor
+from actors.services.learner_actors import RankActor
 from rlhf_cluster.weights.manifest import LocalPart, ShardReport
 from rlhf_cluster.weights.shards import ShardBase, send_shard
 
@@ -19,17 +19,28 @@ def weights_of(version: int) -> torch.Tensor:
     return weights
 
 
-class _Rank:
-    """What an actor asks of a `LearnerRank`, with weights that follow from the version."""
+class FakeRank:
+    """What an actor asks of a `LearnerRank`, with weights that follow from the version.
 
-    def __init__(self, rank: int) -> None:
+    Its first snapshot is the version that stands in `init_method`, each further one the next.
+    """
+
+    def __init__(
+        self, config: Any, model_dir: str, rank: int, num_ranks: int, init_method: str
+    ) -> None:
         self._rank = rank
-        self._version = -1
+        self._version = int(init_method) - 1
         self._written: ShardBase | None = None
 
-    def snapshot_of(self, version: int) -> int:
-        self._version = version
-        return version
+    def setup(self) -> dict[str, Any]:
+        return {}
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"w": (NUMEL,)}
+
+    def snapshot(self) -> int:
+        self._version += 1
+        return self._version
 
     def write_snapshot(self, to: Any, base: int | None = None) -> ShardReport:
         share = NUMEL // NUM_RANKS
@@ -42,18 +53,12 @@ class _Rank:
         return report
 
 
-class RankActor(LearnerActor):
-    """A learner rank without a model. `snapshot` takes the next version."""
+class FakeRankActor(RankActor):
+    """Actor of a `FakeRank`, which remembers refusals."""
 
-    def setup(self, init_method: str) -> dict[str, Any]:
-        self._rank = _Rank(self._number)
-        self._shapes = {"w": (NUMEL,)}
-        self._next, self._refusals = int(init_method), []
-        return {}
-
-    def snapshot(self) -> int:
-        self._next += 1
-        return self._rank.snapshot_of(self._next - 1)
+    def __init__(self, config: Any, model_dir: str, rank: int) -> None:
+        super().__init__(config, model_dir, rank, FakeRank)
+        self._refusals: list[tuple[int, str]] = []
 
     def refused(self, version: int, reason: str) -> None:
         self._refusals.append((version, reason))
