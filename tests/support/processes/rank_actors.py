@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from actors.services.learner_actors import RankActor
+from actors.services.rank_actors import RankActor, build_learner_rank
 from rlhf_cluster.weights.manifest import LocalPart, ShardReport
 from rlhf_cluster.weights.shards import ShardBase, send_shard
 
@@ -22,21 +22,12 @@ def weights_of(version: int) -> torch.Tensor:
 class FakeRank:
     """What an actor asks of a `LearnerRank`, with weights that follow from the version.
 
-    Its first snapshot is the version that stands in `init_method`, each further one the next.
+    Its first snapshot is version `first`, each further one the next.
     """
 
-    def __init__(
-        self, config: Any, model_dir: str, rank: int, num_ranks: int, init_method: str
-    ) -> None:
-        self._rank = rank
-        self._version = int(init_method) - 1
+    def __init__(self, rank: int, first: int) -> None:
+        self._rank, self._version = rank, first - 1
         self._written: ShardBase | None = None
-
-    def setup(self) -> dict[str, Any]:
-        return {}
-
-    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"w": (NUMEL,)}
 
     def snapshot(self) -> int:
         self._version += 1
@@ -54,11 +45,16 @@ class FakeRank:
 
 
 class FakeRankActor(RankActor):
-    """Actor of a `FakeRank`, which remembers refusals."""
+    """Actor of a `FakeRank`, whose first version `setup` gets instead of a meeting point."""
 
     def __init__(self, config: Any, model_dir: str, rank: int) -> None:
-        super().__init__(config, model_dir, rank, FakeRank)
+        super().__init__(config, model_dir, rank, build_learner_rank)
         self._refusals: list[tuple[int, str]] = []
+
+    def setup(self, init_method: str) -> dict[str, Any]:
+        self._rank = FakeRank(self._number, int(init_method))
+        self._shapes = {"w": (NUMEL,)}
+        return {}
 
     def refused(self, version: int, reason: str) -> None:
         self._refusals.append((version, reason))
