@@ -40,7 +40,7 @@ QUICKSTART = REPOSITORY / "configs" / "quickstart.toml"
 CLASSES = {
     "generation": "GenerationActor",
     "scoring": "ScoringActor",
-    "learner": "LearnerActor",
+    "learner": "RankActor",
     "buffer": "BufferActor",
     "controller": "ControlActor",
 }

@@ -11,7 +11,7 @@ from typing import Any
 from actors.drivers.rl_observer import RunObserver
 from actors.drivers.run_observer import Observer
 from actors.services.buffer_actor import RayBuffer
-from actors.services.learner_actors import RayLearner
+from actors.services.rank_actors import RayLearner
 from rlhf_cluster.buffer.adaptive_depth import DepthController
 from rlhf_cluster.config import GenerateConfig, RunConfig
 from rlhf_cluster.config.load import AnyConfig

@@ -27,10 +27,8 @@ from actors.drivers.driver import Opened, Stopped, TrainingDriver
 from actors.drivers.checkpoint_cut import checkpoint_metrics, make_checkpoints
 from actors.drivers.offline_observer import StageObserver
 from actors.drivers.training_attempt import begin_attempt
-from actors.services.offline_rank_actors import (
-    RayStage,
-    StageCore,
-)
+from actors.services.learner_core import Core
+from actors.services.rank_actors import RayStage
 from rlhf_cluster.config import StageConfig
 from rlhf_cluster.errors import RlhfError
 from rlhf_cluster.observe.report.learning_curve import draw_stage_curve
@@ -99,10 +97,10 @@ class StageDriver(TrainingDriver[StageConfig, StageInputs, StageObserver]):
         await self._begin()
         return await self.train_with_restarts()
 
-    def make_core(self) -> StageCore:
-        return StageCore(self.launcher)
+    def make_core(self) -> Core:
+        return Core(self.launcher)
 
-    async def train(self, core: StageCore) -> dict[str, Any]:
+    async def train(self, core: Core) -> dict[str, Any]:
         stage = await core.start_stage(self.inputs.num_steps)
         if self.checkpoint is not None:
             await stage.load_state(self.checkpoint.learner, self.checkpoint.state.learner)

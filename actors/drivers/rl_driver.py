@@ -36,9 +36,9 @@ from actors.drivers.training_attempt import (
     Place,
 )
 from actors.services.control_actor import ControlChannel, open_channel
-from actors.services.hot_spare_actors import learner_spares
-from actors.services.learner_actors import RayLearner
+from actors.services.hot_spare_actors import learner_spares, rank_of
 from actors.services.learner_core import Core
+from actors.services.rank_actors import RayLearner
 from actors.services.start_services import (
     generation_pool,
     scoring_pools,
@@ -51,7 +51,6 @@ from rlhf_cluster.config import RunConfig
 from rlhf_cluster.config.check_scoring import kl_notes
 from rlhf_cluster.config.pools import pool_sections
 from rlhf_cluster.errors import CoreLost, PlacementError, PoolLost, RlhfError, StalledError
-from rlhf_cluster.learner.hot_spares import rank_of
 from rlhf_cluster.planning.choose_transport import with_transport
 from rlhf_cluster.planning.run_inputs import (
     Inputs,

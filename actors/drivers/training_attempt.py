@@ -22,7 +22,7 @@ from actors.drivers.driver import Stopped, stopped_text
 from actors.drivers.rl_observer import RunObserver
 from actors.services.buffer_actor import RayBuffer
 from actors.services.generation_client import RayGeneration
-from actors.services.learner_actors import RayLearner
+from actors.services.rank_actors import RayLearner
 from actors.services.scoring_client import RayScoring
 from actors.weights.transports import Transport
 from rlhf_cluster.buffer.adaptive_depth import (

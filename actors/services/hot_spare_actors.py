@@ -2,7 +2,14 @@
 
     resume -> [place, start, import, wait] for each -> hire -> the ranks are started -> resume -> ...
 
-`rlhf_cluster.learner.hot_spares` decides which spare becomes which rank.
+A spare has imported all modules that a rank needs, and is in no process group yet. After a failure all
+ranks start again in processes that were in no group. A process that was in one may keep counters of a
+library (DeepSpeed), or a collective that waits for a dead rank (NCCL). So each spare saves the start of
+one process, and the search for its resources. A rank is
+
+    a spare, for as many ranks as there are spares, failed ranks first
+    else a new process, in free resources
+    else, with learner.on_loss = "shrink", no rank
 
 Promises:
 - a spare has its own placement group. It is not a rank, and not in a process group, until it is hired;
@@ -18,19 +25,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 from actors.cluster.calls import core_answer
 from actors.cluster.launch import take_down
-from actors.services.learner_actors import LearnerActor
-from actors.services.rank_actors import (
-    ACTOR_OPTIONS,
-    NO_RANK,
-)
+from actors.services.rank_actors import ACTOR_OPTIONS, NO_RANK, RankActor, build_learner_rank
 from actors.services.start_services import Launcher
 from rlhf_cluster.errors import CoreLost, PlacementError, RlhfError
 from rlhf_cluster.planning.placement import spare_bundle
@@ -38,6 +42,9 @@ from rlhf_cluster.run.restarts import Restarts, RestartWindow
 
 log = logging.getLogger(__name__)
 
+S = TypeVar("S")
+
+_RANK = re.compile(r"learner-(\d+)")
 LOOK_S = 1.0
 """Time after which a spare answers that it is alive; `hire` may wait as long."""
 ROOM_AGAIN_S = 10.0
@@ -188,7 +195,10 @@ def learner_spares(launcher: Launcher, tell: Callable[[str], None]) -> Spares:
     async def start(number: int) -> Spare:
         bundle = spare_bundle(config, number)
         actor, group = await launcher.actor(
-            LearnerActor, [config, launcher.model_dir, NO_RANK], bundle, **ACTOR_OPTIONS
+            RankActor,
+            [config, launcher.model_dir, NO_RANK, build_learner_rank],
+            bundle,
+            **ACTOR_OPTIONS,
         )
         try:
             timeout_s = config.run.start_timeout_s
@@ -214,3 +224,36 @@ def learner_spares(launcher: Launcher, tell: Callable[[str], None]) -> Spares:
         ),
         tell=tell,
     )
+
+
+def rank_of(process: str) -> frozenset[int]:
+    """Return the rank in the name of a process, such as "learner-1"; empty for other names."""
+    found = _RANK.fullmatch(process)
+    return frozenset() if found is None else frozenset({int(found[1])})
+
+
+def seats(num_ranks: int, lost: Collection[int], spares: Sequence[S]) -> tuple[S | None, ...]:
+    """Assign spares to ranks. Returns the spare of each of `num_ranks` ranks, None for a new process.
+
+    Spares are assigned in their order, at most one rank each: first to `lost` ranks, then to the lowest
+    ranks. A `lost` rank that a smaller group does not have gets none.
+    """
+    first = sorted(rank for rank in set(lost) if 0 <= rank < num_ranks)
+    order = [*first, *(rank for rank in range(num_ranks) if rank not in set(first))]
+    taken = dict(zip(order, spares, strict=False))
+    return tuple(taken.get(rank) for rank in range(num_ranks))
+
+
+def describe_seats(taken: Sequence[object | None], lost: Collection[int]) -> str:
+    """Describe an assignment of `seats`, `taken`, in one line of text."""
+    parts = [
+        f"rank {rank}{' (lost)' if rank in lost else ''} is {spare}"
+        for rank, spare in enumerate(taken)
+        if spare is not None
+    ]
+    new = [rank for rank, spare in enumerate(taken) if spare is None]
+    if new:
+        parts.append(
+            f"{'ranks' if len(new) > 1 else 'rank'} {', '.join(map(str, new))} a new process"
+        )
+    return f"learner ranks from hot spares: {'; '.join(parts)}"

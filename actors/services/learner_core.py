@@ -18,6 +18,7 @@ Promises:
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import (
     AsyncIterator,
@@ -48,19 +49,21 @@ from actors.services.buffer_actor import (
 from actors.services.hot_spare_actors import (
     Spare,
     Spares,
+    describe_seats,
+    seats,
 )
-from actors.services.learner_actors import (
-    LearnerActor,
+from actors.services.rank_actors import (
+    ACTOR_OPTIONS,
+    BuildRank,
+    RankActor,
     RayLearner,
+    RayStage,
+    build_learner_rank,
+    build_stage_rank,
 )
-from actors.services.rank_actors import ACTOR_OPTIONS
 from actors.services.start_services import Launcher
 from rlhf_cluster.config import RunConfig, StageConfig
 from rlhf_cluster.errors import CoreLost, PlacementError, RankFailed, RlhfError, first_failure
-from rlhf_cluster.learner.hot_spares import (
-    seats,
-    told,
-)
 from rlhf_cluster.planning.placement import (
     Bundle,
     buffer_bundle,
@@ -141,6 +144,15 @@ class Core:
         except BaseExceptionGroup as failures:
             raise first_failure(failures) from failures
         return learner.result(), buffer.result()
+
+    async def start_stage(self, num_steps: int) -> RayStage:
+        """Start the ranks of an offline stage, which has no buffer and no hot spares."""
+        config = self._launcher.config
+        _, group = await self.place_ranks(ray.available_resources)
+        build = functools.partial(build_stage_rank, num_steps=num_steps)
+        stage = RayStage(self.spawn_ranks(build, config, group), config)
+        await stage.setup()
+        return stage
 
     @asynccontextmanager
     async def watched(self, look: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
@@ -278,11 +290,11 @@ class Core:
             raise
         taken = seats(ranks, self._lost, hired)
         if hired:
-            self._tell(told(taken, self._lost))
+            self._tell(describe_seats(taken, self._lost))
         config = asked.model_copy(
             update={"learner": asked.learner.model_copy(update={"ranks": ranks})}
         )
-        actors = self.spawn_ranks(LearnerActor, config, group, spares=taken)
+        actors = self.spawn_ranks(build_learner_rank, config, group, taken)
         learner = RayLearner(actors, config)
         await learner.setup()
         await prepare(learner)
@@ -290,16 +302,15 @@ class Core:
 
     def spawn_ranks(
         self,
-        kind: type,
+        build: BuildRank,
         config: Any,
         group: Any,
-        *further: Any,
         spares: Sequence[Spare | None] = (),
     ) -> list[Any]:
         """Return the actors of all ranks, and register them as members.
 
-        The actor of a rank is its spare, if it has one. Otherwise a new actor is built as
-        `kind(config, model folder, rank, *further)` in a bundle of `group`.
+        The actor of a rank is its spare, if it has one. Otherwise a new actor is started in a bundle
+        of `group`, and builds its rank with `build`.
         """
         actors, num_new = [], 0
         for rank, bundle in enumerate(rank_bundles(config)):
@@ -310,8 +321,8 @@ class Core:
             else:
                 actor, placement = (
                     spawn(
-                        kind,
-                        [config, self._launcher.model_dir, rank, *further],
+                        RankActor,
+                        [config, self._launcher.model_dir, rank, build],
                         bundle=bundle,
                         group=group,
                         index=num_new,

@@ -1,10 +1,12 @@
-"""Actor of a rank, and the client of all ranks, for reinforcement learning and offline stages.
+"""Actor of a rank, and the clients of all ranks, for reinforcement learning and offline stages.
 
-Each rank runs its steps sequentially in one thread. A checkpoint is written in other threads ("io"),
-while the next step runs. If a rank dies or hangs, the call to all ranks fails with a `CoreLost` that
-names it. If a rank raises an error that another attempt may not see, the call fails with a `RankFailed`
-(`rlhf_cluster.failures`). The other ranks, which wait for it in a collective, are then ended too
-(`actors.services.learner_core`).
+Each rank runs its steps sequentially in one thread. Snapshots and checkpoints are written in other
+threads ("io"), while the next step runs. Every rank gets all the data of a step and selects its share
+by the same plan, so ranks do not exchange what to train on.
+
+If a rank dies or hangs, the call to all ranks fails with a `CoreLost` that names it. If a rank raises
+an error that another attempt may not see, the call fails with a `RankFailed` (`rlhf_cluster.failures`).
+The other ranks, which wait for it in a collective, are then ended too (`actors.services.learner_core`).
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import math
 import os
 import socket
 import time
@@ -22,13 +25,25 @@ from typing import Any, ParamSpec, TypeVar
 
 import ray
 
-from actors.cluster.calls import core_answer
-from rlhf_cluster.errors import WorkerError
+from actors.cluster.calls import core_answer, fetch_there
+from actors.weights.transports import Transport
+from rlhf_cluster.buffer.group_recovery import store_of
+from rlhf_cluster.buffer.group_store import collect
+from rlhf_cluster.config import RunConfig
+from rlhf_cluster.data.prompts import SftExample
+from rlhf_cluster.data.tokenizer import load_tokenizer
+from rlhf_cluster.data.units import Unit
+from rlhf_cluster.errors import WeightError, WorkerError
 from rlhf_cluster.failures import as_rank_failure
 from rlhf_cluster.observe.occupancy import resident_bytes
-from rlhf_cluster.records import LearnerState
+from rlhf_cluster.observe.record.samples import keep_samples, write_samples
+from rlhf_cluster.records import Handle, LearnerState, StepReport, TrainingGroup, WeightVersion
 from rlhf_cluster.util.deadlines import callee_deadline
 from rlhf_cluster.util.slow_disk import DiskDeadline
+from rlhf_cluster.weights.manifest import ShardReport
+from rlhf_cluster.weights.sync import BasePlan
+from rlhf_cluster.weights.transports.transport import Deadline
+from rlhf_cluster.weights.writer_fence import Writer
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +52,30 @@ LIFE_GROUP = "life"
 ACTOR_OPTIONS = {"concurrency_groups": {IO_GROUP: 3, LIFE_GROUP: 1}}
 NO_RANK = -1
 """Rank number of a hot spare, until `enlist`."""
+PUBLISHING = "weights.publish_timeout_s"
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+
+BuildRank = Callable[[Any, str, int, int, str], Any]
+"""Builds a `TrainingRank` of a configuration, model folder, rank, number of ranks and meeting point.
+
+torch is imported by the call, so that a process answers before the import.
+"""
+
+
+def build_learner_rank(*place: Any) -> Any:
+    """Build a rank of reinforcement learning; a `BuildRank`."""
+    from rlhf_cluster.learner.learner_rank import LearnerRank
+
+    return LearnerRank(*place)
+
+
+def build_stage_rank(*place: Any, num_steps: int) -> Any:
+    """Build a rank of an offline stage; a `BuildRank` once `num_steps` is bound."""
+    from rlhf_cluster.learner.offline_rank import StageRank
+
+    return StageRank(*place, num_steps=num_steps)
 
 
 def judging(method: Callable[_P, _T], starting: bool = False) -> Callable[_P, _T]:
@@ -59,25 +95,48 @@ def judging(method: Callable[_P, _T], starting: bool = False) -> Callable[_P, _T
     return call
 
 
-class RankActor:
-    """Actor of one rank, `self._rank`.
+def failing_as_a_version(method: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Wrap `method`, which writes a version, so that storage errors become a `WeightError`.
 
-    `setup` of the subclass builds the rank. torch is imported there, so that the process answers before
-    the model is loaded.
+    A passed deadline is treated in the same way. The newest weights are then published again, and the
+    learner is not restarted.
     """
 
-    def __init__(self, config: Any, model_dir: str, rank: int) -> None:
+    @functools.wraps(method)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        try:
+            return method(*args, **kwargs)
+        except OSError as error:  # includes `StalledError`, which is a TimeoutError
+            raise WeightError(
+                f"{method.__name__}: the storage of the weights failed ({type(error).__name__}: "
+                f"{error})"
+            ) from error
+
+    return call
+
+
+class RankActor:
+    """Actor of one rank of any training, `self._rank`, which `setup` builds."""
+
+    def __init__(self, config: Any, model_dir: str, rank: int, build: BuildRank) -> None:
         self._config = config
         self._model_dir = model_dir
         self._number = rank
+        self._build = build
         self._rank: Any = None
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self._listener: socket.socket | None = None
         self._store: Any = None
         self._metrics: Any = None
+        self._writing: Deadline | None = None
+        self._tokenizer: Any = None
+        self._transport: Any = None
+        if isinstance(config, RunConfig):  # a stage publishes no versions
+            self._transport = Transport(config)
 
     def warm(self) -> str:
         """Import the modules that `setup` needs. Returns a description of this process."""
-        from rlhf_cluster.learner.prewarm import warm
+        from rlhf_cluster.learner.training_rank import warm
 
         warm(self._config.learner, self._model_dir)
         return f"process {os.getpid()} on {ray.util.get_node_ip_address()}"
@@ -106,9 +165,91 @@ class RankActor:
         if self._listener is not None:
             self._store = serve_store(self._listener)
 
+    @functools.partial(judging, starting=True)
+    def setup(self, init_method: str) -> dict[str, Any]:
+        """Build the rank and set it up. Returns its facts."""
+        config, model_dir = self._config, self._model_dir
+        self._open()
+        self._rank = self._build(config, model_dir, self._number, config.learner.ranks, init_method)
+        facts = self._rank.setup()
+        self._shapes = self._rank.tensor_shapes()
+        if isinstance(config, RunConfig):  # a stage writes no samples
+            self._tokenizer = load_tokenizer(config.model.tokenizer or model_dir)
+        log.info("set up: %s", ", ".join(f"{key} {value}" for key, value in facts.items()))
+        return facts
+
+    def run(self, method: str, *arguments: Any) -> Any:
+        """Call `method` of the rank, where the actor itself has nothing to add."""
+        return judging(getattr(self._rank, method))(*arguments)
+
     @judging
-    def copy_state(self) -> LearnerState:
-        return self._rank.copy_state()
+    def train_step(self, handles: list[tuple[int, Handle]]) -> StepReport:
+        """Train one step on the groups of `handles`, and return its report.
+
+        A group whose object is lost is read from its file.
+
+        Args:
+            handles: pairs of a ticket number and the handle. Ray passes a reference inside a list on
+                without fetching the object.
+        Raises: `StoreError` if the file of a lost group is missing too.
+        """
+        groups = collect(handles, fetch_there, store_of(self._config))
+        report = self._rank.train_step(groups)
+        if self._number == 0:
+            log.info(
+                "step %d: loss %.4g, gradient norm %.4g",
+                report.step,
+                report.metrics.get("learner/loss", math.nan),
+                report.metrics.get("learner/grad_norm", math.nan),
+            )
+            self._metrics.record(report.metrics)
+            write = functools.partial(
+                write_samples,
+                self._config.run_dir / "samples",
+                report.step,
+                groups,
+                learner_version=report.step - 1,
+                decode=self._tokenizer.decode,
+                limit=self._config.observe.samples_per_step,
+                kept=self._rank.kept,
+            )
+            keep_samples(write)
+        return report
+
+    @judging
+    @failing_as_a_version
+    def write_snapshot(self, base: int | None, writer: Writer, timeout_s: float) -> ShardReport:
+        deadline = self._writing = Deadline(f"learner-{self._number}: the write", timeout_s)
+        return self._patience(timeout_s, PUBLISHING).wait(
+            f"a shard of a version in {self._config.weights_dir}",
+            lambda: self._transport.write(self._rank, base, deadline, writer),
+        )
+
+    @judging
+    @failing_as_a_version
+    def commit(
+        self, version: int, shards: list[ShardReport], writer: Writer, timeout_s: float
+    ) -> WeightVersion:
+        deadline = self._writing = Deadline(f"the commit of version {version}", timeout_s)
+        published = self._patience(timeout_s, PUBLISHING).wait(
+            f"version {version} in {self._config.weights_dir}",
+            lambda: self._transport.commit(version, shards, self._shapes, deadline, writer),
+        )
+        log.info(
+            "version %d published: %d bytes, %d stored",
+            version,
+            published.num_bytes,
+            published.stored_bytes,
+        )
+        return published
+
+    def cancel_publish(self) -> None:
+        """Cancel the write or commit in progress, if there is one."""
+        if self._writing is not None:
+            self._writing.cancel()
+
+    def refused(self, version: int, reason: str) -> None:
+        log.warning("version %d was refused by every reader: %s", version, reason)
 
     @judging
     def write_state(self, root: str, timeout_s: float) -> Any:
@@ -163,7 +304,7 @@ class RayRanks:
         return await self._all("setup", timeout_s, where)
 
     async def copy_state(self) -> LearnerState:
-        states = await self._all("copy_state", self._config.learner.step_timeout_s)
+        states = await self._run("copy_state", self._config.learner.step_timeout_s)
         if len({state.version for state in states}) != 1:
             raise WorkerError(f"learner ranks are at different versions: {states}; expected one")
         return replace(states[0], num_bytes=sum(state.num_bytes for state in states))
@@ -198,6 +339,16 @@ class RayRanks:
         ]
         return await self._answers(refs, left_s, method)
 
+    async def _run(self, method: str, timeout_s: float, *arguments: Any) -> list[Any]:
+        """Call a method of every rank that its actor passes on, and return the answers."""
+        refs = [actor.run.remote(method, *arguments) for actor in self._actors]
+        return await self._answers(refs, timeout_s, method)
+
+    async def _run_step(self, method: str, data: Sequence[Any]) -> Any:
+        """Call a method of every rank with `data`, which is stored once. Returns rank 0's answer."""
+        timeout_s = self._config.learner.step_timeout_s
+        return (await self._run(method, timeout_s, ray.put(list(data))))[0]
+
     async def _all(self, method: str, timeout_s: float, *arguments: Any) -> list[Any]:
         refs = [getattr(actor, method).remote(*arguments) for actor in self._actors]
         return await self._answers(refs, timeout_s, method)
@@ -216,3 +367,83 @@ class RayRanks:
         finally:
             for wait in waits:
                 wait.cancel()
+
+
+class RayLearner(RayRanks):
+    """`LearnerPort` that calls all ranks.
+
+    `writer` identifies the attempt in every publish, and is set before the first one.
+    """
+
+    writer: Writer
+
+    def __init__(self, actors: Sequence[Any], config: RunConfig) -> None:
+        super().__init__(actors, config)
+        self._snapshot = -1
+        weights = config.weights
+        anchor_every = {"full": 1, "delta": weights.anchor_every, "adapter": None}
+        self._bases = BasePlan(anchor_every[weights.format])
+
+    async def sft_step(self, examples: list[SftExample]) -> dict[str, float]:
+        return await self._run_step("sft_step", examples)
+
+    async def train_step(self, groups: Sequence[TrainingGroup]) -> StepReport:
+        handles = [(taken.ticket.number, taken.handle) for taken in groups]
+        reports = await self._all("train_step", self._config.learner.step_timeout_s, handles)
+        return reports[0]
+
+    @property
+    def snapshot_deadline_s(self) -> float:
+        """Seconds for a snapshot, which after a failed publish waits for the current step."""
+        return 2 * self._config.learner.step_timeout_s
+
+    async def snapshot(self) -> int:
+        versions = await self._run("snapshot", self.snapshot_deadline_s)
+        if len(set(versions)) != 1:
+            raise WorkerError(f"learner ranks are at different versions {versions}; expected one")
+        self._snapshot = versions[0]
+        return self._snapshot
+
+    async def publish(self) -> WeightVersion:
+        """Publish the last snapshot. If one rank fails, the writes of the others are cancelled.
+
+        Waits for: every rank's write, then the commit, both within one deadline.
+        """
+        ends = time.monotonic() + self._config.weights.publish_timeout_s
+        number, base = self._snapshot, self._bases.take_base()
+        try:
+            shards = await self._io("write_snapshot", self._actors, ends, base, self.writer)
+            [version] = await self._io(
+                "commit", self._actors[:1], ends, number, shards, self.writer
+            )
+        except BaseException:
+            for actor in self._actors:
+                actor.cancel_publish.options(concurrency_group=IO_GROUP).remote()
+            raise
+        self._bases.committed(number)
+        return version
+
+    async def refused(self, version: int, reason: str) -> None:
+        """Log the refusal on every rank, and let the next version be a full one."""
+        self._bases.take_base()
+        for actor in self._actors:
+            actor.refused.options(concurrency_group=IO_GROUP).remote(version, reason)
+
+
+class RayStage(RayRanks):
+    """Client that calls all ranks of a stage."""
+
+    async def train(self, units: Sequence[Unit]) -> StepReport:
+        return await self._run_step("train", units)
+
+    async def evaluate(self, units: Sequence[Unit]) -> dict[str, float]:
+        return await self._run_step("evaluate", units)
+
+    async def report(self, units: Sequence[Unit]) -> dict[str, Any]:
+        return await self._run_step("report", units)
+
+    async def write_final(self, root: Path, writer: Writer) -> WeightVersion:
+        timeout_s, folder = self._config.checkpoint.timeout_s, str(root)
+        reports = await self._run("write_final", timeout_s, folder, writer.attempt)
+        ref = self._actors[0].run.remote("commit_final", folder, reports, timeout_s, writer)
+        return (await self._answers([ref], timeout_s, "commit_final"))[0]

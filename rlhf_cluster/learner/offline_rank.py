@@ -48,10 +48,12 @@ from rlhf_cluster.learner.training_rank import TrainingRank
 from rlhf_cluster.models.policy_model import PolicyLM
 from rlhf_cluster.offline import build_stage
 from rlhf_cluster.offline.stage import StageContext
-from rlhf_cluster.records import StepReport
+from rlhf_cluster.records import StepReport, WeightVersion
 from rlhf_cluster.weights.manifest import LocalPart, ShardReport
 from rlhf_cluster.weights.shards import send_shard
+from rlhf_cluster.weights.store import commit
 from rlhf_cluster.weights.transports.shared_files import FileSink
+from rlhf_cluster.weights.writer_fence import Writer
 
 PerUnit = list[tuple[np.ndarray, ...]]
 
@@ -158,6 +160,24 @@ class StageRank(TrainingRank[StageConfig]):
         parts = publish.host_copy(self._named_parts(self._version if is_rounded else None), dtype)
         sink = FileSink(root, fsync=True, attempt=attempt)
         return send_shard([sink], self._version, self._rank, parts)
+
+    def commit_final(
+        self, root: str, reports: Sequence[ShardReport], timeout_s: float, writer: Writer
+    ) -> WeightVersion:
+        """Commit the shards that the `write_final` of all ranks wrote, as the only version of `root`.
+
+        Waits for: the lock of the folder, at most `timeout_s`.
+        """
+        return commit(
+            root,
+            reports[0].version,
+            reports,
+            keep=1,
+            expected_names=self.tensor_shapes(),
+            fsync=True,
+            lock_timeout_s=timeout_s,
+            writer=writer,
+        )
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return name and shape of every tensor that the `write_final` of all ranks produces."""

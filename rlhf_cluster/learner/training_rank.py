@@ -11,9 +11,11 @@ on existing data. Promises:
 
 from __future__ import annotations
 
+import importlib
 import math
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
 import torch
@@ -37,6 +39,7 @@ from rlhf_cluster.learner.sharding.sharded_model import (
     ShardedModel,
 )
 from rlhf_cluster.learner.sharding.zero3 import (
+    import_deepspeed,
     leave_group,
     partition,
 )
@@ -86,6 +89,24 @@ class TrainingConfig(Protocol):
 
 
 C = TypeVar("C", bound=TrainingConfig)
+
+
+def warm(settings: Learner, model_dir: str | Path) -> None:
+    """Import the modules that a rank with `settings` uses, and the code of the model's class.
+
+    Imports are most of a rank's start. No weights are read, no device is used and no group is joined,
+    so a warm process needs only host memory.
+    """
+    importlib.import_module("rlhf_cluster.learner.learner_rank")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    if settings.lora is not None:
+        importlib.import_module("peft")
+    if settings.backend == "zero3":
+        import_deepspeed(torch.device("cuda" if settings.num_gpus else "cpu"))
 
 
 class TrainingRank(Generic[C]):

@@ -33,7 +33,7 @@ CLASSES = {
     "generation": "GenerationActor",
     "scoring": "ScoringActor",
     "controller": "ControlActor",
-    "learner": "LearnerActor",
+    "learner": "RankActor",
     "buffer": "BufferActor",
 }
 ACTOR = re.compile(r"^ray::(\w+)")  # how Ray names the process of an actor

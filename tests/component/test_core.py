@@ -18,13 +18,14 @@ from actors.cluster.calls import (
     core_answer,
 )
 from actors.services.generation_client import RayGeneration
-from actors.services.learner_actors import (
-    LearnerActor,
-    RayLearner,
-)
 from actors.services.learner_core import (
     Core,
     Member,
+)
+from actors.services.rank_actors import (
+    RankActor,
+    RayLearner,
+    build_learner_rank,
 )
 from actors.services.scoring_client import RayScoring
 from actors.services.start_services import Launcher
@@ -139,16 +140,16 @@ async def test_an_error_of_a_living_rank_beside_a_death_is_its_consequence():
 
 def test_every_call_of_a_rank_tells_what_may_pass_from_what_comes_again(tmp_path):
     """The actor's own methods, without a process."""
-    rank = LearnerActor(tiny_config(run={"root": str(tmp_path)}), "", 0)
+    rank = RankActor(tiny_config(run={"root": str(tmp_path)}), "", 0, build_learner_rank)
     failing = FailingRank()
     rank._rank = rank._transport = failing  # type: ignore[assignment]
     calls: list[Callable[[], Any]] = [
-        lambda: rank.sft_step([]),
+        lambda: rank.run("sft_step", []),
         lambda: rank.train_step([]),
-        rank.snapshot,
+        lambda: rank.run("snapshot"),
         lambda: rank.write_snapshot(None, WRITER, 60.0),
         lambda: rank.commit(3, [], WRITER, 60.0),
-        rank.copy_state,
+        lambda: rank.run("copy_state"),
         lambda: rank.write_state("", 60.0),
         lambda: rank.load_state("", None),  # type: ignore[arg-type]
     ]
@@ -174,7 +175,7 @@ class FailingRank:
 
 
 async def test_the_death_of_a_rank_is_told_while_the_other_is_still_at_work():
-    ranks = [Actor(snapshot=Reference), Actor(snapshot=lambda: Reference().died())]
+    ranks = [Actor(run=lambda _: Reference()), Actor(run=lambda _: Reference().died())]
     learner = RayLearner(ranks, tiny_config(learner={"ranks": 2}))
     with pytest.raises(CoreLost, match=r"learner-1.snapshot: the process died"):
         await learner.snapshot()
@@ -183,7 +184,7 @@ async def test_the_death_of_a_rank_is_told_while_the_other_is_still_at_work():
 async def test_a_rank_that_is_silent_past_its_deadline_is_lost():
     config = tiny_config(learner={"step_timeout_s": 0.01})
     with pytest.raises(CoreLost, match="no answer within 0.522 s"):
-        await RayLearner([Actor(snapshot=Reference)], config).snapshot()
+        await RayLearner([Actor(run=lambda _: Reference())], config).snapshot()
 
 
 async def test_the_loss_of_a_pool_worker_is_none_of_the_core():

@@ -22,7 +22,7 @@ from tests.chaos.processes import descendants, marked
 ROLES = {
     "GenerationActor": "generation",
     "ScoringActor": "scoring",
-    "LearnerActor": "training",
+    "RankActor": "training",
     "BufferActor": "training",
 }
 SEEN_WITHIN_S = 300.0
@@ -67,7 +67,7 @@ def test_a_plan_is_held_against_the_nodes_and_each_role_starts_on_those_of_its_g
         assert "0.25 CPU" in line
         run.script(generate_delay_s=1.0)  # steps enough to look at
         until(lambda: where_roles_run(run, nodes, tmp_path).keys() >= {"GenerationActor"}, run)
-        assert "LearnerActor" not in where_roles_run(run, nodes, tmp_path), "it has no place yet"
+        assert "RankActor" not in where_roles_run(run, nodes, tmp_path), "it has no place yet"
         add("training")
         until(lambda: where_roles_run(run, nodes, tmp_path).keys() == ROLES.keys(), run)
         assert where_roles_run(run, nodes, tmp_path) == {k: {v} for k, v in ROLES.items()}

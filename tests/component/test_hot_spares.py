@@ -18,6 +18,7 @@ from actors.services.hot_spare_actors import (
     Spares,
 )
 from actors.services.learner_core import Core
+from actors.services.rank_actors import build_learner_rank
 from actors.services.start_services import Launcher
 from rlhf_cluster.errors import CoreLost, PlacementError, RlhfError
 from rlhf_cluster.run.restarts import Restarts
@@ -239,7 +240,7 @@ async def test_a_spare_becomes_the_rank_that_was_lost():
     config = tiny_config(learner={"ranks": 2, "spares": 2})
     launcher = Launcher(config=config, model_dir="", engine_factory="", engine_environment={})
     core = Core(launcher)
-    actors = core.spawn_ranks(object, config, None, spares=spares[::-1])
+    actors = core.spawn_ranks(build_learner_rank, config, None, spares[::-1])
     assert actors == [spares[1].actor, spares[0].actor]
     assert calls == [("2 ranks", 0), ("2 ranks", 1)]
     assert [(m.name, m.placement) for m in core.members] == [
@@ -269,13 +270,13 @@ def test_a_spare_takes_the_place_of_a_killed_rank_and_another_one_comes(start_ru
     run.wait_for(lambda s: READY.search(log()), "a spare", 300)
     [(name, pid)] = READY.findall(log())
     spare = int(pid)
-    ranks = [each for each in pids("LearnerActor") if each != spare]
+    ranks = [each for each in pids("RankActor") if each != spare]
     assert len(ranks) == 2
     os.kill(ranks[0], signal.SIGKILL)
     run.wait_for(lambda s: s.restarts == 1, "the loss was noticed", 300)
     run.wait_for(lambda s: len(READY.findall(log())) == 2, "another spare", 300)
     another = int(READY.findall(log())[1][1])
-    now = pids("LearnerActor")
+    now = pids("RankActor")
     assert spare in now, "the process that waited is a rank"
     assert len(now) == 3
     assert not set(now) & set(ranks), "the other rank began anew"
@@ -297,4 +298,4 @@ def test_a_spare_takes_the_place_of_a_killed_rank_and_another_one_comes(start_ru
     assert published is not None
     assert published.version == STEPS, "weights were published to the end"
     assert len(run.trained()) == STEPS * 4 * 4
-    assert not pids("LearnerActor"), "no spare is left"
+    assert not pids("RankActor"), "no spare is left"

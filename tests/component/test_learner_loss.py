@@ -51,14 +51,14 @@ def test_a_run_goes_on_after_the_silence_of_a_rank_and_the_loss_of_the_buffer(st
         300,
     )
     assert scale(run.path, {"scoring": 1}, None) == {"scoring": "scoring: 1 workers"}
-    ranks = pids("LearnerActor")
+    ranks = pids("RankActor")
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGSTOP)  # as on a machine that swaps: it neither answers nor ends
     status = run.wait_for(lambda s: s.restarts == 1, "the silence was noticed", 300)
     run.script(generate_delay_s=0.5)
     run.wait_for(lambda s: s.restarts == 1 and s.state == "running", "going on", 300)
     run.script(hang_generate=True)
-    assert not set(pids("LearnerActor")) & set(ranks), "the survivor was ended with it"
+    assert not set(pids("RankActor")) & set(ranks), "the survivor was ended with it"
     assert any("the run goes on from its checkpoint of step" in e.text for e in status.events)
     os.kill(pids("BufferActor")[0], signal.SIGKILL)
     run.wait_for(lambda s: s.restarts == 2, "the second loss was noticed", 300)
@@ -81,7 +81,7 @@ def test_a_run_goes_on_after_the_silence_of_a_rank_and_the_loss_of_the_buffer(st
     assert rows == straight.trained()
     digests = {store.latest(each.path / "weights").digest for each in (run, straight)}
     assert len(digests) == 1, "the same weights, to the bit"
-    assert not pids("LearnerActor"), "nothing of the runs is left on the cluster"
+    assert not pids("RankActor"), "nothing of the runs is left on the cluster"
     assert not Path(f"/proc/{ranks[1]}").exists()
 
 
@@ -100,7 +100,7 @@ def test_a_loss_before_the_first_checkpoint_begins_the_run_anew_with_the_same_po
     run.wait_for(lambda s: s.step >= 2, "two steps", 300)
     run.script(hang_generate=True)
     workers = [pids(kind) for kind in ("GenerationActor", "ScoringActor")]
-    os.kill(pids("LearnerActor")[0], signal.SIGKILL)
+    os.kill(pids("RankActor")[0], signal.SIGKILL)
     status = run.wait_for(lambda s: s.restarts == 1, "the loss was noticed", 300)
     assert any(
         "the run goes on from the beginning, restart 1 of 3" in e.text for e in status.events

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from actors.services.learner_actors import LearnerActor
+from actors.services.rank_actors import RankActor, build_learner_rank
 from actors.weights.transports import Transport
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import RankFailed, WeightError
@@ -61,7 +61,7 @@ def test_what_a_rank_cannot_write_in_time_is_named_with_folder_and_setting(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     config = tiny_config(run={"root": str(tmp_path)}, observe={"slow_write_fraction": 0.5})
-    rank, hanging = LearnerActor(config, "", 0), Hanging()
+    rank, hanging = RankActor(config, "", 0, build_learner_rank), Hanging()
     rank._rank = rank._transport = hanging  # type: ignore[assignment]
     checkpoint = str(tmp_path / "checkpoints" / "step-000050")
     publishing = "weights.publish_timeout_s"

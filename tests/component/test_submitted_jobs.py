@@ -24,7 +24,7 @@ from tests.support.servers.job_cluster import (
 )
 
 REPOSITORY = Path(__file__).parents[2]
-OURS = {"ControlActor", "BufferActor", "LearnerActor", "GenerationActor", "ScoringActor"}
+OURS = {"ControlActor", "BufferActor", "RankActor", "GenerationActor", "ScoringActor"}
 RUN_S = 240.0
 
 pytestmark = pytest.mark.timeout(600)

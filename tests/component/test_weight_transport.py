@@ -16,8 +16,7 @@ from actors.services.generation_client import (
     RayGeneration,
     check_health,
 )
-from actors.services.learner_actors import RayLearner
-from actors.services.rank_actors import ACTOR_OPTIONS
+from actors.services.rank_actors import ACTOR_OPTIONS, RayLearner
 from actors.services.worker_actors import GenerationActor
 from actors.weights.transports import Transport
 from rlhf_cluster.config import RunConfig
@@ -37,7 +36,7 @@ from tests.support.engines.scripted_engine import (
 )
 from tests.support.processes.rank_actors import (
     NUM_RANKS,
-    RankActor,
+    FakeRankActor,
     weights_of,
 )
 
@@ -63,7 +62,7 @@ class Cluster:
     async def learner(self, first_version: int) -> RayLearner:
         """New ranks, whose first snapshot is `first_version`."""
         self.ranks = [
-            ray.remote(num_cpus=0, runtime_env=ENVIRONMENT, **ACTOR_OPTIONS)(RankActor).remote(
+            ray.remote(num_cpus=0, runtime_env=ENVIRONMENT, **ACTOR_OPTIONS)(FakeRankActor).remote(
                 self.config, str(self.model_dir), rank
             )
             for rank in range(NUM_RANKS)

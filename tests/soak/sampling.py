@@ -23,7 +23,7 @@ MIB = 2**20
 ROLES = {
     "GenerationActor": "generation",
     "ScoringActor": "scoring",
-    "LearnerActor": "learner",
+    "RankActor": "learner",
     "BufferActor": "buffer",
     "ControlActor": "control",
 }

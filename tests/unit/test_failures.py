@@ -175,8 +175,7 @@ def test_d05_every_error_has_its_place_in_the_table_of_a_call():
 def test_n06_a_storage_that_fails_or_is_slow_costs_a_published_version_and_not_the_learner(
     error: Exception, raised: type[Exception]
 ) -> None:
-    from actors.services.learner_actors import failing_as_a_version
-    from actors.services.rank_actors import judging
+    from actors.services.rank_actors import failing_as_a_version, judging
 
     @judging
     @failing_as_a_version

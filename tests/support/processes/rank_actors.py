@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from actors.services.learner_actors import LearnerActor
+from actors.services.rank_actors import RankActor, build_learner_rank
 from rlhf_cluster.weights.manifest import LocalPart, ShardReport
 from rlhf_cluster.weights.shards import ShardBase, send_shard
 
@@ -19,17 +19,19 @@ def weights_of(version: int) -> torch.Tensor:
     return weights
 
 
-class _Rank:
-    """What an actor asks of a `LearnerRank`, with weights that follow from the version."""
+class FakeRank:
+    """What an actor asks of a `LearnerRank`, with weights that follow from the version.
 
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
-        self._version = -1
+    Its first snapshot is version `first`, each further one the next.
+    """
+
+    def __init__(self, rank: int, first: int) -> None:
+        self._rank, self._version = rank, first - 1
         self._written: ShardBase | None = None
 
-    def snapshot_of(self, version: int) -> int:
-        self._version = version
-        return version
+    def snapshot(self) -> int:
+        self._version += 1
+        return self._version
 
     def write_snapshot(self, to: Any, base: int | None = None) -> ShardReport:
         share = NUMEL // NUM_RANKS
@@ -42,18 +44,17 @@ class _Rank:
         return report
 
 
-class RankActor(LearnerActor):
-    """A learner rank without a model. `snapshot` takes the next version."""
+class FakeRankActor(RankActor):
+    """Actor of a `FakeRank`, whose first version `setup` gets instead of a meeting point."""
+
+    def __init__(self, config: Any, model_dir: str, rank: int) -> None:
+        super().__init__(config, model_dir, rank, build_learner_rank)
+        self._refusals: list[tuple[int, str]] = []
 
     def setup(self, init_method: str) -> dict[str, Any]:
-        self._rank = _Rank(self._number)
+        self._rank = FakeRank(self._number, int(init_method))
         self._shapes = {"w": (NUMEL,)}
-        self._next, self._refusals = int(init_method), []
         return {}
-
-    def snapshot(self) -> int:
-        self._next += 1
-        return self._rank.snapshot_of(self._next - 1)
 
     def refused(self, version: int, reason: str) -> None:
         self._refusals.append((version, reason))

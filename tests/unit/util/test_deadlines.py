@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.drivers.training_attempt import publish_deadline_s, save_deadline_s
-from actors.services.learner_actors import RayLearner
+from actors.services.rank_actors import RayLearner
 from actors.services.scoring_client import score_deadline_s
 from actors.services.start_services import (
     Launcher,

@@ -14,7 +14,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from actors.services.rank_actors import RankActor
+from actors.services.rank_actors import RankActor, build_learner_rank
 from rlhf_cluster.buffer.group_store import ExperienceStore
 from rlhf_cluster.errors import StoreError, WeightError
 from rlhf_cluster.learner.rank_checkpoint import StateCopies
@@ -76,7 +76,7 @@ class Rank:
 
 def checkpoint(root: Path, rank: Rank, step: int) -> None:
     """As the driver and the actor of a rank write one."""
-    actor = RankActor(tiny_config(), "", 0)
+    actor = RankActor(tiny_config(), "", 0, build_learner_rank)
     actor._rank = rank
     rank.copy(step)
     partial = checkpoint_folder.begin(root, step, 100)

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_cluster.learner.hot_spares import (
+from actors.services.hot_spare_actors import (
+    describe_seats,
     rank_of,
     seats,
-    told,
 )
 from rlhf_cluster.planning.placement import demand
 from tests.support.builders.run_configs import tiny_config
@@ -52,7 +52,7 @@ def test_the_name_of_a_process_says_which_rank_it_was(process: str, expected: se
 
 
 def test_what_is_done_with_which_rank_is_one_line():
-    assert told((None, "spare-0 (process 77 on 10.0.0.1)", None), {1}) == (
+    assert describe_seats((None, "spare-0 (process 77 on 10.0.0.1)", None), {1}) == (
         "learner ranks from hot spares: rank 1 (lost) is spare-0 (process 77 on 10.0.0.1); "
         "ranks 0, 2 a new process"
     )
