@@ -69,7 +69,7 @@ def targets_of(run_dir: Path) -> list[str]:
     return [str(target) for target in found]
 
 
-def followed(targets: Sequence[str], discovery: Path = DISCOVERY) -> Path | None:
+def find_discovery(targets: Sequence[str], discovery: Path = DISCOVERY) -> Path | None:
     """Return Ray's own list of nodes if a node of `targets` is in it, else None."""
     try:
         listed = json.loads(discovery.read_text())

@@ -56,7 +56,7 @@ def write_timeline(run: RunDir, path: Path) -> int:
 
 def timeline(run: RunRecord, groups: Sequence[Event]) -> list[Event]:
     """Return all events by time. `groups` are those of `_groups`, with times in unix seconds."""
-    timed = [*_steps(run), *_counters(run), *map(_told, run.events), *groups]
+    timed = [*_steps(run), *_counters(run), *map(_message, run.events), *groups]
     start_s = min((event["ts"] for event in timed), default=0.0)
     for event in timed:
         event["ts"] = round(1e6 * (event["ts"] - start_s))
@@ -95,7 +95,7 @@ def _counters(run: RunRecord) -> Iterator[Event]:
                 }
 
 
-def _told(event: LoggedEvent) -> Event:
+def _message(event: LoggedEvent) -> Event:
     time_s = datetime.fromisoformat(event.time).timestamp()
     return {
         "name": event.text[:200],

@@ -191,10 +191,10 @@ class RolloutTrace:
         for name, text in (("prompt", self.prompt), ("response", self.response)):
             if text is not None and places is None:
                 yield f"{name}:"
-                yield from (f"    {line}" for line in shown(text).splitlines() or [""])
-        yield from _table(self.tokens, self._chosen(places))
+                yield from (f"    {line}" for line in escape_control(text).splitlines() or [""])
+        yield from _table(self.tokens, self._choose(places))
 
-    def _chosen(self, places: range | None) -> range:
+    def _choose(self, places: range | None) -> range:
         num_tokens = min((len(column) for column in self.tokens.values()), default=0)
         if places is None:
             return range(num_tokens)
@@ -215,10 +215,10 @@ def trace_sample(run: RunDir, rollout_id: str) -> RolloutTrace:
     found = _ID.fullmatch(rollout_id)
     if found is None:
         raise RunError(
-            f"{rollout_id!r} is no id of a rollout, such as g00000012/3: group and number in it. "
+            f"{rollout_id!r} is not the id of a rollout, such as g00000012/3: group and number in it. "
             "rlhf-cluster inspect lists the groups"
         )
-    sampled = _sampled(run, rollout_id)
+    sampled = _find_sample(run, rollout_id)
     store = ExperienceStore(run.path / "experience")
     number = int(found[1])
     if store.has(number):
@@ -226,14 +226,14 @@ def trace_sample(run: RunDir, rollout_id: str) -> RolloutTrace:
         steps = read_trained(store.root)
         for index, scored in enumerate(group.scored):
             if scored.rollout.rollout_id == rollout_id:
-                return _stored(run, store, group, index, steps, sampled)
+                return _trace_from_store(run, store, group, index, steps, sampled)
         raise RunError(f"group {group.group_id} has {len(group.scored)} rollouts, no {rollout_id}")
     if sampled is None:
         raise RunError(
             f"{rollout_id}: neither among the stored groups of {store.root} (buffer.keep_steps) nor "
             f"among the samples (observe.samples_per_step). rlhf-cluster inspect lists what is kept"
         )
-    return _of_samples(*sampled)
+    return _trace_from_sample(*sampled)
 
 
 def trace_step(run: RunDir, step: int) -> list[str]:
@@ -269,7 +269,7 @@ def trace_step(run: RunDir, step: int) -> list[str]:
     return [*lines, *(f"  {line}" for line in align(cells))]
 
 
-def shown(text: str) -> str:
+def escape_control(text: str) -> str:
     """Return `text` as a terminal may have it, with control characters written out."""
     return re.sub(
         r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]",
@@ -278,7 +278,7 @@ def shown(text: str) -> str:
     )
 
 
-def _stored(
+def _trace_from_store(
     run: RunDir,
     store: ExperienceStore,
     group: ExperienceGroup,
@@ -338,7 +338,7 @@ def _stored(
     )
 
 
-def _of_samples(row: Row, step: int) -> RolloutTrace:
+def _trace_from_sample(row: Row, step: int) -> RolloutTrace:
     """Return the trace of a rollout that only the samples have.
 
     They have versions only as a range, no reference, and no exact log-probabilities.
@@ -429,7 +429,7 @@ def _rows(run: RunDir, step: int) -> list[Row]:
     return _read(path) if path.exists() else []
 
 
-def _sampled(run: RunDir, rollout_id: str) -> tuple[Row, int] | None:
+def _find_sample(run: RunDir, rollout_id: str) -> tuple[Row, int] | None:
     """Return the row of a rollout and its step: the last one, where a resumed run has it twice."""
     for path in sorted(run.samples.glob("step-*.parquet"), reverse=True):
         for row in _read(path):

@@ -33,7 +33,7 @@ OURS = ("rlhf_cluster", "actors")
 MAX_WAITING = 10_000
 """Records that wait for the disk; further ones are dropped."""
 FLUSH_S = 5.0
-"""How long the end of a process waits for them."""
+"""Longest time that the end of a process waits for them."""
 _MARK = "_rlhf_cluster_handler"
 
 

@@ -37,7 +37,7 @@ def line(snapshot: Snapshot) -> str:
         del parts[1:]
     if s.metric_value is not None:
         parts += [
-            _watched(s),
+            _headline(s),
             f"{_number(s.tokens_per_s, 0)} tokens/s",
             f"{_number(s.step_s, 2)} s",
         ]
@@ -127,7 +127,7 @@ def _facts(s: Snapshot) -> RenderableType:
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     if s.stage is not None:
-        table.add_row(s.stage, _watched(s))
+        table.add_row(s.stage, _headline(s))
         speed = f"{_number(s.tokens_per_s, 0)} tokens/s, {_number(s.step_s, 2)} s a step"
         table.add_row("speed", speed)
         return table
@@ -154,7 +154,7 @@ def _facts(s: Snapshot) -> RenderableType:
     return table
 
 
-def _watched(s: Snapshot) -> str:
+def _headline(s: Snapshot) -> str:
     held_out = "" if s.metric_held_out is None else f" (held out {_number(s.metric_held_out, 4)})"
     return f"{s.metric or 'metric'} {_number(s.metric_value, 4)}{held_out}"
 
