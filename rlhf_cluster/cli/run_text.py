@@ -6,7 +6,7 @@ Promises: every path and command works unchanged in the folder where the run was
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,13 +32,13 @@ def ending(
     `command` calls this program. Paths are relative to the folder `here`. `alone` is False where the
     file holds other runs too.
     """
-    folder = _shorten(Path(summary["run_dir"]), here)
+    folder = shorten(Path(summary["run_dir"]), here)
     run = summary["run"] if Path(folder) == Path("runs") / summary["run"] else folder
     result = {
         "reward": _reward(summary, config.evaluation.num_prompts),
         "run directory": folder,
         "learning curve": f"{folder}/curve.png",
-        "trained model": _shorten(Path(summary["final_model"]), here),
+        "trained model": shorten(Path(summary["final_model"]), here),
     }
     tries = {"Where it ended": [command, "status", run], "One page": [command, "report", run]}
     if alone:
@@ -46,13 +46,21 @@ def ending(
             "Check a change": [command, "validate", str(config_path), *_set([*overrides, COOLER])],
             "A longer run": [command, "run", str(config_path), *_longer(config, overrides)],
         }
-    return [
-        f"Run {summary['run']} finished: {summary['steps']:,} steps in {_time(summary['total_s'])}",
-        *(f"  {name:<14}  {text}" for name, text in result.items()),
-        "",
-        "Try next",
-        *(f"  {name:<14}  {shlex.join(words)}" for name, words in tries.items()),
-    ]
+    head = (
+        f"Run {summary['run']} finished: {summary['steps']:,} steps in {_time(summary['total_s'])}"
+    )
+    return closing_lines(head, result.items(), tries)
+
+
+def closing_lines(
+    head: str, facts: Iterable[tuple[str, str]], tries: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """Return `head`, a line per fact (name and text), and the commands to try next."""
+    commands = ((name, shlex.join(words)) for name, words in tries.items())
+    facts, commands = (
+        [f"  {name:<14}  {text}" for name, text in rows] for rows in (facts, commands)
+    )
+    return [head, *facts, "", "Try next", *commands]
 
 
 def _reward(summary: Mapping[str, Any], num_prompts: int) -> str:
@@ -79,7 +87,8 @@ def _set(settings: Sequence[str]) -> list[str]:
     return [word for text in settings for word in ("--set", text)]
 
 
-def _shorten(path: Path, here: Path) -> str:
+def shorten(path: Path, here: Path) -> str:
+    """Return the path relative to the folder `here`; the whole path outside of it."""
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 

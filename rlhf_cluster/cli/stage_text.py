@@ -6,11 +6,11 @@ finished.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhf_cluster.cli.run_text import closing_lines, shorten
 from rlhf_cluster.config.dataset_config import GenerateConfig
 from rlhf_cluster.config.stage_config import StageConfig
 from rlhf_cluster.planning.placement import demand, total_resources
@@ -40,7 +40,7 @@ def derived_stage(config: StageConfig, inputs: StageInputs) -> dict[str, str]:
 
 def stage_ending(summary: Mapping[str, Any], command: str, here: Path) -> list[str]:
     """Return the last lines of a finished stage. `command` calls this program; `here`: its folder."""
-    folder, final = (_shorten(Path(summary[k]), here) for k in ("run_dir", "final_model"))
+    folder, final = (shorten(Path(summary[k]), here) for k in ("run_dir", "final_model"))
     before, after = summary["before"], summary["after"]
     result = "not measured (data.held_out = 0)"
     if before is not None and after is not None:
@@ -54,14 +54,16 @@ def stage_ending(summary: Mapping[str, Any], command: str, here: Path) -> list[s
         "learning curve": f"{folder}/curve.png",
         "trained model": final,
     }
-    return [
-        f"Stage {summary['run']} ({summary['stage']}) finished: {summary['steps']:,} steps in "
-        f"{summary['total_s']:.0f} s",
-        *(f"  {name:<14}  {text}" for name, text in rows.items()),
-        "",
-        "Try next",
-        f"  {'Where it ended':<14}  {shlex.join([command, 'status', folder])}",
-    ]
+    return closing_lines(
+        _head(summary, f"{summary['steps']:,} steps"),
+        rows.items(),
+        {"Where it ended": [command, "status", folder]},
+    )
+
+
+def _head(summary: Mapping[str, Any], done: str) -> str:
+    run, stage, total_s = summary["run"], summary["stage"], summary["total_s"]
+    return f"Stage {run} ({stage}) finished: {done} in {total_s:.0f} s"
 
 
 def _accuracies(report: Mapping[str, Any]) -> dict[str, str]:
@@ -73,10 +75,6 @@ def _accuracies(report: Mapping[str, Any]) -> dict[str, str]:
         for name, own in named.items()
         if "accuracy_low" in own
     }
-
-
-def _shorten(path: Path, here: Path) -> str:
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def derived_generation(config: GenerateConfig, num_prompts: int) -> dict[str, str]:
@@ -116,18 +114,17 @@ def generation_ending(summary: Mapping[str, Any], command: str, here: Path) -> l
     lost = {f"prompts discarded by {name}": n for name, n in report["discarded"].items()}
     failed = (revisions or {}).get("unrevised", {})
     given_up = {f"without a revision: {PROBLEMS[name]}": count for name, count in failed.items()}
-    notes = [f"{count:,} {text}" for text, count in {**left, **given_up, **lost}.items()]
-    folder = _shorten(Path(summary["run_dir"]), here)
-    return [
-        f"Stage {summary['run']} ({summary['stage']}) finished: {report['prompts']:,} prompts in "
-        f"{summary['total_s']:.0f} s",
-        *(f"  {name:<14}  {text}" for name, text in rows.items()),
-        *(f"  {'left out':<14}  {note}" for note in notes),
-        f"  {'data set':<14}  {_shorten(Path(summary['data_file']), here)}",
-        "",
-        "Try next",
-        f"  {'Where it ended':<14}  {shlex.join([command, 'status', folder])}",
-    ]
+    omitted = [(text, count) for part in (left, given_up, lost) for text, count in part.items()]
+    folder, file = (shorten(Path(summary[key]), here) for key in ("run_dir", "data_file"))
+    return closing_lines(
+        _head(summary, f"{report['prompts']:,} prompts"),
+        [
+            *rows.items(),
+            *(("left out", f"{n:,} {text}") for text, n in omitted),
+            ("data set", file),
+        ],
+        {"Where it ended": [command, "status", folder]},
+    )
 
 
 def _number(value: float | None) -> str:

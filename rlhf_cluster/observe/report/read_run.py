@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ from rlhf_cluster.run.status_snapshot import (
 MAX_STEPS_SHOWN = 8
 SAMPLES_OF_A_STEP = 6
 MAX_EVENTS = 200
-_TOLD = re.compile(
-    r"^(\S+Z) \w+ controller controller actors\.(?:observer|drivers\.rl_observer): (.*)$"
+_EVENT = re.compile(
+    r"^(\S+Z) \w+ controller controller actors\.drivers\.(?:run|rl)_observer: (.*)$"
 )
 _ROUTINE = re.compile(r"step \d+: reward |group \S+ was on disk|checkpoint of step \d+ is complete")
 
@@ -147,12 +148,12 @@ def _events(run: RunDir) -> list[LoggedEvent]:
         text = (run.logs / "controller.log").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return [_of_status(event) for event in _last_events(run)]
-    told = [
+    events = [
         LoggedEvent(time=match[1], text=match[2])
         for line in text.splitlines()
-        if (match := _TOLD.match(line)) and not _ROUTINE.match(match[2])
+        if (match := _EVENT.match(line)) and not _ROUTINE.match(match[2])
     ]
-    return told[-MAX_EVENTS:]
+    return events[-MAX_EVENTS:]
 
 
 def _last_events(run: RunDir) -> Sequence[Event]:
@@ -164,8 +165,6 @@ def _last_events(run: RunDir) -> Sequence[Event]:
 
 
 def _of_status(event: Event) -> LoggedEvent:
-    from datetime import UTC, datetime
-
     time = datetime.fromtimestamp(event.time_s, UTC).isoformat(timespec="milliseconds")
     return LoggedEvent(time=f"{time.removesuffix('+00:00')}Z", text=event.text)
 
