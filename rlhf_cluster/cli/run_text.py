@@ -6,7 +6,7 @@ Promises: every path and command works unchanged in the folder where the run was
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,21 +46,13 @@ def ending(
             "Check a change": [command, "validate", str(config_path), *_set([*overrides, COOLER])],
             "A longer run": [command, "run", str(config_path), *_longer(config, overrides)],
         }
-    head = (
-        f"Run {summary['run']} finished: {summary['steps']:,} steps in {_time(summary['total_s'])}"
-    )
-    return closing_lines(head, result.items(), tries)
-
-
-def closing_lines(
-    head: str, facts: Iterable[tuple[str, str]], tries: Mapping[str, Sequence[str]]
-) -> list[str]:
-    """Return `head`, a line per fact (name and text), and the commands to try next."""
-    commands = ((name, shlex.join(words)) for name, words in tries.items())
-    facts, commands = (
-        [f"  {name:<14}  {text}" for name, text in rows] for rows in (facts, commands)
-    )
-    return [head, *facts, "", "Try next", *commands]
+    return [
+        f"Run {summary['run']} finished: {summary['steps']:,} steps in {_time(summary['total_s'])}",
+        *(f"  {name:<14}  {text}" for name, text in result.items()),
+        "",
+        "Try next",
+        *(f"  {name:<14}  {shlex.join(words)}" for name, words in tries.items()),
+    ]
 
 
 def _reward(summary: Mapping[str, Any], num_prompts: int) -> str:

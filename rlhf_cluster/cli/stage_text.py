@@ -6,11 +6,12 @@ finished.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_cluster.cli.run_text import closing_lines, shorten
+from rlhf_cluster.cli.run_text import shorten
 from rlhf_cluster.config.dataset_config import GenerateConfig
 from rlhf_cluster.config.stage_config import StageConfig
 from rlhf_cluster.planning.placement import demand, total_resources
@@ -54,16 +55,14 @@ def stage_ending(summary: Mapping[str, Any], command: str, here: Path) -> list[s
         "learning curve": f"{folder}/curve.png",
         "trained model": final,
     }
-    return closing_lines(
-        _head(summary, f"{summary['steps']:,} steps"),
-        rows.items(),
-        {"Where it ended": [command, "status", folder]},
-    )
-
-
-def _head(summary: Mapping[str, Any], done: str) -> str:
-    run, stage, total_s = summary["run"], summary["stage"], summary["total_s"]
-    return f"Stage {run} ({stage}) finished: {done} in {total_s:.0f} s"
+    return [
+        f"Stage {summary['run']} ({summary['stage']}) finished: {summary['steps']:,} steps in "
+        f"{summary['total_s']:.0f} s",
+        *(f"  {name:<14}  {text}" for name, text in rows.items()),
+        "",
+        "Try next",
+        f"  {'Where it ended':<14}  {shlex.join([command, 'status', folder])}",
+    ]
 
 
 def _accuracies(report: Mapping[str, Any]) -> dict[str, str]:
@@ -114,17 +113,18 @@ def generation_ending(summary: Mapping[str, Any], command: str, here: Path) -> l
     lost = {f"prompts discarded by {name}": n for name, n in report["discarded"].items()}
     failed = (revisions or {}).get("unrevised", {})
     given_up = {f"without a revision: {PROBLEMS[name]}": count for name, count in failed.items()}
-    omitted = [(text, count) for part in (left, given_up, lost) for text, count in part.items()]
-    folder, file = (shorten(Path(summary[key]), here) for key in ("run_dir", "data_file"))
-    return closing_lines(
-        _head(summary, f"{report['prompts']:,} prompts"),
-        [
-            *rows.items(),
-            *(("left out", f"{n:,} {text}") for text, n in omitted),
-            ("data set", file),
-        ],
-        {"Where it ended": [command, "status", folder]},
-    )
+    notes = [f"{count:,} {text}" for text, count in {**left, **given_up, **lost}.items()]
+    folder = shorten(Path(summary["run_dir"]), here)
+    return [
+        f"Stage {summary['run']} ({summary['stage']}) finished: {report['prompts']:,} prompts in "
+        f"{summary['total_s']:.0f} s",
+        *(f"  {name:<14}  {text}" for name, text in rows.items()),
+        *(f"  {'left out':<14}  {note}" for note in notes),
+        f"  {'data set':<14}  {shorten(Path(summary['data_file']), here)}",
+        "",
+        "Try next",
+        f"  {'Where it ended':<14}  {shlex.join([command, 'status', folder])}",
+    ]
 
 
 def _number(value: float | None) -> str:
