@@ -130,11 +130,7 @@ def trace(
 ) -> None:
     """Show what was recorded of a sample or a step, or write the run's timeline."""
     from rlhf_cluster.observe.timeline import write_timeline
-    from rlhf_cluster.observe.trace_rollout import (
-        parse_places,
-        trace_sample,
-        trace_step,
-    )
+    from rlhf_cluster.observe.trace_rollout import parse_places, trace_sample, trace_step
     from rlhf_cluster.run.run_directory import find_run
 
     if sample is None and step is None and timeline is None:

@@ -394,13 +394,7 @@ def _metric(row: re.Match[str], role: Role) -> Metric:
     if name in DISTRIBUTIONS:
         kind, buckets = Kind.HISTOGRAM, SECONDS
     return Metric(
-        name=name,
-        kind=kind,
-        unit=unit,
-        help=help,
-        role=role,
-        label=label,
-        buckets=buckets,
+        name=name, kind=kind, unit=unit, help=help, role=role, label=label, buckets=buckets
     )
 
 

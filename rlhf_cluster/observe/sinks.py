@@ -154,14 +154,14 @@ def check_sinks(names: Sequence[str], kinds: Mapping[str, SinkKind] = SINKS) -> 
 
 
 @dataclass(slots=True, eq=False)
-class _Carried:
+class _SinkThread:
     """Sink with its thread. `failure` is set by the thread, or when the sink is too far behind."""
 
     name: str
     build: Callable[[], Sink]
     waiting: queue.Queue[tuple[int, dict[str, float]] | None]  # None ends it
     failure: str | None = None
-    told: bool = False
+    reported: bool = False
     thread: threading.Thread = field(init=False)
 
     def __post_init__(self) -> None:
@@ -196,19 +196,19 @@ class Sinks:
         max_behind: int = MAX_BEHIND,
     ) -> None:
         self._tell = tell
-        self._carried = [
-            _Carried(name=name, build=build, waiting=queue.Queue(max_behind))
+        self._threads = [
+            _SinkThread(name=name, build=build, waiting=queue.Queue(max_behind))
             for name, build in builds.items()
         ]
 
     @property
     def num_dropped(self) -> int:
-        return sum(each.failure is not None for each in self._carried)
+        return sum(each.failure is not None for each in self._threads)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Hand the values of a step to every sink. Returns at once. Raises nothing."""
         finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
-        for each in self._carried:
+        for each in self._threads:
             if each.failure is None:
                 try:
                     each.waiting.put_nowait((step, finite))
@@ -222,13 +222,13 @@ class Sinks:
         Waits for: every sink to write what it has, at most `timeout_s` for all.
         """
         ends = time.monotonic() + timeout_s
-        for each in self._carried:
+        for each in self._threads:
             if each.failure is None:
                 try:
                     each.waiting.put(None, timeout=max(0.0, ends - time.monotonic()))
                 except queue.Full:
                     each.failure = f"it is {each.waiting.maxsize} records behind"
-        for each in self._carried:
+        for each in self._threads:
             if each.failure is None:
                 each.thread.join(max(0.0, ends - time.monotonic()))
                 if each.thread.is_alive():
@@ -236,9 +236,9 @@ class Sinks:
         self._tell_of_failures()
 
     def _tell_of_failures(self) -> None:
-        for each in self._carried:
-            if each.failure is not None and not each.told:
-                each.told = True
+        for each in self._threads:
+            if each.failure is not None and not each.reported:
+                each.reported = True
                 self._tell(
                     f"observe.sinks: {each.name} is dropped: {each.failure}. metrics.jsonl has it all"
                 )

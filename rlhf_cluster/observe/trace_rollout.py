@@ -181,9 +181,7 @@ class RolloutTrace:
 
         Raises `RunError` where the table has none of them.
         """
-        width = max(len(name) for name in self.facts)
-        for name, value in self.facts.items():
-            yield f"{name:<{width}}  {value}"
+        yield from align(list(self.facts.items()))
         for name, text in (("prompt", self.prompt), ("response", self.response)):
             if text is not None and places is None:
                 yield f"{name}:"

@@ -28,10 +28,7 @@ from typing import Any
 
 from rlhf_cluster.observe.record import logs
 from rlhf_cluster.util.provenance import remove_secrets
-from rlhf_cluster.util.redaction import (
-    find_secrets,
-    redact,
-)
+from rlhf_cluster.util.redaction import find_secrets, redact
 
 log = logging.getLogger(__name__)
 
