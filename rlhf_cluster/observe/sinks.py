@@ -1,9 +1,13 @@
 """Destinations of metrics besides metrics.jsonl: TensorBoard, W&B, MLflow, through one interface.
 
-Promises: a package that is missing is an error before anything starts (`check_sinks`); a sink that
-fails to open, raises, or falls behind is counted, logged once and dropped, and never ends or delays
-the run: each has its own thread and queue. Values that are not finite are not sent. To add one: a class
-with `log` and `close`, and a row in `SINKS`. Other packages add one as `docs/extending.md` says.
+Promises:
+- a missing package is an error before anything starts (`check_sinks`);
+- a sink that fails to open, raises, or falls behind is counted, logged once and dropped. It never ends
+  or delays the run: each has its own thread and queue;
+- values that are not finite are not sent.
+
+To add a sink: a class with `log` and `close`, and a row in `SINKS`, or in another package as
+`docs/extending.md` describes.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Samples of experience for reading and for tools: one Parquet file per step.
 
-Promises: token ids, log-probabilities, versions and step rewards are those that were trained on; a
-file appears as a whole; `learner_logprobs` and `correction_weights` are those of the step's first pass
-(`learner.token_samples`), null where there are none, and at a token that is not trained. Written by
-the process that holds the experience, so that none of that travels for this.
+Promises:
+- token ids, log-probabilities, versions and step rewards are those that were trained on;
+- `learner_logprobs` and `correction_weights` are those of the step's first pass
+  (`learner.token_samples`), null without one and at a token that is not trained;
+- a file appears as a whole. The process that holds the experience writes it.
 """
 
 from __future__ import annotations
