@@ -37,16 +37,8 @@ class StageObserver(Observer[StageConfig | GenerateConfig]):
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._headline, self._constants = headline, constants
-        first = Snapshot(
-            run=config.run.name,
-            state="starting",
-            step=0,
-            num_steps=num_steps,
-            time_s=started_s,
-            stage=config.stage.type,
-            metric=headline,
-        )
-        super().__init__(config, rundir, show, started_s, clock, first)
+        shown = {"stage": config.stage.type, "metric": headline}
+        super().__init__(config, rundir, show, started_s, clock, num_steps, **shown)
 
     def step(
         self,

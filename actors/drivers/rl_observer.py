@@ -19,10 +19,7 @@ from typing import Any
 import numpy as np
 
 from actors.drivers.run_observer import Observer
-from rlhf_cluster.buffer.buffer import (
-    BufferStats,
-    buffer_metrics,
-)
+from rlhf_cluster.buffer.buffer import BufferStats, buffer_metrics
 from rlhf_cluster.buffer.replay_pool import replay_metrics
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import RlhfError
@@ -30,20 +27,12 @@ from rlhf_cluster.observe.metric_table import Role, find
 from rlhf_cluster.observe.metrics import part_means
 from rlhf_cluster.observe.occupancy import resident_bytes
 from rlhf_cluster.pipeline import Evaluation, StepTimes
-from rlhf_cluster.records import (
-    StepReport,
-    Ticket,
-    TrainingGroup,
-)
+from rlhf_cluster.records import StepReport, Ticket, TrainingGroup
 from rlhf_cluster.run import bottleneck_advisor
 from rlhf_cluster.run.checkpoint.checkpoint_folder import Checkpoint
 from rlhf_cluster.run.metrics_file import read_metrics
 from rlhf_cluster.run.run_directory import RunDir
-from rlhf_cluster.run.status_snapshot import (
-    Pool,
-    Snapshot,
-    State,
-)
+from rlhf_cluster.run.status_snapshot import Pool, Snapshot, State
 from rlhf_cluster.run.worker_pool import WorkerPool
 from rlhf_cluster.util.slow_disk import LatestValue
 from rlhf_cluster.weights.sync import SyncStats
@@ -77,14 +66,7 @@ class RunObserver(Observer[RunConfig]):
         self._staleness: Counter[int] = Counter()  # number of trained rollouts by staleness
         self.advice: bottleneck_advisor.Advice | None = None  # about the last steps
         self._disk_free = LatestValue(lambda: disk_free_fraction(rundir.path), math.nan)
-        first = Snapshot(
-            run=config.run.name,
-            state="starting",
-            step=0,
-            num_steps=config.run.steps,
-            time_s=started_s,
-        )
-        super().__init__(config, rundir, show, started_s, clock, first)
+        super().__init__(config, rundir, show, started_s, clock, config.run.steps)
 
     def step(self, report: StepReport, taken: Sequence[TrainingGroup], times: StepTimes) -> None:
         now = self._clock()

@@ -26,17 +26,10 @@ from rlhf_cluster.run.checkpoint import resume
 from rlhf_cluster.run.checkpoint.checkpoint_folder import Checkpoint
 from rlhf_cluster.run.metrics_file import Record, read_metrics
 from rlhf_cluster.run.run_directory import RunDir
-from rlhf_cluster.run.status_snapshot import (
-    Event,
-    Snapshot,
-    State,
-)
-from rlhf_cluster.util.slow_disk import (
-    DiskDeadline,
-    run_in_thread,
-)
+from rlhf_cluster.run.status_snapshot import Event, Snapshot, State
+from rlhf_cluster.util.slow_disk import DiskDeadline, run_in_thread
 
-log = logging.getLogger("actors.drivers.rl_observer")
+log = logging.getLogger(__name__)  # its messages are the events of a report: see read_run.py
 
 MAX_EVENTS = 6
 
@@ -50,7 +43,7 @@ class Observer(Generic[C]):
     Args:
         show: gets every new snapshot.
         started_s: unix time at which the command was given.
-        first: first snapshot.
+        shown: further fields of the first snapshot.
     """
 
     noun = "run"
@@ -62,7 +55,8 @@ class Observer(Generic[C]):
         show: Callable[[Snapshot], None],
         started_s: float,
         clock: Callable[[], float],
-        first: Snapshot,
+        num_steps: int,
+        **shown: Any,
     ) -> None:
         self._config, self._rundir, self._show = config, rundir, show
         self._clock, self._started_s = clock, started_s
@@ -81,7 +75,14 @@ class Observer(Generic[C]):
             "packages"
         ]
         """Versions of the packages with which the run was started."""
-        self.snapshot = first
+        self.snapshot = Snapshot(
+            run=config.run.name,
+            state="starting",
+            step=0,
+            num_steps=num_steps,
+            time_s=started_s,
+            **shown,
+        )
 
     def event(self, text: str) -> None:
         """Log an event and show it in the status, such as a restart, a discard, a scaling."""

@@ -100,7 +100,7 @@ def decoupled_advantages(
 
     If the sum of rewards were normalised instead, sums of (0, 1) and of (0, 2) would give the same
     advantages, whether one reward or both differ between the rollouts, and the reward with the larger
-    scale would dominate. Normalised separately, each counts as much as its weight says. Liu et al.
+    scale would dominate. Normalised separately, each has the influence of its weight. Liu et al.
     2026, arXiv 2601.05242 (GDPO), where the sums are then divided by their standard deviation over
     the step.
 

@@ -75,7 +75,7 @@ class AdaptiveKl(Section):
 
 
 class LinearKl(Section):
-    """The coefficient changes linearly from `kl_coef` to `final` over `steps` steps."""
+    """The coefficient changes linearly from `kl_coef` to `final` in `steps` steps."""
 
     type: Literal["linear"] = "linear"
     final: float = Field(ge=0)

@@ -1,4 +1,4 @@
-"""Inputs of a loss for one micro-batch: trained tokens or values. Importing this loads torch."""
+"""Inputs of the objective for one micro-batch: trained tokens or values. Importing this loads torch."""
 
 from __future__ import annotations
 

@@ -18,11 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rlhf_cluster.cli import inspect_commands
-from rlhf_cluster.cli.inspect_commands import (
-    Deep,
-    table,
-    utc,
-)
+from rlhf_cluster.cli.inspect_commands import Deep, table, utc
 from rlhf_cluster.errors import RlhfError, RunError
 
 if TYPE_CHECKING:
@@ -286,11 +282,7 @@ def inspect(
 ) -> None:
     """List a run's groups: those on disk, verified, and its samples. Damaged files end in an error."""
     from rlhf_cluster.errors import StoreError
-    from rlhf_cluster.observe.list_groups import (
-        GroupFilter,
-        list_groups,
-        table,
-    )
+    from rlhf_cluster.observe.list_groups import GroupFilter, list_groups, table
     from rlhf_cluster.run.run_directory import find_run
 
     wanted = GroupFilter(

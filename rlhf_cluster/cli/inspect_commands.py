@@ -65,12 +65,9 @@ def report(
             raise RunError(
                 "--out with --live: a live page is served, not written. Give one of them"
             )
-        from rlhf_cluster.observe.report.serve import (
-            REFRESH_S,
-            served,
-        )
+        from rlhf_cluster.observe.report.serve import REFRESH_S, serve
 
-        with served(lambda: page([read_run(run) for run in found], time.time()), port) as address:
+        with serve(lambda: page([read_run(run) for run in found], time.time()), port) as address:
             typer.echo(f"{address}\nmade anew every {REFRESH_S} s, until Ctrl-C")
             _wait_for_interrupt(lambda: False)
         return
@@ -102,7 +99,7 @@ def monitor(
     run = find_run(run_)
     program = monitoring.find_prometheus(prometheus)
     targets = target or monitoring.targets_of(run.path)
-    discovery = None if target else monitoring.followed(targets)
+    discovery = None if target else monitoring.find_discovery(targets)
     configuration = monitoring.write_configuration(run.path / "monitor", targets, discovery)
     with monitoring.monitoring(program, configuration, port) as (address, process):
         typer.echo(f"{address}  scrapes {discovery or ', '.join(targets)}, until Ctrl-C")
@@ -133,11 +130,7 @@ def trace(
 ) -> None:
     """Show what was recorded of a sample or a step, or write the run's timeline."""
     from rlhf_cluster.observe.timeline import write_timeline
-    from rlhf_cluster.observe.trace_rollout import (
-        parse_places,
-        trace_sample,
-        trace_step,
-    )
+    from rlhf_cluster.observe.trace_rollout import parse_places, trace_sample, trace_step
     from rlhf_cluster.run.run_directory import find_run
 
     if sample is None and step is None and timeline is None:

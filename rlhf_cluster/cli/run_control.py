@@ -11,10 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rlhf_cluster.errors import ConfigError, RunError, StalledError
-from rlhf_cluster.observe.record.logs import (
-    log_names,
-    read_logs,
-)
+from rlhf_cluster.observe.record.logs import log_names, read_logs
 
 if TYPE_CHECKING:
     from rlhf_cluster.run.run_directory import RunDir

@@ -32,13 +32,13 @@ def ending(
     `command` calls this program. Paths are relative to the folder `here`. `alone` is False where the
     file holds other runs too.
     """
-    folder = _shorten(Path(summary["run_dir"]), here)
+    folder = shorten(Path(summary["run_dir"]), here)
     run = summary["run"] if Path(folder) == Path("runs") / summary["run"] else folder
     result = {
         "reward": _reward(summary, config.evaluation.num_prompts),
         "run directory": folder,
         "learning curve": f"{folder}/curve.png",
-        "trained model": _shorten(Path(summary["final_model"]), here),
+        "trained model": shorten(Path(summary["final_model"]), here),
     }
     tries = {"Where it ended": [command, "status", run], "One page": [command, "report", run]}
     if alone:
@@ -79,7 +79,8 @@ def _set(settings: Sequence[str]) -> list[str]:
     return [word for text in settings for word in ("--set", text)]
 
 
-def _shorten(path: Path, here: Path) -> str:
+def shorten(path: Path, here: Path) -> str:
+    """Return the path relative to the folder `here`; the whole path outside of it."""
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhf_cluster.cli.run_text import shorten
 from rlhf_cluster.config.dataset_config import GenerateConfig
 from rlhf_cluster.config.stage_config import StageConfig
 from rlhf_cluster.planning.placement import demand, total_resources
@@ -40,7 +41,7 @@ def derived_stage(config: StageConfig, inputs: StageInputs) -> dict[str, str]:
 
 def stage_ending(summary: Mapping[str, Any], command: str, here: Path) -> list[str]:
     """Return the last lines of a finished stage. `command` calls this program; `here`: its folder."""
-    folder, final = (_shorten(Path(summary[k]), here) for k in ("run_dir", "final_model"))
+    folder, final = (shorten(Path(summary[k]), here) for k in ("run_dir", "final_model"))
     before, after = summary["before"], summary["after"]
     result = "not measured (data.held_out = 0)"
     if before is not None and after is not None:
@@ -73,10 +74,6 @@ def _accuracies(report: Mapping[str, Any]) -> dict[str, str]:
         for name, own in named.items()
         if "accuracy_low" in own
     }
-
-
-def _shorten(path: Path, here: Path) -> str:
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def derived_generation(config: GenerateConfig, num_prompts: int) -> dict[str, str]:
@@ -117,13 +114,13 @@ def generation_ending(summary: Mapping[str, Any], command: str, here: Path) -> l
     failed = (revisions or {}).get("unrevised", {})
     given_up = {f"without a revision: {PROBLEMS[name]}": count for name, count in failed.items()}
     notes = [f"{count:,} {text}" for text, count in {**left, **given_up, **lost}.items()]
-    folder = _shorten(Path(summary["run_dir"]), here)
+    folder = shorten(Path(summary["run_dir"]), here)
     return [
         f"Stage {summary['run']} ({summary['stage']}) finished: {report['prompts']:,} prompts in "
         f"{summary['total_s']:.0f} s",
         *(f"  {name:<14}  {text}" for name, text in rows.items()),
         *(f"  {'left out':<14}  {note}" for note in notes),
-        f"  {'data set':<14}  {_shorten(Path(summary['data_file']), here)}",
+        f"  {'data set':<14}  {shorten(Path(summary['data_file']), here)}",
         "",
         "Try next",
         f"  {'Where it ended':<14}  {shlex.join([command, 'status', folder])}",

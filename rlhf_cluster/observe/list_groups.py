@@ -85,7 +85,7 @@ def list_groups(run_dir: Path, wanted: GroupFilter, limit: int | None = None) ->
             rows[row.group_id] = row
     for path in sorted((run_dir / "samples").glob("step-*.parquet")):
         try:
-            sampled = list(_sampled(path))
+            sampled = list(_read_rows(path))
         except (OSError, ValueError, KeyError) as error:
             found.damaged.append(f"{path}: cannot be read as samples ({error})")
         else:
@@ -135,7 +135,7 @@ def _row(group: ExperienceGroup, steps: tuple[int, ...]) -> GroupRow:
     )
 
 
-def _sampled(path: Path) -> Iterator[GroupRow]:
+def _read_rows(path: Path) -> Iterator[GroupRow]:
     samples = sorted(read_samples(path), key=lambda sample: sample["group_id"])
     for group_id, own in groupby(samples, key=lambda sample: sample["group_id"]):
         rollouts = list(own)

@@ -1,12 +1,14 @@
 """Local Prometheus that scrapes this machine's Ray nodes, with our rules: for `rlhf-cluster monitor`.
 
-Promises: it listens on loopback alone; what it has collected stays in the `monitor` folder of the run
-directory, and is continued the next time; it is ready when the block begins, or the error says what it
-printed; it ends with the block. Nothing is installed or downloaded.
+Promises:
+- Prometheus listens on loopback alone, is ready when the block begins, and ends with it. If it does
+  not become ready, the error has what it printed;
+- its data stays in the `monitor` folder of the run directory, and the next start continues it;
+- nothing is installed or downloaded.
 
-A run writes down where its nodes' metrics were when it began (`control.json`). A Ray with a dashboard
-keeps a file of all its nodes (`DISCOVERY`): where the run's are among them Prometheus follows that
-file, so that nodes that join are seen; otherwise it scrapes those of the run, or those given.
+A run records the metrics addresses of its nodes at its start (`control.json`). A Ray cluster with a
+dashboard keeps a file of all its nodes (`DISCOVERY`). If that file has a node of the run, Prometheus
+reads it and so finds nodes that join later. Otherwise it scrapes the recorded or given addresses.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ def targets_of(run_dir: Path) -> list[str]:
     return [str(target) for target in found]
 
 
-def followed(targets: Sequence[str], discovery: Path = DISCOVERY) -> Path | None:
+def find_discovery(targets: Sequence[str], discovery: Path = DISCOVERY) -> Path | None:
     """Return Ray's own list of nodes if a node of `targets` is in it, else None."""
     try:
         listed = json.loads(discovery.read_text())

@@ -362,8 +362,8 @@ _ROW = re.compile(r"([a-z]+/[a-z0-9_]+)(?:{([a-z]+)})? \| (\S+) \| (.+)")
 def read_table(text: str) -> dict[str, Metric]:
     """Read a table of metrics: rows `name{label} | unit | help` below a line with their [role].
 
-    An indented line continues the row above. Raises `MetricError` for a line that is no row, and for a
-    name that has two rows.
+    An indented line continues the row above. Raises `MetricError` for a line that is not a row, and for
+    a name that has two rows.
     """
     metrics: dict[str, Metric] = {}
     for metric in _read_rows(text):
@@ -394,13 +394,7 @@ def _metric(row: re.Match[str], role: Role) -> Metric:
     if name in DISTRIBUTIONS:
         kind, buckets = Kind.HISTOGRAM, SECONDS
     return Metric(
-        name=name,
-        kind=kind,
-        unit=unit,
-        help=help,
-        role=role,
-        label=label,
-        buckets=buckets,
+        name=name, kind=kind, unit=unit, help=help, role=role, label=label, buckets=buckets
     )
 
 

@@ -52,21 +52,21 @@ class Occupancy:
             self.leave()
 
     def enter(self) -> None:
-        self._pass()
+        self._advance()
         self._num_calls += 1
 
     def leave(self) -> None:
-        self._pass()
+        self._advance()
         self._num_calls -= 1
 
     def take(self) -> BusyTime:
         """Return the time spent since the last `take`, or since `start`."""
-        self._pass()
+        self._advance()
         spent = BusyTime(self._idle_s, self._busy_s)
         self._idle_s = self._busy_s = 0.0
         return spent
 
-    def _pass(self) -> None:
+    def _advance(self) -> None:
         now = self.clock()
         elapsed, self._since_s = now - self._since_s, now
         if self._num_calls == 0:

@@ -1,9 +1,13 @@
 """Destinations of metrics besides metrics.jsonl: TensorBoard, W&B, MLflow, through one interface.
 
-Promises: a package that is missing is an error before anything starts (`check_sinks`); a sink that
-fails to open, raises, or falls behind is counted, logged once and dropped, and never ends or delays
-the run: each has its own thread and queue. Values that are not finite are not sent. To add one: a class
-with `log` and `close`, and a row in `SINKS`. Other packages add one as `docs/extending.md` says.
+Promises:
+- a missing package is an error before anything starts (`check_sinks`);
+- a sink that fails to open, raises, or falls behind is counted, logged once and dropped. It never ends
+  or delays the run: each has its own thread and queue;
+- values that are not finite are not sent.
+
+To add a sink: a class with `log` and `close`, and a row in `SINKS`, or in another package as
+`docs/extending.md` describes.
 """
 
 from __future__ import annotations
@@ -154,14 +158,14 @@ def check_sinks(names: Sequence[str], kinds: Mapping[str, SinkKind] = SINKS) -> 
 
 
 @dataclass(slots=True, eq=False)
-class _Carried:
+class _SinkThread:
     """Sink with its thread. `failure` is set by the thread, or when the sink is too far behind."""
 
     name: str
     build: Callable[[], Sink]
     waiting: queue.Queue[tuple[int, dict[str, float]] | None]  # None ends it
     failure: str | None = None
-    told: bool = False
+    reported: bool = False
     thread: threading.Thread = field(init=False)
 
     def __post_init__(self) -> None:
@@ -196,19 +200,19 @@ class Sinks:
         max_behind: int = MAX_BEHIND,
     ) -> None:
         self._tell = tell
-        self._carried = [
-            _Carried(name=name, build=build, waiting=queue.Queue(max_behind))
+        self._threads = [
+            _SinkThread(name=name, build=build, waiting=queue.Queue(max_behind))
             for name, build in builds.items()
         ]
 
     @property
     def num_dropped(self) -> int:
-        return sum(each.failure is not None for each in self._carried)
+        return sum(each.failure is not None for each in self._threads)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Hand the values of a step to every sink. Returns at once. Raises nothing."""
         finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
-        for each in self._carried:
+        for each in self._threads:
             if each.failure is None:
                 try:
                     each.waiting.put_nowait((step, finite))
@@ -222,13 +226,13 @@ class Sinks:
         Waits for: every sink to write what it has, at most `timeout_s` for all.
         """
         ends = time.monotonic() + timeout_s
-        for each in self._carried:
+        for each in self._threads:
             if each.failure is None:
                 try:
                     each.waiting.put(None, timeout=max(0.0, ends - time.monotonic()))
                 except queue.Full:
                     each.failure = f"it is {each.waiting.maxsize} records behind"
-        for each in self._carried:
+        for each in self._threads:
             if each.failure is None:
                 each.thread.join(max(0.0, ends - time.monotonic()))
                 if each.thread.is_alive():
@@ -236,9 +240,9 @@ class Sinks:
         self._tell_of_failures()
 
     def _tell_of_failures(self) -> None:
-        for each in self._carried:
-            if each.failure is not None and not each.told:
-                each.told = True
+        for each in self._threads:
+            if each.failure is not None and not each.reported:
+                each.reported = True
                 self._tell(
                     f"observe.sinks: {each.name} is dropped: {each.failure}. metrics.jsonl has it all"
                 )

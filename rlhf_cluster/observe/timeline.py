@@ -22,11 +22,7 @@ from typing import Any
 
 from rlhf_cluster.buffer.group_store import ExperienceStore
 from rlhf_cluster.errors import StoreError
-from rlhf_cluster.observe.report.read_run import (
-    LoggedEvent,
-    RunRecord,
-    read_run,
-)
+from rlhf_cluster.observe.report.read_run import LoggedEvent, RunRecord, read_run
 from rlhf_cluster.run.run_directory import RunDir
 from rlhf_cluster.util.durable_files import write_all
 
@@ -54,7 +50,7 @@ def write_timeline(run: RunDir, path: Path) -> int:
 
 def timeline(run: RunRecord, groups: Sequence[Event]) -> list[Event]:
     """Return all events by time. `groups` are those of `_groups`, with times in unix seconds."""
-    timed = [*_steps(run), *_counters(run), *map(_told, run.events), *groups]
+    timed = [*_steps(run), *_counters(run), *map(_message, run.events), *groups]
     start_s = min((event["ts"] for event in timed), default=0.0)
     for event in timed:
         event["ts"] = round(1e6 * (event["ts"] - start_s))
@@ -73,8 +69,15 @@ def _steps(run: RunRecord) -> Iterator[Event]:
         at = max(end_of_last, record["time_s"] - sum(seconds for _, seconds in spans))
         for name, seconds in spans:
             seconds = min(seconds, max(0.0, record["time_s"] - at))
-            numbers = {"step": record["step"], "reward": record["reward/mean"]}
-            yield _span(f"{name} {record['step']}", LEARNER, 0, at, seconds, numbers)
+            yield {
+                "name": f"{name} {record['step']}",
+                "ph": "X",
+                "pid": LEARNER,
+                "tid": 0,
+                "ts": at,
+                "dur": seconds,
+                "args": {"step": record["step"], "reward": record["reward/mean"]},
+            }
             at += seconds
         end_of_last = at
 
@@ -93,7 +96,7 @@ def _counters(run: RunRecord) -> Iterator[Event]:
                 }
 
 
-def _told(event: LoggedEvent) -> Event:
+def _message(event: LoggedEvent) -> Event:
     time_s = datetime.fromisoformat(event.time).timestamp()
     return {
         "name": event.text[:200],
@@ -129,20 +132,6 @@ def _groups(run: RunDir) -> Iterator[Event]:
         facts = {"reward": reward, "version": group.ticket.version, "prompt": rollouts[0].prompt_id}
         yield {**base, "ph": "b", "ts": min(r.started_s for r in rollouts), "args": facts}
         yield {**base, "ph": "e", "ts": max(r.finished_s for r in rollouts)}
-
-
-def _span(
-    name: str, pid: int, tid: int, start_s: float, seconds: float, args: dict[str, Any]
-) -> Event:
-    return {
-        "name": name,
-        "ph": "X",
-        "pid": pid,
-        "tid": tid,
-        "ts": start_s,
-        "dur": seconds,
-        "args": args,
-    }
 
 
 def _names(groups: Sequence[Event]) -> Iterator[Event]:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,10 +37,7 @@ from rlhf_cluster.buffer.group_recovery import read_trained
 from rlhf_cluster.buffer.group_store import ExperienceStore
 from rlhf_cluster.errors import RlhfError, RunError, StoreError
 from rlhf_cluster.observe.list_groups import align
-from rlhf_cluster.observe.record.samples import (
-    Row,
-    read_samples,
-)
+from rlhf_cluster.observe.record.samples import Row, read_samples
 from rlhf_cluster.records import ExperienceGroup
 from rlhf_cluster.run.metrics_file import read_metrics
 from rlhf_cluster.run.run_directory import RunDir
@@ -50,18 +47,32 @@ if TYPE_CHECKING:
 
 
 Column = list[float | None]
+Value = float | int | bool | None
+
+SLACK_S = 1.0
+"""Largest difference between the clocks of two machines at which a time is still believed."""
+OPEN = "none did: it is open, or was discarded"
+
+_ID = re.compile(r"g(\d{8,})/\d+")
+_OF_STEP = (
+    *("reward/mean", "learner/loss", "learner/grad_norm", "learner/entropy", "learner/kl_ref"),
+    *("importance/effective_sample_size", "staleness/max", "time/step_s", "time/learner_wait_s"),
+)
 
 
 def learner_facts(
     row: Row | None, step: int | None, uses: Sequence[int], response_ids: Sequence[int]
 ) -> tuple[dict[str, str], dict[str, Column]]:
-    """The facts `learner` and `correction`, and their columns [T], None at tokens that are not trained.
+    """Return the facts `learner` and `correction`, and their token columns.
 
     Args:
-        row: of the samples, None where they have none of the rollout.
-        step: whose samples the row is of.
-        uses: the steps that trained the rollout, in order.
-        response_ids: [T] of the rollout that is traced.
+        row: row of the rollout in the samples; None without one.
+        step: step of that row.
+        uses: steps that trained the rollout, in order.
+        response_ids: [T], tokens of the traced rollout.
+
+    Returns:
+        Facts as text; columns, each [T], None at tokens that are not trained.
     """
     why = _reason(row, step, uses, response_ids)
     if row is None or why:
@@ -69,13 +80,13 @@ def learner_facts(
     logprobs, weights = row["learner_logprobs"], row["correction_weights"]
     untrained = ", - at a token that is not trained" if None in logprobs else ""
     columns = {"learner_logprob": logprobs}
-    told = "none: the algorithm's loss has no weight for the distance to the sampler"
+    correction = "none: the algorithm's loss has no weight for the distance to the sampler"
     if weights is not None:
         columns["correction_weight"] = weights
-        told = f"{_range(weights)}, the weight at the first pass of step {step}"
+        correction = f"{_range(weights)}, the weight at the first pass of step {step}"
     return {
         "learner": f"log-probabilities at the first pass of step {step}{untrained}",
-        "correction": told,
+        "correction": correction,
     }, columns
 
 
@@ -104,14 +115,12 @@ def _reason(
     return ""
 
 
-def _range(weights: Column) -> str:
-    found = [weight for weight in weights if weight is not None]
-    low, high = min(found), max(found)
+def _range(values: Iterable[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "no token"
+    low, high = min(known), max(known)
     return f"{low:.6g}" if low == high else f"{low:.6g} to {high:.6g}"
-
-
-SLACK_S = 1.0
-"""Largest difference between the clocks of two machines at which a time is still believed."""
 
 
 def find_stored_time(path: Path, finished_s: float, trained_from_s: float | None) -> float | None:
@@ -137,7 +146,6 @@ def station_facts(
     finished_s: float,
     records: Sequence[Mapping[str, Any]],
     step: int | None,
-    shown: Callable[[float], str],
 ) -> dict[str, str]:
     """Return when a group was stored and trained, as text.
 
@@ -145,24 +153,12 @@ def station_facts(
     """
     trained = find_training_times(records, step)
     stored_s = find_stored_time(path, finished_s, None if trained is None else trained[0])
-    facts = {"scored and stored": "not known" if stored_s is None else shown(stored_s)}
+    facts = {"scored and stored": "not known" if stored_s is None else _time(stored_s)}
     if step is not None:
         facts["trained"] = (
-            "not known" if trained is None else f"{shown(trained[0])} to {shown(trained[1])}"
+            "not known" if trained is None else f"{_time(trained[0])} to {_time(trained[1])}"
         )
     return facts
-
-
-OPEN = "none did: it is open, or was discarded"
-
-Value = float | int | bool | None
-
-_ID = re.compile(r"g(\d{8,})/\d+")
-
-_OF_STEP = (
-    *("reward/mean", "learner/loss", "learner/grad_norm", "learner/entropy", "learner/kl_ref"),
-    *("importance/effective_sample_size", "staleness/max", "time/step_s", "time/learner_wait_s"),
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,16 +181,14 @@ class RolloutTrace:
 
         Raises `RunError` where the table has none of them.
         """
-        width = max(len(name) for name in self.facts)
-        for name, value in self.facts.items():
-            yield f"{name:<{width}}  {value}"
+        yield from align(list(self.facts.items()))
         for name, text in (("prompt", self.prompt), ("response", self.response)):
             if text is not None and places is None:
                 yield f"{name}:"
-                yield from (f"    {line}" for line in shown(text).splitlines() or [""])
-        yield from _table(self.tokens, self._chosen(places))
+                yield from (f"    {line}" for line in escape_control(text).splitlines() or [""])
+        yield from _table(self.tokens, self._choose(places))
 
-    def _chosen(self, places: range | None) -> range:
+    def _choose(self, places: range | None) -> range:
         num_tokens = min((len(column) for column in self.tokens.values()), default=0)
         if places is None:
             return range(num_tokens)
@@ -215,10 +209,10 @@ def trace_sample(run: RunDir, rollout_id: str) -> RolloutTrace:
     found = _ID.fullmatch(rollout_id)
     if found is None:
         raise RunError(
-            f"{rollout_id!r} is no id of a rollout, such as g00000012/3: group and number in it. "
+            f"{rollout_id!r} is not the id of a rollout, such as g00000012/3: group and number in it. "
             "rlhf-cluster inspect lists the groups"
         )
-    sampled = _sampled(run, rollout_id)
+    sampled = _find_sample(run, rollout_id)
     store = ExperienceStore(run.path / "experience")
     number = int(found[1])
     if store.has(number):
@@ -226,14 +220,14 @@ def trace_sample(run: RunDir, rollout_id: str) -> RolloutTrace:
         steps = read_trained(store.root)
         for index, scored in enumerate(group.scored):
             if scored.rollout.rollout_id == rollout_id:
-                return _stored(run, store, group, index, steps, sampled)
+                return _trace_from_store(run, store, group, index, steps, sampled)
         raise RunError(f"group {group.group_id} has {len(group.scored)} rollouts, no {rollout_id}")
     if sampled is None:
         raise RunError(
             f"{rollout_id}: neither among the stored groups of {store.root} (buffer.keep_steps) nor "
             f"among the samples (observe.samples_per_step). rlhf-cluster inspect lists what is kept"
         )
-    return _of_samples(*sampled)
+    return _trace_from_sample(*sampled)
 
 
 def trace_step(run: RunDir, step: int) -> list[str]:
@@ -250,26 +244,19 @@ def trace_step(run: RunDir, step: int) -> list[str]:
     lines = [f"step {step}"]
     for record in records:
         lines.append(f"  ended at {_time(record['time_s'])}")
-        lines += [f"  {name:<34} {record[name]:.6g}" for name in _OF_STEP if _has(record, name)]
+        values = ((name, record.get(name)) for name in _OF_STEP)
+        lines += [f"  {name:<34} {value:.6g}" for name, value in values if value is not None]
     cells = [("rollout", "reward", "versions", "staleness", "tokens", "ended by", "worker")]
-    for name in sorted(rows):
-        row = rows[name]
-        cells.append(
-            (
-                name,
-                f"{row['reward']:.4g}",
-                f"{row['version_min']}..{row['version_max']}",
-                str(row["staleness"]),
-                str(len(row["response_ids"])),
-                row["finish_reason"],
-                row["worker"],
-            )
-        )
+    for name, row in sorted(rows.items()):
+        versions = f"{row['version_min']}..{row['version_max']}"
+        numbers = (f"{row['reward']:.4g}", versions, str(row["staleness"]))
+        end = (str(len(row["response_ids"])), row["finish_reason"], row["worker"])
+        cells.append((name, *numbers, *end))
     lines.append(f"  {len(rows)} rollouts are kept; rlhf-cluster trace RUN --sample ID shows one")
     return [*lines, *(f"  {line}" for line in align(cells))]
 
 
-def shown(text: str) -> str:
+def escape_control(text: str) -> str:
     """Return `text` as a terminal may have it, with control characters written out."""
     return re.sub(
         r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]",
@@ -278,7 +265,7 @@ def shown(text: str) -> str:
     )
 
 
-def _stored(
+def _trace_from_store(
     run: RunDir,
     store: ExperienceStore,
     group: ExperienceGroup,
@@ -304,7 +291,6 @@ def _stored(
             rollout.finished_s,
             read_metrics(run.metrics),
             uses[0] if uses else None,
-            _time,
         ),
         "versions": f"{rollout.oldest_version}..{int(rollout.versions.max())}",
         "staleness": ", ".join(str(s - 1 - rollout.oldest_version) for s in uses) or "-",
@@ -313,7 +299,7 @@ def _stored(
         "reward": f"{scored.reward:.6g}, {_parts(scored.reward_parts)}",
         "watched": _parts(scored.watched),
         "scorer": f"{scored.scorer}, version {scored.scorer_version or '-'}",
-        "advantage": why or f"{_of_all(advantages[index])} (computed again)",
+        "advantage": why or f"{_range(advantages[index].tolist())} (computed again)",
         **learnt,
         "kept in": str(store.path(group.ticket.number)),
     }
@@ -338,7 +324,7 @@ def _stored(
     )
 
 
-def _of_samples(row: Row, step: int) -> RolloutTrace:
+def _trace_from_sample(row: Row, step: int) -> RolloutTrace:
     """Return the trace of a rollout that only the samples have.
 
     They have versions only as a range, no reference, and no exact log-probabilities.
@@ -413,13 +399,6 @@ def _num_groups(run: RunDir, config: RunConfig, step: int) -> int:
     return int(records[0].get("step/groups", 0)) if records else 0
 
 
-def _of_all(values: np.ndarray) -> str:
-    if len(values) == 0:
-        return "no token"
-    low, high = float(values.min()), float(values.max())
-    return f"{low:.6g}" if low == high else f"{low:.6g} to {high:.6g}"
-
-
 def _parts(values: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.6g}" for name, value in values.items()) or "-"
 
@@ -429,7 +408,7 @@ def _rows(run: RunDir, step: int) -> list[Row]:
     return _read(path) if path.exists() else []
 
 
-def _sampled(run: RunDir, rollout_id: str) -> tuple[Row, int] | None:
+def _find_sample(run: RunDir, rollout_id: str) -> tuple[Row, int] | None:
     """Return the row of a rollout and its step: the last one, where a resumed run has it twice."""
     for path in sorted(run.samples.glob("step-*.parquet"), reverse=True):
         for row in _read(path):
@@ -483,10 +462,6 @@ def _cell(value: Value) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return str(value) if isinstance(value, int) else f"{value:.5f}"
-
-
-def _has(record: dict[str, Any], name: str) -> bool:
-    return record.get(name) is not None
 
 
 def _time(time_s: float) -> str:

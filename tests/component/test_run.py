@@ -20,7 +20,7 @@ from actors.services.control_actor import (
 from rlhf_cluster.observe.record.samples import read_samples
 from rlhf_cluster.observe.report.page import page
 from rlhf_cluster.observe.report.read_run import read_run
-from rlhf_cluster.observe.report.serve import served
+from rlhf_cluster.observe.report.serve import serve
 from rlhf_cluster.run.run_directory import find_run
 from rlhf_cluster.weights.transports.mirror_folder import copies_of
 from tests.support.checks.promql import (
@@ -61,7 +61,7 @@ def exported_by(run: str) -> set[str]:
 def check_live_page(run, step):
     """The report of a run that is going, as a person has it, on a desk and on a phone."""
     found = find_run(str(run.path))
-    with served(lambda: page([read_run(found)], time.time())) as address:
+    with serve(lambda: page([read_run(found)], time.time())) as address:
         looks = look(address)
     check(looks)
     for seen in looks:

@@ -16,7 +16,7 @@ from rlhf_cluster.errors import RunError, StalledError
 from rlhf_cluster.observe import local_prometheus
 from rlhf_cluster.observe.report.page import page
 from rlhf_cluster.observe.report.read_run import read_run
-from rlhf_cluster.observe.report.serve import served
+from rlhf_cluster.observe.report.serve import serve
 from rlhf_cluster.run.run_directory import find_run
 from tests.support.builders.recorded_run import record_run
 from tests.support.checks.deployed import ALERTS
@@ -55,7 +55,7 @@ def test_a_live_report_is_served_until_it_is_interrupted(start_serving, tmp_path
 @needs_chromium
 def test_the_report_is_whole_on_a_desk_and_a_phone_in_light_and_in_dark(tmp_path):
     run = find_run(str(record_run(tmp_path, steps=30)))
-    with served(lambda: page([read_run(run)], 0.0)) as address:
+    with serve(lambda: page([read_run(run)], 0.0)) as address:
         check(look(address))
 
 
@@ -67,7 +67,7 @@ def test_a_browser_asks_again_by_itself_for_a_page_that_took_too_long():
         assert shown.wait(WITHIN_S)
         return "<title>report</title>it is there"
 
-    with served(slow, refresh_s=1, make_timeout_s=0.2) as address:
+    with serve(slow, refresh_s=1, make_timeout_s=0.2) as address:
         first, *_, last = texts_until(address, "it is there", shown.set)
     assert first.startswith("503: no report within 0.2 s")
     assert last == "it is there"

@@ -1,9 +1,12 @@
 """Logging of one process: everything to `<log_dir>/<name>.log`, warnings to stderr as well.
 
-Promises: every line of a log, those of tracebacks included, starts with its UTC time, level, role
-and name, so that the logs of a run merge by sorting; configuring twice does not write twice; no line
-holds a value of the environment that its name calls secret, nor the credentials of a URL; who logs
-never waits for the disk, and where lines were dropped because of it the log says how many.
+Promises:
+- every line, those of tracebacks included, starts with its UTC time, level, role and name, so that
+  the logs of a run merge by sorting;
+- a process that is configured twice writes each line once;
+- no line holds the value of an environment variable whose name says that it is secret, or the
+  credentials of a URL;
+- logging never waits for the disk. Lines that a slow disk drops are counted in the log.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ OURS = ("rlhf_cluster", "actors")
 MAX_WAITING = 10_000
 """Records that wait for the disk; further ones are dropped."""
 FLUSH_S = 5.0
-"""How long the end of a process waits for them."""
+"""Longest time that the end of a process waits for them."""
 _MARK = "_rlhf_cluster_handler"
 
 
@@ -87,8 +90,10 @@ class BackgroundFileHandler(QueueHandler):
             self._drop()
 
     def flush(self) -> None:
-        """Write all that was logged. Waits for: that, at most `FLUSH_S`; not again for a disk that has
-        taken nothing since a flush gave up."""
+        """Write everything that was logged.
+
+        Waits for: the disk, at most `FLUSH_S`; not at all if it took nothing since the last timeout.
+        """
         if os.getpid() != self._pid or self._num_written == self._given_up_at:
             return
         waiting = self._waiting
@@ -142,7 +147,7 @@ class BackgroundFileHandler(QueueHandler):
 
 
 def flush() -> None:
-    """Write what this process has logged to its file. Waits for: that, at most `FLUSH_S`."""
+    """Write what this process has logged to its file. Waits for: the disk, at most `FLUSH_S`."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, BackgroundFileHandler):
             handler.flush()

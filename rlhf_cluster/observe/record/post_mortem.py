@@ -3,10 +3,10 @@
     post_mortem.json    what failed, first cause first, and what was known at that moment
 
 Promises:
-- the first cause stands first, with its traceback, the one of another process included where it came
-  along; then what followed from it;
-- values of settings and environment variables whose names say that they are secret are in no part of
-  it, not in messages, tracebacks or log lines either, nor are credentials in URLs;
+- the causes are in order, the first cause first, with their tracebacks, including that of another
+  process if the error carries it;
+- no part of it, messages, tracebacks and log lines included, holds the value of a setting or an
+  environment variable whose name says that it is secret, or the credentials of a URL;
 - every part is bounded: a document stays within a few megabytes whatever the run has logged;
 - writing it never hides the error that it is about.
 """
@@ -29,10 +29,7 @@ from typing import Any
 from rlhf_cluster.observe.record import logs
 from rlhf_cluster.util.durable_files import write_all
 from rlhf_cluster.util.provenance import remove_secrets
-from rlhf_cluster.util.redaction import (
-    find_secrets,
-    redact,
-)
+from rlhf_cluster.util.redaction import find_secrets, redact
 
 log = logging.getLogger(__name__)
 

@@ -24,10 +24,7 @@ from rlhf_cluster.observe.sinks import Sinks
 from rlhf_cluster.run.metrics_file import _cut_torn_line, read_metrics
 from rlhf_cluster.run.run_directory import RunDir
 from rlhf_cluster.run.status_snapshot import Snapshot
-from rlhf_cluster.util.slow_disk import (
-    BackgroundWriter,
-    DiskDeadline,
-)
+from rlhf_cluster.util.slow_disk import BackgroundWriter, DiskDeadline
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +100,7 @@ class RunLog:
     def _too_slow(self, error: StalledError) -> RunError:
         return RunError(
             f"{error}. Look at that disk, or give run.root a faster one, and give the same command "
-            "again: it goes on from the last checkpoint"
+            "again: it resumes from the last checkpoint"
         )
 
     def _write_now(self, fd: int, line: bytes) -> None:
@@ -114,7 +111,7 @@ class RunLog:
         except OSError as error:
             raise RunError(
                 f"{self._run.metrics}: a line of {len(line)} bytes cannot be written ({error}). Free "
-                "space there, and give the same command again: it goes on from the last checkpoint"
+                "space there, and give the same command again: it resumes from the last checkpoint"
             ) from error
 
     def cut(self, cut: Callable[[], None]) -> None:

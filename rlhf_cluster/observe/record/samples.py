@@ -1,9 +1,10 @@
 """Samples of experience for reading and for tools: one Parquet file per step.
 
-Promises: token ids, log-probabilities, versions and step rewards are those that were trained on; a
-file appears as a whole; `learner_logprobs` and `correction_weights` are those of the step's first pass
-(`learner.token_samples`), null where there are none, and at a token that is not trained. Written by
-the process that holds the experience, so that none of that travels for this.
+Promises:
+- token ids, log-probabilities, versions and step rewards are those that were trained on;
+- `learner_logprobs` and `correction_weights` are those of the step's first pass
+  (`learner.token_samples`), null without one and at a token that is not trained;
+- a file appears as a whole. The process that holds the experience writes it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 WRITE_S = 10.0
-"""How long a step waits for its samples to be written."""
+"""Longest time that a step waits for its samples to be written."""
 
 
 def write_samples(
@@ -65,7 +66,7 @@ def keep_samples(write: Callable[[], object], within_s: float = WRITE_S) -> None
     try:
         run_within(within_s, "samples of a step", write)
     except (StoreError, StalledError) as error:
-        log.warning("%s; the step has no samples, and the run goes on", error)
+        log.warning("%s; the step has no samples, and the run continues", error)
 
 
 def read_samples(path: str | Path) -> list[Row]:
@@ -111,12 +112,12 @@ def _learnt(scored: ScoredRollout, kept: Mapping[str, TokenSample]) -> Row:
     found = kept.get(scored.rollout.rollout_id)
     weights = None if found is None else found.correction_weights
     return {
-        "learner_logprobs": None if found is None else _nulled(found.learner_logprobs, found),
-        "correction_weights": None if found is None or weights is None else _nulled(weights, found),
+        "learner_logprobs": None if found is None else _mask(found.learner_logprobs, found),
+        "correction_weights": None if found is None or weights is None else _mask(weights, found),
     }
 
 
-def _nulled(values: np.ndarray, kept: TokenSample) -> list[float | None]:
+def _mask(values: np.ndarray, kept: TokenSample) -> list[float | None]:
     pairs = zip(values.tolist(), kept.trained.tolist(), strict=True)
     return [value if trained else None for value, trained in pairs]
 

@@ -1,12 +1,12 @@
-"""Stacks of the threads of a run's processes, which each process writes when it is asked.
+"""Stacks of the threads of a run's processes, which each process writes on request.
 
-    <logs>/<name>.stacks    first line: host, pid and start of the process; then what each asking left
+    <logs>/<name>.stacks    first line: host, pid and start of the process; then one answer per request
 
 Promises:
-- a process whose threads all wait, in C code too, answers: what is written is written by the signal's
-  handler, without Python. One that is stopped or on a machine that hangs is told as silent;
-- only processes that said so here get the signal: pid and start must both be theirs;
-- asking waits `within_s` at most, and raises nothing for a process that is gone.
+- a process whose threads all wait, even in C code, answers: the signal's handler writes the stacks
+  without Python. A process that is stopped, or whose machine hangs, is reported as silent;
+- only a process with a file here gets the signal, and only while pid and start are those of the file;
+- `ask` waits at most `within_s`, and raises nothing for a process that has ended.
 """
 
 from __future__ import annotations
@@ -34,9 +34,8 @@ _files: list[IO[str]] = []
 def answer(log_dir: str | Path, name: str) -> None:
     """Make this process write its stacks whenever it is asked."""
     file = (Path(log_dir) / f"{name}{_ENDING}").open("w", encoding="utf-8")
-    faulthandler.register(
-        ASK, file=file, all_threads=True
-    )  # before anybody is told of this process
+    # The handler comes first: a process that the file names gets the signal.
+    faulthandler.register(ASK, file=file, all_threads=True)
     who = {"host": socket.gethostname(), "pid": os.getpid(), "start": _start_of(os.getpid())}
     file.write(json.dumps(who) + "\n")
     file.flush()
@@ -47,7 +46,7 @@ def answer(log_dir: str | Path, name: str) -> None:
 
 def hosts(log_dir: str | Path) -> set[str]:
     """Return the hosts where processes of the run were started."""
-    return {str(who["host"]) for _, who, _ in _known(log_dir)}
+    return {str(who["host"]) for _, who, _ in _processes(log_dir)}
 
 
 def ask(log_dir: str | Path, within_s: float) -> dict[str, list[str]]:
@@ -56,7 +55,7 @@ def ask(log_dir: str | Path, within_s: float) -> dict[str, list[str]]:
     Waits for: an answer of each of them; `within_s` unblocks it.
     """
     asked: dict[str, tuple[Path, int]] = {}
-    for path, who, length in _known(log_dir):
+    for path, who, length in _processes(log_dir):
         pid = int(who["pid"])
         if who["host"] != socket.gethostname() or pid == os.getpid():
             continue
@@ -71,13 +70,13 @@ def ask(log_dir: str | Path, within_s: float) -> dict[str, list[str]]:
     told: dict[str, bytes] = dict.fromkeys(asked, b"")
     while time.monotonic() < deadline:
         time.sleep(POLL_S)
-        before, told = told, {name: _told(*where) for name, where in asked.items()}
+        before, told = told, {name: _read_after(*where) for name, where in asked.items()}
         if all(text and text == before[name] for name, text in told.items()):
             break
     return {name: _lines(text) or [SILENT.format(within_s)] for name, text in told.items()}
 
 
-def _told(path: Path, length: int) -> bytes:
+def _read_after(path: Path, length: int) -> bytes:
     """Return what was written after the first `length` bytes."""
     with path.open("rb") as file:
         file.seek(length)
@@ -88,8 +87,8 @@ def _lines(told: bytes) -> list[str]:
     return [line for line in told.decode(errors="replace").splitlines() if line][:MAX_LINES]
 
 
-def _known(log_dir: str | Path) -> Iterator[tuple[Path, dict[str, Any], int]]:
-    """Return the files, the processes that write them, and their lengths."""
+def _processes(log_dir: str | Path) -> Iterator[tuple[Path, dict[str, Any], int]]:
+    """Yield each file, the process that writes it, and its length."""
     for path in sorted(Path(log_dir).glob(f"*{_ENDING}")):
         data = path.read_bytes()
         try:

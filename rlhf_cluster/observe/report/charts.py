@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 WIDTH, HEIGHT = 420.0, 220.0
@@ -29,19 +29,16 @@ class Curve:
 
 def chart(title: str, curves: Sequence[Curve], x_label: str = "step", note: str = "") -> str:
     """Return a figure with heading and legend, and a note where there is nothing to draw."""
-    drawn = [
-        Curve(label=c.label, points=_binned(_finite(c.points)), colour=c.colour, style=c.style)
-        for c in curves
-    ]
+    drawn = [replace(curve, points=_average_bins(_finite(curve.points))) for curve in curves]
     drawn = [curve for curve in drawn if curve.points]
     head = f"<figcaption>{escape(title)}</figcaption>"
     if not drawn:
         return f'<figure>{head}<p class="none">nothing recorded</p></figure>'
     points = [point for curve in drawn for point in curve.points]
-    x0, x1 = _padded(min(x for x, _ in points), max(x for x, _ in points), 0.0)
-    y0, y1 = _padded(min(y for _, y in points), max(y for _, y in points), 0.06)
+    x0, x1 = _pad(min(x for x, _ in points), max(x for x, _ in points), 0.0)
+    y0, y1 = _pad(min(y for _, y in points), max(y for _, y in points), 0.06)
     scale = _Scale(x0, x1, y0, y1)
-    body = "".join([_grid(scale, x_label), *(_drawn(curve, scale) for curve in drawn)])
+    body = "".join([_grid(scale, x_label), *(_draw(curve, scale) for curve in drawn)])
     legend = "".join(
         f'<li class="c{curve.colour % NUM_COLOURS} s{curve.style}">{escape(curve.label)}</li>'
         for curve in drawn
@@ -82,7 +79,7 @@ def _finite(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
 
 
-def _binned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def _average_bins(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     if len(points) <= MAX_POINTS:
         return points
     size = len(points) / MAX_POINTS
@@ -90,13 +87,13 @@ def _binned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return [(sum(x for x, _ in b) / len(b), sum(y for _, y in b) / len(b)) for b in bins if b]
 
 
-def _padded(low: float, high: float, share: float) -> tuple[float, float]:
+def _pad(low: float, high: float, share: float) -> tuple[float, float]:
     """Return a range with a margin at both ends, also where all values are equal."""
     if high - low <= 1e-12 * max(abs(low), abs(high), 1e-12):
-        room = 0.5 * abs(low) or 0.5
-        return low - room, high + room
-    room = share * (high - low)
-    return low - room, high + room
+        margin = 0.5 * abs(low) or 0.5
+        return low - margin, high + margin
+    margin = share * (high - low)
+    return low - margin, high + margin
 
 
 def _grid(scale: _Scale, x_label: str) -> str:
@@ -118,23 +115,20 @@ def _grid(scale: _Scale, x_label: str) -> str:
     return "".join(parts)
 
 
-def _drawn(curve: Curve, scale: _Scale) -> str:
-    places = [f"{scale.x(x):.1f} {scale.y(y):.1f}" for x, y in curve.points]
+def _draw(curve: Curve, scale: _Scale) -> str:
+    colour = f"c{curve.colour % NUM_COLOURS}"
+    places = [(f"{scale.x(x):.1f}", f"{scale.y(y):.1f}") for x, y in curve.points]
     if curve.style == 3 or len(places) == 1:
-        dots = "".join(
-            f'<circle cx="{x}" cy="{y}" r="3.5"/>' for x, y in (place.split() for place in places)
-        )
-        return f'<g class="dots c{curve.colour % NUM_COLOURS}">{dots}</g>'
-    return (
-        f'<path class="line c{curve.colour % NUM_COLOURS} s{curve.style}" d="M{"L".join(places)}"/>'
-    )
+        dots = "".join(f'<circle cx="{x}" cy="{y}" r="3.5"/>' for x, y in places)
+        return f'<g class="dots {colour}">{dots}</g>'
+    line = "L".join(f"{x} {y}" for x, y in places)
+    return f'<path class="line {colour} s{curve.style}" d="M{line}"/>'
 
 
 def _short(value: float) -> str:
     if value == 0 or abs(value) < 1e-12:
         return "0"
-    for limit, mark in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+    for limit, base, mark in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if abs(value) >= limit:
-            base = {"G": 1e9, "M": 1e6, "k": 1e3}[mark]
             return f"{value / base:g}{mark}"
     return f"{value:.6g}" if abs(value) >= 1e-3 else f"{value:.0e}"

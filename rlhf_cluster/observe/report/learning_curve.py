@@ -17,6 +17,7 @@ from rlhf_cluster.util.durable_files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 Records = Sequence[Mapping[str, Any]]
@@ -37,11 +38,7 @@ def draw_curve(records: Records, path: str | Path, title: str) -> None:
     """
     if not np.isfinite(series(records, "reward/mean")[1]).any():
         raise RunError("no step with a reward yet: there is no curve to draw")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 8.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _new_figure(height=8.5)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)  # type: ignore[union-attr]
     grid = figure.add_gridspec(3, 2, height_ratios=(2.0, 1.0, 1.0))
     panels: tuple[tuple[Any, Callable[[Axes, Records], None]], ...] = (
@@ -57,9 +54,7 @@ def draw_curve(records: Records, path: str | Path, title: str) -> None:
         shared = shared or axes
         panel(axes, records)
         _tidy(axes)
-    figure.suptitle(title, fontsize=14, fontweight="bold")
-    with write_atomically(Path(path)) as file:
-        figure.savefig(file, format="png")
+    _save(figure, title, Path(path))
 
 
 def series(records: Records, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -167,9 +162,23 @@ def _tidy(axes: Axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     axes.grid(alpha=0.25, lw=0.6)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _new_figure(height: float) -> Figure:
+    """Return a figure of 10 by `height` inches, which `savefig` draws without a display."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(10, height), dpi=120, layout="constrained")
+
+
+def _save(figure: Figure, title: str, path: Path) -> None:
+    """Write the figure as a PNG, atomically."""
+    figure.suptitle(title, fontsize=14, fontweight="bold")
+    with write_atomically(path) as file:
+        figure.savefig(file, format="png")
 
 
 def held_out_name(metric: str) -> str:
@@ -179,11 +188,7 @@ def held_out_name(metric: str) -> str:
 
 def draw_stage_curve(records: Records, path: str | Path, title: str, headline: str) -> None:
     """Write a PNG: the metric `headline` of steps and of held-out units, gradient norm, speed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 6.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _new_figure(height=6.5)
     top, left, right = figure.subplot_mosaic([["top", "top"], ["left", "right"]]).values()
     steps, values = series(records, headline)
     known = np.isfinite(values)
@@ -203,9 +208,5 @@ def draw_stage_curve(records: Records, path: str | Path, title: str, headline: s
         axes.set_ylabel(name)
         axes.set_ylim(bottom=0)
     for axes in (top, left, right):
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.25, lw=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=14, fontweight="bold")
-    with write_atomically(Path(path)) as file:
-        figure.savefig(file, format="png")
+        _tidy(axes)
+    _save(figure, title, Path(path))

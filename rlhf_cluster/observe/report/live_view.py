@@ -9,10 +9,7 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from rlhf_cluster.run.status_snapshot import (
-    Snapshot,
-    who_waits,
-)
+from rlhf_cluster.run.status_snapshot import Snapshot, who_waits
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -25,22 +22,17 @@ _STATE_STYLE = {"running": "green", "finished": "bold green", "failed": "bold re
 def line(snapshot: Snapshot) -> str:
     """Return one step as a line of plain text."""
     s = snapshot
-    parts = [
-        f"step {s.step}/{s.num_steps}",
-        f"reward {_number(s.reward)} (mean10 {_number(s.reward_mean10)})",
-        f"staleness {_number(s.staleness_mean, 2)} max {_number(s.staleness_max, 0)}",
-        f"{_number(s.tokens_per_s, 0)} tokens/s",
-        f"{_number(s.step_s, 2)} s",
-        who_waits(s.learner_wait_s, s.generation_wait_s, s.step_s),
-    ]
-    if s.reward is None:
-        del parts[1:]
-    if s.metric_value is not None:
+    speed = (f"{_number(s.tokens_per_s, 0)} tokens/s", f"{_number(s.step_s, 2)} s")
+    parts = [f"step {s.step}/{s.num_steps}"]
+    if s.reward is not None:
         parts += [
-            _watched(s),
-            f"{_number(s.tokens_per_s, 0)} tokens/s",
-            f"{_number(s.step_s, 2)} s",
+            f"reward {_number(s.reward)} (mean10 {_number(s.reward_mean10)})",
+            f"staleness {_number(s.staleness_mean, 2)} max {_number(s.staleness_max, 0)}",
+            *speed,
+            who_waits(s.learner_wait_s, s.generation_wait_s, s.step_s),
         ]
+    if s.metric_value is not None:
+        parts += [_headline(s), *speed]
     if s.state != "running":
         parts.insert(0, s.standing)
     if s.error:
@@ -127,7 +119,7 @@ def _facts(s: Snapshot) -> RenderableType:
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     if s.stage is not None:
-        table.add_row(s.stage, _watched(s))
+        table.add_row(s.stage, _headline(s))
         speed = f"{_number(s.tokens_per_s, 0)} tokens/s, {_number(s.step_s, 2)} s a step"
         table.add_row("speed", speed)
         return table
@@ -154,7 +146,7 @@ def _facts(s: Snapshot) -> RenderableType:
     return table
 
 
-def _watched(s: Snapshot) -> str:
+def _headline(s: Snapshot) -> str:
     held_out = "" if s.metric_held_out is None else f" (held out {_number(s.metric_held_out, 4)})"
     return f"{s.metric or 'metric'} {_number(s.metric_value, 4)}{held_out}"
 

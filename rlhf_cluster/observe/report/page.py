@@ -10,8 +10,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rlhf_cluster.observe.record.samples import Row
 from rlhf_cluster.observe.report.charts import Curve, chart
+from rlhf_cluster.observe.report.learning_curve import moving_average
 from rlhf_cluster.observe.report.read_run import RunRecord
 from rlhf_cluster.run.status_snapshot import who_waits
 from rlhf_cluster.util.durable_files import write_all
@@ -22,22 +25,14 @@ MAX_TEXT = 4000  # characters of a prompt or response
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
-CHARTS: Sequence[tuple[str, Sequence[tuple[str, str]], str]] = (
-    ("Reward", (("reward/mean", "mean of the step"), ("evaluation/reward_mean", "held-out")), ""),
-    ("Staleness [steps]", (("staleness/max", "largest"), ("staleness/mean", "mean")), ""),
-    ("Response [tokens]", (("response/length_mean_tokens", "mean length"),), ""),
-    (
-        "Policy [nats]",
-        (("learner/entropy", "entropy"), ("learner/kl_ref", "KL to the reference")),
-        "",
-    ),
-    ("Step time [s]", (("time/step_s", "whole step"), ("time/train_s", "training")), ""),
-    ("Tokens a second", (("step/tokens_per_s", "response tokens"),), ""),
-    (
-        "Groups in the buffer",
-        (("buffer/in_flight", "in flight"), ("buffer/ready", "ready")),
-        "",
-    ),
+CHARTS: Sequence[tuple[str, Sequence[tuple[str, str]]]] = (
+    ("Reward", (("reward/mean", "mean of the step"), ("evaluation/reward_mean", "held-out"))),
+    ("Staleness [steps]", (("staleness/max", "largest"), ("staleness/mean", "mean"))),
+    ("Response [tokens]", (("response/length_mean_tokens", "mean length"),)),
+    ("Policy [nats]", (("learner/entropy", "entropy"), ("learner/kl_ref", "KL to the reference"))),
+    ("Step time [s]", (("time/step_s", "whole step"), ("time/train_s", "training"))),
+    ("Tokens a second", (("step/tokens_per_s", "response tokens"),)),
+    ("Groups in the buffer", (("buffer/in_flight", "in flight"), ("buffer/ready", "ready"))),
 )
 WAITS = (
     ("time/learner_wait_s", "learner waits"),
@@ -172,8 +167,8 @@ def _curves(runs: Sequence[RunRecord]) -> Iterator[str]:
     found: list[tuple[str, list[Curve], str]] = []
     for name in sorted({name for run in runs for name in run.watched}):
         found.append((name, list(_of_all(runs, ((name, name),))), ""))
-    for title, names, note in CHARTS:
-        found.append((title, list(_of_all(runs, names)), note))
+    for title, names in CHARTS:
+        found.append((title, list(_of_all(runs, names)), ""))
         if title == "Reward":
             parts = sorted({name for run in runs for name in run.parts})[:MAX_PARTS]
             labels = [(name, name.removeprefix("reward/part/")) for name in parts]
@@ -216,23 +211,14 @@ def _waits(runs: Sequence[RunRecord]) -> Iterator[Curve]:
         steps = [r for r in run.steps if (r.get("time/step_s") or 0) > 0]
         for k, (name, label) in enumerate(WAITS):
             several = len(runs) > 1
-            shares = [
-                (float(r["step"]), min(1.0, (r.get(name) or 0.0) / r["time/step_s"])) for r in steps
-            ]
+            shares = [min(1.0, (r.get(name) or 0.0) / r["time/step_s"]) for r in steps]
+            means = moving_average(np.array(shares), 10).tolist()
             yield Curve(
                 label=f"{run.name}: {label}" if several else label,
-                points=_smooth(shares, 10),
+                points=[(float(r["step"]), y) for r, y in zip(steps, means, strict=True)],
                 colour=i if several else k,
                 style=k if several else 0,
             )
-
-
-def _smooth(points: Sequence[tuple[float, float]], window: int) -> list[tuple[float, float]]:
-    found = []
-    for i, (x, _) in enumerate(points):
-        last = points[max(0, i - window + 1) : i + 1]
-        found.append((x, sum(y for _, y in last) / len(last)))
-    return found
 
 
 def _differences(runs: Sequence[RunRecord]) -> Iterator[str]:

@@ -10,28 +10,23 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from rlhf_cluster.errors import RlhfError
 from rlhf_cluster.observe.record import post_mortem
-from rlhf_cluster.observe.record.samples import (
-    Row,
-    read_samples,
-)
+from rlhf_cluster.observe.record.samples import Row, read_samples
 from rlhf_cluster.run.bottleneck_advisor import advise
 from rlhf_cluster.run.metrics_file import read_metrics
 from rlhf_cluster.run.run_directory import RunDir
-from rlhf_cluster.run.status_snapshot import (
-    Event,
-    Snapshot,
-)
+from rlhf_cluster.run.status_snapshot import Event, Snapshot
 
 MAX_STEPS_SHOWN = 8
 SAMPLES_OF_A_STEP = 6
 MAX_EVENTS = 200
-_TOLD = re.compile(
-    r"^(\S+Z) \w+ controller controller actors\.(?:observer|drivers\.rl_observer): (.*)$"
+_EVENT = re.compile(
+    r"^(\S+Z) \w+ controller controller actors\.drivers\.(?:run|rl)_observer: (.*)$"
 )
 _ROUTINE = re.compile(r"step \d+: reward |group \S+ was on disk|checkpoint of step \d+ is complete")
 
@@ -106,7 +101,7 @@ def read_run(run: RunDir) -> RunRecord:
     except RlhfError as error:
         found.problems.append(str(error))
     found.config = run.read_resolved() or {}
-    found.events = _events(run)
+    found.events = _events(run, found.snapshot)
     found.first_cause = _first_cause(run.path / post_mortem.NAME)
     advice = advise(found.records)
     found.advice = None if advice is None else advice.text
@@ -141,31 +136,21 @@ def _ends(rows: Sequence[Row], limit: int) -> list[Row]:
     return [*rows[: limit - limit // 2], *rows[-(limit // 2) :]]
 
 
-def _events(run: RunDir) -> list[LoggedEvent]:
-    """Return the events of the controller's log or, without one, the few in status.json."""
+def _events(run: RunDir, snapshot: Snapshot | None) -> list[LoggedEvent]:
+    """Return the events of the controller's log or, without one, the few in the snapshot."""
     try:
         text = (run.logs / "controller.log").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return [_of_status(event) for event in _last_events(run)]
-    told = [
+        return [_add_iso_time(event) for event in snapshot.events] if snapshot else []
+    events = [
         LoggedEvent(time=match[1], text=match[2])
         for line in text.splitlines()
-        if (match := _TOLD.match(line)) and not _ROUTINE.match(match[2])
+        if (match := _EVENT.match(line)) and not _ROUTINE.match(match[2])
     ]
-    return told[-MAX_EVENTS:]
+    return events[-MAX_EVENTS:]
 
 
-def _last_events(run: RunDir) -> Sequence[Event]:
-    try:
-        snapshot = run.read_status()
-    except RlhfError:
-        return ()
-    return () if snapshot is None else snapshot.events
-
-
-def _of_status(event: Event) -> LoggedEvent:
-    from datetime import UTC, datetime
-
+def _add_iso_time(event: Event) -> LoggedEvent:
     time = datetime.fromtimestamp(event.time_s, UTC).isoformat(timespec="milliseconds")
     return LoggedEvent(time=f"{time.removesuffix('+00:00')}Z", text=event.text)
 

@@ -1,10 +1,12 @@
 """Report of an active run, served to a browser on this machine and refreshed.
 
-Promises: it listens on loopback alone; only the address with its random token gets anything, the one
-page, and every other request 403, compared in constant time; it is made anew from the run directories
-at most once in `refresh_s`, however many look; a page that cannot be made says why, and the next try is
-as if nothing had been. Who asks waits for the page at most `make_timeout_s`, and is told then to ask
-again (503, Retry-After; a browser does so by itself). Nothing is written.
+Promises:
+- the server listens on loopback alone, and writes no file;
+- only the address with the random token gets the page; every other request gets 403. Tokens are
+  compared in constant time;
+- the page is made at most once in `refresh_s`, for any number of readers;
+- a page that cannot be made says why, and the next one is tried as usual;
+- a request waits at most `make_timeout_s`. It then gets 503 with Retry-After, which a browser obeys.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ HOST = "127.0.0.1"
 REFRESH_S = 10
 REQUEST_TIMEOUT_S = 10.0
 MAKE_TIMEOUT_S = 20.0
-_LOOK_S = 0.05  # how soon it ends when the block does
+_LOOK_S = 0.05  # delay between the end of the block and the end of the server
 
 
 class _Server(ThreadingHTTPServer):
@@ -44,11 +46,14 @@ class _Server(ThreadingHTTPServer):
         self.make_timeout_s = make_timeout_s
         self._made: tuple[float, str] | None = None
         self._is_made = threading.Condition()
-        self._making = False  # by a thread of its own: nobody waits for it without a deadline
+        self._making = False  # in a separate thread, so that a request can wait with a deadline
         super().__init__((HOST, port), _Handler)
 
     def page(self) -> str | None:
-        """The page, or None: it is still being made. Waits for: the page, at most `make_timeout_s`."""
+        """Return the page, or None while it is still being made.
+
+        Waits for: the page, at most `make_timeout_s`.
+        """
         with self._is_made:
             made = self._made
             if not self._making and (made is None or time.monotonic() - made[0] >= self.refresh_s):
@@ -66,7 +71,7 @@ class _Server(ThreadingHTTPServer):
     def _try(self) -> str:
         try:
             return self._make()
-        # Whatever it is: the browser is the only one that it can be shown to.
+        # Only the browser can show the error, of any type.
         except Exception as error:
             return f"<!doctype html><title>report</title><p>No report: {escape(_words(error))}"
 
@@ -117,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def served(
+def serve(
     page: Callable[[], str],
     port: int = 0,
     refresh_s: int = REFRESH_S,

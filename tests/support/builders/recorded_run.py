@@ -28,9 +28,9 @@ START_S = 1_700_000_000.0
 GROUPS = 2
 RECOVERY = {"every": 0, "span": 1, "look_ahead": 1, "keep_steps": 2, "step": None}
 LOG = """\
-2023-11-14T22:13:20.000Z INFO controller controller actors.drivers.rl_observer: starting
+2023-11-14T22:13:20.000Z INFO controller controller actors.drivers.run_observer: starting
 2023-11-14T22:13:21.000Z INFO controller controller actors.drivers.rl_observer: step 1: reward 0.5, 1 s
-2023-11-14T22:13:22.000Z INFO controller controller actors.drivers.rl_observer: generation-1 died: {hostile}
+2023-11-14T22:13:22.000Z INFO controller controller actors.drivers.run_observer: generation-1 died: {hostile}
 2023-11-14T22:13:23.000Z INFO controller controller rlhf_cluster.run.worker_pool: not an event
 """  # noqa: E501
 

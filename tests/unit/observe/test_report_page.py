@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from actors.drivers import rl_observer, run_observer
 from rlhf_cluster.cli.commands import main
 from rlhf_cluster.observe.report.charts import MAX_POINTS, Curve, chart, ticks
 from rlhf_cluster.observe.report.page import page, text
@@ -120,6 +121,18 @@ def test_the_parts_of_the_reward_are_drawn_beside_what_is_watched(recorded, cont
 def test_routine_lines_of_the_log_are_no_events(content):
     assert "step 1: reward 0.5, 1 s" not in content
     assert "not an event" not in content
+
+
+@pytest.mark.parametrize("log", [run_observer.log, rl_observer.log], ids=lambda log: log.name)
+def test_what_the_observers_log_is_an_event(recorded, log):
+    run = RunDir.open(recorded)
+    line = f"2023-11-14T22:13:20.000Z INFO controller controller {log.name}: scaled\n"
+    path = run.logs / "controller.log"
+    before = path.read_text()
+    path.write_text(before + line)
+    found = read_run(run).events
+    path.write_text(before)
+    assert found[-1].text == "scaled"
 
 
 def test_several_runs_are_compared(recorded, tmp_path):

@@ -14,7 +14,7 @@ import yaml
 from rlhf_cluster.cli.commands import main
 from rlhf_cluster.errors import RunError
 from rlhf_cluster.observe import local_prometheus
-from rlhf_cluster.observe.report.serve import served
+from rlhf_cluster.observe.report.serve import serve
 from rlhf_cluster.run.run_directory import RunDir
 from rlhf_cluster.run.status_snapshot import Snapshot
 from tests.support.builders.run_configs import tiny_config
@@ -30,7 +30,7 @@ def get(address: str, method: str = "GET") -> tuple[int, str, http.client.HTTPMe
 
 
 def test_the_page_is_refreshed_and_kept_by_nobody():
-    with served(lambda: "<p>seven</p>", refresh_s=3) as address:
+    with serve(lambda: "<p>seven</p>", refresh_s=3) as address:
         status, text, headers = get(address)
     assert (status, text) == (200, "<p>seven</p>")
     assert headers["Refresh"] == "3"
@@ -40,7 +40,7 @@ def test_the_page_is_refreshed_and_kept_by_nobody():
 
 
 def test_only_the_address_with_the_token_gets_anything():
-    with served(lambda: "secret page") as address:
+    with serve(lambda: "secret page") as address:
         base, token = address.rsplit("/", 1)
         assert base.startswith("http://127.0.0.1:")
         assert len(token) >= 43, "256 bits"
@@ -56,14 +56,14 @@ def test_only_the_address_with_the_token_gets_anything():
 
 
 def test_two_reports_have_different_tokens():
-    with served(lambda: "a") as first, served(lambda: "b") as second:
+    with serve(lambda: "a") as first, serve(lambda: "b") as second:
         assert first.rsplit("/", 1)[1] != second.rsplit("/", 1)[1]
 
 
 def test_a_taken_port_is_said_and_the_address_ends_with_the_block():
-    with served(lambda: "a") as address:
+    with serve(lambda: "a") as address:
         port = int(address.split(":")[2].split("/")[0])
-        with pytest.raises(RunError, match=f"{port}: cannot serve"), served(lambda: "b", port):
+        with pytest.raises(RunError, match=f"{port}: cannot serve"), serve(lambda: "b", port):
             pass
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(address, timeout=60)
@@ -78,10 +78,10 @@ def test_many_who_look_at_once_share_a_page_and_a_failure_is_not_kept():
             raise RunError("metrics.jsonl: line <3> is damaged")
         return f"page {len(made)}"
 
-    with served(page, refresh_s=0) as address:
+    with serve(page, refresh_s=0) as address:
         assert "line &lt;3&gt; is damaged" in get(address)[1]
         assert get(address)[1] == "page 2"
-    with served(page, refresh_s=3600) as address:
+    with serve(page, refresh_s=3600) as address:
         seen: list[str] = []
         looks = [threading.Thread(target=lambda: seen.append(get(address)[1])) for _ in range(5)]
         for look in looks:
@@ -99,7 +99,7 @@ def test_a_page_that_takes_long_is_asked_for_again_and_made_once():
         assert allowed.wait(60)
         return "slow page"
 
-    with served(page, refresh_s=7, make_timeout_s=0.01) as address:
+    with serve(page, refresh_s=7, make_timeout_s=0.01) as address:
         for _ in range(3):
             status, text, headers = get(address)
             assert (status, headers["Retry-After"], headers["Refresh"]) == (503, "7", "7")
@@ -115,7 +115,7 @@ def test_a_page_that_takes_long_is_asked_for_again_and_made_once():
 def test_an_error_that_nobody_foresaw_is_shown_and_the_next_page_is_made():
     pages = iter([])
 
-    with served(lambda: next(pages), refresh_s=0) as address:
+    with serve(lambda: next(pages), refresh_s=0) as address:
         assert "No report: StopIteration" in get(address)[1]
         pages = iter(["page"])
         assert get(address)[1] == "page"
@@ -168,10 +168,10 @@ def test_it_scrapes_the_nodes_of_the_run_or_follows_rays_list_of_them(run, tmp_p
     targets = local_prometheus.targets_of(run.path)
     assert targets == ["127.0.0.1:4001"]
     listed = tmp_path / "discovery.json"
-    assert local_prometheus.followed(targets, listed) is None
+    assert local_prometheus.find_discovery(targets, listed) is None
     for nodes, expected in ((["127.0.0.1:5"], None), (["127.0.0.1:4001", "10.0.0.2:1"], listed)):
         listed.write_text(json.dumps([{"labels": {"job": "ray"}, "targets": nodes}]))
-        assert local_prometheus.followed(targets, listed) == expected, "not one of another cluster"
+        assert local_prometheus.find_discovery(targets, listed) == expected, "not another cluster"
 
 
 @pytest.mark.parametrize("discovery", [None, Path("/tmp/ray/list.json")])

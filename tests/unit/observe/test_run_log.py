@@ -184,7 +184,7 @@ def test_n17_samples_that_cannot_be_written_or_are_late_end_no_step(run, caplog)
     run.samples.rmdir()
     run.samples.write_text("a file where the folder should be")
     keep_samples(lambda: write_samples(run.samples, 1, [group], 0, str, limit=4))
-    assert "samples_per_step = 0; the step has no samples, and the run goes on" in caplog.text
+    assert "samples_per_step = 0; the step has no samples, and the run continues" in caplog.text
     hangs = threading.Event()
     keep_samples(lambda: hangs.wait(30), within_s=0.01)
     assert "samples of a step was not over after 0.01 s" in caplog.text

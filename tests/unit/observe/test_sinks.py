@@ -52,7 +52,7 @@ def test_a_sink_that_raises_is_counted_told_of_once_and_dropped():
     bad, good, told = Kept(fails_at=1), Kept(), []
     sinks = Sinks({"bad": lambda: bad, "good": lambda: good}, told.append)
     sinks.log(1, {})
-    sinks._carried[0].thread.join(60)
+    sinks._threads[0].thread.join(60)
     for step in (2, 3):
         sinks.log(step, {})
     sinks.close()

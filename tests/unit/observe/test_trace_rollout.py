@@ -25,8 +25,8 @@ from rlhf_cluster.observe.timeline import (
 )
 from rlhf_cluster.observe.trace_rollout import (
     OPEN,
+    escape_control,
     learner_facts,
-    shown,
     trace_sample,
     trace_step,
 )
@@ -229,10 +229,10 @@ def test_a_group_that_no_step_trained_says_so(run):
 @pytest.mark.parametrize(
     ("sample", "message"),
     [
-        ("nonsense", "is no id of a rollout, such as g00000012/3"),
+        ("nonsense", "is not the id of a rollout, such as g00000012/3"),
         ("g00000010/7", "group g00000010 has 2 rollouts, no g00000010/7"),
         ("g00000001/1", "neither among the stored groups"),
-        ("../../etc/passwd", "is no id of a rollout"),
+        ("../../etc/passwd", "is not the id of a rollout"),
     ],
 )
 def test_what_is_not_kept_is_refused(run, sample, message):
@@ -272,7 +272,7 @@ def test_a_terminal_is_not_told_what_a_sample_wants(run, capsys):
     assert "\x1b" not in printed
     assert "1 + 1\\x1b[2J =" in printed
     assert "sampled_logprob" in printed
-    assert shown("a\u202eb\tc\n") == "a\\x202eb\tc\n"
+    assert escape_control("a\u202eb\tc\n") == "a\\x202eb\tc\n"
 
 
 def test_something_to_trace_must_be_named(run, capsys):

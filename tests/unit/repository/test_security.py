@@ -19,7 +19,7 @@ from rlhf_cluster.config.load import PipelineSection
 from rlhf_cluster.errors import ConfigError, DataError, RunError, WeightError
 from rlhf_cluster.models.model_folder import checkpoint_shapes
 from rlhf_cluster.observe.record import logs
-from rlhf_cluster.observe.report.serve import served
+from rlhf_cluster.observe.report.serve import serve
 from rlhf_cluster.run.checkpoint.checkpoint_folder import is_plain
 from rlhf_cluster.util.addresses import (
     check_address,
@@ -253,7 +253,7 @@ def test_the_clusters_of_deploy_ask_for_a_token():
 
 
 def test_the_report_is_served_on_loopback_alone():
-    with served(lambda: "page") as address:
+    with serve(lambda: "page") as address:
         assert address.startswith("http://127.0.0.1:")
 
 
