@@ -22,27 +22,13 @@ from typing import Literal
 import numpy as np
 from pydantic import PositiveInt
 
-from rlhf_cluster.data.reasoning_steps import (
-    Reduction,
-    reduce_scores,
-    step_ends,
-    step_spans,
-)
+from rlhf_cluster.data.reasoning_steps import Reduction, reduce_scores, step_ends, step_spans
 from rlhf_cluster.data.tokenizer import load_tokenizer
 from rlhf_cluster.errors import ConfigError
 from rlhf_cluster.records import Prompt, Rollout
-from rlhf_cluster.rewards.models.reward_model import (
-    RewardModel,
-    RewardModelConfig,
-)
-from rlhf_cluster.rewards.reward import (
-    RewardContext,
-    RewardSection,
-)
-from rlhf_cluster.sections.values import (
-    Dtype,
-    FrozenQuantization,
-)
+from rlhf_cluster.rewards.models.reward_model import RewardModel, RewardModelConfig
+from rlhf_cluster.rewards.reward import RewardContext, RewardSection
+from rlhf_cluster.sections.values import Dtype, FrozenQuantization
 
 
 class ProcessRewardConfig(RewardSection):

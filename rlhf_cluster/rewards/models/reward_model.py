@@ -28,15 +28,9 @@ from rlhf_cluster.errors import ConfigError, DataError
 from rlhf_cluster.models.make_model import longest_alone
 from rlhf_cluster.models.shared_passes import SharedPasses
 from rlhf_cluster.records import Prompt, Rollout
-from rlhf_cluster.rewards.reward import (
-    RewardContext,
-    RewardSection,
-)
+from rlhf_cluster.rewards.reward import RewardContext, RewardSection
 from rlhf_cluster.rewards.reward_failure import RewardFailure
-from rlhf_cluster.sections.values import (
-    Dtype,
-    FrozenQuantization,
-)
+from rlhf_cluster.sections.values import Dtype, FrozenQuantization
 from rlhf_cluster.util.tensor_hashing import compute_digest
 
 if TYPE_CHECKING:

@@ -39,18 +39,10 @@ from typing import Any, Literal, Protocol
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from rlhf_cluster.records import Prompt, Rollout
-from rlhf_cluster.rewards.programs.sandbox import (
-    Limits,
-    Outcome,
-    Ran,
-    Sandbox,
-)
+from rlhf_cluster.rewards.programs.sandbox import Limits, Outcome, Ran, Sandbox
 from rlhf_cluster.rewards.reward import RewardContext
 from rlhf_cluster.rewards.reward_failure import RewardFailure, column
-from rlhf_cluster.rewards.rules.code_fences import (
-    blocks,
-    last_block,
-)
+from rlhf_cluster.rewards.rules.code_fences import blocks, last_block
 from rlhf_cluster.rewards.rules.reasoning import ReasoningSection, without_reasoning
 
 LANGUAGES = ("python", "py", "python3")

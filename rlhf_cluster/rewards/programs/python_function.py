@@ -24,15 +24,8 @@ from pydantic import Field, PositiveInt
 from rlhf_cluster.errors import ConfigError
 from rlhf_cluster.records import Prompt, Rollout
 from rlhf_cluster.rewards.programs.function_pool import FunctionPool
-from rlhf_cluster.rewards.reward import (
-    RewardContext,
-    RewardSection,
-)
-from rlhf_cluster.rewards.reward_failure import (
-    RewardFailure,
-    check_scores,
-    check_step_scores,
-)
+from rlhf_cluster.rewards.reward import RewardContext, RewardSection
+from rlhf_cluster.rewards.reward_failure import RewardFailure, check_scores, check_step_scores
 
 _OWN_ARGUMENTS = ("prompts", "completions")
 _STEPS = "steps"

@@ -35,11 +35,7 @@ from typing import Any
 
 from rlhf_cluster.errors import ConfigError
 from rlhf_cluster.rewards.programs.candidate import EXITS
-from rlhf_cluster.rewards.programs.jail import (
-    PACKAGES_DIR,
-    PROGRAM_DIR,
-    WORK_DIR,
-)
+from rlhf_cluster.rewards.programs.jail import PACKAGES_DIR, PROGRAM_DIR, WORK_DIR
 from rlhf_cluster.rewards.reward_failure import RewardFailure
 
 _CHUNK_BYTES = 1 << 16

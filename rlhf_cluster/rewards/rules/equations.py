@@ -18,10 +18,7 @@ from itertools import pairwise
 from typing import Literal
 
 from rlhf_cluster.records import Prompt, Rollout
-from rlhf_cluster.rewards.reward import (
-    RewardContext,
-    RewardSection,
-)
+from rlhf_cluster.rewards.reward import RewardContext, RewardSection
 
 MAX_TOKENS = 40
 """Numbers, operators and parentheses of one side; longer ones are no arithmetic."""

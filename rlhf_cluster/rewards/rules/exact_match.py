@@ -10,10 +10,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from rlhf_cluster.records import FinishReason, Prompt, Rollout
-from rlhf_cluster.rewards.reward import (
-    RewardContext,
-    RewardSection,
-)
+from rlhf_cluster.rewards.reward import RewardContext, RewardSection
 from rlhf_cluster.rewards.reward_failure import RewardFailure, column
 
 

@@ -24,6 +24,7 @@ import re
 from typing import Literal, NamedTuple
 
 from rlhf_cluster.rewards.rules.reasoning import without_reasoning
+from rlhf_cluster.rewards.rules.withheld import is_disowned
 
 Kind = Literal["box", "tag", "hash", "said", "prose"]
 
@@ -48,15 +49,12 @@ FORMULA = re.compile(
 )
 """A formula among words; one of its groups has the content."""
 _ANSWER = re.compile(r"(?i:(?<![A-Za-z])answer)\b|\u7b54\u6848")
-_SUPPOSED = re.compile(
-    r"\b(?:if|whether|suppos(?:e|ing)|assum(?:e|ing)|imagine|let's (?:say|assume)"
-    r"|doubt|(?:not|n't) (?:think|believe|sure|true|certain)|false|no proof|nobody knows"
-    r"|wrong|incorrect|previous|first|initial|might (?:say|think)"
-    r"|convert|round|write|express|put|double|multiply|divide|subtract"
+_UNFINISHED = re.compile(
+    r"\b(?:convert|round|write|express|put|double|multiply|divide|subtract"
     r"|(?:to|can|must|should) (?:find|get|calculate|determine|check))\b[^,;:.\n]*$",
     re.IGNORECASE,
 )
-"""Before "answer": it is supposed, denied, or still to be worked on."""
+"""Work on the answer, before the word "answer": `round the answer to 3 digits`."""
 _IF = r"[^.\n]{0,80}\b(?:if|unless)\b"
 _SAYS = re.compile(
     # "answer:", "answer (in cm):", "the answer to this question is", a heading; but not "write the
@@ -78,6 +76,11 @@ _SENTENCE = re.compile(r"(?:[A-Za-z]+\W+){4}")
 _SOLUTION = re.compile(
     r"\n(?!\W*(?i:explanation|because|reason|since|check|proof|work|note))[^\n]*\d"
 )
+_ONLY_ITEM = re.compile(r"(?:\(1\)|1[.)])\s+(?=[^\w\n]*\d[\d.,/]*(?: ?[A-Za-z%]+){0,2}[^\w\n]*$)")
+"""Marker of a list before its one value: `1. 42`."""
+_SECOND_ITEM = re.compile(r"^\W*2[.)]", re.MULTILINE)
+_FILLED_IN = re.compile(r"[\[<]([^\[\]<>,;\n]{1,40})[\]>]\W*")
+"""Value in the brackets of a form: `[42]`."""
 _VALUE = re.compile(r"[\d\\$\u00bc-\u00be\u2150-\u215e]")
 
 
@@ -160,7 +163,9 @@ def _last_tag(text: str) -> str | None:
 def _last_said(text: str) -> str | None:
     for found in reversed(list(_ANSWER.finditer(text))):
         says = _SAYS.match(text, found.end())
-        if says is None or _SUPPOSED.search(text, max(found.start() - 60, 0), found.start()):
+        if says is None or is_disowned(text, found.start(), says.end()):
+            continue
+        if _UNFINISHED.search(text, max(found.start() - 60, 0), found.start()):
             continue
         rest = text[says.end() : says.end() + MAX_STATEMENT_CHARACTERS].lstrip(' *_`":=\uff1a')
         line, _, below = rest.partition("\n")
@@ -171,6 +176,10 @@ def _last_said(text: str) -> str | None:
         if says[0].rstrip(" *_").endswith((":", "\n")) and _begins_solution(line, rest):
             return None
         if _VALUE.search(line):
+            if not _SECOND_ITEM.search(below):
+                line = _ONLY_ITEM.sub("", line, count=1)
+            filled_in = _FILLED_IN.fullmatch(line)
+            line = filled_in[1] if filled_in else line
             return (says["doubt"] or "") + _QUOTED_END.sub("", line).strip(" |")
     return None
 

@@ -19,10 +19,7 @@ import regex
 from pydantic import Field, field_validator
 
 from rlhf_cluster.records import Prompt, Rollout
-from rlhf_cluster.rewards.reward import (
-    RewardContext,
-    RewardSection,
-)
+from rlhf_cluster.rewards.reward import RewardContext, RewardSection
 from rlhf_cluster.rewards.reward_failure import RewardFailure
 
 

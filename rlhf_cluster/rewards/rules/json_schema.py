@@ -21,11 +21,7 @@ from rlhf_cluster.errors import ConfigError
 from rlhf_cluster.records import Prompt, Rollout
 from rlhf_cluster.rewards.programs.function_pool import FunctionPool
 from rlhf_cluster.rewards.reward import RewardContext
-from rlhf_cluster.rewards.reward_failure import (
-    RewardFailure,
-    check_scores,
-    column,
-)
+from rlhf_cluster.rewards.reward_failure import RewardFailure, check_scores, column
 from rlhf_cluster.rewards.rules.code_fences import last_block
 from rlhf_cluster.rewards.rules.reasoning import ReasoningSection, without_reasoning
 

@@ -13,10 +13,7 @@ from typing import Literal
 from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from rlhf_cluster.records import Prompt, Rollout
-from rlhf_cluster.rewards.reward import (
-    RewardContext,
-    RewardSection,
-)
+from rlhf_cluster.rewards.reward import RewardContext, RewardSection
 
 
 class LengthConfig(RewardSection):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 
 from rlhf_cluster.rewards.rules.final_answer import MAX_STATEMENT_CHARACTERS
-from rlhf_cluster.rewards.rules.quantities import ALIGNED, with_plain_signs
+from rlhf_cluster.rewards.rules.plain_text import with_plain_signs, without_alignment
 
 _ROOT = re.compile("\u221a ?(?:(\\d+|[A-Za-z])|\\(([^()]{1,80})\\))")
 _SIGNS = str.maketrans(
@@ -58,7 +58,7 @@ def in_latex(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    text = ALIGNED.sub("", in_latex(text)).replace("&=", "=").strip().strip("$")
+    text = without_alignment(in_latex(text)).strip().strip("$")
     return _MEMBER.sub("", text.removeprefix("\\(").removesuffix("\\)"))
 
 

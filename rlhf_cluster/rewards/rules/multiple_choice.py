@@ -31,6 +31,7 @@ from rlhf_cluster.rewards.reward import RewardContext
 from rlhf_cluster.rewards.reward_failure import RewardFailure, column
 from rlhf_cluster.rewards.rules.final_answer import final_statement
 from rlhf_cluster.rewards.rules.reasoning import ReasoningSection, without_reasoning
+from rlhf_cluster.rewards.rules.withheld import is_disowned
 
 _OPEN = r"[(\[{*_\s$`\"']{0,8}"
 _CLOSE = r"[)\]}*_\s$`\"'.:,]{0,8}"
@@ -126,6 +127,8 @@ def choice(text: str, choices: str) -> str | None:
         else without_reasoning(text)
     )
     for found in reversed(list(_SAID.finditer(text))):
+        if is_disowned(text, found.start(), found.start(found.lastgroup or "said")):
+            continue
         letter, is_one = _said(text, found, choices)
         if is_one:
             return letter

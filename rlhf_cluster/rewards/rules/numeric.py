@@ -22,10 +22,7 @@ from rlhf_cluster.records import Prompt, Rollout
 from rlhf_cluster.rewards.reward import RewardContext
 from rlhf_cluster.rewards.reward_failure import RewardFailure, column
 from rlhf_cluster.rewards.rules.final_answer import final_statement
-from rlhf_cluster.rewards.rules.quantities import (
-    read_statement,
-    read_target,
-)
+from rlhf_cluster.rewards.rules.quantities import read_statement, read_target
 from rlhf_cluster.rewards.rules.reasoning import ReasoningSection
 
 

@@ -336,6 +336,9 @@ def test_l05_a_guess_between_tags_of_the_section_is_no_answer():
         ("Answer: C (or D)", None),
         ("The answer is C or option D.", None),
         ("The answer is maybe C", None),
+        ("Incorrect answer: B", None),
+        ("If the answer is B, then no.", None),
+        ("Answer: C\n\nMy previous answer is B.", "C"),
         (r"\\boxed{C or perhaps D}", None),
     ],
 )
