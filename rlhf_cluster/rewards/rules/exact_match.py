@@ -31,7 +31,7 @@ class ExactMatch:
     def score(
         self, prompt: Prompt, rollouts: Sequence[Rollout], completions: Sequence[str]
     ) -> list[float]:
-        """1.0 or 0.0 a rollout. Raises `RewardFailure` without a usable target."""
+        """1.0 or 0.0 per rollout. Raises `RewardFailure` without a usable target."""
         target = column(prompt, self._config.target_column)
         if isinstance(target, bool) or not isinstance(target, str | int):
             raise RewardFailure(

@@ -1,7 +1,6 @@
 r"""Finds where a text states its final answer. What the answer is worth, the verifiers decide.
 
-Of a completion the reasoning is left out first (`reasoning.py`). Then the first of these is the
-statement:
+First `reasoning.py` removes the reasoning of a completion. Then the first of these is the statement:
 
 1. `box`: the content of the last `\boxed{}` that is not empty (`\fbox{}` is one). Boxes with nothing
    but a comma, "and" or "or" between them are one statement, joined by commas.
@@ -9,7 +8,7 @@ statement:
    read those lines only.
 3. `hash`: what follows `####` on the last line that is not empty. Elsewhere `####` is a heading.
 4. `said`: what follows the last "answer is", "answer:" or heading "Answer", up to the end of the
-   line, where a value stands there; what is denied or doubted ("cannot be 6") keeps those words.
+   line, where that has a value; what is denied or doubted ("cannot be 6") keeps those words.
 5. `prose`: all of the text, where nothing marks an answer.
 
 A target is read by the rules of the data sets instead: the line after its last `####` (GSM8K), else
@@ -85,7 +84,7 @@ _VALUE = re.compile(r"[\d\\$\u00bc-\u00be\u2150-\u215e]")
 
 
 class Statement(NamedTuple):
-    """Where a text states its answer, and by which rule it was found."""
+    """Part of a text that states its answer, and the rule that found it."""
 
     text: str
     kind: Kind
@@ -100,12 +99,12 @@ def final_statement(completion: str) -> Statement:
     tagged = _last_tag(text)
     if tagged is not None:
         if len(tagged.splitlines()) == 1:
-            return Statement(_bounded(tagged), "tag")
+            return Statement(_cut(tagged), "tag")
         text = tagged
     lines = text.rstrip().rpartition("\n")
     _, marker, after = lines[2].rpartition("####")
     if marker and after.strip():
-        return Statement(_bounded(after), "hash")
+        return Statement(_cut(after), "hash")
     said = _last_said(text)
     return Statement(said, "said") if said is not None else Statement(text, "prose")
 
@@ -144,7 +143,7 @@ def _content(text: str, start: int, stop: int) -> tuple[int, str]:
         bare = _BARE.match(text, start)
         return (bare.end(), bare[0]) if bare else (start, "")
     depth = 0
-    # Boxes that lie inside another are found first, so nothing after `stop` is read twice.
+    # Boxes inside another box are found first, so nothing after `stop` is read twice.
     for brace in _BRACE.finditer(text, start, stop):
         depth += (brace[0] == "{") - (brace[0] == "}")
         if depth == 0:
@@ -199,5 +198,5 @@ def _first_line(text: str) -> str:
     return ""
 
 
-def _bounded(text: str) -> str:
+def _cut(text: str) -> str:
     return text.strip()[:MAX_STATEMENT_CHARACTERS]

@@ -1,7 +1,7 @@
-r"""Brings two answers to one way of writing, where both are usual and the library tells them apart.
+r"""Spells two answers alike, where both spellings are usual and differ for the library.
 
 `x = 3, y = 4` is `(3, 4)`; `x = 1 \text{ or } x = 2` is `1, 2`; `3 \le x < 4` and `x \in [3, 4)` are
-`[3, 4)`. Only the side that has the names is written anew, and only where the other has none. Signs
+`[3, 4)`. Only the side that has the names is rewritten, and only where the other has none. Signs
 of Unicode become LaTeX.
 """
 

@@ -18,7 +18,7 @@ and nothing else: `x = 72`, `\text{Total: } 72 \text{ cm}^2`, `48 + 24 = 72`, bu
 In a marked sentence the number that it begins with counts ("72, which is 8 more"), else the last one
 of its first clause with a number ("the 5 boys have 72"); in prose the last one of the last line; a bold
 one goes first. A number that is denied ("not 6"), hedged ("maybe 6"), bounded ("more than 6"), in a
-range or a list ("6 to 7", "6, 7") is no answer, nor one that is supposed ("if it were 6").
+range or a list ("6 to 7", "6, 7") does not count, neither does a supposed one ("if it were 6").
 "6, not 7", "6 of 7", "6 in 7" and "6 is 5% of 120" are 6.
 `tests/support/builders/answer_table.py` has verdicts.
 """
@@ -48,9 +48,9 @@ from rlhf_cluster.rewards.rules.withheld import (
 )
 
 MAX_NUMBER_CHARACTERS = 100
-"""Longer runs of digits are no number: reading one takes time quadratic in its length."""
+"""Longest run of digits that is read: reading one takes time quadratic in its length."""
 MAX_PROSE_CHARACTERS = 2000
-"""A text without a marked answer is read so far from its end. A longer formula is no number."""
+"""Characters at the end of a text without a marked answer that are read, and of a formula at most."""
 
 _CURRENCY = "$\u20ac\u00a3\u00a5\u20b9"
 _NUMBER = re.compile(
@@ -115,7 +115,7 @@ _NO_ANSWER = re.compile(
     r"(?:^|[.:;]\s|\b(?:is|have|give|find)\s)no (?:final )?answer\s*(?:[.;,:!]|$)", re.IGNORECASE
 )
 _UNREAD = "\u25cc"
-"""Stands in a sentence for a formula that is no number."""
+"""Replaces a formula in a sentence that is not a number."""
 _BEFORE = re.compile(r"[\s(]*\u2248?\s?(?:[A-Za-z][A-Za-z'-]*+(?:\s?[:,.])?+\s++){0,12}+[\s(]*")
 _AFTER = re.compile(
     r"(?:\s?(?:%|\u00b0\s?[CF]?|[$\u20ac\u00a3\u00a2]))?"
@@ -164,7 +164,7 @@ class Quantity:
 
     value: Fraction
     unit: str = ""
-    """A common unit by one name, else nothing: words that are counted are no unit."""
+    """A common unit by one name, else empty: words that are counted are not a unit."""
     is_decimal: bool = False
 
 
@@ -199,7 +199,7 @@ def read_sentence(text: str) -> Quantity | None:
     if not re.search(r"[A-Za-z]{2}|[\u3040-\u9fff]", text):
         return read_formula(text.strip(_AROUND))
     tokens = _tokens(text)
-    stated = _select_stated(text, tokens)
+    stated = _drop_circumstances(text, tokens)
     if not tokens:
         return None
     start = (stated or tokens)[0]
@@ -209,20 +209,20 @@ def read_sentence(text: str) -> Quantity | None:
     if "=" in (clause if begins else text):
         return _read_result(clause if begins else text)
     among = [token for token in stated or tokens if token.end <= len(clause)]
-    return _chosen(text, tokens, tokens.index(tokens[0] if begins else among[-1]))
+    return _choose(text, tokens, tokens.index(tokens[0] if begins else among[-1]))
 
 
 def _read_result(text: str) -> Quantity | None:
-    """What the last equation of a sentence comes to."""
+    """Read the value of the last equation of a sentence."""
     *_, before, last = _EQUALS.split(text)
     if SUPPOSED.search(f"{before[-40:]} "):
         return None
     if not _NUMBER.search(last):  # "20 = A"
         tokens = _tokens(before)
-        return _chosen(before, tokens, len(tokens) - 1)
+        return _choose(before, tokens, len(tokens) - 1)
     cut = CLAUSE_END.search(last, _tokens(last)[0].end) if _tokens(last) else None
     result = last[: cut.start()] if cut else last
-    return _read_sides(f"{before}={result}", lambda side: _chosen(side, _tokens(side), 0))
+    return _read_sides(f"{before}={result}", lambda side: _choose(side, _tokens(side), 0))
 
 
 def read_prose(text: str) -> Quantity | None:
@@ -244,13 +244,13 @@ def read_prose(text: str) -> Quantity | None:
         if tokens and _EQUALS.search(plain) and re.search(r"[A-Za-z]{2}", plain):
             return _read_result(plain)
         if tokens:
-            stated = _select_stated(plain, tokens) or tokens
-            return _chosen(plain, tokens, tokens.index(stated[-1]))
+            stated = _drop_circumstances(plain, tokens) or tokens
+            return _choose(plain, tokens, tokens.index(stated[-1]))
     return None
 
 
-def _select_stated(text: str, tokens: Sequence[_Token]) -> list[_Token]:
-    """Leave out numbers of circumstances, such as "in 5 days"."""
+def _drop_circumstances(text: str, tokens: Sequence[_Token]) -> list[_Token]:
+    """Drop numbers of circumstances, such as "in 5 days"."""
     return [
         token
         for token in tokens
@@ -288,12 +288,12 @@ def read_target(text: str) -> Quantity | None:
 
 
 def _is_numeric(text: str) -> bool:
-    """Whether a number stands in it, and not in a label such as "Step 3:"."""
+    """Whether the text has a number, and is not a label such as "Step 3:"."""
     return any(sign.isnumeric() for sign in text) and not text.rstrip().endswith(":")
 
 
 def _read_sides(text: str, read: Callable[[str], Quantity | None]) -> Quantity | None:
-    """What an equation comes to: its last side, where no side before says something else."""
+    """Read the value of an equation: its last side, where no side before differs."""
     *before, last = _EQUALS.split(text)
     if before and not _NUMBER.search(last):
         before, last = [], text if len(before) > 1 else before[0]  # `72 = x`
@@ -318,7 +318,7 @@ def _read_sides(text: str, read: Callable[[str], Quantity | None]) -> Quantity |
 
 
 def _inline(match: re.Match[str]) -> str:
-    """The number of a formula that stands in words, else a sign that none was read."""
+    """Return the number of a formula in words, else a sign that none was read."""
     formula = next(part for part in match.groups() if part is not None)
     if re.search(r"[A-Za-z]{2} ", formula) and "\\" not in formula:  # "$5 a day and $"
         return match[0]
@@ -357,7 +357,7 @@ def _is_word(word: str) -> bool:
     )
 
 
-def _chosen(text: str, tokens: list[_Token], index: int) -> Quantity | None:
+def _choose(text: str, tokens: list[_Token], index: int) -> Quantity | None:
     """The number at `index`, where it is neither denied, bounded nor one of several."""
     if not tokens:
         return None
@@ -373,7 +373,7 @@ def _chosen(text: str, tokens: list[_Token], index: int) -> Quantity | None:
         between = text[one.end : other.start]
         if not between.strip() or _OPERATOR.fullmatch(between):
             return None
-        if _are_joined(one, other, between, not _select_stated(text, [one])):
+        if _are_joined(one, other, between, not _drop_circumstances(text, [one])):
             return None
     if is_withheld(text, token.start, token.end):
         return None
@@ -383,7 +383,7 @@ def _chosen(text: str, tokens: list[_Token], index: int) -> Quantity | None:
 
 
 def _is_remark(text: str, token: _Token) -> bool:
-    """Return whether it is in parentheses after a word, "72 km (45 miles)", or tells certainty."""
+    """Return whether it is in parentheses after a word, "72 km (45 miles)", or how certain it is."""
     if _CERTAIN.match(text, token.end):
         return True
     opening = text.rfind(" (", 0, token.start)
