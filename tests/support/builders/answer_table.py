@@ -476,6 +476,8 @@ WRITTEN = [
     ("42", "Answer: 42. 7 more than before", 1, 1, ""),
     ("1.42", "Answer: 1.42", 1, 1, "a decimal, no list"),
     ("42", "Answer: 1.42", 0, 0, ""),
+    ("42", "I guess the answer is 42.", 0, 0, "hedged"),
+    ("41", "The answer is 41. My previous answer is 42.", 1, 1, "the last one that holds"),
 ]  # fmt: skip
 
 CASES = [(e, rf"So it is \boxed{{{a}}}.", n, m, why) for e, a, n, m, why in BOXED] + WRITTEN
