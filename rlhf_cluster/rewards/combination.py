@@ -1,4 +1,4 @@
-"""How the parts of a reward become one number. One class an objective, one entry in `Objective`.
+"""Objectives: rules that combine the parts of a reward. One class and one entry in `Objective` each.
 
 With p_k the score of part k (clipped where its reward has `clip`) and w_k its weight, each part
 counts c_k, and the reward is the sum of the c_k:
@@ -31,15 +31,15 @@ Parts = Mapping[str, float]
 
 
 class ObjectiveSection(Section):
-    """What every objective has."""
+    """Base of every objective."""
 
     @property
     def names(self) -> tuple[str, ...]:
         """The rewards that the objective names."""
         return ()
 
-    def counted(self, parts: Parts, weights: Parts) -> dict[str, float]:
-        """What each part adds to the reward, by name; the formulas are in the module's docstring."""
+    def count_parts(self, parts: Parts, weights: Parts) -> dict[str, float]:
+        """Return what each part adds to the reward, by name: c_k above."""
         return {name: weights[name] * part for name, part in parts.items()}
 
 
@@ -62,8 +62,8 @@ class Constrained(ObjectiveSection):
     def names(self) -> tuple[str, ...]:
         return tuple(self.floors)
 
-    def counted(self, parts: Parts, weights: Parts) -> dict[str, float]:
-        found = super().counted(parts, weights)
+    def count_parts(self, parts: Parts, weights: Parts) -> dict[str, float]:
+        found = super().count_parts(parts, weights)
         for name, floor in self.floors.items():
             found[name] -= self.coef * max(0.0, floor - parts[name])
         return found
@@ -82,8 +82,8 @@ class Lexicographic(ObjectiveSection):
     def names(self) -> tuple[str, ...]:
         return tuple(self.order)
 
-    def counted(self, parts: Parts, weights: Parts) -> dict[str, float]:
-        found = super().counted(parts, weights)
+    def count_parts(self, parts: Parts, weights: Parts) -> dict[str, float]:
+        found = super().count_parts(parts, weights)
         is_open = True
         for name in self.order:
             if not is_open:

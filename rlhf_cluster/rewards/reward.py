@@ -1,13 +1,13 @@
-"""What a reward is to the scoring pool.
+"""Protocols of rewards, as the scoring pool calls them.
 
 A reward scores all rollouts of one group at once and returns one finite float each, in order. It
-raises `ScoringError` (with the reason) when it cannot: an error is an outcome of its own, retried
-and then counted as a discard, and never turns into a score.
+raises `ScoringError` (with the reason) when it cannot: an error is retried, then counted as a
+discard, and never turns into a score.
 
 A reward of reasoning steps scores each step of a response instead (`data.reasoning_steps` cuts
 them); its part of the rollout's reward is the sum of its steps' scores.
 
-A reward may tell more of a rollout than its score (`Detailed`), and have a version that its section
+A reward may return more per rollout than its score (`Detailed`), and have a version that its section
 does not show (`Versioned`).
 
 A reward is built from its section and a `RewardContext`, and is ready to score once built.
@@ -54,7 +54,7 @@ class RewardSection(Section):
 
     @property
     def details(self) -> tuple[str, ...]:
-        """Names of what the reward tells of a rollout beside its score; then it is `Detailed`."""
+        """Names of the numbers that a `Detailed` reward returns in addition to the score; else none."""
         return ()
 
     @property
@@ -92,7 +92,7 @@ class RewardSection(Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardContext:
-    """What a reward may need of the worker that holds it."""
+    """Settings of the scoring worker that a reward may need."""
 
     tokenizer_dir: str | None = None  # the policy's tokenizer
     device: str = "cpu"
@@ -105,7 +105,7 @@ class Reward(Protocol):
     def score(
         self, prompt: Prompt, rollouts: Sequence[Rollout], completions: Sequence[str]
     ) -> list[float]:
-        """One score a rollout. `completions` are the decoded responses without special tokens.
+        """Return one score per rollout. `completions` are the decoded responses without special tokens.
 
         Safe to call from several threads at once.
         """
@@ -124,7 +124,7 @@ class StepReward(Protocol):
         completions: Sequence[str],
         steps: Sequence[Sequence[str]],
     ) -> list[list[float]]:
-        """One score a step of each rollout; `steps` are the segments of each of `completions`.
+        """Return one score per step of each rollout; `steps` are the segments of each of `completions`.
 
         Safe to call from several threads at once.
         """
@@ -135,12 +135,12 @@ class StepReward(Protocol):
 
 @runtime_checkable
 class Detailed(Protocol):
-    """A reward that tells more of each rollout than its score."""
+    """Reward that returns more per rollout than its score."""
 
     def score_in_detail(
         self, prompt: Prompt, rollouts: Sequence[Rollout], completions: Sequence[str]
     ) -> tuple[list[float], dict[str, list[float]]]:
-        """The scores, and for each of the section's `details` one number a rollout."""
+        """Return the scores, and for each of the section's `details` one number per rollout."""
         ...
 
 
@@ -150,7 +150,7 @@ class Versioned(Protocol):
 
     @property
     def version(self) -> str:
-        """A digest of it; where the files came from is no part of it."""
+        """Digest of what decides the scores; independent of where the files are."""
         ...
 
 

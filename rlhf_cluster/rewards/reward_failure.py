@@ -47,7 +47,7 @@ class RewardFailure(ScoringError):
 
 
 def check_scores(scores: Any, num_rollouts: int) -> list[float]:
-    """`scores` as finite floats, one a rollout. Raises `RewardFailure` with the reason."""
+    """Return `scores` as finite floats, one per rollout. Raises `RewardFailure` with the reason."""
     if not _is_list(scores):
         found = f"{type(scores).__name__} {_short(scores)}"
         raise RewardFailure(
@@ -62,7 +62,7 @@ def check_scores(scores: Any, num_rollouts: int) -> list[float]:
 
 
 def check_step_scores(scores: Any, num_steps: Sequence[int]) -> list[list[float]]:
-    """`scores` as finite floats, one a step of each rollout; `num_steps` has one entry a rollout.
+    """Return `scores` as finite floats, one per step of each rollout; `num_steps` has each rollout's.
 
     Raises `RewardFailure` with the reason; the message names the rollout and both numbers of steps.
     """

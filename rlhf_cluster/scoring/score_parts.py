@@ -154,7 +154,7 @@ def _sum_parts(
     step_rewards: np.ndarray,
 ) -> Scores:
     weights = {r.name or r.type: r.weight for r in scoring.rewards if not r.watch}
-    counted = scoring.objective.counted(parts, weights)
+    counted = scoring.objective.count_parts(parts, weights)
     try:
         reward = math.fsum(counted.values())
     except (OverflowError, ValueError):  # sums that overflow, infinities of both signs

@@ -1,7 +1,7 @@
 """A frozen model of reasoning steps as a reward: the chance that each step of a response is right.
 
     reduce = "none"     every step is scored, a reward of steps (`data.reasoning_steps`)
-    reduce = "min" ...  one score a response from its steps' chances
+    reduce = "min" ...  one score per response from its steps' chances
     (`data.reasoning_steps.reduced`)
 
 Steps are cut and their last tokens found as everywhere (`data.reasoning_steps`), among the ids that
@@ -22,27 +22,13 @@ from typing import Literal
 import numpy as np
 from pydantic import PositiveInt
 
-from rlhf_cluster.data.reasoning_steps import (
-    Reduction,
-    reduce_scores,
-    step_ends,
-    step_spans,
-)
+from rlhf_cluster.data.reasoning_steps import Reduction, reduce_scores, step_ends, step_spans
 from rlhf_cluster.data.tokenizer import load_tokenizer
 from rlhf_cluster.errors import ConfigError
 from rlhf_cluster.records import Prompt, Rollout
-from rlhf_cluster.rewards.models.reward_model import (
-    RewardModel,
-    RewardModelConfig,
-)
-from rlhf_cluster.rewards.reward import (
-    RewardContext,
-    RewardSection,
-)
-from rlhf_cluster.sections.values import (
-    Dtype,
-    FrozenQuantization,
-)
+from rlhf_cluster.rewards.models.reward_model import RewardModel, RewardModelConfig
+from rlhf_cluster.rewards.reward import RewardContext, RewardSection
+from rlhf_cluster.sections.values import Dtype, FrozenQuantization
 
 
 class ProcessRewardConfig(RewardSection):
@@ -52,12 +38,12 @@ class ProcessRewardConfig(RewardSection):
     path: str
     """Folder of a sequence-classification model with num_labels = 1 and the policy's vocabulary."""
     reduce: Literal["none"] | Reduction = "min"
-    """`none`: each step is scored. Else one score a response: its weakest step, the product over the
+    """`none`: each step is scored. Else one score per response: its weakest step, the product over the
     steps, the last step, or their mean."""
     dtype: Dtype = "bfloat16"
     """Type of the model; its score head always computes in float32."""
     quantization: FrozenQuantization | None = None
-    """As of a reward model."""
+    """Value of `reward_model`."""
     tokens_per_batch: PositiveInt = 16384
     """Token budget of one forward pass, padding included."""
 
@@ -102,12 +88,12 @@ class ProcessReward:
     def score(
         self, prompt: Prompt, rollouts: Sequence[Rollout], completions: Sequence[str]
     ) -> list[float]:
-        """One score a response; with `reduce` only. Raises `RewardFailure`."""
+        """Return one score per response; with `reduce` only. Raises `RewardFailure`."""
         how = self._config.reduce
         if how == "none":
             raise ConfigError(
                 f"process reward model {self._config.path}: reduce = 'none' scores steps, and one "
-                "score a response is asked for. Set reduce"
+                "score per response was requested. Set reduce"
             )
         return [reduce_scores(own, how) for own in self._chances(rollouts, completions)]
 

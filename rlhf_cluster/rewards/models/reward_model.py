@@ -8,7 +8,7 @@ With `tokenizer = "shared"` the model reads the ids that were sampled (prompt an
 must have the policy's vocabulary. With "own" it reads the decoded text through its own tokenizer,
 as a chat when that has a chat template.
 
-A score depends on nothing that is scored beside it: a model whose rotary positions follow the longest
+A score does not depend on the rest of its batch: a model whose rotary positions follow the longest
 sequence of a batch is refused (`dynamic`), or takes no longer ones than have fixed ones (`longrope`).
 
 Shapes: B sequences, S positions.
@@ -28,15 +28,9 @@ from rlhf_cluster.errors import ConfigError, DataError
 from rlhf_cluster.models.make_model import longest_alone
 from rlhf_cluster.models.shared_passes import SharedPasses
 from rlhf_cluster.records import Prompt, Rollout
-from rlhf_cluster.rewards.reward import (
-    RewardContext,
-    RewardSection,
-)
+from rlhf_cluster.rewards.reward import RewardContext, RewardSection
 from rlhf_cluster.rewards.reward_failure import RewardFailure
-from rlhf_cluster.sections.values import (
-    Dtype,
-    FrozenQuantization,
-)
+from rlhf_cluster.sections.values import Dtype, FrozenQuantization
 from rlhf_cluster.util.tensor_hashing import compute_digest
 
 if TYPE_CHECKING:
@@ -55,7 +49,7 @@ class RewardModelConfig(RewardSection):
     tokenizer: Literal["shared", "own"] = "shared"
     """`shared`: it reads the policy's token ids. `own`: the text, tokenized its own way."""
     output_weights: list[float] = Field(default_factory=lambda: [1.0], min_length=1)
-    """Of a model of several outputs: the weight of each in the score."""
+    """Weight of each output of the model in the score."""
     dtype: Dtype = "bfloat16"
     """Type of the model; its score head always computes in float32."""
     quantization: FrozenQuantization | None = None

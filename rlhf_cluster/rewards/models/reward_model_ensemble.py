@@ -12,11 +12,11 @@ and the mean less the variance; Eisenstein et al. 2023 (arXiv:2312.09244) the me
 deviation, which has the reward's unit. Both find that over-optimisation gets less and does not end:
 where all members are wrong alike, none of these helps.
 
-Only differences of one member's scores within a prompt mean anything: members whose scores lie
-apart as a whole, or are spread differently, have no minimum and no deviation worth the name. Train
+Only differences of one member's scores within a prompt mean anything: members whose scores
+differ in offset or spread have no meaningful minimum and deviation. Train
 them with the same data format, loss and centring.
 
-Every member's score stands on every sample as `<name>.0`, `<name>.1` ..., the deviation as
+Every sample has each member's score as `<name>.0`, `<name>.1` ..., the deviation as
 `<name>.disagreement`.
 """
 
@@ -30,18 +30,9 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from xxhash import xxh3_128_hexdigest
 
 from rlhf_cluster.records import Prompt, Rollout
-from rlhf_cluster.rewards.models.reward_model import (
-    RewardModel,
-    RewardModelConfig,
-)
-from rlhf_cluster.rewards.reward import (
-    RewardContext,
-    RewardSection,
-)
-from rlhf_cluster.sections.values import (
-    Dtype,
-    FrozenQuantization,
-)
+from rlhf_cluster.rewards.models.reward_model import RewardModel, RewardModelConfig
+from rlhf_cluster.rewards.reward import RewardContext, RewardSection
+from rlhf_cluster.sections.values import Dtype, FrozenQuantization
 
 Combine = Literal["mean", "min", "mean_minus_std"]
 COEF = 1.0
@@ -55,15 +46,15 @@ class EnsembleConfig(RewardSection):
     paths: list[str] = Field(min_length=2)
     """Folders of the members, each as `path` of a reward model."""
     combine: Combine = "mean"
-    """How the members' scores become one."""
+    """Rule that combines the members' scores."""
     coef: NonNegativeFloat = COEF
-    """How many standard deviations `mean_minus_std` takes off."""
+    """Number of standard deviations `mean_minus_std` takes off."""
     tokenizer: Literal["shared", "own"] = "shared"
-    """As of a reward model, for all members."""
+    """Value of `reward_model` for all members."""
     dtype: Dtype = "bfloat16"
     """Type of the members; their score heads always compute in float32."""
     quantization: FrozenQuantization | None = None
-    """As of a reward model, for all members."""
+    """Value of `reward_model` for all members."""
     tokens_per_batch: PositiveInt = 16384
     """Token budget of one forward pass of a member, padding included."""
 
@@ -126,14 +117,14 @@ class Ensemble:
         scores = np.array(found, dtype=np.float64)
         details = {str(member): own for member, own in enumerate(found)}
         details["disagreement"] = disagreement(scores).tolist()
-        return combined(scores, self._config.combine, self._config.coef).tolist(), details
+        return combine_scores(scores, self._config.combine, self._config.coef).tolist(), details
 
     def close(self) -> None:
         for member in self._members:
             member.close()
 
 
-def combined(scores: Array, combine: Combine, coef: float) -> Array:
+def combine_scores(scores: Array, combine: Combine, coef: float) -> Array:
     """[B] of the members' `scores` [K, B]; the formulas are in the module's docstring."""
     if combine == "min":
         return scores.min(axis=0)

@@ -2,10 +2,11 @@
 
     python -I -S -B candidate.py [FOLDER_OF_PACKAGES]
 
-Imports nothing of this project. Runs `solution.py` beside it as a script; where `call.py` is beside
-it, evaluates that expression afterwards and writes its value as JSON to standard output, which what
-the program prints does not reach. Nothing here is a secret: the expected values are not in the
-sandbox. The exit codes of `EXITS` say what ended a program; one that lies about it fails as well.
+Imports nothing of this project. Runs `solution.py` of its folder as a script; where the
+folder has `call.py`, it evaluates that expression afterwards and writes its value as JSON to standard
+output, which what the program prints does not reach. Nothing here is a secret: the expected values
+are not in the sandbox. The exit codes of `EXITS` say what ended a program; a program that forges one
+fails as well.
 """
 
 from __future__ import annotations

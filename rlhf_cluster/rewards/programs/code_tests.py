@@ -2,21 +2,20 @@ r"""Runs the completion's Python program against unit tests: 1.0 when it passes 
 
 The program is the last fenced block that defines what the tests call, else ("Example usage" alone) the
 last block that is tagged python, py or python3, else the last one without a tag; an open one goes to
-the end. Blocks of other languages (output, bash) are none, nor
-is reasoning. Without any fence it is the whole completion, unless
-`require_fence`.
+the end. Blocks of other languages (output, bash) and reasoning are ignored. Without any fence it is
+the whole completion, unless `require_fence`.
 
-The tests are a column with a list. Each runs in a sandbox of its own (`sandbox.py`), and only its
+The tests are a column with a list. Each runs in a separate sandbox (`sandbox.py`), and only its
 input goes in: the answer is compared out here.
 
     {"input": "1 2\n", "output": "3\n"}      a script, by standard input and output; white space at
                                              the ends of lines and of the text does not count
-    {"call": "add(1, 2)", "expected": 3}     the value of an expression; tuples count as lists
+    {"call": "add(1, 2)", "expected": 3}     the value of an expression; tuples equal lists
     "assert add(1, 2) == 3"                  the same, read as call and literal; also `is`, `not`,
-                                             and a bare `assert even(2)`; tuples are no lists
+                                             and a bare `assert even(2)`; tuples differ from lists
 
 A program that fails, by whatever it does, scores 0.0 and is counted by its outcome (`Code.outcomes`). A
-sandbox that fails is a `RewardFailure`, and so is a test that cannot be read.
+sandbox that fails and a test that cannot be read are a `RewardFailure`.
 """
 
 from __future__ import annotations
@@ -39,18 +38,10 @@ from typing import Any, Literal, Protocol
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from rlhf_cluster.records import Prompt, Rollout
-from rlhf_cluster.rewards.programs.sandbox import (
-    Limits,
-    Outcome,
-    Ran,
-    Sandbox,
-)
+from rlhf_cluster.rewards.programs.sandbox import Limits, Outcome, Ran, Sandbox
 from rlhf_cluster.rewards.reward import RewardContext
 from rlhf_cluster.rewards.reward_failure import RewardFailure, column
-from rlhf_cluster.rewards.rules.code_fences import (
-    blocks,
-    last_block,
-)
+from rlhf_cluster.rewards.rules.code_fences import blocks, last_block
 from rlhf_cluster.rewards.rules.reasoning import ReasoningSection, without_reasoning
 
 LANGUAGES = ("python", "py", "python3")
@@ -68,12 +59,12 @@ class CodeConfig(ReasoningSection):
     require_fence: bool = False
     """A completion without a fenced block has no program."""
     partial: bool = False
-    """The score is the share of tests that pass. After a test that ran out of time the others count
-    as failed, unrun."""
+    """The score is the share of tests that pass. After a test that ran out of time the others fail
+    without being run."""
     tolerance: float = Field(default=0.0, ge=0)
     """Two floats of a `call` are equal up to this difference, absolute or relative."""
     packages: bool = False
-    """Programs may import what is installed beside this project (numpy, ...), not only the standard
+    """Programs may import packages of this project's environment (numpy, ...), not only the standard
     library."""
     cpu_s: PositiveInt = 5
     """Processor time of one test, in whole seconds."""
@@ -96,7 +87,7 @@ class CodeConfig(ReasoningSection):
 
 
 class Runner(Protocol):
-    """What runs a program: a `Sandbox`."""
+    """Runner of programs: a `Sandbox`."""
 
     def run(self, program: str, stdin: bytes = b"", call: str | None = None) -> Ran: ...
 
@@ -109,7 +100,7 @@ class Case:
     call: str | None = None
     expected: Any  # text of a script's output, or a call's value
     as_json: bool = False  # the value comes from JSON, which has no tuples
-    as_truth: bool = False  # only whether the value counts as true
+    as_truth: bool = False  # only whether the value is true
 
 
 class Code:
@@ -214,7 +205,7 @@ class Code:
             return str(ran.outcome)
         if case.call is None:
             found = ran.output.decode("utf-8", "replace")
-            return "passed" if _stripped(found) == _stripped(case.expected) else "wrong"
+            return "passed" if _strip_ends(found) == _strip_ends(case.expected) else "wrong"
         try:
             value = _value(json.loads(ran.output), case.as_json)
             right = (
@@ -222,7 +213,7 @@ class Code:
                 if case.as_truth
                 else same(value, case.expected, self._config.tolerance)
             )
-        # Whatever a program wrote in place of its value is no answer.
+        # The program wrote something else than its value.
         except (ValueError, TypeError, OverflowError, RecursionError):
             return "wrong"
         return "passed" if right else "wrong"
@@ -281,7 +272,7 @@ def _read_assert(text: str) -> Case:
     try:
         body = ast.parse(text.strip()).body
     except (SyntaxError, ValueError) as error:
-        raise ValueError(f"test {text[:80]!r} is no Python ({error})") from error
+        raise ValueError(f"test {text[:80]!r} is not valid Python ({error})") from error
     if len(body) != 1 or not isinstance(body[0], ast.Assert):
         raise ValueError(f"test {text[:80]!r} is not one assert")
     claim, wanted = body[0].test, True
@@ -310,7 +301,7 @@ def _literal(node: ast.expr) -> tuple[Any] | None:
         return None
 
 
-def _stripped(text: str) -> list[str]:
+def _strip_ends(text: str) -> list[str]:
     return [line.rstrip() for line in text.strip().splitlines()]
 
 

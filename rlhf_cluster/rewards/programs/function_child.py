@@ -47,7 +47,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _die_with_parent(request_fd: int) -> None:
-    """Waits for: the parent's end of the pipe to close, also while the function runs."""
+    """Kill this process group once the parent is dead, also while the function runs.
+
+    Waits for: the parent's end of the pipe to close.
+    """
     poll = select.poll()
     poll.register(request_fd, 0)  # a hang-up is always reported
     poll.poll()
@@ -69,7 +72,7 @@ def _load(path: str) -> tuple[Callable[..., Any] | None, str]:
 def _call(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
     try:
         return {"result": _plain(function(**arguments))}
-    # A user's function may raise anything, and sys.exit is no reason to lose the process.
+    # A user's function may raise anything, and sys.exit must not end the process.
     except (Exception, SystemExit) as error:
         traceback.print_exc()
         return {"error": _describe(error)}

@@ -30,7 +30,7 @@ from rlhf_cluster.errors import ConfigError
 from rlhf_cluster.rewards.reward_failure import RewardFailure
 
 _CHUNK_BYTES = 1 << 16
-_DEATH_CHECK_S = 0.5  # a grandchild may hold the pipe open, so its end alone does not tell
+_DEATH_CHECK_S = 0.5  # a grandchild may hold the pipe open, so the pipe's end is not enough
 _KILL_TIMEOUT_S = 10.0
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[3])
 # Run as a file: as a module it would first import this package, several times its own start.
@@ -93,7 +93,7 @@ class FunctionProcess:
         if self._child is None:
             return
         self.interrupt()
-        # A process in uninterruptible sleep goes when the kernel lets it; nobody waits for it.
+        # A process in uninterruptible sleep ends when the kernel lets it; do not wait.
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._child.wait(timeout=_KILL_TIMEOUT_S)
         self._child = None

@@ -8,7 +8,7 @@ Imports nothing of this project, so that it starts at once. Reads one JSON line,
     this process       new user, mount, process, network, IPC and host name namespaces
       first process    builds an empty root of read-only folders, then waits for the program;
                        as the first of its process namespace it takes all others along when it ends
-        the program    user "nobody", no capabilities, limits, a system call filter, own session
+        the program    user `nobody`, no capabilities, limits, a system call filter, own session
 
 Reports one JSON object a line: {"started": true} just before the program, then {"status": code}
 (negative: the signal that killed it), or {"sandbox": reason} where the sandbox cannot be built.
@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from typing import Any
 
 NOBODY = 65534
-# Beside whatever folder the interpreter may be in.
+# Paths that cannot hide the folder of the interpreter.
 PROGRAM_DIR = "/sandbox/program"
 WORK_DIR = "/sandbox/work"
 PACKAGES_DIR = "/sandbox/packages"
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _read_line(fd: int) -> bytes:
-    """Waits for: the parent's line, or its end."""
+    """Read one line. Waits for: the parent's line, or its end."""
     line = bytearray()
     while not line.endswith(b"\n"):
         chunk = os.read(fd, 1 << 16)
@@ -124,22 +124,22 @@ def _report(fd: int, message: dict[str, Any]) -> None:
     os.write(fd, json.dumps(message).encode("ascii") + b"\n")
 
 
-def _checked(name: str, result: int) -> None:
+def _check_result(name: str, result: int) -> None:
     if result == -1:
         code = ctypes.get_errno()
         raise OSError(code, f"{name}: {os.strerror(code)}")
 
 
 def _separate() -> bool:
-    """Enter namespaces of our own. True: we were root, and "nobody" is another user in there."""
+    """Enter new namespaces. Return whether we were root: then `nobody` is another user in there."""
     uid, gid, me = os.getuid(), os.getgid(), os.getpid()
     if uid != 0:
-        _checked("unshare", _libc.unshare(_NEW_NAMESPACES))
+        _check_result("unshare", _libc.unshare(_NEW_NAMESPACES))
         _write("/proc/self/setgroups", "deny")
         _write("/proc/self/uid_map", f"{NOBODY} {uid} 1")
         _write("/proc/self/gid_map", f"{NOBODY} {gid} 1")
         return False
-    # Two users can be mapped only by somebody who is still outside.
+    # Two users can be mapped only by a process that is still outside.
     begin_read, begin_write = os.pipe()
     outside = os.fork()
     if outside == 0:
@@ -153,7 +153,7 @@ def _separate() -> bool:
             os._exit(error.errno or 1)
         os._exit(0)
     try:
-        _checked("unshare", _libc.unshare(_NEW_NAMESPACES))
+        _check_result("unshare", _libc.unshare(_NEW_NAMESPACES))
         os.write(begin_write, b"1")
     finally:
         os.close(begin_read)
@@ -187,7 +187,7 @@ def _first_process(spec: dict[str, Any], is_root: bool, control_fd: int, report_
 
 
 def _wait(program: int, lifeline: int) -> int:
-    """The program's exit status. Orphans are reaped, so that they do not count as processes.
+    """Return the program's exit status. Reaps orphans, which would use up the limit of processes.
 
     Waits for: the program's end. Unblocked by: that, or the end of the lifeline.
     """
@@ -229,9 +229,9 @@ def _build_root(spec: dict[str, Any]) -> None:
     if not os.path.exists(_JAIL + "/tmp"):
         os.symlink(WORK_DIR, _JAIL + "/tmp")
     os.mkdir(_ROOT + "/old")
-    _checked("pivot_root", _libc.pivot_root(_ROOT.encode(), (_ROOT + "/old").encode()))
+    _check_result("pivot_root", _libc.pivot_root(_ROOT.encode(), (_ROOT + "/old").encode()))
     os.chdir("/")
-    _checked("umount", _libc.umount2(b"/old", _MNT_DETACH))
+    _check_result("umount", _libc.umount2(b"/old", _MNT_DETACH))
     os.rmdir("/old")
     _set_attributes("/", _ATTR_RDONLY, 0)
     # Below the root of the mounts: the kernel refuses further user namespaces to such processes.
@@ -243,7 +243,7 @@ def _mount(
     source: str | None, target: str, kind: str | None, flags: int, data: str | None = None
 ) -> None:
     given = [None if text is None else text.encode() for text in (source, target, kind, data)]
-    _checked(f"mount {target}", _libc.mount(*given[:3], ctypes.c_ulong(flags), given[3]))
+    _check_result(f"mount {target}", _libc.mount(*given[:3], ctypes.c_ulong(flags), given[3]))
 
 
 def _bind_read_only(path: str, inside: str) -> None:
@@ -271,13 +271,13 @@ def _set_attributes(path: str, attributes: int, flags: int) -> None:
         what,
         ctypes.c_long(len(what)),
     )
-    _checked(f"mount_setattr {path}", result)
+    _check_result(f"mount_setattr {path}", result)
 
 
 def _become_program(spec: dict[str, Any], is_root: bool, report_fd: int) -> None:
-    """Give up every right, then run the program. Never returns.
+    """Drop every right, then run the program. Never returns.
 
-    Starting a program as "nobody" takes the capabilities of the new user namespace from it.
+    Starting a program as `nobody` takes the capabilities of the new user namespace from it.
     """
     try:
         os.setsid()  # kill(0) reaches a process group across namespaces: it must be our own
@@ -286,12 +286,12 @@ def _become_program(spec: dict[str, Any], is_root: bool, report_fd: int) -> None
             os.setresgid(NOBODY, NOBODY, NOBODY)
         if is_root:
             os.setresuid(NOBODY, NOBODY, NOBODY)
-        # Where the program has our own user, this process and its parents count as well.
+        # Where the program has our own user, the limit includes this process and its parents.
         limits = spec["limits"] | {"NPROC": spec["processes"] + (0 if is_root else 2)}
         for name, value in limits.items():
             number = getattr(resource, f"RLIMIT_{name}")
             resource.setrlimit(number, (value, value + 1 if name == "CPU" else value))
-        _checked("no_new_privs", _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+        _check_result("no_new_privs", _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
         _filter_system_calls()
         os.execve(spec["command"][0], spec["command"], spec["environment"])
     except OSError as error:
@@ -300,7 +300,7 @@ def _become_program(spec: dict[str, Any], is_root: bool, report_fd: int) -> None
 
 
 def _filter_system_calls() -> None:
-    """Answer the calls of `_DENIED` with EPERM (classic BPF over `struct seccomp_data`)."""
+    """Answer the calls of `_DENIED` with EPERM (classic BPF on `struct seccomp_data`)."""
     machine = platform.machine()
     if machine not in _DENIED:
         raise OSError(0, f"seccomp: no table of system calls for {machine}")
@@ -322,7 +322,7 @@ def _filter_system_calls() -> None:
     packed = b"".join(struct.pack("HBBI", *instruction) for instruction in code)
     buffer = ctypes.create_string_buffer(packed)
     program = struct.pack("HxxxxxxP", len(code), ctypes.addressof(buffer))
-    _checked("seccomp", _libc.prctl(_PR_SET_SECCOMP, 2, program, 0, 0))
+    _check_result("seccomp", _libc.prctl(_PR_SET_SECCOMP, 2, program, 0, 0))
 
 
 if __name__ == "__main__":

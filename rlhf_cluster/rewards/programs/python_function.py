@@ -2,15 +2,15 @@
 
     def reward(prompts, completions, **columns) -> list[float]
 
-`prompts` and `completions` have one entry a rollout. When the data set's prompt is text both are
+`prompts` and `completions` have one entry per rollout. When the data set's prompt is text both are
 texts; when it is chat messages, a prompt is the list of messages and a completion is
 `[{"role": "assistant", "content": ...}]`. Every other column of the data set comes as a list with
-one entry a rollout, and the configured `kwargs` as they are.
+one entry per rollout, and the configured `kwargs` as they are.
 
 With `per_step` the function also gets `steps`, the list of each completion's steps as texts, and
-returns a list of floats for each completion, one a step.
+returns a list of floats for each completion, one per step.
 
-The function runs in a child process of its own: it may crash or hang without harm to the worker.
+The function runs in a separate child process: it may crash or hang without harm to the worker.
 """
 
 from __future__ import annotations
@@ -24,15 +24,8 @@ from pydantic import Field, PositiveInt
 from rlhf_cluster.errors import ConfigError
 from rlhf_cluster.records import Prompt, Rollout
 from rlhf_cluster.rewards.programs.function_pool import FunctionPool
-from rlhf_cluster.rewards.reward import (
-    RewardContext,
-    RewardSection,
-)
-from rlhf_cluster.rewards.reward_failure import (
-    RewardFailure,
-    check_scores,
-    check_step_scores,
-)
+from rlhf_cluster.rewards.reward import RewardContext, RewardSection
+from rlhf_cluster.rewards.reward_failure import RewardFailure, check_scores, check_step_scores
 
 _OWN_ARGUMENTS = ("prompts", "completions")
 _STEPS = "steps"

@@ -1,4 +1,4 @@
-"""Runs a program that nobody trusts, and says what became of it.
+"""Runs an untrusted program, and reports its outcome.
 
 A program sees an empty machine: its own process, user, network, IPC and mount namespaces; the
 interpreter and the system's libraries, read-only; its own text; an empty folder of `disk_bytes` in
@@ -35,11 +35,7 @@ from typing import Any
 
 from rlhf_cluster.errors import ConfigError
 from rlhf_cluster.rewards.programs.candidate import EXITS
-from rlhf_cluster.rewards.programs.jail import (
-    PACKAGES_DIR,
-    PROGRAM_DIR,
-    WORK_DIR,
-)
+from rlhf_cluster.rewards.programs.jail import PACKAGES_DIR, PROGRAM_DIR, WORK_DIR
 from rlhf_cluster.rewards.reward_failure import RewardFailure
 
 _CHUNK_BYTES = 1 << 16
@@ -83,14 +79,14 @@ print("held")
 
 
 class Outcome(StrEnum):
-    """What became of a program."""
+    """End of a program."""
 
     ENDED = "ended"  # by itself, with exit code 0: its output counts
     ERROR = "error"  # it raised, or left with another exit code
     SYNTAX = "syntax"  # no Python
     CPU = "cpu"  # out of processor time
     TIMEOUT = "timeout"  # out of waiting time
-    MEMORY = "memory"  # told by itself, like the four below; a lie changes no score
+    MEMORY = "memory"  # reported by the program, like the four below; no report changes a score
     PROCESSES = "processes"
     FILES = "files"
     DENIED = "denied"
@@ -125,7 +121,7 @@ class Sandbox:
     def __init__(
         self, limits: Limits, packages: bool = False, start_timeout_s: float = 60.0
     ) -> None:
-        """`packages`: the program may import what is installed beside this project."""
+        """`packages`: the program may import packages of this project's environment."""
         self._limits = limits
         self._start_timeout_s = start_timeout_s
         self._packages = sysconfig.get_paths()["purelib"] if packages else None
@@ -230,7 +226,7 @@ class _Run:
         self._exchange({"control": line, "stdin": stdin})
 
     def finish(self) -> Ran:
-        """What became of it. Raises `RewardFailure` where the sandbox did not say."""
+        """Return the outcome. Raises `RewardFailure` where the sandbox did not say."""
         messages = [json.loads(line) for line in self.received["report"].splitlines()]
         failed = [str(m["sandbox"]) for m in messages if "sandbox" in m]
         if failed:
@@ -309,7 +305,7 @@ class _Run:
         name = key.data
         try:
             left[name] = left[name][os.write(key.fd, left[name][:_CHUNK_BYTES]) :]
-        except BrokenPipeError:  # nobody reads it: a program need not read its input
+        except BrokenPipeError:  # a program need not read its input
             left[name] = memoryview(b"")
         if left[name]:
             return

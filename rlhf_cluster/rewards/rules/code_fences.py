@@ -28,8 +28,8 @@ def last_block(
 def blocks(text: str, may_be_open: bool) -> Iterator[tuple[str, str]]:
     """Language (lower case, empty without one) and content of each block, in order.
 
-    A block ends at a fence of its own sign that is as long as its first one. Fences of a list's entry
-    are indented, and so is what they hold: that is taken off.
+    A block ends at a fence of the same sign that is as long as its first one. Fences of a list's entry
+    are indented like their content: the indentation is removed.
     """
     language, opening, begin = "", "", -1
     for fence in _FENCE.finditer(text):

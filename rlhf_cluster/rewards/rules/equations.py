@@ -18,15 +18,12 @@ from itertools import pairwise
 from typing import Literal
 
 from rlhf_cluster.records import Prompt, Rollout
-from rlhf_cluster.rewards.reward import (
-    RewardContext,
-    RewardSection,
-)
+from rlhf_cluster.rewards.reward import RewardContext, RewardSection
 
 MAX_TOKENS = 40
-"""Numbers, operators and parentheses of one side; longer ones are no arithmetic."""
+"""Numbers, operators and parentheses of one side; longer sides are not read."""
 MAX_POWER_BITS = 4096
-"""Powers with more are no arithmetic: working one out could take all memory."""
+"""Largest power that is read: working one out could take all memory."""
 
 _TOKEN = re.compile(
     r" ?(?:[$\u20ac\u00a3] ?)?(?P<number>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,30}(?!\d))(?:\.\d{1,30})?)"
@@ -64,7 +61,7 @@ class Equations:
         completions: Sequence[str],
         steps: Sequence[Sequence[str]],
     ) -> list[list[float]]:
-        """One score a step of each rollout."""
+        """Return one score per step of each rollout."""
         return [[self._score(step) for step in own] for own in steps]
 
     def close(self) -> None:
@@ -93,7 +90,7 @@ class _Side:
     """Arithmetic that was read: its value, its operators, and the decimals that it shows."""
 
     def __init__(self, tokens: Sequence[str]) -> None:
-        """Raises `ValueError` where the tokens are no expression, `ZeroDivisionError`."""
+        """Read an expression. Raises `ValueError` where the tokens are none, `ZeroDivisionError`."""
         self._tokens, self._next = list(tokens), 0
         self.operators = sum(t in _OPERATORS for t in tokens)
         numbers = [t for t in tokens if t[0].isdigit()]
@@ -139,10 +136,10 @@ class _Side:
 
 
 def _power(base: Fraction, exponent: Fraction) -> Fraction:
-    """Raises `ValueError` where it is no fraction or has too many digits, `ZeroDivisionError`."""
+    """Raise to a power. Raises `ValueError`: irrational or too many digits; `ZeroDivisionError`."""
     bits = max(base.numerator.bit_length(), base.denominator.bit_length())
     if exponent.denominator != 1 or bits * abs(exponent) > MAX_POWER_BITS:
-        raise ValueError(f"{base} ^ {exponent} is no arithmetic")
+        raise ValueError(f"{base} ^ {exponent} is not arithmetic")
     return base ** int(exponent)
 
 
@@ -163,7 +160,7 @@ def _last(text: str) -> _Side | None:
 
 
 def _first(text: str) -> _Side | None:
-    """The longest expression at the beginning; none where it goes on with something unread."""
+    """The longest expression at the beginning; none where something unread continues it."""
     run = _runs(text)[0]
     for end in range(len(run), 0, -1):
         side = _read(run[:end])
@@ -180,7 +177,7 @@ def _read(tokens: Sequence[str]) -> _Side | None:
 
 
 def _runs(text: str) -> list[list[str]]:
-    """Numbers and symbols that follow each other, cut where other text stands between them."""
+    """Numbers and symbols that follow each other, cut where other text is between them."""
     runs: list[list[str]] = [[]]
     text, position = text.rstrip(), 0
     while position < len(text):
@@ -197,6 +194,6 @@ def _runs(text: str) -> list[list[str]]:
 
 
 def _readable(run: list[str], number: int) -> list[str]:
-    """The run, or nothing: after a word, `- 3 + 4` goes on with what the word stands for."""
+    """The run, or nothing: after a word, `- 3 + 4` continues what the word means."""
     after_word = number > 0 and bool(run) and run[0] in _OPERATORS
     return [] if after_word or len(run) > MAX_TOKENS else run

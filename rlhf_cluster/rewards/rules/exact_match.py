@@ -10,10 +10,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from rlhf_cluster.records import FinishReason, Prompt, Rollout
-from rlhf_cluster.rewards.reward import (
-    RewardContext,
-    RewardSection,
-)
+from rlhf_cluster.rewards.reward import RewardContext, RewardSection
 from rlhf_cluster.rewards.reward_failure import RewardFailure, column
 
 
@@ -34,7 +31,7 @@ class ExactMatch:
     def score(
         self, prompt: Prompt, rollouts: Sequence[Rollout], completions: Sequence[str]
     ) -> list[float]:
-        """1.0 or 0.0 a rollout. Raises `RewardFailure` without a usable target."""
+        """1.0 or 0.0 per rollout. Raises `RewardFailure` without a usable target."""
         target = column(prompt, self._config.target_column)
         if isinstance(target, bool) or not isinstance(target, str | int):
             raise RewardFailure(

@@ -1,7 +1,6 @@
 r"""Finds where a text states its final answer. What the answer is worth, the verifiers decide.
 
-Of a completion the reasoning is left out first (`reasoning.py`). Then the first of these is the
-statement:
+First `reasoning.py` removes the reasoning of a completion. Then the first of these is the statement:
 
 1. `box`: the content of the last `\boxed{}` that is not empty (`\fbox{}` is one). Boxes with nothing
    but a comma, "and" or "or" between them are one statement, joined by commas.
@@ -9,7 +8,7 @@ statement:
    read those lines only.
 3. `hash`: what follows `####` on the last line that is not empty. Elsewhere `####` is a heading.
 4. `said`: what follows the last "answer is", "answer:" or heading "Answer", up to the end of the
-   line, where a value stands there; what is denied or doubted ("cannot be 6") keeps those words.
+   line, where that has a value; what is denied or doubted ("cannot be 6") keeps those words.
 5. `prose`: all of the text, where nothing marks an answer.
 
 A target is read by the rules of the data sets instead: the line after its last `####` (GSM8K), else
@@ -24,6 +23,7 @@ import re
 from typing import Literal, NamedTuple
 
 from rlhf_cluster.rewards.rules.reasoning import without_reasoning
+from rlhf_cluster.rewards.rules.withheld import is_disowned
 
 Kind = Literal["box", "tag", "hash", "said", "prose"]
 
@@ -48,15 +48,12 @@ FORMULA = re.compile(
 )
 """A formula among words; one of its groups has the content."""
 _ANSWER = re.compile(r"(?i:(?<![A-Za-z])answer)\b|\u7b54\u6848")
-_SUPPOSED = re.compile(
-    r"\b(?:if|whether|suppos(?:e|ing)|assum(?:e|ing)|imagine|let's (?:say|assume)"
-    r"|doubt|(?:not|n't) (?:think|believe|sure|true|certain)|false|no proof|nobody knows"
-    r"|wrong|incorrect|previous|first|initial|might (?:say|think)"
-    r"|convert|round|write|express|put|double|multiply|divide|subtract"
+_UNFINISHED = re.compile(
+    r"\b(?:convert|round|write|express|put|double|multiply|divide|subtract"
     r"|(?:to|can|must|should) (?:find|get|calculate|determine|check))\b[^,;:.\n]*$",
     re.IGNORECASE,
 )
-"""Before "answer": it is supposed, denied, or still to be worked on."""
+"""Work on the answer, before the word "answer": `round the answer to 3 digits`."""
 _IF = r"[^.\n]{0,80}\b(?:if|unless)\b"
 _SAYS = re.compile(
     # "answer:", "answer (in cm):", "the answer to this question is", a heading; but not "write the
@@ -78,11 +75,16 @@ _SENTENCE = re.compile(r"(?:[A-Za-z]+\W+){4}")
 _SOLUTION = re.compile(
     r"\n(?!\W*(?i:explanation|because|reason|since|check|proof|work|note))[^\n]*\d"
 )
+_ONLY_ITEM = re.compile(r"(?:\(1\)|1[.)])\s+(?=[^\w\n]*\d[\d.,/]*(?: ?[A-Za-z%]+){0,2}[^\w\n]*$)")
+"""Marker of a list before its one value: `1. 42`."""
+_SECOND_ITEM = re.compile(r"^\W*2[.)]", re.MULTILINE)
+_FILLED_IN = re.compile(r"[\[<]([^\[\]<>,;\n]{1,40})[\]>]\W*")
+"""Value in the brackets of a form: `[42]`."""
 _VALUE = re.compile(r"[\d\\$\u00bc-\u00be\u2150-\u215e]")
 
 
 class Statement(NamedTuple):
-    """Where a text states its answer, and by which rule it was found."""
+    """Part of a text that states its answer, and the rule that found it."""
 
     text: str
     kind: Kind
@@ -97,12 +99,12 @@ def final_statement(completion: str) -> Statement:
     tagged = _last_tag(text)
     if tagged is not None:
         if len(tagged.splitlines()) == 1:
-            return Statement(_bounded(tagged), "tag")
+            return Statement(_cut(tagged), "tag")
         text = tagged
     lines = text.rstrip().rpartition("\n")
     _, marker, after = lines[2].rpartition("####")
     if marker and after.strip():
-        return Statement(_bounded(after), "hash")
+        return Statement(_cut(after), "hash")
     said = _last_said(text)
     return Statement(said, "said") if said is not None else Statement(text, "prose")
 
@@ -141,7 +143,7 @@ def _content(text: str, start: int, stop: int) -> tuple[int, str]:
         bare = _BARE.match(text, start)
         return (bare.end(), bare[0]) if bare else (start, "")
     depth = 0
-    # Boxes that lie inside another are found first, so nothing after `stop` is read twice.
+    # Boxes inside another box are found first, so nothing after `stop` is read twice.
     for brace in _BRACE.finditer(text, start, stop):
         depth += (brace[0] == "{") - (brace[0] == "}")
         if depth == 0:
@@ -160,7 +162,9 @@ def _last_tag(text: str) -> str | None:
 def _last_said(text: str) -> str | None:
     for found in reversed(list(_ANSWER.finditer(text))):
         says = _SAYS.match(text, found.end())
-        if says is None or _SUPPOSED.search(text, max(found.start() - 60, 0), found.start()):
+        if says is None or is_disowned(text, found.start(), says.end()):
+            continue
+        if _UNFINISHED.search(text, max(found.start() - 60, 0), found.start()):
             continue
         rest = text[says.end() : says.end() + MAX_STATEMENT_CHARACTERS].lstrip(' *_`":=\uff1a')
         line, _, below = rest.partition("\n")
@@ -171,6 +175,10 @@ def _last_said(text: str) -> str | None:
         if says[0].rstrip(" *_").endswith((":", "\n")) and _begins_solution(line, rest):
             return None
         if _VALUE.search(line):
+            if not _SECOND_ITEM.search(below):
+                line = _ONLY_ITEM.sub("", line, count=1)
+            filled_in = _FILLED_IN.fullmatch(line)
+            line = filled_in[1] if filled_in else line
             return (says["doubt"] or "") + _QUOTED_END.sub("", line).strip(" |")
     return None
 
@@ -190,5 +198,5 @@ def _first_line(text: str) -> str:
     return ""
 
 
-def _bounded(text: str) -> str:
+def _cut(text: str) -> str:
     return text.strip()[:MAX_STATEMENT_CHARACTERS]

@@ -19,10 +19,7 @@ import regex
 from pydantic import Field, field_validator
 
 from rlhf_cluster.records import Prompt, Rollout
-from rlhf_cluster.rewards.reward import (
-    RewardContext,
-    RewardSection,
-)
+from rlhf_cluster.rewards.reward import RewardContext, RewardSection
 from rlhf_cluster.rewards.reward_failure import RewardFailure
 
 
@@ -41,7 +38,7 @@ class FormatConfig(RewardSection):
         try:
             regex.compile(pattern, regex.DOTALL)
         except regex.error as error:
-            raise ValueError(f"is no regular expression ({error}). Correct it") from error
+            raise ValueError(f"is not a regular expression ({error}). Correct it") from error
         return pattern
 
 
@@ -53,7 +50,7 @@ class Format:
     def score(
         self, prompt: Prompt, rollouts: Sequence[Rollout], completions: Sequence[str]
     ) -> list[float]:
-        """1.0 or 0.0 a rollout. Raises `RewardFailure` where matching took too long."""
+        """1.0 or 0.0 per rollout. Raises `RewardFailure` where matching took too long."""
         return [1.0 if self._matches(text.strip()) else 0.0 for text in completions]
 
     def close(self) -> None:

@@ -21,11 +21,7 @@ from rlhf_cluster.errors import ConfigError
 from rlhf_cluster.records import Prompt, Rollout
 from rlhf_cluster.rewards.programs.function_pool import FunctionPool
 from rlhf_cluster.rewards.reward import RewardContext
-from rlhf_cluster.rewards.reward_failure import (
-    RewardFailure,
-    check_scores,
-    column,
-)
+from rlhf_cluster.rewards.reward_failure import RewardFailure, check_scores, column
 from rlhf_cluster.rewards.rules.code_fences import last_block
 from rlhf_cluster.rewards.rules.reasoning import ReasoningSection, without_reasoning
 
@@ -52,10 +48,10 @@ class JsonSchemaConfig(ReasoningSection):
 
 class JsonSchema:
     def __init__(self, config: JsonSchemaConfig, context: RewardContext) -> None:
-        """Starts a child. Raises `ConfigError` when that fails, or `json_schema` is no schema."""
+        """Starts a child. Raises `ConfigError` when that or `json_schema` fails."""
         self._config = config
         self._pool = FunctionPool(
-            "rlhf_cluster.rewards.rules.json_schema:accepted",
+            "rlhf_cluster.rewards.rules.json_schema:score_json",
             config.processes,
             config.start_timeout_s,
             context.wait_timeout_s,
@@ -71,7 +67,7 @@ class JsonSchema:
     def score(
         self, prompt: Prompt, rollouts: Sequence[Rollout], completions: Sequence[str]
     ) -> list[float]:
-        """1.0 or 0.0 a rollout. Raises `RewardFailure`: no usable schema, or no answer in time."""
+        """1.0 or 0.0 per rollout. Raises `RewardFailure`: no usable schema, or no answer in time."""
         schema = self._config.json_schema
         if schema is None and self._config.schema_column is not None:
             schema = column(prompt, self._config.schema_column)
@@ -86,13 +82,13 @@ class JsonSchema:
         return self._pool.call(arguments, self._config.timeout_s)
 
 
-def accepted(schema: Any, completions: Sequence[str]) -> list[float]:
-    """Runs in the child. 1.0 or 0.0 a completion; raises what is wrong with the schema."""
+def score_json(schema: Any, completions: Sequence[str]) -> list[float]:
+    """Score in the child: 1.0 or 0.0 per completion; raises what is wrong with the schema."""
     from jsonschema import validators
     from referencing import Registry
 
     if isinstance(schema, str):
-        schema = _parsed(schema)
+        schema = _parse(schema)
     if not isinstance(schema, dict):
         raise TypeError(f"the schema is {type(schema).__name__}, expected a table")
     known = validators.validator_for(schema)
@@ -101,7 +97,7 @@ def accepted(schema: Any, completions: Sequence[str]) -> list[float]:
     scores = []
     for text in completions:
         try:
-            value = _parsed(find_json(text))
+            value = _parse(find_json(text))
         except (ValueError, RecursionError):
             scores.append(0.0)
         else:
@@ -116,16 +112,16 @@ def find_json(completion: str) -> str:
     return text if block is None else block
 
 
-def _parsed(text: str) -> Any:
+def _parse(text: str) -> Any:
     return json.loads(text, parse_constant=_refuse, parse_float=_finite)
 
 
 def _refuse(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if math.isinf(value):
-        raise ValueError(f"{text:.40} is over the largest float")
+        raise ValueError(f"{text:.40} is greater than the largest float")
     return value

@@ -13,10 +13,7 @@ from typing import Literal
 from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from rlhf_cluster.records import Prompt, Rollout
-from rlhf_cluster.rewards.reward import (
-    RewardContext,
-    RewardSection,
-)
+from rlhf_cluster.rewards.reward import RewardContext, RewardSection
 
 
 class LengthConfig(RewardSection):
@@ -24,9 +21,9 @@ class LengthConfig(RewardSection):
 
     type: Literal["length"] = "length"
     free_tokens: NonNegativeInt
-    """Up to so many tokens there is no penalty."""
+    """Longest response in tokens that has no penalty."""
     full_tokens: PositiveInt
-    """From so many tokens on the penalty is whole."""
+    """Shortest response in tokens that has the greatest penalty."""
 
     @model_validator(mode="after")
     def _check(self) -> LengthConfig:

@@ -9,7 +9,7 @@ library math-verify reads and compares (sets in any order; decimals to six place
 With `simplified`, what still has to be worked out is wrong, else restating the problem would be right:
 arithmetic in place of a number (`40 + 32`, `\gcd(144, 216)`, a fraction that is not in lowest terms),
 and in other answers such operations, and products of sums, as the expected answer does not have. An
-equation is no value, unless every side before its last is a name (`x = 72`) or has that value too.
+equation is not a value, unless every side before its last is a name (`x = 72`) or has that value too.
 
 An expected answer is a number, a formula, or text with its answer after `####` or in `\boxed{}`. Prose
 without a mark is refused: which of its numbers is meant would be a guess.
@@ -57,9 +57,9 @@ class MathsConfig(ReasoningSection):
     compare_s: float = Field(default=5.0, gt=0)
     """Deadline of comparing one completion."""
     max_answer_characters: PositiveInt = 20_000
-    """Only this much of the end of a completion is read, once its reasoning is left out."""
+    """Characters that are read at the end of a completion without its reasoning."""
     simplified: bool = True
-    """What still has to be worked out is no answer; without it `40 + 32` is right where 72 is."""
+    """An answer must be worked out; without this key `40 + 32` is right where 72 is."""
     processes: PositiveInt = 1
     """Child processes of each scoring worker."""
     start_timeout_s: float = Field(default=60.0, gt=0)
@@ -82,8 +82,8 @@ class Maths:
     def score(
         self, prompt: Prompt, rollouts: Sequence[Rollout], completions: Sequence[str]
     ) -> list[float]:
-        """1.0 or 0.0 a rollout. Raises `RewardFailure` without a usable target, or child."""
-        expected = self._expected(prompt)
+        """1.0 or 0.0 per rollout. Raises `RewardFailure` without a usable target, or child."""
+        expected = self._read_target(prompt)
         # Reasoning goes before a cut, which could lose its opening tag and let a guess count.
         texts = self._config.without_reasoning(completions)
         return [self._score(expected, text) for text in texts]
@@ -96,7 +96,7 @@ class Maths:
     def close(self) -> None:
         self._pool.close()
 
-    def _expected(self, prompt: Prompt) -> str:
+    def _read_target(self, prompt: Prompt) -> str:
         target: Any = column(prompt, self._config.target_column)
         usable = isinstance(target, str | int | float) and not isinstance(target, bool)
         if isinstance(target, str) and is_prose(target):
@@ -147,5 +147,5 @@ def is_prose(target: str) -> bool:
 
 
 def has_words(text: str) -> bool:
-    """Whether words stand in it that are neither of mathematics nor in `\\text{}`."""
+    """Whether the text has words that are neither of mathematics nor in `\\text{}`."""
     return _WORD.search(_TEXT.sub("", text)) is not None

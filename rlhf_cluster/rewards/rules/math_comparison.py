@@ -1,6 +1,6 @@
-"""Compares two mathematical answers, in the child process of `math_answer.py`; what no number is, with
-math-verify. Its advice for rewards is taken: malformed operators of a completion are not mended
-(`x^(10)`), and equations are not taken for values."""
+"""Compares two mathematical answers, in the child process of `math_answer.py`; math-verify
+compares all but numbers. Its advice for rewards is followed: malformed operators of a completion
+(`x^(10)`) are not repaired, and equations are not read as values."""
 
 from __future__ import annotations
 
@@ -28,12 +28,8 @@ from rlhf_cluster.rewards.rules.final_answer import (
 from rlhf_cluster.rewards.rules.math_answer import has_words
 from rlhf_cluster.rewards.rules.math_spelling import alike, in_latex
 from rlhf_cluster.rewards.rules.operations import operations, spare_operations
-from rlhf_cluster.rewards.rules.quantities import (
-    WRAPPED,
-    Quantity,
-    read_statement,
-    read_target,
-)
+from rlhf_cluster.rewards.rules.plain_text import WRAPPED
+from rlhf_cluster.rewards.rules.quantities import Quantity, read_statement, read_target
 from rlhf_cluster.rewards.rules.withheld import is_withheld
 
 _PLACES = 6
@@ -72,14 +68,14 @@ def compare(expected: str, completion: str | None, simplified: bool = True) -> b
     if completion == expected:  # asked where the machine may be at fault
         return _verify(formulas, formulas) or number is not None
     statement = final_statement(completion)
-    names = formulas and _EQUALS.search(_wanted(expected)) and _EQUALS.search(statement.text)
+    names = formulas and _EQUALS.search(_marked_answer(expected)) and _EQUALS.search(statement.text)
     if number is not None and not (names and statement.kind == "box"):  # x = 5 is not y = 5
         found = read_statement(statement)
         if found is not None:
             return _same(number, found)
         if simplified:
             return False
-    answer = _formula(statement, may_deny=_is_withheld(_wanted(expected)))
+    answer = _formula(statement, may_deny=_is_withheld(_marked_answer(expected)))
     if answer is None or not formulas:
         return False
     return _equal(expected, formulas, answer, simplified)
@@ -110,11 +106,11 @@ def _close(expected: Quantity, found: Quantity, one: Fraction, other: Fraction) 
 
 @functools.lru_cache(maxsize=256)
 def _target(text: str) -> tuple[Quantity | None, list[Any]]:
-    answer = _wanted(text)
+    answer = _marked_answer(text)
     return read_target(text), _parse(answer, is_target=True) or _words(answer)
 
 
-def _wanted(expected: str) -> str:
+def _marked_answer(expected: str) -> str:
     """The answer of a target: what is marked in it, else all of it."""
     marked = target_statement(expected)
     return marked.text if marked is not None else expected
@@ -160,7 +156,7 @@ def _is_withheld(text: str) -> bool:
 
 
 def _equal(expected: str, wanted: list[Any], answer: str, simplified: bool) -> bool:
-    target = _wanted(expected)
+    target = _marked_answer(expected)
     aligned, answer = alike(target, answer)
     if aligned != target:
         target, wanted = aligned, _parse(aligned, is_target=True)
@@ -238,12 +234,12 @@ def _words(text: str) -> list[Any]:
 
 @functools.lru_cache(maxsize=256)
 def _parse(text: str, is_target: bool = False) -> list[Any]:
-    """Sympy expressions, or nothing. Texts that are no mathematics are none."""
+    """Parse Sympy expressions; texts that are not mathematics have none."""
     return _library(f"${_plain(text)}$", is_target, is_formula=True)
 
 
 def _plain(answer: str) -> str:
-    """What the library does not read by itself, in LaTeX."""
+    """Write in LaTeX what the library does not read."""
     answer = in_latex(answer).replace("\\$", "").strip().strip("$").strip()
     answer = answer.removesuffix(".")
     if "\\pm" in answer:

@@ -1,7 +1,7 @@
-r"""Brings two answers to one way of writing, where both are usual and the library tells them apart.
+r"""Spells two answers alike, where both spellings are usual and differ for the library.
 
 `x = 3, y = 4` is `(3, 4)`; `x = 1 \text{ or } x = 2` is `1, 2`; `3 \le x < 4` and `x \in [3, 4)` are
-`[3, 4)`. Only the side that has the names is written anew, and only where the other has none. Signs
+`[3, 4)`. Only the side that has the names is rewritten, and only where the other has none. Signs
 of Unicode become LaTeX.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 
 from rlhf_cluster.rewards.rules.final_answer import MAX_STATEMENT_CHARACTERS
-from rlhf_cluster.rewards.rules.quantities import ALIGNED, with_plain_signs
+from rlhf_cluster.rewards.rules.plain_text import with_plain_signs, without_alignment
 
 _ROOT = re.compile("\u221a ?(?:(\\d+|[A-Za-z])|\\(([^()]{1,80})\\))")
 _SIGNS = str.maketrans(
@@ -58,7 +58,7 @@ def in_latex(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    text = ALIGNED.sub("", in_latex(text)).replace("&=", "=").strip().strip("$")
+    text = without_alignment(in_latex(text)).strip().strip("$")
     return _MEMBER.sub("", text.removeprefix("\\(").removesuffix("\\)"))
 
 

@@ -1,7 +1,7 @@
 r"""1.0 when the completion chooses the expected letter, 0.0 otherwise.
 
-The reasoning is left out. The choice is then the first of these that the completion has;
-nothing else counts as a choice:
+Reasoning is removed. The choice is then the first of these that the completion has;
+nothing else is a choice:
 
 1. in its last `\boxed{}` or between `<answer>` tags, else after `####` on its last line: a letter,
    alone or before what it stands for ("B) Paris");
@@ -12,9 +12,9 @@ nothing else counts as a choice:
    parentheses or asterisks, or before a closing parenthesis or full stop ("C) because"), where no
    other line begins so.
 
-A letter may stand in parentheses, brackets, asterisks, dollar signs and `\text{}`, `\textbf{}` and
+A letter may be in parentheses, brackets, asterisks, dollar signs and `\text{}`, `\textbf{}` and
 the like, and before a full stop, colon or closing parenthesis; it is one of `choices`, of either case
-where it stands alone or in parentheses. Two letters ("A or maybe B") are no choice; of "not A but B"
+where it is alone or in parentheses. Two letters ("A or maybe B") choose nothing; of "not A but B"
 it is B.
 """
 
@@ -31,6 +31,7 @@ from rlhf_cluster.rewards.reward import RewardContext
 from rlhf_cluster.rewards.reward_failure import RewardFailure, column
 from rlhf_cluster.rewards.rules.final_answer import final_statement
 from rlhf_cluster.rewards.rules.reasoning import ReasoningSection, without_reasoning
+from rlhf_cluster.rewards.rules.withheld import is_disowned
 
 _OPEN = r"[(\[{*_\s$`\"']{0,8}"
 _CLOSE = r"[)\]}*_\s$`\"'.:,]{0,8}"
@@ -90,8 +91,8 @@ class MultipleChoice:
     def score(
         self, prompt: Prompt, rollouts: Sequence[Rollout], completions: Sequence[str]
     ) -> list[float]:
-        """1.0 or 0.0 a rollout. Raises `RewardFailure` without a usable target."""
-        expected = self._expected(prompt)
+        """1.0 or 0.0 per rollout. Raises `RewardFailure` without a usable target."""
+        expected = self._read_target(prompt)
         texts = self._config.without_reasoning(completions)
         found = [choice(text, self._config.choices) for text in texts]
         return [1.0 if letter == expected else 0.0 for letter in found]
@@ -99,7 +100,7 @@ class MultipleChoice:
     def close(self) -> None:
         """Nothing to release."""
 
-    def _expected(self, prompt: Prompt) -> str:
+    def _read_target(self, prompt: Prompt) -> str:
         target: Any = column(prompt, self._config.target_column)
         letters = self._config.choices
         if isinstance(target, int) and not isinstance(target, bool) and 0 <= target < len(letters):
@@ -119,14 +120,16 @@ def choice(text: str, choices: str) -> str | None:
     """The letter that `text` chooses by the rules above, None when it chooses none."""
     statement = final_statement(text)
     if statement.kind in ("box", "tag", "hash"):
-        return _marked(statement.text, choices)
+        return _read_mark(statement.text, choices)
     text = (
         without_reasoning(text).translate(_FULL_WIDTH)
         if not text.isascii()
         else without_reasoning(text)
     )
     for found in reversed(list(_SAID.finditer(text))):
-        letter, is_one = _said(text, found, choices)
+        if is_disowned(text, found.start(), found.start(found.lastgroup or "said")):
+            continue
+        letter, is_one = _read_words(text, found, choices)
         if is_one:
             return letter
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -144,7 +147,7 @@ def choice(text: str, choices: str) -> str | None:
     return letters.pop() if len(letters) == 1 and len(begun) == 1 else None
 
 
-def _said(text: str, found: re.Match[str], choices: str) -> tuple[str | None, bool]:
+def _read_words(text: str, found: re.Match[str], choices: str) -> tuple[str | None, bool]:
     """The letter that words choose, none where they offer two; and whether it is a choice."""
     group = found.lastgroup or "said"
     start, end = found.span(group)
@@ -165,7 +168,7 @@ def _is_choice(letter: str, after: str, before: str, choices: str) -> bool:
     return enclosed or letter not in "AI" or not _GOES_ON.match(after)
 
 
-def _marked(statement: str, choices: str) -> str | None:
+def _read_mark(statement: str, choices: str) -> str | None:
     line = statement.strip().translate(_FULL_WIDTH)[:_MAX_LINE]
     found = _letter(line, choices)
     if found is not None:
@@ -174,7 +177,7 @@ def _marked(statement: str, choices: str) -> str | None:
     if corrected is not None:
         return corrected[1].upper() if corrected[1].upper() in choices else None
     said = _SAID.search(line)
-    letter, is_one = _said(line, said, choices) if said is not None else (None, False)
+    letter, is_one = _read_words(line, said, choices) if said is not None else (None, False)
     if is_one:
         return letter
     option = _OPTION.fullmatch(line)

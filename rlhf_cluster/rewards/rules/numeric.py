@@ -3,7 +3,7 @@ r"""1.0 when the final number of the completion is that of the expected answer, 
 `final_answer.py` says where a completion states its answer, and `quantities.py` what number that is: in
 a box the only one; in words the first one, or what their equation comes to. A text without a marked
 answer counts by its last number. Several numbers ("72 or 73"), arithmetic that is left undone
-(`40 + 32`) and times (`3:30`) are no number.
+(`40 + 32`) and times (`3:30`) are not read as a number.
 
 Currency signs, percent signs and units are dropped, not converted: 50% reads as 50. Arithmetic is
 exact (`Fraction`), never floating point. Reading takes time linear in the text.
@@ -22,10 +22,7 @@ from rlhf_cluster.records import Prompt, Rollout
 from rlhf_cluster.rewards.reward import RewardContext
 from rlhf_cluster.rewards.reward_failure import RewardFailure, column
 from rlhf_cluster.rewards.rules.final_answer import final_statement
-from rlhf_cluster.rewards.rules.quantities import (
-    read_statement,
-    read_target,
-)
+from rlhf_cluster.rewards.rules.quantities import read_statement, read_target
 from rlhf_cluster.rewards.rules.reasoning import ReasoningSection
 
 
@@ -36,7 +33,7 @@ class NumericConfig(ReasoningSection):
     target_column: str = "answer"
     """Column with the expected answer: a number, or text with one, or with one that is marked."""
     tolerance: float = Field(default=0.0, ge=0)
-    """Largest absolute difference that still counts as equal."""
+    """Largest absolute difference of two numbers that are equal."""
 
 
 class Numeric:
@@ -47,8 +44,8 @@ class Numeric:
     def score(
         self, prompt: Prompt, rollouts: Sequence[Rollout], completions: Sequence[str]
     ) -> list[float]:
-        """1.0 or 0.0 a rollout; no number scores 0.0. `RewardFailure` without a usable target."""
-        expected = self._expected(prompt)
+        """1.0 or 0.0 per rollout; no number scores 0.0. `RewardFailure` without a usable target."""
+        expected = self._read_target(prompt)
         found = [final_number(text) for text in self._config.without_reasoning(completions)]
         return [
             1.0 if number is not None and abs(number - expected) <= self._tolerance else 0.0
@@ -58,7 +55,7 @@ class Numeric:
     def close(self) -> None:
         """Nothing to release."""
 
-    def _expected(self, prompt: Prompt) -> Fraction:
+    def _read_target(self, prompt: Prompt) -> Fraction:
         target = column(prompt, self._config.target_column)
         number = _target_number(target)
         if number is None:

@@ -2,7 +2,7 @@ r"""Counts the operations of a formula as it is written, before anything in it i
 
 An answer with more operations than its target restates the problem: `\sqrt{2} + \sqrt{8}` for
 `3\sqrt{2}`, `\ln 4 - \ln 2`, `14x + x + 3`. A formula with n numbers and names has n - 1 operations of
-two arguments; functions (`\ln`, `\sqrt`) count as one each. Not counted are signs and a 1 over or under
+two arguments; functions (`\ln`, `\sqrt`) are one each. Not counted are signs and a 1 above or below
 a fraction's bar, since `\frac{1}{2}x` and `x/2`, or `-x+1` and `1-x`, are one formula.
 """
 

@@ -18,7 +18,7 @@ and nothing else: `x = 72`, `\text{Total: } 72 \text{ cm}^2`, `48 + 24 = 72`, bu
 In a marked sentence the number that it begins with counts ("72, which is 8 more"), else the last one
 of its first clause with a number ("the 5 boys have 72"); in prose the last one of the last line; a bold
 one goes first. A number that is denied ("not 6"), hedged ("maybe 6"), bounded ("more than 6"), in a
-range or a list ("6 to 7", "6, 7") is no answer, nor one that is supposed ("if it were 6").
+range or a list ("6 to 7", "6, 7") does not count, neither does a supposed one ("if it were 6").
 "6, not 7", "6 of 7", "6 in 7" and "6 is 5% of 120" are 6.
 `tests/support/builders/answer_table.py` has verdicts.
 """
@@ -33,11 +33,8 @@ from fractions import Fraction
 from itertools import pairwise
 
 from rlhf_cluster.rewards.rules.equations import equations
-from rlhf_cluster.rewards.rules.final_answer import (
-    FORMULA,
-    Statement,
-    target_statement,
-)
+from rlhf_cluster.rewards.rules.final_answer import FORMULA, Statement, target_statement
+from rlhf_cluster.rewards.rules.plain_text import plain_text
 from rlhf_cluster.rewards.rules.withheld import (
     BOUNDED,
     CLAUSE_END,
@@ -45,14 +42,15 @@ from rlhf_cluster.rewards.rules.withheld import (
     CORRECTED,
     DENIED,
     DOUBTED,
+    REFERENCE,
     SUPPOSED,
     is_withheld,
 )
 
 MAX_NUMBER_CHARACTERS = 100
-"""Longer runs of digits are no number: reading one takes time quadratic in its length."""
+"""Longest run of digits that is read: reading one takes time quadratic in its length."""
 MAX_PROSE_CHARACTERS = 2000
-"""A text without a marked answer is read so far from its end. A longer formula is no number."""
+"""Characters at the end of a text without a marked answer that are read, and of a formula at most."""
 
 _CURRENCY = "$\u20ac\u00a3\u00a5\u20b9"
 _NUMBER = re.compile(
@@ -80,67 +78,6 @@ _NUMBER = re.compile(
 )
 _WHOLE = re.compile(r"-?\d{1,40}", re.ASCII)
 _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_SUPERSCRIPTS = dict(
-    zip("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079", "0123456789", strict=True)
-)
-_SUPERSCRIPTS["\u207b"] = "-"
-_VULGAR = {
-    "\u00bd": "12", "\u00bc": "14", "\u00be": "34", "\u2153": "13", "\u2154": "23", "\u2155": "15",
-    "\u2156": "25", "\u2157": "35", "\u2158": "45", "\u2159": "16", "\u215a": "56", "\u215b": "18",
-    "\u215c": "38", "\u215d": "58", "\u215e": "78",
-}  # fmt: skip
-_SIGNS = str.maketrans(
-    {
-        **{code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)},  # full width
-        **dict.fromkeys("\u2212\u2013\u2010\u2011\ufe63", "-"),
-        **dict.fromkeys("\u00d7\u00b7\u22c5\u2217", "*"),
-        **dict.fromkeys("\u00f7\u2215", "/"),
-        **{sign: f"\\frac{digits}" for sign, digits in _VULGAR.items()},
-        "\u2019": "'",
-        "\u3002": ". ",
-        "\u3001": ", ",
-        "\u00ba": "\u00b0",
-        "\u221a": "\\sqrt",
-        "\u03c0": "\\pi",
-        "\u221e": "\\infty",
-        "\u00b1": "\\pm",
-    }
-)
-_ORNAMENT = re.compile(
-    "[\u2020-\u2022\u2190-\u21ff\u2500-\u25cb\u25cd-\u27bf\u2b00-\u2bff\ufe0f\u20e3\U0001f000-\U0001faff]+"
-)
-_RAISED_RUN = re.compile(rf"(?<=[\da-zA-Z)])[{''.join(_SUPERSCRIPTS)}]+")
-_SEPARATOR = re.compile(r"(?<=\d)(?:\\[,;:! ]|[\u2009\u202f\u00a0~']|\{,\})(?=\d{3}(?!\d))")
-WRAPPED = re.compile(
-    r"\\(?:text[a-z]*|math(?:rm|bf|it|sf|tt)|mbox|hbox|framebox|operatorname|boldsymbol|bm|underline|phantom)"
-    r"\s?\{((?:[^{}]|\{[^{}]*\})*)\}"
-)
-_REPEATING = re.compile(
-    r"(?<![\w.])(\d{0,15})\.(\d{0,15})\\(?:overline|dot|bar)\s?(?:\{(\d{1,15})\}|(\d))"
-)
-_FRACTION = re.compile(
-    r"(?P<whole>(?<![\w^_.])\d{1,15})?\s?\\[dtc]?frac\s?(?:\{\s?(?P<top>-?[\d,]{1,40})\s?\}|(?P<t>\d))"
-    r"\s?(?:\{\s?(?P<bottom>-?[\d,]{1,40})\s?\}|(?P<b>\d))"
-)
-_UNIT_FRACTION = re.compile(
-    r"(?<=[\d\s,])\\[dt]?frac\s?\{\s*([A-Za-z]{1,12})\s*\}\s?\{\s*([A-Za-z]{1,12}(?:\^\d)?)\s*\}"
-)
-ALIGNED = re.compile(r"\\(?:begin|end)\s?\{(?:align(?:ed)?|gather(?:ed)?|equation|split)\*?\}")
-_DEGREES = re.compile(r"\s?\^\s?(?:\{\s?\\circ\s?\}|\\circ)|\\degree")
-_ORDINAL = re.compile(r"(?<=\d)\s?\^\s?\{?\s?(?:st|nd|rd|th)\s?\}?")
-_RAISED = re.compile(r"\^\s?\{([^{}]{2,40})\}")
-_SUBSCRIPT = re.compile(r"(?<=[A-Za-z])_(?:\{[^{}]{0,40}\}|\w)")
-_COMMANDS = (
-    ("\\left", ""), ("\\right", ""), ("\\displaystyle", ""), ("\\!", ""), ("\\$", "$"),
-    ("\\%", "%"), ("\\#", "#"), ("\\&", "&"), ("\\times", "*"), ("\\cdot", "*"), ("\\div", "/"),
-    ("\\approx", "\u2248"),
-    ("\\sim", "\u2248"), ("\\qquad", " "), ("\\quad", " "), ("\\(", " "), ("\\)", " "),
-    ("\\[", " "), ("\\]", " "), ("\\,", " "), ("\\;", " "), ("\\:", " "), ("\\ ", " "),
-    ("\\\\", " "), ("~", " "), ("**", " "), ("__", " "), ("`", " "),
-    ("\u00a0", " "), ("\u202f", " "), ("\u2009", " "), ("\t", " "), ("\n", " "),
-)  # fmt: skip
-_SPACED = re.compile(r"(?<![\d.,/^*+=-])(?<![-+*/=^] )[1-9]\d{0,2}(?: \d{3})+(?![\d/,])(?! ?[/^])")
-_SPACES = re.compile(r" {2,}")
 _OPERATOR = re.compile(
     r"[\s()$\[\]]*(?:[-+*/^\u2248]|:(?!\s)|(?<=\s):|\\pm|\+/-)[\s()$\[\]]*|\)?\(\s?"
     r"|\s(?:times|plus|minus|less|by|divided by|multiplied by|groups of)\s(?:the )?"
@@ -154,14 +91,9 @@ _RELATION = re.compile(
     r"[<>\u2264\u2265\u2260]=?\s*$|\\(?:le|ge|leq|geq|lt|gt|neq|ne|pm|mp|sqrt)\b\s*$|!=\s*$"
 )
 _CALL = re.compile(r"(?:\\[A-Za-z]+\s?|[A-Za-z]+)\(\s?$")
-_STYLE = re.compile(
-    r"\\(?:(?:bf|rm|it|sf|large|Large|LARGE|huge|Huge|normalsize|checkmark|therefore"
-    r"|Rightarrow|rightarrow|implies|blacksquare|square)(?![A-Za-z])|\\tag\{[^{}]{0,20}\}"
-    r"|color\s?\{[A-Za-z]{1,20}\})"
-)
 _CIRCUMSTANCE = re.compile(
     r"\b(?:in|after|with|within|during|over|from|if|all|every|per|until)\s[$]?$"
-    r"|\b(?:for|at|the|[a-z]+'s|day|age|year|week|month|step|page|level|grade)\s$",
+    r"|\b(?:for|at|the|[a-z]+'s|day|age|year|week|month|level|grade)\s$",
     re.IGNORECASE,
 )
 _VARIABLE = re.compile(
@@ -183,8 +115,8 @@ _NO_ANSWER = re.compile(
     r"(?:^|[.:;]\s|\b(?:is|have|give|find)\s)no (?:final )?answer\s*(?:[.;,:!]|$)", re.IGNORECASE
 )
 _UNREAD = "\u25cc"
-"""Stands in a sentence for a formula that is no number."""
-_BEFORE = re.compile(r"[\s(]*\u2248?\s?(?:[A-Za-z][A-Za-z'-]*+[:,.]?\s++){0,12}+[\s(]*")
+"""Replaces a formula in a sentence that is not a number."""
+_BEFORE = re.compile(r"[\s(]*\u2248?\s?(?:[A-Za-z][A-Za-z'-]*+(?:\s?[:,.])?+\s++){0,12}+[\s(]*")
 _AFTER = re.compile(
     r"(?:\s?(?:%|\u00b0\s?[CF]?|[$\u20ac\u00a3\u00a2]))?"
     # Possessive: letters are one word, else a long sentence could be cut in a myriad of ways.
@@ -205,8 +137,10 @@ _REMARK = re.compile(
 )
 _CERTAIN = re.compile(r"\s?%\s(?:sure|certain|confident)\b")
 _AROUND = " .!*_='\"\u201c\u201d\u00ab\u00bb\u2026"
-_LABEL = re.compile(r"^[\s*_]*(?:\([A-Za-z]\)|[A-Za-z]\)|[A-Z][.:])[\s*_]+")
-"""Letter of a choice before what it stands for: `B) 42`."""
+_LABEL = re.compile(
+    r"^[\s*_]*(?:\([A-Za-z]\)|[A-Za-z]\)|[A-Z][.:]|[A-E](?:,|(?= \([^()]*\)[\s.*_]*$)))[\s*_]+"
+)
+"""Letter of a choice before what it stands for: `B) 42`, `B (42)`."""
 _BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*(?!:)")
 
 _PROSE = re.compile(r"(?=.*[A-Za-z]{2})[^\\^{}\[\]|<>=+*/]*", re.DOTALL)
@@ -230,7 +164,7 @@ class Quantity:
 
     value: Fraction
     unit: str = ""
-    """A common unit by one name, else nothing: words that are counted are no unit."""
+    """A common unit by one name, else empty: words that are counted are not a unit."""
     is_decimal: bool = False
 
 
@@ -248,7 +182,7 @@ def read_formula(text: str, is_target: bool = False) -> Quantity | None:
     """The one number that a box or a target is; None for anything else, or more than it."""
     if len(text) > MAX_PROSE_CHARACTERS or DENIED.search(text):
         return None
-    text = _LABEL.sub("", _plain(text, spaced=True))
+    text = _LABEL.sub("", plain_text(text, spaced=True))
     exact, *_, rounded = text.split("\u2248") if "\u2248" in text else ("", "")
     if rounded:
         return read_formula(exact) or read_formula(rounded)
@@ -261,11 +195,11 @@ def read_sentence(text: str) -> Quantity | None:
         return None
     bold = [part for part in _BOLD.findall(text) if _is_numeric(part)]
     text = CONTRASTED.sub(r"\1", CORRECTED.sub("", bold[-1] if bold else text))
-    text = _LABEL.sub("", _plain(FORMULA.sub(_inline, text), spaced=True))
+    text = _LABEL.sub("", plain_text(FORMULA.sub(_inline, text), spaced=True))
     if not re.search(r"[A-Za-z]{2}|[\u3040-\u9fff]", text):
         return read_formula(text.strip(_AROUND))
     tokens = _tokens(text)
-    stated = _select_stated(text, tokens)
+    stated = _drop_circumstances(text, tokens)
     if not tokens:
         return None
     start = (stated or tokens)[0]
@@ -275,20 +209,20 @@ def read_sentence(text: str) -> Quantity | None:
     if "=" in (clause if begins else text):
         return _read_result(clause if begins else text)
     among = [token for token in stated or tokens if token.end <= len(clause)]
-    return _chosen(text, tokens, tokens.index(tokens[0] if begins else among[-1]))
+    return _choose(text, tokens, tokens.index(tokens[0] if begins else among[-1]))
 
 
 def _read_result(text: str) -> Quantity | None:
-    """What the last equation of a sentence comes to."""
+    """Read the value of the last equation of a sentence."""
     *_, before, last = _EQUALS.split(text)
     if SUPPOSED.search(f"{before[-40:]} "):
         return None
     if not _NUMBER.search(last):  # "20 = A"
         tokens = _tokens(before)
-        return _chosen(before, tokens, len(tokens) - 1)
+        return _choose(before, tokens, len(tokens) - 1)
     cut = CLAUSE_END.search(last, _tokens(last)[0].end) if _tokens(last) else None
     result = last[: cut.start()] if cut else last
-    return _read_sides(f"{before}={result}", lambda side: _chosen(side, _tokens(side), 0))
+    return _read_sides(f"{before}={result}", lambda side: _choose(side, _tokens(side), 0))
 
 
 def read_prose(text: str) -> Quantity | None:
@@ -304,20 +238,24 @@ def read_prose(text: str) -> Quantity | None:
                 return read_sentence(bold)
         if _NO_ANSWER.search(line):
             return None
-        plain = _plain(CONTRASTED.sub(r"\1", line), spaced=False)
+        plain = plain_text(CONTRASTED.sub(r"\1", line), spaced=False)
         tokens = _tokens(plain)
         tokens = [token for token in tokens if not _is_remark(plain, token)] or tokens
         if tokens and _EQUALS.search(plain) and re.search(r"[A-Za-z]{2}", plain):
             return _read_result(plain)
         if tokens:
-            stated = _select_stated(plain, tokens) or tokens
-            return _chosen(plain, tokens, tokens.index(stated[-1]))
+            stated = _drop_circumstances(plain, tokens) or tokens
+            return _choose(plain, tokens, tokens.index(stated[-1]))
     return None
 
 
-def _select_stated(text: str, tokens: Sequence[_Token]) -> list[_Token]:
-    """Leave out numbers of circumstances, such as "in 5 days"."""
-    return [token for token in tokens if not _CIRCUMSTANCE.search(text[: token.start][-16:])]
+def _drop_circumstances(text: str, tokens: Sequence[_Token]) -> list[_Token]:
+    """Drop numbers of circumstances, such as "in 5 days"."""
+    return [
+        token
+        for token in tokens
+        if not any(words.search(text[: token.start][-24:]) for words in (_CIRCUMSTANCE, REFERENCE))
+    ]
 
 
 def read_statement(statement: Statement) -> Quantity | None:
@@ -338,7 +276,7 @@ def read_target(text: str) -> Quantity | None:
         found = read_formula(marked.text, is_target=True)
         return found or (read_sentence(marked.text) if marked.kind == "hash" else None)
     found = read_formula(text, is_target=True)
-    plain = _plain(text[-MAX_PROSE_CHARACTERS:], spaced=True)
+    plain = plain_text(text[-MAX_PROSE_CHARACTERS:], spaced=True)
     if (
         found is None
         and " " in plain.strip()
@@ -350,12 +288,12 @@ def read_target(text: str) -> Quantity | None:
 
 
 def _is_numeric(text: str) -> bool:
-    """Whether a number stands in it, and not in a label such as "Step 3:"."""
+    """Whether the text has a number, and is not a label such as "Step 3:"."""
     return any(sign.isnumeric() for sign in text) and not text.rstrip().endswith(":")
 
 
 def _read_sides(text: str, read: Callable[[str], Quantity | None]) -> Quantity | None:
-    """What an equation comes to: its last side, where no side before says something else."""
+    """Read the value of an equation: its last side, where no side before differs."""
     *before, last = _EQUALS.split(text)
     if before and not _NUMBER.search(last):
         before, last = [], text if len(before) > 1 else before[0]  # `72 = x`
@@ -380,7 +318,7 @@ def _read_sides(text: str, read: Callable[[str], Quantity | None]) -> Quantity |
 
 
 def _inline(match: re.Match[str]) -> str:
-    """The number of a formula that stands in words, else a sign that none was read."""
+    """Return the number of a formula in words, else a sign that none was read."""
     formula = next(part for part in match.groups() if part is not None)
     if re.search(r"[A-Za-z]{2} ", formula) and "\\" not in formula:  # "$5 a day and $"
         return match[0]
@@ -419,7 +357,7 @@ def _is_word(word: str) -> bool:
     )
 
 
-def _chosen(text: str, tokens: list[_Token], index: int) -> Quantity | None:
+def _choose(text: str, tokens: list[_Token], index: int) -> Quantity | None:
     """The number at `index`, where it is neither denied, bounded nor one of several."""
     if not tokens:
         return None
@@ -435,7 +373,7 @@ def _chosen(text: str, tokens: list[_Token], index: int) -> Quantity | None:
         between = text[one.end : other.start]
         if not between.strip() or _OPERATOR.fullmatch(between):
             return None
-        if _are_joined(one, other, between, not _select_stated(text, [one])):
+        if _are_joined(one, other, between, not _drop_circumstances(text, [one])):
             return None
     if is_withheld(text, token.start, token.end):
         return None
@@ -445,7 +383,7 @@ def _chosen(text: str, tokens: list[_Token], index: int) -> Quantity | None:
 
 
 def _is_remark(text: str, token: _Token) -> bool:
-    """Return whether it is in parentheses after a word, "72 km (45 miles)", or tells certainty."""
+    """Return whether it is in parentheses after a word, "72 km (45 miles)", or how certain it is."""
     if _CERTAIN.match(text, token.end):
         return True
     opening = text.rfind(" (", 0, token.start)
@@ -535,65 +473,3 @@ def _unit(word: str) -> str:
     name = "".join(sign for sign in word if sign not in "\u00b2\u00b3 ").lower()
     known = _UNITS.get(name) or _UNITS.get(name.removesuffix("s"))
     return known + power if known else ""
-
-
-def with_plain_signs(text: str) -> str:
-    """The text with ASCII or LaTeX for Unicode's digits, signs and fractions."""
-    return _ORNAMENT.sub(" ", _RAISED_RUN.sub(_lowered, text).translate(_SIGNS))
-
-
-def _plain(text: str, spaced: bool) -> str:
-    """`text` with one spelling for each sign; `spaced`: "12 345" is one number."""
-    if not text.isascii():
-        text = with_plain_signs(text)
-    text = _SEPARATOR.sub(",", text.removesuffix("\\")).replace("\\!", "").replace("{,}", ",")
-    if (text.count("$") - text.count("\\$")) % 2 == 0:  # pairs are of formulas
-        text = text.replace("\\$", "\\usd").replace("$", "").replace("\\usd", "$")
-    if "\\" in text or "^" in text or "_" in text:
-        text = _plain_latex(text)
-    text = text.replace("{", "").replace("}", " ")
-    for spelling, plain in _COMMANDS:
-        if spelling in text:
-            text = text.replace(spelling, plain)
-    text = _SPACES.sub(" ", text)
-    return _SPACED.sub(lambda match: match[0].replace(" ", ","), text) if spaced else text
-
-
-def _plain_latex(text: str) -> str:
-    for _ in range(3):  # \textbf{\text{...}}
-        text, count = WRAPPED.subn(r" \1 ", text)
-        if not count:
-            break
-    text = _STYLE.sub("", text)
-    text = _REPEATING.sub(_repeating, text)
-    text = _FRACTION.sub(_fraction, text)
-    text = _UNIT_FRACTION.sub(r" \1/\2 ", text)
-    text = ALIGNED.sub("", text).replace("&=", "=")
-    text = _DEGREES.sub("\u00b0", text)
-    text = _ORDINAL.sub("", text)
-    text = _RAISED.sub(_enclosed, text)
-    text = _SUBSCRIPT.sub("", text)
-    return text.replace("\\{", "\\lbrace ").replace("\\}", "\\rbrace ")
-
-
-def _enclosed(match: re.Match[str]) -> str:
-    """A power, in parentheses where it is arithmetic."""
-    return f"^({match[1]})" if re.search(r"[\d)] ?[-+*/]", match[1]) else match[0]
-
-
-def _lowered(match: re.Match[str]) -> str:
-    return f"^{{{''.join(_SUPERSCRIPTS[sign] for sign in match[0])}}}"
-
-
-def _repeating(match: re.Match[str]) -> str:
-    whole, fixed, period = match[1] or "0", match[2], match[3] or match[4]
-    value = Fraction(int(whole + fixed or 0)) + Fraction(int(period), 10 ** len(period) - 1)
-    value /= 10 ** len(fixed)
-    return f"{value.numerator}\u2044{value.denominator}"
-
-
-def _fraction(match: re.Match[str]) -> str:
-    top, bottom = match["top"] or match["t"], match["bottom"] or match["b"]
-    whole = f"{match['whole']} " if match["whole"] else " " if match[0][:1] == " " else ""
-    top, bottom = top.replace(",", ""), bottom.replace(",", "")
-    return f"{whole}{top}\u2044{bottom} "

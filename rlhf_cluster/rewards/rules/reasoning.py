@@ -1,7 +1,7 @@
-"""Leaves the reasoning out of a completion, between tags such as `<think>` and `</think>`.
+"""Removes the reasoning from a completion, between tags such as `<think>` and `</think>`.
 
 Reasoning that never ends goes to the end of the text, and everything up to a closing tag whose opening
-one stands in the prompt is reasoning. Where the prompt's template always opens one, a completion
+one is in the prompt is reasoning. Where the prompt's template always opens one, a completion
 without any closing tag was cut within its reasoning: `prompt_opens_reasoning` leaves nothing of it.
 """
 

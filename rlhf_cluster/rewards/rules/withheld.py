@@ -9,11 +9,10 @@ CLAUSE_END = re.compile(
 )
 DENIED = re.compile(
     r"(?:\b|(?=n't))(?:wrong|incorrect|false|unknown|undetermined|unsure|maybe|perhaps|possibly|probably|neither"
-    r"|(?:i|a|my|just a) guess|impossible|unlikely|doubt(?:ful)?|cannot be (?:right|correct)|or so"
-    r"|not (?:right|correct|sure|known|true|the answer)|n't (?:right|correct|sure|true|the answer)"
-    r"|(?:not|n't) (?:think|believe)|no proof|cannot be the answer"
-    r"|(?:cannot|can't|unable to) (?:be )?(?:determine|say|tell|know)"
-    r"|don't know)",
+    r"|(?:i|a|my|just a) guess|impossible|unlikely|doubt(?:ful)?|extraneous|or so"
+    r"|(?:not|n't) (?:right|correct|sure|certain|known?|true|think|believe|the answer)"
+    r"|cannot be (?:right|correct|the answer)|no (?:proof|(?:real )?solutions?)|nobody knows"
+    r"|(?:cannot|can't|unable to) (?:be )?(?:determine|say|tell|know))",
     re.IGNORECASE,
 )
 DOUBTED = re.compile(
@@ -29,16 +28,33 @@ BOUNDED = re.compile(
     r"|twice|double|triple|half(?: of)?|(?:third|quarter|fifth|tenth)s? of)\s?[$]?$",
     re.IGNORECASE,
 )
+REFERENCE = re.compile(
+    r"(?<!each )(?<!every )(?<!per )(?<!one )\b(?:pages?|chapter|section|equation|eq\.|figure|table"
+    r"|theorem|lemma|exercise|problem|question|line|step)\s\(?$",
+    re.IGNORECASE,
+)
+"""Part of a text, before its number: `page 42`."""
+_DISOWNED = re.compile(
+    r"\b(?:(?:wrong|incorrect|false|previous|first|initial|old|earlier|former|original)"
+    r" (?:answer|guess)(?:s|es)?|answer used to be"
+    r"|(?:claim(?:s|ed)|thought|guessed|pretend(?:s|ed)|(?:some|might|may|could) (?:say|think))"
+    r" (?:that )?(?:(?:the|my|his|her|their|its) )?(?:answer|result|it))\b"
+    r"[^,;:.\n\d]{0,40}[,:]?[\s*_$]*$",
+    re.IGNORECASE,
+)
+"""Owner of an answer, before it: another attempt or another person, or it is called wrong."""
 _RETRACTED = re.compile(
-    r"[^.,(\n\d]{0,30}(?:\(|(?:, |\.+ |\()(?:but|no|wait|however)\b)[^\n\d]{0,24}?"
-    r"\b(?:wrong|incorrect|guess|not (?:right|correct|sure)|n't (?:right|correct|sure))\b",
+    r"[^.,(\n\d]{0,30}(?:\(|(?:, |\.+ |\()"
+    r"(?:but|no|wait|however|actually|though|which(?= is| was| contradict))\b)[^\n\d]{0,24}?"
+    r"\b(?:wrong|incorrect|guess|(?:not|n't) (?:right|correct|sure)|not it|impossible|extraneous"
+    r"|contradicts?|lied|mistaken|(?:(?:is|was)|(?<=')s) (?:a mistake|a lie|an error|false))\b",
     re.IGNORECASE,
 )
 """Retraction of a number before it: `42. No, that is wrong.`"""
 SUPPOSED = re.compile(
-    r"\b(?:(?i:if|whether)\b[^,;.\n\d]{0,24}\b(?:were|was|had been|is)"
-    r"|(?:(?i:suppos|assum)(?:e|ing)|(?i:imagine|let(?:'s (?:say|assume)|\s[A-Za-z]))|Were)\b"
-    r"[^,;.\n\d]{0,24})(?:\s|=\s?)[$]?$"
+    r"\b(?:(?i:if|whether)\b[^,;:.\n\d]{0,40}\b(?:were|was|had been|is)"
+    r"|(?:(?i:suppos|assum)(?:e|ing)|(?i:imagine|let(?:'s (?:say|assume)|\s(?!me|us)[A-Za-z]))|Were)\b"
+    r"[^,;:.\n\d]{0,40})(?:\s|=\s?)[$]?$"
 )
 _CONDITIONAL = re.compile(r"\bwould\b[^,;.\n\d]{0,24}\s[$]?$", re.IGNORECASE)
 _CONDITION = re.compile(r"[^,;.\n\d]{0,24}\s(?:if|unless)\b", re.IGNORECASE)
@@ -51,16 +67,24 @@ CONTRASTED = re.compile(
 """Number after a "not" that follows another one: `42, not 41`."""
 
 
+def is_disowned(text: str, start: int, end: int) -> bool:
+    """Return whether the words before an answer, said from `start` to `end`, deny or suppose it."""
+    begin = max(start - 60, 0)
+    before = re.split(r"[,;:.\n]", text[begin:start])[-1]
+    said = f"{text[begin:end].rstrip()} "
+    return any((DENIED.search(before), _DISOWNED.search(said), SUPPOSED.search(said)))
+
+
 def is_withheld(text: str, start: int, end: int) -> bool:
     """Return whether the words of its clause deny it, doubt it or make it a bound."""
     begin = max(text.rfind(mark, 0, start) for mark in (". ", "; ", "\n", ", ", ": "))
     cut = CLAUSE_END.search(text, end)
     clause = text[begin + 1 : cut.start() if cut else len(text)]
-    before = text[max(start - 40, 0) : start]
+    before = text[max(start - 80, 0) : start]
     if _RETRACTED.match(text, end):
         return True
     if _CONDITIONAL.search(before) and _CONDITION.match(text, end):
         return True
     return DENIED.search(clause) is not None or any(
-        words.search(before) for words in (BOUNDED, DOUBTED, SUPPOSED)
+        words.search(before) for words in (BOUNDED, DOUBTED, SUPPOSED, REFERENCE, _DISOWNED)
     )

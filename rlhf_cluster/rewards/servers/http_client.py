@@ -42,15 +42,15 @@ _SHOWN_CHARACTERS = 200
 
 
 class ServerSection(Section):
-    """Where a server is, and how often and how long it is asked."""
+    """Address of a server, and attempts and deadlines of a question."""
 
     url: str = Field(pattern=r"^https?://[^\s@?#]+$")
     """http:// or https://, without user, query and fragment."""
     api_key_env: str | None = Field(default=None, pattern=r"^[A-Za-z_]\w*$")
     """Environment variable, where the server is asked from, whose value is sent as the bearer token.
-    The value stands in no file and no message."""
+    The value is written to no file and no message."""
     attempts: PositiveInt = 4
-    """How often one question is asked before it fails."""
+    """Attempts of one question before it fails."""
     attempt_s: PositiveFloat = 60.0
     """Deadline of one attempt, from connecting to the last byte."""
     backoff_s: PositiveFloat = 0.5
@@ -90,8 +90,8 @@ class Server:
                 )
             if not key.isascii() or not key.isprintable() or " " in key:
                 raise ConfigError(
-                    f"the value of {section.api_key_env} is no key: it has white space or characters "
-                    "that are not ASCII. Set it again"
+                    f"the value of {section.api_key_env} cannot be a key: it has white space or "
+                    "characters that are not ASCII. Set it again"
                 )
             self._headers["Authorization"] = f"Bearer {key}"
             self._key = key
@@ -171,7 +171,7 @@ class _Again(Exception):
 
 
 class _Deadline:
-    """Shuts a connection down at the deadline: whoever reads or writes it goes on at once."""
+    """Shuts a connection down at the deadline, which ends every read and write of it at once."""
 
     def __init__(self, seconds: float) -> None:
         self.is_over = False
@@ -240,7 +240,7 @@ def question_of(model: str, text: str, temperature: float, max_tokens: int) -> d
 
 
 def content_of(answer: Any) -> str:
-    """The text of an answer. Raises `RewardFailure` for what is no answer."""
+    """Return the text of an answer. Raises `RewardFailure` for anything else."""
     try:
         content = answer["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError):
@@ -258,7 +258,7 @@ def is_cut(answer: Any) -> bool:
 
 
 def prompt_text(source: str | list[dict[str, str]]) -> str:
-    """A prompt as it stands in a question about it."""
+    """Return a prompt as the question about it quotes it."""
     if isinstance(source, str):
         return source
     return "\n".join(f"{message['role']}: {message['content']}" for message in source)

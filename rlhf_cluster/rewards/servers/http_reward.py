@@ -1,11 +1,11 @@
-"""Scores from a server over HTTP: one request a group, answers joined by their ids.
+"""Scores from a server over HTTP: one request per group, answers joined by their ids.
 
     POST url
     {"items": [{"id": "...", "prompt": ..., "completion": "...", "columns": {...}}, ...]}
     -> {"scores": [{"id": "...", "score": 0.5}, ...]}         in any order
 
 `prompt` is the data set's prompt (text or messages), `columns` are the columns named in the section.
-An answer that misses an id, has one twice or one that was not asked for, or a score that is no
+An answer that misses an id, has one twice or one that was not asked for, or a score that is not a
 finite number, is a `RewardFailure`; a list without ids is refused, since nothing shows its order.
 `http_client.py` says how often and how long is asked.
 """
@@ -20,15 +20,8 @@ from pydantic import Field, PositiveFloat
 
 from rlhf_cluster.records import Prompt, Rollout
 from rlhf_cluster.rewards.reward import RewardContext
-from rlhf_cluster.rewards.reward_failure import (
-    RewardFailure,
-    check_scores,
-    column,
-)
-from rlhf_cluster.rewards.servers.http_client import (
-    RemoteSection,
-    Server,
-)
+from rlhf_cluster.rewards.reward_failure import RewardFailure, check_scores, column
+from rlhf_cluster.rewards.servers.http_client import RemoteSection, Server
 
 
 class HttpConfig(RemoteSection):
@@ -43,7 +36,7 @@ class HttpConfig(RemoteSection):
 
 class Http:
     def __init__(self, config: HttpConfig, context: RewardContext) -> None:
-        """Raises `ConfigError` where the key's environment variable is not set."""
+        """Read the key. Raises `ConfigError` where its environment variable is not set."""
         self._config = config
         self._server = Server(config)
 

@@ -4,10 +4,10 @@
 - `pairwise`: each completion meets the next `opponents` ones of its group (in a circle, each pair
   once at most). A pair is judged twice, with the positions swapped, since judges prefer one of them
   (Zheng et al. 2023, arXiv:2306.05685). The score is the share of judgements that it won; a tie is
-  half of one. A judge that always answers "A" therefore gives everybody 0.5.
+  half of one. A judge that always answers "A" therefore gives every completion 0.5.
 
 With `principles`, each judgement is by one of them, as in RLAIF (Bai et al. 2022, arXiv:2212.08073):
-which one follows from the texts that are judged, so that a pair meets the same one in both positions.
+which one depends on the texts that are judged, so that a pair meets the same one in both positions.
 
 A verdict is the last `[[...]]` of the answer: a number, or A, B or C (tie). An answer without one,
 or a rating off the scale, is asked again `verdict_attempts` times in all and then a `RewardFailure`:
@@ -79,7 +79,7 @@ class JudgeConfig(RemoteSection):
     opponents: PositiveInt = 2
     """Completions that each one meets at its right in `pairwise`; each meeting costs two requests."""
     criteria: str = ""
-    """What to judge by, in words; goes to the judge as it is."""
+    """Text of the criteria; goes to the judge unchanged."""
     principles: tuple[str, ...] = ()
     """Principles of which each judgement is given one, after `criteria`."""
     reference_column: str | None = None
@@ -89,7 +89,7 @@ class JudgeConfig(RemoteSection):
     temperature: float = Field(default=0.0, ge=0)
     """Sampling temperature of the judge."""
     verdict_attempts: PositiveInt = 2
-    """How often one judgement is asked for until it has a verdict."""
+    """Attempts of one judgement until it has a verdict."""
     parallel: PositiveInt = 8
     """Requests of each scoring worker at once."""
     timeout_s: PositiveFloat = 280.0
@@ -112,7 +112,7 @@ class JudgeConfig(RemoteSection):
 
 class Judge:
     def __init__(self, config: JudgeConfig, context: RewardContext) -> None:
-        """Raises `ConfigError` where the key's environment variable is not set."""
+        """Read the key. Raises `ConfigError` where its environment variable is not set."""
         self._config = config
         self._server = Server(config, PATH)
         self._threads = ThreadPoolExecutor(config.parallel, thread_name_prefix="judge")

@@ -15,7 +15,7 @@ PARTS = {"help": 3.0, "safe": 0.25, "style": -1.0}
 
 
 def test_every_part_counts_by_its_weight():
-    assert WeightedSum().counted(PARTS, WEIGHTS) == {"help": 6.0, "safe": 0.0, "style": -0.5}
+    assert WeightedSum().count_parts(PARTS, WEIGHTS) == {"help": 6.0, "safe": 0.0, "style": -0.5}
 
 
 @pytest.mark.parametrize(
@@ -23,13 +23,13 @@ def test_every_part_counts_by_its_weight():
 )
 def test_below_its_floor_each_unit_of_a_part_costs_the_coefficient(safe, penalty):
     objective = Constrained(floors={"safe": 1.0}, coef=4.0)
-    counted = objective.counted({**PARTS, "safe": safe}, WEIGHTS)
+    counted = objective.count_parts({**PARTS, "safe": safe}, WEIGHTS)
     assert counted == {"help": 6.0, "safe": -penalty, "style": -0.5}
 
 
 def test_a_part_with_a_floor_counts_by_its_weight_as_well():
     objective = Constrained(floors={"help": 3.5, "style": -2.0}, coef=10.0)
-    assert objective.counted(PARTS, WEIGHTS) == {"help": 6.0 - 5.0, "safe": 0.0, "style": -0.5}
+    assert objective.count_parts(PARTS, WEIGHTS) == {"help": 6.0 - 5.0, "safe": 0.0, "style": -0.5}
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_a_later_part_counts_where_all_before_it_reach_their_thresholds(safe, he
         order=["safe", "help", "style"], thresholds={"safe": 1.0, "help": 5.0}
     )
     parts = {"help": help_, "safe": safe, "style": 1.0, "length": -3.0}
-    counted = objective.counted(parts, {**WEIGHTS, "length": 1.0})
+    counted = objective.count_parts(parts, {**WEIGHTS, "length": 1.0})
     assert counted == {**expected, "length": -3.0}, "what is not in the order always counts"
 
 

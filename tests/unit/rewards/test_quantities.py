@@ -24,6 +24,7 @@ pieces = [
     '\\text{', '\\text{{', '0.\\overline{1}', 'x_1', 'x^2', '{', '}', '$1$', '**1** ', '#', '#### ',
     'answer ', 'a', 'ab ', 'not ', '\\u2248', '(', ' (', "a'", '-a', '\\(', 'answer is ',
     'Answer:\n', '<think>', '</think>', '<answer>', '```', ' ', '\n',
+    '\\begin{matrix}', '\\hline', 'previous answer ', 'thought it ', '[', '1. ', 'Answer: 1. ',
     '```python\n', '\u7b54\u6848', 'A or ', 'not A but ', 'A) ', 'answer: A', '\u00bd', '\u00b2',
 ]
 reads = (final_number, read_target, lambda t: choice(t, 'BC'), lambda t: find_program(t, True))

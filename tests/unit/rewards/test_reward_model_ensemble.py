@@ -15,7 +15,7 @@ from rlhf_cluster.rewards.models.reward_model import (
 from rlhf_cluster.rewards.models.reward_model_ensemble import (
     Ensemble,
     EnsembleConfig,
-    combined,
+    combine_scores,
     disagreement,
 )
 from rlhf_cluster.rewards.reward import (
@@ -34,9 +34,9 @@ SCORES = np.array([[1.0, 4.0, 7.0], [3.0, 4.0, -2.0]])  # two members, three rol
 
 def test_the_mean_the_minimum_and_the_mean_less_deviations_by_hand():
     assert disagreement(SCORES).tolist() == [1.0, 0.0, 4.5]
-    assert combined(SCORES, "mean", 1.0).tolist() == [2.0, 4.0, 2.5]
-    assert combined(SCORES, "min", 1.0).tolist() == [1.0, 4.0, -2.0]
-    assert combined(SCORES, "mean_minus_std", 0.5).tolist() == [1.5, 4.0, 0.25]
+    assert combine_scores(SCORES, "mean", 1.0).tolist() == [2.0, 4.0, 2.5]
+    assert combine_scores(SCORES, "min", 1.0).tolist() == [1.0, 4.0, -2.0]
+    assert combine_scores(SCORES, "mean_minus_std", 0.5).tolist() == [1.5, 4.0, 0.25]
     three = np.array([[0.0], [0.0], [3.0]])
     assert disagreement(three).tolist() == [pytest.approx(math.sqrt(2.0))]
 
@@ -44,11 +44,16 @@ def test_the_mean_the_minimum_and_the_mean_less_deviations_by_hand():
 def test_members_that_agree_do_not_disagree_at_all():
     score = np.full((3, 2), 0.1)
     assert disagreement(score).tolist() == [0.0, 0.0]
-    assert combined(score, "mean_minus_std", 1e9).tolist() == combined(score, "mean", 0.0).tolist()
+    assert (
+        combine_scores(score, "mean_minus_std", 1e9).tolist()
+        == combine_scores(score, "mean", 0.0).tolist()
+    )
 
 
 def test_with_two_members_one_deviation_less_is_the_minimum():
-    np.testing.assert_allclose(combined(SCORES, "mean_minus_std", 1.0), combined(SCORES, "min", 0))
+    np.testing.assert_allclose(
+        combine_scores(SCORES, "mean_minus_std", 1.0), combine_scores(SCORES, "min", 0)
+    )
 
 
 @pytest.mark.parametrize(

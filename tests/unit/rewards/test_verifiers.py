@@ -19,8 +19,8 @@ from rlhf_cluster.rewards.rules.format import (
 from rlhf_cluster.rewards.rules.json_schema import (
     JsonSchema,
     JsonSchemaConfig,
-    accepted,
     find_json,
+    score_json,
 )
 from rlhf_cluster.rewards.rules.length import (
     Length,
@@ -186,7 +186,7 @@ def test_s23_a_pattern_without_end_is_an_error_at_its_deadline_and_never_a_zero(
 
 
 def test_a_pattern_that_is_none_is_refused_with_the_configuration():
-    with pytest.raises(ConfigError, match="no regular expression"):
+    with pytest.raises(ConfigError, match="not a regular expression"):
         validate(FormatConfig, {"pattern": "(a"}, "run.toml")
 
 
@@ -225,7 +225,7 @@ def test_json_is_accepted_by_its_schema_or_not():
         "[" * LONG,
         "",
     ]
-    assert accepted(SCHEMA, texts) == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert score_json(SCHEMA, texts) == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
     assert find_json("```\n1\n```\n```json\n2\n```") == "2\n"
 
 
@@ -244,10 +244,10 @@ def test_b8_json_is_the_last_block_that_says_so(text, json):
 
 
 def test_a_schema_may_be_json_text_and_fetches_nothing():
-    assert accepted('{"type": "integer"}', ["5", "5.5", '"5"']) == [1.0, 0.0, 0.0]
+    assert score_json('{"type": "integer"}', ["5", "5.5", '"5"']) == [1.0, 0.0, 0.0]
     for bad in ({"type": "no such type"}, "[1]", "no json", {"$ref": "http://127.0.0.1:1/x"}):
         with pytest.raises(Exception, match=r"."):
-            accepted(bad, ["5"])
+            score_json(bad, ["5"])
 
 
 def test_l13_numbers_that_no_float_holds_are_no_json():
@@ -260,9 +260,9 @@ def test_l13_numbers_that_no_float_holds_are_no_json():
         "9" * 400,
         "-Infinity",
     ]
-    assert accepted({}, texts) == [0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0]
-    with pytest.raises(ValueError, match="1e999 is over the largest float"):
-        accepted('{"maximum": 1e999}', ["5"])
+    assert score_json({}, texts) == [0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0]
+    with pytest.raises(ValueError, match="1e999 is greater than the largest float"):
+        score_json('{"maximum": 1e999}', ["5"])
 
 
 def test_json_is_validated_in_a_child_by_the_schema_of_each_row():
@@ -336,6 +336,9 @@ def test_l05_a_guess_between_tags_of_the_section_is_no_answer():
         ("Answer: C (or D)", None),
         ("The answer is C or option D.", None),
         ("The answer is maybe C", None),
+        ("Incorrect answer: B", None),
+        ("If the answer is B, then no.", None),
+        ("Answer: C\n\nMy previous answer is B.", "C"),
         (r"\\boxed{C or perhaps D}", None),
     ],
 )
