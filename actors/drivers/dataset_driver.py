@@ -45,13 +45,13 @@ from rlhf_cluster.synthetic_data.answers_file import (
     AnswersFile,
     Progress,
 )
+from rlhf_cluster.synthetic_data.dataset import write_dataset
 from rlhf_cluster.synthetic_data.produce import (
     Completions,
     Producer,
     Revisions,
 )
 from rlhf_cluster.synthetic_data.revise_answers import EndpointAsker
-from rlhf_cluster.synthetic_data.write_dataset import write_dataset
 from rlhf_cluster.util.durable_files import write_json
 
 HEADLINE = "generate/reward_mean"

@@ -51,13 +51,14 @@ from rlhf_cluster.observe.record.post_mortem import (
     add_path_on_error,
 )
 from rlhf_cluster.observe.report.live_view import LiveView
-from rlhf_cluster.planning.cluster_room import (
+from rlhf_cluster.planning.model_settings import with_start_deadline
+from rlhf_cluster.planning.placement import (
     address_of,
+    demand,
     judge_placement,
+    total_resources,
 )
-from rlhf_cluster.planning.placement import demand, total_resources
 from rlhf_cluster.planning.run_inputs import Inputs, StageInputs
-from rlhf_cluster.planning.start_deadline import with_start_deadline
 from rlhf_cluster.run.checkpoint import checkpoint_folder, resume
 from rlhf_cluster.run.checkpoint.background_saving import Checkpoints
 from rlhf_cluster.run.checkpoint.resume import Continuation

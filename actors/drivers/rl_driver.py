@@ -51,7 +51,7 @@ from rlhf_cluster.config import RunConfig
 from rlhf_cluster.config.check_scoring import kl_notes
 from rlhf_cluster.config.pools import pool_sections
 from rlhf_cluster.errors import CoreLost, PlacementError, PoolLost, RlhfError, StalledError
-from rlhf_cluster.planning.choose_transport import with_transport
+from rlhf_cluster.planning.model_settings import with_transport
 from rlhf_cluster.planning.run_inputs import (
     Inputs,
     check_inputs,

@@ -16,8 +16,8 @@ from rlhf_cluster.config.dataset_config import GenerateConfig
 from rlhf_cluster.config.stage_config import StageConfig
 from rlhf_cluster.planning.placement import demand, total_resources
 from rlhf_cluster.planning.run_inputs import StageInputs
+from rlhf_cluster.synthetic_data.dataset import LEFT_OUT
 from rlhf_cluster.synthetic_data.revise_answers import PROBLEMS
-from rlhf_cluster.synthetic_data.select_rows import LEFT_OUT
 
 
 def derived_stage(config: StageConfig, inputs: StageInputs) -> dict[str, str]:

@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlhf_cluster.data.dialogue_text import (
+from rlhf_cluster.data.dialogues import (
     Messages,
     is_dialogue,
     parse_dialogue,

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from rlhf_cluster.data.dialogue_text import drop_answer
+from rlhf_cluster.data.dialogues import drop_answer
 from rlhf_cluster.data.rows import Row, column, expand, read_rows
 from rlhf_cluster.data.tasks import held_out_rows, train_rows
 from rlhf_cluster.data.tokenizer import (

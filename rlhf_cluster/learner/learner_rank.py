@@ -64,9 +64,9 @@ from rlhf_cluster.learner.step.critic import (
 from rlhf_cluster.learner.step.optimizer_step import Schedule, Updater
 from rlhf_cluster.learner.step.train_step import (
     StepSettings,
+    sft_step,
     train_step,
 )
-from rlhf_cluster.learner.step.warmup_step import sft_step
 from rlhf_cluster.learner.token_samples import (
     KeptTokens,
 )
@@ -142,7 +142,7 @@ class LearnerRank(TrainingRank[RunConfig]):
         return self._facts()
 
     def sft_step(self, examples: list[SftExample]) -> dict[str, float]:
-        """Run one supervised optimizer step; see `warmup_step.sft_step`.
+        """Run one supervised optimizer step; see `train_step.sft_step`.
 
         Raises:
             RunError: reinforcement learning has begun.

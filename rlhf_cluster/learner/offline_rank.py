@@ -42,8 +42,8 @@ from rlhf_cluster.learner.rank_checkpoint import Stateful
 from rlhf_cluster.learner.sharding.sharded_model import assert_float32
 from rlhf_cluster.learner.step import passes
 from rlhf_cluster.learner.step.critic import ValueLM
-from rlhf_cluster.learner.step.metric_sums import MetricSums
 from rlhf_cluster.learner.step.optimizer_step import Updater
+from rlhf_cluster.learner.step.passes import MetricSums
 from rlhf_cluster.learner.training_rank import TrainingRank
 from rlhf_cluster.models.policy_model import PolicyLM
 from rlhf_cluster.offline import build_stage

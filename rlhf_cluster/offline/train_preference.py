@@ -49,15 +49,13 @@ from rlhf_cluster.data.preferences import (
 )
 from rlhf_cluster.data.rows import Row
 from rlhf_cluster.data.units import Unit, cut_end
-from rlhf_cluster.offline.encode_answers import (
-    cut_prompt,
-    encode_answers,
-)
 from rlhf_cluster.offline.scorer_report import validation_report
 from rlhf_cluster.offline.stage import (
     Passes,
     Stage,
     StageContext,
+    cut_prompt,
+    encode_answers,
 )
 from rlhf_cluster.sections.offline_stage import StageSectionBase
 from rlhf_cluster.sections.values import (

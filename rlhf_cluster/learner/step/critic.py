@@ -52,10 +52,10 @@ from rlhf_cluster.errors import RunError
 from rlhf_cluster.learner.sharding.fsdp2 import shard
 from rlhf_cluster.learner.sharding.sharded_model import ShardedModel
 from rlhf_cluster.learner.step import passes
-from rlhf_cluster.learner.step.metric_sums import MetricSums
 from rlhf_cluster.learner.step.optimizer_step import Schedule, Updater
 from rlhf_cluster.learner.step.passes import (
     Layout,
+    MetricSums,
     on_every_rank,
     run_value_passes,
 )

@@ -23,7 +23,7 @@ from rlhf_cluster.errors import (
 from rlhf_cluster.planning.placement import demand
 from rlhf_cluster.run.checkpoint import resume
 from rlhf_cluster.run.run_directory import RunDir
-from rlhf_cluster.synthetic_data.write_dataset import write_dataset
+from rlhf_cluster.synthetic_data.dataset import write_dataset
 from tests.support.builders.dataset_runs import (
     answers,
     section,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlhf_cluster.data.assistant_turns import encode_dialogue
+from rlhf_cluster.data.dialogues import encode_dialogue
 from rlhf_cluster.data.preferences import UnusableRow
 from rlhf_cluster.data.rows import Row
 from rlhf_cluster.errors import DataError

@@ -29,8 +29,7 @@ from rlhf_cluster.synthetic_data.answers_file import (
     Unrevised,
     in_order,
 )
-from rlhf_cluster.synthetic_data.select_rows import rows_of
-from rlhf_cluster.synthetic_data.write_dataset import write_dataset
+from rlhf_cluster.synthetic_data.dataset import rows_of, write_dataset
 from tests.support.builders.run_configs import tiny_tree
 
 PRINCIPLES = ("be kind", "be brief", "be honest")
