@@ -33,12 +33,7 @@ from actors.cluster.calls import NAMESPACE
 from actors.cluster.launch import resources_by_node
 from rlhf_cluster.planning import doctor
 from rlhf_cluster.planning.doctor import Finding
-from rlhf_cluster.planning.placement import (
-    address_of,
-    demand,
-    judge_placement,
-    local_cpus,
-)
+from rlhf_cluster.planning.placement import address_of, demand, judge_placement, local_cpus
 from rlhf_cluster.util.addresses import check_address
 
 OBJECT_STORE_BYTES = 512 << 20

@@ -24,10 +24,7 @@ from xxhash import xxh3_64_intdigest
 from rlhf_cluster.data.dialogues import drop_answer
 from rlhf_cluster.data.rows import Row, column, expand, read_rows
 from rlhf_cluster.data.tasks import held_out_rows, train_rows
-from rlhf_cluster.data.tokenizer import (
-    check_template,
-    render,
-)
+from rlhf_cluster.data.tokenizer import check_template, render
 from rlhf_cluster.errors import DataError, RecordError
 from rlhf_cluster.records import Prompt
 

@@ -38,14 +38,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rlhf_cluster.data.dialogues import (
-    Messages,
-    parse_messages,
-)
-from rlhf_cluster.data.preferences import (
-    REASONS,
-    UnusableRow,
-)
+from rlhf_cluster.data.dialogues import Messages, parse_messages
+from rlhf_cluster.data.preferences import REASONS, UnusableRow
 from rlhf_cluster.errors import DataError
 
 Decode = Callable[[Sequence[int]], str]

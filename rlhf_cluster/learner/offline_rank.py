@@ -26,10 +26,7 @@ from torch.distributed.fsdp import FSDPModule
 from rlhf_cluster.algorithms.algorithm import Sums
 from rlhf_cluster.config.stage_config import StageConfig
 from rlhf_cluster.data.packing import TokenSequence
-from rlhf_cluster.data.units import (
-    Unit,
-    flatten_units,
-)
+from rlhf_cluster.data.units import Unit, flatten_units
 from rlhf_cluster.errors import RunError
 from rlhf_cluster.learner import publish
 from rlhf_cluster.learner.learner_reference import (

@@ -32,24 +32,15 @@ from rlhf_cluster.data.dialogues import Messages, render_dialogue
 from rlhf_cluster.data.rows import Row
 from rlhf_cluster.data.units import Unit, cut_end
 from rlhf_cluster.errors import ConfigError, DataError
-from rlhf_cluster.models.divergence import (
-    REVERSE_KL,
-    Divergence,
-)
-from rlhf_cluster.sections.offline_stage import (
-    StageData,
-    StageSectionBase,
-)
+from rlhf_cluster.models.divergence import REVERSE_KL, Divergence
+from rlhf_cluster.sections.offline_stage import StageData, StageSectionBase
 
 Ids = np.ndarray
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rlhf_cluster.algorithms.micro_batch_loss import (
-        TokenLoss,
-        ValueLoss,
-    )
+    from rlhf_cluster.algorithms.micro_batch_loss import TokenLoss, ValueLoss
 
     PerUnit = list[tuple[np.ndarray, ...]]
     """One tuple per unit, with an array [T] float32 for each of its sequences in order."""

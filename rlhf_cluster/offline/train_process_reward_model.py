@@ -24,39 +24,20 @@ import numpy as np
 from pydantic import Field
 
 from rlhf_cluster.algorithms.algorithm import Sums
-from rlhf_cluster.data.packing import (
-    TokenSequence,
-    value_sequence,
-)
+from rlhf_cluster.data.packing import TokenSequence, value_sequence
 from rlhf_cluster.data.preferences import split_key
-from rlhf_cluster.data.reasoning_steps import (
-    parse_steps,
-    step_ends,
-    step_spans,
-)
+from rlhf_cluster.data.reasoning_steps import parse_steps, step_ends, step_spans
 from rlhf_cluster.data.rows import Row
 from rlhf_cluster.data.units import Unit
 from rlhf_cluster.errors import DataError
-from rlhf_cluster.offline.reward_model_losses import (
-    process_report,
-    step_loss,
-    step_metrics,
-)
-from rlhf_cluster.offline.stage import (
-    Passes,
-    Stage,
-    cut_prompt,
-    encode_answers,
-)
+from rlhf_cluster.offline.reward_model_losses import process_report, step_loss, step_metrics
+from rlhf_cluster.offline.stage import Passes, Stage, cut_prompt, encode_answers
 from rlhf_cluster.sections.offline_stage import StageSectionBase
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_cluster.algorithms.micro_batch_loss import (
-        TrainedValues,
-        ValueLoss,
-    )
+    from rlhf_cluster.algorithms.micro_batch_loss import TrainedValues, ValueLoss
 
 
 class ProcessRewardModelStageConfig(StageSectionBase):

@@ -31,25 +31,15 @@ from rlhf_cluster.data.dialogues import (
 from rlhf_cluster.data.packing import TokenSequence
 from rlhf_cluster.data.preferences import UnusableRow
 from rlhf_cluster.data.rows import Row
-from rlhf_cluster.data.units import (
-    Unit,
-    make_sequence,
-)
+from rlhf_cluster.data.units import Unit, make_sequence
 from rlhf_cluster.errors import DataError
-from rlhf_cluster.offline.stage import (
-    Passes,
-    Stage,
-    with_system,
-)
+from rlhf_cluster.offline.stage import Passes, Stage, with_system
 from rlhf_cluster.sections.offline_stage import StageSectionBase
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_cluster.algorithms.micro_batch_loss import (
-        TokenLoss,
-        TrainedTokens,
-    )
+    from rlhf_cluster.algorithms.micro_batch_loss import TokenLoss, TrainedTokens
 
 
 class SftConfig(StageSectionBase):

@@ -19,11 +19,7 @@ from dataclasses import dataclass, replace
 
 from rlhf_cluster.config import GenerateConfig, RunConfig, StageConfig
 from rlhf_cluster.config.load import AnyConfig
-from rlhf_cluster.config.pools import (
-    GENERATION,
-    SCORING,
-    pool_sections,
-)
+from rlhf_cluster.config.pools import GENERATION, SCORING, pool_sections
 from rlhf_cluster.errors import PlacementError
 from rlhf_cluster.planning.doctor import Finding
 

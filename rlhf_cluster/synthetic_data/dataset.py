@@ -38,12 +38,7 @@ from typing import Any
 
 from rlhf_cluster.config.dataset_config import GenerateSection
 from rlhf_cluster.errors import DataError
-from rlhf_cluster.synthetic_data.answers_file import (
-    Answer,
-    Answers,
-    Revised,
-    in_order,
-)
+from rlhf_cluster.synthetic_data.answers_file import Answer, Answers, Revised, in_order
 from rlhf_cluster.util.durable_files import write_atomically
 
 Row = dict[str, Any]

@@ -42,10 +42,7 @@ from rlhf_cluster.data.packing import (
     plan,
 )
 from rlhf_cluster.learner.sharding.sharded_model import ShardedModel
-from rlhf_cluster.models.divergence import (
-    REVERSE_KL,
-    Divergence,
-)
+from rlhf_cluster.models.divergence import REVERSE_KL, Divergence
 
 
 class MetricSums:

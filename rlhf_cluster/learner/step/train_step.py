@@ -36,46 +36,20 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from rlhf_cluster.algorithms.algorithm import (
-    Algorithm,
-    LossInputs,
-    Sums,
-)
+from rlhf_cluster.algorithms.algorithm import Algorithm, LossInputs, Sums
 from rlhf_cluster.algorithms.micro_batch_loss import TrainedTokens
 from rlhf_cluster.algorithms.off_policy_distance import derive_effects, effect_sums
 from rlhf_cluster.algorithms.policy_losses import token_weights
 from rlhf_cluster.config.run_config import RunConfig
 from rlhf_cluster.data.packing import TokenSequence
 from rlhf_cluster.data.prompts import SftExample
-from rlhf_cluster.learner.learner_reference import (
-    Reference,
-    with_reference_kl,
-)
+from rlhf_cluster.learner.learner_reference import Reference, with_reference_kl
 from rlhf_cluster.learner.sharding.sharded_model import ShardedModel
-from rlhf_cluster.learner.step.critic import (
-    STREAMS,
-    Critic,
-    HeadCritic,
-    attach,
-    value_metrics,
-)
+from rlhf_cluster.learner.step.critic import STREAMS, Critic, HeadCritic, attach, value_metrics
 from rlhf_cluster.learner.step.optimizer_step import Updater
-from rlhf_cluster.learner.step.passes import (
-    Layout,
-    MetricSums,
-    on_every_rank,
-    run_passes,
-    score,
-)
-from rlhf_cluster.learner.step.training_batch import (
-    TrainingBatch,
-    check_staleness,
-    training_batch,
-)
-from rlhf_cluster.learner.token_samples import (
-    COLUMNS,
-    KeptTokens,
-)
+from rlhf_cluster.learner.step.passes import Layout, MetricSums, on_every_rank, run_passes, score
+from rlhf_cluster.learner.step.training_batch import TrainingBatch, check_staleness, training_batch
+from rlhf_cluster.learner.token_samples import COLUMNS, KeptTokens
 from rlhf_cluster.records import ExperienceGroup
 
 

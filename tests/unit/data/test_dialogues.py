@@ -15,10 +15,7 @@ from rlhf_cluster.offline import build_stage
 from rlhf_cluster.offline.stage import StageContext
 from rlhf_cluster.offline.train_sft import SftConfig
 from rlhf_cluster.sections.offline_stage import StageData
-from tests.support.builders.offline_stages import (
-    CHATML,
-    chat_tokenizer,
-)
+from tests.support.builders.offline_stages import CHATML, chat_tokenizer
 
 MARKED = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and m.content %}"

@@ -8,10 +8,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_cluster.cli.stage_text import (
-    derived_generation,
-    generation_ending,
-)
+from rlhf_cluster.cli.summaries import derived_generation, generation_ending
 from rlhf_cluster.config import GenerateConfig, validate
 from rlhf_cluster.config.dataset_config import GenerateSection, Revise
 from rlhf_cluster.data.preferences import parse_pair
