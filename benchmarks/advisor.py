@@ -40,9 +40,8 @@ import tomli_w
 
 from benchmarks.harness import ENVIRONMENT, machine, write_result
 from rlhf_cluster.run.bottleneck_advisor import advise
-from rlhf_cluster.run.metrics_file import read_metrics
 from rlhf_cluster.run.run_directory import RunDir
-from rlhf_cluster.run.status_snapshot import Snapshot
+from rlhf_cluster.run.run_record import Snapshot, read_metrics
 from tests.support.builders.run_configs import tiny_tree
 from tests.support.engines.scripted_engine import SCRIPT_VARIABLE
 

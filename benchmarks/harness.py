@@ -78,7 +78,7 @@ def run_steps(
     that failed, ends the benchmark: there is no speed to report then.
     """
     from rlhf_cluster.config import load_run
-    from rlhf_cluster.run.metrics_file import read_metrics
+    from rlhf_cluster.run.run_record import read_metrics
 
     settings = [f"run.root={folder}", f"run.name={name}", "evaluation.num_prompts=0", *settings]
     bound = load_run(config, settings).staleness.bound

@@ -37,19 +37,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from benchmarks.harness import ENVIRONMENT, machine, write_result
-from rlhf_cluster.data.preferences import (
-    UnusableRow,
-    parse_pair,
-)
+from rlhf_cluster.data.preferences import UnusableRow, parse_pair
 from rlhf_cluster.data.rows import expand, read_rows
 from rlhf_cluster.models.int8_linear import Linear8bit
 from rlhf_cluster.models.make_model import make_bpe
 from rlhf_cluster.records import FinishReason, Prompt, Rollout
-from rlhf_cluster.rewards.models.reward_model import (
-    RewardModel,
-    RewardModelConfig,
-)
 from rlhf_cluster.rewards.reward import RewardContext
+from rlhf_cluster.rewards.reward_model import RewardModel, RewardModelConfig
 from rlhf_cluster.scoring.frozen_policy import FrozenPolicy
 from rlhf_cluster.sections.every_run import BpeTokenizer
 

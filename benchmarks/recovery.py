@@ -30,9 +30,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.harness import ENVIRONMENT, machine, spread, write_result
-from rlhf_cluster.run.metrics_file import read_metrics
 from rlhf_cluster.run.run_directory import RunDir
-from rlhf_cluster.run.status_snapshot import Snapshot
+from rlhf_cluster.run.run_record import Snapshot, read_metrics
 from tests.chaos.processes import Process, marked
 
 REPOSITORY = Path(__file__).parents[1]

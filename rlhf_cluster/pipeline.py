@@ -56,8 +56,8 @@ from rlhf_cluster.records import (
     Ticket,
     TrainingGroup,
 )
-from rlhf_cluster.util.concurrency import gather_or_cancel
 from rlhf_cluster.util.slow_disk import run_in_thread
+from rlhf_cluster.util.waiting import gather_or_cancel
 from rlhf_cluster.weights.sync import WeightSync
 
 NO_SIGNAL = "no_signal"

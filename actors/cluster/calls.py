@@ -11,7 +11,7 @@ A `Client` lists the methods of an actor, each with its deadline. A `NamedActor`
 and is called from threads; `serving` runs it.
 
 Promises:
-- a wait is longer than the time that the callee may take (`rlhf_cluster.util.deadlines`), so the
+- a wait is longer than the time that the callee may take (`rlhf_cluster.util.waiting`), so the
   callee's error about its own deadline still arrives;
 - an answer that has arrived is returned, however late the loop looks at it.
 """
@@ -46,7 +46,7 @@ from rlhf_cluster.errors import (
     WorkerError,
     WorkerSilent,
 )
-from rlhf_cluster.util.deadlines import reply_deadline
+from rlhf_cluster.util.waiting import reply_deadline
 
 NAMESPACE = "rlhf_cluster"
 _NAME_TIMEOUT_S = 30.0

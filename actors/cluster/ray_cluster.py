@@ -32,13 +32,8 @@ from ray.util import get_node_ip_address
 from actors.cluster.calls import NAMESPACE
 from actors.cluster.launch import resources_by_node
 from rlhf_cluster.planning import doctor
-from rlhf_cluster.planning.cluster_room import (
-    address_of,
-    judge_placement,
-    local_cpus,
-)
 from rlhf_cluster.planning.doctor import Finding
-from rlhf_cluster.planning.placement import demand
+from rlhf_cluster.planning.placement import address_of, demand, judge_placement, local_cpus
 from rlhf_cluster.util.addresses import check_address
 
 OBJECT_STORE_BYTES = 512 << 20

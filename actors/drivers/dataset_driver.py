@@ -22,36 +22,20 @@ from rlhf_cluster.util.slow_disk import run_in_thread
 
 # isort: split
 from actors.cluster.calls import answer
-from actors.drivers.offline_observer import StageObserver
+from actors.drivers.run_observer import StageObserver
 from actors.drivers.supervisor import Supervisor
 from actors.services.control_actor import open_channel
-from actors.services.start_services import (
-    generation_pool,
-    scoring_pools,
-    started_pools,
-)
+from actors.services.start_services import generation_pool, scoring_pools, started_pools
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.config.dataset_config import GenerateConfig
 from rlhf_cluster.data.tokenizer import load_tokenizer, render
 from rlhf_cluster.errors import RlhfError
-from rlhf_cluster.planning.run_inputs import (
-    Inputs,
-    check_inputs,
-)
+from rlhf_cluster.planning.run_inputs import Inputs, check_inputs
 from rlhf_cluster.records import Handle
-from rlhf_cluster.synthetic_data.answers_file import (
-    GROUPS,
-    Answers,
-    AnswersFile,
-    Progress,
-)
-from rlhf_cluster.synthetic_data.produce import (
-    Completions,
-    Producer,
-    Revisions,
-)
+from rlhf_cluster.synthetic_data.answers_file import GROUPS, Answers, AnswersFile, Progress
+from rlhf_cluster.synthetic_data.dataset import write_dataset
+from rlhf_cluster.synthetic_data.produce import Completions, Producer, Revisions
 from rlhf_cluster.synthetic_data.revise_answers import EndpointAsker
-from rlhf_cluster.synthetic_data.write_dataset import write_dataset
 from rlhf_cluster.util.durable_files import write_json
 
 HEADLINE = "generate/reward_mean"

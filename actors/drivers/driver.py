@@ -25,19 +25,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from actors.cluster.ray_cluster import (
-    connected,
-    metrics_targets,
-)
+from actors.cluster.ray_cluster import connected, metrics_targets
 
 # isort: split
 import ray
 from rich.console import Console
 
-from actors.cluster.launch import (
-    preflight,
-    resources_by_node,
-)
+from actors.cluster.launch import preflight, resources_by_node
 from actors.drivers.run_observer import Observer
 from actors.services.learner_core import Core, core_restarts
 from actors.services.start_services import Launcher, environment_of_engine
@@ -46,18 +40,11 @@ from rlhf_cluster.config.load import AnyConfig
 from rlhf_cluster.errors import RlhfError, RunError
 from rlhf_cluster.generation.generation_worker import DEFAULT_ENGINE
 from rlhf_cluster.observe.record.logs import configure
-from rlhf_cluster.observe.record.post_mortem import (
-    NAME,
-    add_path_on_error,
-)
+from rlhf_cluster.observe.record.post_mortem import NAME, add_path_on_error
 from rlhf_cluster.observe.report.live_view import LiveView
-from rlhf_cluster.planning.cluster_room import (
-    address_of,
-    judge_placement,
-)
-from rlhf_cluster.planning.placement import demand, total_resources
+from rlhf_cluster.planning.model_settings import with_start_deadline
+from rlhf_cluster.planning.placement import address_of, demand, judge_placement, total_resources
 from rlhf_cluster.planning.run_inputs import Inputs, StageInputs
-from rlhf_cluster.planning.start_deadline import with_start_deadline
 from rlhf_cluster.run.checkpoint import checkpoint_folder, resume
 from rlhf_cluster.run.checkpoint.background_saving import Checkpoints
 from rlhf_cluster.run.checkpoint.resume import Continuation

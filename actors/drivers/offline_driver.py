@@ -25,22 +25,16 @@ from actors.drivers.driver import Opened, Stopped, TrainingDriver
 
 # isort: split
 from actors.drivers.checkpoint_cut import checkpoint_metrics, make_checkpoints
-from actors.drivers.offline_observer import StageObserver
+from actors.drivers.run_observer import StageObserver
 from actors.drivers.training_attempt import begin_attempt
 from actors.services.learner_core import Core
 from actors.services.rank_actors import RayStage
 from rlhf_cluster.config import StageConfig
 from rlhf_cluster.errors import RlhfError
 from rlhf_cluster.observe.report.learning_curve import draw_stage_curve
-from rlhf_cluster.offline import (
-    STAGES,
-    build_stage,
-)
+from rlhf_cluster.offline import STAGES, build_stage
 from rlhf_cluster.offline.stage import StageContext
-from rlhf_cluster.planning.run_inputs import (
-    StageInputs,
-    check_stage_inputs,
-)
+from rlhf_cluster.planning.run_inputs import StageInputs, check_stage_inputs
 from rlhf_cluster.records import LearnerState
 from rlhf_cluster.run.checkpoint.background_saving import Checkpoints
 from rlhf_cluster.run.checkpoint.run_state import RunState

@@ -27,23 +27,13 @@ from rlhf_cluster.util.slow_disk import run_in_thread
 # isort: split
 from actors.drivers.checkpoint_cut import checkpoint_metrics
 from actors.drivers.rl_observer import RunObserver
-from actors.drivers.supervisor import (
-    Supervisor,
-    look_at_buffer,
-)
-from actors.drivers.training_attempt import (
-    Attempt,
-    Place,
-)
+from actors.drivers.supervisor import Supervisor, look_at_buffer
+from actors.drivers.training_attempt import Attempt, Place
 from actors.services.control_actor import ControlChannel, open_channel
 from actors.services.hot_spare_actors import learner_spares, rank_of
 from actors.services.learner_core import Core
 from actors.services.rank_actors import RayLearner
-from actors.services.start_services import (
-    generation_pool,
-    scoring_pools,
-    started_pools,
-)
+from actors.services.start_services import generation_pool, scoring_pools, started_pools
 from actors.weights.transports import Transport
 from rlhf_cluster.buffer.buffer import trim_to_bound
 from rlhf_cluster.buffer.staleness import build_gate
@@ -51,11 +41,8 @@ from rlhf_cluster.config import RunConfig
 from rlhf_cluster.config.check_scoring import kl_notes
 from rlhf_cluster.config.pools import pool_sections
 from rlhf_cluster.errors import CoreLost, PlacementError, PoolLost, RlhfError, StalledError
-from rlhf_cluster.planning.choose_transport import with_transport
-from rlhf_cluster.planning.run_inputs import (
-    Inputs,
-    check_inputs,
-)
+from rlhf_cluster.planning.model_settings import with_transport
+from rlhf_cluster.planning.run_inputs import Inputs, check_inputs
 from rlhf_cluster.records import WeightVersion
 from rlhf_cluster.run.autoscaler import Autoscaler
 from rlhf_cluster.run.checkpoint.background_saving import Checkpoints

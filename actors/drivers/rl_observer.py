@@ -30,9 +30,8 @@ from rlhf_cluster.pipeline import Evaluation, StepTimes
 from rlhf_cluster.records import StepReport, Ticket, TrainingGroup
 from rlhf_cluster.run import bottleneck_advisor
 from rlhf_cluster.run.checkpoint.checkpoint_folder import Checkpoint
-from rlhf_cluster.run.metrics_file import read_metrics
 from rlhf_cluster.run.run_directory import RunDir
-from rlhf_cluster.run.status_snapshot import Pool, Snapshot, State
+from rlhf_cluster.run.run_record import Pool, Snapshot, State, read_metrics
 from rlhf_cluster.run.worker_pool import WorkerPool
 from rlhf_cluster.util.slow_disk import LatestValue
 from rlhf_cluster.weights.sync import SyncStats

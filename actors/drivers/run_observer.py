@@ -1,8 +1,8 @@
 """Records of any run by its driver: metrics.jsonl, status.json, events, a post-mortem.
 
 Everything is written when it happens; nothing waits for the disk unless its docstring says so.
-Subclasses add their metrics: `RunObserver` for reinforcement learning, `StageObserver` for an offline
-stage.
+Subclasses add their metrics: `RunObserver` for reinforcement learning, and here `StageObserver` for
+an offline stage and for a data set.
 """
 
 from __future__ import annotations
@@ -10,23 +10,26 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 from actors.cluster import stacks_of_nodes
 from actors.cluster.ray_metrics import RayMetrics
 from rlhf_cluster.config import GenerateConfig, RunConfig, StageConfig
+from rlhf_cluster.data.units import Unit
 from rlhf_cluster.errors import RlhfError, StalledError
 from rlhf_cluster.observe.record import post_mortem
 from rlhf_cluster.observe.record.run_log import RunLog, StatusFile
+from rlhf_cluster.observe.report.learning_curve import held_out_name
 from rlhf_cluster.observe.sinks import open_sinks
+from rlhf_cluster.records import StepReport
 from rlhf_cluster.run.checkpoint import resume
 from rlhf_cluster.run.checkpoint.checkpoint_folder import Checkpoint
-from rlhf_cluster.run.metrics_file import Record, read_metrics
 from rlhf_cluster.run.run_directory import RunDir
-from rlhf_cluster.run.status_snapshot import Event, Snapshot, State
+from rlhf_cluster.run.run_record import Event, Record, Snapshot, State, read_metrics
 from rlhf_cluster.util.slow_disk import DiskDeadline, run_in_thread
 
 log = logging.getLogger(__name__)  # its messages are the events of a report: see read_run.py
@@ -34,6 +37,7 @@ log = logging.getLogger(__name__)  # its messages are the events of a report: se
 MAX_EVENTS = 6
 
 T = TypeVar("T")
+
 C = TypeVar("C", RunConfig, StageConfig | GenerateConfig)
 
 
@@ -202,3 +206,77 @@ class Observer(Generic[C]):
         )
         self._status.show(self.snapshot)
         self._show(self.snapshot)
+
+
+class StageObserver(Observer[StageConfig | GenerateConfig]):
+    """Observer of a stage. `headline` is the metric that status and screen show."""
+
+    noun = "stage"
+
+    def __init__(
+        self,
+        config: StageConfig | GenerateConfig,
+        rundir: RunDir,
+        num_steps: int,
+        headline: str,
+        constants: Mapping[str, float],
+        show: Callable[[Snapshot], None],
+        started_s: float,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._headline, self._constants = headline, constants
+        shown = {"stage": config.stage.type, "metric": headline}
+        super().__init__(config, rundir, show, started_s, clock, num_steps, **shown)
+
+    def step(
+        self,
+        report: StepReport,
+        units: Sequence[Unit],
+        step_s: float,
+        further: Mapping[str, float],
+    ) -> None:
+        num_tokens = float(sum(s.num_inputs for unit in units for s in unit.sequences))
+        own = {
+            "stage/units": float(len(units)),
+            "stage/tokens": num_tokens,
+            "stage/step_s": step_s,
+            "stage/tokens_per_s": num_tokens / step_s if step_s > 0 else 0.0,
+            **self._constants,
+            **further,
+        }
+        values = {**report.metrics, **own}
+        self.progress(report.step, values, own["stage/tokens_per_s"], step_s)
+
+    def progress(
+        self, step: int, values: Mapping[str, float], tokens_per_s: float, step_s: float
+    ) -> None:
+        """Record that `step` is done.
+
+        Args:
+            values: metrics by name.
+            tokens_per_s: tokens per second of wall time.
+            step_s: wall time of one step.
+        """
+        now = self._clock()
+        self._note_first_step(now)
+        self._log.append(step, now, values)
+        self._metrics.record(values)
+        value = values.get(self._headline)
+        log.info("step %d: %s %.4g, %.3g s", step, self._headline, value or 0.0, step_s)
+        self._update(
+            state="running",
+            step=step,
+            metric_value=value,
+            tokens_per_s=tokens_per_s,
+            step_s=step_s,
+        )
+
+    def evaluation(self, step: int, found: Mapping[str, float]) -> float | None:
+        """Record one evaluation; returns its headline metric."""
+        values = {held_out_name(name): value for name, value in found.items()}
+        self._log.append(step, self._clock(), values)
+        self._metrics.record(values)
+        value = found.get(self._headline)
+        self._update(metric_held_out=value)
+        log.info("held out at step %d: %s %s", step, self._headline, value)
+        return value

@@ -20,13 +20,10 @@ from actors.services.buffer_actor import RayBuffer
 from actors.services.control_actor import ControlChannel, Wish
 from rlhf_cluster.config.pools import no_such_pool
 from rlhf_cluster.errors import RlhfError, first_failure
-from rlhf_cluster.run.autoscaler import (
-    Action,
-    Autoscaler,
-)
+from rlhf_cluster.run.autoscaler import Action, Autoscaler
 from rlhf_cluster.run.bottleneck_advisor import Advice
 from rlhf_cluster.run.worker_pool import WorkerPool
-from rlhf_cluster.util.concurrency import gather_or_cancel
+from rlhf_cluster.util.waiting import gather_or_cancel
 
 LOOK_EVERY_S = 1.0
 

@@ -25,15 +25,9 @@ from actors.services.generation_client import RayGeneration
 from actors.services.rank_actors import RayLearner
 from actors.services.scoring_client import RayScoring
 from actors.weights.transports import Transport
-from rlhf_cluster.buffer.adaptive_depth import (
-    DepthController,
-    depth_controller,
-)
+from rlhf_cluster.buffer.adaptive_depth import DepthController, depth_controller
 from rlhf_cluster.buffer.buffer import trim_to_bound
-from rlhf_cluster.buffer.group_recovery import (
-    patience_of,
-    recovery_of,
-)
+from rlhf_cluster.buffer.group_recovery import patience_of, recovery_of
 from rlhf_cluster.buffer.staleness import build_gate
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import CoreLost, StalledError
@@ -46,11 +40,8 @@ from rlhf_cluster.run.checkpoint.checkpoint_folder import Checkpoint
 from rlhf_cluster.run.checkpoint.run_state import RunState
 from rlhf_cluster.run.restarts import RoomAgain
 from rlhf_cluster.run.run_directory import RunDir
-from rlhf_cluster.util.deadlines import reply_deadline
-from rlhf_cluster.util.slow_disk import (
-    DiskDeadline,
-    run_in_thread,
-)
+from rlhf_cluster.util.slow_disk import DiskDeadline, run_in_thread
+from rlhf_cluster.util.waiting import reply_deadline
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.sync import WeightSync, live_deadline_s
 from rlhf_cluster.weights.writer_fence import LOCK_TIMEOUT_S, Writer

@@ -38,8 +38,8 @@ from rlhf_cluster.failures import as_rank_failure
 from rlhf_cluster.observe.occupancy import resident_bytes
 from rlhf_cluster.observe.record.samples import keep_samples, write_samples
 from rlhf_cluster.records import Handle, LearnerState, StepReport, TrainingGroup, WeightVersion
-from rlhf_cluster.util.deadlines import callee_deadline
 from rlhf_cluster.util.slow_disk import DiskDeadline
+from rlhf_cluster.util.waiting import callee_deadline
 from rlhf_cluster.weights.manifest import ShardReport
 from rlhf_cluster.weights.sync import BasePlan
 from rlhf_cluster.weights.transports.transport import Deadline

@@ -8,29 +8,17 @@ import time
 from collections.abc import Callable, Mapping
 
 from actors.cluster.calls import answer
-from actors.services.generation_client import (
-    Abandoned,
-    Answered,
-    try_workers,
-)
+from actors.services.generation_client import Abandoned, Answered, try_workers
 from rlhf_cluster.config import RunConfig
-from rlhf_cluster.config.pools import (
-    EXACT,
-    REFERENCE,
-    SCORING,
-)
+from rlhf_cluster.config.pools import EXACT, REFERENCE, SCORING
 from rlhf_cluster.errors import StalledError, WeightError, WorkerError
 from rlhf_cluster.observe.occupancy import Occupancy
 from rlhf_cluster.records import GroupSummary, Handle, WeightVersion
 from rlhf_cluster.run.pool_version import PoolVersion
-from rlhf_cluster.run.worker_pool import (
-    State,
-    Worker,
-    WorkerPool,
-)
+from rlhf_cluster.run.worker_pool import State, Worker, WorkerPool
 from rlhf_cluster.scoring.moving_reference import ReferenceKeeper
-from rlhf_cluster.util.concurrency import gather_or_cancel
 from rlhf_cluster.util.slow_disk import DiskDeadline
+from rlhf_cluster.util.waiting import gather_or_cancel
 from rlhf_cluster.weights.writer_fence import Writer
 
 log = logging.getLogger(__name__)

@@ -15,43 +15,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from actors.cluster.calls import answer
-from actors.cluster.launch import (
-    RAY_PLACES,
-    RayPlaces,
-    place,
-    preflight,
-    spawn,
-    take_down,
-)
-from actors.services.generation_client import (
-    RayGeneration,
-    check_health,
-)
-from actors.services.scoring_client import (
-    RayScoring,
-    score_deadline_s,
-)
-from actors.services.worker_actors import (
-    HEALTH_GROUP,
-    GenerationActor,
-    ScoringActor,
-)
+from actors.cluster.launch import RAY_PLACES, RayPlaces, place, preflight, spawn, take_down
+from actors.services.generation_client import RayGeneration, check_health
+from actors.services.scoring_client import RayScoring, score_deadline_s
+from actors.services.worker_actors import HEALTH_GROUP, GenerationActor, ScoringActor
 from rlhf_cluster.config import RunConfig
-from rlhf_cluster.config.pools import (
-    GENERATION,
-    pool_sections,
-)
+from rlhf_cluster.config.pools import GENERATION, pool_sections
 from rlhf_cluster.errors import PlacementError, RlhfError
 from rlhf_cluster.generation.generation_worker import DEFAULT_ENGINE
 from rlhf_cluster.planning.placement import Bundle, pool_bundle
 from rlhf_cluster.run.restarts import FailedStarts, RestartWindow
-from rlhf_cluster.run.worker_pool import (
-    PoolLimits,
-    Worker,
-    WorkerPool,
-)
-from rlhf_cluster.util.concurrency import gather_or_cancel
-from rlhf_cluster.util.deadlines import reply_deadline
+from rlhf_cluster.run.worker_pool import PoolLimits, Worker, WorkerPool
+from rlhf_cluster.util.waiting import gather_or_cancel, reply_deadline
 
 log = logging.getLogger(__name__)
 

@@ -19,13 +19,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf_cluster.config import RunConfig
-from rlhf_cluster.config.check_served_adapters import SERVED_RANKS
+from rlhf_cluster.config.check_rollouts import SERVED_RANKS
 from rlhf_cluster.errors import ConfigError, WorkerError
 from rlhf_cluster.generation.segments import stable_hash
-from rlhf_cluster.sections.values import (
-    is_share,
-    memory_share,
-)
+from rlhf_cluster.sections.values import is_share, memory_share
 
 TESTED_VLLM = "0.32"
 TRANSFER_BACKEND = "rlhf_store"

@@ -14,28 +14,16 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Protocol
 
-from actors.weights.node_mirrors import (
-    RemotePlanner,
-    lender_of,
-    serving_relay,
-)
+from actors.weights.node_mirrors import RemotePlanner, lender_of, serving_relay
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import StalledError, WeightError
 from rlhf_cluster.records import WeightVersion
-from rlhf_cluster.util.deadlines import callee_deadline
+from rlhf_cluster.util.waiting import callee_deadline
 from rlhf_cluster.weights.manifest import ShardReport
 from rlhf_cluster.weights.store import commit
 from rlhf_cluster.weights.transports.lent_shards import ShardLender
-from rlhf_cluster.weights.transports.shared_files import (
-    MANIFEST_NAME,
-    FileSink,
-    FileSource,
-)
-from rlhf_cluster.weights.transports.transport import (
-    Deadline,
-    ShardImage,
-    ShardSink,
-)
+from rlhf_cluster.weights.transports.shared_files import MANIFEST_NAME, FileSink, FileSource
+from rlhf_cluster.weights.transports.transport import Deadline, ShardImage, ShardSink
 from rlhf_cluster.weights.writer_fence import Writer
 
 log = logging.getLogger(__name__)

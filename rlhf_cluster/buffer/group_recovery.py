@@ -39,24 +39,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from xxhash import xxh3_128_hexdigest
 
-from rlhf_cluster.buffer.group_store import (
-    ATTEMPT,
-    ExperienceStore,
-    read_attempt,
-)
-from rlhf_cluster.config.pools import (
-    REFERENCE,
-    TEACHER,
-)
+from rlhf_cluster.buffer.group_store import ATTEMPT, ExperienceStore, read_attempt
+from rlhf_cluster.config.pools import REFERENCE, TEACHER
 from rlhf_cluster.errors import RecordError, StoreError
 from rlhf_cluster.records import GroupSummary, Prompt, StoredGroup, Ticket
-from rlhf_cluster.util.concurrency import gather_or_cancel
-from rlhf_cluster.util.durable_files import (
-    find_storage_cause,
-    make_folders,
-    write_json,
-)
+from rlhf_cluster.util.durable_files import find_storage_cause, make_folders, write_json
 from rlhf_cluster.util.slow_disk import DiskDeadline
+from rlhf_cluster.util.waiting import gather_or_cancel
 
 if TYPE_CHECKING:
     from rlhf_cluster.config import RunConfig

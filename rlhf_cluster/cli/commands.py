@@ -99,20 +99,20 @@ def _run(
 
     if isinstance(loaded, StageConfig):
         from actors.drivers.offline_driver import StageDriver
-        from rlhf_cluster.cli.stage_text import stage_ending
+        from rlhf_cluster.cli.summaries import stage_ending
 
         summary = drive(StageDriver, loaded, argv, overwrite, accept_changes)
         return stage_ending(summary, _own_name(), Path.cwd())
     if isinstance(loaded, GenerateConfig):
         from actors.drivers.dataset_driver import DatasetDriver
-        from rlhf_cluster.cli.stage_text import generation_ending
+        from rlhf_cluster.cli.summaries import generation_ending
 
         _check_engine(loaded.as_run)
         summary = drive(DatasetDriver, loaded, argv, overwrite, accept_changes)
         return generation_ending(summary, _own_name(), Path.cwd())
     _check_engine(loaded)
     from actors.drivers.rl_driver import RLDriver
-    from rlhf_cluster.cli.run_text import ending
+    from rlhf_cluster.cli.summaries import ending
 
     summary = drive(RLDriver, loaded, argv, overwrite, accept_changes)
     return ending(summary, loaded, config, overrides, _own_name(), Path.cwd(), alone)
@@ -369,7 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def explain(error: Exception) -> str:
     """Return the text of an error for the user: its message and notes, one per line, no secrets."""
-    from rlhf_cluster.util.redaction import redact_process_secrets
+    from rlhf_cluster.util.provenance import redact_process_secrets
 
     return redact_process_secrets("\n".join([_message(error), *getattr(error, "__notes__", [])]))
 

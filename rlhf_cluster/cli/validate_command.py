@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from rlhf_cluster.cli.stage_text import derived_generation, derived_stage
+from rlhf_cluster.cli.summaries import derived_generation, derived_stage
 from rlhf_cluster.config import GenerateConfig, StageConfig
 from rlhf_cluster.config.check_scoring import kl_notes
 from rlhf_cluster.config.load import AnyConfig

@@ -28,23 +28,11 @@ from pydantic import (
 from rlhf_cluster.algorithms.ppo import PpoConfig
 from rlhf_cluster.config.pools import Scoring
 from rlhf_cluster.config.run_config import RunConfig
-from rlhf_cluster.rewards.servers.http_client import ServerSection
-from rlhf_cluster.sections.every_run import (
-    Model,
-    RunFile,
-    RunSection,
-)
-from rlhf_cluster.sections.rl_run import (
-    Buffer,
-    Data,
-    Generation,
-    Run,
-)
+from rlhf_cluster.rewards.http_client import ServerSection
+from rlhf_cluster.sections.every_run import Model, RunFile, RunSection
+from rlhf_cluster.sections.rl_run import Buffer, Data, Generation, Run
 from rlhf_cluster.sections.section import Section, check_all, messages_of
-from rlhf_cluster.sections.training import (
-    Checkpoint,
-    Learner,
-)
+from rlhf_cluster.sections.training import Checkpoint, Learner
 
 CRITIQUE = """Below are a question and an answer to it.
 

@@ -11,8 +11,13 @@ from pathlib import Path
 
 from pydantic import model_validator
 
-from rlhf_cluster.config.check_autoscale import check_autoscale
-from rlhf_cluster.config.check_rollouts import check_generation, check_replay, check_staleness
+from rlhf_cluster.config.check_rollouts import (
+    check_autoscale,
+    check_generation,
+    check_replay,
+    check_served_adapters,
+    check_staleness,
+)
 from rlhf_cluster.config.check_scoring import (
     check_exact_logprobs,
     check_kl,
@@ -20,7 +25,6 @@ from rlhf_cluster.config.check_scoring import (
     check_steps,
     check_teacher,
 )
-from rlhf_cluster.config.check_served_adapters import check_served_adapters
 from rlhf_cluster.config.check_training import (
     check_batch,
     check_checkpoint,

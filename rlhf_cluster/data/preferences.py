@@ -28,12 +28,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlhf_cluster.data.dialogue_text import (
-    Messages,
-    is_dialogue,
-    parse_dialogue,
-    parse_messages,
-)
+from rlhf_cluster.data.dialogues import Messages, is_dialogue, parse_dialogue, parse_messages
 from rlhf_cluster.errors import DataError
 
 Layout = Literal["pair", "dialogue", "ranking", "labelled"]

@@ -21,13 +21,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from rlhf_cluster.data.dialogue_text import drop_answer
+from rlhf_cluster.data.dialogues import drop_answer
 from rlhf_cluster.data.rows import Row, column, expand, read_rows
 from rlhf_cluster.data.tasks import held_out_rows, train_rows
-from rlhf_cluster.data.tokenizer import (
-    check_template,
-    render,
-)
+from rlhf_cluster.data.tokenizer import check_template, render
 from rlhf_cluster.errors import DataError, RecordError
 from rlhf_cluster.records import Prompt
 

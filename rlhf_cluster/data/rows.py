@@ -22,10 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rlhf_cluster.data.dialogue_text import (
-    is_dialogue,
-    parse_dialogue,
-)
+from rlhf_cluster.data.dialogues import is_dialogue, parse_dialogue
 from rlhf_cluster.errors import DataError
 
 

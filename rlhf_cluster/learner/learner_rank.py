@@ -30,11 +30,7 @@ from rlhf_cluster.algorithms.algorithm import CriticAlgorithm
 from rlhf_cluster.config.run_config import RunConfig
 from rlhf_cluster.data.prompts import SftExample
 from rlhf_cluster.errors import RunError, WeightError
-from rlhf_cluster.learner.learner_reference import (
-    FrozenCopy,
-    Reference,
-    StartAdapters,
-)
+from rlhf_cluster.learner.learner_reference import FrozenCopy, Reference, StartAdapters
 from rlhf_cluster.learner.publish import (
     Bases,
     ChangedShare,
@@ -46,33 +42,16 @@ from rlhf_cluster.learner.publish import (
     tensor_shapes,
 )
 from rlhf_cluster.learner.rank_checkpoint import Stateful
-from rlhf_cluster.learner.reward_normalizer import (
-    Joined,
-    RunningNormalizer,
-)
+from rlhf_cluster.learner.reward_normalizer import Joined, RunningNormalizer
 from rlhf_cluster.learner.sharding.fsdp2 import Fsdp2Model
-from rlhf_cluster.learner.sharding.sharded_model import (
-    ShardedModel,
-    assert_float32,
-)
-from rlhf_cluster.learner.step.critic import (
-    Critic,
-    load_value_model,
-    new_critic,
-    sharded_head,
-)
+from rlhf_cluster.learner.sharding.sharded_model import ShardedModel, assert_float32
+from rlhf_cluster.learner.step.critic import Critic, load_value_model, new_critic, sharded_head
 from rlhf_cluster.learner.step.optimizer_step import Schedule, Updater
-from rlhf_cluster.learner.step.train_step import (
-    StepSettings,
-    train_step,
-)
-from rlhf_cluster.learner.step.warmup_step import sft_step
-from rlhf_cluster.learner.token_samples import (
-    KeptTokens,
-)
+from rlhf_cluster.learner.step.train_step import StepSettings, sft_step, train_step
+from rlhf_cluster.learner.token_samples import KeptTokens
 from rlhf_cluster.learner.training_rank import TrainingRank
 from rlhf_cluster.records import ExperienceGroup, StepReport, TokenSample
-from rlhf_cluster.util.deadlines import callee_deadline
+from rlhf_cluster.util.waiting import callee_deadline
 from rlhf_cluster.weights.manifest import LocalPart, ShardReport
 from rlhf_cluster.weights.shards import send_shard
 from rlhf_cluster.weights.transports.shared_files import FileSink
@@ -142,7 +121,7 @@ class LearnerRank(TrainingRank[RunConfig]):
         return self._facts()
 
     def sft_step(self, examples: list[SftExample]) -> dict[str, float]:
-        """Run one supervised optimizer step; see `warmup_step.sft_step`.
+        """Run one supervised optimizer step; see `train_step.sft_step`.
 
         Raises:
             RunError: reinforcement learning has begun.

@@ -26,10 +26,7 @@ from torch.distributed.fsdp import FSDPModule
 from rlhf_cluster.algorithms.algorithm import Sums
 from rlhf_cluster.config.stage_config import StageConfig
 from rlhf_cluster.data.packing import TokenSequence
-from rlhf_cluster.data.units import (
-    Unit,
-    flatten_units,
-)
+from rlhf_cluster.data.units import Unit, flatten_units
 from rlhf_cluster.errors import RunError
 from rlhf_cluster.learner import publish
 from rlhf_cluster.learner.learner_reference import (
@@ -42,8 +39,8 @@ from rlhf_cluster.learner.rank_checkpoint import Stateful
 from rlhf_cluster.learner.sharding.sharded_model import assert_float32
 from rlhf_cluster.learner.step import passes
 from rlhf_cluster.learner.step.critic import ValueLM
-from rlhf_cluster.learner.step.metric_sums import MetricSums
 from rlhf_cluster.learner.step.optimizer_step import Updater
+from rlhf_cluster.learner.step.passes import MetricSums
 from rlhf_cluster.learner.training_rank import TrainingRank
 from rlhf_cluster.models.policy_model import PolicyLM
 from rlhf_cluster.offline import build_stage

@@ -23,42 +23,20 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from rlhf_cluster.errors import RunError
-from rlhf_cluster.learner.rank_checkpoint import (
-    StateCopies,
-    Stateful,
-    load,
-)
-from rlhf_cluster.learner.sharding.fsdp2 import (
-    Fsdp2Model,
-    shard,
-)
+from rlhf_cluster.learner.rank_checkpoint import StateCopies, Stateful, load
+from rlhf_cluster.learner.sharding.fsdp2 import Fsdp2Model, shard
 from rlhf_cluster.learner.sharding.lora import add_adapters
 from rlhf_cluster.learner.sharding.qlora import stands_for
-from rlhf_cluster.learner.sharding.sharded_model import (
-    AdamWSettings,
-    ShardedModel,
-)
-from rlhf_cluster.learner.sharding.zero3 import (
-    import_deepspeed,
-    leave_group,
-    partition,
-)
-from rlhf_cluster.learner.step.critic import (
-    ValueLM,
-    shard_value_model,
-)
+from rlhf_cluster.learner.sharding.sharded_model import AdamWSettings, ShardedModel
+from rlhf_cluster.learner.sharding.zero3 import import_deepspeed, leave_group, partition
+from rlhf_cluster.learner.step.critic import ValueLM, shard_value_model
 from rlhf_cluster.learner.step.optimizer_step import Schedule, Updater
 from rlhf_cluster.learner.step.passes import Layout
 from rlhf_cluster.models.gpu_share import limit_memory
-from rlhf_cluster.models.policy_model import (
-    PolicyLM,
-    check_distribution,
-    check_names,
-    load_policy,
-)
+from rlhf_cluster.models.policy_model import PolicyLM, check_distribution, check_names, load_policy
 from rlhf_cluster.records import LearnerState
-from rlhf_cluster.util.deadlines import callee_deadline
 from rlhf_cluster.util.process_group import join_group
+from rlhf_cluster.util.waiting import callee_deadline
 from rlhf_cluster.weights.manifest import LocalPart, ShardReport
 
 if TYPE_CHECKING:

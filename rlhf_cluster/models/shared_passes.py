@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from rlhf_cluster.errors import StalledError
-from rlhf_cluster.util.deadlines import remaining_s
+from rlhf_cluster.util.waiting import remaining_s
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -39,8 +39,8 @@ from rlhf_cluster.errors import RlhfError, RunError, StoreError
 from rlhf_cluster.observe.list_groups import align
 from rlhf_cluster.observe.record.samples import Row, read_samples
 from rlhf_cluster.records import ExperienceGroup
-from rlhf_cluster.run.metrics_file import read_metrics
 from rlhf_cluster.run.run_directory import RunDir
+from rlhf_cluster.run.run_record import read_metrics
 
 if TYPE_CHECKING:
     from rlhf_cluster.config import RunConfig

@@ -4,14 +4,19 @@
 
 A stage is one file: its section of the run file, and a subclass of `Stage`. The class is built as
 `cls(section, context)` in the driver, which reads, and in every rank, which trains. It holds no model
-and computes through `Passes`.
+and computes through `Passes`. Stages that compare answers read rows with `encode_answers`.
 
 Every stage must promise:
 - importing its file loads no torch;
 - `loss` makes the same calls on every rank;
 - shares of all micro-batches and ranks add up to the loss.
 
-Shapes: T targets of a sequence.
+Promises of encoding:
+- the prompt's ids are those that generation would be asked with, and an answer's those that it would
+  sample, its end token included: the border between them is the same as in generation;
+- `encode_answers` shortens nothing. `cut_prompt` makes pairs shorter and never touches an answer.
+
+Shapes: P prompt tokens, T targets of a sequence, such as the tokens of an answer.
 """
 
 from __future__ import annotations
@@ -21,26 +26,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
+import numpy as np
+
+from rlhf_cluster.data.dialogues import Messages, render_dialogue
 from rlhf_cluster.data.rows import Row
 from rlhf_cluster.data.units import Unit, cut_end
-from rlhf_cluster.errors import ConfigError
-from rlhf_cluster.models.divergence import (
-    REVERSE_KL,
-    Divergence,
-)
-from rlhf_cluster.sections.offline_stage import (
-    StageData,
-    StageSectionBase,
-)
+from rlhf_cluster.errors import ConfigError, DataError
+from rlhf_cluster.models.divergence import REVERSE_KL, Divergence
+from rlhf_cluster.sections.offline_stage import StageData, StageSectionBase
+
+Ids = np.ndarray
 
 if TYPE_CHECKING:
-    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
-    from rlhf_cluster.algorithms.micro_batch_loss import (
-        TokenLoss,
-        ValueLoss,
-    )
+    from rlhf_cluster.algorithms.micro_batch_loss import TokenLoss, ValueLoss
 
     PerUnit = list[tuple[np.ndarray, ...]]
     """One tuple per unit, with an array [T] float32 for each of its sequences in order."""
@@ -162,3 +162,97 @@ class Stage(Generic[S]):
 
     def load_state(self, state: Mapping[str, float]) -> None:
         """Resume from `state()` as if there had been no interruption."""
+
+
+def encode_answers(
+    prompt: str | Messages,
+    answers: Sequence[str],
+    where: str,
+    context: StageContext,
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[Ids, list[Ids]]:
+    """Encode a prompt and its answers.
+
+    Returns:
+        The prompt's ids, int32 [P], and each answer's ids, int32 [T].
+
+    Raises:
+        DataError: the row cannot be encoded; the message begins with `where`.
+    """
+    data = context.data
+    if data.template == "chat":
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages = with_system(messages, data.system_prompt, data.drop_system, where)
+        asked = render_dialogue(messages, where, tokenizer, True)
+        texts = [
+            _answer_text(asked, [*messages, {"role": "assistant", "content": a}], where, tokenizer)
+            for a in answers
+        ]
+        prompt_ids = _ids(asked, tokenizer, False)
+    elif isinstance(prompt, str):
+        prompt_ids, texts = _ids(prompt, tokenizer, True), list(answers)
+    else:
+        raise DataError(
+            f"{where}: found a dialogue, but data.template = {data.template!r}. Set data.template = "
+            "'chat'"
+        )
+    while prompt_ids[:2] == [tokenizer.bos_token_id] * 2:
+        del prompt_ids[0]
+    if not prompt_ids:
+        raise DataError(f"{where}: the prompt has no tokens. Correct or remove the row")
+    ended = [_cut_after_end(_ids(text, tokenizer, False), context.end_ids) for text in texts]
+    return np.array(prompt_ids, dtype=np.int32), [np.array(ids, dtype=np.int32) for ids in ended]
+
+
+def cut_prompt(prompt_ids: Ids, longest_answer: int, max_tokens: int) -> Ids | None:
+    """Shorten a prompt so that it and the longest answer have at most `max_tokens` tokens.
+
+    The first token and the last ones are kept. Returns None where fewer than two tokens would be left.
+    """
+    room = max_tokens - longest_answer
+    if room >= len(prompt_ids):
+        return prompt_ids
+    if room < 2:
+        return None
+    return np.concatenate([prompt_ids[:1], prompt_ids[len(prompt_ids) - room + 1 :]])
+
+
+def _answer_text(
+    asked: str, messages: Messages, where: str, tokenizer: PreTrainedTokenizerBase
+) -> str:
+    whole = render_dialogue(messages, where, tokenizer, False)
+    if not whole.startswith(asked):
+        raise DataError(
+            f"{where}: the chat template's text of the prompt is not the beginning of its text with an "
+            "answer, so the two cannot be separated. Use another template"
+        )
+    return whole[len(asked) :]
+
+
+def _cut_after_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:
+    """Cut an answer after its last end token. Append one where the template has none."""
+    last = max((i for i, token in enumerate(ids) if token in end_ids), default=None)
+    return [*ids, end_ids[0]] if last is None else ids[: last + 1]
+
+
+def _ids(text: str, tokenizer: PreTrainedTokenizerBase, special: bool) -> list[int]:
+    found: Any = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    return list(found)
+
+
+def with_system(messages: Messages, prompt: str | None, drop: bool, where: str) -> Messages:
+    """Return the dialogue with `prompt` as its system message, if there is one.
+
+    `drop`: remove the dialogue's system messages first. Raises `DataError` where it keeps one and
+    `prompt` is set.
+    """
+    if drop:
+        messages = [m for m in messages if m["role"] != "system"]
+    if prompt is None or not messages:
+        return messages
+    if messages[0]["role"] == "system":
+        raise DataError(
+            f"{where}: has a system message of its own, and data.system_prompt is set. Set "
+            "data.drop_system = true, or remove one"
+        )
+    return [{"role": "system", "content": prompt}, *messages]

@@ -36,43 +36,20 @@ from rlhf_cluster.algorithms.preference_loss_config import (
     PairLoss,
     PreferenceLoss,
 )
-from rlhf_cluster.algorithms.preference_losses import (
-    Labelled,
-    Pairs,
-    kto_baseline,
-)
+from rlhf_cluster.algorithms.preference_losses import Labelled, Pairs, kto_baseline
 from rlhf_cluster.data.packing import TokenSequence
-from rlhf_cluster.data.preferences import (
-    parse_labelled,
-    parse_pair,
-    split_key,
-)
+from rlhf_cluster.data.preferences import parse_labelled, parse_pair, split_key
 from rlhf_cluster.data.rows import Row
 from rlhf_cluster.data.units import Unit, cut_end
-from rlhf_cluster.offline.encode_answers import (
-    cut_prompt,
-    encode_answers,
-)
 from rlhf_cluster.offline.scorer_report import validation_report
-from rlhf_cluster.offline.stage import (
-    Passes,
-    Stage,
-    StageContext,
-)
+from rlhf_cluster.offline.stage import Passes, Stage, StageContext, cut_prompt, encode_answers
 from rlhf_cluster.sections.offline_stage import StageSectionBase
-from rlhf_cluster.sections.values import (
-    FixedReference,
-    PeriodicReference,
-    ReferenceUpdate,
-)
+from rlhf_cluster.sections.values import FixedReference, PeriodicReference, ReferenceUpdate
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_cluster.algorithms.micro_batch_loss import (
-        TokenLoss,
-        TrainedTokens,
-    )
+    from rlhf_cluster.algorithms.micro_batch_loss import TokenLoss, TrainedTokens
 
 
 UNIT_BYTES = 500

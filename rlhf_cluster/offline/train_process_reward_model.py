@@ -1,6 +1,6 @@
 """Process reward models: the chance that each reasoning step of a response is right.
 
-A row is a response with labelled steps (`data.reasoning_step_rows`). A step's logit is the value
+A row is a response with labelled steps (`data.reasoning_steps`). A step's logit is the value
 after its last token. That token is found as in reinforcement learning (`data.reasoning_steps`): among
 the ids of the whole response, by the text that they decode to. The last step ends with the end token.
 A token that ends several steps has the lowest of their labels. The head has no bias and starts at 0.
@@ -24,41 +24,20 @@ import numpy as np
 from pydantic import Field
 
 from rlhf_cluster.algorithms.algorithm import Sums
-from rlhf_cluster.data.packing import (
-    TokenSequence,
-    value_sequence,
-)
+from rlhf_cluster.data.packing import TokenSequence, value_sequence
 from rlhf_cluster.data.preferences import split_key
-from rlhf_cluster.data.reasoning_step_rows import parse_steps
-from rlhf_cluster.data.reasoning_steps import (
-    step_ends,
-    step_spans,
-)
+from rlhf_cluster.data.reasoning_steps import parse_steps, step_ends, step_spans
 from rlhf_cluster.data.rows import Row
 from rlhf_cluster.data.units import Unit
 from rlhf_cluster.errors import DataError
-from rlhf_cluster.offline.encode_answers import (
-    cut_prompt,
-    encode_answers,
-)
-from rlhf_cluster.offline.reward_model_losses import (
-    process_report,
-    step_loss,
-    step_metrics,
-)
-from rlhf_cluster.offline.stage import (
-    Passes,
-    Stage,
-)
+from rlhf_cluster.offline.reward_model_losses import process_report, step_loss, step_metrics
+from rlhf_cluster.offline.stage import Passes, Stage, cut_prompt, encode_answers
 from rlhf_cluster.sections.offline_stage import StageSectionBase
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_cluster.algorithms.micro_batch_loss import (
-        TrainedValues,
-        ValueLoss,
-    )
+    from rlhf_cluster.algorithms.micro_batch_loss import TrainedValues, ValueLoss
 
 
 class ProcessRewardModelStageConfig(StageSectionBase):

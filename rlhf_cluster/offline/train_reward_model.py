@@ -51,10 +51,6 @@ from rlhf_cluster.data.rows import Row
 from rlhf_cluster.data.units import Unit, is_held_out
 from rlhf_cluster.errors import DataError
 from rlhf_cluster.offline import train_ensemble
-from rlhf_cluster.offline.encode_answers import (
-    cut_prompt,
-    encode_answers,
-)
 from rlhf_cluster.offline.reward_model_losses import (
     bradley_terry_loss,
     pair_score_metrics,
@@ -63,21 +59,14 @@ from rlhf_cluster.offline.reward_model_losses import (
     ranking_score_metrics,
 )
 from rlhf_cluster.offline.scorer_report import Scored, graded_report
-from rlhf_cluster.offline.stage import (
-    Passes,
-    Stage,
-    StageContext,
-)
+from rlhf_cluster.offline.stage import Passes, Stage, StageContext, cut_prompt, encode_answers
 from rlhf_cluster.sections.offline_stage import StageSectionBase
 from rlhf_cluster.sections.section import Section
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_cluster.algorithms.micro_batch_loss import (
-        TrainedValues,
-        ValueLoss,
-    )
+    from rlhf_cluster.algorithms.micro_batch_loss import TrainedValues, ValueLoss
 
 
 class BradleyTerry(Section):

@@ -2,7 +2,7 @@
 
 A row is a dialogue (`messages`: a list of {role, content}, or one text as in hh-rlhf), or a `prompt`
 and its `completion`. Every assistant turn of a dialogue is trained, its end token included
-(`data.assistant_turns`). Without a chat template a completion is appended to its prompt unchanged, and
+(`data.dialogues`). Without a chat template a completion is appended to its prompt unchanged, and
 the end token after it.
 
 Promises:
@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 
 from rlhf_cluster.algorithms.algorithm import Sums
-from rlhf_cluster.data.assistant_turns import encode_dialogue
-from rlhf_cluster.data.dialogue_text import (
+from rlhf_cluster.data.dialogues import (
     Messages,
+    encode_dialogue,
     is_dialogue,
     parse_dialogue,
     parse_messages,
@@ -31,24 +31,15 @@ from rlhf_cluster.data.dialogue_text import (
 from rlhf_cluster.data.packing import TokenSequence
 from rlhf_cluster.data.preferences import UnusableRow
 from rlhf_cluster.data.rows import Row
-from rlhf_cluster.data.units import (
-    Unit,
-    make_sequence,
-)
+from rlhf_cluster.data.units import Unit, make_sequence
 from rlhf_cluster.errors import DataError
-from rlhf_cluster.offline.stage import (
-    Passes,
-    Stage,
-)
+from rlhf_cluster.offline.stage import Passes, Stage, with_system
 from rlhf_cluster.sections.offline_stage import StageSectionBase
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_cluster.algorithms.micro_batch_loss import (
-        TokenLoss,
-        TrainedTokens,
-    )
+    from rlhf_cluster.algorithms.micro_batch_loss import TokenLoss, TrainedTokens
 
 
 class SftConfig(StageSectionBase):
@@ -145,24 +136,6 @@ class SftStage(DialogueStage[SftConfig]):
 
     def metrics(self, units: Sequence[Unit]) -> Mapping[str, float]:
         return {"sft/tokens": float(sum(unit.num_trained for unit in units))}
-
-
-def with_system(messages: Messages, prompt: str | None, drop: bool, where: str) -> Messages:
-    """Return the dialogue with `prompt` as its system message, if there is one.
-
-    `drop`: remove the dialogue's system messages first. Raises `DataError` where it keeps one and
-    `prompt` is set.
-    """
-    if drop:
-        messages = [m for m in messages if m["role"] != "system"]
-    if prompt is None or not messages:
-        return messages
-    if messages[0]["role"] == "system":
-        raise DataError(
-            f"{where}: has a system message of its own, and data.system_prompt is set. Set "
-            "data.drop_system = true, or remove one"
-        )
-    return [{"role": "system", "content": prompt}, *messages]
 
 
 def _messages(value: Any, where: str, column: str) -> Messages:

@@ -18,12 +18,9 @@ from rlhf_cluster.data.tokenizer import end_token_ids, load_tokenizer
 from rlhf_cluster.errors import DataError, WeightError
 from rlhf_cluster.models.model_folder import checkpoint_shapes
 from rlhf_cluster.planning import doctor, memory_needs
-from rlhf_cluster.planning.choose_transport import with_transport
 from rlhf_cluster.planning.doctor import Finding
-from rlhf_cluster.planning.memory_needs import (
-    Need,
-    Shape,
-)
+from rlhf_cluster.planning.memory_needs import Need, Shape
+from rlhf_cluster.planning.model_settings import with_transport
 from rlhf_cluster.planning.run_inputs import model_dir_of
 
 if TYPE_CHECKING:

@@ -7,12 +7,14 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from rlhf_cluster.rewards.models.process_reward_model import ProcessReward, ProcessRewardConfig
-from rlhf_cluster.rewards.models.reward_model import RewardModel, RewardModelConfig
-from rlhf_cluster.rewards.models.reward_model_ensemble import Ensemble, EnsembleConfig
+from rlhf_cluster.rewards.http_reward import Http, HttpConfig
+from rlhf_cluster.rewards.judge import Judge, JudgeConfig
+from rlhf_cluster.rewards.process_reward_model import ProcessReward, ProcessRewardConfig
 from rlhf_cluster.rewards.programs.code_tests import Code, CodeConfig
 from rlhf_cluster.rewards.programs.python_function import PythonFunction, PythonFunctionConfig
 from rlhf_cluster.rewards.reward import Reward, RewardContext, StepReward
+from rlhf_cluster.rewards.reward_model import RewardModel, RewardModelConfig
+from rlhf_cluster.rewards.reward_model_ensemble import Ensemble, EnsembleConfig
 from rlhf_cluster.rewards.rules.equations import Equations, EquationsConfig
 from rlhf_cluster.rewards.rules.exact_match import ExactMatch, ExactMatchConfig
 from rlhf_cluster.rewards.rules.format import Format, FormatConfig
@@ -21,8 +23,6 @@ from rlhf_cluster.rewards.rules.length import Length, LengthConfig
 from rlhf_cluster.rewards.rules.math_answer import Maths, MathsConfig
 from rlhf_cluster.rewards.rules.multiple_choice import MultipleChoice, MultipleChoiceConfig
 from rlhf_cluster.rewards.rules.numeric import Numeric, NumericConfig
-from rlhf_cluster.rewards.servers.http_reward import Http, HttpConfig
-from rlhf_cluster.rewards.servers.judge import Judge, JudgeConfig
 from rlhf_cluster.sections.extensions import FromOtherPackages, Table
 
 _BUILT_IN: Mapping[str, Any] = {

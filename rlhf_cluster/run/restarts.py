@@ -37,8 +37,8 @@ from rlhf_cluster.config.load import AnyConfig
 from rlhf_cluster.errors import CheckpointError, CoreLost, PlacementError, RlhfError
 from rlhf_cluster.run.checkpoint import resume
 from rlhf_cluster.run.checkpoint.checkpoint_folder import Checkpoint
-from rlhf_cluster.run.metrics_file import read_metrics
 from rlhf_cluster.run.run_directory import RunDir
+from rlhf_cluster.run.run_record import read_metrics
 
 log = logging.getLogger(__name__)
 

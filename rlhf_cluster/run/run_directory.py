@@ -35,8 +35,8 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import RunError, StorageError
-from rlhf_cluster.run.status_snapshot import Snapshot
-from rlhf_cluster.util import redaction
+from rlhf_cluster.run.run_record import Snapshot
+from rlhf_cluster.util import provenance
 from rlhf_cluster.util.durable_files import (
     make_folders,
     read_json,
@@ -45,10 +45,7 @@ from rlhf_cluster.util.durable_files import (
     take_lock,
     write_json,
 )
-from rlhf_cluster.util.provenance import (
-    describe_environment,
-    remove_secrets,
-)
+from rlhf_cluster.util.provenance import describe_environment, remove_secrets
 
 if TYPE_CHECKING:
     from rlhf_cluster.config.load import AnyConfig
@@ -295,7 +292,7 @@ class RunDir:
             (self.path / folder).mkdir(exist_ok=True)
         self.weights.mkdir(parents=True, exist_ok=True)
         settings = list_settings(config)
-        redaction.hide(redaction.find_secrets(settings))
+        provenance.hide(provenance.find_secrets(settings))
         write_json(self.resolved, remove_secrets(settings), fsync=True)
         write_json(self.environment, describe_environment(argv, config.run.seed), fsync=True)
 

@@ -37,12 +37,8 @@ from typing import Any
 
 from rlhf_cluster.errors import PlacementError, PoolLost, RlhfError, StalledError, WorkerError
 from rlhf_cluster.run.restarts import RestartWindow
-from rlhf_cluster.run.worker_loads import (
-    Loads,
-    State,
-    Worker,
-)
-from rlhf_cluster.util.concurrency import gather_or_cancel
+from rlhf_cluster.run.worker_loads import Loads, State, Worker
+from rlhf_cluster.util.waiting import gather_or_cancel
 
 log = logging.getLogger(__name__)
 

@@ -46,12 +46,9 @@ import numpy as np
 from rlhf_cluster.errors import StalledError, WeightError
 from rlhf_cluster.records import Rollout, WeightVersion
 from rlhf_cluster.scoring.frozen_policy import FrozenPolicy
-from rlhf_cluster.util.deadlines import remaining_s
+from rlhf_cluster.util.waiting import remaining_s
 from rlhf_cluster.weights import store
-from rlhf_cluster.weights.transports.shared_files import (
-    FileSource,
-    version_dir,
-)
+from rlhf_cluster.weights.transports.shared_files import FileSource, version_dir
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -34,29 +34,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_cluster.data.packing import (
-    MicroBatch,
-    TokenSequence,
-    collate,
-    plan,
-)
+from rlhf_cluster.data.packing import MicroBatch, TokenSequence, collate, plan
 from rlhf_cluster.errors import ScoringError, StalledError, WeightError
-from rlhf_cluster.models.int8_linear import (
-    Linear8bit,
-    quantize_linear,
-)
-from rlhf_cluster.models.policy_model import (
-    checkpoint_name,
-    load_policy,
-)
+from rlhf_cluster.models.int8_linear import Linear8bit, quantize_linear
+from rlhf_cluster.models.policy_model import checkpoint_name, load_policy
 from rlhf_cluster.models.shared_passes import SharedPasses
 from rlhf_cluster.records import Rollout, WeightVersion
-from rlhf_cluster.sections.values import (
-    Dtype,
-    FrozenQuantization,
-    HeadDtype,
-)
-from rlhf_cluster.util.deadlines import remaining_s
+from rlhf_cluster.sections.values import Dtype, FrozenQuantization, HeadDtype
+from rlhf_cluster.util.waiting import remaining_s
 from rlhf_cluster.weights.assemble import check_names
 from rlhf_cluster.weights.store import read
 from rlhf_cluster.weights.transports.transport import Deadline

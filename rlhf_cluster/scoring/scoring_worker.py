@@ -40,17 +40,8 @@ import numpy as np
 
 from rlhf_cluster.buffer.group_store import ExperienceStore
 from rlhf_cluster.config import RunConfig
-from rlhf_cluster.config.pools import (
-    EXACT,
-    MODELS,
-    REFERENCE,
-    SCORING,
-    TEACHER,
-)
-from rlhf_cluster.data.reasoning_steps import (
-    step_ends,
-    step_spans,
-)
+from rlhf_cluster.config.pools import EXACT, MODELS, REFERENCE, SCORING, TEACHER
+from rlhf_cluster.data.reasoning_steps import step_ends, step_spans
 from rlhf_cluster.data.tokenizer import check_same_tokens, load_tokenizer
 from rlhf_cluster.errors import ScoringError, WorkerError
 from rlhf_cluster.models.gpu_share import limit_memory
@@ -71,7 +62,7 @@ from rlhf_cluster.scoring.score_parts import (
     scorer_version,
 )
 from rlhf_cluster.scoring.served_rewards import Rewards, Totals
-from rlhf_cluster.util.deadlines import call_deadline
+from rlhf_cluster.util.waiting import call_deadline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

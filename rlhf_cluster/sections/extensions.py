@@ -23,8 +23,7 @@ from pydantic import GetCoreSchemaHandler, ValidationError
 from pydantic_core import core_schema
 
 from rlhf_cluster.errors import ConfigError
-from rlhf_cluster.sections.import_name import import_name, is_built_in
-from rlhf_cluster.sections.section import Problems, Section, messages_of
+from rlhf_cluster.sections.section import Problems, Section, import_name, is_built_in, messages_of
 
 T = TypeVar("T")
 

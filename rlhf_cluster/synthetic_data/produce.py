@@ -26,20 +26,10 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from rlhf_cluster.config.dataset_config import Revise
-from rlhf_cluster.data.reasoning_steps import (
-    step_ends,
-    step_spans,
-)
+from rlhf_cluster.data.reasoning_steps import step_ends, step_spans
 from rlhf_cluster.errors import RecordLost, RlhfError
-from rlhf_cluster.failures import (
-    ErrorRate,
-    is_group_failure,
-)
-from rlhf_cluster.pipeline import (
-    MAX_REGENERATIONS,
-    PromptsPort,
-    generate_and_score,
-)
+from rlhf_cluster.failures import ErrorRate, is_group_failure
+from rlhf_cluster.pipeline import MAX_REGENERATIONS, PromptsPort, generate_and_score
 from rlhf_cluster.ports import ScoringPort
 from rlhf_cluster.records import (
     ExperienceGroup,
@@ -54,18 +44,10 @@ from rlhf_cluster.records import (
     ScoredRollout,
     Ticket,
 )
-from rlhf_cluster.synthetic_data.answers_file import (
-    Answers,
-    AnswersFile,
-)
-from rlhf_cluster.synthetic_data.revise_answers import (
-    Asker,
-    PoolAsker,
-    Reviser,
-    answer_of,
-)
-from rlhf_cluster.util.concurrency import gather_or_cancel
+from rlhf_cluster.synthetic_data.answers_file import Answers, AnswersFile
+from rlhf_cluster.synthetic_data.revise_answers import Asker, PoolAsker, Reviser, answer_of
 from rlhf_cluster.util.slow_disk import DiskDeadline
+from rlhf_cluster.util.waiting import gather_or_cancel
 
 T = TypeVar("T")
 FOLDER_VERSION = -1

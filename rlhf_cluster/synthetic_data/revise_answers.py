@@ -32,10 +32,7 @@ from typing import Any, Literal, Protocol, TypeVar, cast
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from rlhf_cluster.config.dataset_config import (
-    ChatEndpoint,
-    Revise,
-)
+from rlhf_cluster.config.dataset_config import ChatEndpoint, Revise
 from rlhf_cluster.errors import ScoringError
 from rlhf_cluster.records import (
     ExperienceGroup,
@@ -47,8 +44,7 @@ from rlhf_cluster.records import (
     ScoredRollout,
     Ticket,
 )
-from rlhf_cluster.rewards.reward_failure import RewardFailure
-from rlhf_cluster.rewards.servers.http_client import (
+from rlhf_cluster.rewards.http_client import (
     PATH,
     Server,
     content_of,
@@ -56,14 +52,9 @@ from rlhf_cluster.rewards.servers.http_client import (
     prompt_text,
     question_of,
 )
-from rlhf_cluster.synthetic_data.answers_file import (
-    Answer,
-    Answers,
-    Revised,
-    Round,
-    Unrevised,
-)
-from rlhf_cluster.util.concurrency import gather_or_cancel
+from rlhf_cluster.rewards.reward_failure import RewardFailure
+from rlhf_cluster.synthetic_data.answers_file import Answer, Answers, Revised, Round, Unrevised
+from rlhf_cluster.util.waiting import gather_or_cancel
 
 PROBLEMS = {
     "empty_response": "the response has no text",

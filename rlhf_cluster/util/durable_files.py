@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from rlhf_cluster.errors import RlhfError, StalledError, StorageError
-from rlhf_cluster.util import redaction
+from rlhf_cluster.util import provenance
 
 T = TypeVar("T")
 
@@ -155,7 +155,7 @@ def write_all(path: Path, data: bytes, fsync: bool = False) -> None:
 
 def write_json(path: Path, value: Mapping[str, Any], fsync: bool = False) -> None:
     """Write `value` without the secrets of this process (`redaction`). Raises `OSError`."""
-    text = json.dumps(redaction.redact_process_secrets(value), indent=2, default=str) + "\n"
+    text = json.dumps(provenance.redact_process_secrets(value), indent=2, default=str) + "\n"
     write_all(path, text.encode(), fsync)
 
 

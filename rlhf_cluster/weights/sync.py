@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from rlhf_cluster.errors import StalledError, WeightError
 from rlhf_cluster.ports import BufferPort, GenerationPort, LearnerPort
 from rlhf_cluster.records import WeightVersion
-from rlhf_cluster.util.deadlines import reply_deadline
+from rlhf_cluster.util.waiting import reply_deadline
 
 PAUSES_S = (5.0, 30.0)
 """Seconds of pause before the second and the third try."""

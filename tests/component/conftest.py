@@ -29,14 +29,10 @@ from ray.cluster_utils import Cluster
 from actors.cluster.calls import NAMESPACE
 from rlhf_cluster.models.make_model import make_model
 from rlhf_cluster.observe.record.samples import read_samples
-from rlhf_cluster.run.metrics_file import read_metrics
 from rlhf_cluster.run.run_directory import RunDir
-from rlhf_cluster.run.status_snapshot import Snapshot
+from rlhf_cluster.run.run_record import Snapshot, read_metrics
 from tests.support.builders.offline_stages import stage_tree
-from tests.support.builders.run_configs import (
-    tiny_config,
-    tiny_tree,
-)
+from tests.support.builders.run_configs import tiny_config, tiny_tree
 from tests.support.engines.scripted_engine import write_script
 from tests.support.processes.free_ports import free_ports
 

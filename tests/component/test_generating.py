@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_cluster.data.reasoning_step_rows import parse_steps
-from rlhf_cluster.data.reasoning_steps import step_spans
+from rlhf_cluster.data.reasoning_steps import parse_steps, step_spans
 from rlhf_cluster.data.rows import read_rows
 from rlhf_cluster.synthetic_data.answers_file import read_answers
 from tests.component.conftest import SCRIPTED, RunProcess, starting

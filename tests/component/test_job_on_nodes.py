@@ -23,9 +23,8 @@ from ray.util.state import list_actors
 
 from rlhf_cluster.observe.record.samples import read_samples
 from rlhf_cluster.planning.placement import group_resource
-from rlhf_cluster.run.metrics_file import read_metrics
 from rlhf_cluster.run.run_directory import RunDir
-from rlhf_cluster.run.status_snapshot import Snapshot
+from rlhf_cluster.run.run_record import Snapshot, read_metrics
 from tests.chaos.nodes import Node, Nodes
 from tests.support.builders.run_configs import tiny_tree
 from tests.support.processes.free_ports import free_ports

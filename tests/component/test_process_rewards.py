@@ -13,12 +13,9 @@ import pytest
 from rlhf_cluster.data.reasoning_steps import step_spans
 from rlhf_cluster.data.tokenizer import load_tokenizer
 from rlhf_cluster.observe.record.samples import read_samples
-from rlhf_cluster.run.metrics_file import read_metrics
+from rlhf_cluster.run.run_record import read_metrics
 from tests.component.conftest import SCRIPTED, RunProcess, starting
-from tests.support.builders.offline_stages import (
-    stage_tree,
-    write_rows,
-)
+from tests.support.builders.offline_stages import stage_tree, write_rows
 from tests.support.builders.run_configs import tiny_tree
 
 SEPARATOR = "5"

@@ -7,11 +7,8 @@ from typing import Any
 
 import pytest
 
-from rlhf_cluster.observe.list_groups import (
-    GroupFilter,
-    list_groups,
-)
-from rlhf_cluster.run.metrics_file import read_metrics
+from rlhf_cluster.observe.list_groups import GroupFilter, list_groups
+from rlhf_cluster.run.run_record import read_metrics
 from tests.chaos.monkey import Planned, find_through_ray
 from tests.chaos.run import chaotic_run
 from tests.chaos.subject import Subject

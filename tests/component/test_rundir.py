@@ -11,17 +11,9 @@ from pathlib import Path
 import pytest
 
 from rlhf_cluster.errors import RunError
-from rlhf_cluster.run.run_directory import (
-    MARKER,
-    RunDir,
-    find_run,
-)
-from rlhf_cluster.run.status_snapshot import Snapshot
-from rlhf_cluster.util.provenance import (
-    describe_environment,
-    git_commit,
-    remove_secrets,
-)
+from rlhf_cluster.run.run_directory import MARKER, RunDir, find_run
+from rlhf_cluster.run.run_record import Snapshot
+from rlhf_cluster.util.provenance import describe_environment, git_commit, remove_secrets
 from tests.support.builders.run_configs import tiny_config
 
 HOLD = """

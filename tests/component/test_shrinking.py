@@ -19,7 +19,7 @@ from actors.services.learner_core import Core
 from actors.services.start_services import Launcher
 from rlhf_cluster.errors import PlacementError
 from rlhf_cluster.run.checkpoint.background_saving import CheckpointStats
-from rlhf_cluster.run.status_snapshot import Snapshot
+from rlhf_cluster.run.run_record import Snapshot
 from tests.support.builders.run_configs import tiny_config
 
 

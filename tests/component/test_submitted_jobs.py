@@ -16,12 +16,9 @@ from ray.util.state import list_actors
 
 from rlhf_cluster.cli.commands import main
 from rlhf_cluster.run.run_directory import RunDir
-from rlhf_cluster.run.status_snapshot import Snapshot
+from rlhf_cluster.run.run_record import Snapshot
 from tests.support.builders.run_configs import tiny_tree
-from tests.support.servers.job_cluster import (
-    started_head,
-    wait_until,
-)
+from tests.support.servers.job_cluster import started_head, wait_until
 
 REPOSITORY = Path(__file__).parents[2]
 OURS = {"ControlActor", "BufferActor", "RankActor", "GenerationActor", "ScoringActor"}

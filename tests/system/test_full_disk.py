@@ -24,21 +24,14 @@ from rlhf_cluster.observe.record.run_log import RunLog
 from rlhf_cluster.observe.record.samples import write_samples
 from rlhf_cluster.records import ExperienceGroup, Ticket
 from rlhf_cluster.run.checkpoint import checkpoint_folder
-from rlhf_cluster.run.metrics_file import read_metrics
 from rlhf_cluster.run.run_directory import RunDir
-from rlhf_cluster.run.status_snapshot import Snapshot
+from rlhf_cluster.run.run_record import Snapshot, read_metrics
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.manifest import LocalPart
 from rlhf_cluster.weights.read_version import verify
-from tests.support.builders.checkpoint_files import (
-    make_state,
-    write_whole,
-)
+from tests.support.builders.checkpoint_files import make_state, write_whole
 from tests.support.builders.run_configs import tiny_config
-from tests.support.fakes.services import (
-    make_group,
-    make_prompt,
-)
+from tests.support.fakes.services import make_group, make_prompt
 
 FULL = "No space left on device|are free"
 READ_ONLY = "Read-only file system"

@@ -40,31 +40,17 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from rlhf_cluster.algorithms.algorithm import (
-    CriticAlgorithm,
-    PerToken,
-    Sums,
-    ValueInputs,
-)
+from rlhf_cluster.algorithms.algorithm import CriticAlgorithm, PerToken, Sums, ValueInputs
 from rlhf_cluster.algorithms.micro_batch_loss import TrainedTokens, TrainedValues
 from rlhf_cluster.data.packing import TokenSequence
 from rlhf_cluster.errors import RunError
 from rlhf_cluster.learner.sharding.fsdp2 import shard
 from rlhf_cluster.learner.sharding.sharded_model import ShardedModel
 from rlhf_cluster.learner.step import passes
-from rlhf_cluster.learner.step.metric_sums import MetricSums
 from rlhf_cluster.learner.step.optimizer_step import Schedule, Updater
-from rlhf_cluster.learner.step.passes import (
-    Layout,
-    on_every_rank,
-    run_value_passes,
-)
+from rlhf_cluster.learner.step.passes import Layout, MetricSums, on_every_rank, run_value_passes
 from rlhf_cluster.learner.step.training_batch import TrainingBatch
-from rlhf_cluster.models.policy_model import (
-    PolicyLM,
-    hidden_states,
-    load_policy,
-)
+from rlhf_cluster.models.policy_model import PolicyLM, hidden_states, load_policy
 from rlhf_cluster.records import ExperienceGroup
 from rlhf_cluster.sections.rl_run import Critic as CriticSection
 

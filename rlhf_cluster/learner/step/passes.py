@@ -1,12 +1,15 @@
-"""Forward and backward passes of one optimizer step, for any loss that is a sum.
+"""Forward and backward passes of one optimizer step, for any loss that is a sum, and their metric sums.
 
 The sum is over tokens, or over units of sequences that are in the same micro-batch (`packing.plan`).
+Metric sums are added over micro-batches, reduced over ranks once, and divided once. Every rank must
+have added the same names; a rank without tokens adds them with count 0.
 
 Promises:
-- gradients are those of the sum of the losses of all micro-batches of all ranks, whatever the number of
-  ranks, the number of micro-batches and the batching;
+- gradients and metrics are those of all micro-batches of all ranks, whatever the number of ranks, the
+  number of micro-batches and the batching;
 - every rank makes the same number of passes. A dummy pass runs model and loss without a token, so its
-  gradient is zero, and its collectives match those of the other ranks.
+  gradient is zero, and its collectives match those of the other ranks;
+- a metric to which no token contributed is omitted, and not reported as 0 or NaN.
 
 Shapes: N trained tokens of one micro-batch, K values per position of a value model.
 """
@@ -39,11 +42,60 @@ from rlhf_cluster.data.packing import (
     plan,
 )
 from rlhf_cluster.learner.sharding.sharded_model import ShardedModel
-from rlhf_cluster.learner.step.metric_sums import MetricSums
-from rlhf_cluster.models.divergence import (
-    REVERSE_KL,
-    Divergence,
-)
+from rlhf_cluster.models.divergence import REVERSE_KL, Divergence
+
+
+class MetricSums:
+    """Sums and counts of metrics by name. A name that ends in `_max` keeps the largest value.
+
+    A sum that is a vector [K], with one count for all entries or one per entry, is K metrics: `name/0`
+    to `name/K-1`.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def add(self, sums: Sums) -> None:
+        """Add the sums of one micro-batch. They stay on the device, so nothing is waited for."""
+        for name, (total, count) in sums.items():
+            total, count = total.detach().double(), count.detach().double()
+            count = count.expand_as(total)
+            if name.endswith("_max"):
+                total = torch.where(count > 0, total, torch.full_like(total, -torch.inf))
+            if name in self._sums:
+                old_total, old_count = self._sums[name]
+                largest = name.endswith("_max")
+                total = torch.maximum(old_total, total) if largest else old_total + total
+                count = old_count + count
+            self._sums[name] = (total, count)
+
+    def reduce(self) -> dict[str, float]:
+        """Compute the metrics over the tokens of all ranks, the same on every rank.
+
+        Waits for: all ranks (two collectives), at most until the deadline of the process group.
+        """
+        if not self._sums:
+            return {}
+        entries = sorted(self._sums.items())
+        names = [own for name, (total, _) in entries for own in _names(name, total)]
+        maxima = [n.endswith("_max") for n, (total, _) in entries for _ in range(total.numel())]
+        totals = torch.cat([total.reshape(-1) for _, (total, _) in entries])
+        counts = torch.cat([count.reshape(-1) for _, (_, count) in entries])
+        keeps_largest = torch.tensor(maxima, device=totals.device)
+        summed = torch.stack([totals.masked_fill(keeps_largest, 0.0), counts])
+        largest = totals.masked_fill(~keeps_largest, -torch.inf)
+        dist.all_reduce(summed)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        found: dict[str, float] = {}
+        columns = (names, maxima, *summed.tolist(), largest.tolist())
+        for name, is_maximum, total, count, most in zip(*columns, strict=True):
+            if count > 0:
+                found[name] = most if is_maximum else total / count
+        return found
+
+
+def _names(name: str, total: Tensor) -> list[str]:
+    return [f"{name}/{i}" for i in range(total.numel())] if total.ndim else [name]
 
 
 class Reference(Protocol):

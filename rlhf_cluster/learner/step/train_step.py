@@ -1,4 +1,6 @@
-"""Training step of any RL algorithm: a batch, its minibatches and optimizer steps.
+"""Training steps of the policy: a batch of any RL algorithm, or of supervised warm-up (`sft_step`).
+
+A step of an RL algorithm is a batch, its minibatches and optimizer steps:
 
     staleness gate -> [values, KL] -> advantages -> sequences -> [proximal log-probabilities]
         -> for each epoch and minibatch: passes -> clip -> optimizer step [critic likewise]
@@ -34,45 +36,20 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from rlhf_cluster.algorithms.algorithm import (
-    Algorithm,
-    LossInputs,
-    Sums,
-)
+from rlhf_cluster.algorithms.algorithm import Algorithm, LossInputs, Sums
 from rlhf_cluster.algorithms.micro_batch_loss import TrainedTokens
 from rlhf_cluster.algorithms.off_policy_distance import derive_effects, effect_sums
 from rlhf_cluster.algorithms.policy_losses import token_weights
 from rlhf_cluster.config.run_config import RunConfig
 from rlhf_cluster.data.packing import TokenSequence
-from rlhf_cluster.learner.learner_reference import (
-    Reference,
-    with_reference_kl,
-)
+from rlhf_cluster.data.prompts import SftExample
+from rlhf_cluster.learner.learner_reference import Reference, with_reference_kl
 from rlhf_cluster.learner.sharding.sharded_model import ShardedModel
-from rlhf_cluster.learner.step.critic import (
-    STREAMS,
-    Critic,
-    HeadCritic,
-    attach,
-    value_metrics,
-)
-from rlhf_cluster.learner.step.metric_sums import MetricSums
+from rlhf_cluster.learner.step.critic import STREAMS, Critic, HeadCritic, attach, value_metrics
 from rlhf_cluster.learner.step.optimizer_step import Updater
-from rlhf_cluster.learner.step.passes import (
-    Layout,
-    on_every_rank,
-    run_passes,
-    score,
-)
-from rlhf_cluster.learner.step.training_batch import (
-    TrainingBatch,
-    check_staleness,
-    training_batch,
-)
-from rlhf_cluster.learner.token_samples import (
-    COLUMNS,
-    KeptTokens,
-)
+from rlhf_cluster.learner.step.passes import Layout, MetricSums, on_every_rank, run_passes, score
+from rlhf_cluster.learner.step.training_batch import TrainingBatch, check_staleness, training_batch
+from rlhf_cluster.learner.token_samples import COLUMNS, KeptTokens
 from rlhf_cluster.records import ExperienceGroup
 
 
@@ -350,3 +327,34 @@ def _reduce_metrics(
         "learner/rollouts": float(len(batch.rollout_ids)),
         "learner/dropped_rollouts": float(batch.num_left_out),
     }
+
+
+def sft_step(
+    policy: ShardedModel,
+    updater: Updater,
+    examples: Sequence[SftExample],
+    step: int,
+    layout: Layout,
+) -> dict[str, float]:
+    """Run one supervised optimizer step on all examples (the same on every rank).
+
+    The loss is the mean negative log-likelihood of target tokens, not of prompts.
+
+    Returns:
+        `sft/loss` in nats per target token, `sft/entropy`, `sft/tokens`, `sft/grad_norm`,
+        `sft/learning_rate`, `sft/skipped_steps`.
+    """
+    sequences = [TokenSequence(prompt_ids=e.prompt_ids, target_ids=e.target_ids) for e in examples]
+    num_tokens = sum(len(e.target_ids) for e in examples)
+
+    def loss(tokens: TrainedTokens) -> tuple[Tensor, Sums]:
+        total = -tokens.logprobs.sum()
+        count = total.new_tensor(tokens.logprobs.numel())
+        sums = {"sft/loss": (total, count), "sft/entropy": (tokens.entropy.sum(), count)}
+        return total / num_tokens, sums
+
+    sums = MetricSums()
+    run_passes(policy, sequences, (), 1.0, layout, loss, sums)
+    metrics = sums.reduce()
+    metrics["sft/tokens"] = float(num_tokens)
+    return {**metrics, **updater.apply(step, area="sft")}

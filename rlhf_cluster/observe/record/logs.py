@@ -28,7 +28,7 @@ from typing import Any
 
 from rlhf_cluster.errors import RunError
 from rlhf_cluster.observe.record import stacks
-from rlhf_cluster.util import redaction
+from rlhf_cluster.util import provenance
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class _LineFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         head = f"{time.removesuffix('+00:00')}Z {record.levelname} {self._who}"
-        lines = redaction.redact_process_secrets(super().format(record)).splitlines() or [""]
+        lines = provenance.redact_process_secrets(super().format(record)).splitlines() or [""]
         return "\n".join(f"{head} {record.name}: {line}" for line in lines)
 
 
@@ -162,7 +162,7 @@ def configure(role: str, name: str, log_dir: str | Path) -> logging.Logger:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise RunError(f"log name {name!r}: use letters, digits, '.', '_' and '-' only")
     Path(log_dir).mkdir(parents=True, exist_ok=True)
-    redaction.hide(redaction.find_secrets({}))
+    provenance.hide(provenance.find_secrets({}))
     stacks.answer(log_dir, name)
     root = logging.getLogger()
     for handler in list(root.handlers):

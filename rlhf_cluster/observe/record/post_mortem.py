@@ -28,8 +28,7 @@ from typing import Any
 
 from rlhf_cluster.observe.record import logs
 from rlhf_cluster.util.durable_files import write_all
-from rlhf_cluster.util.provenance import remove_secrets
-from rlhf_cluster.util.redaction import find_secrets, redact
+from rlhf_cluster.util.provenance import find_secrets, redact, remove_secrets
 
 log = logging.getLogger(__name__)
 

@@ -21,9 +21,8 @@ from collections.abc import Callable, Mapping
 from rlhf_cluster.errors import RunError, StalledError
 from rlhf_cluster.observe.metric_table import find
 from rlhf_cluster.observe.sinks import Sinks
-from rlhf_cluster.run.metrics_file import _cut_torn_line, read_metrics
 from rlhf_cluster.run.run_directory import RunDir
-from rlhf_cluster.run.status_snapshot import Snapshot
+from rlhf_cluster.run.run_record import Snapshot, _cut_torn_line, read_metrics
 from rlhf_cluster.util.slow_disk import BackgroundWriter, DiskDeadline
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from rlhf_cluster.run.status_snapshot import Snapshot, who_waits
+from rlhf_cluster.run.run_record import Snapshot, who_waits
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

@@ -18,9 +18,8 @@ from rlhf_cluster.errors import RlhfError
 from rlhf_cluster.observe.record import post_mortem
 from rlhf_cluster.observe.record.samples import Row, read_samples
 from rlhf_cluster.run.bottleneck_advisor import advise
-from rlhf_cluster.run.metrics_file import read_metrics
 from rlhf_cluster.run.run_directory import RunDir
-from rlhf_cluster.run.status_snapshot import Event, Snapshot
+from rlhf_cluster.run.run_record import Event, Snapshot, read_metrics
 
 MAX_STEPS_SHOWN = 8
 SAMPLES_OF_A_STEP = 6

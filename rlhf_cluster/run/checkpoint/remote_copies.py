@@ -45,12 +45,9 @@ from rlhf_cluster.errors import (
     WeightError,
 )
 from rlhf_cluster.run.checkpoint import checkpoint_folder
-from rlhf_cluster.run.checkpoint.checkpoint_folder import (
-    Checkpoint,
-    Found,
-)
-from rlhf_cluster.run.metrics_file import read_metrics
+from rlhf_cluster.run.checkpoint.checkpoint_folder import Checkpoint, Found
 from rlhf_cluster.run.run_directory import RunDir
+from rlhf_cluster.run.run_record import read_metrics
 from rlhf_cluster.util.durable_files import (
     find_storage_cause,
     make_folders,

@@ -31,19 +31,10 @@ from pydantic import BaseModel
 
 from rlhf_cluster.config import GenerateConfig
 from rlhf_cluster.errors import RunError
-from rlhf_cluster.run.checkpoint import (
-    checkpoint_folder,
-    remote_copies,
-)
-from rlhf_cluster.run.checkpoint.checkpoint_folder import (
-    Checkpoint,
-    Found,
-)
-from rlhf_cluster.run.metrics_file import (
-    cut_metrics,
-    read_metrics,
-)
+from rlhf_cluster.run.checkpoint import checkpoint_folder, remote_copies
+from rlhf_cluster.run.checkpoint.checkpoint_folder import Checkpoint, Found
 from rlhf_cluster.run.run_directory import RunDir, list_settings
+from rlhf_cluster.run.run_record import cut_metrics, read_metrics
 from rlhf_cluster.util.durable_files import read_json
 from rlhf_cluster.util.provenance import remove_secrets
 from rlhf_cluster.weights import store

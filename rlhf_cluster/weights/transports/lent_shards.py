@@ -29,7 +29,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from rlhf_cluster.errors import StalledError, WeightError
-from rlhf_cluster.util.deadlines import callee_deadline
+from rlhf_cluster.util.waiting import callee_deadline
 from rlhf_cluster.weights.transports.rank_memory import Served, ShardServer
 from rlhf_cluster.weights.transports.relay_plan import Piece
 from rlhf_cluster.weights.transports.transport import Deadline, ShardImage

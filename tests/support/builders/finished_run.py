@@ -14,11 +14,8 @@ from typing import Any
 import numpy as np
 
 from rlhf_cluster.config import RunConfig, validate
-from rlhf_cluster.observe.record.samples import (
-    Row,
-    read_samples,
-)
-from rlhf_cluster.run.metrics_file import read_metrics
+from rlhf_cluster.observe.record.samples import Row, read_samples
+from rlhf_cluster.run.run_record import read_metrics
 from rlhf_cluster.weights import store
 
 REPOSITORY = Path(__file__).parents[3]

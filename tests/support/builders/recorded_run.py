@@ -13,16 +13,9 @@ from rlhf_cluster.observe.record.run_log import RunLog
 from rlhf_cluster.observe.record.samples import write_samples
 from rlhf_cluster.records import ExperienceGroup, Prompt, Ticket
 from rlhf_cluster.run.run_directory import RunDir
-from rlhf_cluster.run.status_snapshot import (
-    Event,
-    Pool,
-    Snapshot,
-)
+from rlhf_cluster.run.run_record import Event, Pool, Snapshot
 from tests.support.builders.run_configs import tiny_config
-from tests.support.fakes.services import (
-    make_group,
-    make_prompt,
-)
+from tests.support.fakes.services import make_group, make_prompt
 
 START_S = 1_700_000_000.0
 GROUPS = 2

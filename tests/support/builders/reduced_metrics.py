@@ -3,7 +3,7 @@
 import torch.distributed as dist
 
 from rlhf_cluster.algorithms.algorithm import Sums
-from rlhf_cluster.learner.step.metric_sums import MetricSums
+from rlhf_cluster.learner.step.passes import MetricSums
 
 
 def reduced(*micro_batches: Sums) -> dict[str, float]:

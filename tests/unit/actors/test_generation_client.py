@@ -19,10 +19,7 @@ from actors.services.start_services import (
     generation_pool,
     scoring_pools,
 )
-from actors.services.worker_actors import (
-    HEALTH_GROUP,
-    ScoringActor,
-)
+from actors.services.worker_actors import HEALTH_GROUP, ScoringActor
 from rlhf_cluster.errors import (
     DataError,
     RecordError,
@@ -32,19 +29,10 @@ from rlhf_cluster.errors import (
     WorkerError,
     WorkerSilent,
 )
-from rlhf_cluster.run.worker_pool import (
-    PoolLimits,
-    State,
-    Worker,
-    WorkerPool,
-)
-from rlhf_cluster.util.deadlines import reply_deadline
+from rlhf_cluster.run.worker_pool import PoolLimits, State, Worker, WorkerPool
+from rlhf_cluster.util.waiting import reply_deadline
 from tests.support.builders.run_configs import tiny_config
-from tests.support.fakes.weight_pullers import (
-    Puller,
-    Pulling,
-    Reference,
-)
+from tests.support.fakes.weight_pullers import Puller, Pulling, Reference
 
 
 class Calls:

@@ -5,18 +5,11 @@ import os
 import pytest
 
 from rlhf_cluster.cli.commands import main
-from rlhf_cluster.cli.run_control import (
-    parse_sizes,
-    stop_run,
-)
+from rlhf_cluster.cli.run_control import parse_sizes, stop_run
 from rlhf_cluster.errors import ConfigError, RunError
-from rlhf_cluster.planning.placement import (
-    demand,
-    derived,
-    total_resources,
-)
+from rlhf_cluster.planning.placement import demand, derived, total_resources
 from rlhf_cluster.run.run_directory import RunDir
-from rlhf_cluster.run.status_snapshot import Snapshot
+from rlhf_cluster.run.run_record import Snapshot
 from tests.support.builders.run_configs import tiny_config
 
 TOML = """

@@ -7,28 +7,15 @@ from typing import Any
 import pytest
 import tomli_w
 
-from rlhf_cluster.cli.stage_text import (
-    derived_generation,
-    generation_ending,
-)
+from rlhf_cluster.cli.summaries import derived_generation, generation_ending
 from rlhf_cluster.config import GenerateConfig, RunConfig, load_any, validate
-from rlhf_cluster.config.load import (
-    load_all,
-    needs,
-)
-from rlhf_cluster.errors import (
-    ConfigError,
-    RunError,
-)
+from rlhf_cluster.config.load import load_all, needs
+from rlhf_cluster.errors import ConfigError, RunError
 from rlhf_cluster.planning.placement import demand
 from rlhf_cluster.run.checkpoint import resume
 from rlhf_cluster.run.run_directory import RunDir
-from rlhf_cluster.synthetic_data.write_dataset import write_dataset
-from tests.support.builders.dataset_runs import (
-    answers,
-    section,
-    written,
-)
+from rlhf_cluster.synthetic_data.dataset import write_dataset
+from tests.support.builders.dataset_runs import answers, section, written
 from tests.support.builders.offline_stages import stage_tree
 from tests.support.builders.run_configs import tiny_tree
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlhf_cluster.data.assistant_turns import encode_dialogue
+from rlhf_cluster.data.dialogues import encode_dialogue
 from rlhf_cluster.data.preferences import UnusableRow
 from rlhf_cluster.data.rows import Row
 from rlhf_cluster.errors import DataError
@@ -15,10 +15,7 @@ from rlhf_cluster.offline import build_stage
 from rlhf_cluster.offline.stage import StageContext
 from rlhf_cluster.offline.train_sft import SftConfig
 from rlhf_cluster.sections.offline_stage import StageData
-from tests.support.builders.offline_stages import (
-    CHATML,
-    chat_tokenizer,
-)
+from tests.support.builders.offline_stages import CHATML, chat_tokenizer
 
 MARKED = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and m.content %}"

@@ -13,10 +13,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from rlhf_cluster.data.dialogue_text import (
-    is_dialogue,
-    parse_dialogue,
-)
+from rlhf_cluster.data.dialogues import is_dialogue, parse_dialogue
 from rlhf_cluster.data.preferences import (
     LabelledResponse,
     Pair,

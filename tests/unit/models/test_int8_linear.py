@@ -10,32 +10,17 @@ import torch
 from transformers import GPT2Config, LlamaConfig, LlamaForSequenceClassification
 
 from rlhf_cluster.errors import ConfigError
-from rlhf_cluster.models.int8_linear import (
-    Linear8bit,
-    quantize_linear,
-)
+from rlhf_cluster.models.int8_linear import Linear8bit, quantize_linear
 from rlhf_cluster.planning.memory_needs import frozen_models
-from rlhf_cluster.rewards.models.process_reward_model import (
-    ProcessReward,
-    ProcessRewardConfig,
-)
-from rlhf_cluster.rewards.models.reward_model import (
-    RewardModel,
-    RewardModelConfig,
-)
-from rlhf_cluster.rewards.models.reward_model_ensemble import (
-    Ensemble,
-    EnsembleConfig,
-)
+from rlhf_cluster.rewards.process_reward_model import ProcessReward, ProcessRewardConfig
 from rlhf_cluster.rewards.reward import RewardContext
+from rlhf_cluster.rewards.reward_model import RewardModel, RewardModelConfig
+from rlhf_cluster.rewards.reward_model_ensemble import Ensemble, EnsembleConfig
 from rlhf_cluster.scoring.frozen_policy import FrozenPolicy
 from rlhf_cluster.scoring.scoring_worker import ScoringWorker
 from tests.support.builders import tiny_llama
 from tests.support.builders.run_configs import tiny_config
-from tests.support.builders.scored_groups import (
-    make_prompt,
-    make_rollouts,
-)
+from tests.support.builders.scored_groups import make_prompt, make_rollouts
 
 RESPONSES = ([9, 8, 7, 6, 1], [9], [5, 1], [0, 0, 0], [30] * 20)
 PROMPT = make_prompt(ids=[2, 3, 0, 4])

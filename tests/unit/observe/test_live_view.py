@@ -14,26 +14,10 @@ import pytest
 from rich.console import Console
 
 from rlhf_cluster.errors import RunError
-from rlhf_cluster.observe.record.logs import (
-    log_names,
-    read_logs,
-)
-from rlhf_cluster.observe.report.learning_curve import (
-    draw_curve,
-    moving_average,
-    series,
-)
-from rlhf_cluster.observe.report.live_view import (
-    LiveView,
-    line,
-    render,
-)
-from rlhf_cluster.run.status_snapshot import (
-    Event,
-    Pool,
-    Snapshot,
-    who_waits,
-)
+from rlhf_cluster.observe.record.logs import log_names, read_logs
+from rlhf_cluster.observe.report.learning_curve import draw_curve, moving_average, series
+from rlhf_cluster.observe.report.live_view import LiveView, line, render
+from rlhf_cluster.run.run_record import Event, Pool, Snapshot, who_waits
 
 SNAPSHOT = Snapshot(
     run="demo",

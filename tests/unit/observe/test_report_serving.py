@@ -16,7 +16,7 @@ from rlhf_cluster.errors import RunError
 from rlhf_cluster.observe import local_prometheus
 from rlhf_cluster.observe.report.serve import serve
 from rlhf_cluster.run.run_directory import RunDir
-from rlhf_cluster.run.status_snapshot import Snapshot
+from rlhf_cluster.run.run_record import Snapshot
 from tests.support.builders.run_configs import tiny_config
 
 

@@ -12,19 +12,12 @@ import pytest
 
 from rlhf_cluster.errors import MetricError, RunError
 from rlhf_cluster.observe.record.run_log import RunLog
-from rlhf_cluster.observe.record.samples import (
-    keep_samples,
-    read_samples,
-    write_samples,
-)
+from rlhf_cluster.observe.record.samples import keep_samples, read_samples, write_samples
 from rlhf_cluster.records import Ticket, TokenSample
-from rlhf_cluster.run.metrics_file import cut_metrics, read_metrics
 from rlhf_cluster.run.run_directory import RunDir
+from rlhf_cluster.run.run_record import cut_metrics, read_metrics
 from tests.support.builders.run_configs import tiny_config
-from tests.support.fakes.services import (
-    make_group,
-    make_prompt,
-)
+from tests.support.fakes.services import make_group, make_prompt
 
 
 @pytest.fixture

@@ -9,15 +9,9 @@ import pytest
 
 from rlhf_cluster.errors import ConfigError
 from rlhf_cluster.observe.record.run_log import RunLog
-from rlhf_cluster.observe.sinks import (
-    SINKS,
-    SinkKind,
-    Sinks,
-    check_sinks,
-    open_sinks,
-)
-from rlhf_cluster.run.metrics_file import read_metrics
+from rlhf_cluster.observe.sinks import SINKS, SinkKind, Sinks, check_sinks, open_sinks
 from rlhf_cluster.run.run_directory import RunDir
+from rlhf_cluster.run.run_record import read_metrics
 from rlhf_cluster.sections.every_run import SinkName
 from tests.support.builders.run_configs import tiny_config
 

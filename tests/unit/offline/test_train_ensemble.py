@@ -10,37 +10,18 @@ import tomli_w
 from pydantic import ValidationError
 
 from actors.jobs import job_folder
-from rlhf_cluster.cli.stage_text import stage_ending
+from rlhf_cluster.cli.summaries import stage_ending
 from rlhf_cluster.config import StageConfig
-from rlhf_cluster.config.load import (
-    load_all,
-    members_of,
-    name_in_file,
-    needs,
-)
-from rlhf_cluster.data.preferences import (
-    parse_pair,
-    parse_paraphrases,
-)
+from rlhf_cluster.config.load import load_all, members_of, name_in_file, needs
+from rlhf_cluster.data.preferences import parse_pair, parse_paraphrases
 from rlhf_cluster.data.rows import Row
 from rlhf_cluster.data.units import is_held_out, load_units
 from rlhf_cluster.errors import ConfigError, DataError, RecordError
 from rlhf_cluster.offline import build_stage
-from rlhf_cluster.offline.scorer_report import (
-    Scored,
-    ensemble_report,
-    paraphrase_report,
-)
+from rlhf_cluster.offline.scorer_report import Scored, ensemble_report, paraphrase_report
 from rlhf_cluster.offline.train_ensemble import times
-from rlhf_cluster.offline.train_reward_model import (
-    RewardModelStage,
-    RewardModelStageConfig,
-)
-from tests.support.builders.offline_stages import (
-    stage_config,
-    stage_tree,
-    write_rows,
-)
+from rlhf_cluster.offline.train_reward_model import RewardModelStage, RewardModelStageConfig
+from tests.support.builders.offline_stages import stage_config, stage_tree, write_rows
 from tests.support.builders.preference_ranks import (
     bpe_tokenizer,
     context,

@@ -19,11 +19,8 @@ from rlhf_cluster.offline.train_reward_model import (
     PointwiseRewardModelConfig,
     PointwiseRewardModelStage,
 )
-from rlhf_cluster.rewards.models.reward_model import (
-    RewardModel,
-    RewardModelConfig,
-)
 from rlhf_cluster.rewards.reward import RewardContext
+from rlhf_cluster.rewards.reward_model import RewardModel, RewardModelConfig
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.formats.huggingface import export_hf
 from tests.support.builders.preference_ranks import (
@@ -34,14 +31,8 @@ from tests.support.builders.preference_ranks import (
     gradients,
     stage_ranks,
 )
-from tests.support.builders.scored_groups import (
-    make_prompt,
-    make_rollouts,
-)
-from tests.support.builders.tiny_learner import (
-    VOCABULARY,
-    build_llama,
-)
+from tests.support.builders.scored_groups import make_prompt, make_rollouts
+from tests.support.builders.tiny_learner import VOCABULARY, build_llama
 
 start_stage = pytest.fixture(stage_ranks)
 tokenizer = pytest.fixture(scope="module")(bpe_tokenizer)

@@ -10,45 +10,24 @@ import torch
 
 from rlhf_cluster.config.pools import Scoring
 from rlhf_cluster.data.preferences import UnusableRow
-from rlhf_cluster.data.reasoning_steps import (
-    reduce_scores,
-    step_ends,
-    step_spans,
-)
+from rlhf_cluster.data.reasoning_steps import reduce_scores, step_ends, step_spans
 from rlhf_cluster.data.rows import Row
 from rlhf_cluster.data.units import Unit
 from rlhf_cluster.errors import ConfigError, DataError, RecordError
-from rlhf_cluster.offline.reward_model_losses import (
-    process_report,
-    step_loss,
-)
+from rlhf_cluster.offline.reward_model_losses import process_report, step_loss
 from rlhf_cluster.offline.train_process_reward_model import (
     ProcessRewardModelStage,
     ProcessRewardModelStageConfig,
     _sequence,
 )
 from rlhf_cluster.records import Rollout
-from rlhf_cluster.rewards.models.process_reward_model import (
-    ProcessReward,
-    ProcessRewardConfig,
-)
+from rlhf_cluster.rewards.process_reward_model import ProcessReward, ProcessRewardConfig
 from rlhf_cluster.scoring.served_rewards import Rewards, Totals
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.formats.huggingface import export_hf
-from tests.support.builders.preference_ranks import (
-    bpe_tokenizer,
-    context,
-    gradients,
-    stage_ranks,
-)
-from tests.support.builders.scored_groups import (
-    make_prompt,
-    make_rollouts,
-)
-from tests.support.builders.tiny_learner import (
-    VOCABULARY,
-    build_llama,
-)
+from tests.support.builders.preference_ranks import bpe_tokenizer, context, gradients, stage_ranks
+from tests.support.builders.scored_groups import make_prompt, make_rollouts
+from tests.support.builders.tiny_learner import VOCABULARY, build_llama
 
 start_stage = pytest.fixture(stage_ranks)
 tokenizer = pytest.fixture(scope="module")(bpe_tokenizer)

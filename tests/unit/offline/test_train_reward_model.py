@@ -14,15 +14,9 @@ from rlhf_cluster.data.rows import Row
 from rlhf_cluster.data.units import Unit
 from rlhf_cluster.errors import DataError
 from rlhf_cluster.learner.offline_rank import StageRank
-from rlhf_cluster.offline.train_reward_model import (
-    RewardModelStage,
-    RewardModelStageConfig,
-)
-from rlhf_cluster.rewards.models.reward_model import (
-    RewardModel,
-    RewardModelConfig,
-)
+from rlhf_cluster.offline.train_reward_model import RewardModelStage, RewardModelStageConfig
 from rlhf_cluster.rewards.reward import RewardContext
+from rlhf_cluster.rewards.reward_model import RewardModel, RewardModelConfig
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.formats.huggingface import export_hf
 from tests.support.builders.preference_ranks import (
@@ -37,12 +31,7 @@ from tests.support.builders.preference_ranks import (
     random_pairs,
     stage_ranks,
 )
-from tests.support.builders.tiny_learner import (
-    VOCABULARY,
-    build_llama,
-    make_prompt,
-    make_scored,
-)
+from tests.support.builders.tiny_learner import VOCABULARY, build_llama, make_prompt, make_scored
 
 REWARD_MODEL = {"type": "reward_model"}
 

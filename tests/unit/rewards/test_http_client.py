@@ -7,23 +7,12 @@ import pytest
 
 from rlhf_cluster.config import validate
 from rlhf_cluster.errors import ConfigError
+from rlhf_cluster.rewards.http_client import Server
+from rlhf_cluster.rewards.http_reward import Http, HttpConfig, join_scores
 from rlhf_cluster.rewards.reward import RewardContext
 from rlhf_cluster.rewards.reward_failure import RewardFailure
-from rlhf_cluster.rewards.servers.http_client import Server
-from rlhf_cluster.rewards.servers.http_reward import (
-    Http,
-    HttpConfig,
-    join_scores,
-)
-from tests.support.builders.scored_groups import (
-    failure_of,
-    score,
-)
-from tests.support.servers.scripted_server import (
-    never,
-    scored,
-    serving,
-)
+from tests.support.builders.scored_groups import failure_of, score
+from tests.support.servers.scripted_server import never, scored, serving
 
 serve = pytest.fixture(serving)
 

@@ -7,22 +7,10 @@ import pytest
 
 from rlhf_cluster.config import validate
 from rlhf_cluster.errors import ConfigError
+from rlhf_cluster.rewards.judge import Judge, JudgeConfig, meetings, shares
 from rlhf_cluster.rewards.reward import RewardContext
-from rlhf_cluster.rewards.servers.judge import (
-    Judge,
-    JudgeConfig,
-    meetings,
-    shares,
-)
-from tests.support.builders.scored_groups import (
-    failure_of,
-    score,
-)
-from tests.support.servers.scripted_server import (
-    never,
-    scored,
-    serving,
-)
+from tests.support.builders.scored_groups import failure_of, score
+from tests.support.servers.scripted_server import never, scored, serving
 
 serve = pytest.fixture(serving)
 

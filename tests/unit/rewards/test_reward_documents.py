@@ -9,16 +9,13 @@ import pytest
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.config.pools import Scoring
 from rlhf_cluster.rewards import REWARDS, build_rewards
+from rlhf_cluster.rewards.http_client import RemoteSection
 from rlhf_cluster.rewards.programs.code_tests import read_test
 from rlhf_cluster.rewards.programs.sandbox import Outcome
 from rlhf_cluster.rewards.reward import RewardSection
 from rlhf_cluster.rewards.rules.reasoning import ReasoningSection
-from rlhf_cluster.rewards.servers.http_client import RemoteSection
 from tests.support.builders.run_configs import tiny_config
-from tests.support.builders.scored_groups import (
-    make_prompt,
-    make_rollouts,
-)
+from tests.support.builders.scored_groups import make_prompt, make_rollouts
 
 TEXT = Path("docs/rewards.md").read_text()
 SECTIONS = {

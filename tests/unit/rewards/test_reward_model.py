@@ -10,18 +10,12 @@ import pytest
 from rlhf_cluster.errors import ConfigError, DataError
 from rlhf_cluster.models.make_model import check_positions
 from rlhf_cluster.planning.run_inputs import check_inputs
-from rlhf_cluster.rewards.models.reward_model import (
-    RewardModel,
-    RewardModelConfig,
-)
 from rlhf_cluster.rewards.reward import RewardContext
 from rlhf_cluster.rewards.reward_failure import RewardFailure
+from rlhf_cluster.rewards.reward_model import RewardModel, RewardModelConfig
 from tests.support.builders import tiny_llama
 from tests.support.builders.run_configs import tiny_config
-from tests.support.builders.scored_groups import (
-    make_prompt,
-    make_rollouts,
-)
+from tests.support.builders.scored_groups import make_prompt, make_rollouts
 
 RESPONSES = ([9, 8, 7, 6, 1], [9], [5, 1], [5, 1, 1], [0, 0, 0], [30] * 20)
 MAX_POSITION = 48

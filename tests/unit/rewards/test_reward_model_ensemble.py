@@ -8,26 +8,16 @@ import pytest
 from pydantic import ValidationError
 
 from rlhf_cluster.errors import ConfigError
-from rlhf_cluster.rewards.models.reward_model import (
-    RewardModel,
-    RewardModelConfig,
-)
-from rlhf_cluster.rewards.models.reward_model_ensemble import (
+from rlhf_cluster.rewards.reward import Detailed, RewardContext, Versioned
+from rlhf_cluster.rewards.reward_model import RewardModel, RewardModelConfig
+from rlhf_cluster.rewards.reward_model_ensemble import (
     Ensemble,
     EnsembleConfig,
     combine_scores,
     disagreement,
 )
-from rlhf_cluster.rewards.reward import (
-    Detailed,
-    RewardContext,
-    Versioned,
-)
 from tests.support.builders import tiny_llama
-from tests.support.builders.scored_groups import (
-    make_prompt,
-    make_rollouts,
-)
+from tests.support.builders.scored_groups import make_prompt, make_rollouts
 
 SCORES = np.array([[1.0, 4.0, 7.0], [3.0, 4.0, -2.0]])  # two members, three rollouts
 

@@ -25,30 +25,19 @@ from rlhf_cluster.errors import (
     StorageError,
     WeightError,
 )
-from rlhf_cluster.run.checkpoint import (
-    checkpoint_folder,
-    resume,
-)
+from rlhf_cluster.run.checkpoint import checkpoint_folder, resume
 from rlhf_cluster.run.checkpoint.checkpoint_folder import verify_tensors
-from rlhf_cluster.run.checkpoint.remote_copies import (
-    MARKER,
-    Copies,
-    CopyFolder,
-    fetch_newest,
-)
-from rlhf_cluster.run.metrics_file import read_metrics
+from rlhf_cluster.run.checkpoint.remote_copies import MARKER, Copies, CopyFolder, fetch_newest
 from rlhf_cluster.run.restarts import find_restart_checkpoint
 from rlhf_cluster.run.run_directory import RunDir
+from rlhf_cluster.run.run_record import read_metrics
 from rlhf_cluster.util.durable_files import PAUSES, write_json
 from rlhf_cluster.util.provenance import remove_secrets
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.transports.transport import Deadline
 from tests.support.builders.checkpoint_files import write_whole
 from tests.support.builders.run_configs import tiny_config
-from tests.support.builders.small_weights import (
-    publish,
-    small_model,
-)
+from tests.support.builders.small_weights import publish, small_model
 from tests.support.simulation.resumable_run import Attempt
 
 URL = "memory://copies"

@@ -27,7 +27,6 @@ from rlhf_cluster.errors import (
 )
 from rlhf_cluster.observe.record.run_log import RunLog
 from rlhf_cluster.run.checkpoint import resume
-from rlhf_cluster.run.metrics_file import read_metrics
 from rlhf_cluster.run.restarts import (
     MAX_PAUSE_S,
     Restarts,
@@ -37,13 +36,11 @@ from rlhf_cluster.run.restarts import (
     with_recovery,
 )
 from rlhf_cluster.run.run_directory import MARKER, RunDir
+from rlhf_cluster.run.run_record import read_metrics
 from rlhf_cluster.weights.sync import WeightSync
 from tests.support.builders.checkpoint_files import write_whole
 from tests.support.builders.run_configs import tiny_config
-from tests.support.fakes.services import (
-    FakeGeneration,
-    FakeLearner,
-)
+from tests.support.fakes.services import FakeGeneration, FakeLearner
 
 LOST = CoreLost("learner-1.train_step: the process died")
 

@@ -9,17 +9,10 @@ import pytest
 
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import RunError
-from rlhf_cluster.run.checkpoint import (
-    resume,
-)
-from rlhf_cluster.run.checkpoint.resume import (
-    defaults,
-    describe,
-    differences,
-    standing,
-)
-from rlhf_cluster.run.metrics_file import read_metrics
+from rlhf_cluster.run.checkpoint import resume
+from rlhf_cluster.run.checkpoint.resume import defaults, describe, differences, standing
 from rlhf_cluster.run.run_directory import RunDir
+from rlhf_cluster.run.run_record import read_metrics
 from rlhf_cluster.util.durable_files import remove_folder
 from tests.support.builders.checkpoint_files import write
 from tests.support.builders.run_configs import tiny_config

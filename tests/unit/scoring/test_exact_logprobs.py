@@ -16,19 +16,12 @@ from rlhf_cluster.scoring.exact_logprobs import ExactLogprobs
 from rlhf_cluster.scoring.frozen_policy import FrozenPolicy
 from rlhf_cluster.scoring.scoring_worker import ScoringWorker
 from rlhf_cluster.sections.rl_run import Staleness
-from rlhf_cluster.util.deadlines import call_deadline
+from rlhf_cluster.util.waiting import call_deadline
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.transports.shared_files import version_dir
-from tests.support.builders import (
-    small_weights,
-    tiny_llama,
-)
+from tests.support.builders import small_weights, tiny_llama
 from tests.support.builders.run_configs import tiny_config
-from tests.support.builders.scored_groups import (
-    make_group,
-    make_prompt,
-    make_rollouts,
-)
+from tests.support.builders.scored_groups import make_group, make_prompt, make_rollouts
 from tests.support.simulation.simulated_run import SimulatedRun
 
 NUM_VERSIONS = 4

@@ -12,39 +12,19 @@ import pytest
 from actors.drivers.rl_observer import group_metrics
 from rlhf_cluster import rewards
 from rlhf_cluster.algorithms import build_algorithm
-from rlhf_cluster.buffer.group_file import (
-    Header,
-    decode,
-    encode,
-)
+from rlhf_cluster.buffer.group_file import Header, decode, encode
 from rlhf_cluster.errors import ScoringError
-from rlhf_cluster.observe.metrics import (
-    part_means,
-    scoring_totals,
-)
-from rlhf_cluster.observe.record.samples import (
-    read_samples,
-    write_samples,
-)
+from rlhf_cluster.observe.metrics import part_means, scoring_totals
+from rlhf_cluster.observe.record.samples import read_samples, write_samples
 from rlhf_cluster.pipeline import StepTimes
 from rlhf_cluster.records import TrainingGroup
-from rlhf_cluster.rewards.servers.judge import JudgeConfig
+from rlhf_cluster.rewards.judge import JudgeConfig
 from rlhf_cluster.scoring.scoring_worker import ScoringWorker
 from tests.support.builders import tiny_llama
 from tests.support.builders.run_configs import tiny_config
-from tests.support.builders.scored_groups import (
-    make_group,
-    make_prompt,
-    make_rollouts,
-)
+from tests.support.builders.scored_groups import make_group, make_prompt, make_rollouts
 from tests.support.fakes.checked_metrics import CheckedMetrics
-from tests.support.fakes.scripted_rewards import (
-    ENSEMBLE,
-    RESPONSES,
-    Scripted,
-    Telling,
-    named,
-)
+from tests.support.fakes.scripted_rewards import ENSEMBLE, RESPONSES, Scripted, Telling, named
 
 
 class Run:

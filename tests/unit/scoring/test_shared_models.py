@@ -11,24 +11,14 @@ import pytest
 
 from rlhf_cluster.errors import ScoringError
 from rlhf_cluster.models.shared_passes import SharedPasses
-from rlhf_cluster.rewards.models.reward_model import (
-    RewardModel,
-    RewardModelConfig,
-)
 from rlhf_cluster.rewards.reward import RewardContext
+from rlhf_cluster.rewards.reward_model import RewardModel, RewardModelConfig
 from rlhf_cluster.scoring.frozen_policy import FrozenPolicy
 from rlhf_cluster.scoring.scoring_worker import ScoringWorker
 from tests.support.builders import tiny_llama
 from tests.support.builders.run_configs import tiny_config
-from tests.support.builders.scored_groups import (
-    make_group,
-    make_prompt,
-    make_rollouts,
-)
-from tests.support.builders.waiting_calls import (
-    DEADLINE_S,
-    Clock,
-)
+from tests.support.builders.scored_groups import make_group, make_prompt, make_rollouts
+from tests.support.builders.waiting_calls import DEADLINE_S, Clock
 
 
 @pytest.fixture(scope="module")

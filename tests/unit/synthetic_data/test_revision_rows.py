@@ -8,10 +8,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_cluster.cli.stage_text import (
-    derived_generation,
-    generation_ending,
-)
+from rlhf_cluster.cli.summaries import derived_generation, generation_ending
 from rlhf_cluster.config import GenerateConfig, validate
 from rlhf_cluster.config.dataset_config import GenerateSection, Revise
 from rlhf_cluster.data.preferences import parse_pair
@@ -29,8 +26,7 @@ from rlhf_cluster.synthetic_data.answers_file import (
     Unrevised,
     in_order,
 )
-from rlhf_cluster.synthetic_data.select_rows import rows_of
-from rlhf_cluster.synthetic_data.write_dataset import write_dataset
+from rlhf_cluster.synthetic_data.dataset import rows_of, write_dataset
 from tests.support.builders.run_configs import tiny_tree
 
 PRINCIPLES = ("be kind", "be brief", "be honest")

@@ -9,29 +9,13 @@ import pytest
 
 from rlhf_cluster.cli.commands import explain
 from rlhf_cluster.errors import WorkerError
-from rlhf_cluster.observe.record import (
-    logs,
-    post_mortem,
-)
+from rlhf_cluster.observe.record import logs, post_mortem
 from rlhf_cluster.observe.report.page import page
 from rlhf_cluster.observe.report.read_run import read_run
-from rlhf_cluster.rewards.servers.http_client import (
-    RemoteSection,
-    Server,
-)
+from rlhf_cluster.rewards.http_client import RemoteSection, Server
 from rlhf_cluster.run.run_directory import RunDir
-from rlhf_cluster.run.status_snapshot import (
-    Event,
-    Snapshot,
-)
-from rlhf_cluster.util.provenance import (
-    HIDDEN,
-    remove_credentials,
-)
-from rlhf_cluster.util.redaction import (
-    find_secrets,
-    redact,
-)
+from rlhf_cluster.run.run_record import Event, Snapshot
+from rlhf_cluster.util.provenance import HIDDEN, find_secrets, redact, remove_credentials
 from tests.support.builders.run_configs import tiny_config
 
 VARIABLE, NAMED, PASSWORD = "unmistakable-xyzzy", "named-by-a-setting-plugh", "pass\"word'-2342"

@@ -16,9 +16,8 @@ from rlhf_cluster.observe.record.run_log import RunLog, StatusFile
 from rlhf_cluster.records import ExperienceGroup, LearnerState, Ticket
 from rlhf_cluster.run.checkpoint.background_saving import Checkpoints
 from rlhf_cluster.run.checkpoint.run_state import RunState
-from rlhf_cluster.run.metrics_file import read_metrics
 from rlhf_cluster.run.run_directory import RunDir
-from rlhf_cluster.run.status_snapshot import Snapshot
+from rlhf_cluster.run.run_record import Snapshot, read_metrics
 from rlhf_cluster.util.slow_disk import (
     MAX_QUEUED_WRITES,
     BackgroundWriter,
@@ -27,10 +26,7 @@ from rlhf_cluster.util.slow_disk import (
 )
 from tests.support.builders.checkpoint_files import make_state
 from tests.support.builders.run_configs import tiny_config
-from tests.support.fakes.services import (
-    make_group,
-    make_prompt,
-)
+from tests.support.fakes.services import make_group, make_prompt
 
 NEVER_S = 300.0  # a deadline that no test comes to
 

@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_cluster.errors import WeightError
 from rlhf_cluster.records import WeightVersion
-from rlhf_cluster.util.deadlines import reply_deadline
+from rlhf_cluster.util.waiting import reply_deadline
 from rlhf_cluster.weights import store
 from rlhf_cluster.weights.shards import send_shard
 from rlhf_cluster.weights.transports.lent_shards import WITHDRAW_SHARE, ShardLender
@@ -19,22 +19,10 @@ from rlhf_cluster.weights.transports.mirror_carrier import ThreadCarrier
 from rlhf_cluster.weights.transports.mirror_folder import NodeCopies
 from rlhf_cluster.weights.transports.node_mirror import Mirror
 from rlhf_cluster.weights.transports.rank_memory import Served, ShardServer
-from rlhf_cluster.weights.transports.relay_plan import (
-    Assignment,
-    Piece,
-    RelayPlan,
-)
-from rlhf_cluster.weights.transports.shared_files import (
-    MANIFEST_NAME,
-    FileSink,
-    version_dir,
-)
+from rlhf_cluster.weights.transports.relay_plan import Assignment, Piece, RelayPlan
+from rlhf_cluster.weights.transports.shared_files import MANIFEST_NAME, FileSink, version_dir
 from rlhf_cluster.weights.transports.transport import Deadline, ShardImage
-from tests.support.builders.small_weights import (
-    assert_same,
-    small_model,
-    split_evenly,
-)
+from tests.support.builders.small_weights import assert_same, small_model, split_evenly
 
 RANKS = 2
 

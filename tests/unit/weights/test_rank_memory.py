@@ -15,15 +15,13 @@ import pytest
 from rlhf_cluster.errors import StalledError, WeightError
 from rlhf_cluster.weights.transports import rank_memory
 from rlhf_cluster.weights.transports.rank_memory import (
+    MAX_MESSAGE_BYTES,
     Served,
     ShardServer,
+    Wire,
     fetch,
 )
 from rlhf_cluster.weights.transports.transport import Deadline
-from rlhf_cluster.weights.transports.wire import (
-    MAX_MESSAGE_BYTES,
-    Wire,
-)
 
 LARGE = [os.urandom(3 << 14), b"", os.urandom((2 << 14) + 17)]
 GENEROUS_S = 60.0

@@ -26,8 +26,8 @@ from rlhf_cluster.data.reasoning_steps import Reduction, reduce_scores, step_end
 from rlhf_cluster.data.tokenizer import load_tokenizer
 from rlhf_cluster.errors import ConfigError
 from rlhf_cluster.records import Prompt, Rollout
-from rlhf_cluster.rewards.models.reward_model import RewardModel, RewardModelConfig
 from rlhf_cluster.rewards.reward import RewardContext, RewardSection
+from rlhf_cluster.rewards.reward_model import RewardModel, RewardModelConfig
 from rlhf_cluster.sections.values import Dtype, FrozenQuantization
 
 

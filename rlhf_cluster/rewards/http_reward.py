@@ -19,9 +19,9 @@ from typing import Any, Literal
 from pydantic import Field, PositiveFloat
 
 from rlhf_cluster.records import Prompt, Rollout
+from rlhf_cluster.rewards.http_client import RemoteSection, Server
 from rlhf_cluster.rewards.reward import RewardContext
 from rlhf_cluster.rewards.reward_failure import RewardFailure, check_scores, column
-from rlhf_cluster.rewards.servers.http_client import RemoteSection, Server
 
 
 class HttpConfig(RemoteSection):

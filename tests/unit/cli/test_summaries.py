@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_cluster.cli.run_text import ending
+from rlhf_cluster.cli.summaries import ending
 from rlhf_cluster.config import RunConfig, load_run
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.toml"

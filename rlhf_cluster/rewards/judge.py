@@ -28,9 +28,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from xxhash import xxh3_64_intdigest
 
 from rlhf_cluster.records import Prompt, Rollout
-from rlhf_cluster.rewards.reward import RewardContext
-from rlhf_cluster.rewards.reward_failure import RewardFailure, column
-from rlhf_cluster.rewards.servers.http_client import (
+from rlhf_cluster.rewards.http_client import (
     PATH,
     RemoteSection,
     Server,
@@ -38,6 +36,8 @@ from rlhf_cluster.rewards.servers.http_client import (
     prompt_text,
     question_of,
 )
+from rlhf_cluster.rewards.reward import RewardContext
+from rlhf_cluster.rewards.reward_failure import RewardFailure, column
 
 _VERDICT = re.compile(r"\[\[\s*([^\[\]]{1,20}?)\s*\]\]")
 _FIRST_SHARE = {"A": 1.0, "B": 0.0, "C": 0.5}

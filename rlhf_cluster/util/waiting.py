@@ -1,19 +1,24 @@
-"""Nested deadlines: a caller waits longer than its callee may take.
+"""Waiting: nested deadlines, and coroutines that run together until one fails.
 
-If both deadlines were equal, the caller's would pass first, since it began first. A worker that is only
-slow would then look silent, and would be killed with all its other work before it could report that its
-call was late. So every wait for a remote call is `reply_deadline` of the callee's time limit. The
-deadline around several calls is `reply_deadline` of their sum.
+A caller waits longer than its callee may take. If both deadlines were equal, the caller's would pass
+first, since it began first. A worker that is only slow would then look silent, and would be killed with
+all its other work before it could report that its call was late. So every wait for a remote call is
+`reply_deadline` of the callee's time limit. The deadline around several calls is `reply_deadline` of
+their sum.
 
-`tests/unit/util/test_deadlines.py` checks the pairs of deadlines in a run's configuration.
+`tests/unit/util/test_waiting.py` checks the pairs of deadlines in a run's configuration.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any, TypeVar
+
+from rlhf_cluster.errors import first_failure
 
 _SHARE, _LEAST_S, _MOST_S = 0.1, 0.5, 30.0
 
@@ -49,3 +54,16 @@ def remaining_s(limit_s: float, clock: Callable[[], float] = time.monotonic) -> 
     """Return the seconds for one wait: `limit_s`, or what remains of the `call_deadline` around it."""
     ends = _call_ends.get()
     return limit_s if ends is None else max(0.0, min(limit_s, ends - clock()))
+
+
+T = TypeVar("T")
+
+
+async def gather_or_cancel(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Return the results in order. The first failure cancels the other coroutines and is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(work) for work in works]
+    except BaseExceptionGroup as failures:
+        raise first_failure(failures) from failures
+    return [task.result() for task in tasks]

@@ -1,4 +1,6 @@
-"""Files or relay, where a run leaves the choice to us."""
+"""Settings by the size of the model: files or relay where a run leaves it open, time to start."""
+
+from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
@@ -7,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rlhf_cluster.planning.choose_transport import with_transport
+from rlhf_cluster.planning.model_settings import with_start_deadline, with_transport
+from tests.support.builders.offline_stages import stage_config
 from tests.support.builders.run_configs import tiny_config
 
 NUMBERS = 1000
+
 IN_BFLOAT16 = 2 * NUMBERS
 
 
@@ -61,3 +65,45 @@ def test_a_store_that_lies_where_the_copies_would_is_read_in_place(model_dir: Pa
 
 def test_a_folder_whose_tensors_cannot_be_listed_leaves_files(tmp_path: Path) -> None:
     assert chosen(tmp_path / "nothing") == "files"
+
+
+IN_SIMULATION_S = (
+    820.0  # 448 workers on 56 nodes, 140 GB, a storage of 10 GB/s (docs/reliability.md)
+)
+
+
+def model_of(folder: Path, *sizes: int) -> Path:
+    """A folder with safetensors of these sizes, without their bytes, and other files."""
+    for number, size in enumerate(sizes):
+        with (folder / f"model-{number}.safetensors").open("wb") as file:
+            file.truncate(size)
+    with (folder / "optimizer.bin").open("wb") as file:
+        file.truncate(10**12)
+    return folder
+
+
+def test_a_large_model_has_the_time_that_it_needs_from_the_storage(tmp_path: Path):
+    found = with_start_deadline(tiny_config(), model_of(tmp_path, 70 * 10**9, 70 * 10**9))
+    assert found.run.start_timeout_s == 600.0 + 700.0 > IN_SIMULATION_S
+    slow = tiny_config(generation={"pull_bytes_per_s": 1e8}, run={"start_timeout_s": 50.0})
+    assert with_start_deadline(slow, tmp_path).run.start_timeout_s == 50.0 + 1400.0
+
+
+def test_a_stage_without_workers_reads_at_the_default_rate(tmp_path: Path):
+    config = stage_config("model")
+    found = with_start_deadline(config, model_of(tmp_path, 20 * 10**9))
+    assert found.run.start_timeout_s == config.run.start_timeout_s + 100.0
+    assert found.model_copy(update={"run": config.run}) == config, "nothing else changes"
+
+
+@pytest.mark.parametrize("sizes", [(), (1000,), (199_999_999,)])
+def test_a_small_model_changes_nothing(tmp_path: Path, sizes: Any):
+    config = tiny_config()
+    assert with_start_deadline(config, model_of(tmp_path, *sizes)) == config
+
+
+def test_a_folder_that_cannot_be_listed_is_refused_by_its_reader(tmp_path: Path):
+    config = tiny_config()
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "missing")
+    assert with_start_deadline(config, tmp_path) == config
+    assert with_start_deadline(config, tmp_path / "nowhere") == config

@@ -30,8 +30,8 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from xxhash import xxh3_128_hexdigest
 
 from rlhf_cluster.records import Prompt, Rollout
-from rlhf_cluster.rewards.models.reward_model import RewardModel, RewardModelConfig
 from rlhf_cluster.rewards.reward import RewardContext, RewardSection
+from rlhf_cluster.rewards.reward_model import RewardModel, RewardModelConfig
 from rlhf_cluster.sections.values import Dtype, FrozenQuantization
 
 Combine = Literal["mean", "min", "mean_minus_std"]

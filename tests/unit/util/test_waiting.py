@@ -10,20 +10,11 @@ from hypothesis import strategies as st
 from actors.drivers.training_attempt import publish_deadline_s, save_deadline_s
 from actors.services.rank_actors import RayLearner
 from actors.services.scoring_client import score_deadline_s
-from actors.services.start_services import (
-    Launcher,
-    generation_pool,
-    scoring_pools,
-)
+from actors.services.start_services import Launcher, generation_pool, scoring_pools
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import ScoringError
 from rlhf_cluster.models.shared_passes import SharedPasses
-from rlhf_cluster.util.deadlines import (
-    call_deadline,
-    callee_deadline,
-    remaining_s,
-    reply_deadline,
-)
+from rlhf_cluster.util.waiting import call_deadline, callee_deadline, remaining_s, reply_deadline
 from rlhf_cluster.weights.sync import MAX_REFUSED, PAUSES_S
 from tests.support.builders.run_configs import tiny_config
 

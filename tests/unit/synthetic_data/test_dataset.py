@@ -10,22 +10,11 @@ import pytest
 
 from rlhf_cluster.config.dataset_config import GenerateSection
 from rlhf_cluster.data.preferences import parse_pair
-from rlhf_cluster.data.reasoning_step_rows import parse_steps
-from rlhf_cluster.errors import (
-    DataError,
-)
-from rlhf_cluster.synthetic_data.answers_file import (
-    Answers,
-    AnswersFile,
-    read_answers,
-)
-from rlhf_cluster.synthetic_data.select_rows import rows_of
-from rlhf_cluster.synthetic_data.write_dataset import write_dataset
-from tests.support.builders.dataset_runs import (
-    answers,
-    section,
-    written,
-)
+from rlhf_cluster.data.reasoning_steps import parse_steps
+from rlhf_cluster.errors import DataError
+from rlhf_cluster.synthetic_data.answers_file import Answers, AnswersFile, read_answers
+from rlhf_cluster.synthetic_data.dataset import rows_of, write_dataset
+from tests.support.builders.dataset_runs import answers, section, written
 
 
 def completions_of(group: Answers, how: GenerateSection) -> list[str]:

@@ -32,7 +32,7 @@ from rlhf_cluster.errors import ConfigError
 from rlhf_cluster.rewards.reward import RewardSection
 from rlhf_cluster.rewards.reward_failure import RewardFailure
 from rlhf_cluster.sections.section import Section
-from rlhf_cluster.util import redaction
+from rlhf_cluster.util import provenance
 
 MAX_ANSWER_BYTES = 16 << 20
 
@@ -95,7 +95,7 @@ class Server:
                 )
             self._headers["Authorization"] = f"Bearer {key}"
             self._key = key
-            redaction.hide([key])
+            provenance.hide([key])
 
     def ask(self, question: Any, deadline: float) -> Any:
         """The server's answer to `question`, both JSON.
