@@ -117,8 +117,11 @@ class Driver(Generic[ConfigT, InputsT, ObserverT]):
         """Do all of the run, and return its summary."""
         raise NotImplementedError
 
+    def cancel_tasks(self) -> None:
+        """Cancel what still runs on the event loop when the run ends."""
+
     def close(self) -> None:
-        """Release what `open` started. Blocks on the files of the run."""
+        """Release what `open` started. Blocks on the files of the run, in a thread."""
         self.observer.close()
 
     def ask_to_stop(self) -> bool:
@@ -162,6 +165,7 @@ class Driver(Generic[ConfigT, InputsT, ObserverT]):
                 raise explained from error
             raise
         finally:
+            self.cancel_tasks()
             await run_in_thread(self.close)
 
     def write_summary(self, **facts: Any) -> dict[str, Any]:
@@ -215,10 +219,9 @@ class TrainingDriver(Driver[ConfigT, InputsT, ObserverT]):
         """End everything of the failed attempt, its checkpoints too."""
         raise NotImplementedError
 
-    def close(self) -> None:
+    def cancel_tasks(self) -> None:
         if self.checkpoints is not None:
             self.checkpoints.close()
-        super().close()
 
     def stopped_text(self) -> str:
         last = -1 if self.checkpoint is None else self.checkpoint.state.step

@@ -192,9 +192,8 @@ def scale(run_dir: Path, sizes: Mapping[str, int], address: str | None) -> dict[
         return _request_sizes(control, run_dir.name, sizes)
     except WorkerError as error:
         raise RunError(
-            f"{run_dir.name}: the run's control channel was lost while it was asked to scale "
-            f"{dict(sizes)} ({error}). The run continues and opens another within a minute: look at "
-            "its status for what was done, and ask again"
+            f"{run_dir.name}: the run ended, or lost its control channel for good, while it was "
+            f"asked to scale {dict(sizes)} ({error}). Look at its status for what was done"
         ) from error
 
 
@@ -233,8 +232,8 @@ def find(run_name: str, address: str) -> Any:
         return ray.get_actor(actor_name(run_name), namespace=NAMESPACE)
     except ValueError as error:
         raise RunError(
-            f"{run_name}: no such run on the cluster at {address}; it has ended, runs elsewhere, or is "
-            "about to open its control channel again: look at its status"
+            f"{run_name}: no such run on the cluster at {address}; it has ended, runs elsewhere, or "
+            "has lost its control channel for good: look at its status"
         ) from error
 
 

@@ -25,6 +25,7 @@ from rlhf_cluster.algorithms.on_policy_distillation import (
 )
 from rlhf_cluster.algorithms.online_dpo import OnlineDpo, OnlineDpoConfig
 from rlhf_cluster.algorithms.policy_gradient import PolicyGradient
+from rlhf_cluster.algorithms.policy_gradient_config import AlgorithmSection
 from rlhf_cluster.algorithms.ppo import Ppo, PpoConfig
 from rlhf_cluster.algorithms.reinforce import Reinforce, ReinforceConfig
 from rlhf_cluster.algorithms.reinforce_pp import ReinforcePp, ReinforcePpConfig
@@ -49,7 +50,7 @@ _BUILT_IN: dict[str, type[PolicyGradient[Any]] | type[OnlineDpo]] = {
     "rloo": Rloo,
     "sapo": Sapo,
 }
-ALGORITHMS = Table("algorithm", "rlhf_cluster.algorithms", _BUILT_IN)
+ALGORITHMS = Table("algorithm", "rlhf_cluster.algorithms", _BUILT_IN, AlgorithmSection)
 
 
 def _with_type(section: Any) -> Any:

@@ -183,7 +183,7 @@ _BUILT_IN: dict[str, type[PairLoss] | type[KtoConfig]] = {
     "robust_dpo": RobustDpoConfig,
     "simpo": SimpoConfig,
 }
-PREFERENCE_LOSSES = Table("preference loss", "rlhf_cluster.preference_losses", _BUILT_IN)
+PREFERENCE_LOSSES = Table("preference loss", "rlhf_cluster.preference_losses", _BUILT_IN, PairLoss)
 
 PreferenceLoss = Annotated[
     DpoConfig | DpopConfig | IpoConfig | KtoConfig | OrpoConfig | RobustDpoConfig | SimpoConfig,

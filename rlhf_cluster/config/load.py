@@ -159,7 +159,10 @@ def _is_pipeline(tree: Mapping[str, Any]) -> bool:
 
 def _add_run(tree: dict[str, Any], name: str, folder: Path, source: str) -> dict[str, Any]:
     """Add `run.name` and `run.root` to the table of a stage. Raises `ConfigError` if it has one."""
-    run = dict(tree.get("run") or {})
+    run = tree.get("run") or {}
+    if not isinstance(run, Mapping):
+        raise ConfigError(f"{source}: run = {run!r}: not a section. Give [run] with its keys")
+    run = dict(run)
     for key in ("name", "root"):
         if key in run:
             raise ConfigError(

@@ -38,6 +38,7 @@ from rlhf_cluster.offline.train_sft import (
     SftStage,
 )
 from rlhf_cluster.sections.extensions import FromOtherPackages, Table
+from rlhf_cluster.sections.offline_stage import StageSectionBase
 
 _BUILT_IN: Mapping[str, type[Stage[Any]]] = {
     "distillation": DistillationStage,
@@ -47,7 +48,7 @@ _BUILT_IN: Mapping[str, type[Stage[Any]]] = {
     "reward_model": RewardModelStage,
     "sft": SftStage,
 }
-STAGES = Table("stage", "rlhf_cluster.stages", _BUILT_IN)
+STAGES = Table("stage", "rlhf_cluster.stages", _BUILT_IN, StageSectionBase)
 """Classes of stages by the `type` of their section."""
 
 StageSection = Annotated[

@@ -12,7 +12,7 @@ from rlhf_cluster.rewards.judge import Judge, JudgeConfig
 from rlhf_cluster.rewards.process_reward_model import ProcessReward, ProcessRewardConfig
 from rlhf_cluster.rewards.programs.code_tests import Code, CodeConfig
 from rlhf_cluster.rewards.programs.python_function import PythonFunction, PythonFunctionConfig
-from rlhf_cluster.rewards.reward import Reward, RewardContext, StepReward
+from rlhf_cluster.rewards.reward import Reward, RewardContext, RewardSection, StepReward
 from rlhf_cluster.rewards.reward_model import RewardModel, RewardModelConfig
 from rlhf_cluster.rewards.reward_model_ensemble import Ensemble, EnsembleConfig
 from rlhf_cluster.rewards.rules.equations import Equations, EquationsConfig
@@ -42,7 +42,7 @@ _BUILT_IN: Mapping[str, Any] = {
     "python": PythonFunction,
     "reward_model": RewardModel,
 }
-REWARDS = Table("reward", "rlhf_cluster.rewards", _BUILT_IN)
+REWARDS = Table("reward", "rlhf_cluster.rewards", _BUILT_IN, RewardSection)
 """Classes by the `type` of their section; each is built as `cls(section, context)`."""
 
 RewardConfig = Annotated[

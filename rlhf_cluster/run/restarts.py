@@ -206,6 +206,7 @@ async def with_recovery(
         try:
             return await attempt()
         except RoomAgain as error:
+            num_waits = 0  # this attempt was placed: a later wait has all its time
             await recover(error)
             continue
         except PlacementError as error:

@@ -34,10 +34,15 @@ class Table(dict[str, T]):
     Iteration yields the built-in names alone.
     """
 
-    def __init__(self, kind: str, group: str, built_in: Mapping[str, T]) -> None:
-        """Make a table. `kind` is its name in errors, `group` that of its entry points."""
+    def __init__(
+        self, kind: str, group: str, built_in: Mapping[str, T], base: type[Section] = Section
+    ) -> None:
+        """Make a table of types whose sections are subclasses of `base`.
+
+        `kind` is its name in errors, `group` that of its entry points.
+        """
         super().__init__(built_in)
-        self.kind, self.group = kind, group
+        self.kind, self.group, self.base = kind, group, base
 
     def __missing__(self, name: str) -> T:
         """Import a type of another package. Raises `ConfigError`."""
@@ -75,6 +80,11 @@ class Table(dict[str, T]):
             raise ConfigError(
                 f"the {self.kind} {name!r} has no section_class, a subclass of "
                 f"rlhf_cluster.sections.section.Section with its keys.{self._hint(name, found)}"
+            )
+        if not issubclass(section, self.base):
+            raise ConfigError(
+                f"the {self.kind} {name!r}: its section {section.__name__} is not a subclass of "
+                f"{self.base.__module__}.{self.base.__name__}. Make it one"
             )
         if "type" not in section.model_fields:
             raise ConfigError(

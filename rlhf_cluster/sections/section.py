@@ -40,8 +40,8 @@ def import_name(path: str, what: str) -> Any:
         found: Any = importlib.import_module(module_name)
         for part in name.split("."):
             found = getattr(found, part)
-    # Code of another package may raise anything.
-    except Exception as error:
+    # Code of another package may raise anything; a script ends the process.
+    except (Exception, SystemExit) as error:
         raise ConfigError(
             f"{what} cannot be imported from {path!r} on node {platform.node()}: "
             f"{type(error).__name__}: {error}. Correct the path, or bring the package to every node: "

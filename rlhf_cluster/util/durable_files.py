@@ -154,7 +154,7 @@ def write_all(path: Path, data: bytes, fsync: bool = False) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any], fsync: bool = False) -> None:
-    """Write `value` without the secrets of this process (`redaction`). Raises `OSError`."""
+    """Write `value` without the secrets of this process (`provenance`). Raises `OSError`."""
     text = json.dumps(provenance.redact_process_secrets(value), indent=2, default=str) + "\n"
     write_all(path, text.encode(), fsync)
 

@@ -81,6 +81,7 @@ class WeightSync:
         self._clock = clock
         self._pulled = pulled
         self._sleep = sleep
+        self._is_abandoned = False
         self._is_paused = False
         self._running: asyncio.Task[None] | None = None
         self._due = -1
@@ -133,7 +134,7 @@ class WeightSync:
     async def abandon(self, timeout_s: float) -> None:
         """Wait for the end of the publish whose learner is dead, and discard its outcome.
 
-        A pause between two tries is cut short.
+        A pause between two tries is cut short, and no other begins.
 
         Waits for: the publish in progress. Unblocked by: its calls to the learner, which fail because
         the learner is dead; a pull's deadline. Raises `StalledError` after `timeout_s`.
@@ -141,6 +142,7 @@ class WeightSync:
         running, self._running = self._running, None
         if running is None:
             return
+        self._is_abandoned = True
         if self._is_paused:
             running.cancel()
         done, _ = await asyncio.wait({running}, timeout=timeout_s)
@@ -223,6 +225,8 @@ class WeightSync:
 
     async def _pause(self, num_failed: int) -> None:
         """Wait before the try that follows `num_failed` failed ones."""
+        if self._is_abandoned:
+            raise asyncio.CancelledError
         self._is_paused = True
         try:
             await self._sleep(PAUSES_S[num_failed - 1])

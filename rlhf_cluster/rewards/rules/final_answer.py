@@ -71,7 +71,7 @@ _SAYS = re.compile(
     r"|[ *_#]{0,8}\n"
 )
 _QUOTED_END = re.compile(r"\"[\s,}\]]*$")
-_SENTENCE = re.compile(r"(?:[A-Za-z]+\W+){4}")
+_SENTENCE = re.compile(r"(?:[A-Za-z]+\W+){4}|\d ?[-+*/x\u00d7] ?\$?\d[^=\n]*=")
 _SOLUTION = re.compile(
     r"\n(?!\W*(?i:explanation|because|reason|since|check|proof|work|note))[^\n]*\d"
 )

@@ -98,7 +98,7 @@ _CIRCUMSTANCE = re.compile(
 )
 _VARIABLE = re.compile(
     r"\s?(?:(?:[xyznkijbuvqre]|a(?! [A-Za-z]))(?![A-Za-z])"
-    r"|\\(?:pi|sqrt|theta|alpha|beta|infty|ln|log|sin|cos|tan|binom|mod|bmod|pmod|i)\b)"
+    r"|\\(?:pi|sqrt|theta|alpha|beta|infty|ln|log|sin|cos|tan|binom|mod|bmod|pmod|i)(?![A-Za-z]))"
 )
 _JOINED = re.compile(
     r"\s?([A-Za-z%]*)\s?(?:,|,?\s(?:or|and|OR|to|through|versus)\s+)\s?(?:maybe |perhaps |even )?"
@@ -137,6 +137,7 @@ _REMARK = re.compile(
 )
 _CERTAIN = re.compile(r"\s?%\s(?:sure|certain|confident)\b")
 _AROUND = " .!*_='\"\u201c\u201d\u00ab\u00bb\u2026"
+_LEADING = re.compile(rf"^(?:(?!(?<!\.)\.\d)[{_AROUND}])+")  # but the point of ".5"
 _LABEL = re.compile(
     r"^[\s*_]*(?:\([A-Za-z]\)|[A-Za-z]\)|[A-Z][.:]|[A-E](?:,|(?= \([^()]*\)[\s.*_]*$)))[\s*_]+"
 )
@@ -197,7 +198,7 @@ def read_sentence(text: str) -> Quantity | None:
     text = CONTRASTED.sub(r"\1", CORRECTED.sub("", bold[-1] if bold else text))
     text = _LABEL.sub("", plain_text(FORMULA.sub(_inline, text), spaced=True))
     if not re.search(r"[A-Za-z]{2}|[\u3040-\u9fff]", text):
-        return read_formula(text.strip(_AROUND))
+        return read_formula(_LEADING.sub("", text).rstrip(_AROUND))
     tokens = _tokens(text)
     stated = _drop_circumstances(text, tokens)
     if not tokens:

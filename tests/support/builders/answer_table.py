@@ -305,6 +305,21 @@ BOXED = [
 ]
 
 WRITTEN = [
+    # decimals without a leading zero, and dots before a number
+    ("0.5", "The answer is .5.", 1, 1, ""),
+    ("5", "The answer is .5.", 0, 0, ""),
+    ("0.75", "Answer: .75", 1, 1, ""),
+    ("0.5", "#### .5", 1, 1, ""),
+    ("0.5", "The answer is **.5**", 1, 1, ""),
+    ("12", "The answer is ... 12", 1, 1, "dots of a pause"),
+    # a root is no factor
+    ("2", r"The answer is 2\sqrt{3}", 0, 0, ""),
+    ("2", "The answer is 2\u221a3", 0, 0, ""),
+    # "Answer:" before a solution of several lines
+    ("540", "Answer: He sprints 3*3=9 times.\nSo he runs 9*60=540 meters.", 1, 1, ""),
+    ("9", "Answer: He sprints 3*3=9 times.\nSo he runs 9*60=540 meters.", 0, 0, ""),
+    ("72", "Answer: Natalia sold 48/2 = 24 in May.\nShe sold 48+24 = 72 altogether.", 1, 1, ""),
+    ("12", "Answer: 12 apples.\nCheck: 5 + 7 = 12", 1, 1, ""),
     ("72", r"#### Solution" "\n" r"48 + 24 = 72, so \boxed{72}.", 1, 1, "a heading before the box"),
     ("72", r"\boxed{72}" "\n#### Check\n72 - 24 = 48", 1, 1, "a heading after the box"),
     ("72", "So 48.\n#### 72", 1, 1, "GSM8K"),

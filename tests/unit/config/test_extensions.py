@@ -151,3 +151,24 @@ def test_sections_of_this_project_are_pickled_as_they_are():
     section = tiny_config().scoring
     assert isinstance(section, Section)
     assert b"restore_section" not in pickle.dumps(section)
+
+
+def test_a_section_of_another_kind_is_refused_with_the_class_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "wrong_base.py").write_text(
+        "from rlhf_cluster.sections.section import Section\n"
+        "class Keys(Section):\n    type: str\n"
+        "class Wrong:\n    section_class = Keys\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    told = refused(type="wrong_base:Wrong")
+    assert "its section Keys is not a subclass of rlhf_cluster.rewards.reward.RewardSection" in told
+    with pytest.raises(ConfigError, match="not a subclass of .*AlgorithmSection"):
+        tiny_config(algorithm={"type": "wrong_base:Wrong"})
+
+
+def test_a_path_to_a_script_that_exits_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "a_script.py").write_text("raise SystemExit(3)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "SystemExit: 3" in refused(type="a_script:Main")

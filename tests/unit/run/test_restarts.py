@@ -182,9 +182,10 @@ async def test_room_that_never_comes_is_waited_for_up_to_a_limit():
     assert str(pickle.loads(pickle.dumps(caught.value))) == text
 
 
-async def test_a_wait_that_ends_leaves_the_next_one_its_whole_time():
+@pytest.mark.parametrize("end", [LOST, RoomAgain("there is room for all ranks again")])
+async def test_a_wait_that_ends_leaves_the_next_one_its_whole_time(end: RlhfError):
     waits = [NO_ROOM] * 7  # 63 s
-    run = Run([LOST, *waits, LOST, *waits, "done"])
+    run = Run([LOST, *waits, end, *waits, "done"])
     run.restarts.recovery_timeout_s = 100.0
     assert await run.run() == "done"
 

@@ -165,6 +165,30 @@ async def test_a_publish_that_pauses_when_its_learner_dies_is_not_waited_for(whe
     assert len(asyncio.all_tasks()) == 1, "the publish has ended"
 
 
+async def test_an_abandoned_publish_begins_no_pause() -> None:
+    learner, generation, pulls = FakeLearner(), FakeGeneration(), asyncio.Event()
+    end, paused = asyncio.Event(), []
+
+    async def sleep(seconds: float) -> None:
+        paused.append(seconds)
+
+    async def fails_late(version: WeightVersion) -> None:
+        pulls.set()
+        await end.wait()
+        raise WeightError("Input/output error")
+
+    generation.pull = fails_late  # type: ignore[method-assign]
+    arguments = (learner, generation, _Buffer(), 1, time.monotonic, None, sleep)
+    sync = WeightSync(*arguments)  # type: ignore[arg-type]
+    await sync.after_step(0)
+    await pulls.wait()
+    abandoned = asyncio.create_task(sync.abandon(5))
+    await asyncio.sleep(0)
+    end.set()
+    await abandoned
+    assert paused == []
+
+
 @pytest.mark.parametrize("where", ["publish", "pull"])
 async def test_a_failed_publish_says_why_and_the_next_one_works_without_a_restart(
     where: str,
