@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.cluster.ray_cluster import join
+from actors.cluster.ray_cluster import join, refuse_silent
 
 # isort: split
 import ray
@@ -224,6 +224,7 @@ def find(run_name: str, address: str) -> Any:
     """
     check_address("address", address)
     try:
+        refuse_silent(address)
         if not ray.is_initialized():
             join(address)
     except (ConnectionError, RuntimeError, ValueError) as error:
