@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from tests.chaos.reading import not_finite, ranges, read_json, read_log, read_metrics
 
 DISCARD = re.compile(r"group (g\d{8,}) discarded: (.*)")
+NEVER = "~"  # after every time
 STEP = re.compile(r"step (\d+): ")
 BACK = re.compile(r"from (?:the|its) checkpoint of step (\d+)|goes on from the beginning")
 PROMPT = re.compile(r"(\d+)-e0")  # place in a stream of prompts that does not repeat
@@ -300,15 +301,17 @@ def _last_buffer(run: Path, asked: Asked, report: Report) -> dict[str, Any] | No
 
 def _logs(run: Path, report: Report) -> None:
     """Steps go on where a start or a return to a checkpoint says; live versions never go back."""
-    returns: list[str] = []
+    returns: list[tuple[str, str]] = []  # to a checkpoint, and the first step after it
     expected: int | None = None
     for line in read_log(run / "logs" / "controller.log"):
         if STARTING.match(line.text):
             report.lives, expected = report.lives + 1, 1
         elif back := BACK.search(line.text):
             report.rewinds, expected = report.rewinds + 1, int(back[1] or 0) + 1
-            returns.append(line.time)
+            returns.append((line.time, NEVER))
         elif step := STEP.match(line.text):
+            if returns and returns[-1][1] == NEVER:
+                returns[-1] = (returns[-1][0], line.time)
             if expected is not None and int(step[1]) != expected:
                 report.found(
                     "step order",
@@ -322,10 +325,16 @@ def _logs(run: Path, report: Report) -> None:
             _live_versions(path, returns, report)
 
 
-def _live_versions(path: Path, returns: Sequence[str], report: Report) -> None:
+def _live_versions(path: Path, returns: Sequence[tuple[str, str]], report: Report) -> None:
+    """Versions never go back, but from a return to a checkpoint to the first step after it.
+
+    Until then a load of a version that the run left may still end.
+    """
     before, seen = -1, ""
     for line in read_log(path):
-        if NEW_PROCESS.match(line.text) or any(seen <= time <= line.time for time in returns):
+        if NEW_PROCESS.match(line.text) or any(
+            begin <= line.time and seen <= end for begin, end in returns
+        ):
             before = -1
         seen = line.time
         if live := LIVE.match(line.text):

@@ -262,6 +262,14 @@ def test_a_return_to_a_checkpoint_lets_versions_go_back(run: Path) -> None:
     assert kinds(check(run, ASKED)) == set(), "between them the driver went back, at second 6"
 
 
+def test_a_load_that_ends_between_a_return_and_the_next_step_is_of_the_time_before(run: Path):
+    lives = ["version 3 live: x", "version 2 live: x"]
+    log(run, "generation-0", "engine up", *["_"] * 6, *lives)
+    assert kinds(check(run, ASKED)) == set(), "the driver went back at second 6, step 3 was at 7"
+    log(run, "generation-0", "engine up", *["_"] * 8, *lives)
+    assert kinds(check(run, ASKED)) == {"version back"}
+
+
 def test_a_version_that_goes_back_in_the_metrics_is_named(run: Path) -> None:
     path = run / "metrics.jsonl"
     path.write_text(
