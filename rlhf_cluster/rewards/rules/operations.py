@@ -33,7 +33,8 @@ _RADICAND = re.compile(r"\\sqrt\s?\{(\d{1,6})\}")
 
 def operations(formula: str) -> int:
     """The operations of a formula in LaTeX, and one; a denominator of several terms counts once."""
-    below = ["".join(found) for found in _DENOMINATOR.findall(formula)]
+    # A denominator of 1 may be among what is dropped, and would then be subtracted uncounted.
+    below = [d for d in map("".join, _DENOMINATOR.findall(formula)) if int(d) != 1]
     counted = sum(
         not (found["command"] and _SILENT.fullmatch(found["command"]))
         for found in _COUNTED.finditer(_DROPPED.sub(" ", formula))

@@ -64,7 +64,8 @@ def test_what_cannot_be_served_is_refused_with_its_cure(changes, words):
 
 def test_exact_logprobs_of_versions_that_are_not_rounded_hold():
     changes = {"generation": {"dtype": "bfloat16"}, "scoring": {"exact_logprobs": True}}
-    tiny_config(**sections(**changes, weights={"dtype": "float32"}))
+    config = tiny_config(**sections(**changes, weights={"dtype": "float32"}))
+    assert (config.scoring.exact_logprobs, config.weights.dtype) == (True, "float32")
 
 
 def test_the_engine_is_given_room_for_the_adapters_and_replaces_no_weights():

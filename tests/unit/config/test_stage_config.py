@@ -167,6 +167,9 @@ def test_a_pipeline_that_cannot_work_is_refused_with_the_stage(tmp_path: Path) -
         load_all(later)
     with pytest.raises(ConfigError, match=r"\[stages.more\]: run.name = 'x'"):
         load_all(pipeline(tmp_path), ["stages.more.run.name=x"])
+    for run in ("5", "[1]"):
+        with pytest.raises(ConfigError, match=r"\[stages.more\]: run = .*: not a section"):
+            load_all(pipeline(tmp_path), [f"stages.more.run={run}"])
     with pytest.raises(ConfigError, match=r"\[stages.rl\]: 1 problem"):
         load_all(pipeline(tmp_path), ["stages.rl.learner.ranks=0"])
     path = tmp_path / "none.toml"
