@@ -183,6 +183,7 @@ def test_the_record_of_a_run_is_whole_or_ends_it_and_its_status_hides_nothing(
         def write_on() -> None:
             for _ in range(1000):  # until the file's own last block is full
                 log.append(2, 2.0, {"reward/mean": 0.5})
+            log.flush()  # lines are written in the background: all of them are tried by now
 
         def sample() -> None:
             write_samples(run.samples, 2, [group(1)], 1, lambda ids: "", limit=4)
