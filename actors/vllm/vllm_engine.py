@@ -82,11 +82,11 @@ def make_engine(config: RunConfig, model_dir: str, worker_name: str) -> VllmEngi
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Command:
-    """Work for the stepping thread, which calls `run`. If `fatal`, a failure ends the engine."""
+    """Work for the stepping thread, which calls `run`. An error that is not in `survives` ends it."""
 
     run: Callable[[], Any]
     answer: asyncio.Future[Any] | None = None
-    fatal: bool = False
+    survives: tuple[type[Exception], ...] = (Exception,)
 
 
 class VllmEngine(Engine):
@@ -170,7 +170,7 @@ class VllmEngine(Engine):
             self.check()
             reports = await self._stage(stage, _HANG_SHARE * whole_s)
             staged = _require_equal_reports(reports, version)
-            pause_s = await self._call(lambda: self._apply(version.version), fatal=True)
+            pause_s = await self._call(lambda: self._apply(version.version), survives=())
         return LoadedWeights(
             version=version.version,
             digest=staged["digest"],
@@ -198,7 +198,9 @@ class VllmEngine(Engine):
                 f"{version.version} was read ({error}). Look at that disk, or raise "
                 "generation.pull_timeout_s"
             ) from error
-        return adapter.loaded(await self._call(lambda: self._serve(adapter)))
+        return adapter.loaded(
+            await self._call(lambda: self._serve(adapter), survives=(WeightError,))
+        )
 
     async def _stage(self, stage: dict[str, Any], limit_s: float) -> list[Any]:
         """Let all worker processes read a version, and return their reports.
@@ -271,10 +273,12 @@ class VllmEngine(Engine):
 
     # From the event loop to the stepping thread.
 
-    async def _call(self, run: Callable[[], Any], fatal: bool = False) -> Any:
+    async def _call(
+        self, run: Callable[[], Any], survives: tuple[type[Exception], ...] = (Exception,)
+    ) -> Any:
         answer = self._loop.create_future()
         self._post(
-            _Command(run=lambda: self._deliver([(answer, run())]), answer=answer, fatal=fatal)
+            _Command(run=lambda: self._deliver([(answer, run())]), answer=answer, survives=survives)
         )
         return await answer
 
@@ -342,9 +346,10 @@ class VllmEngine(Engine):
             try:
                 command.run()
             except Exception as error:
+                fatal = command.answer is None or not isinstance(error, command.survives)
                 if command.answer is not None:
-                    self._deliver([(command.answer, self._to_failure(error, command.fatal))])
-                if command.fatal or command.answer is None:
+                    self._deliver([(command.answer, self._to_failure(error, fatal))])
+                if fatal:
                     raise
 
     def _apply(self, version: int) -> float:
@@ -379,7 +384,7 @@ class VllmEngine(Engine):
             self._loop.call_soon_threadsafe(_settle, answers)
 
     def _to_failure(self, error: Exception, fatal: bool) -> RlhfError:
-        """Wrap an error of vLLM in a `WorkerError` that names the worker; see `_Command.fatal`."""
+        """Wrap an error of vLLM, and any that is fatal, in a `WorkerError` that names the worker."""
         if isinstance(error, RlhfError) and not fatal:
             return error
         failure = WorkerError(f"{self._name}: vLLM failed: {type(error).__name__}: {error}")

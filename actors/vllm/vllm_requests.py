@@ -22,7 +22,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from actors.vllm.vllm_adapters import Adapter
-from rlhf_cluster.errors import DataError, RlhfError, WorkerError
+from rlhf_cluster.errors import DataError, WorkerError
 from rlhf_cluster.generation.engine import (
     Request,
     Sample,
@@ -142,7 +142,8 @@ class Requests:
         """Label all later steps with `version`, whose weights they run.
 
         If adapters are served, requests that have had no step sample with `adapter`. Returns the errors
-        of requests that vLLM does not take again.
+        of requests that vLLM does not take again. Any other error is raised: the engine cannot
+        continue, since requests may be withdrawn that are not submitted again.
         """
         self._salt, self._adapter = str(version), adapter
         if not (self._salted or self._serves):
@@ -157,9 +158,9 @@ class Requests:
                 self._llm.abort_request([request_id])
                 flight.sequences = self._submit(flight.request)
                 flight.adapter = adapter
-            except Exception as error:
+            except DataError as error:
                 del self._in_flight[request_id]
-                answers.append((flight.answer, _as_failure(request_id, version, error)))
+                answers.append((flight.answer, error))
         return answers
 
     def _served_version(self, flight: _InFlight) -> int | None:
@@ -197,17 +198,6 @@ def sampling_params(request: Request) -> SamplingParams:
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
-
-
-def _as_failure(request_id: str, version: int, error: Exception) -> RlhfError:
-    if isinstance(error, RlhfError):
-        return error
-    failure = WorkerError(
-        f"request {request_id}: vLLM failed when it was submitted again for version {version}: "
-        f"{type(error).__name__}: {error}"
-    )
-    failure.__cause__ = error
-    return failure
 
 
 def _to_sample(request_id: str, choice: CompletionOutput, served: int | None = None) -> Sample:

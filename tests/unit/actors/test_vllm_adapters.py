@@ -217,16 +217,15 @@ def test_a_read_that_hangs_is_not_overtaken(adapters, model, tmp_path):
 async def test_a_waiting_request_that_vllm_refuses_under_the_new_adapter_is_answered_alone():
     llm = FakeLlm()
     requests, future = serving(llm), asyncio.get_running_loop().create_future
-    answers = {name: future() for name in ("runs", "refused", "fails", "waits")}
+    answers = {name: future() for name in ("runs", "refused", "waits")}
     for name, answer in answers.items():
         requests.add(make_request(name), answer)
     llm.running("runs")
-    llm.refused = {"refused": ValueError("no block is free"), "fails": KeyError("lora")}
+    llm.refused = {"refused": ValueError("no block is free")}
     owed = dict(requests.follow(1, adapter(1)))
-    assert set(owed) == {answers["refused"], answers["fails"]}
+    assert set(owed) == {answers["refused"]}
     assert isinstance(owed[answers["refused"]], DataError)
     assert "refused request refused: no block is free" in str(owed[answers["refused"]])
-    assert isinstance(owed[answers["fails"]], WorkerError)
     assert llm.lora_of("waits") == 1
     assert set(requests.drop_all()) == {answers["runs"], answers["waits"]}
 
@@ -274,6 +273,34 @@ async def test_the_caller_of_a_refused_request_gets_the_error_when_the_adapter_c
         assert loaded.version == 1
         with pytest.raises(DataError, match="refused request waits: too long for this adapter"):
             await asked
+        engine.check()
+
+
+async def test_an_engine_that_breaks_while_the_adapter_changes_is_dead_and_answers_everyone(
+    adapters, model, tmp_path, start_engine
+):
+    llm = FakeLlm()
+    async with asyncio.timeout(60), start_engine(llm, adapters) as engine:
+        asked = [asyncio.ensure_future(engine.generate(make_request(n))) for n in ("one", "two")]
+        await engine._call(lambda: None)  # both are submitted
+        llm.refused = {"one": KeyError("the engine process died")}
+        with pytest.raises(WorkerError, match="vLLM failed: KeyError: 'the engine process died'"):
+            await engine.load_weights(publish(tmp_path / "store", 1, model, 1))
+        for answer in asked:
+            with pytest.raises(WorkerError, match="the engine process died"):
+                await answer
+        with pytest.raises(WorkerError, match="the engine process died"):
+            engine.check()
+
+
+async def test_an_engine_that_refuses_an_adapter_samples_on_with_the_one_before(
+    adapters, model, tmp_path, start_engine
+):
+    llm = FakeLlm()
+    async with asyncio.timeout(60), start_engine(llm, adapters) as engine:
+        llm.refusal = ValueError("unexpected modules")
+        with pytest.raises(WeightError, match="unexpected modules"):
+            await engine.load_weights(publish(tmp_path / "store", 1, model, 1))
         engine.check()
 
 
