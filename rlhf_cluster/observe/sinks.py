@@ -147,9 +147,17 @@ SINKS = _SinkKinds(
 
 
 def check_sinks(names: Sequence[str], kinds: Mapping[str, SinkKind] = SINKS) -> None:
-    """Check that the package of each sink is installed. Raises `ConfigError`."""
+    """Check that each sink is a sink and its package is installed. Raises `ConfigError`."""
     for name in names:
-        package = kinds[name].package
+        package, build = kinds[name].package, kinds[name].build
+        # What a function returns is not known before it is called; a class is.
+        lacks = [m for m in ("log", "close") if isinstance(build, type) and not hasattr(build, m)]
+        if lacks or not callable(build):
+            raise ConfigError(
+                f"observe.sinks: {name!r} is {build!r}, not a sink: it "
+                + (f"has no {' and no '.join(lacks)}" if lacks else "cannot be called")
+                + ". Name a class with log(step, values) and close(), made from one RunInfo"
+            )
         if package is not None and importlib.util.find_spec(package) is None:
             raise ConfigError(
                 f"observe.sinks: {name!r} needs the package {package}, which is not "

@@ -142,6 +142,22 @@ def test_a_missing_package_is_an_error_with_the_extra():
     )
 
 
+class Deaf:
+    def log(self, step, values) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("build", "fault"),
+    [(Deaf, "Deaf.*it has no close"), (int, "no log and no close"), (math.pi, "cannot be called")],
+)
+def test_what_is_no_sink_is_refused_before_a_run_starts(build, fault):
+    kinds = {"mine:Sink": SinkKind(package=None, build=build)}
+    with pytest.raises(ConfigError, match=f"observe.sinks: 'mine:Sink' is .*{fault}"):
+        check_sinks(["mine:Sink"], kinds)
+    takes = {"class": Kept, "function": lambda about: Kept()}
+    check_sinks(list(takes), {n: SinkKind(package=None, build=b) for n, b in takes.items()})
+
+
 def test_names_packages_and_extras_agree():
     import tomllib
     from pathlib import Path
