@@ -219,6 +219,13 @@ Sure! Here's the solution.\n\n@w\n\nSo the answer is **@n**.\n\nWould you like 2
 @w\n\nLa respuesta es @n.
 @w\n\nAnd that's it — @t in all.
 @w\n\nTo sum up, @n of the @o boxes' contents were counted, so our answer is @n.
+@w\nThe answer is @n.</s>
+@w\nThe answer is @n.<|eot_id|>
+Answer: @n :)
+@w\nSo that makes @n in total, and we are done!
+@w\n\n**Total:** @t
+The final result is: **@n**
+Answer to the question: @n
 """
 STATED = _templates(_ONE_LINE)
 
@@ -358,6 +365,22 @@ The answer is not exactly @n.
 The answer would be @n if every shop were open, but they are not.
 If it were @n, the sum would be odd, so no.
 Let's say the answer is @n.
+A possible answer: @n
+Example answer: @n
+Sample answer: @n
+Alternative answer: @n
+Answer: option @n
+Answer: @n is too small, so @o.
+Answer: @n would be too large, so @o
+Answer: @n if it rains, @o otherwise
+Answer: @n? Actually no, @o.
+The answer is @n. Oops, it is @o.
+We can rule out @n.
+So we reject @n.
+@w\nThe answer was supposed to be @n, but I get @o.
+The expected answer is @n but I get @o.
+Answer: @n (or @o if you count the last one)
+Answer: @n in base 13
 """
 REFUSED = _templates(_REFUSED)
 

@@ -35,6 +35,7 @@ _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])[ ]{0,4}")
 _MARKUP = re.compile(
     r"~~[^~\n]{1,80}~~|</?(?:b|i|u|p|em|strong|code|center|span|div|final|final_answer"
     r"|result|output|solution|mark|kbd|br)(?: [^<>\n]{0,80})?/?>"
+    r"|</s>|<(?:eos|end_of_turn|\|[A-Za-z_]{1,20}\|)>|(?<=\s)[:;]-?[)D](?!\S)"
 )
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _BARE = re.compile(r"[^\s${}]{1,64}")
@@ -47,7 +48,10 @@ FORMULA = re.compile(
     re.DOTALL,
 )
 """A formula among words; one of its groups has the content."""
-_ANSWER = re.compile(r"(?i:(?<![A-Za-z])answer)\b|\u7b54\u6848")
+_ANSWER = re.compile(
+    r"(?i:(?<![A-Za-z])(?:answer|answers(?=:| are\b)|solutions(?= are\b)|solution set(?= is\b)))\b"
+    r"|\u7b54\u6848"
+)
 _UNFINISHED = re.compile(
     r"\b(?:convert|round|write|express|put|double|multiply|divide|subtract"
     r"|(?:to|can|must|should) (?:find|get|calculate|determine|check))\b[^,;:.\n]*$",

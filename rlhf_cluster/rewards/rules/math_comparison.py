@@ -44,11 +44,19 @@ _UNIT = re.compile(
 )
 _ROOT = re.compile(r"\\sqrt\s?(\d)")
 _SHORT_FRACTION = re.compile(
-    r"\\[dtc]?frac\s?(\{(?:[^{}]|\{[^{}]*\})*\}|\d)\s?(\{(?:[^{}]|\{[^{}]*\})*\}|\d)"
+    r"\\([dtc]?frac|[dt]?binom)(?:\s?(\{(?:[^{}]|\{[^{}]*\})*\}|\d)|\s([A-Za-z]))"
+    r"\s?(\{(?:[^{}]|\{[^{}]*\})*\}|[\dA-Za-z])"
 )
 _EQUALS = re.compile(r"(?<![\\<>!=:])=(?!=)")
+_WORDS = re.compile(r"\s*\$?\s*\\text[a-z]*\s?\{([A-Za-z][A-Za-z ',-]+)\}\s*\$?\s*")
+"""Target that is words and no formula."""
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _LETTER = re.compile(r"[A-Za-z]")
+_GREEK = re.compile(
+    r"\s*\\(?:var)?(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|phi|psi|rho|sigma|omega)\s*"
+)
+_TUPLE = re.compile(r"\s*(?:\\left)?\(.*,.*\)\s*", re.DOTALL)
+_SET = re.compile(r"\s*(?:\\left)?\\(?:\{|lbrace).*(?:\}|rbrace)\s*", re.DOTALL)
 _TO_WORK_OUT = (
     r"\gcd", r"\lcm", "gcd", "lcm", r"\binom", r"\choose", "!", r"\sum", r"\prod", r"\int", r"\lim",
     r"\log", r"\ln", r"\sin", r"\cos", r"\tan", r"\cot", r"\sec", r"\csc", r"\arc", r"\lfloor",
@@ -68,6 +76,10 @@ def compare(expected: str, completion: str | None, simplified: bool = True) -> b
     if completion == expected:  # asked where the machine may be at fault
         return _verify(formulas, formulas) or number is not None
     statement = final_statement(completion)
+    words = _WORDS.fullmatch(_marked_answer(expected))
+    if words is not None and statement.kind != "prose":
+        given = WRAPPED.sub(r"\1", statement.text)
+        return given.strip(" $.*").casefold() == words[1].strip().casefold()
     names = formulas and _EQUALS.search(_marked_answer(expected)) and _EQUALS.search(statement.text)
     if number is not None and not (names and statement.kind == "box"):  # x = 5 is not y = 5
         found = read_statement(statement)
@@ -163,10 +175,12 @@ def _equal(expected: str, wanted: list[Any], answer: str, simplified: bool) -> b
     if not _EQUALS.search(target):
         *names, answer = _EQUALS.split(answer)
         for name in names:
-            if not _LETTER.search(_COMMAND.sub("", name)) and not _verify(wanted, _parse(name)):
+            is_name = _GREEK.fullmatch(name) or _LETTER.search(_COMMAND.sub("", name))
+            if not is_name and not _verify(wanted, _parse(name)):
                 return False
     found = _parse(answer) or _words(answer)
-    if not _verify(wanted, found):
+    # A set has no order, so the library holds it equal to a tuple of the same values.
+    if (_TUPLE.fullmatch(target) and _SET.fullmatch(answer)) or not _verify(wanted, found):
         return False
     return not simplified or _is_worked_out(answer, found, target, wanted)
 
@@ -255,8 +269,9 @@ def _plain(answer: str) -> str:
 
 
 def _whole_fraction(match: re.Match[str]) -> str:
-    parts = [part if part.startswith("{") else f"{{{part}}}" for part in match.groups()]
-    return r"\frac" + "".join(parts)
+    name, *parts = [part for part in match.groups() if part is not None]
+    name = "binom" if name.endswith("binom") else "frac"
+    return rf"\{name}" + "".join(p if p.startswith("{") else f"{{{p}}}" for p in parts)
 
 
 def _library(text: str, is_target: bool, is_formula: bool = False) -> list[Any]:

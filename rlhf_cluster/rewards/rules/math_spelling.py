@@ -23,6 +23,8 @@ _SIGNS = str.maketrans(
 )  # fmt: skip
 _STYLE = re.compile(r"\\(?:mathbf|boldsymbol|bm|displaystyle)(?![A-Za-z])")
 _NATURAL = re.compile(r"\\log\s?_\s?(?:e|\{\s?e\s?\})")
+_BETWEEN = re.compile(r"(?<![{\s])(?:\s?\$)?\s+(or|and)\s+(?:\$\s?)?")
+_INFINITY = re.compile(r"(?<![\\A-Za-z])(?:inf|infinity)(?![A-Za-z])")
 _MEMBER = re.compile(r"^\s*[A-Za-z]\s*\\in(?![A-Za-z])\s*(?!\\mathbb)")
 _LISTED = re.compile(
     r",|;|\\text\s?\{\s*(?:or|and),?\s*\}|\\(?:lor|vee)(?![A-Za-z])|\b(?:or|and)\b"
@@ -50,7 +52,8 @@ def alike(target: str, answer: str) -> tuple[str, str]:
 
 def in_latex(text: str) -> str:
     """The text with LaTeX for signs of Unicode, `\\ln` for `\\log_e`, and without styles."""
-    text = _NATURAL.sub(r"\\ln ", _STYLE.sub("", text))
+    text = _NATURAL.sub(r"\\ln ", _STYLE.sub("", text)).replace("\\varnothing", "\\emptyset")
+    text = _BETWEEN.sub(r" \\text{ \1 } ", _INFINITY.sub(r"\\infty", text))
     if text.isascii():
         return text
     text = _ROOT.sub(lambda found: rf"\sqrt{{{found[1] or found[2]}}}", text).translate(_SIGNS)

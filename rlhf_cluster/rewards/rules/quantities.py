@@ -72,12 +72,18 @@ _NUMBER = re.compile(
         | \ ?\^\ ?\(?(?P<power>-?[A-Za-z\d]{{1,100}})\)?
         | (?P<odd>(?:[.,:]\d+)+ | _[({{]?\w+)
     )?
-    (?:\ (?P<scale>thousand|million|billion|trillion)\b)?
+    (?:\ (?P<scale>hundred|thousand|million|billion|trillion)\b)?
     """,
     re.VERBOSE | re.ASCII,
 )
 _WHOLE = re.compile(r"-?\d{1,40}", re.ASCII)
-_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALES = {
+    "hundred": 100,
+    "thousand": 10**3,
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+}
 _OPERATOR = re.compile(
     r"[\s()$\[\]]*(?:[-+*/^\u2248]|:(?!\s)|(?<=\s):|\\pm|\+/-)[\s()$\[\]]*|\)?\(\s?"
     r"|\s(?:times|plus|minus|less|by|divided by|multiplied by|groups of)\s(?:the )?"
@@ -101,11 +107,13 @@ _VARIABLE = re.compile(
     r"|\\(?:pi|sqrt|theta|alpha|beta|infty|ln|log|sin|cos|tan|binom|mod|bmod|pmod|i)(?![A-Za-z]))"
 )
 _JOINED = re.compile(
-    r"\s?([A-Za-z%]*)\s?(?:,|,?\s(?:or|and|OR|to|through|versus)\s+)\s?(?:maybe |perhaps |even )?"
+    r"\s?([A-Za-z%]*)\s?(?:,|,?\s\(?(?:or|and|OR|to|through|versus)\s+)\s?(?:maybe |perhaps |even )?"
 )
+_BESIDE = re.compile(r"\s?[A-Za-z.$]*,?(?:\sand)?\s?")
 _GOES_ON = re.compile(
     r"\s?(?:\?|\\pm|\\mp|\+/-|[-+*^<>|]|(?:times|plus|minus) some"
     r"|(?:times|plus|minus|(?:more|less|fewer) than) [A-Za-z](?![A-Za-z])|!(?=\s*[\d$])"
+    r"|(?:(?:more|less|fewer) than [$]?\d|in base \d)"
     r"|(?:squared|cubed|choose|factorial|or (?:so|more|less|fewer))\b)"
 )
 """Words that change the number before them, or take it back."""
@@ -156,6 +164,9 @@ _UNIT_NAMES = (
     "l liter litre", "ml milliliter millilitre", "$ dollar usd", "\u00a2 cent", "\u20ac euro", "\u00a3",
     "% percent", "\u00b0 degree deg", "km/h kmh kph", "mph", "m/s",
 )  # fmt: skip
+_SMALLER = {"year": "month", "week": "day", "day": "h", "h": "min", "min": "s", "ft": "in", "lb": "oz",
+            "$": "\u00a2", "km": "m", "m": "cm", "kg": "g", "l": "ml"}  # fmt: skip
+"""The unit after a number and before a smaller one of the same quantity: `3 hours 20 minutes`."""
 _UNITS = {name: names.split()[0] for names in _UNIT_NAMES for name in names.split()}
 
 
@@ -373,6 +384,9 @@ def _choose(text: str, tokens: list[_Token], index: int) -> Quantity | None:
     for one, other in pairwise(tokens[max(index - 1, 0) : index + 2]):
         between = text[one.end : other.start]
         if not between.strip() or _OPERATOR.fullmatch(between):
+            return None
+        # "3 hours 20 minutes" is one quantity, and neither of its numbers
+        if one.unit and _SMALLER.get(one.unit) == other.unit and _BESIDE.fullmatch(between):
             return None
         if _are_joined(one, other, between, not _drop_circumstances(text, [one])):
             return None

@@ -10,13 +10,15 @@ CLAUSE_END = re.compile(
 DENIED = re.compile(
     r"(?:\b|(?=n't))(?:wrong|incorrect|false|unknown|undetermined|unsure|maybe|perhaps|possibly|probably|neither"
     r"|(?:i|a|my|just a) guess|impossible|unlikely|doubt(?:ful)?|extraneous|or so"
+    r"|(?:is|are|was|were|be|seems?) (?:far |much |way )?too [a-z]+"
     r"|(?:not|n't) (?:right|correct|sure|certain|known?|true|think|believe|the answer)"
     r"|cannot be (?:right|correct|the answer)|no (?:proof|(?:real )?solutions?)|nobody knows"
     r"|(?:cannot|can't|unable to) (?:be )?(?:determine|say|tell|know))",
     re.IGNORECASE,
 )
 DOUBTED = re.compile(
-    r"(?:\b(?:not|never|cannot|might|could|may|hardly|anything but|unlikely to)|n't)"
+    r"(?:\b(?:not|never|cannot|might|could|may|hardly|anything but|unlikely to|supposed to"
+    r"|(?:rul(?:e|ed|ing)|cross(?:ed)?) out|(?:exclud|reject|eliminat|discard)(?:e|ed|es|ing|s)?)|n't)"
     r"(?:\s(?:be|equal|to|exactly|really|just))*[\s$]*$",
     re.IGNORECASE,
 )
@@ -30,12 +32,13 @@ BOUNDED = re.compile(
 )
 REFERENCE = re.compile(
     r"(?<!each )(?<!every )(?<!per )(?<!one )\b(?:pages?|chapter|section|equation|eq\.|figure|table"
-    r"|theorem|lemma|exercise|problem|question|line|step)\s\(?$",
+    r"|theorem|lemma|option|choice|exercise|problem|question|line|step)\s\(?$",
     re.IGNORECASE,
 )
 """Part of a text, before its number: `page 42`."""
 _DISOWNED = re.compile(
-    r"\b(?:(?:wrong|incorrect|false|previous|first|initial|old|earlier|former|original)"
+    r"\b(?:(?:wrong|incorrect|false|previous|first|initial|old|earlier|former|original|example|sample"
+    r"|possible|hypothetical|alternative|tempting|common|candidate)"
     r" (?:answer|guess)(?:s|es)?|answer used to be"
     r"|(?:claim(?:s|ed)|thought|guessed|pretend(?:s|ed)|(?:some|might|may|could) (?:say|think))"
     r" (?:that )?(?:(?:the|my|his|her|their|its) )?(?:answer|result|it))\b"
@@ -47,6 +50,7 @@ _RETRACTED = re.compile(
     r"[^.,(\n\d]{0,30}(?:\(|(?:, |\.+ |\()"
     r"(?:but|no|wait|however|actually|though|which(?= is| was| contradict))\b)[^\n\d]{0,24}?"
     r"\b(?:wrong|incorrect|guess|(?:not|n't) (?:right|correct|sure)|not it|impossible|extraneous"
+    r"|scratch that"
     r"|contradicts?|lied|mistaken|(?:(?:is|was)|(?<=')s) (?:a mistake|a lie|an error|false))\b",
     re.IGNORECASE,
 )
@@ -57,6 +61,12 @@ SUPPOSED = re.compile(
     r"[^,;:.\n\d]{0,40})(?:\s|=\s?)[$]?$"
 )
 _CONDITIONAL = re.compile(r"\bwould\b[^,;.\n\d]{0,24}\s[$]?$", re.IGNORECASE)
+_OTHERWISE = re.compile(
+    r"[^.\n]{0,60}(?:\.+\s)?\b(?:otherwise\b|correction\b"
+    r"|(?:actually|oops|sorry|wait),? (?:no\b|it(?:'s| is))|but (?:i|we) (?:get|got|find|found|obtain))",
+    re.IGNORECASE,
+)
+"""Second answer after a number: `42 if it rains, 43 otherwise`, `42? Actually no, 43`."""
 _CONDITION = re.compile(r"[^,;.\n\d]{0,24}\s(?:if|unless)\b", re.IGNORECASE)
 CORRECTED = re.compile(r"\bnot\b[^.;\n]{1,60}?\bbut(?: rather)?\s", re.IGNORECASE)
 CONTRASTED = re.compile(
@@ -81,7 +91,7 @@ def is_withheld(text: str, start: int, end: int) -> bool:
     cut = CLAUSE_END.search(text, end)
     clause = text[begin + 1 : cut.start() if cut else len(text)]
     before = text[max(start - 80, 0) : start]
-    if _RETRACTED.match(text, end):
+    if _RETRACTED.match(text, end) or _OTHERWISE.match(text, end):
         return True
     if _CONDITIONAL.search(before) and _CONDITION.match(text, end):
         return True
