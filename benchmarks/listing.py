@@ -29,7 +29,7 @@ MEASURED: Mapping[str, Sequence[str]] = {
     "mutants": (*PRODUCT, "tests/mutants"),
     "lora_rounding": (
         "rlhf_cluster/weights/formats",
-        "rlhf_cluster/models/int8_rounding.py",
+        "rlhf_cluster/models/int8_linear.py",
         "benchmarks/lora_rounding.py",
     ),
     "staleness_study": (

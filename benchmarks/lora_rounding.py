@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness import machine, run_parts, write_result
-from rlhf_cluster.models.int8_rounding import round_to_int8 as to_int8
+from rlhf_cluster.models.int8_linear import round_to_int8 as to_int8
 from rlhf_cluster.weights.formats.lora_factors import merge
 from rlhf_cluster.weights.formats.stochastic_rounding import round_stochastically, stream_key
 

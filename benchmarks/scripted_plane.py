@@ -247,7 +247,8 @@ async def control_plane(
         return ScriptedWorker(seconds_of, lambda: told(name))
 
     pools = (_pool("generation", start, None), _pool("scoring", start, SCORING_CALLS))
-    generation, scoring = RayGeneration(pools[0], config), RayScoring({"scoring": pools[1]}, config)
+    generation = RayGeneration(pools[0], config.generation, config.pull_deadline_s)
+    scoring = RayScoring({"scoring": pools[1]}, config)
     held = ExperienceBuffer(build_gate(config))
     service = BufferService(held, config.run.stall_timeout_s, PATIENCE_S, time.monotonic)
     buffer, learner = RayBuffer(BufferProcess(service)), ScriptedLearner()

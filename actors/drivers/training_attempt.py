@@ -239,7 +239,8 @@ class Attempt:
         """
         place, config, state = self.place, self.place.config, self.state
         on_disk = functools.partial(
-            patience_of(config).aside, f"the groups in {config.run_dir / 'experience'}"
+            patience_of(config.buffer, config.observe).aside,
+            f"the groups in {config.run_dir / 'experience'}",
         )
         loop = asyncio.get_running_loop()
         tell = functools.partial(loop.call_soon_threadsafe, place.observer.event)

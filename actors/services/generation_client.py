@@ -21,7 +21,6 @@ from typing import Any
 import ray
 
 from actors.cluster.calls import answer
-from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import (
     RecordLost,
     RlhfError,
@@ -49,6 +48,7 @@ from rlhf_cluster.run.worker_pool import (
     Worker,
     WorkerPool,
 )
+from rlhf_cluster.sections.rl_run import Generation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,14 +191,17 @@ class RayGeneration:
     A worker that fails repeatedly, or is far slower than the others, is put into quarantine.
     """
 
-    def __init__(self, pool: WorkerPool, config: RunConfig) -> None:
+    def __init__(
+        self, pool: WorkerPool, section: Generation, pull_deadline_s: Callable[[int], float]
+    ) -> None:
+        """`pull_deadline_s`: returns the deadline, in seconds, to load a version of that many bytes."""
         self._pool = pool
-        self._config = config.generation
-        self._pull_deadline_s = config.pull_deadline_s
+        self._config = section
+        self._pull_deadline_s = pull_deadline_s
         self._abandoned = Abandoned(pool)
         names = ("segments", "segments_queued", "tokens_kept", "tokens_resampled", "retries")
         self._totals = dict.fromkeys(names, 0)
-        self._watch = Watch(config.generation.quarantine)
+        self._watch = Watch(section.quarantine)
         self._seen_changes = -1  # `changes` of the pool when the watch was last updated
         self._version = PoolVersion(pool, self._pull_one)
 

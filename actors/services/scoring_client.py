@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping
 from actors.cluster.calls import answer
 from actors.services.generation_client import Abandoned, Answered, try_workers
 from rlhf_cluster.config import RunConfig
-from rlhf_cluster.config.pools import EXACT, REFERENCE, SCORING
+from rlhf_cluster.config.pools import EXACT, REFERENCE, SCORING, Scoring
 from rlhf_cluster.errors import StalledError, WeightError, WorkerError
 from rlhf_cluster.observe.occupancy import Occupancy
 from rlhf_cluster.records import GroupSummary, Handle, WeightVersion
 from rlhf_cluster.run.pool_version import PoolVersion
 from rlhf_cluster.run.worker_pool import State, Worker, WorkerPool
 from rlhf_cluster.scoring.moving_reference import ReferenceKeeper
+from rlhf_cluster.sections.rl_run import Buffer
 from rlhf_cluster.util.slow_disk import DiskDeadline
 from rlhf_cluster.util.waiting import gather_or_cancel
 from rlhf_cluster.weights.writer_fence import Writer
@@ -48,7 +49,7 @@ class RayScoring:
         self._patience = DiskDeadline(
             limit_s=config.run.start_timeout_s, setting="run.start_timeout_s"
         )
-        self._score_timeout_s = score_deadline_s(config)
+        self._score_timeout_s = score_deadline_s(config.scoring, config.buffer)
         self._keeper = (
             ReferenceKeeper(
                 config.run_dir / "reference",
@@ -199,10 +200,9 @@ class RayScoring:
         )
 
 
-def score_deadline_s(config: RunConfig) -> float:
-    """Return the seconds for scoring one group, and storing it if the run stores groups."""
-    stored_s = config.buffer.write_timeout_s if isinstance(config, RunConfig) else 0.0
-    return config.scoring.request_timeout_s + stored_s
+def score_deadline_s(scoring: Scoring, buffer: Buffer) -> float:
+    """Return the seconds for scoring one group and storing it."""
+    return scoring.request_timeout_s + buffer.write_timeout_s
 
 
 def _live(pool: WorkerPool) -> Callable[[], int]:

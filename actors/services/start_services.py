@@ -140,7 +140,7 @@ def generation_pool(launcher: Launcher) -> tuple[WorkerPool, RayGeneration]:
 
     drain_s = reply_deadline(reply_deadline(config.generation.request_timeout_s))
     pool = _pool("generation", launch, drain_s, config, GENERATION_CALLS)
-    client = RayGeneration(pool, config)
+    client = RayGeneration(pool, config.generation, config.pull_deadline_s)
     return pool, client
 
 
@@ -160,7 +160,7 @@ def scoring_pools(launcher: Launcher) -> tuple[list[WorkerPool], RayScoring]:
         join = functools.partial(client.join, kind)
         return await launcher.ready(Worker(name=name, actor=actor, placement=group), join)
 
-    drain_s = reply_deadline(reply_deadline(score_deadline_s(config)))
+    drain_s = reply_deadline(reply_deadline(score_deadline_s(config.scoring, config.buffer)))
     pools = {
         kind: _pool(kind, functools.partial(launch, kind), drain_s, config, SCORING_CALLS)
         for kind in pool_sections(config)

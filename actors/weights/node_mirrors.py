@@ -103,7 +103,7 @@ def mirror_of(config: RunConfig, worker: str) -> Mirror | None:
     """Build the mirror of this process; None if the run has no relay."""
     if not config.weights.is_relayed:
         return None
-    name, server = _server(config, worker)
+    name, server = _server(worker, config.generation.pull_timeout_s)
     return Mirror(
         name,
         RemotePlanner(config.run.name),
@@ -116,15 +116,15 @@ def lender_of(config: RunConfig) -> ShardLender | None:
     """Build the lender of this learner rank's shards; None if the run has no relay."""
     if not config.weights.is_relayed:
         return None
-    name, server = _server(config, "learner")
+    name, server = _server("learner", config.generation.pull_timeout_s)
     return ShardLender(name, RemotePlanner(config.run.name), server)
 
 
-def _server(config: RunConfig, role: str) -> tuple[str, ShardServer]:
+def _server(role: str, timeout_s: float) -> tuple[str, ShardServer]:
     """Return the name of this process among all that serve files, and its server."""
     host = ray.util.get_node_ip_address()
     name = f"{role} ({host}, process {os.getpid()})"
-    return name, ShardServer(name, host, config.generation.pull_timeout_s)
+    return name, ShardServer(name, host, timeout_s)
 
 
 @asynccontextmanager

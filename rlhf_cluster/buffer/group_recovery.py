@@ -49,6 +49,8 @@ from rlhf_cluster.util.waiting import gather_or_cancel
 
 if TYPE_CHECKING:
     from rlhf_cluster.config import RunConfig
+    from rlhf_cluster.sections.every_run import Observe
+    from rlhf_cluster.sections.rl_run import Buffer
 
 TRAINED = "trained.json"
 """File with the steps that trained each stored group, or the step that saw it discarded."""
@@ -286,16 +288,16 @@ def store_of(config: RunConfig) -> ExperienceStore | None:
         config.run_dir / "experience",
         made_by=made_by(config),
         fsync=config.buffer.fsync,
-        patience=patience_of(config),
+        patience=patience_of(config.buffer, config.observe),
     )
 
 
-def patience_of(config: RunConfig) -> DiskDeadline:
+def patience_of(buffer: Buffer, observe: Observe) -> DiskDeadline:
     """Return the deadline of one group on disk, or of one check of all files."""
     return DiskDeadline(
-        limit_s=config.buffer.write_timeout_s,
+        limit_s=buffer.write_timeout_s,
         setting="buffer.write_timeout_s",
-        told_fraction=config.observe.slow_write_fraction,
+        told_fraction=observe.slow_write_fraction,
     )
 
 

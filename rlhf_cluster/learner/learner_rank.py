@@ -75,7 +75,7 @@ class LearnerRank(TrainingRank[RunConfig]):
         self._algorithm = build_algorithm(
             config.trained_algorithm, config.generation.max_response_tokens
         )
-        self._normalizer = RunningNormalizer.of(config)
+        self._normalizer = RunningNormalizer.of(config.scoring)
         self._updater: Updater | None = None
         self._sft_updater: Updater | None = None
         self._value_model: ShardedModel | None = None

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rlhf_cluster.config.run_config import RunConfig
+from rlhf_cluster.config.pools import Scoring
 from rlhf_cluster.errors import RecordError
 from rlhf_cluster.learner.rank_checkpoint import Stateful
 from rlhf_cluster.records import ExperienceGroup
@@ -69,8 +69,8 @@ class RunningNormalizer:
         self._moments = {name: Moments() for name in names}
 
     @classmethod
-    def of(cls, config: RunConfig) -> RunningNormalizer:
-        rewards = {r.name or r.type: r for r in config.scoring.rewards if not r.watch}
+    def of(cls, scoring: Scoring) -> RunningNormalizer:
+        rewards = {r.name or r.type: r for r in scoring.rewards if not r.watch}
         weights = {name: reward.weight for name, reward in rewards.items()}
         return cls(weights, [n for n, reward in rewards.items() if reward.normalize == "running"])
 

@@ -32,9 +32,9 @@ from rlhf_cluster.learner.sharding.zero3 import import_deepspeed, leave_group, p
 from rlhf_cluster.learner.step.critic import ValueLM, shard_value_model
 from rlhf_cluster.learner.step.optimizer_step import Schedule, Updater
 from rlhf_cluster.learner.step.passes import Layout
-from rlhf_cluster.models.gpu_share import limit_memory
 from rlhf_cluster.models.policy_model import PolicyLM, check_distribution, check_names, load_policy
 from rlhf_cluster.records import LearnerState
+from rlhf_cluster.sections.values import limit_memory
 from rlhf_cluster.util.process_group import join_group
 from rlhf_cluster.util.waiting import callee_deadline
 from rlhf_cluster.weights.manifest import LocalPart, ShardReport

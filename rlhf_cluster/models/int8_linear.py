@@ -17,10 +17,20 @@ at a time.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from rlhf_cluster.errors import ConfigError
-from rlhf_cluster.models.int8_rounding import round_to_int8
+
+_LARGEST = 127
+
+
+def round_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round `weight` [out, in] to INT8. Returns codes int8 [out, in] and scales float32 [out, 1]."""
+    weight = weight.float()
+    # a row of zeros still needs a scale that is not zero
+    scale = weight.abs().amax(dim=1, keepdim=True).div(_LARGEST).clamp_min(1e-12)
+    return weight.div(scale).round_().to(torch.int8), scale
 
 
 class Linear8bit(nn.Module):

@@ -20,18 +20,16 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from pydantic import PositiveInt
 
 from rlhf_cluster.data.reasoning_steps import Reduction, reduce_scores, step_ends, step_spans
 from rlhf_cluster.data.tokenizer import load_tokenizer
 from rlhf_cluster.errors import ConfigError
 from rlhf_cluster.records import Prompt, Rollout
-from rlhf_cluster.rewards.reward import RewardContext, RewardSection
-from rlhf_cluster.rewards.reward_model import RewardModel, RewardModelConfig
-from rlhf_cluster.sections.values import Dtype, FrozenQuantization
+from rlhf_cluster.rewards.reward import RewardContext
+from rlhf_cluster.rewards.reward_model import ModelSection, RewardModel
 
 
-class ProcessRewardConfig(RewardSection):
+class ProcessRewardConfig(ModelSection):
     """A process reward model in a Hugging Face folder."""
 
     type: Literal["process_reward_model"] = "process_reward_model"
@@ -40,20 +38,10 @@ class ProcessRewardConfig(RewardSection):
     reduce: Literal["none"] | Reduction = "min"
     """`none`: each step is scored. Else one score per response: its weakest step, the product over the
     steps, the last step, or their mean."""
-    dtype: Dtype = "bfloat16"
-    """Type of the model; its score head always computes in float32."""
-    quantization: FrozenQuantization | None = None
-    """Value of `reward_model`."""
-    tokens_per_batch: PositiveInt = 16384
-    """Token budget of one forward pass, padding included."""
 
     @property
     def scores_steps(self) -> bool:
         return self.reduce == "none"
-
-    @property
-    def scores_alone(self) -> bool:
-        return True
 
     @property
     def model_paths(self) -> tuple[str, ...]:
@@ -68,15 +56,7 @@ class ProcessReward:
                 f"process reward model {config.path}: needs the policy's tokenizer, and none is given"
             )
         self._config, self._separator = config, context.step_separator
-        self._model = RewardModel(
-            RewardModelConfig(
-                path=config.path,
-                dtype=config.dtype,
-                quantization=config.quantization,
-                tokens_per_batch=config.tokens_per_batch,
-            ),
-            context,
-        )
+        self._model = RewardModel(config.of_model(config.path), context)
         self._tokenizer = load_tokenizer(context.tokenizer_dir)
         self._silent = frozenset(self._tokenizer.all_special_ids)
 

@@ -39,7 +39,27 @@ if TYPE_CHECKING:
 Array = np.ndarray
 
 
-class RewardModelConfig(RewardSection):
+class ModelSection(RewardSection):
+    """Keys of every reward that loads reward models."""
+
+    dtype: Dtype = "bfloat16"
+    """Type of a model; its score head always computes in float32."""
+    quantization: FrozenQuantization | None = None
+    """`int8`: the decoder's linear layers in 8 bits, computed in `dtype`; see `models.int8_linear`."""
+    tokens_per_batch: PositiveInt = 16384
+    """Token budget of one forward pass of a model, padding included."""
+
+    @property
+    def scores_alone(self) -> bool:
+        return True
+
+    def of_model(self, path: str) -> RewardModelConfig:
+        """Return the settings of the one model in the folder `path`."""
+        keys = ModelSection.model_fields.keys() - RewardSection.model_fields.keys()
+        return RewardModelConfig(path=path, **{key: getattr(self, key) for key in keys})
+
+
+class RewardModelConfig(ModelSection):
     """A reward model in a Hugging Face folder."""
 
     type: Literal["reward_model"] = "reward_model"
@@ -50,16 +70,6 @@ class RewardModelConfig(RewardSection):
     """`shared`: it reads the policy's token ids. `own`: the text, tokenized its own way."""
     output_weights: list[float] = Field(default_factory=lambda: [1.0], min_length=1)
     """Weight of each output of the model in the score."""
-    dtype: Dtype = "bfloat16"
-    """Type of the model; its score head always computes in float32."""
-    quantization: FrozenQuantization | None = None
-    """`int8`: the decoder's linear layers in 8 bits, computed in `dtype`; see `models.int8_linear`."""
-    tokens_per_batch: PositiveInt = 16384
-    """Token budget of one forward pass, padding included."""
-
-    @property
-    def scores_alone(self) -> bool:
-        return True
 
     @property
     def model_paths(self) -> tuple[str, ...]:

@@ -26,20 +26,19 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, model_validator
 from xxhash import xxh3_128_hexdigest
 
 from rlhf_cluster.records import Prompt, Rollout
-from rlhf_cluster.rewards.reward import RewardContext, RewardSection
-from rlhf_cluster.rewards.reward_model import RewardModel, RewardModelConfig
-from rlhf_cluster.sections.values import Dtype, FrozenQuantization
+from rlhf_cluster.rewards.reward import RewardContext
+from rlhf_cluster.rewards.reward_model import ModelSection, RewardModel
 
 Combine = Literal["mean", "min", "mean_minus_std"]
 COEF = 1.0
 Array = np.ndarray
 
 
-class EnsembleConfig(RewardSection):
+class EnsembleConfig(ModelSection):
     """Several reward models, combined."""
 
     type: Literal["ensemble"] = "ensemble"
@@ -51,16 +50,6 @@ class EnsembleConfig(RewardSection):
     """Number of standard deviations `mean_minus_std` takes off."""
     tokenizer: Literal["shared", "own"] = "shared"
     """Value of `reward_model` for all members."""
-    dtype: Dtype = "bfloat16"
-    """Type of the members; their score heads always compute in float32."""
-    quantization: FrozenQuantization | None = None
-    """Value of `reward_model` for all members."""
-    tokens_per_batch: PositiveInt = 16384
-    """Token budget of one forward pass of a member, padding included."""
-
-    @property
-    def scores_alone(self) -> bool:
-        return True
 
     @property
     def details(self) -> tuple[str, ...]:
@@ -90,15 +79,9 @@ class Ensemble:
     def __init__(self, config: EnsembleConfig, context: RewardContext) -> None:
         """Loads all members. Raises `ConfigError` or `DataError` when one cannot serve."""
         self._config = config
-        shared = {
-            "tokenizer": config.tokenizer,
-            "dtype": config.dtype,
-            "quantization": config.quantization,
-            "tokens_per_batch": config.tokens_per_batch,
-        }
-        self._members = [
-            RewardModel(RewardModelConfig(path=path, **shared), context) for path in config.paths
-        ]
+        tokenizer = {"tokenizer": config.tokenizer}
+        members = [config.of_model(path).model_copy(update=tokenizer) for path in config.paths]
+        self._members = [RewardModel(member, context) for member in members]
 
     @property
     def version(self) -> str:

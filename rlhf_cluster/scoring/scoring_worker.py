@@ -44,7 +44,6 @@ from rlhf_cluster.config.pools import EXACT, MODELS, REFERENCE, SCORING, TEACHER
 from rlhf_cluster.data.reasoning_steps import step_ends, step_spans
 from rlhf_cluster.data.tokenizer import check_same_tokens, load_tokenizer
 from rlhf_cluster.errors import ScoringError, WorkerError
-from rlhf_cluster.models.gpu_share import limit_memory
 from rlhf_cluster.records import (
     ExperienceGroup,
     GroupSummary,
@@ -62,6 +61,7 @@ from rlhf_cluster.scoring.score_parts import (
     scorer_version,
 )
 from rlhf_cluster.scoring.served_rewards import Rewards, Totals
+from rlhf_cluster.sections.values import limit_memory
 from rlhf_cluster.util.waiting import call_deadline
 
 if TYPE_CHECKING:

@@ -12,11 +12,14 @@ less. The GPU's driver decides how processes share its time.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
 from rlhf_cluster.sections.section import Section
+
+if TYPE_CHECKING:
+    import torch
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -72,3 +75,15 @@ def memory_share(num_gpus: float) -> float:
 
 def is_share(num_gpus: float) -> bool:
     return 0.0 < num_gpus < 1.0
+
+
+def limit_memory(num_gpus: float, device: torch.device | str) -> None:
+    """Limit this process to its share of the memory of `device`; no limit for full GPUs and CPUs.
+
+    Beyond the share torch's allocator raises `torch.OutOfMemoryError` here, before another process on
+    the GPU lacks memory.
+    """
+    if is_share(num_gpus):
+        import torch
+
+        torch.cuda.set_per_process_memory_fraction(memory_share(num_gpus), device)

@@ -76,6 +76,11 @@ def dead(after_s: float) -> Reference:
     return Reference().died()
 
 
+def generation_over(pool: WorkerPool, **settings: Any) -> RayGeneration:
+    section = tiny_config(generation=settings).generation
+    return RayGeneration(pool, section, section.take_deadline_s)
+
+
 async def wait_for_ever() -> None:
     await asyncio.Event().wait()
 
@@ -228,7 +233,7 @@ async def test_a_worker_takes_an_earlier_version_after_a_later_one():
     worker = engine_worker(pull=pull)
     pool = pool_of(worker, [])
     await pool.start(1)
-    generation = RayGeneration(pool, tiny_config())
+    generation = generation_over(pool)
     await generation.pull(make_version(12))
     await generation.begin_anew()
     await generation.join(worker)
@@ -251,7 +256,7 @@ async def test_groups_that_were_given_up_are_cancelled_and_waited_for(monkeypatc
     retired: list[Worker] = []
     pool = pool_of(engine_worker(generate=generate), retired)  # type: ignore[arg-type]
     await pool.start(1)
-    generation = RayGeneration(pool, tiny_config())
+    generation = generation_over(pool)
     sampling = Sampling(num_samples=1, temperature=1.0, max_tokens=4)
     group = asyncio.create_task(
         generation.generate(Ticket(number=3, version=0), make_prompt(), sampling)
@@ -281,7 +286,7 @@ async def test_a_worker_that_does_not_let_go_of_a_group_is_replaced(monkeypatch)
     worker = engine_worker(generate=generate)  # type: ignore[arg-type]
     pool = pool_of(worker, retired)
     await pool.start(1)
-    generation = RayGeneration(pool, tiny_config(generation={"request_timeout_s": 0.01}))
+    generation = generation_over(pool, request_timeout_s=0.01)
     sampling = Sampling(num_samples=1, temperature=1.0, max_tokens=4)
     group = asyncio.create_task(
         generation.generate(Ticket(number=3, version=0), make_prompt(), sampling)

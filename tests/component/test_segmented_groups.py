@@ -122,7 +122,8 @@ class Plant:
             check=self.check,
             limits=PoolLimits(acquire_timeout_s=20.0, backoff_s=0.0, max_restarts=100),
         )
-        self.client = RayGeneration(self.pool, tiny_config(generation=section))
+        settings = tiny_config(generation=section).generation
+        self.client = RayGeneration(self.pool, settings, settings.take_deadline_s)
 
     async def launch(self, name: str) -> Worker:
         worker = await start_worker(self._segment_tokens, name)

@@ -116,7 +116,8 @@ async def started(tmp_path: Path, name: str, **weights: Any) -> AsyncIterator[Cl
         check=lambda worker: check_health(worker, 30.0),
         limits=PoolLimits(backoff_s=0.01),
     )
-    cluster = Cluster(config, model_dir, pool, RayGeneration(pool, config), [])
+    client = RayGeneration(pool, config.generation, config.pull_deadline_s)
+    cluster = Cluster(config, model_dir, pool, client, [])
     async with Transport(config).serving():
         try:
             await pool.start(2)

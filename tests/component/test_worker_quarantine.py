@@ -50,7 +50,8 @@ async def served_by(summary: Callable[[str], Any], num_groups: int, **rules: Any
         limits=PoolLimits(),
     )
     await pool.start(2)
-    generation = RayGeneration(pool, tiny_config(generation={"quarantine": rules}))
+    section = tiny_config(generation={"quarantine": rules}).generation
+    generation = RayGeneration(pool, section, section.take_deadline_s)
     sampling = Sampling(num_samples=1, temperature=1.0, max_tokens=4)
     for number in range(num_groups):
         pool.live[0].num_in_flight += number % 2  # every other group begins on the other one

@@ -12,8 +12,7 @@ pytestmark = [
 ]
 WITH_A_SHARE = """
 import torch
-from rlhf_cluster.sections.values import memory_share
-from rlhf_cluster.models.gpu_share import limit_memory
+from rlhf_cluster.sections.values import limit_memory, memory_share
 
 share = {share}
 limit_memory(share, "cuda")

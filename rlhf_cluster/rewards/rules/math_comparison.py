@@ -26,8 +26,12 @@ from rlhf_cluster.rewards.rules.final_answer import (
     target_statement,
 )
 from rlhf_cluster.rewards.rules.math_answer import has_words
-from rlhf_cluster.rewards.rules.math_spelling import alike, in_latex
-from rlhf_cluster.rewards.rules.operations import operations, spare_operations
+from rlhf_cluster.rewards.rules.math_spelling import (
+    alike,
+    in_latex,
+    operations,
+    spare_operations,
+)
 from rlhf_cluster.rewards.rules.plain_text import WRAPPED
 from rlhf_cluster.rewards.rules.quantities import Quantity, read_statement, read_target
 from rlhf_cluster.rewards.rules.withheld import is_withheld

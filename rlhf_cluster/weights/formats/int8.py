@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cluster.errors import WeightError
-from rlhf_cluster.models.int8_rounding import round_to_int8
 from rlhf_cluster.util.durable_files import apply_umask, make_whole_folder
 from rlhf_cluster.weights.formats.huggingface import (
     INDEX_NAME,
@@ -65,6 +64,8 @@ def quantized(
     tensors: Iterable[tuple[str, Tensor]], linear: frozenset[str]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors, each one named in `linear` as INT8 [out, in] and its scales [out, 1]."""
+    from rlhf_cluster.models.int8_linear import round_to_int8
+
     for name, tensor in tensors:
         if name not in linear:
             yield name, tensor

@@ -88,7 +88,8 @@ class Pulling:
         self.client = self._client()
 
     def _client(self) -> Any:
-        return RayGeneration(self.pool, tiny_config(generation={"pull_timeout_s": PULL_S}))
+        section = tiny_config(generation={"pull_timeout_s": PULL_S}).generation
+        return RayGeneration(self.pool, section, section.take_deadline_s)
 
     async def _launch(self, name: str) -> Worker:
         number = int(name.rpartition("-")[2])

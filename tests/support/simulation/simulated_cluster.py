@@ -336,7 +336,7 @@ class SimulatedCluster:
             restarts=RestartWindow(clock=self.loop.time),
             tell=self.outcome.told.append,
         )
-        self.client = RayGeneration(self.pool, self.config)
+        self.client = RayGeneration(self.pool, self.config.generation, self.config.pull_deadline_s)
         self.observer = _Observer()
 
     def duration(self, number: int) -> float:

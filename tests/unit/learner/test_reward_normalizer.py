@@ -151,7 +151,7 @@ def configured(*others, objective=None, **sections):
 def test_a_run_normalises_what_its_file_says_and_nothing_that_is_watched():
     watched = {"type": "numeric", "name": "w", "watch": True}
     config = configured({"type": "numeric", "name": "b", "weight": 3.0}, watched)
-    normalizer = RunningNormalizer.of(config)
+    normalizer = RunningNormalizer.of(config.scoring)
     assert set(normalizer.state()) == {f"normalize/a/{f}" for f in ("count", "mean", "squares")}
     assert normalizer._weights == {"a": 1.0, "b": 3.0}
 

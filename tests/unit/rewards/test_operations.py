@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlhf_cluster.rewards.rules.operations import operations, spare_operations
+from rlhf_cluster.rewards.rules.math_spelling import operations, spare_operations
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from rlhf_cluster.rewards.http_client import RemoteSection
 from rlhf_cluster.rewards.programs.code_tests import read_test
 from rlhf_cluster.rewards.programs.sandbox import Outcome
 from rlhf_cluster.rewards.reward import RewardSection
+from rlhf_cluster.rewards.reward_model import ModelSection
 from rlhf_cluster.rewards.rules.reasoning import ReasoningSection
 from tests.support.builders.run_configs import tiny_config
 from tests.support.builders.scored_groups import make_prompt, make_rollouts
@@ -20,7 +21,7 @@ from tests.support.builders.scored_groups import make_prompt, make_rollouts
 TEXT = Path("docs/rewards.md").read_text()
 SECTIONS = {
     config.model_fields["type"].default: config
-    for base in (RewardSection, RemoteSection, ReasoningSection)
+    for base in (RewardSection, RemoteSection, ReasoningSection, ModelSection)
     for config in base.__subclasses__()
     if "type" in config.model_fields
 }

@@ -60,9 +60,12 @@ def pairs(c: RunConfig) -> dict[str, tuple[float, float]]:
             generation_pool(launcher)[0].limits.drain_timeout_s,
             reply_deadline(c.generation.request_timeout_s),
         ),
-        "scoring's drain over a group": (min(drains), reply_deadline(score_deadline_s(c))),
+        "scoring's drain over a group": (
+            min(drains),
+            reply_deadline(score_deadline_s(c.scoring, c.buffer)),
+        ),
         "a group over its scoring": (
-            reply_deadline(score_deadline_s(c)),
+            reply_deadline(score_deadline_s(c.scoring, c.buffer)),
             c.scoring.request_timeout_s + c.buffer.write_timeout_s,
         ),
         "a checkpoint over its ranks": (write_s, reply_deadline(callee_deadline(write_s))),
