@@ -63,7 +63,8 @@ SUPPOSED = re.compile(
 _CONDITIONAL = re.compile(r"\bwould\b[^,;.\n\d]{0,24}\s[$]?$", re.IGNORECASE)
 _OTHERWISE = re.compile(
     r"[^.\n]{0,60}(?:\.+\s)?\b(?:otherwise\b|correction\b"
-    r"|(?:actually|oops|sorry|wait),? (?:no\b|it(?:'s| is))|but (?:i|we) (?:get|got|find|found|obtain))",
+    r"|(?:actually|oops|sorry|wait),? (?:no\b|it(?:'s| is))"
+    r"|but (?:i|we) (?:get|got|find|found|obtain))",
     re.IGNORECASE,
 )
 """Second answer after a number: `42 if it rains, 43 otherwise`, `42? Actually no, 43`."""
