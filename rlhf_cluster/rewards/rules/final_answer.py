@@ -170,7 +170,9 @@ def _last_said(text: str) -> str | None:
             continue
         if _UNFINISHED.search(text, max(found.start() - 60, 0), found.start()):
             continue
-        rest = text[says.end() : says.end() + MAX_STATEMENT_CHARACTERS].lstrip(' *_`":=\uff1a')
+        rest = text[says.end() : says.end() + MAX_STATEMENT_CHARACTERS].lstrip(
+            ' *_`":=\uff1a\u2014'
+        )
         line, _, below = rest.partition("\n")
         if not line.strip(" *_.:$\\[(") or line.rstrip(" *_").endswith((":", "\uff1a")):
             line = _first_line(below)

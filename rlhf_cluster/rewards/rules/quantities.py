@@ -111,10 +111,12 @@ _JOINED = re.compile(
 )
 _BESIDE = re.compile(r"\s?[A-Za-z.$]*,?(?:\sand)?\s?")
 _GOES_ON = re.compile(
-    r"\s?(?:\?|\\pm|\\mp|\+/-|[-+*^<>|]|(?:times|plus|minus) some"
-    r"|(?:times|plus|minus|(?:more|less|fewer) than) [A-Za-z](?![A-Za-z])|!(?=\s*[\d$])"
+    r"\s?(?:\?|\\pm|\\mp|\+/-|[-+*^<>|]|(?:times|plus|minus) (?:some|the|tax)|divided (?:by|among)\b"
+    r"|(?:times|plus|minus|(?:more|less|fewer) than) (?!a [a-z])[A-Za-z](?![A-Za-z])|!(?=\s*[\d$])"
     r"|(?:(?:more|less|fewer) than [$]?\d|in base \d)"
-    r"|(?:squared|cubed|choose|factorial|or (?:so|more|less|fewer))\b)"
+    r"|(?:squared|cubed|choose|factorial|(?:or|and) (?:so|more|less|fewer|up"
+    r"|higher|lower|above|below))\b"
+    r"|\(?mod\b|(?:(?<=\d)[KkM]|mil|bn|lakh|crore|tenths?|hundredths?|thousandths?)\b)"
 )
 """Words that change the number before them, or take it back."""
 _OF = re.compile(r"%?\s(?:(?:out )?of|in) (?:the |all |all the )?[$]?")
@@ -143,6 +145,8 @@ _REMARK = re.compile(
     r"|i hope|feel free|let me know|(?:would|do) you|if you (?:want|need|have|would))\b.*|.*\?\W*",
     re.IGNORECASE,
 )
+_QUESTION = re.compile(r"(?<=[A-Za-z\d*])[.!]\**\s+[A-Z][^.!?\d\n]{1,120}\?\W*\Z")
+"""Question to the user after the last sentence: `Tom has 72. Is there anything else?`"""
 _CERTAIN = re.compile(r"\s?%\s(?:sure|certain|confident)\b")
 _AROUND = " .!*_='\"\u201c\u201d\u00ab\u00bb\u2026"
 _LEADING = re.compile(rf"^(?:(?!(?<!\.)\.\d)[{_AROUND}])+")  # but the point of ".5"
@@ -241,7 +245,7 @@ def read_prose(text: str) -> Quantity | None:
     """The last number of a text that marks no answer; a bold one of its line goes before."""
     if len(text) > MAX_PROSE_CHARACTERS:
         text = text[-MAX_PROSE_CHARACTERS:].partition(" ")[2]
-    text = FORMULA.sub(_inline, text)
+    text = FORMULA.sub(_inline, _QUESTION.sub(".", text))
     lines = [line for line in text.splitlines() if _is_numeric(line) or _UNREAD in line]
     stated = [line for line in lines if not _REMARK.fullmatch(line.strip())]
     for line in reversed(stated or lines):
@@ -406,13 +410,15 @@ def _is_remark(text: str, token: _Token) -> bool:
 
 
 def _are_joined(one: _Token, other: _Token, between: str, is_circumstance: bool) -> bool:
-    """Whether two numbers are offered side by side: "72 or 73", but not "72 hours or 3 days"."""
+    """Whether two numbers are offered side by side: "72 or 73", "72 boys and 3 girls".
+
+    The same in another unit, "72 hours or 3 days", is one."""
     joint = _JOINED.fullmatch(between)
     if joint is None or one.value == other.value:
         return False
     if is_circumstance and joint[1] and between.endswith(", "):  # "in 7 days, 42"
         return False
-    return joint[1] in ("", other.word) or other.word == ""
+    return joint[1] in ("", other.word) or other.word == "" or "and" in between.split()
 
 
 def _quantity(text: str, token: _Token, is_target: bool = False) -> Quantity | None:

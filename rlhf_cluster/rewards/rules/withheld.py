@@ -12,18 +12,19 @@ DENIED = re.compile(
     r"|(?:i|a|my|just a) guess|impossible|unlikely|doubt(?:ful)?|extraneous|or so"
     r"|(?:is|are|was|were|be|seems?) (?:far |much |way )?too [a-z]+"
     r"|(?:not|n't) (?:right|correct|sure|certain|known?|true|think|believe|the answer)"
-    r"|cannot be (?:right|correct|the answer)|no (?:proof|(?:real )?solutions?)|nobody knows"
+    r"|(?:cannot|can't) be (?:right|correct|the answer)|no (?:proof|(?:real )?solutions?)|nobody knows"
     r"|(?:cannot|can't|unable to) (?:be )?(?:determine|say|tell|know))",
     re.IGNORECASE,
 )
 DOUBTED = re.compile(
     r"(?:\b(?:not|never|cannot|might|could|may|hardly|anything but|unlikely to|supposed to"
     r"|(?:rul(?:e|ed|ing)|cross(?:ed)?) out|(?:exclud|reject|eliminat|discard)(?:e|ed|es|ing|s)?)|n't)"
-    r"(?:\s(?:be|equal|to|exactly|really|just))*[\s$]*$",
+    r"(?:\s(?:be|have|get|need|make|equal|to|exactly|really|just))*[\s$]*$",
     re.IGNORECASE,
 )
 BOUNDED = re.compile(
-    r"\b(?:(?:more|less|fewer|greater|larger|smaller|higher|lower|bigger) than|at (?:least|most)"
+    r"\b(?:(?:more|less|fewer|greater|larger|smaller|higher|lower|bigger) than(?: or equal to)?"
+    r"|at (?:least|most)|nearly|almost|near|close to"
     r"|over|under|above|below|up to|between|from|exceeds"
     r"|other than|except|all but|by no means|minus|negative|divisible by"
     r"|(?:square|root|multiple|factor|opposite|inverse) of"
@@ -39,7 +40,8 @@ REFERENCE = re.compile(
 _DISOWNED = re.compile(
     r"\b(?:(?:wrong|incorrect|false|previous|first|initial|old|earlier|former|original|example|sample"
     r"|possible|hypothetical|alternative|tempting|common|candidate)"
-    r" (?:answer|guess)(?:s|es)?|answer used to be"
+    r" (?:answer|guess)(?:s|es)?|(?:friend|teacher|student|classmate|(?:text)?book|key)'s? answer"
+    r"|answer used to be"
     r"|(?:claim(?:s|ed)|thought|guessed|pretend(?:s|ed)|(?:some|might|may|could) (?:say|think))"
     r" (?:that )?(?:(?:the|my|his|her|their|its) )?(?:answer|result|it))\b"
     r"[^,;:.\n\d]{0,40}[,:]?[\s*_$]*$",
@@ -48,7 +50,8 @@ _DISOWNED = re.compile(
 """Owner of an answer, before it: another attempt or another person, or it is called wrong."""
 _RETRACTED = re.compile(
     r"[^.,(\n\d]{0,30}(?:\(|(?:, |\.+ |\()"
-    r"(?:but|no|wait|however|actually|though|which(?= is| was| contradict))\b)[^\n\d]{0,24}?"
+    r"(?:but|no|wait|however|actually|though|this|that|it"
+    r"|which(?= is| was| contradict))\b)[^\n\d]{0,24}?"
     r"\b(?:wrong|incorrect|guess|(?:not|n't) (?:right|correct|sure)|not it|impossible|extraneous"
     r"|scratch that"
     r"|contradicts?|lied|mistaken|(?:(?:is|was)|(?<=')s) (?:a mistake|a lie|an error|false))\b",
@@ -58,7 +61,7 @@ _RETRACTED = re.compile(
 SUPPOSED = re.compile(
     r"\b(?:(?i:if|whether)\b[^,;:.\n\d]{0,40}\b(?:were|was|had been|is)"
     r"|(?:(?i:suppos|assum)(?:e|ing)|(?i:imagine|let(?:'s (?:say|assume)|\s(?!me|us)[A-Za-z]))|Were)\b"
-    r"[^,;:.\n\d]{0,40})(?:\s|=\s?)[$]?$"
+    r"[^,;:.\n\d]{0,40}|(?i:if)\s[$]?[A-Za-z]\s?(?==))(?:\s|=\s?)[$]?$"
 )
 _CONDITIONAL = re.compile(r"\bwould\b[^,;.\n\d]{0,24}\s[$]?$", re.IGNORECASE)
 _OTHERWISE = re.compile(
