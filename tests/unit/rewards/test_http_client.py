@@ -167,7 +167,7 @@ def test_an_answer_without_end_is_refused_at_the_limit(serve):
         except OSError:
             pass
 
-    failure = failure_of(http(serve(lambda *_: endless), []), "a")
+    failure = failure_of(http(serve(lambda *_: endless), [], attempts=1, attempt_s=10.0), "a")
     assert failure.reason == "reply"
     assert f"more than {MAX_ANSWER_BYTES} bytes" in str(failure)
 
