@@ -174,6 +174,7 @@ class Pipeline:
         """
         self._generating.start()
         self._being_scored.start()
+        # What was busy before the first step belongs to none.
         self.pool_busy()
         try:
             async with asyncio.TaskGroup() as loops:
@@ -187,6 +188,7 @@ class Pipeline:
                     await self.sync.drain(self.live_timeout_s)
                     if self.checkpoints is not None:
                         await self.checkpoints.drain()
+                # The task group waits for it, and it never ends by itself.
                 watch.cancel()
                 return done
         except BaseExceptionGroup as failures:
@@ -227,6 +229,7 @@ class Pipeline:
                 raise
             self.observer.group_discarded(ticket, error)
             await self.buffer.discard(ticket, type(error).__name__)
+            # It raises at too many errors, so the discard is counted first.
             self._outcomes.add(error)
         else:
             if self.trains_on(summary.rewards):
