@@ -73,7 +73,7 @@ class AdmissionGate:
         """
         limits = [
             self._whole_steps(self.max_staleness + learner_version),
-            # The pacing bounds no staleness, so it leaves no room for groups that are overtaken.
+            # The pacing bounds no staleness, so it does not allow for groups that are overtaken.
             (self.pipeline_depth + learner_version + 1) * self.groups_per_step,
             self.total_groups,
         ]

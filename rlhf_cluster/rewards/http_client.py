@@ -144,7 +144,9 @@ class Server:
                 f"no whole answer within {left_s:.3g} s. Raise attempt_s", "timeout"
             ) from error
         except (OSError, httpx.TransportError) as error:
-            raise _Again(f"cannot be asked ({_told(error)}). Is it running?", "remote") from error
+            raise _Again(
+                f"cannot be asked ({_describe_cause(error)}). Is it running?", "remote"
+            ) from error
         return _read(status, answer, self._key)
 
     async def _exchange(self, body: bytes, left_s: float) -> tuple[int, bytes]:
@@ -170,7 +172,7 @@ class _Again(Exception):
         self.failure = RewardFailure(message, reason)
 
 
-def _told(error: BaseException) -> str:
+def _describe_cause(error: BaseException) -> str:
     """Return the message of the first cause: later ones leave out why a connection failed."""
     while cause := error.__cause__ or error.__context__:
         # One error for each address of the host: they mostly say the same.

@@ -210,7 +210,7 @@ class WorkerPool:
         replacement that joins. Raises `StalledError` when no worker was live for `acquire_timeout_s`.
         """
         await self._wait_for_room()
-        # Nothing is awaited up to the count, so nobody else takes the room that was found.
+        # Without an await up to the count, no other caller takes the place that was found.
         if prefer is None or prefer.state is not State.LIVE or not self._has_room(prefer):
             worker = self._loads.least(self.limits.max_in_flight, avoid)
         else:
@@ -276,7 +276,7 @@ class WorkerPool:
         if worker.state is State.RETIRED:
             return
         self._note(worker.name, error)
-        # Before `_remove` changes the state. Whoever drains a worker decides on its replacement.
+        # Read before `_remove` changes it. The task that drains a worker decides on its replacement.
         replace = worker.state in (State.LIVE, State.BEHIND)
         await self._remove(worker)
         if replace:

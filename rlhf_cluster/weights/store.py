@@ -143,7 +143,6 @@ def commit(
         _remove_leftovers(final.parent, newest)
         write_all(partial / MANIFEST_NAME, encode(manifest).encode(), fsync)
         _remove_strangers(partial, manifest)
-        # A disk that hung may go on long after the caller gave this version up.
         check_not_abandoned(final)
         partial.rename(final)
         if fsync:

@@ -153,7 +153,7 @@ class WeightSync:
                 f"the publish of version {self._due}, whose learner is dead, still ran after "
                 f"{timeout_s:g} s"
             )
-        # asyncio logs an exception at which nobody has looked.
+        # asyncio logs an exception that is not retrieved.
         if not running.cancelled():
             running.exception()
 

@@ -136,7 +136,6 @@ def train_step(
     prepared = clock()
     sums, optimizer_s, norms = MetricSums(), 0.0, dict[str, list[float]]()
     order = order_of_parts(len(parts), settings.epochs, settings.seed, version)
-    # Updates are counted over the run: the learning rate's schedule goes by their number.
     for update, index in enumerate(order, start=version * settings.num_updates):
         _backward(policy, algorithm, parts[index], batch, layout, sums, critic, reference, kept)
         if critic is not None:
