@@ -174,7 +174,6 @@ class Pipeline:
         """
         self._generating.start()
         self._being_scored.start()
-        # What was busy before the first step belongs to none.
         self.pool_busy()
         try:
             async with asyncio.TaskGroup() as loops:
@@ -188,8 +187,7 @@ class Pipeline:
                     await self.sync.drain(self.live_timeout_s)
                     if self.checkpoints is not None:
                         await self.checkpoints.drain()
-                # The task group waits for it, and it never ends by itself.
-                watch.cancel()
+                watch.cancel()  # the task group waits for it, and it never ends by itself
                 return done
         except BaseExceptionGroup as failures:
             raise first_failure(failures) from failures

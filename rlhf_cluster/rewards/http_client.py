@@ -173,7 +173,7 @@ class _Again(Exception):
 
 
 def _describe_cause(error: BaseException) -> str:
-    """Return the message of the first cause: later ones leave out why a connection failed."""
+    """Return the message of the first cause, which alone says why a connection failed."""
     while cause := error.__cause__ or error.__context__:
         # One error for each address of the host: they mostly say the same.
         error = cause.exceptions[0] if isinstance(cause, ExceptionGroup) else cause
