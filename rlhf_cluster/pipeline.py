@@ -187,7 +187,7 @@ class Pipeline:
                     await self.sync.drain(self.live_timeout_s)
                     if self.checkpoints is not None:
                         await self.checkpoints.drain()
-                watch.cancel()
+                watch.cancel()  # the task group waits for it, and it never ends by itself
                 return done
         except BaseExceptionGroup as failures:
             raise first_failure(failures) from failures
@@ -227,6 +227,7 @@ class Pipeline:
                 raise
             self.observer.group_discarded(ticket, error)
             await self.buffer.discard(ticket, type(error).__name__)
+            # It raises at too many errors, so the discard is counted first.
             self._outcomes.add(error)
         else:
             if self.trains_on(summary.rewards):

@@ -208,6 +208,7 @@ class RankActor:
                 self._config.run_dir / "samples",
                 report.step,
                 groups,
+                # The groups met the weights that this step began with.
                 learner_version=report.step - 1,
                 decode=self._tokenizer.decode,
                 limit=self._config.observe.samples_per_step,
@@ -365,6 +366,7 @@ class RayRanks:
         try:
             return await asyncio.gather(*waits)
         finally:
+            # `gather` leaves the others running when one raises.
             for wait in waits:
                 wait.cancel()
 

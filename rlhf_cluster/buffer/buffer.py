@@ -136,6 +136,7 @@ class ExperienceBuffer:
         return BufferState(
             learner_version=self.learner_version,
             admitted=self._admitted,
+            # The ready ones are open again after a resume, and are finished a second time.
             finished=self._finished - self.num_ready,
             taken=self._taken,
             reweighted=self._reweighted,
@@ -245,6 +246,7 @@ class ExperienceBuffer:
                 f"{len(groups)} can be taken; ask ready() first"
             )
         again = [] if self.replay is None else self.replay.take(self.learner_version)
+        # All are checked before any is taken: an error leaves the waiting groups as they were.
         for group in (*groups, *again):
             self.gate.check(
                 group_id=group.ticket.group_id,

@@ -73,12 +73,14 @@ class AdmissionGate:
         """
         limits = [
             self._whole_steps(self.max_staleness + learner_version),
+            # The pacing bounds no staleness, so it does not allow for groups that are overtaken.
             (self.pipeline_depth + learner_version + 1) * self.groups_per_step,
             self.total_groups,
         ]
         if self.on_stale != "drop":
             limits.append(self._whole_steps(self.bound + live_version))
         elif learner_version - live_version > self.max_staleness:
+            # A group of the live version would already be too old when it is finished.
             return 0
         slots = min(limits) - num_kept
         if self.max_in_flight_groups is not None:

@@ -1,11 +1,12 @@
 """HTTP client for one JSON request with a hard deadline, and the format of a chat endpoint.
 
 - A request ends at its deadline whatever the server does (no answer, one byte per second, an
-  answer without end): another thread shuts the connection.
+  answer without end).
 - It is retried, after growing pauses, if that may help: no connection, no answer in time, status
   408, 429 or 5xx. Each attempt has a separate connection, so a late answer is never mistaken for
   another's.
-- Redirections are not followed: they would carry the key elsewhere.
+- Redirections are not followed: they would carry the key elsewhere. Proxies and passwords of the
+  environment are not used.
 - Only the look-up of the host's name has no deadline of ours: it has the resolver's.
 
 Rewards and askers that use an OpenAI-compatible chat endpoint share `question_of` and
@@ -14,18 +15,16 @@ Rewards and askers that use an OpenAI-compatible chat endpoint share `question_o
 
 from __future__ import annotations
 
-import contextlib
-import http.client
+import asyncio
 import json
 import os
-import socket
 import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
+import httpx
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from rlhf_cluster.errors import ConfigError
@@ -71,16 +70,24 @@ class Server:
     ) -> None:
         """`wait` sleeps between attempts. Raises `ConfigError` where the key is not there."""
         self._section = section
-        parts = urlsplit(section.url)
-        if not parts.hostname:
+        try:
+            self._url = httpx.URL(section.url.rstrip("/") + path)
+        except httpx.InvalidURL as error:
+            raise ConfigError(
+                f"url {section.url!r}: {error}. Give http://host:port/path"
+            ) from error
+        if not self._url.host:
             raise ConfigError(f"url {section.url!r} has no host. Give http://host:port/path")
-        self._host, self._port = parts.hostname, parts.port
-        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
-        self._path = (parts.path.rstrip("/") + path) or "/"
+        self._tls = ssl.create_default_context()
         self._closed = threading.Event()
         self._key = ""
         self._wait = wait or self._pause
-        self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        self._headers = {
+            "Content-Type": "application/json",
+            "Accept": "application/json",
+            # A small packed answer could unpack to more than fits in memory.
+            "Accept-Encoding": "identity",
+        }
         if section.api_key_env is not None:
             key = environment.get(section.api_key_env, "").strip()
             if not key:
@@ -130,36 +137,31 @@ class Server:
         left_s = min(self._section.attempt_s, deadline - time.monotonic())
         if left_s <= 0:
             raise _Again("no time is left to ask it. Raise timeout_s", "timeout")
-        shut = _Deadline(left_s)
         try:
-            status, answer = self._exchange(body, left_s, shut)
-        except (OSError, http.client.HTTPException) as error:
-            if shut.is_over or isinstance(error, TimeoutError):
-                raise _late(left_s) from error
-            told = str(error) or type(error).__name__
-            raise _Again(f"cannot be asked ({told}). Is it running?", "remote") from error
-        finally:
-            shut.cancel()
-        if shut.is_over:
-            raise _late(left_s)
+            status, answer = asyncio.run(self._exchange(body, left_s))
+        except TimeoutError as error:
+            raise _Again(
+                f"no whole answer within {left_s:.3g} s. Raise attempt_s", "timeout"
+            ) from error
+        except (OSError, httpx.TransportError) as error:
+            raise _Again(
+                f"cannot be asked ({_describe_cause(error)}). Is it running?", "remote"
+            ) from error
         return _read(status, answer, self._key)
 
-    def _exchange(self, body: bytes, left_s: float, shut: _Deadline) -> tuple[int, bytes]:
-        if self._tls is None:
-            connection = http.client.HTTPConnection(self._host, self._port, timeout=left_s)
-        else:
-            connection = http.client.HTTPSConnection(
-                self._host, self._port, timeout=left_s, context=self._tls
-            )
-        with contextlib.closing(connection):
-            connection.connect()
-            shut.watch(connection.sock)
-            connection.request("POST", self._path, body, self._headers)
-            response = connection.getresponse()
-            answer = response.read(MAX_ANSWER_BYTES + 1)
-            if response.length and len(answer) <= MAX_ANSWER_BYTES:
-                raise http.client.IncompleteRead(answer, response.length)
-            return response.status, answer
+    async def _exchange(self, body: bytes, left_s: float) -> tuple[int, bytes]:
+        # httpx's own timeouts bound one read each, so one byte per second would never end.
+        async with (
+            asyncio.timeout(left_s),
+            httpx.AsyncClient(verify=self._tls, trust_env=False, timeout=None) as client,
+            client.stream("POST", self._url, content=body, headers=self._headers) as response,
+        ):
+            answer = bytearray()
+            async for chunk in response.aiter_raw():
+                answer += chunk
+                if len(answer) > MAX_ANSWER_BYTES:
+                    break
+            return response.status_code, bytes(answer)
 
 
 class _Again(Exception):
@@ -170,42 +172,12 @@ class _Again(Exception):
         self.failure = RewardFailure(message, reason)
 
 
-class _Deadline:
-    """Shuts a connection down at the deadline, which ends every read and write of it at once."""
-
-    def __init__(self, seconds: float) -> None:
-        self.is_over = False
-        self._socket: socket.socket | None = None
-        self._changing = threading.Lock()  # held for a few lines only
-        self._timer = threading.Timer(seconds, self._end)
-        self._timer.daemon = True
-        self._timer.start()
-
-    def watch(self, connection: socket.socket) -> None:
-        with self._changing:
-            self._socket = connection
-            if self.is_over:
-                self._shut()
-
-    def cancel(self) -> None:
-        self._timer.cancel()
-        with self._changing:
-            self._socket = None
-
-    def _end(self) -> None:
-        with self._changing:
-            self.is_over = True
-            self._shut()
-
-    def _shut(self) -> None:
-        if self._socket is not None:
-            # Of a TLS connection too this ends the plain one below it.
-            with contextlib.suppress(OSError):
-                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
-
-
-def _late(seconds: float) -> _Again:
-    return _Again(f"no whole answer within {seconds:.3g} s. Raise attempt_s", "timeout")
+def _describe_cause(error: BaseException) -> str:
+    """Return the message of the first cause, which alone says why a connection failed."""
+    while cause := error.__cause__ or error.__context__:
+        # One error for each address of the host: they mostly say the same.
+        error = cause.exceptions[0] if isinstance(cause, ExceptionGroup) else cause
+    return str(error) or type(error).__name__
 
 
 def _read(status: int, answer: bytes, key: str) -> Any:

@@ -143,6 +143,7 @@ class WorkerPool:
             for launch in launches:
                 launch.cancel()
             await asyncio.gather(*launches, return_exceptions=True)
+            # `_add` counts itself out, but a task cancelled before its first line never gets there.
             self._num_starting -= wanted - len(begun)
             raise
         if late or failures:
@@ -209,6 +210,7 @@ class WorkerPool:
         replacement that joins. Raises `StalledError` when no worker was live for `acquire_timeout_s`.
         """
         await self._wait_for_room()
+        # Without an await up to the count, no other caller takes the place that was found.
         if prefer is None or prefer.state is not State.LIVE or not self._has_room(prefer):
             worker = self._loads.least(self.limits.max_in_flight, avoid)
         else:
@@ -274,6 +276,7 @@ class WorkerPool:
         if worker.state is State.RETIRED:
             return
         self._note(worker.name, error)
+        # Read before `_remove` changes it. The task that drains a worker decides on its replacement.
         replace = worker.state in (State.LIVE, State.BEHIND)
         await self._remove(worker)
         if replace:
@@ -387,6 +390,7 @@ class WorkerPool:
         for worker in staying[: max(0, len(staying) - self.wanted)]:
             worker.state = State.DRAINING
         draining = [w for w in self.workers if w.state is State.DRAINING]
+        # Tasks of the pool, which `wait` does not cancel with its caller as `gather` would.
         if tasks := [self._background(self._drain(worker)) for worker in draining]:
             await asyncio.wait(tasks)
 
@@ -469,6 +473,7 @@ class WorkerPool:
                     return
                 await self.sleep(max(1.0, self.restarts.until_one_leaves_s))
                 continue
+            # `wanted` is not 0 here: a pool of that size is not short.
             await self.sleep(self.limits.backoff_s * min(math.ceil(recent / self.wanted), 30))
             if not self._is_short:
                 return

@@ -136,8 +136,10 @@ def commit(
         manifest = assemble(opens, version, reports, expected_names, base, clock())
         if version == newest:
             _check_same_tensors(final, manifest)
+            # Before the folder goes: `latest` never names one that is not there.
             newest = _step_back(final.parent, version)
             remove_folder(final)
+        # It also frees the name `final`: a commit that was killed after its rename holds it.
         _remove_leftovers(final.parent, newest)
         write_all(partial / MANIFEST_NAME, encode(manifest).encode(), fsync)
         _remove_strangers(partial, manifest)
@@ -194,6 +196,7 @@ def pin(root: str | Path, version: int) -> None:
     with _as_weight_error(f"{folder}: cannot be pinned"):
         folder.with_suffix(".pin").touch()
         sync_folder(folder.parent)
+        # Looked at after the pin is set: before it, retention may still remove the folder.
         there = folder.is_dir()
     if not there:
         unpin(root, version)

@@ -95,6 +95,7 @@ class WeightSync:
         """
         if version % self._publish_every:
             return
+        # A publish in progress compares with it at its end, so a skipped version is not forgotten.
         self._due = version
         if self._running is not None and not self._running.done():
             self.stats.skipped += 1
@@ -152,6 +153,7 @@ class WeightSync:
                 f"the publish of version {self._due}, whose learner is dead, still ran after "
                 f"{timeout_s:g} s"
             )
+        # asyncio logs an exception that is not retrieved.
         if not running.cancelled():
             running.exception()
 

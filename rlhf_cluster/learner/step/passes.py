@@ -76,6 +76,7 @@ class MetricSums:
         """
         if not self._sums:
             return {}
+        # The ranks add up by place, and may have met the names in another order.
         entries = sorted(self._sums.items())
         names = [own for name, (total, _) in entries for own in _names(name, total)]
         maxima = [n.endswith("_max") for n, (total, _) in entries for _ in range(total.numel())]
@@ -223,6 +224,7 @@ def _micro_batches(
     argument that are the same for every model.
     """
     sizes = [1] * len(sequences) if unit_sizes is None else unit_sizes
+    # Not strict: the last sum is the end, where no unit begins.
     firsts = dict(zip(np.cumsum([0, *sizes]).tolist(), sizes, strict=False))
     for planned in own_plan(sequences, layout, unit_sizes):
         batch = collate(planned, sequences, streams)
@@ -267,6 +269,7 @@ def score(
         )
         values = (kl[0] if kl else logprobs).float().cpu().numpy()
         for span in batch.spans:
+            # A view would keep the array of the whole micro-batch alive.
             found[span.sequence] = values[span.row, span.start : span.stop].copy()
     if reference is not None:
         reference.release()

@@ -65,6 +65,7 @@ def order_of_parts(count: int, epochs: int, seed: int, number: int) -> list[int]
     """Return the minibatches in training order, each once per epoch: [count * epochs]."""
     if count == 1:
         return [0] * epochs
+    # The 1 makes another stream than that of `minibatches`, which has the same seed and number.
     random = np.random.default_rng((seed, number, 1))
     return [int(i) for _ in range(epochs) for i in random.permutation(count)]
 
@@ -293,6 +294,7 @@ def _backward(
             total, own = total + value_loss, own | dict(of_values)
         return total, {**metrics, **own}
 
+    # `_parts` scored this rank's sequences only, so the others lack the stream.
     scored = any("proximal_logprobs" in s.streams for s in part.sequences)
     names = (*batch.streams, "weight", *(["proximal_logprobs"] if scored else []))
     names = names if head is None else (*names, *STREAMS)

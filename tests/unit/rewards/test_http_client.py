@@ -1,5 +1,6 @@
 """Remote rewards against a real server on this machine: every way to answer badly, and the judge."""
 
+import errno
 import logging
 import threading
 
@@ -7,7 +8,7 @@ import pytest
 
 from rlhf_cluster.config import validate
 from rlhf_cluster.errors import ConfigError
-from rlhf_cluster.rewards.http_client import Server
+from rlhf_cluster.rewards.http_client import MAX_ANSWER_BYTES, Server
 from rlhf_cluster.rewards.http_reward import Http, HttpConfig, join_scores
 from rlhf_cluster.rewards.reward import RewardContext
 from rlhf_cluster.rewards.reward_failure import RewardFailure
@@ -125,8 +126,19 @@ def drips(handler):
         pass
 
 
+def drips_headers(handler):
+    """The same before the body has begun."""
+    handler.send_response(200)
+    handler.flush_headers()
+    try:
+        while not handler.server.ended.wait(0.01):
+            handler.wfile.write(b"x")
+    except OSError:
+        pass
+
+
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("way", [drips, never])
+@pytest.mark.parametrize("way", [drips, drips_headers, never])
 def test_s23_a_server_that_hangs_costs_its_deadline_and_is_an_error(serve, way):
     server, waited = serve(lambda *_: way), []
     failure = failure_of(http(server, waited, attempts=2, attempt_s=0.2), "a")
@@ -142,6 +154,32 @@ def test_a_server_that_is_not_there_is_an_error_naming_its_url(serve):
     failure = failure_of(reward, "a")
     assert failure.reason == "remote"
     assert server.url in str(failure)
+    assert f"Errno {errno.ECONNREFUSED}" in str(failure)
+
+
+def test_an_answer_without_end_is_refused_at_the_limit(serve):
+    def endless(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        try:
+            while not handler.server.ended.is_set():
+                handler.wfile.write(b" " * 65536)
+        except OSError:
+            pass
+
+    failure = failure_of(http(serve(lambda *_: endless), [], attempts=1, attempt_s=10.0), "a")
+    assert failure.reason == "reply"
+    assert f"more than {MAX_ANSWER_BYTES} bytes" in str(failure)
+
+
+def test_a_proxy_of_the_environment_sees_no_question(serve, monkeypatch):
+    server, proxy = serve(scored), serve(scored)
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, proxy.url)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert score(http(server), "abc") == [3.0]
+    assert (len(server.requests), len(proxy.requests)) == (1, 0)
 
 
 @pytest.mark.timeout(60)
