@@ -101,7 +101,8 @@ class Variant:
 
     @property
     def description(self) -> str:
-        return one_paragraph(self.model.__dict__.get("__doc__"))
+        """First paragraph of what the section is; "" if the code has none."""
+        return one_paragraph((self.model.__dict__.get("__doc__") or "").partition("\n\n")[0])
 
 
 @functools.cache
@@ -115,11 +116,11 @@ def variants() -> tuple[Variant, ...]:
 
 
 @functools.cache
-def keys() -> tuple[Key, ...]:
+def all_keys() -> tuple[Key, ...]:
     """Return all keys, section by section, those with equal facts as one."""
     found: dict[Key, list[Variant]] = {}
     for variant in variants():
-        for fact in _facts(variant.model):
+        for fact in facts_of(variant.model):
             found.setdefault(replace(fact, section=variant.path), []).append(variant)
     merged = [
         replace(
@@ -154,7 +155,7 @@ def variants_of(section: str) -> tuple[Variant, ...]:
 
 
 def keys_of(section: str) -> tuple[Key, ...]:
-    return tuple(key for key in keys() if key.section == section)
+    return tuple(key for key in all_keys() if key.section == section)
 
 
 def types_of(section: str) -> dict[str, str]:
@@ -180,7 +181,7 @@ def resolve(query: str) -> str:
 
     Raises `ConfigError` with the nearest paths for one that no run file has.
     """
-    known = dict.fromkeys([*filter(None, sections()), *(key.path for key in keys())])
+    known = dict.fromkeys([*filter(None, sections()), *(key.path for key in all_keys())])
     asked = re.sub(r"\.\d+(?=\.|$)", "", query.strip().strip("[]"))
     for path in known:
         pattern = re.escape(path).replace(FREE_NAME, r"[^.]+")
@@ -194,7 +195,7 @@ def resolve(query: str) -> str:
         *(by_name[name] for name in difflib.get_close_matches(last, by_name, n=_NEAR)),
     ]
     close = _unique([*same_name, *near])[:_NEAR]
-    hint = f"did you mean {', '.join(close)}?" if close else "`rlhf-cluster config` lists sections"
+    hint = f"did you mean {', '.join(close)}?" if close else "`rlhf-cluster config` lists the sections"
     raise ConfigError(f"{query}: no run file has this key; {hint}")
 
 
@@ -239,7 +240,7 @@ def _type_of(model: type[BaseModel]) -> str:
 
 
 @functools.cache
-def _facts(model: type[BaseModel]) -> tuple[Key, ...]:
+def facts_of(model: type[BaseModel]) -> tuple[Key, ...]:
     """Return the keys of a model, without their place."""
     schemas = model.model_json_schema()["properties"] if model.model_fields else {}
     return tuple(
