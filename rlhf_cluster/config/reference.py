@@ -195,7 +195,9 @@ def resolve(query: str) -> str:
         *(by_name[name] for name in difflib.get_close_matches(last, by_name, n=_NEAR)),
     ]
     close = _unique([*same_name, *near])[:_NEAR]
-    hint = f"did you mean {', '.join(close)}?" if close else "`rlhf-cluster config` lists the sections"
+    hint = (
+        f"did you mean {', '.join(close)}?" if close else "`rlhf-cluster config` lists the sections"
+    )
     raise ConfigError(f"{query}: no run file has this key; {hint}")
 
 
@@ -290,8 +292,12 @@ def _type_text(schema: Mapping[str, Any]) -> str:
         return "section"
     kind = schema.get("type")
     if kind == "array":
-        inner = _type_text(schema.get("items", {}))
-        return "list of sections" if inner == "section" else f"list of {inner}s"
+        fixed = schema.get("prefixItems", ())
+        inner = _type_text(fixed[0] if fixed else schema.get("items", {}))
+        head, of, rest = inner.partition(" ")
+        is_choice = inner.startswith('"')
+        count = f"{len(fixed)} " if fixed else ""
+        return f"list of {count}" + (inner if is_choice else f"{head}s{of}{rest}")
     if kind == "object":
         inner = [*schema.get("patternProperties", {}).values(), schema.get("additionalProperties")]
         is_sections = any(isinstance(each, dict) and "$ref" in each for each in inner)
