@@ -1,11 +1,11 @@
-"""The keys of all run files as facts: type, default, bounds, description, and where each key stands.
+"""The keys of all run files as facts: type, default, bounds, description, and the files that have it.
 
 They are read from the models that validate a run file, so nothing here is written twice. A path has
 the names of a run file: `scoring.rewards.weight` is a key of each table [[scoring.rewards]], and
 `scoring.pools.NAME.workers` one of a table whose name is free.
 
 Promises:
-- every key of every section is there, those of all built-in types of a tagged section included;
+- no key of any section is left out, those of all built-in types of a tagged section included;
 - keys with equal facts are one entry, which lists the types and the kinds of run files that have it.
 """
 

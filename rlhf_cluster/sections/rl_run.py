@@ -184,7 +184,7 @@ class Generation(Section):
     """Generation pool of vLLM workers. Keys map onto vLLM's engine arguments."""
 
     workers: PositiveInt = 1
-    """Generation workers at the start of the run, each with a vLLM engine of its own."""
+    """Generation workers at the start of the run, each with a separate vLLM engine."""
     min_workers: PositiveInt | None = None
     """Least number of live workers. The pool needs them to start, and to continue once it may
     replace no worker. The others may join later. Default: half of `workers`, rounded up."""
@@ -482,7 +482,7 @@ class Weights(Section):
     """Steps between two published versions. A step is learner.epochs * learner.minibatches optimizer
     steps."""
     publish_timeout_s: PositiveFloat = 300.0
-    """Deadline in seconds for writing a version, on all ranks. Past it the version is given up."""
+    """Deadline in seconds for writing a version, on all ranks. Past it the version is abandoned."""
 
     @field_validator("transport", mode="before")
     @classmethod
