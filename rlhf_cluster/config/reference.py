@@ -5,7 +5,7 @@ the names of a run file: `scoring.rewards.weight` is a key of each table [[scori
 `scoring.pools.NAME.workers` one of a table whose name is free.
 
 Promises:
-- no key of any section is left out, those of all built-in types of a tagged section included;
+- all keys of all sections are included, those of every built-in type of a tagged section too;
 - keys with equal facts are one entry, which lists the types and the kinds of run files that have it.
 """
 
