@@ -31,6 +31,7 @@ class CispoConfig(GroupRelativeConfig):
     group_size: int = Field(default=8, ge=2)
     """Rollouts of one prompt."""
     clip_low: float = Field(default=1.0, gt=0, le=1)
+    """Distance from 1 to the lower bound of the weight. 1: no lower bound."""
     clip_high: float = Field(default=4.0, gt=0)
     """Bounds of the weight: [1 - clip_low, 1 + clip_high]."""
 

@@ -52,6 +52,7 @@ class DapoConfig(ClippedConfig, GroupRelativeConfig):
     """Number of tokens before the limit over which the reward falls by up to `overlong_penalty`;
     0: no punishment."""
     overlong_penalty: float = Field(default=1.0, gt=0)
+    """Reward that an answer at the limit loses. Only with `overlong_buffer_tokens` greater than 0."""
 
     @model_validator(mode="after")
     def _punishment_is_no_step(self) -> DapoConfig:

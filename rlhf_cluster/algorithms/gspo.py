@@ -39,6 +39,7 @@ class GspoConfig(ClippedConfig):
     normalize_std: bool = True
     """Divide the centred rewards by the group's standard deviation."""
     clip_low: float = Field(default=3e-4, gt=0, lt=1)
+    """Distance from 1 to the lower bound of a response's ratio."""
     clip_high: float = Field(default=4e-4, gt=0)
     """Bounds of a response's ratio: [1 - clip_low, 1 + clip_high]."""
     aggregation: Aggregation = "sequence_mean"

@@ -79,7 +79,9 @@ class LinearKl(Section):
 
     type: Literal["linear"] = "linear"
     final: float = Field(ge=0)
+    """Coefficient after `steps` steps, kept from there on. 0: no KL term."""
     steps: PositiveInt
+    """Steps over which the coefficient changes."""
 
 
 KlControl = Annotated[FixedKl | AdaptiveKl | LinearKl, Field(discriminator="type")]

@@ -98,6 +98,7 @@ class TokenTis(_Preset):
 
     type: Literal["token_tis"] = "token_tis"
     cap: High = 2.0
+    """Upper bound of the weight."""
 
 
 class SequenceTis(_Preset):
@@ -105,6 +106,7 @@ class SequenceTis(_Preset):
 
     type: Literal["sequence_tis"] = "sequence_tis"
     cap: High = 2.0
+    """Upper bound of the weight."""
 
 
 class GeometricTis(_Preset):
@@ -112,6 +114,7 @@ class GeometricTis(_Preset):
 
     type: Literal["geometric_tis"] = "geometric_tis"
     cap: High = 2.0
+    """Upper bound of the weight."""
 
 
 class IcePop(_Preset):
@@ -119,7 +122,9 @@ class IcePop(_Preset):
 
     type: Literal["icepop"] = "icepop"
     low: Low = 0.5
+    """Ratio below which a token is masked."""
     high: High = 5.0
+    """Ratio above which a token is masked."""
 
 
 class SequenceMis(_Preset):
@@ -127,7 +132,9 @@ class SequenceMis(_Preset):
 
     type: Literal["sequence_mis"] = "sequence_mis"
     low: Low = 0.5
+    """Ratio below which a rollout is masked."""
     high: High = 2.0
+    """Ratio above which a rollout is masked."""
 
 
 class SequenceMask(_Preset):
@@ -135,7 +142,9 @@ class SequenceMask(_Preset):
 
     type: Literal["sequence_mask"] = "sequence_mask"
     low: Low = 0.5
+    """Ratio below which a rollout is masked."""
     high: High = 2.0
+    """Ratio above which a rollout is masked."""
 
 
 class GeometricMask(_Preset):
@@ -143,7 +152,9 @@ class GeometricMask(_Preset):
 
     type: Literal["geometric_mask"] = "geometric_mask"
     low: Low = 0.99
+    """Ratio below which a rollout is masked."""
     high: High = 1.01
+    """Ratio above which a rollout is masked."""
 
 
 class TokenTisGeometricMask(_Preset):
@@ -152,8 +163,11 @@ class TokenTisGeometricMask(_Preset):
 
     type: Literal["token_tis_geometric_mask"] = "token_tis_geometric_mask"
     cap: High = 2.0
+    """Upper bound of the weight."""
     low: Low = 0.999
+    """Geometric mean ratio below which a rollout is masked."""
     high: High = 1.001
+    """Geometric mean ratio above which a rollout is masked."""
 
 
 class SequenceTisGeometricMask(_Preset):
@@ -162,8 +176,11 @@ class SequenceTisGeometricMask(_Preset):
 
     type: Literal["sequence_tis_geometric_mask"] = "sequence_tis_geometric_mask"
     cap: High = 2.0
+    """Upper bound of the weight."""
     low: Low = 0.999
+    """Geometric mean ratio below which a rollout is masked."""
     high: High = 1.001
+    """Geometric mean ratio above which a rollout is masked."""
 
 
 class NoCorrection(_Preset):
@@ -177,9 +194,15 @@ class CustomCorrection(Section):
 
     type: Literal["custom"] = "custom"
     level: Level
+    """Ratio that the rule bounds. `token`: of each token. `sequence`: the product over a rollout.
+    `geometric`: its geometric mean."""
     action: Action
+    """Treatment of a ratio outside [low, high]. `truncate`: it is moved to the bound. `mask`: weight
+    0."""
     low: Low = 0.0
+    """Lower bound of the ratio. 0: none."""
     high: High
+    """Upper bound of the ratio, at least 1."""
     keep: Literal["ratio", "one"] = "ratio"
     """Weight of a token inside the band, with action = "mask": its ratio, or 1."""
 
@@ -223,6 +246,7 @@ class Combined(Section):
 
     type: Literal["combined"] = "combined"
     parts: tuple[Annotated[_Part, Field(discriminator="type")], ...]
+    """Corrections whose weights multiply. At most one of them may weigh by its ratio."""
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Combined:

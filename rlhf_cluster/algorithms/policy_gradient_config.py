@@ -166,6 +166,7 @@ class ClippedConfig(PolicyGradientConfig):
     """Keys of algorithms with the clipped surrogate."""
 
     clip_low: float = Field(default=0.2, gt=0, lt=1)
+    """Distance from 1 to the lower bound of the ratio."""
     clip_high: float = Field(default=0.28, gt=0)
     """Bounds of the ratio: [1 - clip_low, 1 + clip_high]."""
     dual_clip: float | None = Field(default=None, gt=1)

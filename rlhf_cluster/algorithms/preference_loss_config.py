@@ -121,6 +121,7 @@ class SimpoConfig(PairLoss):
 
     type: Literal["simpo"] = "simpo"
     beta: PositiveFloat = 2.0
+    """Factor of the difference between the mean log-probabilities per token."""
     gamma: float = Field(default=1.0, ge=0)
     """Margin, after scaling by beta."""
 
@@ -164,6 +165,7 @@ class KtoConfig(Section):
     """Weight of desirable responses. Keep (desirable_weight times desirable examples) / (
     undesirable_weight times the others) between 1 and 4/3."""
     undesirable_weight: PositiveFloat = 1.0
+    """Weight of undesirable responses."""
 
     def losses(self, labelled: Labelled, baseline: Tensor) -> tuple[Tensor, Sums]:
         """Return (loss of each response [N], metric sums); `baseline` is

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rlhf_cluster.cli import inspect_commands
+from rlhf_cluster.cli import config_command, inspect_commands
 from rlhf_cluster.cli.inspect_commands import Deep, table, utc
 from rlhf_cluster.errors import RlhfError, RunError
 
@@ -347,6 +347,7 @@ def scale(
 
 
 inspect_commands.add_to(app)
+config_command.add_to(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

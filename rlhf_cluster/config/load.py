@@ -108,6 +108,7 @@ class PipelineFile(Section):
 
     pipeline: PipelineSection
     stages: dict[str, dict[str, Any]] = Field(min_length=1)
+    """Complete run files by name, without run.name and run.root, in the order in which they run."""
 
 
 def load_all(path: str | Path, overrides: Sequence[str] = ()) -> list[AnyConfig]:

@@ -53,13 +53,16 @@ class ScoringPool(Section):
     serves: list[str] = Field(min_length=1)
     """Names of what the pool serves: `reference`, `teacher`, `exact_logprobs`, and rewards."""
     workers: PositiveInt = 1
+    """Workers of this pool at the start of the run."""
     min_workers: PositiveInt | None = None
     """Live workers that the pool needs to start, and to survive once it may replace none.
 
     Default: half of `workers`, rounded up. The others may join later.
     """
     num_cpus: PositiveFloat = 1.0
+    """Logical CPUs that one worker reserves."""
     num_gpus: float = Field(default=0.0, ge=0)
+    """GPUs of one worker: 0, a share of one GPU, or whole ones; see `sections.values`."""
     dtype: Dtype | None = None
     """Compute type of the reference and of the teacher in this pool. Default: `scoring.dtype`.
 
@@ -95,12 +98,14 @@ class Scoring(Section):
     """The scoring pool: rewards, the reference model, and exact log-probabilities."""
 
     workers: PositiveInt = 1
+    """Workers of the pool at the start of the run."""
     min_workers: PositiveInt | None = None
     """Live workers that the pool needs to start, and to survive once it may replace none.
 
     Default: half of `workers`, rounded up. The others may join later.
     """
     rewards: list[RewardConfig] = Field(min_length=1)
+    """Rewards of a response, at least one; see [[scoring.rewards]]. `objective` combines them."""
     objective: Objective = WeightedSum()
     """Rule that makes one reward of all; see `rewards.combination`."""
     step_separator: str = Field(default="\n", min_length=1)
@@ -150,7 +155,9 @@ class Scoring(Section):
     `scoring.served_rewards.ScoreCache`.
     """
     num_cpus: PositiveFloat = 1.0
+    """Logical CPUs that one worker reserves."""
     num_gpus: float = Field(default=0.0, ge=0)
+    """GPUs of one worker: 0, a share of one GPU, or whole ones; see `sections.values`."""
     request_timeout_s: PositiveFloat = 300.0
     """Deadline of one group on one worker, all rewards and models included."""
     max_retries: int = Field(default=2, ge=0)
@@ -314,7 +321,9 @@ class PoolScale(Section):
     """Smallest and largest size of a pool, and the pause between changes."""
 
     minimum: PositiveInt = 1
+    """Smallest number of workers that the pool may shrink to."""
     maximum: PositiveInt
+    """Largest number of workers that the pool may grow to."""
     cooldown_s: PositiveFloat = 300.0
     """Seconds from one change of the pool to the next in the same direction. A change in the opposite
     direction waits four times as long."""
@@ -335,7 +344,9 @@ class Autoscale(Section):
     """
 
     generation: PoolScale | None = None
+    """[autoscale.generation]: limits of the generation pool. Default: it keeps its size."""
     scoring: PoolScale | None = None
+    """[autoscale.scoring]: limits of the pool of [scoring]. Default: it keeps its size."""
     pools: dict[str, PoolScale] = Field(default_factory=dict)
     """Sections for the pools of `[scoring.pools]`, by name."""
     gpu_budget: float | None = Field(default=None, gt=0)

@@ -37,6 +37,7 @@ class RunSections(RunFile[Run]):
     model: Model
     data: Data
     algorithm: AlgorithmConfig = GrpoConfig()
+    """Algorithm that makes advantages and a loss of scored groups, chosen by its `type`."""
     generation: Generation
     scoring: Scoring
     learner: Learner

@@ -32,6 +32,7 @@ class StageConfig(RunFile[StageRun]):
     """One offline stage."""
 
     stage: StageSection
+    """Kind of the stage and its settings, chosen by `type`."""
     model: Model
     data: StageData
     learner: Learner

@@ -34,8 +34,11 @@ class ClusterSection(Section):
     object_store_bytes: PositiveInt | None = None
     """Bytes of shared memory for objects of a local cluster. Default: Ray's share of the machine."""
     dashboard: bool = False
+    """Whether a local cluster serves Ray's dashboard, on the loopback address."""
     dashboard_port: int = Field(default=8265, ge=1, le=65535)
+    """Port of a local cluster's dashboard. Only with dashboard = true."""
     placement_timeout_s: PositiveFloat = 60.0
+    """Seconds that a placement waits for free resources. A longer `node_timeout_s` counts instead."""
     node_timeout_s: float = Field(default=0.0, ge=0)
     """Seconds that a placement which does not fit the present nodes waits for nodes that the cluster's
     autoscaler starts. 0: the placement is refused at once."""
@@ -103,6 +106,7 @@ class RunSection(Section):
     root: str = "runs"
     """Folder that holds the runs. On a cluster every node must see it."""
     seed: int = Field(default=0, ge=0)
+    """Seed of all random choices: order of prompts, sampling, parts of a batch, new weights."""
     start_timeout_s: PositiveFloat = 600.0
     """Seconds after which the run fails if its services or ranks are not up. The time to read the model
     is added: its files at `generation.pull_bytes_per_s` (200 MB/s in an offline stage)."""
@@ -159,15 +163,24 @@ class ModelInit(Section):
     """Small causal LM with random weights and its own tokenizer, made without a download."""
 
     architecture: Literal["llama", "qwen3"] = "llama"
+    """Architecture of the model, as transformers implements it."""
     hidden_size: PositiveInt = 128
+    """Width of the hidden states. A multiple of `num_heads`; the engine runs only some sizes of a
+    head."""
     num_layers: PositiveInt = 2
+    """Number of decoder layers."""
     num_heads: PositiveInt = 4
+    """Attention heads of a layer."""
     num_kv_heads: PositiveInt | None = None
+    """Heads of keys and values, which divide `num_heads`. Default: as many as `num_heads`."""
     intermediate_size: PositiveInt = 336
+    """Width of the hidden layer of each MLP."""
     max_position: PositiveInt = 64
+    """Longest sequence that the model takes, in tokens of prompt and response."""
     init_scale: PositiveFloat = 0.5
     """Standard deviation of the weights times sqrt(hidden_size)."""
     tie_embeddings: bool = True
+    """Whether the output projection shares the weights of the token embeddings."""
     tokenizer: TokenizerInit = CharacterTokenizer()
     """One token per character, or byte pairs learned from a data file."""
 
@@ -186,6 +199,7 @@ class Model(Section):
     tokenizer: str | None = None
     """Folder of a tokenizer to use instead of the model's own."""
     init: ModelInit | None = None
+    """[model.init]: make a small model instead of reading `path`."""
 
     def problems(self) -> Iterator[str]:
         if (self.path is None) == (self.init is None):

@@ -64,6 +64,7 @@ class StageData(Section):
     """Data of a stage, and how its rows become tokens."""
 
     sources: tuple[Source, ...] = Field(min_length=1)
+    """Files and tasks that the units come from, at least one; see [[data.sources]]."""
     template: Literal["none", "chat"] = "none"
     """`chat` renders dialogues with the tokenizer's chat template."""
     system_prompt: str | None = None
@@ -82,6 +83,7 @@ class StageData(Section):
     deduplicate: bool = True
     """Skip and count duplicates of earlier units."""
     shuffle: bool = True
+    """Whether each epoch has its own random order. False: the order of the sources in every epoch."""
     held_out: float = Field(default=0.0, ge=0, le=0.5)
     """Share of the units that is never trained on. A hash of a unit's key selects it."""
     held_out_limit: PositiveInt = 1024

@@ -28,11 +28,14 @@ class Quarantine(Section):
     """Failed groups on one worker within `window_s` at which it is replaced, provided that no other
     worker has half as many. 0: no rule."""
     window_s: PositiveFloat = 600.0
+    """Seconds over which the failed groups of a worker are counted."""
     straggler_factor: float = Field(default=5.0, ge=0)
     """Factor that defines a straggler: its time per token is more than this many times that of the
     other workers, by the medians of the last `straggler_groups` groups, and it takes seconds more
     per group. 0: no rule."""
     straggler_groups: PositiveInt = 20
+    """Last groups of a worker whose median time per token is compared. A worker with fewer is not
+    judged by speed."""
 
     @field_validator("straggler_factor")
     @classmethod
@@ -107,10 +110,13 @@ class Data(Section):
     system_prompt: str | None = None
     """System turn put before every prompt. Only with template = "chat"."""
     max_prompt_tokens: PositiveInt = 512
+    """Largest number of tokens of a rendered prompt."""
     on_long_prompt: Literal["error", "skip"] = "error"
     """Treatment of a prompt longer than `max_prompt_tokens`. `error`: refuse the data set. `skip`: skip
     and count the prompt."""
     shuffle: bool = True
+    """Whether each epoch has its own random order of the rows. False: the order of the file in every
+    epoch. A built-in task ignores it."""
     limit: PositiveInt | None = None
     """Number of rows to use, from the first. Default: all."""
 
@@ -137,9 +143,13 @@ class Sft(Section):
     """Supervised warm-up before reinforcement learning. `steps = 0`: no warm-up."""
 
     steps: int = Field(default=0, ge=0)
+    """Optimizer steps of the warm-up. 0: no warm-up."""
     batch_size: PositiveInt = 128
+    """Examples of one warm-up step."""
     learning_rate: PositiveFloat = 1e-3
+    """Learning rate of the warm-up, constant after its `warmup_steps`."""
     warmup_steps: int = Field(default=20, ge=0)
+    """Optimizer steps in which the rate rises linearly to `learning_rate`. 0: it starts there."""
     target_column: str = "answer"
     """Column with the text that follows the prompt."""
 
@@ -148,6 +158,7 @@ class Evaluation(Section):
     """Evaluation before and after training: greedy answers to held-out prompts, scored as usual."""
 
     num_prompts: int = Field(default=0, ge=0)
+    """Held-out prompts of one evaluation. 0: no evaluation."""
     path: str | None = None
     """Held-out file with the same columns as the data. A built-in task generates held-out prompts."""
 
@@ -173,23 +184,32 @@ class Generation(Section):
     """Generation pool of vLLM workers. Keys map onto vLLM's engine arguments."""
 
     workers: PositiveInt = 1
+    """Generation workers at the start of the run, each with a separate vLLM engine."""
     min_workers: PositiveInt | None = None
     """Least number of live workers. The pool needs them to start, and to continue once it may
     replace no worker. The others may join later. Default: half of `workers`, rounded up."""
     max_response_tokens: PositiveInt
+    """Largest number of tokens of a response. A longer one is cut there."""
     temperature: PositiveFloat = 1.0
+    """Sampling temperature of the responses that are trained on. The learner's log-probabilities use
+    the same one."""
     dtype: Dtype = "bfloat16"
+    """Compute type of the engine. Also the default type of published weights, `weights.dtype`."""
     quantization: str | None = None
     """Quantisation of the engine. `int8`: weights and activations in 8 bits, made from each published
     version by the worker that loads it. Else vLLM's name, such as "fp8_per_channel". Training,
     published versions and scoring stay unchanged; the correction metrics show the mismatch that it
     adds."""
     tensor_parallel_size: PositiveInt = 1
+    """Parts that one engine divides the model into, one per GPU. 1: it is not divided."""
     max_num_seqs: PositiveInt = 256
+    """Largest number of sequences that one engine processes at once. More wait in its queue."""
     kv_cache_bytes: PositiveInt | None = None
     """Bytes for the paged KV cache. Default: vLLM's share of the device."""
     block_size: PositiveInt | None = None
+    """Tokens of one block of the KV cache. Default: vLLM's own on a GPU, 32 on the CPU."""
     prefix_caching: bool = True
+    """Whether the engine keeps KV caches of prompts, so that the responses of a group share them."""
     lora: Literal["merged", "served"] = "merged"
     """Form in which engines hold what [learner.lora] trains. `merged`: in the weights, each version in
     place of the one before. `served`, with weights.format = "adapter": as an adapter, in addition to
@@ -200,9 +220,12 @@ class Generation(Section):
     tensors of a draft model must be tensors of the policy (all, or its first layers), and every
     pull updates them. The draft's folder is `model`; every node must see it."""
     enforce_eager: bool = False
+    """Whether vLLM runs without compiled graphs: a faster start and slower tokens. Always so on the
+    CPU."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """Additional vLLM engine arguments by name."""
     num_cpus: PositiveFloat = 1.0
+    """Logical CPUs that one worker reserves."""
     num_gpus: float = Field(default=0.0, ge=0)
     """GPUs of one worker: 0, `tensor_parallel_size`, or a share of one GPU; see
     `sections.values`."""
@@ -318,9 +341,11 @@ class Critic(Section):
     coef: PositiveFloat = 0.5
     """Weight of the value loss in the policy's loss. Only with kind = "head"."""
     learning_rate: PositiveFloat = 1e-5
+    """Learning rate of a separate critic. A head is trained with the policy's."""
     warmup_steps: int = Field(default=0, ge=0)
     """Optimizer steps of linear warm-up. The rate is constant after it."""
     max_grad_norm: PositiveFloat = 1.0
+    """Largest norm of a separate critic's gradients. Larger ones are scaled down to it."""
 
     def problems(self) -> Iterator[str]:
         if self.kind == "separate" and self.coef != type(self)().coef:
@@ -457,6 +482,7 @@ class Weights(Section):
     """Steps between two published versions. A step is learner.epochs * learner.minibatches optimizer
     steps."""
     publish_timeout_s: PositiveFloat = 300.0
+    """Deadline in seconds for writing a version, on all ranks. Past it the version is abandoned."""
 
     @field_validator("transport", mode="before")
     @classmethod

@@ -72,6 +72,7 @@ class Section(BaseModel):
         allow_inf_nan=False,
         strict=False,
         defer_build=True,
+        use_attribute_docstrings=True,
     )
 
     def problems(self) -> Iterator[str]:

@@ -15,6 +15,7 @@ class Lora(Section):
     """LoRA by peft: only adapters are trained, and published versions have them merged."""
 
     rank: PositiveInt = 16
+    """Rank of each adapter. More: more trained parameters, and larger updates can be expressed."""
     alpha: PositiveFloat = 32.0
     """Scale of the adapter: its product is multiplied by alpha / rank."""
     targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
@@ -30,6 +31,7 @@ class Learner(Section):
     """Learner: sharded ranks with fp32 master weights."""
 
     ranks: PositiveInt = 1
+    """Processes that divide the model and every batch among them."""
     backend: Literal["fsdp2", "zero3"] = "fsdp2"
     """Sharding of weights, gradients and moments: torch FSDP2 or DeepSpeed ZeRO-3. Equal results."""
     lora: Lora | None = None
@@ -39,20 +41,27 @@ class Learner(Section):
     minibatches: PositiveInt = 1
     """Random parts of a batch with one optimizer step each, so epochs * minibatches per step."""
     learning_rate: PositiveFloat
+    """Peak learning rate of AdamW, reached after `warmup_steps`."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
     """Learning-rate schedule over optimizer steps. `wsd` (warmup-stable-decay): constant, then linear
     decay over the last `decay_steps`."""
     warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps in which the rate rises linearly to `learning_rate`. 0: it starts there."""
     decay_steps: PositiveInt | None = None
     """Optimizer steps of the decay at the end. Only with schedule = "wsd"."""
     min_learning_rate: float = Field(default=0.0, ge=0)
+    """Rate towards which `linear`, `cosine` and `wsd` decay. A constant schedule ignores it."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of AdamW's first moment, the running mean of the gradients."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of AdamW's second moment, the running mean of the squared gradients."""
     adam_eps: PositiveFloat = 1e-8
     """Term added to the root of AdamW's second moment. If it is near the size of the gradients, weights
     with small gradients make smaller steps."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled weight decay of matrices. Biases and norms are never decayed. 0: none."""
     max_grad_norm: PositiveFloat = 1.0
+    """Largest norm of the gradients of an optimizer step. Larger ones are scaled down to it."""
     dtype: Dtype = "bfloat16"
     """Compute type of the forward and backward pass; master weights and moments are float32."""
     head_dtype: HeadDtype = "float32"
@@ -60,6 +69,7 @@ class Learner(Section):
     engine if `generation.quantization` is not set. `float32` avoids rounding them to 16 bits, which
     would cost up to 0.06 nats per token. `model`: the type of the model's own head."""
     gradient_checkpointing: bool = False
+    """Whether activations are recomputed in the backward pass: less memory, slower steps."""
     batching: Literal["packed", "padded"] = "packed"
     """Layout of sequences. `packed`: end to end in rows. `padded`: one per row. Equal results."""
     tokens_per_micro_batch: PositiveInt = 16384
@@ -69,6 +79,7 @@ class Learner(Section):
     logprob_chunk_tokens: PositiveInt = 1024
     """Tokens whose log-probabilities are computed at once, which bounds the memory of the logits."""
     num_cpus: PositiveFloat = 1.0
+    """Logical CPUs that one rank reserves."""
     num_gpus: float = Field(default=0.0, ge=0)
     """GPUs of one rank: 0, 1, or a share of one; see `sections.values`."""
     max_restarts: int = Field(default=3, ge=0)
@@ -91,7 +102,10 @@ class Learner(Section):
     """Least number of ranks to continue with. With fewer ranks each holds more of the model. Only with
     on_loss = "shrink"."""
     collective_timeout_s: PositiveFloat = 60.0
+    """Deadline in seconds of one collective operation among the ranks. Past it the ranks fail."""
     step_timeout_s: PositiveFloat = 1800.0
+    """Deadline in seconds of one training step of the ranks. Past it the learner is treated as
+    failed."""
 
     def problems(self) -> Iterator[str]:
         if self.spares > self.ranks:
