@@ -15,6 +15,7 @@ from rlhf_cluster.cli.commands import app
 from rlhf_cluster.observe.metric_table import docs_table
 from tests.support.builders.run_configs import tiny_config
 
+DOCUMENTS = [*sorted(Path().glob("*.md")), *sorted(Path("docs").glob("*.md"))]
 README = Path("README.md").read_text()
 COMMANDS = [
     line.split("#")[0].strip()
@@ -150,14 +151,41 @@ def test_the_table_of_metrics_is_the_one_in_the_code():
 
 
 def test_files_that_the_documents_name_exist():
-    for document in [Path("README.md"), *Path("docs").glob("*.md")]:
+    for document in DOCUMENTS:
         for name in re.findall(
-            r"`((?:rlhf_cluster|actors|tests|configs|docs|benchmarks)/[\w./]+)`",
+            r"`((?:rlhf_cluster|actors|tests|configs|docs|benchmarks|deploy)/[\w./-]+)`",
             document.read_text(),
         ):
             assert Path(name).exists(), f"{document}: {name}"
-        for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", document.read_text()):
-            assert Path(name).exists(), f"{document}: {name}"
+
+
+def links(text: str) -> Iterator[tuple[str, str]]:
+    """Yield file and heading of each link that stays in the repository; either may be empty."""
+    for target in re.findall(
+        r"\]\(([^)\s]+)\)", re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.S)
+    ):
+        if not target.startswith(("https://", "http://", "mailto:")):
+            file, _, heading = target.partition("#")
+            yield file, heading
+
+
+def headings(text: str) -> set[str]:
+    """Return the names that GitHub gives the headings of a document."""
+    found = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in found}
+
+
+def test_every_link_of_a_document_resolves():
+    assert set(links("[a](b.md#c-d), `[no](x)`, [e](https://f)")) == {("b.md", "c-d")}
+    assert headings("# Run `a.b`, again\n```\n# no\n```\n") == {"run-ab-again"}
+    seen = 0
+    for document in DOCUMENTS:
+        for file, heading in links(document.read_text()):
+            target = document.parent / file if file else document
+            assert target.exists(), f"{document}: {file}"
+            assert not heading or heading in headings(target.read_text()), f"{document}: #{heading}"
+            seen += 1
+    assert seen >= 2  # the two plots of the README
 
 
 def docstrings(path: Path) -> Iterator[str]:
@@ -171,7 +199,7 @@ def docstrings(path: Path) -> Iterator[str]:
 def texts() -> Iterator[tuple[str, str]]:
     """Yield each place of prose and its text: documents, Makefile, docstrings, deploy files."""
     deployed = [path for path in Path("deploy").rglob("*") if path.suffix in {".md", ".yml"}]
-    for path in [Path("README.md"), Path("Makefile"), *Path("docs").glob("*.md"), *deployed]:
+    for path in [Path("Makefile"), *DOCUMENTS, *deployed]:
         yield str(path), path.read_text()
     for folder in ("rlhf_cluster", "actors", "benchmarks", "deploy", "tests"):
         for path in Path(folder).rglob("*.py"):
@@ -206,7 +234,7 @@ def test_the_architecture_lists_every_room():
 def test_every_test_that_the_documents_name_exists():
     named = [
         found
-        for document in [Path("README.md"), *Path("docs").glob("*.md")]
+        for document in DOCUMENTS
         for found in re.findall(r"(tests/[\w/]+\.py)::(\w+)", document.read_text())
     ]
     assert len(named) > 40
