@@ -32,6 +32,9 @@ BUILD_TIMEOUT_S = 300
 INSTALL_TIMEOUT_S = 3600
 RUN_TIMEOUT_S = 1800
 PASSED_ON = ("PATH", "HOME", "TMPDIR", "LANG", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
+# Fails when Python finds the packages outside the new environment.
+INSTALLED = """python -c 'import sys, actors, rlhf_cluster
+for p in actors, rlhf_cluster: assert p.__file__.startswith(sys.prefix + "/lib/"), p.__file__'"""
 SECTION = "## Install without make"
 
 
@@ -135,8 +138,7 @@ def main() -> None:
         shutil.copy2(unpacked / config, empty / config)
         [activate] = re.findall(r"source (\S+)", "\n".join(lines))
         entered = f"source {unpacked / activate}"
-        where = "python -c 'import actors, rlhf_cluster as r; print(actors.__file__, r.__file__)'"
-        shell([entered, where, lines[-1]], empty, RUN_TIMEOUT_S)
+        shell([entered, INSTALLED, lines[-1]], empty, RUN_TIMEOUT_S)
         name = tomllib.loads((empty / config).read_text(encoding="utf-8"))["run"]["name"]
         summary = json.loads((empty / "runs" / name / "summary.json").read_text(encoding="utf-8"))
         print(json.dumps(summary, indent=1)[:1000])

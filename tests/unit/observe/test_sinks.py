@@ -1,9 +1,9 @@
 """Sinks of metrics: what they get, and that none of them can end or delay a run."""
 
 import math
+import re
 import sys
 import threading
-import re
 import typing
 
 import pytest

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from pip._internal.commands import create_command
 
 from rlhf_cluster.cli.commands import app
 from rlhf_cluster.observe.metric_table import docs_table
@@ -17,9 +18,11 @@ from tests.support.builders.run_configs import tiny_config
 
 DOCUMENTS = [*sorted(Path().glob("*.md")), *sorted(Path("docs").glob("*.md"))]
 README = Path("README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)
 COMMANDS = [
     line.split("#")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    for language, block in BLOCKS
+    if language == "bash"
     for line in block.splitlines()
     if line.strip()
 ]
@@ -28,6 +31,40 @@ FIGURES = json.loads(Path("benchmarks/results/loop.json").read_text())["figures"
 
 def test_the_readme_has_the_two_commands():
     assert {"make quickstart", "make test"} <= set(COMMANDS)
+
+
+def test_every_code_block_of_the_readme_is_of_a_kind_that_a_test_runs():
+    assert len(BLOCKS) == README.count("\n```") / 2
+    kinds = [language for language, _ in BLOCKS]
+    assert kinds.count("") == 1  # the picture
+    # bash: below. toml and python: test_readme_run_file.py.
+    assert set(kinds) == {"", "bash", "toml", "python"}
+
+
+PROGRAMS = {"make", "rlhf-cluster", "pip", "python3.11"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_line_of_bash_in_the_readme_calls_a_known_program_on_files_that_exist(command):
+    for part in command.split("&&"):
+        words = [w for w in shlex.split(part) if not re.fullmatch(r"[A-Z0-9_]+=\S*", w)]
+        if words[0] == "source":
+            assert f"python3.11 -m venv {words[1].removesuffix('/bin/activate')} " in command
+            continue
+        assert words[0] in PROGRAMS
+        for word in words:
+            assert not re.match(r"(configs|deploy|docs)/", word) or Path(word).exists(), word
+
+
+PIP = [shlex.split(c.partition("pip ")[2]) for c in COMMANDS if "pip install" in c]
+
+
+@pytest.mark.parametrize("words", PIP, ids=" ".join)
+def test_every_pip_command_of_the_readme_parses(words):
+    command = create_command(words[0])
+    options, arguments = command.parse_args(words[1:])
+    assert options.ignore_dependencies
+    assert options.requirements or arguments == ["."]
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])
@@ -72,7 +109,8 @@ def test_every_key_for_who_comes_from_another_system_is_one_of_ours():
 def test_what_the_documents_say_of_learning_is_what_was_measured():
     found = json.loads(Path("benchmarks/results/learning_curves.json").read_text())["figures"]
     mean = {name.split("/")[1]: value for name, value in found.items() if name.endswith("/mean")}
-    section = README.partition("## What it learns")[2].partition("\n## ")[0]
+    text = Path("docs/algorithms.md").read_text()
+    section = text.partition("## What it learns")[2].partition("\n## ")[0]
     rows = re.findall(r"([A-Z]{3,5})\s([\d.]+\d)", section)
     assert len(rows) == 6
     for name, shown in rows:
@@ -185,7 +223,7 @@ def test_every_link_of_a_document_resolves():
             assert target.exists(), f"{document}: {file}"
             assert not heading or heading in headings(target.read_text()), f"{document}: #{heading}"
             seen += 1
-    assert seen >= 2  # the two plots of the README
+    assert seen >= 5  # plots, and what stands beside the README
 
 
 def docstrings(path: Path) -> Iterator[str]:
