@@ -1,4 +1,4 @@
-"""The run file of the README is one that `validate` accepts, with data, model and its reward in place."""
+"""The run file of the README is one that `validate` accepts, with data, model and its reward beside."""
 
 from __future__ import annotations
 
