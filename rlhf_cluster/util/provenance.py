@@ -104,7 +104,7 @@ def check_actors(found: ModuleSpec | None, code: Path = CODE) -> None:
         raise RunError(
             f"Python finds the package `actors` at {theirs or 'no place'}, and the one that belongs to "
             f"rlhf-cluster is {ours}. Uninstall the distribution that brings the other one, take its "
-            "folder off PYTHONPATH, or install rlhf-cluster into an environment of its own"
+            "folder off PYTHONPATH, or install rlhf-cluster into a separate environment"
         )
 
 
