@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOCK := deploy/requirements-cpu.lock
 TORCH := deploy/requirements-torch.lock
+# Asked only where the sources that pip is configured with do not have torch's build for the CPU.
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
 DEEPSPEED := deploy/requirements-deepspeed.lock
 TRL := deploy/requirements-trl.lock
 PROMTOOL := $(VENV)/prometheus/usr/bin/promtool
@@ -26,7 +28,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 # Else every process of every test compiles again what it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart install test unit explore crosscheck component system gpu chaos soak mutants lock audit promtool prometheus lint format clean
+.PHONY: quickstart install test unit explore crosscheck component system gpu chaos soak mutants lock audit release-check promtool prometheus lint format clean
 
 quickstart: install
 	$(BIN)/rlhf-cluster run configs/quickstart.toml --set run.name=$(RUN) --overwrite
@@ -37,7 +39,8 @@ $(VENV)/.installed: $(LOCK) $(TORCH) $(DEEPSPEED) pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found. Install Python 3.11, or: make PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(PIP_OPTIONS) --require-hashes --requirement $(LOCK)
-	$(BIN)/python -m pip install $(PIP_OPTIONS) --requirement $(TORCH)
+	$(BIN)/python -m pip install $(PIP_OPTIONS) --requirement $(TORCH) 2>/dev/null || \
+		$(BIN)/python -m pip install $(PIP_OPTIONS) --extra-index-url $(TORCH_INDEX) --requirement $(TORCH)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install $(PIP_OPTIONS) --no-build-isolation --require-hashes --requirement $(DEEPSPEED)
 	$(BIN)/python -m pip install $(PIP_OPTIONS) --no-build-isolation --editable .
 	@$(BIN)/python -m compileall -q -q -j 0 -x '$(NOT_COMPILED)' $(addprefix $(VENV)/lib/python3*/site-packages/,$(COMPILED)) rlhf_cluster actors >/dev/null || true
@@ -98,6 +101,10 @@ audit: $(VENV)/audit/bin/pip-audit
 $(VENV)/audit/bin/pip-audit: | install
 	$(PYTHON) -m venv $(VENV)/audit
 	$(VENV)/audit/bin/python -m pip install --quiet --quiet pip-audit==2.10.1
+
+# Sdist and wheel: their contents, then an empty environment and the quick start in it; 3 GB below TMPDIR.
+release-check: install
+	$(BIN)/python deploy/release_check.py
 
 # Debian's Prometheus with its promtool, for the tests of alerts and dashboards; nothing is installed.
 promtool: $(PROMTOOL)

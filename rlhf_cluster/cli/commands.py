@@ -7,6 +7,7 @@ wrong use of the command line with 2, an interrupt with 130; RLHF_DEBUG=1 shows 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import sys
@@ -352,7 +353,10 @@ config_command.add_to(app)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (default: this process's) and return the exit code."""
+    from rlhf_cluster.util.provenance import check_actors
+
     try:
+        check_actors(importlib.util.find_spec("actors"))
         app(args=list(sys.argv[1:] if arguments is None else arguments), prog_name="rlhf-cluster")
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)

@@ -21,6 +21,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,21 @@ def check_same_code(variables: Mapping[str, str], where: str) -> None:
             f"{where} has other code of rlhf-cluster than the driver: digest {here} in {CODE}, and "
             f"{wanted} there. Bring that node to the same checkout, or send the run as a job, which "
             "takes its code along (rlhf-cluster submit)"
+        )
+
+
+def check_actors(found: ModuleSpec | None, code: Path = CODE) -> None:
+    """Raise `RunError` unless `found`, what Python would import as `actors`, is this project's.
+
+    The name is a common one: another distribution, or a folder of that name on PYTHONPATH, hides ours.
+    """
+    ours = code / "actors" / "__init__.py"
+    theirs = None if found is None or found.origin is None else Path(found.origin)
+    if theirs is None or theirs.resolve() != ours:
+        raise RunError(
+            f"Python finds the package `actors` at {theirs or 'no place'}, and the one that belongs to "
+            f"rlhf-cluster is {ours}. Uninstall the distribution that brings the other one, take its "
+            "folder off PYTHONPATH, or install rlhf-cluster into a separate environment"
         )
 
 

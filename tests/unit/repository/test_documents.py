@@ -10,15 +10,19 @@ from pathlib import Path
 
 import pytest
 import typer
+from pip._internal.commands import create_command
 
 from rlhf_cluster.cli.commands import app
 from rlhf_cluster.observe.metric_table import docs_table
 from tests.support.builders.run_configs import tiny_config
 
+DOCUMENTS = [*sorted(Path().glob("*.md")), *sorted(Path("docs").glob("*.md"))]
 README = Path("README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)
 COMMANDS = [
     line.split("#")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    for language, block in BLOCKS
+    if language == "bash"
     for line in block.splitlines()
     if line.strip()
 ]
@@ -27,6 +31,40 @@ FIGURES = json.loads(Path("benchmarks/results/loop.json").read_text())["figures"
 
 def test_the_readme_has_the_two_commands():
     assert {"make quickstart", "make test"} <= set(COMMANDS)
+
+
+def test_every_code_block_of_the_readme_is_of_a_kind_that_a_test_runs():
+    assert len(BLOCKS) == README.count("\n```") / 2
+    kinds = [language for language, _ in BLOCKS]
+    assert kinds.count("") == 1  # the picture
+    # bash: below. toml and python: test_readme_run_file.py.
+    assert set(kinds) == {"", "bash", "toml", "python"}
+
+
+PROGRAMS = {"make", "rlhf-cluster", "pip", "python3.11"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_line_of_bash_in_the_readme_calls_a_known_program_on_files_that_exist(command):
+    for part in command.split("&&"):
+        words = [w for w in shlex.split(part) if not re.fullmatch(r"[A-Z0-9_]+=\S*", w)]
+        if words[0] == "source":
+            assert f"python3.11 -m venv {words[1].removesuffix('/bin/activate')} " in command
+            continue
+        assert words[0] in PROGRAMS
+        for word in words:
+            assert not re.match(r"(configs|deploy|docs)/", word) or Path(word).exists(), word
+
+
+PIP = [shlex.split(c.partition("pip ")[2]) for c in COMMANDS if "pip install" in c]
+
+
+@pytest.mark.parametrize("words", PIP, ids=" ".join)
+def test_every_pip_command_of_the_readme_parses(words):
+    command = create_command(words[0])
+    options, arguments = command.parse_args(words[1:])
+    assert options.ignore_dependencies
+    assert options.requirements or arguments == ["."]
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])
@@ -71,7 +109,8 @@ def test_every_key_for_who_comes_from_another_system_is_one_of_ours():
 def test_what_the_documents_say_of_learning_is_what_was_measured():
     found = json.loads(Path("benchmarks/results/learning_curves.json").read_text())["figures"]
     mean = {name.split("/")[1]: value for name, value in found.items() if name.endswith("/mean")}
-    section = README.partition("## What it learns")[2].partition("\n## ")[0]
+    text = Path("docs/algorithms.md").read_text()
+    section = text.partition("## What it learns")[2].partition("\n## ")[0]
     rows = re.findall(r"([A-Z]{3,5})\s([\d.]+\d)", section)
     assert len(rows) == 6
     for name, shown in rows:
@@ -150,14 +189,41 @@ def test_the_table_of_metrics_is_the_one_in_the_code():
 
 
 def test_files_that_the_documents_name_exist():
-    for document in [Path("README.md"), *Path("docs").glob("*.md")]:
+    for document in DOCUMENTS:
         for name in re.findall(
-            r"`((?:rlhf_cluster|actors|tests|configs|docs|benchmarks)/[\w./]+)`",
+            r"`((?:rlhf_cluster|actors|tests|configs|docs|benchmarks|deploy)/[\w./-]+)`",
             document.read_text(),
         ):
             assert Path(name).exists(), f"{document}: {name}"
-        for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", document.read_text()):
-            assert Path(name).exists(), f"{document}: {name}"
+
+
+def links(text: str) -> Iterator[tuple[str, str]]:
+    """Yield file and heading of each link that stays in the repository; either may be empty."""
+    for target in re.findall(
+        r"\]\(([^)\s]+)\)", re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.S)
+    ):
+        if not target.startswith(("https://", "http://", "mailto:")):
+            file, _, heading = target.partition("#")
+            yield file, heading
+
+
+def headings(text: str) -> set[str]:
+    """Return the names that GitHub gives the headings of a document."""
+    found = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in found}
+
+
+def test_every_link_of_a_document_resolves():
+    assert set(links("[a](b.md#c-d), `[no](x)`, [e](https://f)")) == {("b.md", "c-d")}
+    assert headings("# Run `a.b`, again\n```\n# no\n```\n") == {"run-ab-again"}
+    seen = 0
+    for document in DOCUMENTS:
+        for file, heading in links(document.read_text()):
+            target = document.parent / file if file else document
+            assert target.exists(), f"{document}: {file}"
+            assert not heading or heading in headings(target.read_text()), f"{document}: #{heading}"
+            seen += 1
+    assert seen >= 5  # plots, and what stands beside the README
 
 
 def docstrings(path: Path) -> Iterator[str]:
@@ -171,7 +237,7 @@ def docstrings(path: Path) -> Iterator[str]:
 def texts() -> Iterator[tuple[str, str]]:
     """Yield each place of prose and its text: documents, Makefile, docstrings, deploy files."""
     deployed = [path for path in Path("deploy").rglob("*") if path.suffix in {".md", ".yml"}]
-    for path in [Path("README.md"), Path("Makefile"), *Path("docs").glob("*.md"), *deployed]:
+    for path in [Path("Makefile"), *DOCUMENTS, *deployed]:
         yield str(path), path.read_text()
     for folder in ("rlhf_cluster", "actors", "benchmarks", "deploy", "tests"):
         for path in Path(folder).rglob("*.py"):
@@ -206,7 +272,7 @@ def test_the_architecture_lists_every_room():
 def test_every_test_that_the_documents_name_exists():
     named = [
         found
-        for document in [Path("README.md"), *Path("docs").glob("*.md")]
+        for document in DOCUMENTS
         for found in re.findall(r"(tests/[\w/]+\.py)::(\w+)", document.read_text())
     ]
     assert len(named) > 40
