@@ -107,7 +107,8 @@ class LearnerRank(TrainingRank[RunConfig]):
             if self._config.critic.kind == "head":
                 self._value_model = Fsdp2Model(sharded_head(policy, mesh), self._adamw)
             else:
-                value_model = load_value_model(self._model_dir, self._device, compute)
+                outlined = settings.backend == "fsdp2"
+                value_model = load_value_model(self._model_dir, self._device, compute, outlined)
                 self._value_model = self._shard(value_model, mesh)
         if self._config.weights.format == "adapter":
             self._frozen = frozen(self._model, self._publish_dtype)

@@ -38,6 +38,7 @@ from torch.distributed.fsdp import FSDPModule
 from rlhf_cluster.data.packing import TokenSequence
 from rlhf_cluster.errors import ConfigError
 from rlhf_cluster.learner.sharding.fsdp2 import shard, shards_of
+from rlhf_cluster.learner.sharding.sharded_loading import load_shards
 from rlhf_cluster.learner.sharding.sharded_model import ShardedModel
 from rlhf_cluster.learner.step.passes import (
     Layout,
@@ -49,6 +50,7 @@ from rlhf_cluster.learner.step.training_batch import temperature_of
 from rlhf_cluster.models.policy_model import (
     LogprobHead,
     load_policy,
+    outline_policy,
 )
 from rlhf_cluster.records import ExperienceGroup
 from rlhf_cluster.sections.values import HeadDtype
@@ -76,9 +78,8 @@ class FrozenCopy:
                 more entries, the last ones are padding and are not used.
         Raises: `ConfigError` like `policy_model.load_policy`, and for a smaller vocabulary.
         """
-        policy = load_policy(
-            model_dir, dtype or compute_dtype, device, False, compute_dtype, head_dtype
-        )
+        kind = dtype or compute_dtype, device, False, compute_dtype, head_dtype
+        policy = outline_policy(model_dir, *kind) or load_policy(model_dir, *kind)
         found = policy.config.get_text_config().vocab_size
         self._vocabulary = found if vocabulary is None else vocabulary
         if found < self._vocabulary:
@@ -88,6 +89,7 @@ class FrozenCopy:
                 "many, or resize its embedding"
             )
         self._policy = shard(policy, mesh, compute_dtype, gradient_checkpointing=False)
+        load_shards(self._policy, model_dir, device, compute_dtype, mesh.get_rank())
 
     @torch.no_grad()
     def outputs(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -27,12 +27,19 @@ from rlhf_cluster.learner.rank_checkpoint import StateCopies, Stateful, load
 from rlhf_cluster.learner.sharding.fsdp2 import Fsdp2Model, shard
 from rlhf_cluster.learner.sharding.lora import add_adapters
 from rlhf_cluster.learner.sharding.qlora import stands_for
+from rlhf_cluster.learner.sharding.sharded_loading import load_shards
 from rlhf_cluster.learner.sharding.sharded_model import AdamWSettings, ShardedModel
 from rlhf_cluster.learner.sharding.zero3 import import_deepspeed, leave_group, partition
 from rlhf_cluster.learner.step.critic import ValueLM, shard_value_model
 from rlhf_cluster.learner.step.optimizer_step import Schedule, Updater
 from rlhf_cluster.learner.step.passes import Layout
-from rlhf_cluster.models.policy_model import PolicyLM, check_distribution, check_names, load_policy
+from rlhf_cluster.models.policy_model import (
+    PolicyLM,
+    check_distribution,
+    check_names,
+    load_policy,
+    outline_policy,
+)
 from rlhf_cluster.records import LearnerState
 from rlhf_cluster.sections.values import limit_memory
 from rlhf_cluster.util.process_group import join_group
@@ -189,11 +196,17 @@ class TrainingRank(Generic[C]):
         return torch.bfloat16 if self._config.learner.dtype == "bfloat16" else torch.float32
 
     def _load_policy(self) -> PolicyLM:
-        """Load the model of the folder, with adapters if configured. Raises `ConfigError`."""
+        """Load the model of the folder, with adapters if configured. Raises `ConfigError`.
+
+        Where FSDP2 shards the weights themselves, `_shard` reads them.
+        """
         settings = self._config.learner
-        policy = load_policy(
-            self._model_dir, torch.float32, self._device, True, self._compute, settings.head_dtype
-        )
+        kind = torch.float32, self._device, True, self._compute, settings.head_dtype
+        policy = None
+        if settings.lora is None and settings.backend == "fsdp2":
+            policy = outline_policy(self._model_dir, *kind)
+        if policy is None:
+            policy = load_policy(self._model_dir, *kind)
         check_names(policy, self._model_dir)
         if settings.lora is not None:
             add_adapters(policy, settings.lora, self._config.run.seed)
@@ -230,6 +243,7 @@ class TrainingRank(Generic[C]):
             shard_value_model(model, mesh, compute, settings.gradient_checkpointing)
         else:
             shard(model, mesh, compute, settings.gradient_checkpointing)
+        load_shards(model, self._model_dir, self._device, compute, self._rank)
         return Fsdp2Model(model, self._adamw)
 
     def _facts(self) -> dict[str, Any]:

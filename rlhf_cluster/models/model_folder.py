@@ -36,6 +36,17 @@ def checkpoint_shapes(model_dir: str | Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def checkpoint_files(model_dir: str | Path) -> dict[str, Path]:
+    """Return the file of each tensor of a Hugging Face folder. Raises `WeightError`."""
+    from safetensors import safe_open
+
+    files: dict[str, Path] = {}
+    for file in _files(Path(model_dir)):
+        with safe_open(file, framework="pt") as tensors:
+            files |= dict.fromkeys(tensors.keys(), file)
+    return files
+
+
 def checkpoint_tensors(model_dir: str | Path) -> Iterator[tuple[str, Tensor]]:
     """Tensors of a Hugging Face folder, one in memory at a time. Raises `WeightError`."""
     from safetensors import safe_open

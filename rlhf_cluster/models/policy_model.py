@@ -19,10 +19,13 @@ Shapes: B rows, S positions.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from rlhf_cluster.errors import ConfigError, WeightError
@@ -32,7 +35,7 @@ from rlhf_cluster.models.divergence import (
     Divergence,
 )
 from rlhf_cluster.models.logprobs import linear_logprobs
-from rlhf_cluster.models.model_folder import read_index
+from rlhf_cluster.models.model_folder import checkpoint_shapes, read_index
 from rlhf_cluster.sections.values import HeadDtype
 
 if TYPE_CHECKING:
@@ -117,6 +120,7 @@ class PolicyLM(nn.Module):
         with_hidden: bool = False,
         reference: tuple[Tensor, Tensor | None] | None = None,
         divergence: Divergence = REVERSE_KL,
+        own_logits: bool = False,
     ) -> Any:
         """Compute log-probabilities of `labels` (shifted by the caller) and entropies, in nats.
 
@@ -132,6 +136,8 @@ class PolicyLM(nn.Module):
             reference: last hidden states [B, S, H] and output projection [V, H] (None: this one's)
                 of the policy that the KL is to.
             divergence: divergence that is computed as the KL.
+            own_logits: return the logits [B, S, V] of the wrapped model alone, which are for a check of
+                this wrapper and need all of their memory.
 
         Returns:
             (logprobs [B, S], entropy [B, S]), with a reference the KL [B, S], all float32, and with
@@ -146,6 +152,8 @@ class PolicyLM(nn.Module):
                 "config.use_cache = True: with a cache, sequences packed in one row attend to each "
                 "other. Set it to False"
             )
+        if own_logits:
+            return self.lm(input_ids=input_ids, use_cache=False).logits.float()
         hidden = hidden_states(self.lm.base_model, input_ids, position_ids)
         if labels is None:
             return hidden.clone()
@@ -200,24 +208,11 @@ def load_policy(
     Raises:
         ConfigError: the model cannot be loaded, or does not keep the promises above.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    if (Path(model_dir) / "adapter_config.json").exists():
-        raise ConfigError(
-            f"{model_dir} holds an adapter, which would be loaded on top of another model's weights. "
-            "Merge it (peft's merge_and_unload), save the result, and give that folder: training "
-            "starts from it, and it is the reference"
-        )
     compute_dtype = compute_dtype or dtype
-    if (index := Path(model_dir) / _INDEX).is_file():
-        _files_of(index)
-    try:
-        config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
-        for key in list(vars(config)):
-            if key.endswith(("dropout", "pdrop", "dropout_prob")):
-                setattr(config, key, 0.0)
-        config.use_cache = False
-        attention = _attention(torch.device(device), compute_dtype, config)
+    with _loading(model_dir):
+        config, attention = _read_config(model_dir, device, compute_dtype)
         lm = AutoModelForCausalLM.from_pretrained(
             model_dir,
             config=config,
@@ -226,18 +221,102 @@ def load_policy(
             trust_remote_code=False,
             use_safetensors=True,
         )
-    except (OSError, ValueError) as error:
+    policy = PolicyLM(lm, head_dtype).to(device)
+    policy.eval()
+    policy.requires_grad_(trainable)
+    check_policy(policy, compute_dtype, trainable)
+    return policy
+
+
+def outline_policy(
+    model_dir: str | Path,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    trainable: bool,
+    compute_dtype: torch.dtype | None = None,
+    head_dtype: HeadDtype = "float32",
+) -> PolicyLM | None:
+    """Build the model of a folder with parameters on the meta device, without reading weights.
+
+    The arguments are those of `load_policy`; buffers, such as rotary tables, are complete and on the
+    CPU. `learner.sharding.sharded_loading` reads the weights once the model is sharded; then
+    `check_policy` must follow.
+
+    Returns:
+        None for a model whose parameters are not what its files hold, one tensor each (merged experts,
+        quantised weights), or that is not a local folder: `load_policy` is for those.
+    Raises:
+        ConfigError: the folder holds no causal LM.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    if not Path(model_dir).is_dir():
+        return None
+    with _loading(model_dir):
+        config, attention = _read_config(model_dir, device, compute_dtype or dtype)
+        if getattr(config, "quantization_config", None) is not None:
+            return None
+        with init_empty_weights(include_buffers=False):
+            lm = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+            )
+    if dtype != torch.float32 and lm._keep_in_fp32_modules:
+        return None
+    lm.tie_weights()  # a parameter that is put on the meta device is no longer the one it was tied to
+    policy = PolicyLM(lm, head_dtype)
+    policy.eval()
+    policy.requires_grad_(trainable)
+    with _loading(model_dir):
+        stored = checkpoint_shapes(model_dir)
+    own = {checkpoint_name(n): tuple(p.shape) for n, p in policy.named_parameters()}
+    return policy if all(stored.get(name) == shape for name, shape in own.items()) else None
+
+
+@contextmanager
+def _loading(model_dir: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError, WeightError) as error:
         raise ConfigError(
             f"{model_dir}: cannot load a causal LM ({error}). Give a folder with config.json and "
             "safetensors weights"
         ) from error
-    policy = PolicyLM(lm, head_dtype).to(device)
+
+
+def _read_config(
+    model_dir: str | Path, device: torch.device | str, compute_dtype: torch.dtype
+) -> tuple[Any, str]:
+    """Return the folder's configuration without dropout, and the attention that runs on `device`."""
+    from transformers import AutoConfig
+
+    if (Path(model_dir) / "adapter_config.json").exists():
+        raise ConfigError(
+            f"{model_dir} holds an adapter, which would be loaded on top of another model's weights. "
+            "Merge it (peft's merge_and_unload), save the result, and give that folder: training "
+            "starts from it, and it is the reference"
+        )
+    if (index := Path(model_dir) / _INDEX).is_file():
+        _files_of(index)
+    config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
+    for key in list(vars(config)):
+        if key.endswith(("dropout", "pdrop", "dropout_prob")):
+            setattr(config, key, 0.0)
+    config.use_cache = False
+    return config, _attention(torch.device(device), compute_dtype, config)
+
+
+def check_policy(policy: PolicyLM, compute_dtype: torch.dtype, trainable: bool) -> None:
+    """Raise `ConfigError` unless the policy, whole or sharded, keeps the promises of this module.
+
+    Every rank of a sharded policy must take part.
+    """
+    was_training = policy.training
     policy.eval()
-    policy.requires_grad_(trainable)
     check_distribution(policy, compute_dtype)
     if trainable:
         check_training_mode(policy, compute_dtype)
-    return policy
+    policy.train(was_training)
 
 
 def checkpoint_name(name: str) -> str:
@@ -324,7 +403,7 @@ def check_distribution(policy: PolicyLM, compute_dtype: torch.dtype) -> None:
     with torch.autocast(device.type, compute_dtype, enabled=half):
         packed = policy(row, positions, labels)[0]
         alone = [
-            policy.lm(input_ids=s.to(device)[None], use_cache=False).logits.float()
+            policy(s.to(device)[None], torch.arange(len(s), device=device)[None], own_logits=True)
             for s in (first, second)
         ]
     expected = torch.cat(alone, 1).log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1)
@@ -344,8 +423,14 @@ PROBE_SEEDS = (1, 2, 3)
 
 
 @torch.no_grad()
-def check_training_mode(policy: PolicyLM, compute_dtype: torch.dtype) -> None:
+def check_training_mode(
+    policy: Any,
+    compute_dtype: torch.dtype,
+    answer: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> None:
     """Raise `ConfigError` if log-probabilities in training mode differ from evaluation, or vary.
+
+    `answer` computes what is compared of a row and its positions, by default log-probabilities.
 
     Afterwards the model is in the mode that it was in, and the state of the random numbers is
     unchanged.
@@ -361,7 +446,7 @@ def check_training_mode(policy: PolicyLM, compute_dtype: torch.dtype) -> None:
         torch.manual_seed(seed)
         policy.train(training)
         with torch.autocast(device.type, compute_dtype, enabled=half):
-            return policy(row, positions, row)[0]
+            return answer(row, positions) if answer else policy(row, positions, row)[0]
 
     was_training = policy.training
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

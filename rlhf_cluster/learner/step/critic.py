@@ -43,14 +43,20 @@ from torch.distributed.fsdp import fully_shard
 from rlhf_cluster.algorithms.algorithm import CriticAlgorithm, PerToken, Sums, ValueInputs
 from rlhf_cluster.algorithms.micro_batch_loss import TrainedTokens, TrainedValues
 from rlhf_cluster.data.packing import TokenSequence
-from rlhf_cluster.errors import RunError
+from rlhf_cluster.errors import ConfigError, RunError
 from rlhf_cluster.learner.sharding.fsdp2 import shard
 from rlhf_cluster.learner.sharding.sharded_model import ShardedModel
 from rlhf_cluster.learner.step import passes
 from rlhf_cluster.learner.step.optimizer_step import Schedule, Updater
 from rlhf_cluster.learner.step.passes import Layout, MetricSums, on_every_rank, run_value_passes
 from rlhf_cluster.learner.step.training_batch import TrainingBatch
-from rlhf_cluster.models.policy_model import PolicyLM, hidden_states, load_policy
+from rlhf_cluster.models.policy_model import (
+    PolicyLM,
+    check_training_mode,
+    hidden_states,
+    load_policy,
+    outline_policy,
+)
 from rlhf_cluster.records import ExperienceGroup
 from rlhf_cluster.sections.rl_run import Critic as CriticSection
 
@@ -83,14 +89,19 @@ class ValueLM(nn.Module):
         self.num_values = num_values
         device = next(self.lm.parameters()).device
         hidden_size = self.config.get_text_config().hidden_size
+        # An outlined decoder has no device yet; sharding moves the head to that of its mesh.
+        device = torch.device("cpu") if device.type == "meta" else device
         self.value_head = ValueHead(hidden_size, device, num_values, bias)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, position_ids: Tensor, only_hidden: bool = False) -> Tensor:
         """Compute the value after each position, [B, S] float32; [B, S, num_values] if several.
 
-        `input_ids` and `position_ids` are [B, S] int64.
+        `input_ids` and `position_ids` are [B, S] int64. `only_hidden`: return the last hidden states
+        [B, S, H] instead.
         """
         hidden = hidden_states(self.lm, input_ids, position_ids)
+        if only_hidden:
+            return hidden.clone()
         values = self.value_head(hidden.reshape(-1, hidden.shape[-1]))
         several = () if self.num_values == 1 else (self.num_values,)
         # FSDP hooks the outputs and warns of views
@@ -98,14 +109,52 @@ class ValueLM(nn.Module):
 
 
 def load_value_model(
-    model_dir: str | Path, device: torch.device, compute_dtype: torch.dtype
+    model_dir: str | Path, device: torch.device, compute_dtype: torch.dtype, outlined: bool = False
 ) -> ValueLM:
-    """Load a trainable value model from a causal LM's folder, with float32 weights.
+    """Make a trainable value model of a causal LM's folder, with float32 weights.
+
+    `outlined`: parameters stay on the meta device where they can, until `load_shards` reads them.
 
     Raises:
         ConfigError: like `policy_model.load_policy`, which checks that sequences can be packed.
     """
-    return ValueLM(load_policy(model_dir, torch.float32, device, True, compute_dtype))
+    kind = torch.float32, device, True, compute_dtype
+    policy = outline_policy(model_dir, *kind) if outlined else None
+    return ValueLM(policy or load_policy(model_dir, *kind))
+
+
+@torch.no_grad()
+def check_value_model(model: ValueLM, compute_dtype: torch.dtype) -> None:
+    """Raise `ConfigError` if packed sequences see each other, or training mode changes hidden states.
+
+    Every rank of a sharded model must take part. The head's values would show nothing: they start at 0.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    first, second = (
+        torch.arange(3, 8, device=device)[None],
+        torch.arange(11, 15, device=device)[None],
+    )
+    places = [torch.arange(s.shape[1], device=device)[None] for s in (first, second)]
+    packed = model(torch.cat([first, second], 1), torch.cat(places, 1), only_hidden=True)
+    alone = [model(s, p, only_hidden=True) for s, p in zip((first, second), places, strict=True)]
+    expected = torch.cat(alone, 1)
+    distance = ((packed - expected).abs().max() / expected.abs().max()).item()
+    bound = 1e-3 if compute_dtype == torch.float32 else 0.05
+    if not distance <= bound:
+        raise ConfigError(
+            f"{type(model.lm).__name__}: hidden states of packed sequences differ by {distance:.3g} of "
+            f"the largest one, more than the bound {bound}. Its attention mixes packed sequences; use "
+            "another model"
+        )
+
+    def hidden(row: Tensor, positions: Tensor) -> Tensor:
+        found = model(row, positions, only_hidden=True).float()
+        return found / found.abs().max()
+
+    check_training_mode(model, compute_dtype, hidden)
+    model.train(was_training)
 
 
 def shard_value_model(
