@@ -12,9 +12,11 @@ Promises:
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +32,7 @@ from rlhf_cluster.learner.step.critic import ValueLM, check_value_model
 from rlhf_cluster.models.model_folder import checkpoint_files
 from rlhf_cluster.models.policy_model import PolicyLM, check_policy, checkpoint_name
 
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 CHUNK_BYTES = 64 << 20
 """Most bytes of a file that are read at once, but for a row that has more."""
 
@@ -51,15 +54,36 @@ def load_shards(
     """
     if not any(parameter.is_meta for parameter in model.parameters()):
         return
-    prefix = str(cast(Any, model.lm).base_model_prefix)
-    if isinstance(model, PolicyLM):
-        fill(model, model_dir, device, rank, checkpoint_name)
-        trainable = any(parameter.requires_grad for parameter in model.parameters())
-        check_policy(model, compute_dtype, trainable)
-    else:
-        fill(model, model_dir, device, rank, lambda n: f"{prefix}.{n.removeprefix('lm.')}")
-        check_value_model(model, compute_dtype)
-    cast(FSDPModule, model).reshard()  # a pass without a backward pass leaves the root's gathered
+    with _freed_memory_returned():
+        if isinstance(model, PolicyLM):
+            fill(model, model_dir, device, rank, checkpoint_name)
+            trainable = any(parameter.requires_grad for parameter in model.parameters())
+            check_policy(model, compute_dtype, trainable)
+        else:
+            prefix = str(cast(Any, model.lm).base_model_prefix)
+            fill(model, model_dir, device, rank, lambda n: f"{prefix}.{n.removeprefix('lm.')}")
+            check_value_model(model, compute_dtype)
+        cast(FSDPModule, model).reshard()  # a pass without a backward pass leaves the root gathered
+
+
+@contextmanager
+def _freed_memory_returned() -> Iterator[None]:
+    """Let glibc return every freed block to the system.
+
+    By default it soon keeps what is freed: then the layers that the checks gather in turn on a CPU stay
+    in the process, and are several times its shards. Training keeps glibc's way, where the same blocks
+    are needed in every step.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        yield
+        return
+    mallopt(_MMAP_THRESHOLD, 128 << 10)
+    try:
+        yield
+    finally:
+        mallopt(_MMAP_THRESHOLD, 32 << 20)  # where glibc's own adjustment ends
+        mallopt(_TRIM_THRESHOLD, 64 << 20)
 
 
 @torch.no_grad()

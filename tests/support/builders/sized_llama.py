@@ -8,7 +8,10 @@ from pathlib import Path
 def save_sized_llama(
     folder: Path, hidden: int, layers: int, vocabulary: int, tie: bool = False
 ) -> tuple[int, int]:
-    """Write it in float32. Returns the bytes of all parameters, and of the largest unit to gather."""
+    """Write it in bfloat16, so that reading float32 cannot share pages with the files.
+
+    Returns the bytes in float32 of all parameters, and of the largest unit that FSDP2 gathers.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -25,7 +28,7 @@ def save_sized_llama(
         bos_token_id=None,
         eos_token_id=1,
     )
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="64MB")
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
     total = sum(p.numel() for p in model.parameters())
