@@ -10,7 +10,9 @@ import pytest
 
 from actors.drivers import rl_observer, run_observer
 from rlhf_cluster.cli.commands import main
-from rlhf_cluster.observe.report.page import MAX_POINTS, Curve, chart, page, text, ticks
+from rlhf_cluster.observe.report.charts import MAX_POINTS, Curve, chart, ticks
+from rlhf_cluster.observe.report.html_text import text
+from rlhf_cluster.observe.report.page import page
 from rlhf_cluster.observe.report.read_run import read_run
 from rlhf_cluster.run.run_directory import RunDir
 from tests.support.builders.recorded_run import record_run
