@@ -22,10 +22,19 @@ MAIN = (
 def settings(run: RunRecord) -> Iterator[str]:
     """Yield the main settings of a run, and all of them to unfold."""
     flat = dict(_flat(run.config))
-    yield table((name, flat[name]) for name in MAIN if flat.get(name, "null") != "null")
+    yield table((name, _plain(flat[name])) for name in MAIN if flat.get(name, "null") != "null")
     if flat:
         rows = table(sorted(flat.items()))
         yield f"<details><summary>all {len(flat):,} settings</summary>{rows}</details>"
+
+
+def _plain(setting: str) -> str:
+    """Return a setting without the quotes of a text; of rewards, their names or types."""
+    value = json.loads(setting)
+    if isinstance(value, list):
+        named = [v.get("name") or v.get("type") if isinstance(v, Mapping) else v for v in value]
+        return ", ".join(str(name) for name in named)
+    return str(value)
 
 
 def differences(runs: Sequence[RunRecord]) -> Iterator[str]:

@@ -8,6 +8,8 @@ from rlhf_cluster.observe.report.html_text import MAX_TEXT, duration, text
 from rlhf_cluster.observe.report.read_run import RunRecord
 from rlhf_cluster.run.run_record import who_waits
 
+SPEEDS = ("step/tokens_per_s", "stage/tokens_per_s", "generate/tokens_per_s")
+
 
 def tiles(runs: Sequence[RunRecord]) -> Iterator[str]:
     """Yield the four numbers of each run, as far as they are known."""
@@ -47,9 +49,6 @@ def _numbers(run: RunRecord) -> Iterator[tuple[str, str, str]]:
     yield "time", duration(s.elapsed_s), more or speed
 
 
-SPEEDS = ("step/tokens_per_s", "stage/tokens_per_s", "generate/tokens_per_s")
-
-
 def standing(runs: Sequence[RunRecord]) -> Iterator[str]:
     """Yield a card of facts about each run, with what could not be read."""
     yield '<div class="grid-of">'
@@ -73,7 +72,6 @@ def _facts(run: RunRecord) -> Iterator[tuple[str, str]]:
         gone = s.is_active and not run.active
         yield "state", f"{s.standing} - its process is gone: crashed" if gone else s.standing
         yield "step", f"{s.step:,} of {s.num_steps:,}"
-        yield "time", f"{s.elapsed_s / 60:,.1f} min"
     if s is not None and s.stage is not None:
         yield "stage", s.stage
         value, held_out = (
@@ -81,8 +79,9 @@ def _facts(run: RunRecord) -> Iterator[tuple[str, str]]:
         )
         yield s.metric or "metric", f"{value}, held-out {held_out}"
     elif s is not None:
-        waits = who_waits(s.learner_wait_s, s.generation_wait_s, s.step_s)
-        yield "waiting, last step", waits
+        if s.is_active:
+            waits = who_waits(s.learner_wait_s, s.generation_wait_s, s.step_s)
+            yield "waiting, last step", waits
         if s.is_active or s.state == "failed":
             workers = ", ".join(f"{p.name} {p.alive}/{p.wanted}" for p in s.pools)
             yield "workers", workers or "-"
