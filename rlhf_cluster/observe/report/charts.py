@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from html import escape
 
 WIDTH, HEIGHT = 420.0, 220.0
-LARGE_WIDTH, LARGE_HEIGHT = 720.0, 320.0
+LARGE_WIDTH, LARGE_HEIGHT = 900.0, 320.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 8.0, 8.0, 24.0
 MAX_POINTS = 300
 NUM_COLOURS = 8

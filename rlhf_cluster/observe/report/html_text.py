@@ -32,7 +32,7 @@ def section(title: str, parts: Iterable[str]) -> str:
 def table(rows: Iterable[tuple[str, object]]) -> str:
     """Return a table of names and values; nothing without rows."""
     body = "".join(f"<tr><th>{text(name)}</th><td>{text(value)}</td></tr>" for name, value in rows)
-    return f'<div class="wide"><table>{body}</table></div>' if body else ""
+    return f'<div class="wide"><table class="pairs">{body}</table></div>' if body else ""
 
 
 def duration(seconds: float) -> str:

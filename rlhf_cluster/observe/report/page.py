@@ -54,7 +54,7 @@ def write_page(path: Path, content: str) -> None:
 def _events(run: RunRecord) -> Iterator[str]:
     if not run.events:
         return
-    yield f'<h3>{text(run.name)}</h3><div class="wide"><table>'
+    yield f'<h3>{text(run.name)}</h3><div class="wide"><table class="pairs">'
     for event in reversed(run.events):
         when = text(event.time[:19].replace("T", " "))
         yield f"<tr><th>{when}</th><td>{text(event.text[:MAX_TEXT])}</td></tr>"

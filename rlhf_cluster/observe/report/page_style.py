@@ -32,7 +32,7 @@ font-size:.85rem}.legend li::before{content:"\\2501";margin-right:.35em}
 .note,.none,.dim{color:var(--dim);font-size:.85rem;margin:.3rem 0 0}
 .wide{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.92rem}
 th,td{text-align:left;padding:.3rem .6rem;border-bottom:1px solid var(--line);vertical-align:top}
-th{overflow-wrap:normal}
+th{overflow-wrap:normal}.pairs th{width:1%;white-space:nowrap;padding-right:2rem}
 pre{white-space:pre-wrap;margin:.3rem 0;padding:.5rem;background:var(--bg);
 border:1px solid var(--line);border-radius:.3rem;font-size:.85rem}
 .tiles{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,11rem),1fr));
@@ -48,6 +48,6 @@ pre span{border-radius:.15rem}.masked{text-decoration:line-through;opacity:.6}
 border-radius:.6em;color:var(--c2)}.legend-of-tokens span{padding:0 .2em}
 @media(max-width:600px){body{padding:.7rem}.tiles{gap:.5rem;
 grid-template-columns:repeat(2,minmax(0,1fr))}.tile .value{font-size:1.3rem}
-.large svg text{font-size:19px}}
+.large svg text{font-size:24px}}
 details{margin:.4rem 0}summary{cursor:pointer}.bad{color:var(--c7)}
 """

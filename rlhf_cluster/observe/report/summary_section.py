@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rlhf_cluster.observe.report.html_text import MAX_TEXT, duration, text
+from rlhf_cluster.observe.report.html_text import MAX_TEXT, duration, table, text
 from rlhf_cluster.observe.report.read_run import RunRecord
 from rlhf_cluster.run.run_record import who_waits
 
@@ -54,10 +54,9 @@ def standing(runs: Sequence[RunRecord]) -> Iterator[str]:
     yield '<div class="grid-of">'
     for run in runs:
         yield '<div class="card">'
-        yield f"<h3>{text(run.name)}</h3><table>"
-        for name, value in _facts(run):
-            yield f"<tr><th>{text(name)}</th><td>{text(value)}</td></tr>"
-        yield "</table>"
+        if len(runs) > 1:
+            yield f"<h3>{text(run.name)}</h3>"
+        yield table(_facts(run))
         for problem in run.problems:
             yield f'<p class="bad">{text(problem)}</p>'
         yield "</div>"
