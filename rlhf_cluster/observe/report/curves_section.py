@@ -54,8 +54,11 @@ WAITS = (
 )
 
 
-def main_chart(runs: Sequence[RunRecord]) -> str:
-    """Return the large chart: the headline metric of the steps, smoothed, with held-out points."""
+def main_chart(runs: Sequence[RunRecord], large: bool) -> str:
+    """Return the main chart: the headline metric of the steps, smoothed, with held-out points.
+
+    `large` is for wide screens, on which it fills the width.
+    """
     several, curves = len(runs) > 1, []
     for i, run in enumerate(runs):
         points = run.points(run.headline)
@@ -72,7 +75,7 @@ def main_chart(runs: Sequence[RunRecord]) -> str:
     titles = sorted({"Reward" if not run.watched else run.headline for run in runs})
     if not any(curve.points for curve in curves):
         return '<p class="none">nothing recorded</p>'
-    return chart(" and ".join(titles), curves, large=True)
+    return chart(" and ".join(titles), curves, large=large)
 
 
 def bounds(runs: Sequence[RunRecord]) -> Iterator[str]:

@@ -36,7 +36,7 @@ def table(rows: Iterable[tuple[str, object]]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time as people say it: 42 s, 2 min 28 s, 3 h 5 min."""
+    """Return a time as text: 42 s, 2 min 28 s, 3 h 5 min."""
     minutes, rest = divmod(round(max(0.0, seconds)), 60)
     hours, minutes_of_hour = divmod(minutes, 60)
     if hours:

@@ -26,7 +26,7 @@ Records = Sequence[Mapping[str, Any]]
 
 BLUE, ORANGE, GREEN, GREY, RED = "#2b6cb0", "#dd6b20", "#2f855a", "#a0aec0", "#c53030"
 
-MAX_ANNOTATED = 6  # points of a series with their values beside them
+MAX_ANNOTATED = 6  # most points of a series that are labelled with their values
 
 WAITS = (
     ("time/learner_wait_s", "learner waits for groups", ORANGE),

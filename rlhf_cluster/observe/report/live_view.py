@@ -37,7 +37,7 @@ def line(snapshot: Snapshot) -> str:
 
 
 def _numbers(s: Snapshot) -> list[str]:
-    """Return what a line tells of a step: result, speed, time left."""
+    """Return the numbers of a step for a line: result, speed, time left."""
     parts = []
     if s.reward is not None:
         mean = "" if s.reward_mean10 is None else f" (mean10 {_number(s.reward_mean10)})"
@@ -102,7 +102,7 @@ class LiveView:
         self._last = snapshot
 
     def _is_due(self, s: Snapshot) -> bool:
-        """Whether a line of `s` tells something that the lines before it do not."""
+        """Return whether a line of `s` is due: it has something new, and the last one is not recent."""
         if s.state != "running":
             return self._last is None or self._last.state != s.state
         told = self._told

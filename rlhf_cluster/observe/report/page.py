@@ -1,6 +1,6 @@
 """Page of a report: numbers, curves, what bounded the run, settings, samples, events.
 
-Each section is left out where the run has nothing for it. Of the files of a run only the tokenizer is
+A section for which the run has nothing does not appear. Of the files of a run only the tokenizer is
 read here, for the texts of tokens; everything else is in its `RunRecord`.
 """
 
@@ -32,7 +32,8 @@ def page(runs: Sequence[RunRecord], now_s: float) -> str:
         f"<title>{text(title)}</title><style>{STYLE}</style></head><body>",
         f'<h1>{text(title)}</h1><p class="dim">Made {made} from the run directories.</p>',
         *tiles(runs),
-        f'<div class="large">{main_chart(runs)}</div>',
+        f'<div class="large for-wide">{main_chart(runs, large=True)}</div>',
+        f'<div class="large for-narrow">{main_chart(runs, large=False)}</div>',
         section("Where they stand" if several else "Where it stands", standing(runs)),
         section("What bounded them" if several else "What bounded it", bounds(runs)),
         section("Settings that differ", differences(runs))

@@ -47,7 +47,8 @@ pre span{border-radius:.15rem}.masked{text-decoration:line-through;opacity:.6}
 .step-reward{font-size:.75em;margin:0 .3em;padding:0 .3em;border:1px solid var(--line);
 border-radius:.6em;color:var(--c2)}.legend-of-tokens span{padding:0 .2em}
 @media(max-width:600px){body{padding:.7rem}.tiles{gap:.5rem;
-grid-template-columns:repeat(2,minmax(0,1fr))}.tile .value{font-size:1.3rem}
-.large svg text{font-size:24px}}
+grid-template-columns:repeat(2,minmax(0,1fr))}.tile .value{font-size:1.1rem}
+.for-wide{display:none}.pairs th{width:45%;white-space:normal;padding-right:.6rem;overflow-wrap:anywhere}}
+@media(min-width:601px){.for-narrow{display:none}}
 details{margin:.4rem 0}summary{cursor:pointer}.bad{color:var(--c7)}
 """

@@ -71,7 +71,7 @@ def _sample(row: Row, decode: Decode | None) -> str:
 
 
 def _response(row: Row, decode: Decode | None) -> str:
-    """Return the response with the colours of its tokens, or plain where they cannot be told apart."""
+    """Return the response with the colours of its tokens, or plain if their texts are not known."""
     whole, ids = row["response"], row.get("response_ids") or []
     pieces = [] if decode is None else split_tokens(ids, whole, decode)
     ends = list(accumulate(map(len, pieces)))

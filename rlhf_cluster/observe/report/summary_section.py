@@ -1,4 +1,4 @@
-"""Top of a report: the four numbers that matter of each run, and where it stands."""
+"""Top of a report: the four main numbers of each run, and a card of facts about it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text of each token of a sample, by the tokenizer that lies with the run's model."""
+"""Text of each token of a sample, from the tokenizer of the run's model."""
 
 from __future__ import annotations
 

@@ -164,7 +164,7 @@ def test_at_the_top_stand_the_four_numbers_that_matter(recorded, content):
 
 
 def test_the_reward_is_smoothed_with_held_out_points_on_it(content):
-    figure = re.search(r'<div class="large">.*?</figure>', content, re.S)
+    figure = re.search(r'<div class="large for-wide">.*?</figure>', content, re.S)
     assert figure is not None
     legend = re.findall(r'<li class="(\S+) (\S+)">(.*?)</li>', figure[0])
     assert [(style, label) for _, style, label in legend] == [
