@@ -40,7 +40,7 @@ margin:1rem 0}.tile{padding:.7rem .9rem;background:var(--card);border:1px solid 
 border-radius:.5rem}.tile .name,.tile .more{color:var(--dim);font-size:.85rem;display:block}
 .tile .value{font-size:1.7rem;font-weight:650;line-height:1.25;display:block;
 font-variant-numeric:tabular-nums}.tile.lead .value{color:var(--c2)}
-.large{margin-bottom:1rem}.s4{stroke-width:1;opacity:.45}.legend .s4::before{content:"\\2500"}
+.large{margin-bottom:1rem}.line.s4{stroke-width:1;opacity:.45}.legend .s4::before{content:"\\2500"}
 .sample .reward{margin:0;font-weight:600}.sample .prompt{color:var(--dim)}
 .q0{background:var(--q0)}.q1{background:var(--q1)}.q3{background:var(--q3)}.q4{background:var(--q4)}
 pre span{border-radius:.15rem}.masked{text-decoration:line-through;opacity:.6}
@@ -48,7 +48,8 @@ pre span{border-radius:.15rem}.masked{text-decoration:line-through;opacity:.6}
 border-radius:.6em;color:var(--c2)}.legend-of-tokens span{padding:0 .2em}
 @media(max-width:600px){body{padding:.7rem}.tiles{gap:.5rem;
 grid-template-columns:repeat(2,minmax(0,1fr))}.tile .value{font-size:1.1rem}
-.for-wide{display:none}.pairs th{width:45%;white-space:normal;padding-right:.6rem;overflow-wrap:anywhere}}
+.for-wide{display:none}
+.pairs th{width:45%;white-space:normal;padding-right:.6rem;overflow-wrap:anywhere}}
 @media(min-width:601px){.for-narrow{display:none}}
 details{margin:.4rem 0}summary{cursor:pointer}.bad{color:var(--c7)}
 """
