@@ -227,10 +227,13 @@ class RLDriver(TrainingDriver[RunConfig, Inputs, RunObserver]):
     def _finish(self, before: float | None, after: float | None) -> dict[str, Any]:
         from rlhf_cluster.observe.report.learning_curve import draw_curve
 
-        draw_curve(self.observer.records(), self.rundir.curve, self.config.run.name)
+        records = self.observer.records()
+        draw_curve(records, self.rundir.curve, self.config.run.name)
+        rewards = [r["reward/mean"] for r in records if r.get("reward/mean") is not None][-10:]
         return self.write_summary(
             steps=self.config.run.steps,
             reward_before=before,
             reward_after=after,
+            reward_trained=sum(rewards) / len(rewards),
             final_model=str(self.rundir.final),
         )

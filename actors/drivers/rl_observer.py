@@ -57,7 +57,7 @@ class RunObserver(Observer[RunConfig]):
         further: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         self._pools, self._sync, self._further = pools, sync, further
-        self._num_steps, self._num_warmup_steps = config.run.steps, config.sft.steps
+        self._num_warmup_steps = config.sft.steps
         self._rewards: deque[float] = deque(maxlen=10)
         self._recent: deque[dict[str, float]] = deque(maxlen=bottleneck_advisor.WINDOW)
         self._buffer: BufferStats | None = None
@@ -93,6 +93,7 @@ class RunObserver(Observer[RunConfig]):
             num_steps=self._num_steps,
             reward=values["reward/mean"],
             reward_mean10=float(np.mean(self._rewards)),
+            left_s=self._time_left(report.step, now, times.step_s),
             staleness_mean=values.get("staleness/mean"),
             staleness_max=values.get("staleness/max"),
             response_length_tokens=values["response/length_mean_tokens"],
@@ -172,6 +173,8 @@ class RunObserver(Observer[RunConfig]):
             values |= {"evaluation/reward_mean": mean, **part_means(answers, "evaluation/part")}
         self._log.append(step, self._clock(), values)
         self._metrics.record(values)
+        if mean is not None:
+            self._update(reward_held_out=mean)
         return mean
 
     def buffer(self, stats: BufferStats) -> None:

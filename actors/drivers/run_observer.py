@@ -35,6 +35,7 @@ from rlhf_cluster.util.slow_disk import DiskDeadline, run_in_thread
 log = logging.getLogger(__name__)  # its messages are the events of a report: see read_run.py
 
 MAX_EVENTS = 6
+PACE_STEPS = 10  # over which the time left is predicted
 
 T = TypeVar("T")
 
@@ -63,6 +64,7 @@ class Observer(Generic[C]):
         **shown: Any,
     ) -> None:
         self._config, self._rundir, self._show = config, rundir, show
+        self._num_steps = num_steps
         self._clock, self._started_s = clock, started_s
         self.patience = patience = DiskDeadline(
             limit_s=config.observe.write_timeout_s,
@@ -74,6 +76,7 @@ class Observer(Generic[C]):
         self._metrics = RayMetrics("controller", {"run": config.run.name})
         self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
         self._stacks: dict[str, list[str]] = {}  # stacks of the other processes at the last failure
+        self._pace: deque[tuple[int, float]] = deque(maxlen=PACE_STEPS + 1)  # step, unix time
         self.first_step_s: float | None = None
         self.packages: dict[str, str | None] = json.loads(rundir.environment.read_text())[
             "packages"
@@ -190,6 +193,15 @@ class Observer(Generic[C]):
         if self.first_step_s is None:
             self.first_step_s = now - self._started_s
 
+    def _time_left(self, step: int, now: float, step_s: float) -> float:
+        """Predict the seconds to the last step, from the wall time of the last `PACE_STEPS` steps."""
+        if self._pace and self._pace[-1][0] != step - 1:  # a restart went back
+            self._pace.clear()
+        self._pace.append((step, now))
+        first, first_s = self._pace[0]
+        each_s = (now - first_s) / (step - first) if step > first else step_s
+        return max(0, self._num_steps - step) * each_s
+
     def _tell(self, text: str, **changes: Any) -> None:
         log.info(text)
         self._events.append(Event(time_s=self._clock(), text=text))
@@ -266,6 +278,7 @@ class StageObserver(Observer[StageConfig | GenerateConfig]):
         self._update(
             state="running",
             step=step,
+            left_s=self._time_left(step, now, step_s),
             metric_value=value,
             tokens_per_s=tokens_per_s,
             step_s=step_s,

@@ -33,7 +33,7 @@ def ending(
     here: Path,
     alone: bool = True,
 ) -> list[str]:
-    """Return the last lines of a finished run.
+    """Return the last lines of a finished run: four results, and what to try next.
 
     `command` calls this program. Paths are relative to the folder `here`. `alone` is False where the
     file holds other runs too.
@@ -41,9 +41,9 @@ def ending(
     folder = shorten(Path(summary["run_dir"]), here)
     run = summary["run"] if Path(folder) == Path("runs") / summary["run"] else folder
     result = {
-        "reward": _reward(summary, config.evaluation.num_prompts),
-        "run directory": folder,
-        "learning curve": f"{folder}/curve.png",
+        "held-out reward": _reward(summary, config.evaluation.num_prompts),
+        "training reward": _training_reward(summary),
+        "time": _time(summary["total_s"]),
         "trained model": shorten(Path(summary["final_model"]), here),
     }
     tries = {"Where it ended": [command, "status", run], "One page": [command, "report", run]}
@@ -53,12 +53,18 @@ def ending(
             "A longer run": [command, "run", str(config_path), *_longer(config, overrides)],
         }
     return [
-        f"Run {summary['run']} finished: {summary['steps']:,} steps in {_time(summary['total_s'])}",
-        *(f"  {name:<14}  {text}" for name, text in result.items()),
+        f"Run {summary['run']} finished: {summary['steps']:,} steps in {folder}",
+        *(f"  {name:<15}  {text}" for name, text in result.items()),
         "",
         "Try next",
-        *(f"  {name:<14}  {shlex.join(words)}" for name, words in tries.items()),
+        *(f"  {name:<15}  {shlex.join(words)}" for name, words in tries.items()),
     ]
+
+
+def _training_reward(summary: Mapping[str, Any]) -> str:
+    """Describe the reward at the end of training, which an older summary may lack."""
+    value = summary.get("reward_trained")
+    return "not known" if value is None else f"{value:.3f}, mean of the last 10 steps"
 
 
 def _reward(summary: Mapping[str, Any], num_prompts: int) -> str:

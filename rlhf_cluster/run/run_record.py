@@ -111,6 +111,8 @@ class Snapshot:
     elapsed_s: float = 0.0
     reward: float | None = None
     reward_mean10: float | None = None  # mean over the last 10 steps
+    reward_held_out: float | None = None  # of the last evaluation
+    left_s: float | None = None  # until the last step, at the pace of the last steps
     staleness_mean: float | None = None
     staleness_max: float | None = None
     response_length_tokens: float | None = None

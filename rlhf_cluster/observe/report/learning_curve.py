@@ -6,13 +6,15 @@ Missing and null values leave gaps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rlhf_cluster.errors import RunError
+from rlhf_cluster.observe.metric_table import METRICS, Metric
 from rlhf_cluster.util.durable_files import write_atomically
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 Records = Sequence[Mapping[str, Any]]
 
 BLUE, ORANGE, GREEN, GREY, RED = "#2b6cb0", "#dd6b20", "#2f855a", "#a0aec0", "#c53030"
+
+MAX_ANNOTATED = 6  # most points of a series that are labelled with their values
 
 WAITS = (
     ("time/learner_wait_s", "learner waits for groups", ORANGE),
@@ -64,6 +68,27 @@ def series(records: Records, name: str) -> tuple[np.ndarray, np.ndarray]:
     return steps, np.array([np.nan if v is None else v for v in found], dtype=np.float64)
 
 
+def held_out_series(
+    recorded: Iterable[str], table: Mapping[str, Metric] = METRICS
+) -> dict[str, str]:
+    """Return the label of every held-out reward among `recorded` metrics, by name.
+
+    They are the mean rewards of whole answers in the table's area "evaluation". A metric with a label
+    has one series per label value, and that value is the label of the series.
+    """
+    found = {}
+    for name in sorted(recorded):
+        metric = table.get(name) or table.get(name.rpartition("/")[0])
+        if metric is not None and _is_held_out(metric):
+            found[name] = name.removeprefix(metric.name).strip("/") or "held-out"
+    return found
+
+
+def _is_held_out(metric: Metric) -> bool:
+    area, _, quantity = metric.name.partition("/")
+    return area in ("evaluation", "eval") and quantity.endswith("reward_mean")
+
+
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:
     """Return the mean of the last `window` values up to each, ignoring NaN. [n] -> [n]."""
     known = np.isfinite(values)
@@ -83,11 +108,16 @@ def _reward(axes: Axes, records: Records) -> None:
     axes.lines[-1].set_label("mean of the step")
     axes.plot(steps, moving_average(reward, window), color=BLUE, lw=2.4)
     axes.lines[-1].set_label(f"mean of {window} steps")
-    at, evaluation = series(records, "evaluation/reward_mean")
-    points = np.isfinite(evaluation)
-    if points.any():
-        axes.plot(at[points], evaluation[points], ls="", color=RED, marker="D", ms=8, zorder=5)
-        axes.lines[-1].set_label("held-out prompts, greedy")
+    held_out = held_out_series({name for record in records for name in record})
+    for (name, label), color in zip(held_out.items(), cycle((RED, ORANGE, GREEN)), strict=False):
+        at, evaluation = series(records, name)
+        points = np.isfinite(evaluation)
+        if not points.any():
+            continue
+        axes.plot(at[points], evaluation[points], ls="", color=color, marker="D", ms=8, zorder=5)
+        axes.lines[-1].set_label("held-out prompts, greedy" if label == "held-out" else label)
+        if points.sum() > MAX_ANNOTATED:
+            continue
         for x, y in zip(at[points], evaluation[points], strict=True):
             axes.annotate(
                 f"{y:.3g}",
@@ -95,7 +125,7 @@ def _reward(axes: Axes, records: Records) -> None:
                 textcoords="offset points",
                 xytext=(8, 8) if x < steps[-1] else (-8, 8),
                 ha="left" if x < steps[-1] else "right",
-                color=RED,
+                color=color,
                 fontweight="bold",
             )
     axes.set_ylabel("reward")

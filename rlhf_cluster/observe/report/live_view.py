@@ -1,4 +1,4 @@
-"""Live view of a run: a panel on a terminal, one plain line per step elsewhere.
+"""Live view of a run: a panel on a terminal, one plain line per interval elsewhere.
 
 `render` and `line` are pure; only `LiveView` writes.
 """
@@ -16,28 +16,41 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 NUM_EVENTS = 5
+LINE_EVERY_S = 10.0
+"""Least time between two lines of steps off a terminal, by the time of their snapshots."""
 _STATE_STYLE = {"running": "green", "finished": "bold green", "failed": "bold red"}
 
 
 def line(snapshot: Snapshot) -> str:
-    """Return one step as a line of plain text."""
+    """Return one step, or the state between steps, as a line of plain text."""
     s = snapshot
-    speed = (f"{_number(s.tokens_per_s, 0)} tokens/s", f"{_number(s.step_s, 2)} s")
+    if s.state == "warmup":
+        return f"warmup | {s.num_steps:,} supervised steps"
     parts = [f"step {s.step}/{s.num_steps}"]
-    if s.reward is not None:
-        parts += [
-            f"reward {_number(s.reward)} (mean10 {_number(s.reward_mean10)})",
-            f"staleness {_number(s.staleness_mean, 2)} max {_number(s.staleness_max, 0)}",
-            *speed,
-            who_waits(s.learner_wait_s, s.generation_wait_s, s.step_s),
-        ]
-    if s.metric_value is not None:
-        parts += [_headline(s), *speed]
-    if s.state != "running":
+    if s.state == "running":
+        parts += _numbers(s)
+    else:
         parts.insert(0, s.standing)
     if s.error:
         parts.append(f"error: {s.error.splitlines()[0]}")
     return " | ".join(parts)
+
+
+def _numbers(s: Snapshot) -> list[str]:
+    """Return the numbers of a step for a line: result, speed, time left."""
+    parts = []
+    if s.reward is not None:
+        mean = "" if s.reward_mean10 is None else f" (mean10 {_number(s.reward_mean10)})"
+        parts.append(f"reward {_number(s.reward)}{mean}")
+    if s.reward_held_out is not None:
+        parts.append(f"held-out {_number(s.reward_held_out)}")
+    if s.metric_value is not None:
+        parts.append(_headline(s))
+    if s.tokens_per_s is not None:
+        parts.append(f"{_number(s.tokens_per_s, 0)} tokens/s")
+    if s.left_s is not None and s.step < s.num_steps:
+        parts.append(f"{_duration(s.left_s)} left")
+    return parts
 
 
 def render(snapshot: Snapshot) -> RenderableType:
@@ -61,15 +74,16 @@ def render(snapshot: Snapshot) -> RenderableType:
 class LiveView:
     """View of a run that shows snapshots as they come. Use as a context manager.
 
-    With `live` and a terminal the view is redrawn in place; otherwise a line is printed whenever
-    the step or the state changes.
+    With `live` and a terminal the view is redrawn in place. Otherwise a line is printed for each change
+    of state, for the first and the last step, and for the steps between at most every `LINE_EVERY_S`.
     """
 
     def __init__(self, console: Console, live: bool) -> None:
         self._console = console
         self._wanted = live and console.is_terminal
         self._live: Live | None = None
-        self._last: tuple[str, int] | None = None
+        self._last: Snapshot | None = None  # of the last snapshot
+        self._told: Snapshot | None = None  # of the last line about a step
 
     def __enter__(self) -> LiveView:
         if self._wanted:
@@ -83,10 +97,21 @@ class LiveView:
         if self._live is not None:
             self._live.update(render(snapshot))
             return
-        now = (snapshot.state, snapshot.step)
-        if now != self._last:
-            self._last = now
+        if self._is_due(snapshot):
             self._console.print(line(snapshot), markup=False, highlight=False, soft_wrap=True)
+        self._last = snapshot
+
+    def _is_due(self, s: Snapshot) -> bool:
+        """Return whether a line of `s` is due: it has something new, and the last one is not recent."""
+        if s.state != "running":
+            return self._last is None or self._last.state != s.state
+        told = self._told
+        if told is not None:
+            early = s.time_s - told.time_s < LINE_EVERY_S and s.step < s.num_steps
+            if s.step == told.step or (early and s.step > told.step):
+                return False
+        self._told = s
+        return True
 
     def __exit__(self, *_: object) -> None:
         if self._live is not None:
@@ -102,7 +127,7 @@ def _progress(s: Snapshot) -> RenderableType:
     row.add_column(no_wrap=True)
     row.add_column(ratio=1)
     row.add_column(no_wrap=True)
-    left = (s.num_steps - s.step) * s.step_s if s.step_s and s.state == "running" else None
+    left = s.left_s if s.state == "running" else None
     remaining = f", about {_duration(left)} left" if left is not None else ""
     row.add_row(
         f"step {s.step} of {s.num_steps}",
@@ -124,6 +149,8 @@ def _facts(s: Snapshot) -> RenderableType:
         table.add_row("speed", speed)
         return table
     table.add_row("reward", f"{_number(s.reward)} now, {_number(s.reward_mean10)} mean of 10 steps")
+    if s.reward_held_out is not None:
+        table.add_row("held-out", f"{_number(s.reward_held_out)} reward")
     table.add_row(
         "staleness", f"{_number(s.staleness_mean, 2)} mean, {_number(s.staleness_max, 0)} largest"
     )

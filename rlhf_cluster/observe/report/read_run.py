@@ -17,12 +17,15 @@ from typing import Any
 from rlhf_cluster.errors import RlhfError
 from rlhf_cluster.observe.record import post_mortem
 from rlhf_cluster.observe.record.samples import Row, read_samples
+from rlhf_cluster.observe.report.learning_curve import held_out_name, held_out_series
 from rlhf_cluster.run.bottleneck_advisor import advise
 from rlhf_cluster.run.run_directory import RunDir
 from rlhf_cluster.run.run_record import Event, Snapshot, read_metrics
 
 MAX_STEPS_SHOWN = 8
 SAMPLES_OF_A_STEP = 6
+LAST_STEPS = 8  # from whose samples the best and the worst are chosen
+EXTREMES = 3
 MAX_EVENTS = 200
 _EVENT = re.compile(
     r"^(\S+Z) \w+ controller controller actors\.drivers\.(?:run|rl)_observer: (.*)$"
@@ -40,13 +43,18 @@ class LoggedEvent:
 
 @dataclass(slots=True, kw_only=True)
 class RunRecord:
-    """Record of a run. `samples` are by step. `active`: a process holds the run now."""
+    """Record of a run. `samples` are by step; `best` and `worst` are of different prompts.
+
+    `active`: a process holds the run now.
+    """
 
     path: Path
     active: bool
     snapshot: Snapshot | None = None
     records: list[dict[str, Any]] = field(default_factory=list)
     samples: dict[int, list[Row]] = field(default_factory=dict)
+    best: list[Row] = field(default_factory=list)  # each with its "step"
+    worst: list[Row] = field(default_factory=list)
     events: list[LoggedEvent] = field(default_factory=list)
     advice: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
@@ -78,9 +86,21 @@ class RunRecord:
         return sorted(n for n in found if "." not in n or n.endswith(".disagreement"))
 
     @property
-    def evaluations(self) -> list[tuple[int, float]]:
-        found = ((r["step"], r.get("evaluation/reward_mean")) for r in self.records)
-        return [(step, value) for step, value in found if value is not None]
+    def headline(self) -> str:
+        """Metric that the run is about: the reward or, of a stage, what it is watched by."""
+        return self.watched[0] if self.watched else "reward/mean"
+
+    @property
+    def held_out(self) -> dict[str, list[tuple[float, float]]]:
+        """Points of each recorded held-out series of the headline metric, by its label."""
+        names = {name for record in self.records for name in record}
+        if self.watched:
+            own = held_out_name(self.watched[0])
+            found = {own: "held-out"} if own in names else {}
+        else:
+            found = held_out_series(names)
+        series = {label: self.points(name) for name, label in found.items()}
+        return {label: points for label, points in series.items() if points}
 
     def points(self, name: str) -> list[tuple[float, float]]:
         """Return step and value of one metric at the steps that have it."""
@@ -110,15 +130,39 @@ def read_run(run: RunDir) -> RunRecord:
 
 def _read_samples(run: RunDir, found: RunRecord) -> None:
     paths = sorted(run.samples.glob("step-*.parquet"))
-    for path in _spread(paths, MAX_STEPS_SHOWN):
+    spread, last = _spread(paths, MAX_STEPS_SHOWN), paths[-LAST_STEPS:]
+    pool: list[Row] = []
+    for path in sorted({*spread, *last}):
         try:
             rows = read_samples(path)
         except (OSError, ValueError) as error:
             found.problems.append(f"{path}: cannot be read as samples ({error})")
-        else:
-            step = int(path.stem.removeprefix("step-"))
+            continue
+        step = int(path.stem.removeprefix("step-"))
+        if path in last:
+            pool += [{**row, "step": step} for row in rows]
+        if path in spread:
             ranked = sorted(rows, key=lambda row: row["reward"], reverse=True)
             found.samples[step] = _ends(ranked, SAMPLES_OF_A_STEP)
+    found.best, found.worst = choose_extremes(pool, EXTREMES)
+
+
+def choose_extremes(rows: Sequence[Row], limit: int) -> tuple[list[Row], list[Row]]:
+    """Return the best and the worst rows, of a prompt one at most; newer ones first among equals."""
+    ranked = sorted(rows, key=lambda row: (row["reward"], row["step"]), reverse=True)
+    best = _by_prompt(ranked, limit, set())
+    rising = sorted(rows, key=lambda row: (row["reward"], -row["step"]))
+    return best, _by_prompt(rising, limit, {row["prompt_id"] for row in best})
+
+
+def _by_prompt(ranked: Sequence[Row], limit: int, without: set[str]) -> list[Row]:
+    chosen: dict[str, Row] = {}
+    for row in ranked:
+        if len(chosen) == limit:
+            break
+        if row["prompt_id"] not in without:
+            chosen.setdefault(row["prompt_id"], row)
+    return list(chosen.values())
 
 
 def _spread(paths: Sequence[Path], limit: int) -> list[Path]:

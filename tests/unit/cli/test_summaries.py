@@ -19,6 +19,7 @@ def lines_of(run_dir: Path, here: Path, overrides: list[str], **changes) -> list
         "steps": config.run.steps,
         "reward_before": 0.1234,
         "reward_after": 0.9,
+        "reward_trained": 0.8126,
         "total_s": 95.4,
         "final_model": str(run_dir / "final"),
         **changes,
@@ -29,15 +30,15 @@ def lines_of(run_dir: Path, here: Path, overrides: list[str], **changes) -> list
 def test_the_ending_tells_the_result_and_where_it_lies(tmp_path: Path) -> None:
     lines = lines_of(tmp_path / "runs" / "quickstart", tmp_path, ["run.steps=1200"])
     assert lines[:5] == [
-        "Run quickstart finished: 1,200 steps in 1 min 35 s",
-        "  reward          0.123 -> 0.900 on 256 held-out prompts",
-        "  run directory   runs/quickstart",
-        "  learning curve  runs/quickstart/curve.png",
-        "  trained model   runs/quickstart/final",
+        "Run quickstart finished: 1,200 steps in runs/quickstart",
+        "  held-out reward  0.123 -> 0.900 on 256 held-out prompts",
+        "  training reward  0.813, mean of the last 10 steps",
+        "  time             1 min 35 s",
+        "  trained model    runs/quickstart/final",
     ]
     assert lines[-4].endswith("rlhf-cluster status quickstart")
     elsewhere = lines_of(tmp_path / "runs" / "quickstart", tmp_path / "other", [])
-    assert f"{tmp_path}/runs/quickstart" in elsewhere[2]
+    assert f"{tmp_path}/runs/quickstart" in elsewhere[0]
     assert elsewhere[-4].endswith(f"status {tmp_path}/runs/quickstart")
 
 
@@ -55,6 +56,8 @@ def test_a_run_without_held_out_prompts_says_so(tmp_path: Path) -> None:
     none = ["evaluation.num_prompts=0"]
     lines = lines_of(tmp_path, tmp_path, none, reward_before=None, reward_after=None)
     assert "not measured on held-out prompts (evaluation.num_prompts = 0)" in lines[1]
+    older = lines_of(tmp_path, tmp_path, none, reward_trained=None)
+    assert older[2] == "  training reward  not known"
 
 
 def test_a_run_whose_held_out_prompts_all_failed_says_so(tmp_path: Path) -> None:

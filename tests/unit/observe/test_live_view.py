@@ -16,7 +16,7 @@ from rich.console import Console
 from rlhf_cluster.errors import RunError
 from rlhf_cluster.observe.record.logs import log_names, read_logs
 from rlhf_cluster.observe.report.learning_curve import draw_curve, moving_average, series
-from rlhf_cluster.observe.report.live_view import LiveView, line, render
+from rlhf_cluster.observe.report.live_view import LINE_EVERY_S, LiveView, line, render
 from rlhf_cluster.run.run_record import Event, Pool, Snapshot, who_waits
 
 SNAPSHOT = Snapshot(
@@ -28,6 +28,7 @@ SNAPSHOT = Snapshot(
     elapsed_s=95.0,
     reward=0.55,
     reward_mean10=0.5012,
+    left_s=164.0,
     staleness_mean=0.81,
     staleness_max=1.0,
     response_length_tokens=7.25,
@@ -54,6 +55,16 @@ def shown(snapshot: Snapshot) -> str:
 
 def changed(**changes) -> Snapshot:
     return Snapshot(**{**vars(SNAPSHOT), **changes})
+
+
+def printed(*snapshots: Snapshot) -> list[str]:
+    """First parts of the lines that a view without a terminal prints of `snapshots`."""
+    console = Console(file=io.StringIO(), width=40)
+    with LiveView(console, live=True) as view:
+        for snapshot in snapshots:
+            view.update(snapshot)
+    assert "\x1b" not in console.file.getvalue()
+    return [text.split(" | ")[0] for text in console.file.getvalue().splitlines()]
 
 
 def test_a_snapshot_survives_json():
@@ -94,9 +105,22 @@ def test_who_waits_for_whom(learner_wait_s, generation_wait_s, step_s, text):
 
 def test_a_step_is_one_line():
     assert line(SNAPSHOT) == (
-        "step 38/120 | reward 0.550 (mean10 0.501) | staleness 0.81 max 1 | 5,123 tokens/s | "
-        "2.00 s | learner waits for generation 38 % of the time"
+        "step 38/120 | reward 0.550 (mean10 0.501) | 5,123 tokens/s | 0:02:44 left"
     )
+    held_out = line(changed(reward_held_out=0.625))
+    assert "(mean10 0.501) | held-out 0.625 | 5,123 tokens/s" in held_out
+
+
+def test_a_step_of_a_stage_is_one_line():
+    stage = {"reward": None, "stage": "sft", "metric": "sft/loss", "metric_value": 1.5}
+    assert line(changed(**stage)) == (
+        "step 38/120 | sft/loss 1.5000 | 5,123 tokens/s | 0:02:44 left"
+    )
+
+
+def test_between_steps_the_line_repeats_no_numbers():
+    assert line(changed(state="evaluating")) == "evaluating | step 38/120"
+    assert line(changed(state="warmup", step=3, num_steps=40)) == "warmup | 40 supervised steps"
 
 
 def test_a_failed_run_says_why_in_its_line():
@@ -116,6 +140,7 @@ def test_before_the_first_step_the_line_says_only_what_is_known():
         "step 38 of 120",
         "0:01:35, about 0:02:44 left",
         "0.550 now, 0.501 mean of 10 steps",
+        "held-out     0.625 reward",
         "0.81 mean, 1 largest",
         "5,123 tokens/s",
         "learner waits for generation 38 % of the time",
@@ -127,7 +152,7 @@ def test_before_the_first_step_the_line_says_only_what_is_known():
     ],
 )
 def test_the_view_shows(part):
-    assert part in shown(SNAPSHOT)
+    assert part in shown(changed(reward_held_out=0.625))
 
 
 def test_the_view_of_a_run_without_numbers_can_be_drawn():
@@ -136,15 +161,31 @@ def test_the_view_of_a_run_without_numbers_can_be_drawn():
     assert "- published, - live" in text
 
 
-def test_without_a_terminal_each_new_step_is_one_plain_line():
-    console = Console(file=io.StringIO(), width=40)
-    with LiveView(console, live=True) as view:
-        for step in (1, 1, 2):
-            view.update(changed(step=step))
-        view.update(changed(step=2, state="finished"))
-    lines = console.file.getvalue().splitlines()
-    assert [text.split(" | ")[0] for text in lines] == ["step 1/120", "step 2/120", "finished"]
-    assert "\x1b" not in console.file.getvalue()
+def test_without_a_terminal_there_is_one_plain_line_per_interval():
+    steps = [changed(step=step, time_s=1e9 + 4.0 * step) for step in range(1, 9)]
+    assert printed(*steps) == ["step 1/120", "step 4/120", "step 7/120"]
+
+
+def test_without_a_terminal_slow_steps_have_a_line_each():
+    steps = [changed(step=step, time_s=1e9 + LINE_EVERY_S * step) for step in (1, 1, 2, 3)]
+    assert printed(*steps) == ["step 1/120", "step 2/120", "step 3/120"]
+
+
+def test_without_a_terminal_no_line_is_printed_twice():
+    start = [changed(state="starting", step=0)] * 2
+    warmup = [changed(state="warmup", step=step, num_steps=40) for step in range(1, 41)]
+    last = [changed(step=step, time_s=1e9 + step) for step in (119, 120)]
+    again = changed(step=120, time_s=2e9)
+    end = [changed(step=120, state=state) for state in ("evaluating", "evaluating", "finished")]
+    assert printed(*start, *warmup, *last, again, *end) == [
+        "starting", "warmup", "step 119/120", "step 120/120", "evaluating", "finished"
+    ]  # fmt: skip
+
+
+def test_without_a_terminal_a_run_that_went_back_says_so_and_where_it_is():
+    assert printed(
+        changed(step=5), changed(step=4, state="recovering"), changed(step=3, time_s=1e9 + 1)
+    ) == ["step 5/120", "recovering", "step 3/120"]
 
 
 def test_on_a_terminal_the_view_is_redrawn_in_place():

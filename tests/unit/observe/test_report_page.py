@@ -10,8 +10,12 @@ import pytest
 
 from actors.drivers import rl_observer, run_observer
 from rlhf_cluster.cli.commands import main
-from rlhf_cluster.observe.report.page import MAX_POINTS, Curve, chart, page, text, ticks
-from rlhf_cluster.observe.report.read_run import read_run
+from rlhf_cluster.observe.metric_table import read_table
+from rlhf_cluster.observe.report.charts import MAX_POINTS, Curve, chart, ticks
+from rlhf_cluster.observe.report.html_text import text
+from rlhf_cluster.observe.report.learning_curve import held_out_series
+from rlhf_cluster.observe.report.page import page
+from rlhf_cluster.observe.report.read_run import RunRecord, read_run
 from rlhf_cluster.run.run_directory import RunDir
 from tests.support.builders.recorded_run import record_run
 from tests.support.builders.run_configs import tiny_config
@@ -132,6 +136,129 @@ def test_what_the_observers_log_is_an_event(recorded, log):
     found = read_run(run).events
     path.write_text(before)
     assert found[-1].text == "scaled"
+
+
+def shown_numbers(content: str) -> dict[str, str]:
+    """The big numbers of a page, by name."""
+    pattern = r'<span class="name">(.*?)</span><span class="value">(.*?)</span>'
+    return dict(re.findall(pattern, content))
+
+
+def with_records(path, *lines: dict) -> RunRecord:
+    """The run at `path`, with these metric records instead of its own."""
+    run = read_run(RunDir.open(path))
+    return replace(run, records=list(lines))
+
+
+def test_at_the_top_stand_the_four_numbers_that_matter(recorded, content):
+    assert shown_numbers(content) == {
+        "held-out reward": "0.25",
+        "training reward": "0.35",
+        "steps": "6 of 8",
+        "time": "1 min 40 s",
+    }
+    assert content.index('class="tiles"') < content.index("<svg") < content.index("<h2>")
+    after = {"step": 6, "evaluation/reward_mean": 0.75}
+    run = with_records(recorded, {"step": 0, "evaluation/reward_mean": 0.25}, after)
+    assert shown_numbers(page([run], now_s=1.7e9))["held-out reward"] == "0.25 \u2192 0.75"
+
+
+def test_the_reward_is_smoothed_with_held_out_points_on_it(content):
+    figure = re.search(r'<div class="large for-wide">.*?</figure>', content, re.S)
+    assert figure is not None
+    legend = re.findall(r'<li class="(\S+) (\S+)">(.*?)</li>', figure[0])
+    assert [(style, label) for _, style, label in legend] == [
+        ("s0", "mean of 2 steps"), ("s4", "mean of the step"), ("s3", "held-out")
+    ]  # fmt: skip
+    assert figure[0].count("<circle") == 1
+
+
+def test_each_held_out_set_of_the_table_is_a_series_of_its_own():
+    table = read_table("""
+[controller]
+evaluation/reward_mean | reward | All
+evaluation/set_reward_mean{set} | reward | Of one set
+evaluation/part{part} | reward | A part
+reward/mean | reward | Training
+""")
+    recorded = [
+        "reward/mean", "evaluation/part/a", "evaluation/set_reward_mean/hard",
+        "evaluation/set_reward_mean/easy", "evaluation/reward_mean", "evaluation/unknown",
+    ]  # fmt: skip
+    assert held_out_series(recorded, table) == {
+        "evaluation/reward_mean": "held-out",
+        "evaluation/set_reward_mean/easy": "easy",
+        "evaluation/set_reward_mean/hard": "hard",
+    }
+
+
+@pytest.mark.parametrize(
+    ("records", "shown", "hidden"),
+    [
+        ([], ["nothing recorded"], ["held-out reward", "training reward", "<svg", "Curves"]),
+        (
+            [{"step": 1, "reward/mean": 0.5}],
+            ["training reward", "Reward</figcaption>"],
+            ["held-out", "KL to the reference", "Who waits", "Gradient norm", "mean of 2 steps"],
+        ),
+        (
+            [{"step": 1, "reward/mean": 0.5, "learner/entropy": 1.0}],
+            ["entropy</li>"],
+            ["KL to the reference", "Effective sample size"],
+        ),
+        (
+            [{"step": 1, "learner/grad_norm": 2.0, "importance/effective_sample_size": 0.9}],
+            ["Gradient norm", "Effective sample size"],
+            ["training reward", "ratio clipped"],
+        ),
+    ],
+)
+def test_only_what_is_recorded_is_shown(recorded, records, shown, hidden):
+    run = replace(with_records(recorded, *records), advice=None, samples={}, best=[], worst=[])
+    found = page([run], now_s=1.7e9)
+    Elements(found)
+    body = found[found.index("</style>") : found.index("<summary>all")]
+    curves = found[found.index("Curves</h2>") :] if "Curves</h2>" in found else ""
+    assert [part for part in shown if part not in body + curves] == []
+    assert [part for part in hidden if part in body + curves] == []
+
+
+def test_a_run_without_records_settings_and_status_gives_a_page(tmp_path):
+    path = record_run(tmp_path)
+    for name in ("metrics.jsonl", "status.json", "resolved.json"):
+        (path / name).unlink()
+    (path / "metrics.jsonl").touch()
+    found = page([read_run(RunDir.open(path))], now_s=1.7e9)
+    Elements(found)
+    assert "ended before it wrote a status" in found
+    assert "nothing recorded" in found
+    assert "<h2>Settings" not in found
+    assert "<h2>What bounded it" not in found
+
+
+def test_the_main_settings_are_shown_and_all_can_be_unfolded(content):
+    main, _, rest = content[content.index("<h2>Settings") :].partition("<details>")
+    assert "<th>algorithm.type</th><td>grpo</td>" in main
+    assert "<th>scoring.rewards</th>" in main
+    assert "learner.adam_eps" not in main
+    assert "<th>learner.adam_eps</th>" in rest
+
+
+def test_a_stage_has_its_own_metric_at_the_top(tmp_path):
+    path = record_run(tmp_path, "stage", steps=1)
+    status = RunDir.open(path).read_status()
+    assert status is not None
+    run = with_records(
+        path,
+        {"step": 0, "stage/held_out/sft.loss": 2.0},
+        {"step": 1, "sft/loss": 1.25},
+        {"step": 2, "sft/loss": 1.0, "stage/held_out/sft.loss": 0.5},
+    )
+    run.snapshot = replace(status, stage="sft", metric="sft/loss", metric_value=1.0)
+    found = page([run], now_s=1.7e9)
+    numbers = shown_numbers(found)
+    assert numbers["held-out sft/loss"] == "2 \u2192 0.5"
+    assert numbers["training sft/loss"] == "1.12"
 
 
 def test_several_runs_are_compared(recorded, tmp_path):
