@@ -15,7 +15,6 @@ import typer
 from rlhf_cluster.errors import RunError
 
 if TYPE_CHECKING:
-    from rlhf_cluster.config.load import AnyConfig
     from rlhf_cluster.planning.doctor import Finding
 
 Deep = Annotated[
@@ -196,27 +195,8 @@ def _wait_for_interrupt(is_over: Callable[[], bool]) -> None:
         pass
 
 
-def look_deep(
-    config: AnyConfig, earlier: Sequence[AnyConfig], placement: Callable[[AnyConfig], Finding]
-) -> None:
-    """Print the findings of `validate --deep`. Raises `RunError` where one is wrong.
-
-    `earlier` are the stages of the pipeline before this one.
-    """
-    import tempfile
-
-    from rlhf_cluster.planning import doctor as checks
-    from rlhf_cluster.planning.deep_validation import deep
-
-    with tempfile.TemporaryDirectory(prefix="rlhf-validate-") as scratch:
-        findings = [*deep(config, Path(scratch), earlier), placement(config)]
-    for line in checks.report(findings):
-        typer.echo(line)
-    _refuse_wrong(findings)
-
-
 def _refuse_wrong(findings: Sequence[Finding]) -> None:
-    wrong = [finding.name for finding in findings if finding.verdict == "wrong"]
+    wrong = [finding.name for finding in findings if finding.is_wrong]
     if wrong:
         raise RunError(f"{', '.join(wrong)}: not as a run needs it; what to do is above")
 

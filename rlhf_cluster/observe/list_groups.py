@@ -97,7 +97,7 @@ def list_groups(run_dir: Path, wanted: GroupFilter, limit: int | None = None) ->
     return found
 
 
-def table(rows: Sequence[GroupRow]) -> list[str]:
+def lines_of(rows: Sequence[GroupRow]) -> list[str]:
     """Return a heading and a line per row.
 
     A group that no step trained is open, or was discarded; a replayed one has the steps of all uses.

@@ -256,6 +256,10 @@ class RunDir:
             algorithm["reward_weights"] = {**unset, **algorithm.get("reward_weights", {})}
         return settings
 
+    @property
+    def has_summary(self) -> bool:
+        return self.summary.exists()
+
     def read_summary(self) -> dict[str, Any]:
         """Return the result of a run that is over. Raises `RunError`."""
         found = read_json(self.summary)

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from rlhf_cluster.errors import ConfigError
+from rlhf_cluster.errors import ConfigError, several
 from rlhf_cluster.sections.other_names import keys_meant
 
 _FEW = 3
@@ -181,10 +181,7 @@ def validate(cls: type[S], tree: dict[str, Any], source: str) -> S:
     try:
         return cls.model_validate(tree)
     except ValidationError as error:
-        problems = messages_of(cls, error)
-        noun = "problem" if len(problems) == 1 else "problems"
-        lines = "\n".join(f"  - {p}" for p in problems)
-        raise ConfigError(f"{source}: {len(problems)} {noun}\n{lines}") from None
+        raise several(messages_of(cls, error), source) from None
 
 
 def messages_of(cls: type[Section], error: ValidationError) -> list[str]:

@@ -114,3 +114,14 @@ def test_a_run_without_groups_is_an_empty_list(tmp_path, capsys):
     config = tiny_config(run={"root": str(tmp_path), "name": "empty"})
     RunDir.create(tmp_path / "empty", config).close()
     assert listed(capsys, tmp_path / "empty") == []
+
+
+def test_the_listing_as_json_has_the_rows_of_the_table(run, capsys):
+    rows = listed(capsys, run)
+    assert main(["inspect", str(run), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["run"] == "tiny"
+    assert found["problems"] == []
+    assert [group["group_id"] for group in found["groups"]] == [row[0] for row in rows]
+    assert found["groups"][1]["reward"] == 0.25
+    assert found["groups"][1]["steps"] == [2]
