@@ -99,7 +99,9 @@ def run(
     argv += [word for override in set_ or [] for word in ("--set", override)]
     argv += [option for option, given in options.items() if given]
     found = _load(config, set_)
-    for loaded in found:
+    from rlhf_cluster.planning.local_models import with_local_model
+
+    for loaded in [with_local_model(each) for each in found]:  # all of them before the first runs
         absolute, again = loaded.with_absolute_paths(), (overwrite, accept_changes)
         for line in _run(absolute, config, set_ or [], argv, len(found) == 1, *again):
             typer.echo(line)

@@ -20,6 +20,7 @@ from rlhf_cluster.errors import Gathered, problems_of
 from rlhf_cluster.planning import doctor
 from rlhf_cluster.planning.deep_validation import deep
 from rlhf_cluster.planning.doctor import Finding
+from rlhf_cluster.planning.local_models import find_without_network, with_local_model
 from rlhf_cluster.planning.placement import derived
 from rlhf_cluster.planning.run_inputs import check_inputs, check_stage_inputs
 
@@ -77,16 +78,18 @@ def check_all(
         placement: judges the place of a run, for the checks of --deep; None without them.
     """
     found = []
-    for number, config in enumerate(loaded):
+    for number, written in enumerate(loaded):
         earlier, gathered = loaded[:number], Gathered()
+        local = gathered.attempt(with_local_model, written, find_without_network)
+        config = local or written
         checked = Checked(name=config.run.name, waits_for=needs(config, earlier))
         if not isinstance(config, StageConfig):
             own = config.as_run if isinstance(config, GenerateConfig) else config
             gathered.attempt(check_engine, own)
-        if not checked.waits_for:
+        if local is not None and not checked.waits_for:
             inputs = gathered.attempt(_facts_of, config)
             checked.facts, checked.notes = inputs or ({}, [])
-        if placement is not None:
+        if local is not None and placement is not None:
             checked.findings += gathered.attempt(_deep, config, earlier) or []
             place = gathered.attempt(placement, config)
             checked.findings += [] if place is None else [place]

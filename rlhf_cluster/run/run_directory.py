@@ -298,7 +298,9 @@ class RunDir:
         settings = list_settings(config)
         provenance.hide(provenance.find_secrets(settings))
         write_json(self.resolved, remove_secrets(settings), fsync=True)
-        write_json(self.environment, describe_environment(argv, config.run.seed), fsync=True)
+        facts = describe_environment(argv, config.run.seed)
+        facts["model"] = provenance.describe_model(config.model.path)
+        write_json(self.environment, facts, fsync=True)
 
 
 def list_settings(config: AnyConfig) -> dict[str, Any]:

@@ -326,3 +326,15 @@ def test_a_shell_can_complete_commands(capsys, monkeypatch):
     monkeypatch.setenv("COMP_CWORD", "1")
     assert main([]) == 0
     assert capsys.readouterr().out.split() == ["validate"]
+
+
+def test_validate_answers_a_hub_id_with_the_command_that_fetches_it(here, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    text = TOML.replace(
+        "[model.init]\nhidden_size = 128\nnum_layers = 1", "[model]\npath = 'no-such/model'"
+    )
+    (here / "run.toml").write_text(text)
+    assert main(["validate", "run.toml"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: run.toml: 1 problem\n")
+    assert "hf download no-such/model --local-dir models/model" in error
