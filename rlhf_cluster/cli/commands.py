@@ -349,13 +349,17 @@ def inspect(
     """List a run's groups: those on disk, verified, and its samples. Damaged files end in an error."""
     from rlhf_cluster.errors import StoreError
     from rlhf_cluster.observe.list_groups import GroupFilter, lines_of, list_groups
+    from rlhf_cluster.planning.run_tokenizer import find_decoder
     from rlhf_cluster.run.run_directory import find_run
 
     wanted = GroupFilter(
         prompt=prompt, version=version, min_reward=min_reward, max_reward=max_reward, step=step
     )
     run = find_run(run_)
-    listing = list_groups(run.path, wanted, limit)
+    decode, why = find_decoder(run.path, run.read_resolved())
+    listing = list_groups(run.path, wanted, limit, decode)
+    if why and any(row.response is None for row in listing.rows):
+        typer.echo(why, err=True)
     if json_:
         groups = [dataclasses.asdict(row) for row in listing.rows]
         print_json({"run": run.path.name, "groups": groups, "problems": listing.damaged})

@@ -113,7 +113,8 @@ def monitor(
 def trace(
     run_: LocalRunArgument,
     sample: Annotated[
-        str | None, typer.Option("--sample", metavar="ID", help="A rollout, such as g00000012/3.")
+        str | None,
+        typer.Option("--sample", metavar="ID", help="GROUP/NUMBER, of a group that inspect lists."),
     ] = None,
     step: Annotated[
         int | None, typer.Option("--step", metavar="N", min=1, help="All rollouts of a step.")
@@ -130,6 +131,7 @@ def trace(
     """Show what was recorded of a sample or a step, or write the run's timeline."""
     from rlhf_cluster.observe.timeline import write_timeline
     from rlhf_cluster.observe.trace_rollout import parse_places, trace_sample, trace_step
+    from rlhf_cluster.planning.run_tokenizer import find_decoder
     from rlhf_cluster.run.run_directory import find_run
 
     if sample is None and step is None and timeline is None:
@@ -137,12 +139,19 @@ def trace(
     if token is not None and sample is None:
         raise RunError("--token without --sample: of which rollout? Give --sample ID")
     run = find_run(run_)
+    decode, why = (
+        (None, "")
+        if sample is None and step is None
+        else find_decoder(run.path, run.read_resolved())
+    )
+    if why:
+        typer.echo(why, err=True)
     if sample is not None:
         places = None if token is None else parse_places(token)
-        for line in trace_sample(run, sample).lines(places):
+        for line in trace_sample(run, sample, decode).lines(places):
             typer.echo(line)
     if step is not None:
-        for line in trace_step(run, step):
+        for line in trace_step(run, step, decode):
             typer.echo(line)
     if timeline is not None:
         number = write_timeline(run, timeline)
