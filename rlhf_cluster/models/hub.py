@@ -76,7 +76,7 @@ def local_folder(
         fetch: puts a model into the cache; None where nothing may be downloaded.
         find: looks for a model in the cache.
         variables: environment variables, of which HF_HUB_OFFLINE forbids a download.
-        say: tells the user of a download.
+        say: prints a line for the user before a download.
     """
     if (folder := find(hub_id)) is not None:
         return folder

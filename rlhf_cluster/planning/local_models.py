@@ -15,7 +15,7 @@ C = TypeVar("C", bound=RunConfig | StageConfig | GenerateConfig)
 def with_local_model(config: C, find_folder: Callable[[str], Path] = local_folder) -> C:
     """Return `config` with the folder of the model in place of its Hub id. Raises `ConfigError`.
 
-    `find_folder` returns the folder of a Hub id. A path that is no Hub id stays as it is.
+    `find_folder` returns the folder of a Hub id. Other paths stay as they are.
     """
     path = config.model.path
     if path is None or not is_hub_id(path):
