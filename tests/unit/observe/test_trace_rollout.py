@@ -13,7 +13,6 @@ from rlhf_cluster.buffer.group_store import ExperienceStore
 from rlhf_cluster.cli.commands import main
 from rlhf_cluster.errors import RunError, StoreError
 from rlhf_cluster.observe.record.samples import (
-    _number_of,
     read_samples,
     write_samples,
 )
@@ -26,6 +25,7 @@ from rlhf_cluster.observe.timeline import (
 )
 from rlhf_cluster.observe.trace_rollout import (
     OPEN,
+    _number_of,
     escape_control,
     learner_facts,
     trace_sample,
