@@ -5,6 +5,14 @@ All are built from a single string, so that they survive pickling between proces
 inherits the matching standard type, so that `except ValueError` catches it too.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
 
 class RlhfError(Exception):
     """Base of all errors of this project."""
@@ -12,6 +20,49 @@ class RlhfError(Exception):
 
 class ConfigError(RlhfError, ValueError):
     """A configuration that cannot run: unknown key, wrong type or impossible combination."""
+
+
+class SeveralProblems(ConfigError):
+    """Problems that do not depend on each other. The message has all of them."""
+
+    problems: tuple[str, ...] = ()
+    """Message of each problem."""
+
+
+class Gathered:
+    """Errors of checks that do not depend on each other, gathered to be raised together."""
+
+    def __init__(self) -> None:
+        self.errors: list[RlhfError] = []
+
+    def attempt(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """Return the result of `call`, or None where it raised an `RlhfError`, which is kept."""
+        try:
+            return call(*args, **kwargs)
+        except RlhfError as error:
+            self.errors.append(error)
+            return None
+
+    def refuse(self) -> None:
+        """Raise the only error as it is, several as one `SeveralProblems`, and nothing without one."""
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
+            raise several([text for error in self.errors for text in problems_of(error)])
+
+
+def problems_of(error: RlhfError) -> tuple[str, ...]:
+    """Return the messages of an error: each of several problems, or its own."""
+    return error.problems if isinstance(error, SeveralProblems) else (str(error),)
+
+
+def several(problems: list[str], source: str = "") -> SeveralProblems:
+    """Return the error of `problems`, with a count and a line for each."""
+    noun = "problem" if len(problems) == 1 else "problems"
+    lines = "\n".join(f"  - {problem}" for problem in problems)
+    error = SeveralProblems(f"{source}{': ' if source else ''}{len(problems)} {noun}\n{lines}")
+    error.problems = tuple(problems)
+    return error
 
 
 class DataError(RlhfError, ValueError):

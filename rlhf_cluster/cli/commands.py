@@ -7,7 +7,9 @@ wrong use of the command line with 2, an interrupt with 130; RLHF_DEBUG=1 shows 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import json
 import os
 import shutil
 import sys
@@ -18,9 +20,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rlhf_cluster import __version__
 from rlhf_cluster.cli import config_command, inspect_commands
 from rlhf_cluster.cli.inspect_commands import Deep, table, utc
-from rlhf_cluster.errors import RlhfError, RunError
+from rlhf_cluster.cli.json_output import Refused, print_json
+from rlhf_cluster.errors import RlhfError, RunError, SeveralProblems
 
 if TYPE_CHECKING:
     from rlhf_cluster.config import RunConfig
@@ -30,11 +34,29 @@ STOP_TIMEOUT_S = 120.0
 
 app = typer.Typer(
     name="rlhf-cluster",
-    help="Decoupled, distributed RLHF for language models.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rlhf-cluster {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version, and end."
+        ),
+    ] = False,
+) -> None:
+    """Decoupled, distributed RLHF for language models."""
+
 
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A run file (TOML).")]
 RunArgument = Annotated[
@@ -47,6 +69,9 @@ RunArgument = Annotated[
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as run.steps=10."),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object, also for an error.")
 ]
 AddressOption = Annotated[
     str | None,
@@ -74,7 +99,9 @@ def run(
     argv += [word for override in set_ or [] for word in ("--set", override)]
     argv += [option for option, given in options.items() if given]
     found = _load(config, set_)
-    for loaded in found:
+    from rlhf_cluster.planning.local_models import with_local_model
+
+    for loaded in [with_local_model(each) for each in found]:  # all of them before the first runs
         absolute, again = loaded.with_absolute_paths(), (overwrite, accept_changes)
         for line in _run(absolute, config, set_ or [], argv, len(found) == 1, *again):
             typer.echo(line)
@@ -120,49 +147,72 @@ def _run(
 
 
 @app.command()
-def validate(config: ConfigArgument, set_: SetOption = None, deep: Deep = False) -> None:
-    """Check CONFIG, the files it names, tokenizer and data, and show the resulting numbers."""
+def validate(
+    config: ConfigArgument, set_: SetOption = None, deep: Deep = False, json_: JsonOption = False
+) -> None:
+    """Check CONFIG, the files it names, tokenizer and data, and show the resulting numbers.
+
+    All problems are reported at once.
+    """
     loaded = _load(config, set_)
-    from rlhf_cluster.cli.validate_command import checked
-    from rlhf_cluster.config import GenerateConfig, StageConfig
-    from rlhf_cluster.config.load import needs
+    from rlhf_cluster.cli.validate_command import check_all
+    from rlhf_cluster.errors import several
 
-    for number, each in enumerate(loaded):
-        if not isinstance(each, StageConfig):
-            _check_engine(each.as_run if isinstance(each, GenerateConfig) else each)
-        missing = needs(each, loaded[:number])
-        where = f"{config}, {each.run.name}" if len(loaded) > 1 else str(config)
-        if missing:
-            typer.echo(f"{where}: valid, but for what {missing[0]} leaves, which is yet to come")
-        else:
-            facts, notes = checked(each)
-            typer.echo(f"{where}: valid")
-            table(facts)
-            for note in notes:
-                typer.echo(f"note: {note}")
-        if deep:
-            from actors.cluster.ray_cluster import placement
-
-            inspect_commands.look_deep(each, loaded[:number], placement)
+    placement = None
+    if deep:
+        from actors.cluster.ray_cluster import placement
+    found = check_all(loaded, _check_engine, placement)
+    where = [f"{config}, {each.name}" if len(loaded) > 1 else str(config) for each in found]
+    problems = [(at, text) for at, each in zip(where, found, strict=True) for text in each.problems]
+    if json_:
+        print_json(
+            {
+                "file": str(config),
+                "runs": [each.to_json() for each in found],
+                "problems": [text for _, text in problems],
+            }
+        )
+        if problems:
+            raise Refused
+        return
+    for at, each in zip(where, found, strict=True):
+        for line in each.lines(at):
+            typer.echo(line)
+    if problems:
+        texts = [f"{at}: {text}" if len(loaded) > 1 else text for at, text in problems]
+        raise several(texts, str(config))
 
 
 @app.command()
-def plan(config: ConfigArgument, set_: SetOption = None) -> None:
+def plan(config: ConfigArgument, set_: SetOption = None, json_: JsonOption = False) -> None:
     """Show what the run needs of a cluster: one line per bundle. Needs no cluster."""
     loaded = _load(config, set_)
     from rlhf_cluster.config import RunConfig
     from rlhf_cluster.planning.kept_updates import kept_lines
     from rlhf_cluster.planning.placement import demand, total_resources
 
+    runs = []
     for each in loaded:
-        if len(loaded) > 1:
-            typer.echo(f"{each.run.name}:")
         bundles = demand(each)
-        for bundle in bundles:
-            amounts = ", ".join(f"{amount:g} {kind}" for kind, amount in bundle.resources.items())
-            typer.echo(f"{bundle.owner:<16} {amounts}")
-        typer.echo(f"{'total':<16} {total_resources(bundles)} in {len(bundles)} bundles")
-        for line in kept_lines(each) if isinstance(each, RunConfig) else ():
+        runs.append(
+            {
+                "run": each.run.name,
+                "bundles": [{"owner": b.owner, "resources": dict(b.resources)} for b in bundles],
+                "total": total_resources(bundles),
+                "notes": list(kept_lines(each)) if isinstance(each, RunConfig) else [],
+            }
+        )
+    if json_:
+        print_json({"file": str(config), "runs": runs})
+        return
+    for planned in runs:
+        if len(runs) > 1:
+            typer.echo(f"{planned['run']}:")
+        for bundle in planned["bundles"]:
+            amounts = ", ".join(f"{n:g} {kind}" for kind, n in bundle["resources"].items())
+            typer.echo(f"{bundle['owner']:<16} {amounts}")
+        typer.echo(f"{'total':<16} {planned['total']} in {len(planned['bundles'])} bundles")
+        for line in planned["notes"]:
             typer.echo(line)
 
 
@@ -199,7 +249,7 @@ def submit(
 def status(
     run_: RunArgument,
     address: AddressOption = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print status.json as it is.")] = False,
+    json_: JsonOption = False,
 ) -> None:
     """Show where a run stands."""
     if address is not None:
@@ -207,6 +257,9 @@ def status(
 
         rows = jobs.status(run_, address)
         log = rows.pop("log")
+        if json_:
+            print_json({"run": run_, **rows, "log": log})
+            return
         times = {key: utc(rows.pop(f"{key}_s")) for key in ("started", "ended")}
         table({**rows, **times})
         for line in ["the end of its log:", *log] if log else []:
@@ -217,18 +270,29 @@ def status(
     found = find_run(run_)
     snapshot = found.read_status()
     if snapshot is None:
-        held = found.is_held()
-        typer.echo(f"{run_}: {'starting' if held else 'ended before it wrote a status'}")
+        state = "starting" if found.is_held() else "ended before it wrote a status"
+        if json_:
+            print_json({"run": found.path.name, "state": state})
+        else:
+            typer.echo(f"{run_}: {state}")
         return
+    crashed = snapshot.is_active and not found.is_held()
+    reached = found.read_summary() if snapshot.state == "finished" and found.has_summary else None
     if json_:
-        typer.echo(snapshot.to_json(), nl=False)
+        print_json({**json.loads(snapshot.to_json()), "crashed": crashed, "summary": reached})
         return
     from rich.console import Console
 
     from rlhf_cluster.observe.report.live_view import render
 
+    if reached is not None:
+        from rlhf_cluster.cli.summaries import reached_rows
+
+        typer.echo(f"{snapshot.run}: finished")
+        table(reached_rows(snapshot, reached, Path.cwd()))
+        return
     Console().print(render(snapshot))
-    if snapshot.is_active and not found.is_held():
+    if crashed:
         typer.echo(f"its process is gone ({found.owner()}): the run has crashed", err=True)
 
 
@@ -280,17 +344,29 @@ def inspect(
     limit: Annotated[
         int | None, typer.Option("--limit", metavar="N", min=1, help="Only the first N groups.")
     ] = None,
+    json_: JsonOption = False,
 ) -> None:
     """List a run's groups: those on disk, verified, and its samples. Damaged files end in an error."""
     from rlhf_cluster.errors import StoreError
-    from rlhf_cluster.observe.list_groups import GroupFilter, list_groups, table
+    from rlhf_cluster.observe.list_groups import GroupFilter, lines_of, list_groups
+    from rlhf_cluster.planning.run_tokenizer import find_decoder
     from rlhf_cluster.run.run_directory import find_run
 
     wanted = GroupFilter(
         prompt=prompt, version=version, min_reward=min_reward, max_reward=max_reward, step=step
     )
-    listing = list_groups(find_run(run_).path, wanted, limit)
-    for line in table(listing.rows):
+    run = find_run(run_)
+    decode, why = find_decoder(run.path, run.read_resolved())
+    listing = list_groups(run.path, wanted, limit, decode)
+    if why and any(row.response is None for row in listing.rows):
+        typer.echo(why, err=True)
+    if json_:
+        groups = [dataclasses.asdict(row) for row in listing.rows]
+        print_json({"run": run.path.name, "groups": groups, "problems": listing.damaged})
+        if listing.damaged:
+            raise Refused
+        return
+    for line in lines_of(listing.rows):
         typer.echo(line)
     if listing.damaged:
         raise StoreError("\n".join(["damaged files:", *listing.damaged]))
@@ -355,9 +431,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (default: this process's) and return the exit code."""
     from rlhf_cluster.util.provenance import check_actors
 
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         check_actors(importlib.util.find_spec("actors"))
-        app(args=list(sys.argv[1:] if arguments is None else arguments), prog_name="rlhf-cluster")
+        app(args=words, prog_name="rlhf-cluster")
+    except Refused:
+        return 1
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
     except KeyboardInterrupt:
@@ -367,9 +446,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("RLHF_DEBUG") == "1":
             traceback.print_exc()
-        typer.echo(f"error: {explain(error)}", err=True)
+        if "--json" in words:
+            print_json(_as_json(error))
+        else:
+            typer.echo(f"error: {explain(error)}", err=True)
         return 1
     return 0
+
+
+def _as_json(error: Exception) -> dict[str, object]:
+    """Return an error as the object that --json prints: its text, and each of several problems."""
+    problems = error.problems if isinstance(error, SeveralProblems) else ()
+    return {"error": explain(error), "problems": list(problems) or [explain(error)]}
 
 
 def explain(error: Exception) -> str:

@@ -15,7 +15,6 @@ import typer
 from rlhf_cluster.errors import RunError
 
 if TYPE_CHECKING:
-    from rlhf_cluster.config.load import AnyConfig
     from rlhf_cluster.planning.doctor import Finding
 
 Deep = Annotated[
@@ -114,7 +113,8 @@ def monitor(
 def trace(
     run_: LocalRunArgument,
     sample: Annotated[
-        str | None, typer.Option("--sample", metavar="ID", help="A rollout, such as g00000012/3.")
+        str | None,
+        typer.Option("--sample", metavar="ID", help="GROUP/NUMBER, of a group that inspect lists."),
     ] = None,
     step: Annotated[
         int | None, typer.Option("--step", metavar="N", min=1, help="All rollouts of a step.")
@@ -131,6 +131,7 @@ def trace(
     """Show what was recorded of a sample or a step, or write the run's timeline."""
     from rlhf_cluster.observe.timeline import write_timeline
     from rlhf_cluster.observe.trace_rollout import parse_places, trace_sample, trace_step
+    from rlhf_cluster.planning.run_tokenizer import find_decoder
     from rlhf_cluster.run.run_directory import find_run
 
     if sample is None and step is None and timeline is None:
@@ -138,12 +139,19 @@ def trace(
     if token is not None and sample is None:
         raise RunError("--token without --sample: of which rollout? Give --sample ID")
     run = find_run(run_)
+    decode, why = (
+        (None, "")
+        if sample is None and step is None
+        else find_decoder(run.path, run.read_resolved())
+    )
+    if why:
+        typer.echo(why, err=True)
     if sample is not None:
         places = None if token is None else parse_places(token)
-        for line in trace_sample(run, sample).lines(places):
+        for line in trace_sample(run, sample, decode).lines(places):
             typer.echo(line)
     if step is not None:
-        for line in trace_step(run, step):
+        for line in trace_step(run, step, decode):
             typer.echo(line)
     if timeline is not None:
         number = write_timeline(run, timeline)
@@ -196,27 +204,8 @@ def _wait_for_interrupt(is_over: Callable[[], bool]) -> None:
         pass
 
 
-def look_deep(
-    config: AnyConfig, earlier: Sequence[AnyConfig], placement: Callable[[AnyConfig], Finding]
-) -> None:
-    """Print the findings of `validate --deep`. Raises `RunError` where one is wrong.
-
-    `earlier` are the stages of the pipeline before this one.
-    """
-    import tempfile
-
-    from rlhf_cluster.planning import doctor as checks
-    from rlhf_cluster.planning.deep_validation import deep
-
-    with tempfile.TemporaryDirectory(prefix="rlhf-validate-") as scratch:
-        findings = [*deep(config, Path(scratch), earlier), placement(config)]
-    for line in checks.report(findings):
-        typer.echo(line)
-    _refuse_wrong(findings)
-
-
 def _refuse_wrong(findings: Sequence[Finding]) -> None:
-    wrong = [finding.name for finding in findings if finding.verdict == "wrong"]
+    wrong = [finding.name for finding in findings if finding.is_wrong]
     if wrong:
         raise RunError(f"{', '.join(wrong)}: not as a run needs it; what to do is above")
 

@@ -16,6 +16,7 @@ from typing import Any
 from rlhf_cluster.config import GenerateConfig, RunConfig, StageConfig
 from rlhf_cluster.planning.placement import demand, total_resources
 from rlhf_cluster.planning.run_inputs import StageInputs
+from rlhf_cluster.run.run_record import Snapshot
 from rlhf_cluster.synthetic_data.dataset import LEFT_OUT
 from rlhf_cluster.synthetic_data.revise_answers import PROBLEMS
 
@@ -65,6 +66,36 @@ def _training_reward(summary: Mapping[str, Any]) -> str:
     """Describe the reward at the end of training, which an older summary may lack."""
     value = summary.get("reward_trained")
     return "not known" if value is None else f"{value:.3f}, mean of the last 10 steps"
+
+
+def reached_rows(snapshot: Snapshot, summary: Mapping[str, Any], here: Path) -> dict[str, str]:
+    """Return what a finished run or stage has reached, as name and text."""
+    rows: dict[str, str] = {"steps": f"{snapshot.step:,} in {_time(summary['total_s'])}"}
+    if snapshot.reward is not None:
+        mean10 = snapshot.reward_mean10
+        mean = "" if mean10 is None else f", {mean10:.3f} mean of the last 10 steps"
+        rows["reward"] = f"{snapshot.reward:.3f} at the end{mean}"
+    if "reward_before" in summary:
+        before, after = summary["reward_before"], summary["reward_after"]
+        rows["held out"] = "not measured"
+        if before is not None or after is not None:
+            rows["held out"] = f"{_three(before)} before, {_three(after)} after"
+    if summary.get("metric") and "before" in summary:
+        before, after = _number(summary["before"]), _number(summary["after"])
+        rows[summary["metric"]] = f"{before} before, {after} after, on held-out units"
+    places = {
+        "model": "final_model",
+        "data set": "data_file",
+        "run directory": "run_dir",
+    }
+    for name, key in places.items():
+        if summary.get(key):
+            rows[name] = shorten(Path(summary[key]), here)
+    return rows
+
+
+def _three(value: float | None) -> str:
+    return "not known" if value is None else f"{value:.3f}"
 
 
 def _reward(summary: Mapping[str, Any], num_prompts: int) -> str:

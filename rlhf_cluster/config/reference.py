@@ -29,6 +29,7 @@ from rlhf_cluster.config.load import PipelineFile
 from rlhf_cluster.config.run_config import RunConfig
 from rlhf_cluster.config.stage_config import StageConfig
 from rlhf_cluster.errors import ConfigError
+from rlhf_cluster.sections.other_names import keys_meant
 
 KINDS: Mapping[str, type[BaseModel]] = {
     "run": RunConfig,
@@ -194,7 +195,8 @@ def resolve(query: str) -> str:
         *difflib.get_close_matches(asked, known, n=_NEAR),
         *(by_name[name] for name in difflib.get_close_matches(last, by_name, n=_NEAR)),
     ]
-    close = _unique([*same_name, *near])[:_NEAR]
+    meant = keys_meant(last)  # of another framework: nothing that only looks alike is better
+    close = meant or _unique([*same_name, *near])[:_NEAR]
     hint = (
         f"did you mean {', '.join(close)}?" if close else "`rlhf-cluster config` lists the sections"
     )

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -84,6 +85,10 @@ class _Stream(Protocol):
         """Return the item at index `cursor` of the stream, and its epoch."""
         ...
 
+    def rows(self) -> Sequence[_Item]:
+        """Return all items of an epoch in the order of the file, or the first of an endless stream."""
+        ...
+
     def for_sft(self) -> _Stream:
         """Return a stream of these rows in another order; of other rows for an endless task."""
         ...
@@ -110,6 +115,14 @@ class PromptSource:
     def epoch_size(self) -> int | None:
         """Prompts of one epoch without the skipped ones; None for a task without `data.limit`."""
         return self._stream.size
+
+    def of_one_epoch(self, limit: int) -> Iterator[tuple[str, Prompt]]:
+        """Yield the first `limit` prompts in the order of the file, with file and line of each.
+
+        `cursor` does not change. An endless task has only its first rows.
+        """
+        for item in islice(self._stream.rows(), limit):
+            yield f"{self._stream.name}, {item.place}", item.prompt(str(item.number))
 
     def next(self) -> Prompt:
         """Return the next prompt. The stream never ends."""
@@ -205,6 +218,9 @@ class _Epochs:
         epoch, index = divmod(cursor, len(self._items))
         return self._items[self._order(epoch)[index]], epoch
 
+    def rows(self) -> Sequence[_Item]:
+        return self._items
+
     def for_sft(self) -> _Epochs:
         seed = f"{self._seed}/sft"
         return _Epochs(self.name, self._items, self.num_skipped, seed, self._shuffle)
@@ -232,6 +248,9 @@ class _TaskBlocks:
     def at(self, cursor: int) -> tuple[_Item, int]:
         block, index = divmod(cursor, _TASK_BLOCK_ROWS)
         return self._block(block)[index], 0
+
+    def rows(self) -> Sequence[_Item]:
+        return self._block(0)
 
     def for_sft(self) -> _TaskBlocks:
         return _TaskBlocks(self._data, self._tokenizer, f"{self._seed}/sft")

@@ -9,7 +9,9 @@ A group that is in both is shown once, from the store. Nothing is changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -19,6 +21,12 @@ from rlhf_cluster.buffer.group_store import ExperienceStore
 from rlhf_cluster.errors import StoreError
 from rlhf_cluster.observe.record.samples import read_samples
 from rlhf_cluster.records import ExperienceGroup
+
+Decode = Callable[[Sequence[int]], str]
+"""Turns token ids into text."""
+
+_LONGEST = 60
+"""Characters of a text that a line shows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +45,8 @@ class GroupRow:
     num_tokens: int
     steps: tuple[int, ...]
     source: str
+    prompt: str = ""
+    response: str | None = None  # of the first rollout; None where it cannot be decoded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,15 +80,20 @@ class Listing:
     damaged: list[str] = field(default_factory=list)
 
 
-def list_groups(run_dir: Path, wanted: GroupFilter, limit: int | None = None) -> Listing:
-    """Return the first `limit` groups that match `wanted`, by group id. Reads every stored file."""
+def list_groups(
+    run_dir: Path, wanted: GroupFilter, limit: int | None = None, decode: Decode | None = None
+) -> Listing:
+    """Return the first `limit` groups that match `wanted`, by group id. Reads every stored file.
+
+    `decode` turns the token ids of stored responses into text.
+    """
     found = Listing()
     store = ExperienceStore(run_dir / "experience")
     steps = read_trained(store.root)
     rows: dict[str, GroupRow] = {}
     for number in store.numbers():
         try:
-            row = _row(store.read(number), steps.get(number, ()))
+            row = _row(store.read(number), steps.get(number, ()), decode)
         except StoreError as error:
             found.damaged.append(str(error))
         else:
@@ -97,8 +112,10 @@ def list_groups(run_dir: Path, wanted: GroupFilter, limit: int | None = None) ->
     return found
 
 
-def table(rows: Sequence[GroupRow]) -> list[str]:
+def lines_of(rows: Sequence[GroupRow]) -> list[str]:
     """Return a heading and a line per row.
+
+    Below a row stand the prompt and the first response, shortened.
 
     A group that no step trained is open, or was discarded; a replayed one has the steps of all uses.
     """
@@ -108,7 +125,26 @@ def table(rows: Sequence[GroupRow]) -> list[str]:
         step = ",".join(map(str, row.steps)) or "open"
         numbers = (f"{row.reward:.4g}", str(row.num_rollouts), str(row.num_tokens))
         cells.append((row.group_id, row.prompt_id, versions, *numbers, step, row.source))
-    return align(cells)
+    heading, *lines = align(cells)
+    texts = [f"    {short(row.prompt)} -> {short(row.response)}" for row in rows]
+    return [heading, *(text for pair in zip(lines, texts, strict=True) for text in pair)]
+
+
+def short(text: str | None) -> str:
+    """Return a text in quotes on one line, at most `_LONGEST` characters of it; "-" without one."""
+    if text is None:
+        return "-"
+    cut = text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+    return json.dumps(escape_control(cut), ensure_ascii=False)
+
+
+def escape_control(text: str) -> str:
+    """Return `text` as a terminal may have it, with control characters written out."""
+    return re.sub(
+        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]",
+        lambda match: f"\\x{ord(match[0]):02x}",
+        text,
+    )
 
 
 def align(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -120,7 +156,8 @@ def align(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _row(group: ExperienceGroup, steps: tuple[int, ...]) -> GroupRow:
+def _row(group: ExperienceGroup, steps: tuple[int, ...], decode: Decode | None) -> GroupRow:
+    source = group.prompt.source
     rollouts = [scored.rollout for scored in group.scored]
     return GroupRow(
         group_id=group.group_id,
@@ -132,6 +169,8 @@ def _row(group: ExperienceGroup, steps: tuple[int, ...]) -> GroupRow:
         num_tokens=sum(len(r.response_ids) for r in rollouts),
         steps=steps,
         source="store",
+        prompt=source if isinstance(source, str) else json.dumps(source, ensure_ascii=False),
+        response=None if decode is None else decode(rollouts[0].response_ids.tolist()),
     )
 
 
@@ -149,4 +188,6 @@ def _read_rows(path: Path) -> Iterator[GroupRow]:
             num_tokens=sum(len(r["response_ids"]) for r in rollouts),
             steps=(int(path.stem.removeprefix("step-")),),
             source="sample",
+            prompt=rollouts[0]["prompt"],
+            response=rollouts[0]["response"],
         )

@@ -26,7 +26,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,7 @@ import numpy as np
 from rlhf_cluster.buffer.group_recovery import read_trained
 from rlhf_cluster.buffer.group_store import ExperienceStore
 from rlhf_cluster.errors import RlhfError, RunError, StoreError
-from rlhf_cluster.observe.list_groups import align
+from rlhf_cluster.observe.list_groups import Decode, align, escape_control, short
 from rlhf_cluster.observe.record.samples import Row, read_samples
 from rlhf_cluster.records import ExperienceGroup
 from rlhf_cluster.run.run_directory import RunDir
@@ -201,26 +201,30 @@ class RolloutTrace:
         return found
 
 
-def trace_sample(run: RunDir, rollout_id: str) -> RolloutTrace:
-    """Return the trace of a rollout.
+def trace_sample(run: RunDir, rollout_id: str, decode: Decode | None = None) -> RolloutTrace:
+    """Return the trace of a rollout. `decode` turns the token ids of a stored response into text.
 
     Raises `RunError` for a rollout of which nothing is kept, `StoreError` for a damaged file.
     """
-    found = _ID.fullmatch(rollout_id)
-    if found is None:
+    named = _ID.fullmatch(rollout_id)
+    if named is None:
         raise RunError(
             f"{rollout_id!r} is not the id of a rollout, such as g00000012/3: group and number in it. "
             "rlhf-cluster inspect lists the groups"
         )
     sampled = _find_sample(run, rollout_id)
     store = ExperienceStore(run.path / "experience")
-    number = int(found[1])
+    number = int(named[1])
     if store.has(number):
         group = store.read(number)
         steps = read_trained(store.root)
         for index, scored in enumerate(group.scored):
             if scored.rollout.rollout_id == rollout_id:
-                return _trace_from_store(run, store, group, index, steps, sampled)
+                found = _trace_from_store(run, store, group, index, steps, sampled)
+                if found.response is None and decode is not None:
+                    text = decode(scored.rollout.response_ids.tolist())
+                    return replace(found, response=text)
+                return found
         raise RunError(f"group {group.group_id} has {len(group.scored)} rollouts, no {rollout_id}")
     if sampled is None:
         raise RunError(
@@ -230,8 +234,11 @@ def trace_sample(run: RunDir, rollout_id: str) -> RolloutTrace:
     return _trace_from_sample(*sampled)
 
 
-def trace_step(run: RunDir, step: int) -> list[str]:
-    """Return the metrics of a step and a line per kept rollout of it. Raises `RunError`."""
+def trace_step(run: RunDir, step: int, decode: Decode | None = None) -> list[str]:
+    """Return the metrics of a step and a line per kept rollout of it. Raises `RunError`.
+
+    `decode` turns the token ids of stored responses into text.
+    """
     records = [record for record in read_metrics(run.metrics) if record["step"] == step]
     store = ExperienceStore(run.path / "experience")
     rows = {row["rollout_id"]: row for row in _rows(run, step)}
@@ -246,23 +253,24 @@ def trace_step(run: RunDir, step: int) -> list[str]:
         lines.append(f"  ended at {_time(record['time_s'])}")
         values = ((name, record.get(name)) for name in _OF_STEP)
         lines += [f"  {name:<34} {value:.6g}" for name, value in values if value is not None]
-    cells = [("rollout", "reward", "versions", "staleness", "tokens", "ended by", "worker")]
-    for name, row in sorted(rows.items()):
+    cells = [
+        ("rollout", "reward", "versions", "staleness", "tokens", "ended by", "worker", "response")
+    ]
+    for name, row in sorted(rows.items(), key=lambda item: _number_of(item[0])):
         versions = f"{row['version_min']}..{row['version_max']}"
         numbers = (f"{row['reward']:.4g}", versions, str(row["staleness"]))
         end = (str(len(row["response_ids"])), row["finish_reason"], row["worker"])
-        cells.append((name, *numbers, *end))
+        text = row.get("response")
+        if text is None and decode is not None:
+            text = decode(list(map(int, row["response_ids"])))
+        cells.append((name, *numbers, *end, short(text)))
     lines.append(f"  {len(rows)} rollouts are kept; rlhf-cluster trace RUN --sample ID shows one")
     return [*lines, *(f"  {line}" for line in align(cells))]
 
 
-def escape_control(text: str) -> str:
-    """Return `text` as a terminal may have it, with control characters written out."""
-    return re.sub(
-        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]",
-        lambda match: f"\\x{ord(match[0]):02x}",
-        text,
-    )
+def _number_of(rollout_id: str) -> tuple[int, ...]:
+    """Return the numbers of group and rollout, by which rollouts are sorted."""
+    return tuple(map(int, re.findall(r"\d+", rollout_id)))
 
 
 def _trace_from_store(

@@ -91,6 +91,10 @@ class Finding:
     value: str
     cure: str = ""
 
+    @property
+    def is_wrong(self) -> bool:
+        return self.verdict == "wrong"
+
 
 def judge(facts: Facts) -> list[Finding]:
     """Return one finding for each checked fact, the basic ones first."""

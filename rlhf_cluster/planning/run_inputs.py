@@ -4,6 +4,7 @@ No file is touched before them. They cover model, draft model, tokenizer, data s
 
 - A model made from numbers is written to a scratch folder, so a run that is refused leaves nothing
   behind, and an earlier run of the same name is not deleted for it.
+- Checks that do not depend on each other are all made, and their problems raised together.
 - Rules and user functions are built (functions are imported in their child process), and rules
   score one made-up answer, so a missing column shows before minutes of generation are spent.
 - The folders of reward models must exist. The run loads the models.
@@ -13,17 +14,18 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import prod
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from rlhf_cluster.config import RunConfig, StageConfig
 from rlhf_cluster.data.prompts import PromptSource, SftExample, evaluation_prompts
+from rlhf_cluster.data.rows import expand, read_rows
 from rlhf_cluster.data.tokenizer import (
     check_same_tokens,
     check_template,
@@ -35,13 +37,14 @@ from rlhf_cluster.data.units import (
     UnitStream,
     load_units,
 )
-from rlhf_cluster.errors import ConfigError
+from rlhf_cluster.errors import ConfigError, Gathered
 from rlhf_cluster.models.make_model import (
     check_fit,
     check_positions,
     make_model,
 )
 from rlhf_cluster.models.model_folder import (
+    Shapes,
     checkpoint_shapes,
     refuse_other_draft,
 )
@@ -55,32 +58,49 @@ from rlhf_cluster.rewards.reward_failure import RewardFailure
 from rlhf_cluster.rewards.rules.reasoning import ReasoningSection, open_reasoning
 from rlhf_cluster.weights.manifest import ITEM_BYTES
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 RULES = ("exact_match", "numeric")
 
 _ENDING_TOKENS = 256
 """Length of the end of a prompt that is searched for an opening tag of reasoning."""
 
 
-def try_rewards(configs: Sequence[RewardConfig], tokenizer_dir: str, prompt: Prompt) -> None:
-    """Build all rewards, and let rules score a made-up answer to `prompt`.
+def try_rewards(
+    configs: Sequence[RewardConfig], tokenizer_dir: str, prompts: Iterable[tuple[str, Prompt]]
+) -> None:
+    """Build all rewards, and let rules score a made-up answer to each of `prompts`.
 
-    Raises `ConfigError` with the name of a reward that cannot score it.
+    A prompt comes with its file and line. Raises `ConfigError` with the name of a reward that cannot
+    score one, or several problems of several rewards.
     """
+    gathered, tried = Gathered(), list(prompts)
     for config in configs:
-        name = config.name or config.type
-        if config.model_paths:
-            for path in map(Path, config.model_paths):
-                if path.is_absolute() and not path.is_dir():
-                    raise ConfigError(f"reward {name!r}: {path}: no such folder. Correct its path")
-            continue
-        reward, _ = build_rewards([config], tokenizer_dir, "cpu")[name]
-        try:
-            if config.type in RULES:
+        gathered.attempt(_try_reward, config, tokenizer_dir, tried)
+    gathered.refuse()
+
+
+def _try_reward(
+    config: RewardConfig, tokenizer_dir: str, prompts: Sequence[tuple[str, Prompt]]
+) -> None:
+    name = config.name or config.type
+    if config.model_paths:
+        for path in map(Path, config.model_paths):
+            if path.is_absolute() and not path.is_dir():
+                raise ConfigError(f"reward {name!r}: {path}: no such folder. Correct its path")
+        return
+    reward, _ = build_rewards([config], tokenizer_dir, "cpu")[name]
+    try:
+        for place, prompt in prompts if config.type in RULES else ():
+            try:
                 cast(Reward, reward).score(prompt, [_made_up(prompt)], ["0"])
-        except RewardFailure as failure:
-            raise ConfigError(f"reward {name!r} cannot score this data set: {failure}") from failure
-        finally:
-            reward.close()
+            except RewardFailure as failure:
+                raise ConfigError(
+                    f"{place}: reward {name!r} cannot score this data set: {failure}"
+                ) from failure
+    finally:
+        reward.close()
 
 
 def check_reasoning(configs: Sequence[RewardConfig], ending: str) -> None:
@@ -142,50 +162,103 @@ class Inputs:
             yield batch
 
 
-def check_inputs(config: RunConfig, scratch: Path) -> Inputs:
+def check_inputs(config: RunConfig, scratch: Path, tried_prompts: int = 1) -> Inputs:
     """Check and load the inputs of a run. A made model is written below `scratch`.
 
-    Raises `DataError`, `WeightError` or `ConfigError` for the first input that cannot be used.
+    `tried_prompts`: how many prompts the rules among the rewards are tried on.
+
+    Raises `DataError`, `WeightError` or `ConfigError` for the only input that cannot be used, and
+    `SeveralProblems` for several.
     """
-    check_sinks(config.observe.sinks)
-    model_dir = model_dir_of(config, scratch)
+    gathered = Gathered()
+    gathered.attempt(check_sinks, config.observe.sinks)
+    model_dir = gathered.attempt(model_dir_of, config, scratch)
+    own = config.model.tokenizer or (None if model_dir is None else str(model_dir))
+    tokenizer = None if own is None else gathered.attempt(load_tokenizer, own)
+    shapes: Shapes = {}
+    if model_dir is not None and model_dir.is_dir():
+        shapes = gathered.attempt(_check_model, config, model_dir) or {}
+    gathered.attempt(_check_reward_lengths, config)
+    if tokenizer is None or own is None:
+        gathered.attempt(_read_files, config.data.path, config.evaluation.path)
+        gathered.attempt(try_rewards, config.scoring.rewards, own or "", ())
+        gathered.refuse()
+    assert tokenizer is not None
+    assert own is not None
+    gathered.attempt(_check_teacher, config, tokenizer)
+    held_out = gathered.attempt(
+        evaluation_prompts,
+        config.data,
+        config.evaluation,
+        config.run.seed,
+        tokenizer,
+        config.evaluation.num_prompts,
+    )
+    prompts = gathered.attempt(PromptSource, config.data, tokenizer, config.run.seed)
+    warmup = None if prompts is None else gathered.attempt(_warmup, config, prompts)
+    if prompts is not None:
+        gathered.attempt(_check_first_prompt, config, tokenizer, prompts)
+    tried = () if prompts is None else prompts.of_one_epoch(tried_prompts)
+    gathered.attempt(try_rewards, config.scoring.rewards, own, tried)
+    gathered.refuse()
+    assert model_dir is not None
+    assert prompts is not None
+    return Inputs(
+        model_dir=model_dir,
+        prompts=prompts,
+        evaluation_prompts=held_out or [],
+        warmup=warmup or [],
+        warmup_batch_size=config.sft.batch_size,
+        weights_bytes=ITEM_BYTES[config.publish_dtype] * sum(map(prod, shapes.values())),
+    )
+
+
+def _check_model(config: RunConfig, model_dir: Path) -> Shapes:
+    """Check that the model takes the run's sequences and has its draft. Return its shapes."""
+    shapes = checkpoint_shapes(model_dir)
     if (draft := config.generation.draft_folder) is not None:
-        refuse_other_draft(draft, checkpoint_shapes(draft), checkpoint_shapes(model_dir))
-    tokenizer_dir = config.model.tokenizer or str(model_dir)
-    tokenizer = load_tokenizer(tokenizer_dir)
+        refuse_other_draft(draft, checkpoint_shapes(draft), shapes)
     check_fit(model_dir, config.max_sequence_tokens, config.model.tokenizer)
+    return shapes
+
+
+def _check_teacher(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     if (teacher := config.scoring.teacher) is not None:
         check_same_tokens("scoring.teacher", teacher, tokenizer)
         check_fit(teacher, config.max_sequence_tokens)
-    prompts = PromptSource(config.data, tokenizer, config.run.seed)
-    num_warmup = config.sft.steps * config.sft.batch_size
-    max_target_tokens = config.generation.max_response_tokens
-    warmup = list(prompts.sft_examples(num_warmup, config.sft.target_column, max_target_tokens))
-    prompts.seek(num_warmup)
+
+
+def _check_reward_lengths(config: RunConfig) -> None:
     for reward in config.scoring.rewards:
         if getattr(reward, "tokenizer", "shared") == "shared":  # it reads the policy's tokens
             for path in filter(os.path.isdir, reward.model_paths):
                 check_positions(path, config.max_sequence_tokens)
-    first = prompts.next()
+
+
+def _warmup(config: RunConfig, prompts: PromptSource) -> list[SftExample]:
+    """Return the examples of the warm-up, and move `prompts` behind them."""
+    num = config.sft.steps * config.sft.batch_size
+    longest = config.generation.max_response_tokens
+    examples = list(prompts.sft_examples(num, config.sft.target_column, longest))
+    prompts.seek(num)
+    return examples
+
+
+def _check_first_prompt(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, prompts: PromptSource
+) -> None:
+    first, cursor = prompts.next(), prompts.cursor
+    prompts.seek(cursor - 1)
     ending = tokenizer.decode(first.token_ids[-_ENDING_TOKENS:].tolist(), skip_special_tokens=False)
     check_reasoning(config.scoring.rewards, str(ending))
-    try_rewards(config.scoring.rewards, tokenizer_dir, first)
-    prompts.seek(num_warmup)
-    return Inputs(
-        model_dir=model_dir,
-        prompts=prompts,
-        evaluation_prompts=evaluation_prompts(
-            config.data,
-            config.evaluation,
-            config.run.seed,
-            tokenizer,
-            config.evaluation.num_prompts,
-        ),
-        warmup=warmup,
-        warmup_batch_size=config.sft.batch_size,
-        weights_bytes=ITEM_BYTES[config.publish_dtype]
-        * sum(prod(shape) for shape in checkpoint_shapes(model_dir).values()),
-    )
+
+
+def _read_files(*paths: str | None) -> None:
+    """Read each data file, without a tokenizer for its prompts. Raises `DataError`."""
+    gathered = Gathered()
+    for path in filter(None, paths):
+        gathered.attempt(lambda path=path: read_rows(expand(path)))
+    gathered.refuse()
 
 
 def model_dir_of(config: RunConfig | StageConfig, scratch: Path) -> Path:
@@ -219,16 +292,40 @@ class StageInputs:
 def check_stage_inputs(config: StageConfig, scratch: Path) -> StageInputs:
     """Check and load the inputs of an offline stage. A made model is written below `scratch`.
 
-    Raises `DataError` or `ConfigError` for the first input that cannot be used.
+    Raises `DataError` or `ConfigError` for the only input that cannot be used, and `SeveralProblems`
+    for several.
     """
-    check_sinks(config.observe.sinks)
-    model_dir = model_dir_of(config, scratch)
-    tokenizer = load_tokenizer(config.model.tokenizer or str(model_dir))
-    check_fit(model_dir, config.data.max_tokens, config.model.tokenizer, "data.max_tokens")
-    check_template(config.data, tokenizer)
+    gathered = Gathered()
+    gathered.attempt(check_sinks, config.observe.sinks)
+    model_dir = gathered.attempt(model_dir_of, config, scratch)
+    folder = config.model.tokenizer or model_dir
+    tokenizer = None if folder is None else gathered.attempt(load_tokenizer, folder)
+    length, key = config.data.max_tokens, "data.max_tokens"
+    if model_dir is not None and model_dir.is_dir():
+        gathered.attempt(check_fit, model_dir, length, config.model.tokenizer, key)
+    if model_dir is None or tokenizer is None:
+        gathered.attempt(_read_files, *(source.path for source in config.data.sources))
+        gathered.refuse()
+    assert model_dir is not None
+    assert tokenizer is not None
     if (teacher := getattr(config.stage, "teacher", None)) is not None:
-        check_same_tokens("stage.teacher", teacher, tokenizer)
-        check_fit(teacher, config.data.max_tokens, None, "data.max_tokens")
+        gathered.attempt(check_same_tokens, "stage.teacher", teacher, tokenizer)
+        gathered.attempt(check_fit, teacher, length, None, key)
+    loaded = gathered.attempt(_load_stage, config, tokenizer, model_dir)
+    gathered.refuse()
+    assert loaded is not None
+    stream, num_steps, end = loaded
+    size = config.run.units_per_step
+    return StageInputs(
+        model_dir=model_dir, stream=stream, num_steps=num_steps, units_per_step=size, end=end
+    )
+
+
+def _load_stage(
+    config: StageConfig, tokenizer: PreTrainedTokenizerBase, model_dir: Path
+) -> tuple[UnitStream, int, int | None]:
+    """Return the units of a stage, its number of steps, and the units after which it is over."""
+    check_template(config.data, tokenizer)
     own: Any = tokenizer.eos_token_id
     others = [token for token in end_token_ids(tokenizer, model_dir) if token != own]
     context = StageContext(data=config.data, tokenizer=tokenizer, end_ids=(int(own), *others))
@@ -237,9 +334,7 @@ def check_stage_inputs(config: StageConfig, scratch: Path) -> StageInputs:
     end = None if epochs is None else stream.end_of(epochs)
     num_steps = config.run.steps or math.ceil((end or 0) / size)
     _check_steps(config, num_steps)
-    return StageInputs(
-        model_dir=model_dir, stream=stream, num_steps=num_steps, units_per_step=size, end=end
-    )
+    return stream, num_steps, end
 
 
 def _check_steps(config: StageConfig, num_steps: int) -> None:

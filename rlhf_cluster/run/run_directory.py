@@ -256,6 +256,10 @@ class RunDir:
             algorithm["reward_weights"] = {**unset, **algorithm.get("reward_weights", {})}
         return settings
 
+    @property
+    def has_summary(self) -> bool:
+        return self.summary.exists()
+
     def read_summary(self) -> dict[str, Any]:
         """Return the result of a run that is over. Raises `RunError`."""
         found = read_json(self.summary)
@@ -294,7 +298,9 @@ class RunDir:
         settings = list_settings(config)
         provenance.hide(provenance.find_secrets(settings))
         write_json(self.resolved, remove_secrets(settings), fsync=True)
-        write_json(self.environment, describe_environment(argv, config.run.seed), fsync=True)
+        facts = describe_environment(argv, config.run.seed)
+        facts["model"] = provenance.describe_model(config.model.path)
+        write_json(self.environment, facts, fsync=True)
 
 
 def list_settings(config: AnyConfig) -> dict[str, Any]:

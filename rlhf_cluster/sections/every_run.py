@@ -195,7 +195,9 @@ class Model(Section):
     """Model of the policy: a Hugging Face folder, or one made from `init`."""
 
     path: str | None = None
-    """Folder (or hub id, where the hub can be reached) of a causal LM with its tokenizer."""
+    """Folder of a causal LM with its tokenizer, or its Hub id (OWNER/NAME). A Hub id is resolved once,
+    when the run starts: to the folder in this machine's Hugging Face cache, after a download if it is
+    not there and HF_HUB_OFFLINE is not set. On a cluster every node must see the folder."""
     tokenizer: str | None = None
     """Folder of a tokenizer to use instead of the model's own."""
     init: ModelInit | None = None

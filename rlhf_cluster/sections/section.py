@@ -24,7 +24,11 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from rlhf_cluster.errors import ConfigError
+from rlhf_cluster.errors import ConfigError, several
+from rlhf_cluster.sections.other_names import keys_meant
+
+_FEW = 3
+"""Largest number of keys of one name that a hint lists."""
 
 
 def import_name(path: str, what: str) -> Any:
@@ -177,10 +181,7 @@ def validate(cls: type[S], tree: dict[str, Any], source: str) -> S:
     try:
         return cls.model_validate(tree)
     except ValidationError as error:
-        problems = messages_of(cls, error)
-        noun = "problem" if len(problems) == 1 else "problems"
-        lines = "\n".join(f"  - {p}" for p in problems)
-        raise ConfigError(f"{source}: {len(problems)} {noun}\n{lines}") from None
+        raise several(messages_of(cls, error), source) from None
 
 
 def messages_of(cls: type[Section], error: ValidationError) -> list[str]:
@@ -219,10 +220,7 @@ def _explain_one(cls: type[Section], problem: Any) -> str:
     key = ".".join(location) or "configuration"
     kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
     if kind == "extra_forbidden":
-        known = _known_keys(cls, location[:-1])
-        close = difflib.get_close_matches(location[-1], known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else f"; known here: {', '.join(known)}"
-        return f"{key}: unknown key{hint}"
+        return f"{key}: unknown key; {_meant(cls, location)}"
     if kind == "missing":
         return f"{key}: required, and not given"
     if kind == "model_type":
@@ -233,6 +231,39 @@ def _explain_one(cls: type[Section], problem: Any) -> str:
     if kind == "value_error":
         return message if not location else f"{key}: {message}"
     return f"{key}: {message}; found {problem['input']!r}"
+
+
+def _meant(cls: type[BaseModel], location: Sequence[str]) -> str:
+    """Return a hint at the key that an unknown one means, or the keys that are known at its place.
+
+    Another framework's name of a setting comes first, then a name that resembles one of the same
+    section, then the same name in other sections.
+    """
+    *section, name = location
+    known = _known_keys(cls, section)
+    elsewhere = [key for key in keys_meant(name) if _has(cls, key.split("."))]
+    if elsewhere:
+        return f"did you mean {' or '.join(elsewhere)}?"
+    if close := difflib.get_close_matches(name, known, n=1):
+        return f"did you mean {close[0]!r}?"
+    if same := [path for path in _paths(cls) if path.rpartition(".")[2] == name][:_FEW]:
+        return f"did you mean {' or '.join(same)}?"
+    return f"known here: {', '.join(known)}"
+
+
+def _has(cls: type[BaseModel], path: Sequence[str]) -> bool:
+    """Return whether some type of the section at `path` has its last part as a key."""
+    return all(name in _known_keys(cls, path[:place]) for place, name in enumerate(path))
+
+
+def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield the paths of all keys below `model`, each once."""
+    found: dict[str, None] = {}
+    for name, field in model.model_fields.items():
+        found[f"{prefix}{name}"] = None
+        for inner in _models_in(field.annotation):
+            found |= dict.fromkeys(_paths(inner, f"{prefix}{name}."))
+    yield from found
 
 
 def _known_keys(cls: type[BaseModel], location: Sequence[str]) -> list[str]:

@@ -68,6 +68,21 @@ def describe_environment(argv: Iterable[str], seed: int) -> dict[str, Any]:
     }
 
 
+def describe_model(path: str | None) -> dict[str, str] | None:
+    """Return where a model comes from: its folder, and its Hub id and revision if the cache has it.
+
+    The Hugging Face cache keeps a model in models--OWNER--NAME/snapshots/REVISION.
+    """
+    if path is None:
+        return None
+    folder = Path(path).absolute()
+    facts = {"folder": str(folder)}
+    entry = folder.parent.parent.name.split("--")
+    if folder.parent.name == "snapshots" and entry[0] == "models":
+        facts |= {"hub_id": "/".join(entry[1:]), "revision": folder.name}
+    return facts
+
+
 @functools.cache
 def code_digest() -> str:
     """Return a digest of this project's Python files on this machine's disk."""

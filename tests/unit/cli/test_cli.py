@@ -1,9 +1,11 @@
 """The command line, run in this process and in children."""
 
+import json
 import os
 
 import pytest
 
+from rlhf_cluster import __version__
 from rlhf_cluster.cli.commands import main
 from rlhf_cluster.cli.run_control import parse_sizes, stop_run
 from rlhf_cluster.errors import ConfigError, RunError
@@ -217,3 +219,122 @@ def test_validate_refuses_inputs_that_would_fail_the_run(here, capsys, overrides
     assert main(["validate", "run.toml", *words]) == 1
     assert message in capsys.readouterr().err
     assert [p.name for p in here.iterdir()] == ["run.toml"]
+
+
+def test_validate_reports_all_problems_at_once(here, capsys):
+    changes = [
+        *("--set", "scoring.rewards=[{type='exact_match', target_column='gold'}]"),
+        *("--set", "evaluation.num_prompts=2", "--set", "evaluation.path='absent.jsonl'"),
+        *("--set", "generation.quantization='mxfp8'"),
+    ]
+    assert main(["validate", "run.toml", *changes]) == 1
+    captured = capsys.readouterr()
+    assert "valid" not in captured.out
+    heading, *problems = captured.err.splitlines()
+    assert heading == "error: run.toml: 3 problems"
+    for problem, words in zip(problems, ("mxfp8", "absent.jsonl", "no column 'gold'"), strict=True):
+        assert problem.startswith("  - ")
+        assert words in problem
+
+
+def test_a_prompt_that_no_rule_can_score_is_named_by_file_and_line(here, capsys):
+    rows = [{"prompt": "1 2", "answer": "1"}, {"prompt": "2 1"}]
+    (here / "rows.jsonl").write_text("\n".join(["", *map(json.dumps, rows)]))
+    text = TOML.replace('task = "sort_digits"', 'path = "rows.jsonl"')
+    (here / "run.toml").write_text(text)
+    target = "scoring.rewards=[{type='exact_match', target_column='answer'}]"
+    assert main(["validate", "run.toml", "--set", target]) == 1
+    assert "rows.jsonl, line 3: reward 'exact_match'" in capsys.readouterr().err
+
+
+def printed_json(capsys, *words: str, code: int = 0) -> dict:
+    """Run a command with --json. Return the object that it printed, and nothing else."""
+    assert main([*words, "--json"]) == code
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return json.loads(captured.out)
+
+
+def test_validate_as_json_has_facts_and_problems(here, capsys):
+    found = printed_json(capsys, "validate", "run.toml")
+    assert found["file"] == "run.toml"
+    assert found["problems"] == []
+    [run] = found["runs"]
+    assert run["valid"] is True
+    assert run["facts"]["prompts"] == "12 (4 a step)"
+    target = "scoring.rewards=[{type='exact_match', target_column='gold'}]"
+    found = printed_json(capsys, "validate", "run.toml", "--set", target, code=1)
+    assert found["runs"][0]["valid"] is False
+    assert "no column 'gold'" in found["problems"][0]
+
+
+def test_a_run_file_of_unknown_keys_is_json_with_each_problem(here, capsys):
+    changes = ["--set", "run.stepz=3", "--set", "learner.lr=1"]
+    found = printed_json(capsys, "validate", "run.toml", *changes, code=1)
+    assert sorted(text.partition(":")[0] for text in found["problems"]) == [
+        "learner.lr",
+        "run.stepz",
+    ]
+    assert found["error"].startswith("run.toml: 2 problems")
+    found = printed_json(capsys, "status", "nothing", code=1)
+    assert found["problems"] == [found["error"]]
+    assert "Runs in runs" in found["error"] or "no run" in found["error"]
+
+
+def test_plan_as_json_has_the_bundles_and_the_total(here, capsys):
+    found = printed_json(capsys, "plan", "run.toml")
+    [run] = found["runs"]
+    assert run["bundles"][0] == {"owner": "generation-0", "resources": {"CPU": 0.25}}
+    assert main(["plan", "run.toml"]) == 0
+    assert f"{run['total']} in {len(run['bundles'])} bundles" in capsys.readouterr().out
+
+
+def test_status_of_a_finished_run_says_what_was_reached(finished, capsys):
+    finished.write_summary(
+        {
+            "run": "tiny",
+            "run_dir": str(finished.path),
+            "steps": 3,
+            "total_s": 75.2,
+            "reward_before": 0.25,
+            "reward_after": None,
+            "final_model": str(finished.path / "final"),
+        }
+    )
+    assert main(["status", "tiny"]) == 0
+    text = capsys.readouterr().out
+    rows = dict(line.split(None, 1) for line in text.splitlines()[1:])
+    assert rows["steps"] == "3 in 1 min 15 s"
+    assert rows["reward"] == "0.500 at the end"
+    assert rows["held"] == "out       0.250 before, not known after"
+    assert rows["model"] == "runs/tiny/final"
+    assert "workers" not in text
+    found = printed_json(capsys, "status", "tiny")
+    assert found["summary"]["reward_before"] == 0.25
+    assert found["state"] == "finished"
+    assert found["crashed"] is False
+
+
+def test_the_version_is_printed_alone(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"rlhf-cluster {__version__}\n"
+
+
+def test_a_shell_can_complete_commands(capsys, monkeypatch):
+    monkeypatch.setenv("_RLHF_CLUSTER_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "rlhf-cluster val")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    assert main([]) == 0
+    assert capsys.readouterr().out.split() == ["validate"]
+
+
+def test_validate_answers_a_hub_id_with_the_command_that_fetches_it(here, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    text = TOML.replace(
+        "[model.init]\nhidden_size = 128\nnum_layers = 1", "[model]\npath = 'no-such/model'"
+    )
+    (here / "run.toml").write_text(text)
+    assert main(["validate", "run.toml"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: run.toml: 1 problem\n")
+    assert "hf download no-such/model --local-dir models/model" in error

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from actors.vllm.vllm_arguments import engine_arguments
 from rlhf_cluster.config import RunConfig, validate
-from rlhf_cluster.errors import ConfigError, WeightError
+from rlhf_cluster.errors import ConfigError
 from rlhf_cluster.models.model_folder import (
     checkpoint_shapes,
     refuse_other_draft,
@@ -133,7 +133,7 @@ def test_s27_a_draft_of_other_tensors_than_the_policys_is_refused_before_the_sta
         "would stay as it is",
     ):
         assert words in str(refused.value)
-    with pytest.raises(WeightError, match="empty: no .safetensors file"):
+    with pytest.raises(ConfigError, match="empty: no .safetensors file"):
         check("empty")
 
 

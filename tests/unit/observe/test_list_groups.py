@@ -9,6 +9,7 @@ import pytest
 from rlhf_cluster.buffer.group_recovery import Recovery
 from rlhf_cluster.buffer.group_store import ExperienceStore
 from rlhf_cluster.cli.commands import main
+from rlhf_cluster.observe.list_groups import GroupFilter, lines_of, list_groups
 from rlhf_cluster.observe.record.samples import write_samples
 from rlhf_cluster.records import Ticket
 from rlhf_cluster.run.run_directory import RunDir
@@ -48,7 +49,7 @@ def listed(capsys, *arguments) -> list[list[str]]:
     assert main(["inspect", *map(str, arguments)]) == 0
     heading, *lines = capsys.readouterr().out.splitlines()
     assert heading.split() == list(HEADING)
-    return [line.split() for line in lines]
+    return [line.split() for line in lines if line.startswith("g")]
 
 
 def test_stored_and_sampled_groups_are_listed_once_each(run, capsys):
@@ -104,8 +105,12 @@ def test_damaged_files_are_named_and_the_others_listed(run, capsys):
     sampled.write_bytes(b"PAR1")
     assert main(["inspect", str(run), "--step", "2"]) == 1
     out, err = capsys.readouterr()
-    assert [line.split()[0] for line in out.splitlines()] == ["group", "g00000002", "g00000003"]
-    assert err.startswith("error: damaged files:\n")
+    assert [line.split()[0] for line in out.splitlines() if line[0] == "g"] == [
+        "group",
+        "g00000002",
+        "g00000003",
+    ]
+    assert "error: damaged files:\n" in err
     for path in (stored, sampled):
         assert str(path) in err
 
@@ -114,3 +119,40 @@ def test_a_run_without_groups_is_an_empty_list(tmp_path, capsys):
     config = tiny_config(run={"root": str(tmp_path), "name": "empty"})
     RunDir.create(tmp_path / "empty", config).close()
     assert listed(capsys, tmp_path / "empty") == []
+
+
+def test_the_listing_as_json_has_the_rows_of_the_table(run, capsys):
+    rows = listed(capsys, run)
+    assert main(["inspect", str(run), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["run"] == "tiny"
+    assert found["problems"] == []
+    assert [group["group_id"] for group in found["groups"]] == [row[0] for row in rows]
+    assert found["groups"][1]["response"] is None
+    assert found["groups"][1]["reward"] == 0.25
+    assert found["groups"][1]["steps"] == [2]
+
+
+def test_prompt_and_response_are_shown_as_text_in_one_short_line(run):
+    decoded: list[list[int]] = []
+
+    def decode(ids):
+        decoded.append(list(ids))
+        return "a\x1b[2J" + "b" * 90
+
+    listing = list_groups(run, GroupFilter(step=2), decode=decode)
+    heading, first, text, *_ = lines_of(listing.rows)
+    assert heading.split() == list(HEADING)
+    assert first.startswith("g00000002")
+    assert text.startswith('    "')
+    assert ' -> "a\\\\x1b[2Jbbb' in text
+    assert text.endswith('bbb..."')
+    assert decoded
+
+
+def test_without_the_runs_tokenizer_the_reason_is_given(run, capsys):
+    assert main(["inspect", str(run)]) == 0
+    captured = capsys.readouterr()
+    assert "no text of stored responses: " in captured.err
+    assert "no such folder" in captured.err
+    assert " -> -" in captured.out

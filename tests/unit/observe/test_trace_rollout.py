@@ -25,6 +25,7 @@ from rlhf_cluster.observe.timeline import (
 )
 from rlhf_cluster.observe.trace_rollout import (
     OPEN,
+    _number_of,
     escape_control,
     learner_facts,
     trace_sample,
@@ -358,3 +359,8 @@ def test_tokens_of_a_sample_alone_are_shown(run, capsys):
 def test_tokens_that_are_not_there_are_refused(run, capsys, options, words):
     assert main(["trace", str(run.path), *options]) == 1
     assert words in capsys.readouterr().err
+
+
+def test_rollouts_are_sorted_by_their_numbers():
+    names = ["g00000002/10", "g00000002/9", "g100000000/0", "g99999999/1"]
+    assert sorted(names, key=_number_of) == [names[1], names[0], names[3], names[2]]
