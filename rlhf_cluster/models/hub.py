@@ -1,7 +1,7 @@
 """Models named by their id on the Hugging Face Hub: the folder of this machine that has one.
 
 Promises: a model in the local cache is used as it is, without a network, so a run that resumes has
-the model that it began with; a download has a deadline, and happens only where HF_HUB_OFFLINE is not
+the model that it began with. A download has a deadline, and happens only where HF_HUB_OFFLINE is not
 set; otherwise the error has the command that fetches the model.
 """
 
