@@ -45,7 +45,7 @@ def find_cached(hub_id: str, cache: str | Path | None = None) -> Path | None:
 
 
 def download(hub_id: str, limit_s: float = DOWNLOAD_S) -> None:
-    """Download a model into the local cache, in a process of its own that shows its progress.
+    """Download a model into the local cache, in a child process that shows its progress.
 
     Raises `ConfigError` for a model that cannot be had, and after `limit_s`.
     """
