@@ -1,7 +1,7 @@
 """Models named by their id on the Hugging Face Hub: the folder of this machine that has one.
 
 Promises: a model in the local cache is used as it is, without a network, so a run that resumes has
-the model that it began with; a download has a deadline, and happens only where HF_HUB_OFFLINE is not
+the model that it began with. A download has a deadline, and happens only where HF_HUB_OFFLINE is not
 set; otherwise the error has the command that fetches the model.
 """
 
@@ -45,7 +45,7 @@ def find_cached(hub_id: str, cache: str | Path | None = None) -> Path | None:
 
 
 def download(hub_id: str, limit_s: float = DOWNLOAD_S) -> None:
-    """Download a model into the local cache, in a process of its own that shows its progress.
+    """Download a model into the local cache, in a child process that shows its progress.
 
     Raises `ConfigError` for a model that cannot be had, and after `limit_s`.
     """

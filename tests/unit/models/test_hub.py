@@ -24,8 +24,8 @@ def put_in_cache(cache):
     return folder
 
 
-def of_hub():
-    config = tiny_config()
+def of_hub(root):
+    config = tiny_config(run={"root": str(root)})
     model = config.model.model_copy(update={"path": ID, "init": None})
     return config.model_copy(update={"model": model})
 
@@ -83,9 +83,9 @@ def test_a_download_that_fails_or_takes_too_long_is_an_error(monkeypatch):
 
 def test_the_run_records_folder_id_and_revision(tmp_path):
     folder = put_in_cache(tmp_path / "cache")
-    config = with_local_model(of_hub(), lambda hub_id: folder)
+    config = with_local_model(of_hub(tmp_path), lambda hub_id: folder)
     assert config.model.path == str(folder)
-    with RunDir.create(tmp_path / "run", config) as run:
+    with RunDir.create(config.run_dir, config) as run:
         recorded = read_json(run.environment)["model"]
     assert recorded == {"folder": str(folder), "hub_id": ID, "revision": REVISION}
 
