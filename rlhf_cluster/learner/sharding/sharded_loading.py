@@ -1,9 +1,9 @@
-"""Reads the weights of a model that FSDP2 has sharded on the meta device: each rank its own rows.
+"""Reads weights into a model that FSDP2 has sharded on the meta device: every rank its rows alone.
 
     outline_policy (parameters on the meta device) -> fsdp2.shard -> fill -> check_policy
 
 Promises:
-- a rank reads the bytes of its own shards, and holds its shards and at most `CHUNK_BYTES` more;
+- a rank reads only the bytes of its shards, and holds them and at most `CHUNK_BYTES` more;
 - the result is bitwise that of sharding the loaded model: the same conversion of the same elements;
 - parameters that are not on the meta device (a head of values) and buffers stay as they are, and tied
   parameters stay tied;
@@ -54,7 +54,7 @@ def load_shards(
     """
     if not any(parameter.is_meta for parameter in model.parameters()):
         return
-    with _freed_memory_returned():
+    with _return_freed_memory():
         if isinstance(model, PolicyLM):
             fill(model, model_dir, device, rank, checkpoint_name)
             trainable = any(parameter.requires_grad for parameter in model.parameters())
@@ -67,7 +67,7 @@ def load_shards(
 
 
 @contextmanager
-def _freed_memory_returned() -> Iterator[None]:
+def _return_freed_memory() -> Iterator[None]:
     """Let glibc return every freed block to the system.
 
     By default it soon keeps what is freed: then the layers that the checks gather in turn on a CPU stay
@@ -103,7 +103,7 @@ def fill(
         WeightError: a tensor is missing, has another shape, or cannot be read.
     """
     missing = [name for name, parameter in module.named_parameters() if parameter.is_meta]
-    tied = _find_tied(module)
+    tied = _group_owners(module)
     module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
     for (first, name), *others in tied:
         for other, other_name in others:  # `_apply` made a parameter for each of their names
@@ -155,7 +155,7 @@ def _read_rows(parameter: DTensor, stored: Any) -> None:
         local[begin:end].copy_(stored[offsets[0] + begin : offsets[0] + end])
 
 
-def _find_tied(module: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+def _group_owners(module: nn.Module) -> list[list[tuple[nn.Module, str]]]:
     """Return the owners of every parameter that several modules share."""
     owners: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     for owner in module.modules():
