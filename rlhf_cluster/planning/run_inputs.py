@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import prod
@@ -23,7 +23,7 @@ from typing import Any, cast
 import numpy as np
 
 from rlhf_cluster.config import RunConfig, StageConfig
-from rlhf_cluster.data.prompts import PromptSource, SftExample, evaluation_prompts
+from rlhf_cluster.data.prompts import PromptSource, SftExample, check_overlap, set_prompts
 from rlhf_cluster.data.tokenizer import (
     check_same_tokens,
     check_template,
@@ -131,7 +131,7 @@ class Inputs:
 
     model_dir: Path
     prompts: PromptSource
-    evaluation_prompts: list[Prompt]
+    evaluation_prompts: Mapping[str, Sequence[Prompt]]  # by the name of the set, in order
     warmup: list[SftExample]
     warmup_batch_size: int
     weights_bytes: int  # of a published version
@@ -174,18 +174,23 @@ def check_inputs(config: RunConfig, scratch: Path) -> Inputs:
     return Inputs(
         model_dir=model_dir,
         prompts=prompts,
-        evaluation_prompts=evaluation_prompts(
-            config.data,
-            config.evaluation,
-            config.run.seed,
-            tokenizer,
-            config.evaluation.num_prompts,
-        ),
+        evaluation_prompts=_evaluation_prompts(config, prompts, tokenizer),
         warmup=warmup,
         warmup_batch_size=config.sft.batch_size,
         weights_bytes=ITEM_BYTES[config.publish_dtype]
         * sum(prod(shape) for shape in checkpoint_shapes(model_dir).values()),
     )
+
+
+def _evaluation_prompts(
+    config: RunConfig, source: PromptSource, tokenizer: Any
+) -> dict[str, list[Prompt]]:
+    data, evaluation, found = config.data, config.evaluation, {}
+    for each in evaluation.all_sets:
+        prompts = set_prompts(data, evaluation, each, config.run.seed, tokenizer)
+        check_overlap(data, source, evaluation, each, prompts)
+        found[each.name] = prompts
+    return found
 
 
 def model_dir_of(config: RunConfig | StageConfig, scratch: Path) -> Path:
