@@ -206,8 +206,8 @@ def set_prompts(
 ) -> list[Prompt]:
     """Return the prompts of an evaluation set, always the same and in the same order.
 
-    The set of `evaluation.num_prompts` has exactly that many; every other one at most its `num_prompts`.
-    Raises `DataError`, also for a set without prompts.
+    The set of `evaluation.num_prompts` has exactly that many, every other one at most its
+    `num_prompts`. Raises `DataError`, also for a set without prompts.
     """
     if of.name == HELD_OUT and evaluation.num_prompts:
         return evaluation_prompts(data, evaluation, seed, tokenizer, evaluation.num_prompts)
@@ -254,8 +254,8 @@ def check_overlap(
     if both:
         raise DataError(
             f"[data] and the evaluation set {of.name!r} both read {expand(path)}, and {len(both)} of "
-            f"the set's {len(prompts)} prompts are trained on (the first is row {both[0]}, counted from "
-            "0). Train on the first n rows with data.limit = n and give the set data.skip_rows = n, "
+            f"the set's {len(prompts)} prompts are trained on (the first is row {both[0]}, from 0). "
+            "Train on the first n rows with data.limit = n and give the set data.skip_rows = n, "
             "give it another file, or set evaluation.allow_overlap = true"
         )
 
