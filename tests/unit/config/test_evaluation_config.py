@@ -12,6 +12,10 @@ from tests.support.builders.run_configs import tiny_config, tiny_tree
 TASK = {"name": "a", "num_prompts": 4}
 
 
+def without_task(tree: dict[str, Any]) -> dict[str, Any]:
+    return {**tree, "data": {key: v for key, v in tree["data"].items() if key != "task"}}
+
+
 def sets(*given: dict[str, Any], **rest: Any) -> dict[str, Any]:
     return {"evaluation": {"sets": list(given), **rest}}
 
@@ -28,7 +32,8 @@ def test_the_keys_of_before_and_after_mean_one_set() -> None:
 def test_the_examples_of_the_page_are_valid() -> None:
     first, second = examples()
     assert len(tiny_config(**first).evaluation.all_sets) == 2
-    [rest] = tiny_config(**second).evaluation.all_sets
+    made = validate(RunConfig, without_task(tiny_tree(**second)), "the page")
+    [rest] = made.evaluation.all_sets
     assert rest.data is not None
     assert rest.data.skip_rows == second["data"]["limit"]
 
@@ -44,7 +49,7 @@ def test_the_examples_of_the_page_are_valid() -> None:
         (sets({"name": "A b"}), ["evaluation.sets.0.name", "found 'A b'"]),
         (sets({"name": "a"}), ["the set 'a' is of the task 'sort_digits'", "Give it num_prompts"]),
         (
-            {"data": {"task": None, "path": "x.jsonl"}, **sets({"name": "a"}, num_prompts=0)},
+            {"data": {"path": "x.jsonl"}, **sets({"name": "a"}, num_prompts=0)},
             ["the set 'a' has no data", "data.path = 'x.jsonl'", "set evaluation.path"],
         ),
         (sets({**TASK, "samples": 2}), ["samples = 2 with", "temperature = 0", "all the same"]),
@@ -66,7 +71,7 @@ def test_the_examples_of_the_page_are_valid() -> None:
 )
 def test_what_cannot_be_evaluated_is_refused(sections: dict[str, Any], words: list[str]) -> None:
     tree = tiny_tree(**sections)
-    tree["data"] = {key: value for key, value in tree["data"].items() if value is not None}
+    tree = without_task(tree) if "path" in tree["data"] else tree
     with pytest.raises(ConfigError) as refused:
         validate(RunConfig, tree, "a file")
     for word in words:
