@@ -183,7 +183,7 @@ class RunObserver(Observer[RunConfig]):
         """Return the reward of a point; None if no prompt could be answered."""
         return self._points[name, version]
 
-    def evaluated(self, name: str, version: int, found: Evaluation) -> float | None:
+    def record_point(self, name: str, version: int, found: Evaluation) -> float | None:
         """Record the point of the set `name` at the step of `version`, however late it comes.
 
         Returns the mean reward of the answered prompts, None without any. The first set is also the one
@@ -213,7 +213,7 @@ class RunObserver(Observer[RunConfig]):
         self._points[name, version] = mean
         return mean
 
-    def evaluation_skipped(self, name: str, version: int, reason: str) -> None:
+    def record_skip(self, name: str, version: int, reason: str) -> None:
         """Record that the set `name` has no point at `version`, although one was due, and why."""
         self.event(f"evaluation of {name} at version {version} is skipped: {reason}")
         self._skips[name] += 1

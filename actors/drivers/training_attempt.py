@@ -323,7 +323,7 @@ class Attempt:
             else:
                 place.observer.state("evaluating")
                 found = await self._measure(each.name, step)
-                rewards.append(place.observer.evaluated(each.name, step, found))
+                rewards.append(place.observer.record_point(each.name, step, found))
         return rewards[0] if rewards else None
 
     async def _measure_beside(self, name: str, version: int) -> Evaluation:

@@ -227,7 +227,7 @@ def set_prompts(
     if not items:
         raise DataError(
             f"evaluation.sets: the set {of.name!r} has no prompts: {name} has {len(rows)} rows, and "
-            f"data.skip_rows = {skipped} are left out. Lower it"
+            f"data.skip_rows = {skipped}. Lower it"
         )
     return [item.prompt(f"{_HELD_OUT_ID}{item.number}") for item in items[: of.num_prompts]]
 

@@ -27,7 +27,7 @@ from rlhf_cluster.evaluation.evaluate import Evaluation
 from rlhf_cluster.evaluation.schedule import due_sets
 
 CANCEL_S = 30.0
-"""Most seconds for a cancelled evaluation to give up its calls."""
+"""Most seconds for a cancelled evaluation to end its calls."""
 
 
 class Record(Protocol):
@@ -38,9 +38,9 @@ class Record(Protocol):
         """Newest version by set that has a point or a skip."""
         ...
 
-    def evaluated(self, name: str, version: int, found: Evaluation) -> object: ...
+    def record_point(self, name: str, version: int, found: Evaluation) -> object: ...
 
-    def evaluation_skipped(self, name: str, version: int, reason: str) -> None: ...
+    def record_skip(self, name: str, version: int, reason: str) -> None: ...
 
 
 @dataclass(slots=True, kw_only=True)
@@ -79,7 +79,7 @@ class BesideTraining:
     async def make_way(self, version: int) -> None:
         """Let the running evaluation end before the workers take `version`.
 
-        Waits for: its end, at most `hold_s`; then it is given up and its sets are skipped. Raises an
+        Waits for: its end, at most `hold_s`; then it is cancelled and its sets are skipped. Raises an
         error of the evaluation that is no `RlhfError`.
         """
         if self._running is None:
@@ -101,7 +101,7 @@ class BesideTraining:
     async def close(self) -> None:
         """End the running evaluation without a record of it, so that a resumed run repeats it.
 
-        Waits for: its calls to be given up, at most `CANCEL_S`.
+        Waits for: its calls to be cancelled, at most `CANCEL_S`.
         """
         if self._is_running:
             await self._cancel()
@@ -125,9 +125,9 @@ class BesideTraining:
             except RlhfError as error:
                 self._skip([name], self._version, str(error))
             else:
-                self.record.evaluated(name, self._version, found)
+                self.record.record_point(name, self._version, found)
             self._left = self._left[1:]
 
     def _skip(self, names: Sequence[str], version: int, reason: str) -> None:
         for name in names:
-            self.record.evaluation_skipped(name, version, reason)
+            self.record.record_skip(name, version, reason)

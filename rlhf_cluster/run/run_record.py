@@ -41,7 +41,7 @@ def cut_metrics(path: str | Path, last_step: int) -> None:
 def read_metrics(path: str | Path) -> list[Record]:
     """Return all records, sorted by step, with the lines of one step merged.
 
-    A line that comes after one of a later step (a point of an evaluation beside training) adds its
+    A line that comes after one of a later step (a late point of an evaluation) adds its
     values to its step and leaves the step's time.
 
     A missing file has no records. A partially written last line is skipped. Raises `RunError` for a

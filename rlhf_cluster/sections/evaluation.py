@@ -23,7 +23,7 @@ class HeldOutData(Section):
     prompt_column: str | None = None
     """Column with the prompt. Default: `data.prompt_column`."""
     skip_rows: int = Field(default=0, ge=0)
-    """Rows of the file to leave out, from the first. With the file of `[data]`, give the number of
+    """Rows of the file to skip, from the first. With the file of `[data]`, give the number of
     rows that `data.limit` trains on."""
 
     def problems(self) -> Iterator[str]:
@@ -47,7 +47,7 @@ class EvaluationSet(Section):
     every: int = Field(default=0, ge=0)
     """Steps between two evaluations during training. 0: only before and after."""
     skip_first: bool = False
-    """Whether to leave out the evaluation before training."""
+    """Whether to skip the evaluation before training."""
     num_prompts: PositiveInt | None = None
     """Largest number of prompts, from the first. Default: all of a file. Required for a task."""
     samples: PositiveInt = 1
@@ -81,7 +81,7 @@ class Evaluation(Section):
     hold_s: float = Field(default=30.0, ge=0)
     """Most seconds for which the generation workers keep a version that is being evaluated before they
     take the next one. The learner trains on meanwhile, within its staleness bound. Past it, the
-    evaluation is given up and its point skipped. 0: workers never wait for an evaluation."""
+    evaluation is cancelled and its point skipped. 0: workers never wait for an evaluation."""
     allow_overlap: bool = False
     """Whether a set may use rows of the file of `[data]` that are trained on."""
 

@@ -65,7 +65,7 @@ class WeightSync:
 
     `pulled` is called with each version that every generation worker has, before the version is
     live. `make_way` is awaited before the workers are asked to take a version, and `went_live` is
-    called after one has gone live.
+    called when one is live.
     """
 
     def __init__(

@@ -30,11 +30,11 @@ class Record:
     points: list[tuple[str, int]] = field(default_factory=list)
     skips: list[tuple[str, int, str]] = field(default_factory=list)
 
-    def evaluated(self, name: str, version: int, found: Evaluation) -> None:
+    def record_point(self, name: str, version: int, found: Evaluation) -> None:
         self.points.append((name, version))
         self.covered[name] = version
 
-    def evaluation_skipped(self, name: str, version: int, reason: str) -> None:
+    def record_skip(self, name: str, version: int, reason: str) -> None:
         self.skips.append((name, version, reason))
         self.covered[name] = version
 
