@@ -45,7 +45,7 @@ class Record(Protocol):
 
 @dataclass(slots=True, kw_only=True)
 class BesideTraining:
-    """Runner of the evaluations during training, told of every version by `weights.sync`.
+    """Runner of the evaluations during training, which `weights.sync` calls for every version.
 
     `measure` evaluates one set, by name, on the version that is live. `every` has the steps between
     two evaluations, by set.

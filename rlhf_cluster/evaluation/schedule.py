@@ -8,7 +8,7 @@ from collections.abc import Mapping
 def due_sets(
     every: Mapping[str, int], covered: Mapping[str, int], version: int, last_version: int
 ) -> list[str]:
-    """Return the names of the sets that `version`, which has just gone live, is measured on.
+    """Return the names of the sets that `version`, which is live since this moment, is measured on.
 
     A set is due once per `every` versions, at the first version that goes live there: where publishes
     are skipped, a later version takes the place of the due one. The evaluation of the last version

@@ -117,7 +117,7 @@ async def test_only_one_runs_at_a_time_and_the_next_is_skipped_and_counted() -> 
 
 async def test_what_the_end_of_an_attempt_cuts_short_is_due_again() -> None:
     record, measure = Record(), Measured()
-    runner = beside(record, measure, {"a": 2})
+    runner = beside(record, measure, {"a": 2}, hold_s=0.0)
     runner.live(2)
     await until(lambda: measure.started)
     await runner.close()
