@@ -59,6 +59,7 @@ def train(
     """
     started = time.perf_counter()
     inputs = check_inputs(config, folder)
+    held_out = list(inputs.evaluation_prompts.get("held_out", ()))
     learner = LearnerRank(config, str(inputs.model_dir), 0, 1, None)
     scorer = ScoringWorker(config, str(inputs.model_dir), "in-process")
     try:
@@ -69,7 +70,7 @@ def train(
         sampler = PlainSampler(str(inputs.model_dir), config.run.seed)
         versions = deque([_weights(learner)], maxlen=staleness + 1)
         sampler.load(versions[-1], 0)
-        before = _evaluate(sampler, scorer, inputs.evaluation_prompts, config)
+        before = _evaluate(sampler, scorer, held_out, config)
         rewards, met, looks = [], [], []
         for step in range(config.run.steps):
             sampler.load(versions[0], max(0, step - staleness))
@@ -90,10 +91,10 @@ def train(
             versions.append(_weights(learner))
             if is_look:
                 sampler.load(versions[-1], step + 1)
-                look["reward"] = _evaluate(sampler, scorer, inputs.evaluation_prompts, config)
+                look["reward"] = _evaluate(sampler, scorer, held_out, config)
                 looks.append(look)
         sampler.load(versions[-1], config.run.steps)
-        after = _evaluate(sampler, scorer, inputs.evaluation_prompts, config)
+        after = _evaluate(sampler, scorer, held_out, config)
     finally:
         scorer.close()
         learner.close()

@@ -43,7 +43,7 @@ from typing import Any, Protocol
 
 from rlhf_cluster.buffer.adaptive_depth import DepthController
 from rlhf_cluster.buffer.buffer_service import ask_until_answered
-from rlhf_cluster.errors import RecordLost, RlhfError, WorkerError, first_failure
+from rlhf_cluster.errors import RecordLost, RlhfError, first_failure
 from rlhf_cluster.failures import ErrorRate, is_group_failure
 from rlhf_cluster.observe.occupancy import Occupancy
 from rlhf_cluster.ports import BufferPort, GenerationPort, LearnerPort, RecoveryPort, ScoringPort
@@ -333,54 +333,6 @@ class Pipeline:
         if change is not None:
             await self.buffer.set_pipeline_depth(change.depth)
             self.observer.event(str(change))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """Outcomes of held-out prompts, each kind in the order of the prompts."""
-
-    answers: Sequence[GroupSummary]
-    failures: Sequence[RlhfError]
-
-
-async def evaluate(
-    generation: GenerationPort,
-    scoring: ScoringPort,
-    prompts: Sequence[Prompt],
-    max_tokens: int,
-    version: int,
-) -> Evaluation:
-    """Answer held-out prompts greedily and score them.
-
-    The live weights must be `version`.
-
-    A prompt that no worker could answer or score is one of `failures`. Raises `WorkerError` when an
-    answer came from other weights, and what ends a run (`rlhf_cluster.failures`).
-    """
-    sampling = Sampling(num_samples=1, temperature=0.0, max_tokens=max_tokens)
-
-    async def one(number: int, prompt: Prompt) -> GroupSummary | RlhfError:
-        ticket = Ticket(number=number, version=version, purpose="evaluate")
-        try:
-            _, summary = await generate_and_score(
-                lambda: generation.generate(ticket, prompt, sampling), scoring.score
-            )
-        except RlhfError as error:
-            if not is_group_failure(error):
-                raise
-            return error
-        if summary.oldest_version != version:
-            raise WorkerError(
-                f"evaluation of version {version}: group {summary.group_id} was sampled with "
-                f"version {summary.oldest_version}"
-            )
-        return summary
-
-    outcomes = await gather_or_cancel(one(number, prompt) for number, prompt in enumerate(prompts))
-    return Evaluation(
-        answers=[outcome for outcome in outcomes if isinstance(outcome, GroupSummary)],
-        failures=[outcome for outcome in outcomes if isinstance(outcome, RlhfError)],
-    )
 
 
 async def generate_and_score(

@@ -285,6 +285,7 @@ class ExperienceGroup:
             parts=_means([{**s.reward_parts, **s.watched} for s in self.scored]),
             longest_tokens=max(len(r.response_ids) for r in rollouts),
             num_stopped=sum(r.finish_reason == FinishReason.STOP for r in rollouts),
+            newest_version=max(int(r.versions.max()) for r in rollouts),
         )
 
 
@@ -302,6 +303,7 @@ class GroupSummary:
     """Mean over the rollouts of each entry of `reward_parts` and `watched`."""
     longest_tokens: int = 0  # tokens of the longest response
     num_stopped: int = 0  # responses that the model ended itself
+    newest_version: int | None = None  # of any token; None in a record that does not have it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,15 +23,16 @@ from rlhf_cluster.buffer.buffer import BufferStats, buffer_metrics
 from rlhf_cluster.buffer.replay_pool import replay_metrics
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import RlhfError
+from rlhf_cluster.evaluation.evaluate import Evaluation, point_metrics
 from rlhf_cluster.observe.metric_table import Role, find
 from rlhf_cluster.observe.metrics import part_means
 from rlhf_cluster.observe.occupancy import resident_bytes
-from rlhf_cluster.pipeline import Evaluation, StepTimes
+from rlhf_cluster.pipeline import StepTimes
 from rlhf_cluster.records import StepReport, Ticket, TrainingGroup
 from rlhf_cluster.run import bottleneck_advisor
 from rlhf_cluster.run.checkpoint.checkpoint_folder import Checkpoint
 from rlhf_cluster.run.run_directory import RunDir
-from rlhf_cluster.run.run_record import Pool, Snapshot, State, read_metrics
+from rlhf_cluster.run.run_record import Pool, Record, Snapshot, State, read_metrics
 from rlhf_cluster.run.worker_pool import WorkerPool
 from rlhf_cluster.util.slow_disk import LatestValue
 from rlhf_cluster.weights.sync import SyncStats
@@ -39,6 +40,7 @@ from rlhf_cluster.weights.sync import SyncStats
 log = logging.getLogger(__name__)
 
 _TRAINED = "staleness/rollouts_total/"  # followed by the staleness
+_SKIPPED = "evaluation/set_skipped_total/"  # followed by the name of the set
 OWN_ROLES = (Role.CONTROLLER, Role.WEIGHTS)  # processes of other roles export their own metrics
 
 
@@ -63,6 +65,9 @@ class RunObserver(Observer[RunConfig]):
         self._buffer: BufferStats | None = None
         self._num_recovered = 0
         self._staleness: Counter[int] = Counter()  # number of trained rollouts by staleness
+        self._points: dict[tuple[str, int], float | None] = {}  # reward by set and version
+        self._skips: Counter[str] = Counter()  # number of due evaluations without a point, by set
+        self._covered: dict[str, int] = {}
         self.advice: bottleneck_advisor.Advice | None = None  # about the last steps
         self._disk_free = LatestValue(lambda: disk_free_fraction(rundir.path), math.nan)
         super().__init__(config, rundir, show, started_s, clock, config.run.steps)
@@ -141,41 +146,86 @@ class RunObserver(Observer[RunConfig]):
         self._recent.clear()
         self.advice = None
         self._staleness.clear()
+        self._points.clear()
+        self._skips.clear()
+        self._covered.clear()
         for record in read_metrics(self._rundir.metrics):
             if record.get("reward/mean") is not None:
                 self._rewards.append(record["reward/mean"])
             trained = {k: v for k, v in record.items() if k.startswith(_TRAINED)}
             self._staleness |= {int(k.removeprefix(_TRAINED)): int(v) for k, v in trained.items()}
+            self._read_points(record)
+
+    def _read_points(self, record: Record) -> None:
+        for name in (each.name for each in self._config.evaluation.all_sets):
+            step = int(record["step"])
+            if record.get(f"evaluation/set_version/{name}") is not None:
+                self._points[name, step] = record.get(f"evaluation/set_reward_mean/{name}")
+                self._covered[name] = step
+            if (skips := record.get(f"{_SKIPPED}{name}")) is not None:
+                self._skips[name] = int(skips)
+                self._covered[name] = step
 
     def warmup(self, step: int, values: dict[str, float]) -> None:
         """Record a step of the supervised warm-up, whose steps are counted separately."""
         self._metrics.record({k: v for k, v in values.items() if find(k).role in OWN_ROLES})
         self._update(state="warmup", step=step, num_steps=self._num_warmup_steps)
 
-    def evaluation(self, step: int, found: Evaluation) -> float | None:
-        """Record one evaluation, with one answer per prompt.
+    @property
+    def covered(self) -> Mapping[str, int]:
+        """Newest version by evaluation set that has a point or a skip."""
+        return self._covered
 
-        Returns the mean reward of the answered prompts, None without any.
+    def has_point(self, name: str, version: int) -> bool:
+        """Whether the record has the point of this evaluation set at `version`."""
+        return (name, version) in self._points
+
+    def point(self, name: str, version: int) -> float | None:
+        """Return the reward of a point; None if no prompt could be answered."""
+        return self._points[name, version]
+
+    def record_point(self, name: str, version: int, found: Evaluation) -> float | None:
+        """Record the point of the set `name` at the step of `version`, however late it comes.
+
+        Returns the mean reward of the answered prompts, None without any. The first set is also the one
+        of the learning curve.
         """
-        answers, failures = found.answers, found.failures
+        answers, failures, sets = found.answers, found.failures, self._config.evaluation.all_sets
         if failures:
             total = len(answers) + len(failures)
             self.event(
-                f"evaluation after step {step}: {len(failures)} of {total} prompts failed, and do not "
-                f"count. The first: {failures[0]}"
+                f"evaluation of {name} after step {version}: {len(failures)} of {total} prompts "
+                f"failed, and do not count. The first: {failures[0]}"
             )
-        values = {
-            "evaluation/num_prompts": float(len(answers)),
-            "evaluation/failed_prompts": float(len(failures)),
-        }
-        mean = float(np.mean([answer.rewards[0] for answer in answers])) if answers else None
-        if mean is not None:
-            values |= {"evaluation/reward_mean": mean, **part_means(answers, "evaluation/part")}
-        self._log.append(step, self._clock(), values)
-        self._metrics.record(values)
-        if mean is not None:
+        [of] = [each for each in sets if each.name == name]
+        rewards = self._config.scoring.rewards
+        weights = {r.name or r.type: r.weight for r in rewards if (r.name or r.type) in of.rewards}
+        lag_steps = max(0, self._log.last_step - version)
+        values = point_metrics(name, found, weights, version, lag_steps)
+        mean = values.get(f"evaluation/set_reward_mean/{name}")
+        if name == sets[0].name:
+            values |= {
+                "evaluation/num_prompts": float(len(answers)),
+                "evaluation/failed_prompts": float(len(failures)),
+                **part_means(answers, "evaluation/part"),
+                **({} if mean is None else {"evaluation/reward_mean": mean}),
+            }
+        self._note_evaluation(name, version, values)
+        self._points[name, version] = mean
+        if name == sets[0].name and mean is not None:
             self._update(reward_held_out=mean)
         return mean
+
+    def record_skip(self, name: str, version: int, reason: str) -> None:
+        """Record that the set `name` has no point at `version`, although one was due, and why."""
+        self.event(f"evaluation of {name} at version {version} is skipped: {reason}")
+        self._skips[name] += 1
+        self._note_evaluation(name, version, {f"{_SKIPPED}{name}": float(self._skips[name])})
+
+    def _note_evaluation(self, name: str, version: int, values: Mapping[str, float]) -> None:
+        self._log.append(version, self._clock(), values, late=True)
+        self._metrics.record(values)
+        self._covered[name] = version
 
     def buffer(self, stats: BufferStats) -> None:
         self._buffer = stats

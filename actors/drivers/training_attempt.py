@@ -31,9 +31,11 @@ from rlhf_cluster.buffer.group_recovery import patience_of, recovery_of
 from rlhf_cluster.buffer.staleness import build_gate
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.errors import CoreLost, StalledError
-from rlhf_cluster.pipeline import Pipeline, evaluate
+from rlhf_cluster.evaluation.beside_training import CANCEL_S, BesideTraining
+from rlhf_cluster.evaluation.evaluate import Evaluation, evaluate
+from rlhf_cluster.pipeline import Pipeline
 from rlhf_cluster.planning.run_inputs import Inputs
-from rlhf_cluster.records import BufferState, Ticket, WeightVersion
+from rlhf_cluster.records import BufferState, Sampling, Ticket, WeightVersion
 from rlhf_cluster.run.checkpoint import resume
 from rlhf_cluster.run.checkpoint.background_saving import Checkpoints
 from rlhf_cluster.run.checkpoint.checkpoint_folder import Checkpoint
@@ -51,8 +53,12 @@ T = TypeVar("T")
 
 
 def publish_deadline_s(config: RunConfig, num_bytes: int) -> float:
-    """Return the most seconds until a version of `num_bytes` is live, over all `WeightSync` tries."""
-    return live_deadline_s(
+    """Return the most seconds until a version of `num_bytes` is live, over all `WeightSync` tries.
+
+    The workers may keep the version before it for an evaluation meanwhile.
+    """
+    held_s = config.evaluation.hold_s + CANCEL_S
+    return held_s + live_deadline_s(
         snapshot_s=2 * config.learner.step_timeout_s,
         publish_s=config.weights.publish_timeout_s,
         heartbeat_s=config.cluster.heartbeat_timeout_s,
@@ -90,18 +96,29 @@ class Attempt:
     checkpoint: Checkpoint | None
     again: bool
     sync: WeightSync = field(init=False)
+    evaluations: BesideTraining = field(init=False)
     checkpoints: Checkpoints | None = None
     pipeline: Pipeline | None = None
     growing: bool = False  # it will end between two steps, for an attempt with all ranks
 
     def __post_init__(self) -> None:
+        config = self.place.config
+        self.evaluations = BesideTraining(
+            every={each.name: each.every for each in config.evaluation.all_sets},
+            last_version=config.run.steps,
+            hold_s=config.evaluation.hold_s,
+            measure=self._measure_beside,
+            record=self.place.observer,
+        )
         self.sync = WeightSync(
             self.learner,
             self.place.generation,
             self.buffer,
-            self.place.config.weights.publish_every,
+            config.weights.publish_every,
             time.monotonic,
             self.place.scoring.follow,
+            make_way=self.evaluations.make_way,
+            went_live=self.evaluations.live,
         )
 
     @property
@@ -114,10 +131,16 @@ class Attempt:
         return publish_deadline_s(self.place.config, self.place.inputs.weights_bytes)
 
     async def train(self) -> tuple[float | None, float | None]:
-        """Train to the end. Returns the rewards on held-out prompts before and after training.
+        """Train to the end. Returns the rewards of the first evaluation set before and after training.
 
         Raises: `Stopped`, `RoomAgain`, and any error that ends training.
         """
+        try:
+            return await self._train()
+        finally:
+            await self.evaluations.close()
+
+    async def _train(self) -> tuple[float | None, float | None]:
         config, state = self.place.config, self.state
         depth = depth_controller(config.staleness)
         await self._restore(depth)
@@ -196,6 +219,7 @@ class Attempt:
         Waits for: a publish and a checkpoint in progress. Both end without a learner, and have
         deadlines.
         """
+        await self.evaluations.close()
         await self.sync.abandon(self.publish_timeout_s)
         if self.checkpoints is not None:
             await self.checkpoints.drain()
@@ -286,14 +310,36 @@ class Attempt:
         )
 
     async def _evaluate(self, step: int) -> float | None:
+        """Evaluate every set before or after training; return the reward of the first one.
+
+        A point that the record has already is not measured again.
+        """
+        place, rewards = self.place, list[float | None]()
+        for each in place.config.evaluation.all_sets:
+            if step == 0 and each.skip_first:
+                rewards.append(None)
+            elif place.observer.has_point(each.name, step):
+                rewards.append(place.observer.point(each.name, step))
+            else:
+                place.observer.state("evaluating")
+                found = await self._measure(each.name, step)
+                rewards.append(place.observer.record_point(each.name, step, found))
+        return rewards[0] if rewards else None
+
+    async def _measure_beside(self, name: str, version: int) -> Evaluation:
+        return await self._measure(name, version, self.place.config.run.groups_per_step)
+
+    async def _measure(self, name: str, version: int, at_once: int | None = None) -> Evaluation:
+        """Evaluate `version`, which is live, on the set `name`."""
         place = self.place
-        prompts = place.inputs.evaluation_prompts
-        if not prompts:
-            return None
-        place.observer.state("evaluating")
-        max_tokens = place.config.generation.max_response_tokens
-        found = await evaluate(place.generation, place.scoring, prompts, max_tokens, step)
-        return place.observer.evaluation(step, found)
+        [of] = [each for each in place.config.evaluation.all_sets if each.name == name]
+        sampling = Sampling(
+            num_samples=of.samples,
+            temperature=of.temperature,
+            max_tokens=of.max_response_tokens or place.config.generation.max_response_tokens,
+        )
+        prompts = place.inputs.evaluation_prompts[name]
+        return await evaluate(place.generation, place.scoring, prompts, sampling, version, at_once)
 
     async def _export(self) -> None:
         """Write the last version as a model folder.

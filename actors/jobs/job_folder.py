@@ -110,8 +110,12 @@ def _data_files(config: AnyConfig) -> dict[str, str | None]:
     """Return the paths of the data files by their configuration keys."""
     if isinstance(config, StageConfig):
         return {f"data.sources.{i}.path": s.path for i, s in enumerate(config.data.sources)}
-    held_out = None if isinstance(config, GenerateConfig) else config.evaluation.path
-    return {"data.path": config.data.path, "evaluation.path": held_out}
+    found = {"data.path": config.data.path}
+    if not isinstance(config, GenerateConfig):
+        found["evaluation.path"] = config.evaluation.path
+        for number, each in enumerate(config.evaluation.sets):
+            found[f"evaluation.sets.{number}.data.path"] = each.data and each.data.path
+    return found
 
 
 def _named_modules(config: AnyConfig) -> list[str]:

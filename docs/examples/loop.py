@@ -37,8 +37,9 @@ from rlhf_cluster.buffer.buffer_service import BufferService
 from rlhf_cluster.buffer.staleness import build_gate
 from rlhf_cluster.config import RunConfig, validate
 from rlhf_cluster.errors import RlhfError
+from rlhf_cluster.evaluation.evaluate import evaluate
 from rlhf_cluster.learner.learner_rank import LearnerRank
-from rlhf_cluster.pipeline import Pipeline, StepTimes, evaluate
+from rlhf_cluster.pipeline import Pipeline, StepTimes
 from rlhf_cluster.planning.run_inputs import check_inputs
 from rlhf_cluster.records import (
     ExperienceGroup,
@@ -251,8 +252,9 @@ async def train(config: RunConfig, folder: Path) -> tuple[float, float, Printer]
     )
 
     async def held_out_reward(version: int) -> float:
-        prompts, max_tokens = inputs.evaluation_prompts, config.generation.max_response_tokens
-        found = await evaluate(generation, scoring, prompts, max_tokens, version)
+        prompts, longest = inputs.evaluation_prompts["held_out"], config.sampling.max_tokens
+        greedy = Sampling(num_samples=1, temperature=0.0, max_tokens=longest)
+        found = await evaluate(generation, scoring, prompts, greedy, version)
         return float(np.mean([answer.rewards[0] for answer in found.answers]))
 
     try:

@@ -42,7 +42,7 @@ def ending(
     folder = shorten(Path(summary["run_dir"]), here)
     run = summary["run"] if Path(folder) == Path("runs") / summary["run"] else folder
     result = {
-        "held-out reward": _reward(summary, config.evaluation.num_prompts),
+        "held-out reward": _reward(summary, config),
         "training reward": _training_reward(summary),
         "time": _time(summary["total_s"]),
         "trained model": shorten(Path(summary["final_model"]), here),
@@ -98,16 +98,20 @@ def _three(value: float | None) -> str:
     return "not known" if value is None else f"{value:.3f}"
 
 
-def _reward(summary: Mapping[str, Any], num_prompts: int) -> str:
+def _reward(summary: Mapping[str, Any], config: RunConfig) -> str:
     before, after = summary["reward_before"], summary["reward_after"]
-    if not num_prompts:
+    if not config.evaluation.all_sets:
         return "not measured on held-out prompts (evaluation.num_prompts = 0)"
+    first = config.evaluation.all_sets[0]
+    size = "" if first.num_prompts is None else f"{first.num_prompts:,} "
+    if first.skip_first and after is not None:
+        return f"{after:.3f} after training, on {size}held-out prompts"
     if before is None or after is None:
         when = (
             "before" if after is not None else "after" if before is not None else "before or after"
         )
         return f"not known: no held-out prompt could be answered {when} training"
-    return f"{before:.3f} -> {after:.3f} on {num_prompts:,} held-out prompts"
+    return f"{before:.3f} -> {after:.3f} on {size}held-out prompts"
 
 
 def _longer(config: RunConfig, overrides: Sequence[str]) -> list[str]:

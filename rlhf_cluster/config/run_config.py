@@ -62,6 +62,41 @@ def _check_data(c: RunSections) -> Iterator[str]:
         )
 
 
+def _check_evaluation(c: RunSections) -> Iterator[str]:
+    names = [reward.name or reward.type for reward in c.scoring.rewards]
+    if any(each.every for each in c.evaluation.sets) and (
+        c.evaluation.hold_s >= c.run.stall_timeout_s
+    ):
+        yield (
+            "{evaluation.hold_s} is not under {run.stall_timeout_s}: a learner that waits for the next "
+            "version would fail the run first. Lower hold_s"
+        )
+    for each in c.evaluation.sets:
+        where = f"evaluation.sets: the set {each.name!r}"
+        path, task = c.evaluation.path, c.data.task
+        if each.data is not None:
+            path, task = each.data.path, each.data.task
+        if path is None and task is None:
+            yield (
+                f"{where} has no data, and {{data.path}} has no held-out split. Give it data = "
+                '{ path = "..." }, or set evaluation.path'
+            )
+        elif path is None and each.num_prompts is None:
+            yield f"{where} is of the task {task!r}, which has no end. Give it num_prompts"
+        longest = c.generation.max_response_tokens
+        if each.max_response_tokens is not None and each.max_response_tokens > longest:
+            yield (
+                f"{where} has max_response_tokens = {each.max_response_tokens}, over "
+                "{generation.max_response_tokens}, for which the engines have room. Lower it, or "
+                "raise that one"
+            )
+        for name in sorted(set(each.rewards) - set(names)):
+            yield (
+                f"{where} names the reward {name!r}; scoring.rewards has {names}. Name one of them, "
+                "or add it there with watch = true"
+            )
+
+
 def _check_lengths(c: RunSections) -> Iterator[str]:
     longest = c.max_sequence_tokens
     terms = (
@@ -110,6 +145,7 @@ def _check_algorithm(c: RunSections) -> Iterator[str]:
 
 _CHECKS: Sequence[Callable[[RunSections], Iterator[str]]] = (
     _check_data,
+    _check_evaluation,
     _check_lengths,
     check_staleness,
     check_batch,

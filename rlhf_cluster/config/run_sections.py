@@ -12,12 +12,12 @@ from typing import Self
 from rlhf_cluster.algorithms import ALGORITHMS, AlgorithmConfig, GrpoConfig
 from rlhf_cluster.config.pools import Autoscale, Scoring
 from rlhf_cluster.records import Sampling
+from rlhf_cluster.sections.evaluation import Evaluation
 from rlhf_cluster.sections.every_run import Model, RunFile
 from rlhf_cluster.sections.rl_run import (
     Buffer,
     Critic,
     Data,
-    Evaluation,
     Generation,
     Run,
     Sft,

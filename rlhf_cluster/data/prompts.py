@@ -28,11 +28,13 @@ from rlhf_cluster.data.tasks import held_out_rows, train_rows
 from rlhf_cluster.data.tokenizer import check_template, render
 from rlhf_cluster.errors import DataError, RecordError
 from rlhf_cluster.records import Prompt
+from rlhf_cluster.sections.evaluation import HELD_OUT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rlhf_cluster.sections.rl_run import Data, Evaluation
+    from rlhf_cluster.sections.evaluation import Evaluation, EvaluationSet
+    from rlhf_cluster.sections.rl_run import Data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +60,8 @@ class SftExample:
 _TASK_BLOCK_ROWS = 256
 
 _NAMED_ROWS = 8  # places listed in a message
+_HELD_OUT_ID = "eval-"
+"""Prefix of the id of a held-out prompt, which the number of its row follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +84,7 @@ class _Stream(Protocol):
     name: str
     num_skipped: int
     size: int | None  # items of one epoch; None for an endless stream
+    row_numbers: frozenset[int] | None  # of all items; None for an endless stream
 
     def at(self, cursor: int) -> tuple[_Item, int]:
         """Return the item at index `cursor` of the stream, and its epoch."""
@@ -123,6 +128,11 @@ class PromptSource:
         """
         for item in islice(self._stream.rows(), limit):
             yield f"{self._stream.name}, {item.place}", item.prompt(str(item.number))
+
+    @property
+    def row_numbers(self) -> frozenset[int] | None:
+        """Numbers of the rows that are trained on; None for a task without `data.limit`."""
+        return self._stream.row_numbers
 
     def next(self) -> Prompt:
         """Return the next prompt. The stream never ends."""
@@ -197,7 +207,70 @@ def evaluation_prompts(
             f"{name}: {len(items)} usable prompts, evaluation.num_prompts = {num}. Lower it, or "
             "give a larger file"
         )
-    return [item.prompt(f"eval-{item.number}") for item in items[:num]]
+    return [item.prompt(f"{_HELD_OUT_ID}{item.number}") for item in items[:num]]
+
+
+def set_prompts(
+    data: Data,
+    evaluation: Evaluation,
+    of: EvaluationSet,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Prompt]:
+    """Return the prompts of an evaluation set, always the same and in the same order.
+
+    The set of `evaluation.num_prompts` has exactly that many, every other one at most its
+    `num_prompts`. Raises `DataError`, also for a set without prompts.
+    """
+    if of.name == HELD_OUT and evaluation.num_prompts:
+        return evaluation_prompts(data, evaluation, seed, tokenizer, evaluation.num_prompts)
+    check_template(data, tokenizer)
+    path, skipped = held_out_path(evaluation, of), 0
+    if path is not None:
+        skipped = of.data.skip_rows if of.data else 0
+        rows, name = read_rows(expand(path)), str(expand(path))
+    else:
+        task = data.task if of.data is None else of.data.task
+        assert task is not None
+        assert of.num_prompts is not None
+        rows, name = _task_rows(held_out_rows(task, seed, of.num_prompts), 0), f"task {task}"
+    if of.data is not None and of.data.prompt_column is not None:
+        data = data.model_copy(update={"prompt_column": of.data.prompt_column})
+    items, _ = _usable(rows[skipped:], name, data, tokenizer)
+    if not items:
+        raise DataError(
+            f"evaluation.sets: the set {of.name!r} has no prompts: {name} has {len(rows)} rows, and "
+            f"data.skip_rows = {skipped}. Lower it"
+        )
+    return [item.prompt(f"{_HELD_OUT_ID}{item.number}") for item in items[: of.num_prompts]]
+
+
+def held_out_path(evaluation: Evaluation, of: EvaluationSet) -> str | None:
+    """Return the file of an evaluation set; None for a built-in task."""
+    return evaluation.path if of.data is None else of.data.path
+
+
+def check_overlap(
+    data: Data,
+    source: PromptSource,
+    evaluation: Evaluation,
+    of: EvaluationSet,
+    prompts: Sequence[Prompt],
+) -> None:
+    """Raise `DataError` if rows of the file of `[data]` are both in the set `of` and trained on."""
+    path, trained = held_out_path(evaluation, of), source.row_numbers
+    if evaluation.allow_overlap or path is None or data.path is None or trained is None:
+        return
+    if expand(path).resolve() != expand(data.path).resolve():
+        return
+    both = sorted(trained & {int(p.prompt_id.removeprefix(_HELD_OUT_ID)) for p in prompts})
+    if both:
+        raise DataError(
+            f"[data] and the evaluation set {of.name!r} both read {expand(path)}, and {len(both)} of "
+            f"the set's {len(prompts)} prompts are trained on (the first is row {both[0]}, from 0). "
+            "Train on the first n rows with data.limit = n and give the set data.skip_rows = n, "
+            "give it another file, or set evaluation.allow_overlap = true"
+        )
 
 
 class _Epochs:
@@ -209,6 +282,7 @@ class _Epochs:
         self.name = name
         self.num_skipped = num_skipped
         self.size: int | None = len(items)
+        self.row_numbers: frozenset[int] | None = frozenset(item.number for item in items)
         self._items = items
         self._seed = seed
         self._shuffle = shuffle
@@ -239,6 +313,7 @@ class _TaskBlocks:
         self.name = f"task {data.task}"
         self.num_skipped = 0
         self.size: int | None = None
+        self.row_numbers: frozenset[int] | None = None
         self._data = data
         self._tokenizer = tokenizer
         self._seed = seed

@@ -27,11 +27,20 @@ reward/part{part} | reward | Mean of one part of the reward, or of a watched rew
 reward/reasoning_step_mean | reward | Mean reward of a reasoning step
 reward/reasoning_steps_mean | 1 | Mean number of reasoning steps scored
 reward/zero_std_groups_fraction | 1 | Groups whose rewards are all equal
-evaluation/reward_mean | reward | Mean reward of greedy held-out answers
+evaluation/reward_mean | reward | Mean reward of held-out answers, of the first evaluation set
 evaluation/part{part} | reward |
     Mean of one part of the reward, or of a watched reward, of held-out answers
 evaluation/num_prompts | 1 | Held-out prompts that were answered
 evaluation/failed_prompts | 1 | Held-out prompts whose generation or scoring failed
+evaluation/set_reward_mean{set} | reward | Mean reward of an evaluation set, over its prompts
+evaluation/set_reward_error{set} | reward | Standard error of that mean, over the prompts
+evaluation/set_answers{set} | 1 | Answers of an evaluation set
+evaluation/set_failed_prompts{set} | 1 | Prompts of an evaluation set without a reward
+evaluation/set_length_mean_tokens{set} | tokens | Mean length of the answers of an evaluation set
+evaluation/set_version{set} | 1 | Version of the weights that an evaluation set was answered with
+evaluation/set_lag_steps{set} | steps |
+    Steps that were trained after that version when its point was recorded
+evaluation/set_skipped_total{set} | 1 | Due evaluations of a set without a point; the log says why
 response/length_mean_tokens | tokens | Mean length of the step's responses
 response/length_max_tokens | tokens | Longest response of the step
 response/stopped_fraction | 1 | Responses that the model ended itself

@@ -175,6 +175,13 @@ def _counts(kind: str) -> bool:
     return kind in ("CPU", "GPU", *map(group_resource, WORKER_GROUPS))
 
 
+def _held_out(config: RunConfig) -> str:
+    sizes = [each.num_prompts for each in config.evaluation.all_sets]
+    if None in sizes:  # known once the files are read
+        return f"all of their files, {len(sizes)} sets"
+    return f"{sum(size or 0 for size in sizes):,}"
+
+
 def derived(config: RunConfig) -> dict[str, str]:
     """Return the numbers that the settings result in, as name and text."""
     run, group_size = config.run, config.algorithm.group_size
@@ -194,7 +201,7 @@ def derived(config: RunConfig) -> dict[str, str]:
         "warm-up": f"{config.sft.steps:,} steps of {config.sft.batch_size:,} examples"
         if config.sft.steps
         else "none",
-        "held-out prompts": f"{config.evaluation.num_prompts:,}",
+        "held-out prompts": _held_out(config),
         **{
             f"{pool} demand": total_resources(
                 [b for b in demand(config) if b.owner.rsplit("-", 1)[0] == pool]

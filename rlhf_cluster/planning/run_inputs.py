@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import prod
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from rlhf_cluster.config import RunConfig, StageConfig
-from rlhf_cluster.data.prompts import PromptSource, SftExample, evaluation_prompts
+from rlhf_cluster.data.prompts import PromptSource, SftExample, check_overlap, set_prompts
 from rlhf_cluster.data.rows import expand, read_rows
 from rlhf_cluster.data.tokenizer import (
     check_same_tokens,
@@ -151,7 +151,7 @@ class Inputs:
 
     model_dir: Path
     prompts: PromptSource
-    evaluation_prompts: list[Prompt]
+    evaluation_prompts: Mapping[str, Sequence[Prompt]]  # by the name of the set, in order
     warmup: list[SftExample]
     warmup_batch_size: int
     weights_bytes: int  # of a published version
@@ -180,24 +180,19 @@ def check_inputs(config: RunConfig, scratch: Path, tried_prompts: int = 1) -> In
         shapes = gathered.attempt(_check_model, config, model_dir) or {}
     gathered.attempt(_check_reward_lengths, config)
     if tokenizer is None or own is None:
-        gathered.attempt(_read_files, config.data.path, config.evaluation.path)
+        own_files = [each.data.path for each in config.evaluation.sets if each.data is not None]
+        gathered.attempt(_read_files, config.data.path, config.evaluation.path, *own_files)
         gathered.attempt(try_rewards, config.scoring.rewards, own or "", ())
         gathered.refuse()
     assert tokenizer is not None
     assert own is not None
     gathered.attempt(_check_teacher, config, tokenizer)
-    held_out = gathered.attempt(
-        evaluation_prompts,
-        config.data,
-        config.evaluation,
-        config.run.seed,
-        tokenizer,
-        config.evaluation.num_prompts,
-    )
     prompts = gathered.attempt(PromptSource, config.data, tokenizer, config.run.seed)
+    held_out = None
     warmup = None if prompts is None else gathered.attempt(_warmup, config, prompts)
     if prompts is not None:
         gathered.attempt(_check_first_prompt, config, tokenizer, prompts)
+        held_out = gathered.attempt(_evaluation_prompts, config, prompts, tokenizer)
     tried = () if prompts is None else prompts.of_one_epoch(tried_prompts)
     gathered.attempt(try_rewards, config.scoring.rewards, own, tried)
     gathered.refuse()
@@ -206,7 +201,7 @@ def check_inputs(config: RunConfig, scratch: Path, tried_prompts: int = 1) -> In
     return Inputs(
         model_dir=model_dir,
         prompts=prompts,
-        evaluation_prompts=held_out or [],
+        evaluation_prompts=held_out or {},
         warmup=warmup or [],
         warmup_batch_size=config.sft.batch_size,
         weights_bytes=ITEM_BYTES[config.publish_dtype] * sum(map(prod, shapes.values())),
@@ -259,6 +254,17 @@ def _read_files(*paths: str | None) -> None:
     for path in filter(None, paths):
         gathered.attempt(lambda path=path: read_rows(expand(path)))
     gathered.refuse()
+
+
+def _evaluation_prompts(
+    config: RunConfig, source: PromptSource, tokenizer: Any
+) -> dict[str, list[Prompt]]:
+    data, evaluation, found = config.data, config.evaluation, {}
+    for each in evaluation.all_sets:
+        prompts = set_prompts(data, evaluation, each, config.run.seed, tokenizer)
+        check_overlap(data, source, evaluation, each, prompts)
+        found[each.name] = prompts
+    return found
 
 
 def model_dir_of(config: RunConfig | StageConfig, scratch: Path) -> Path:

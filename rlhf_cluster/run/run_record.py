@@ -41,12 +41,21 @@ def cut_metrics(path: str | Path, last_step: int) -> None:
 def read_metrics(path: str | Path) -> list[Record]:
     """Return all records, sorted by step, with the lines of one step merged.
 
+    A line that comes after one of a later step (a late point of an evaluation) adds its
+    values to its step and leaves the step's time.
+
     A missing file has no records. A partially written last line is skipped. Raises `RunError` for a
     damaged line anywhere else.
     """
     records: dict[int, Record] = {}
+    newest = -1
     for record in _read_lines(Path(path)):
-        records.setdefault(record["step"], {}).update(record)
+        step = record["step"]
+        found = records.setdefault(step, {})
+        found.update(
+            {**record, **{k: v for k, v in found.items() if k == "time_s" and step < newest}}
+        )
+        newest = max(newest, step)
     return [records[step] for step in sorted(records)]
 
 

@@ -154,15 +154,6 @@ class Sft(Section):
     """Column with the text that follows the prompt."""
 
 
-class Evaluation(Section):
-    """Evaluation before and after training: greedy answers to held-out prompts, scored as usual."""
-
-    num_prompts: int = Field(default=0, ge=0)
-    """Held-out prompts of one evaluation. 0: no evaluation."""
-    path: str | None = None
-    """Held-out file with the same columns as the data. A built-in task generates held-out prompts."""
-
-
 NEVER_STARTS = (
     "{min_workers} is over {workers}: the pool would never start. Lower it, or raise workers"
 )

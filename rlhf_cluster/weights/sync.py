@@ -56,11 +56,16 @@ async def _nothing_follows(version: WeightVersion) -> None:
     return None
 
 
+async def _nobody_waits(version: int) -> None:
+    return None
+
+
 class WeightSync:
     """The way of a version from the learner to the generation pool.
 
     `pulled` is called with each version that every generation worker has, before the version is
-    live.
+    live. `make_way` is awaited before the workers are asked to take a version, and `went_live` is
+    called when one is live.
     """
 
     def __init__(
@@ -72,6 +77,8 @@ class WeightSync:
         clock: Callable[[], float],
         pulled: Callable[[WeightVersion], Awaitable[None]] = _nothing_follows,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
+        make_way: Callable[[int], Awaitable[None]] = _nobody_waits,
+        went_live: Callable[[int], None] = lambda version: None,
     ) -> None:
         """Start with no version published."""
         self._learner = learner
@@ -81,6 +88,8 @@ class WeightSync:
         self._clock = clock
         self._pulled = pulled
         self._sleep = sleep
+        self._make_way = make_way
+        self._went_live = went_live
         self._is_abandoned = False
         self._is_paused = False
         self._running: asyncio.Task[None] | None = None
@@ -198,6 +207,8 @@ class WeightSync:
         self.stats.published, self.stats.num_bytes = version.version, version.num_bytes
         self.stats.stored_bytes = version.stored_bytes
         written = self._clock()
+        await self._make_way(version.version)
+        begun = self._clock()
         try:
             await self._generation.pull(version)
         except WeightError as refusal:
@@ -207,7 +218,8 @@ class WeightSync:
         await self._follow(version)
         await self._buffer.set_live_version(version.version)
         self.stats.live = version.version
-        self.stats.publish_s, self.stats.pull_s = written - start, self._clock() - written
+        self.stats.publish_s, self.stats.pull_s = written - start, self._clock() - begun
+        self._went_live(version.version)
         return None
 
     async def _follow(self, version: WeightVersion) -> None:

@@ -130,6 +130,7 @@ ENDS_RUN, ELSEWHERE, ONLY_ELSEWHERE, DISCARD = (
 )
 OF_A_CALL = {
     "ConfigError": ENDS_RUN,
+    "SeveralProblems": ENDS_RUN,
     "DataError": ELSEWHERE,
     "RecordError": ELSEWHERE,
     "PlacementError": ENDS_RUN,

@@ -21,11 +21,11 @@ from rlhf_cluster.errors import (
     StoreError,
     WorkerError,
 )
+from rlhf_cluster.evaluation.evaluate import evaluate
 from rlhf_cluster.pipeline import (
     MAX_REGENERATIONS,
     NO_SIGNAL,
     Pipeline,
-    evaluate,
 )
 from rlhf_cluster.records import Sampling, Ticket
 from rlhf_cluster.sections.rl_run import AdaptiveDepth
@@ -40,6 +40,8 @@ from tests.support.fakes.services import (
     make_prompt,
     make_version,
 )
+
+GREEDY = Sampling(num_samples=1, temperature=0.0, max_tokens=8)
 
 
 async def build(steps=6, groups=3, max_staleness=1, depth=1, publish_every=1, **parts):
@@ -218,7 +220,7 @@ async def test_groups_that_a_node_takes_before_they_are_scored_are_generated_aga
     numbers = [ticket.number for ticket in pipeline.generation.requested]
     assert sorted(numbers) == [n for n in range(18) for _ in range(1 + MAX_REGENERATIONS)]
     prompts = [make_prompt(0)]
-    found = await evaluate(FakeGeneration(version=2), LosingScoring(), prompts, 8, 2)
+    found = await evaluate(FakeGeneration(version=2), LosingScoring(), prompts, GREEDY, 2)
     assert len(found.answers) == 1
 
 
@@ -290,12 +292,12 @@ async def test_evaluation_refuses_answers_of_another_version():
     generation = FakeGeneration()
     await generation.pull(make_version(2))
     prompts = [make_prompt(i) for i in range(3)]
-    found = await evaluate(generation, FakeScoring(), prompts, 8, version=2)
+    found = await evaluate(generation, FakeScoring(), prompts, GREEDY, version=2)
     assert [s.rewards for s in found.answers] == [(1.0,)] * 3
     assert found.failures == []
     assert all(isinstance(t, Ticket) and t.purpose == "evaluate" for t in generation.requested)
     with pytest.raises(WorkerError, match="sampled with version 2"):
-        await evaluate(generation, FakeScoring(), prompts, 8, version=3)
+        await evaluate(generation, FakeScoring(), prompts, GREEDY, version=3)
 
 
 @pytest.mark.parametrize("failing", [{1}, {0, 1, 2}])
@@ -304,12 +306,12 @@ async def test_d11_a_prompt_that_fails_costs_an_evaluation_itself_only(failing):
         version=2, fail=lambda t: DataError("too long") if t.number in failing else None
     )
     prompts = [make_prompt(i) for i in range(3)]
-    found = await evaluate(generation, FakeScoring(), prompts, 8, version=2)
+    found = await evaluate(generation, FakeScoring(), prompts, GREEDY, version=2)
     assert [str(error) for error in found.failures] == ["too long"] * len(failing)
     assert len(found.answers) == 3 - len(failing)
     generation.fail = lambda t: PoolLost("generation: nobody left")
     with pytest.raises(PoolLost):
-        await evaluate(generation, FakeScoring(), prompts, 8, version=2)
+        await evaluate(generation, FakeScoring(), prompts, GREEDY, version=2)
 
 
 @dataclass

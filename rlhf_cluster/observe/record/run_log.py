@@ -4,7 +4,7 @@ Promises for metrics.jsonl:
 - a line is one JSON object with `step`, `time_s` and metrics by name, each a finite number or null;
 - `append` waits for no disk: lines are written in order in the background, each for at most the
   deadline of `patience`, and the next call raises the error of a line that failed;
-- steps never decrease;
+- steps never decrease, but for lines of an earlier step that are said to be `late`;
 - the torn last line of a crash is ignored by readers, and removed before the next line.
 Several lines of one step (an evaluation and a training step) are read as one record.
 """
@@ -55,13 +55,20 @@ class RunLog:
         self._last_step = records[-1]["step"] if records else 0
         self._file = run.metrics.open("ab", buffering=0)
 
-    def append(self, step: int, time_s: float, values: Mapping[str, float]) -> None:
-        """Add one line. `time_s` is unix time.
+    @property
+    def last_step(self) -> int:
+        """Newest step that has a line; 0 without any."""
+        return self._last_step
+
+    def append(
+        self, step: int, time_s: float, values: Mapping[str, float], late: bool = False
+    ) -> None:
+        """Add one line. `time_s` is unix time. A line that is `late` may be of an earlier step.
 
         Raises `MetricError` for a name that is not in the table, and `RunError` when an earlier line
         could not be written completely, since the run then has no record.
         """
-        if step < self._last_step:
+        if step < self._last_step and not late:
             raise RunError(
                 f"{self._run.metrics}: step {step} after step {self._last_step}; steps never go "
                 "back. Is another run writing here?"
@@ -71,7 +78,7 @@ class RunLog:
         line = {"step": step, "time_s": time_s}
         line |= {k: float(v) if math.isfinite(v) else None for k, v in values.items()}
         self._write(json.dumps(line, allow_nan=False).encode() + b"\n")
-        self._last_step = step
+        self._last_step = max(step, self._last_step)
         if self._sinks is not None:
             self._sinks.log(step, values)
 

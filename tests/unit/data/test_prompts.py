@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +13,13 @@ import pytest
 from pyarrow import parquet
 
 from rlhf_cluster.config import RunConfig, validate
-from rlhf_cluster.data.prompts import PromptSource, evaluation_prompts, sft_examples
+from rlhf_cluster.data.prompts import (
+    PromptSource,
+    check_overlap,
+    evaluation_prompts,
+    set_prompts,
+    sft_examples,
+)
 from rlhf_cluster.data.tasks import is_held_out
 from rlhf_cluster.errors import DataError
 from rlhf_cluster.models.make_model import make_tokenizer
@@ -364,6 +372,50 @@ def test_held_out_prompts_of_a_file_are_its_first_in_order(tmp_path: Path) -> No
     assert first_held_out(made, 0) == []
     with pytest.raises(DataError, match=r"5 usable prompts, evaluation.num_prompts = 6"):
         first_held_out(made, 6)
+
+
+def held_out_set(c: RunConfig, check: bool = True) -> list[Prompt]:
+    """The prompts of the only evaluation set, checked against what the run trains on."""
+    [of] = c.evaluation.all_sets
+    prompts = set_prompts(c.data, c.evaluation, of, c.run.seed, TOKENIZER)
+    source = PromptSource(c.data, TOKENIZER, c.run.seed)
+    check_overlap(c.data, source, c.evaluation, of, prompts)
+    return prompts
+
+
+def test_rows_of_one_file_are_either_trained_on_or_held_out(tmp_path: Path) -> None:
+    path = numbered(tmp_path, 10)
+    other = shutil.copy(path, tmp_path / "other.jsonl")
+
+    def made(limit: int | None, skip_rows: int, file: str = path, **rest: Any) -> RunConfig:
+        held_out = {"name": "own", "data": {"path": file, "skip_rows": skip_rows}, "num_prompts": 5}
+        return config(data={"path": path, "limit": limit}, evaluation={"sets": [held_out], **rest})
+
+    assert [p.prompt_id for p in held_out_set(made(7, 7))] == ["eval-7", "eval-8", "eval-9"]
+    overlap = (
+        r"the evaluation set 'own' both read .*, and 2 of the set's 5 prompts .* row 5, from 0"
+    )
+    with pytest.raises(DataError, match=overlap):
+        held_out_set(made(7, 5))
+    with pytest.raises(DataError, match="5 of the set's 5 prompts"):
+        held_out_set(made(None, 0, f"{tmp_path}/./{Path(path).name}"))
+    assert len(held_out_set(made(7, 5, allow_overlap=True))) == 5
+    assert len(held_out_set(made(None, 0, str(other)))) == 5
+    with pytest.raises(
+        DataError, match=r"'own' has no prompts: .* 10 rows, and data.skip_rows = 10"
+    ):
+        held_out_set(made(7, 10))
+
+
+def test_a_set_has_the_held_out_split_of_the_run_or_data_of_its_own(tmp_path: Path) -> None:
+    path = numbered(tmp_path, 3)
+    task = {"task": "sort_digits"}
+    split = config(data=task, evaluation={"sets": [{"name": "a", "num_prompts": 4}]})
+    assert [p.source for p in held_out_set(split)] == [
+        p.source for p in first_held_out(config(data=task), 4)
+    ]
+    own = config(data=task, evaluation={"sets": [{"name": "a", "data": {"path": path}}]})
+    assert [p.source for p in held_out_set(own)] == ["p0", "p1", "p2"]
 
 
 def test_a_real_data_set_is_read_whole() -> None:

@@ -92,6 +92,24 @@ def test_lines_of_one_step_read_as_one_record(run):
     ]
 
 
+def test_a_late_point_stands_at_its_step_and_leaves_the_time_of_the_step(run):
+    with RunLog(run) as log:
+        log.append(1, 1.0, {"reward/mean": 0.5})
+        log.append(2, 2.0, {"reward/mean": 0.6})
+        log.append(1, 3.0, {"evaluation/reward_mean": 0.75}, late=True)
+        assert log.last_step == 2
+        with pytest.raises(RunError, match="step 1 after step 2"):
+            log.append(1, 4.0, {})
+    assert read_metrics(run.metrics) == [
+        {"step": 1, "time_s": 1.0, "reward/mean": 0.5, "evaluation/reward_mean": 0.75},
+        {"step": 2, "time_s": 2.0, "reward/mean": 0.6},
+    ]
+    cut_metrics(run.metrics, 1)
+    with RunLog(run) as log:
+        assert log.last_step == 1
+    assert read_metrics(run.metrics)[0]["evaluation/reward_mean"] == 0.75
+
+
 @pytest.mark.parametrize("num_bytes", [1, 2, 9])
 def test_a_torn_last_line_is_left_out_and_mended(run, num_bytes):
     with RunLog(run) as log:

@@ -9,7 +9,7 @@ import pytest
 
 from actors.drivers.rl_observer import RunObserver
 from rlhf_cluster.errors import WorkerError
-from rlhf_cluster.pipeline import Evaluation
+from rlhf_cluster.evaluation.evaluate import Evaluation
 from rlhf_cluster.records import StepReport
 from rlhf_cluster.run.run_directory import RunDir
 from rlhf_cluster.run.run_record import Snapshot

@@ -395,4 +395,4 @@ num_cpus = 8
     wrong = f'scoring.rewards=[{{type="reward_model", path="{other}"}}]'
     assert main(["validate", "run.toml", "--deep", "--set", wrong]) == 1
     captured = capsys.readouterr()
-    assert captured.err.startswith("error: tokenizer of reward_model: not as a run needs it")
+    assert "- tokenizer of reward_model: " in captured.err
