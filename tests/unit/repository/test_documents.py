@@ -16,7 +16,7 @@ from rlhf_cluster.cli.commands import app
 from rlhf_cluster.observe.metric_table import docs_table
 from tests.support.builders.run_configs import tiny_config
 
-DOCUMENTS = [*sorted(Path().glob("*.md")), *sorted(Path("docs").glob("*.md"))]
+DOCUMENTS = [*sorted(Path().glob("*.md")), *sorted(Path("docs").rglob("*.md"))]
 README = Path("README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)
 COMMANDS = [

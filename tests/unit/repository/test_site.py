@@ -36,7 +36,9 @@ def built(folder: Path, body: str = "", style: str = "") -> list[str]:
 
 def test_a_site_that_loads_its_own_files_has_no_fault(tmp_path: Path):
     body = '<img src="a/c%20d.png"><link rel="canonical" href="https://y.org/">'
-    style = "/* url(https://z.org) */ a { background: url(data:image/png;base64,AAAA) url('c d.png') }"
+    style = (
+        "/* url(https://z.org) */ a { background: url(data:image/png;base64,AAAA) url('c d.png') }"
+    )
     assert built(tmp_path, body, style) == []
 
 
