@@ -124,7 +124,7 @@ docs: $(VENV)/.docs
 	$(BIN)/python deploy/check_site.py build/site
 
 $(VENV)/.docs: $(DOCS) $(VENV)/.installed
-	rm -rf $(VENV)/docs
+	rm -rf $(VENV)/docs $@
 	$(BIN)/python -m pip install $(PIP_OPTIONS) --target $(VENV)/docs --require-hashes --requirement $(DOCS)
 	@touch $@
 

@@ -114,7 +114,7 @@ def test_a_key_that_does_not_exist_is_found():
 
 def called(page: Path) -> list[list[str]]:
     """Return the words of every call of rlhf-cluster on the page."""
-    prose = re.sub(r"^```.*?^```$|^#.*$", "", page.read_text(), flags=re.M | re.S)
+    prose = re.sub(r"^```.*?^```$|^#[^\n]*$", "", page.read_text(), flags=re.M | re.S)
     lines = [line for block in blocks(page, "bash") for line in block.splitlines()]
     calls = [*lines, *re.findall(r"`([^`\n]+)`", prose)]
     pattern = re.compile(r"(?:[A-Z_]+=\S+ )*rlhf-cluster ([a-zA-Z].*)")
