@@ -118,9 +118,10 @@ $(PROMTOOL): | install
 prometheus: install
 	@$(MAKE) --silent promtool || echo "no Prometheus could be fetched: its tests are skipped"
 
-# The documents as a site in build/site; every link and every file that a page loads is checked.
+# The documents as a site in build/site; every link and every file that a page loads is checked. With --quiet
+# mkdocs would count no warnings, and --strict would refuse nothing.
 docs: $(VENV)/.docs
-	PYTHONPATH=$(VENV)/docs NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	PYTHONPATH=$(VENV)/docs NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	$(BIN)/python deploy/check_site.py build/site
 
 $(VENV)/.docs: $(DOCS) $(VENV)/.installed

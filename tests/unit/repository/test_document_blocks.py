@@ -19,11 +19,13 @@ from rlhf_cluster.cli.commands import app
 from rlhf_cluster.config.load import load_all
 from rlhf_cluster.config.reference import resolve, sections
 from rlhf_cluster.errors import ConfigError
+from rlhf_cluster.observe.metric_table import TABLE, read_table
 from tests.unit.repository.language import strings
 
 GENERATED = Path("docs/reference")
 PAGES = [path for path in sorted(Path("docs").rglob("*.md")) if path.parent != GENERATED]
 SHORT = [path for path in PAGES if path.parent.name in {"start", "guides"}]
+METRICS = read_table(TABLE)
 COMMANDS: Mapping[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
@@ -146,6 +148,18 @@ def test_every_command_of_a_page_exists():
         "run has no --over",
         "no file configs/none.toml",
     ]
+
+
+def test_every_metric_of_a_guide_is_one_of_the_table():
+    groups = {name.partition("/")[0] for name in METRICS}
+    spans = [
+        (page, span)
+        for page in SHORT
+        for span in re.findall(r"`(\w+/\w+)`", page.read_text())
+        if span.partition("/")[0] in groups - {"data"}
+    ]
+    assert len(spans) >= 8
+    assert [(page, span) for page, span in spans if span not in METRICS] == []
 
 
 def messages() -> set[str]:

@@ -23,6 +23,36 @@ def test_no_font_is_asked_of_a_server():
     assert re.search(r"^  font: false", SETTINGS, re.M)
 
 
+def test_a_broken_link_fails_the_build():
+    """With --quiet mkdocs counts no warnings, so that --strict refuses nothing."""
+    [command] = re.findall(r"-m mkdocs (.*)", Path("Makefile").read_text())
+    assert command == "build --strict"
+    links = SETTINGS.partition("\nvalidation:\n")[2].partition("\n\n")[0]
+    assert links.count(": warn") == 7
+
+
+MARKED = re.compile(r"( {0,3}(?P<item>[-*]|\d+\.) )|(?P<table>\|)")
+
+
+def unread(text: str) -> list[str]:
+    """Return the lines that GitHub reads as part of a list or table, and the site does not."""
+    found, before = [], ""
+    for line in re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S).splitlines():
+        match, earlier = MARKED.match(line), MARKED.match(before)
+        starts = before.strip() and not earlier and not before.startswith("  ")
+        if match and (starts or (match["item"] and line.startswith(" "))):
+            found.append(line)
+        before = line
+    return found
+
+
+def test_lists_and_tables_are_read_as_such_by_the_site_too():
+    assert unread("a\n\n- b\n  c\n- d\n    - e\n\n| f |\n|---|\n") == []
+    assert unread("a\n- b\n  - c\n\nd\n| e |\n1. f") == ["- b", "  - c", "| e |"]
+    found = {str(path): unread(path.read_text()) for path in Path("docs").rglob("*.md")}
+    assert {path: lines for path, lines in found.items() if lines} == {}
+
+
 PAGE = '<html><link rel="stylesheet" href="a/b.css"><a href="https://x.org">out</a>{}</html>'
 
 
