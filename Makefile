@@ -8,6 +8,7 @@ TORCH := deploy/requirements-torch.lock
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 DEEPSPEED := deploy/requirements-deepspeed.lock
 TRL := deploy/requirements-trl.lock
+DOCS := deploy/requirements-docs.lock
 PROMTOOL := $(VENV)/prometheus/usr/bin/promtool
 RUN := quickstart
 N := 20
@@ -28,7 +29,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 # Else every process of every test compiles again what it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart install test unit explore crosscheck component system gpu chaos soak mutants lock audit release-check promtool prometheus lint format clean
+.PHONY: quickstart install test unit explore crosscheck component system gpu chaos soak mutants lock audit release-check promtool prometheus docs site lint format clean
 
 quickstart: install
 	$(BIN)/rlhf-cluster run configs/quickstart.toml --set run.name=$(RUN) --overwrite
@@ -46,7 +47,7 @@ $(VENV)/.installed: $(LOCK) $(TORCH) $(DEEPSPEED) pyproject.toml
 	@$(BIN)/python -m compileall -q -q -j 0 -x '$(NOT_COMPILED)' $(addprefix $(VENV)/lib/python3*/site-packages/,$(COMPILED)) rlhf_cluster actors >/dev/null || true
 	@touch $@
 
-test: lint prometheus unit crosscheck component system
+test: lint prometheus site unit crosscheck component system
 
 lint: install
 	$(BIN)/ruff check .
@@ -92,11 +93,11 @@ results: install
 
 # Hashes of what the locks pin, after a version was changed; asks PyPI.
 lock: install
-	$(BIN)/python deploy/lock.py $(LOCK) $(TRL)
+	$(BIN)/python deploy/lock.py $(LOCK) $(TRL) $(DOCS)
 
 # Known vulnerabilities of what the locks pin; asks PyPI.
 audit: $(VENV)/audit/bin/pip-audit
-	$(BIN)/python deploy/audit.py $(VENV)/audit/bin/pip-audit $(LOCK) $(TORCH) $(DEEPSPEED) $(TRL)
+	$(BIN)/python deploy/audit.py $(VENV)/audit/bin/pip-audit $(LOCK) $(TORCH) $(DEEPSPEED) $(TRL) $(DOCS)
 
 $(VENV)/audit/bin/pip-audit: | install
 	$(PYTHON) -m venv $(VENV)/audit
@@ -116,6 +117,22 @@ $(PROMTOOL): | install
 # The same where it can be had; a test that needs it and finds none is skipped, and says so.
 prometheus: install
 	@$(MAKE) --silent promtool || echo "no Prometheus could be fetched: its tests are skipped"
+
+# The documents as a site in build/site; every link and every file that a page loads is checked. With --quiet
+# mkdocs would count no warnings, and --strict would refuse nothing.
+docs: $(VENV)/.docs
+	PYTHONPATH=$(VENV)/docs NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	$(BIN)/python deploy/check_site.py build/site
+
+$(VENV)/.docs: $(DOCS) $(VENV)/.installed
+	rm -rf $(VENV)/docs $@
+	$(BIN)/python -m pip install $(PIP_OPTIONS) --target $(VENV)/docs --require-hashes --requirement $(DOCS)
+	@touch $@
+
+# The same where what builds it can be had.
+site: install
+	@if $(MAKE) --silent $(VENV)/.docs; then $(MAKE) --silent docs; \
+		else echo "mkdocs-material could not be fetched: the site is not built"; fi
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -30,7 +30,7 @@ class Clock:
 def observing(
     tmp_path, clock: Clock, steps: int
 ) -> Iterator[tuple[RunObserver, Sequence[Snapshot]]]:
-    config = tiny_config(run={"root": str(tmp_path), "steps": steps})
+    config = tiny_config(run={"root": str(tmp_path), "steps": steps}, evaluation={"num_prompts": 1})
     shown: list[Snapshot] = []
     with RunDir.create(config.run_dir, config) as rundir:
         observer = RunObserver(config, rundir, (), SyncStats, shown.append, 0.0, clock)
@@ -66,7 +66,11 @@ async def test_the_time_left_starts_again_where_a_restart_went_back(tmp_path):
 
 def test_an_evaluation_without_an_answer_leaves_the_held_out_reward_unknown(tmp_path):
     with observing(tmp_path, Clock(), steps=2) as (observer, shown):
-        observer.evaluation(0, Evaluation(answers=(taken(0, 0, 1).summary,), failures=()))
+        observer.record_point(
+            "held_out", 0, Evaluation(answers=(taken(0, 0, 1).summary,), failures=())
+        )
         assert shown[-1].reward_held_out == 1.0
-        observer.evaluation(2, Evaluation(answers=(), failures=(WorkerError("refused"),)))
+        observer.record_point(
+            "held_out", 2, Evaluation(answers=(), failures=(WorkerError("refused"),))
+        )
         assert shown[-1].reward_held_out == 1.0, "that of the last one that gave an answer"

@@ -38,7 +38,9 @@ def test_every_line_of_the_locks_is_pinned_to_one_version_and_audited():
         assert [x for x in pins if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!]+", x)] == []
         assert AUDIT["pinned"](path.read_text()) == [pin.partition("+")[0] for pin in pins]
         assert path.name in MAKEFILE
-    assert re.search(r"pip-audit \$\(LOCK\) \$\(TORCH\) \$\(DEEPSPEED\) \$\(TRL\)\n", MAKEFILE)
+    assert re.search(
+        r"pip-audit \$\(LOCK\) \$\(TORCH\) \$\(DEEPSPEED\) \$\(TRL\) \$\(DOCS\)\n", MAKEFILE
+    )
 
 
 def test_every_line_has_hashes_and_pip_asks_for_them_but_for_torch():
@@ -54,5 +56,6 @@ def test_every_line_has_hashes_and_pip_asks_for_them_but_for_torch():
         "LOCK",
         "DEEPSPEED",
         "TRL",
+        "DOCS",
     }
-    assert {variable for _, variable in installs} == {"LOCK", "TORCH", "DEEPSPEED", "TRL"}
+    assert {variable for _, variable in installs} == {"LOCK", "TORCH", "DEEPSPEED", "TRL", "DOCS"}
