@@ -17,6 +17,12 @@ The estimate, in bytes, for P parameters of w bytes each and R ranks:
     scoring pools  w P            each frozen model that a pool serves: reference, teacher, exact
                                   log-probabilities, reward models; w = 1 where they are quantized
 
+While it loads, before the first step:
+
+    learner rank   4 P            with adapters or ZeRO-3, where each rank loads the whole model before
+                                  it is sharded; others read their shards alone
+    scoring pools  w P            a model that will be rounded to 8 bits: its full width, beside the rest
+
 It does not include memory that libraries keep for themselves, so a role needs at least this much.
 Hosts hold 12 P / R more for each rank while a checkpoint is written.
 """
@@ -69,11 +75,15 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frozen:
-    """A frozen model: its folder (None: the policy's), bytes per parameter, and its pool."""
+    """A frozen model: its folder (None: the policy's), bytes per parameter, and its pool.
+
+    `load_width` are the bytes per parameter while it loads.
+    """
 
     path: str | None
     width: int
     pool: str
+    load_width: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +91,7 @@ class Need:
     """Bytes that one process of a role needs, by their purpose.
 
     `parts` are on its device; `host_parts` are in the host's memory, also where the device is a GPU.
+    `load_parts` are on its device while it loads, instead of `parts`.
     """
 
     role: str
@@ -88,10 +99,17 @@ class Need:
     gpus: float  # of one process
     parts: Mapping[str, float]
     host_parts: Mapping[str, float] = field(default_factory=dict)
+    load_parts: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> float:
-        return sum(self.parts.values())
+        """Bytes at the worst moment."""
+        return max(sum(self.parts.values()), sum(self.load_parts.values()))
+
+    @property
+    def is_load_worst(self) -> bool:
+        """Whether loading needs more than what follows it."""
+        return sum(self.load_parts.values()) > sum(self.parts.values())
 
     @property
     def host_bytes(self) -> float:
@@ -137,7 +155,12 @@ def of_pools(
 ) -> list[Need]:
     """Return the needs of a worker of each pool. `frozen`: bytes of the pools' models, by name."""
     generation = config.generation
-    pool_of = {name: model.pool for name, model in frozen_models(config).items()}
+    models = frozen_models(config)
+    pool_of = {name: model.pool for name, model in models.items()}
+    # Models load one after the other: what a rounded one has too much at first is there once.
+    too_wide = {
+        n: size * (models[n].load_width / models[n].width - 1) for n, size in frozen.items()
+    }
     longest = config.data.max_prompt_tokens + generation.max_response_tokens
     width = ROUNDED_BYTES if generation.quantization is not None else BYTES[generation.dtype]
     cache = BYTES[generation.dtype] * 2 * shape.num_layers * shape.key_size
@@ -158,6 +181,12 @@ def of_pools(
                 processes=section.workers,
                 gpus=section.num_gpus,
                 parts={name: size for name, size in frozen.items() if pool_of[name] == pool},
+                load_parts={
+                    "all models": sum(size for n, size in frozen.items() if pool_of[n] == pool),
+                    "full width of the largest": max(
+                        (size for n, size in too_wide.items() if pool_of[n] == pool), default=0.0
+                    ),
+                },
             )
             for pool, section in pool_sections(config).items()
             if pool != GENERATION
@@ -179,15 +208,16 @@ def frozen_models(config: RunConfig | GenerateConfig) -> dict[str, Frozen]:
     if scoring.exact_logprobs and isinstance(config, RunConfig):
         width = BYTES[config.learner.dtype]
         found["exact log-probabilities"] = Frozen(
-            path=None, width=width, pool=scoring.pool_of(EXACT)
+            path=None, width=width, pool=scoring.pool_of(EXACT), load_width=width
         )
     for reward in scoring.rewards:
         rounded = getattr(reward, "quantization", None) is not None
-        width = ROUNDED_BYTES if rounded else BYTES[getattr(reward, "dtype", scoring.dtype)]
+        full = BYTES[getattr(reward, "dtype", scoring.dtype)]
+        width = ROUNDED_BYTES if rounded else full
         for number, path in enumerate(reward.model_paths):
             name = f"{reward.name or reward.type} {number}".removesuffix(" 0")
             pool = scoring.pool_of(reward.name or reward.type)
-            found[name] = Frozen(path=path, width=width, pool=pool)
+            found[name] = Frozen(path=path, width=width, pool=pool, load_width=full)
     return found
 
 
@@ -196,7 +226,7 @@ def _frozen(scoring: Scoring, name: str, path: str | None) -> Frozen:
     pool = scoring.pool_of(name)
     own = scoring.of_pool(pool)
     width = ROUNDED_BYTES if own.quantization is not None else BYTES[own.dtype]
-    return Frozen(path=path, width=width, pool=pool)
+    return Frozen(path=path, width=width, pool=pool, load_width=BYTES[own.dtype])
 
 
 def judge(
@@ -210,7 +240,9 @@ def judge(
     """
     on_host = 0.0
     for need in needs:
-        value = f"{gib(need.num_bytes)} each ({_list(need.parts)}), {need.processes} of them"
+        parts = need.load_parts if need.is_load_worst else need.parts
+        when = "while it loads: " if need.is_load_worst else ""
+        value = f"{gib(need.num_bytes)} each ({when}{_list(parts)}), {need.processes} of them"
         if need.host_parts:
             lent = gib(sum(need.host_parts.values()))
             value += f"; each in host memory {lent} ({_list(need.host_parts)})"
@@ -219,7 +251,8 @@ def judge(
         on_host += need.processes * need.host_bytes
         if need.gpus and gpus and need.num_bytes > memory_share(need.gpus) * min(gpus):
             part = f"{need.gpus:g} of " if is_share(need.gpus) else ""
-            verdict, cure = "wrong", f"{part}{gib(min(gpus))} on a GPU here. {_cure(need.role)}"
+            verdict = "wrong"
+            cure = f"{part}{gib(min(gpus))} on a GPU here. {_cure(need)}"
         elif need.gpus and not gpus:
             value += "; no GPU here to compare it with"
         yield Finding(name=f"memory, {need.role}", verdict=verdict, value=value, cure=cure)
@@ -237,8 +270,10 @@ def gib(num_bytes: float) -> str:
     return f"{num_bytes / GIB:.3g} GiB"
 
 
-def _cure(role: str) -> str:
-    return _CURES.get(role, _CURES["scoring worker"])
+def _cure(need: Need) -> str:
+    if need.is_load_worst and need.role == "learner rank":
+        return "Larger GPUs, or learner.backend = 'fsdp2' without [learner.lora], which loads by shards"
+    return _CURES.get(need.role, _CURES["scoring worker"])
 
 
 _CURES = {
@@ -264,6 +299,7 @@ def _learner(
     of_a_token = RECOMPUTED if learner.gradient_checkpointing else ACTIVATIONS
     tokens = min(learner.tokens_per_micro_batch, batch_tokens)
     half = BYTES[learner.dtype] / 2
+    loads_whole = learner.lora is not None or learner.backend == "zero3"
     return Need(
         role="learner rank",
         processes=learner.ranks,
@@ -273,6 +309,9 @@ def _learner(
             "passes": of_a_token * half * tokens * shape.hidden_size * shape.num_layers,
             **{name: size / learner.ranks for name, size in beside.items()},
         },
+        load_parts={"the whole model in float32": 4.0 * shape.num_parameters}
+        if loads_whole
+        else {},
     )
 
 

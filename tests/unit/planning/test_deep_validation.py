@@ -71,6 +71,46 @@ def test_ranks_and_adapters_change_the_learners_state(settings, state):
     assert found.parts["state"] == pytest.approx(state * QWEN3_8B.num_parameters)
 
 
+QWEN3_70B_LIKE = Shape(
+    num_parameters=70_553_706_496, hidden_size=8192, num_layers=80, key_size=1024
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "whole"),
+    [
+        ({}, False),
+        ({"lora": {}}, True),
+        ({"lora": {"quantize_base": True}}, True),
+        ({"backend": "zero3"}, True),
+    ],
+)
+def test_a_learner_that_loads_the_whole_model_on_each_device_is_refused_by_that_phase(
+    settings, whole
+):
+    learner = {"ranks": 64, "num_gpus": 1, "gradient_checkpointing": True, **settings}
+    need = by_role(tiny_config(learner=learner), QWEN3_70B_LIKE)["learner rank"]
+    assert need.is_load_worst == whole
+    finding = next(judge([need], [80 * GIB], None, alone=False))
+    assert finding.verdict == ("wrong" if whole else "ok")
+    if whole:
+        assert "while it loads: the whole model in float32 263 GiB" in finding.value
+        assert "learner.backend = 'fsdp2' without [learner.lora]" in finding.cure
+    else:
+        assert need.num_bytes < 25 * GIB
+
+
+def test_a_rounded_frozen_model_needs_its_full_width_while_it_loads():
+    scoring = {"quantization": "int8", "dtype": "bfloat16", "reference": True}
+    need = by_role(tiny_config(scoring=scoring), frozen={"reference": 8.0 * GIB})["scoring worker"]
+    assert sum(need.parts.values()) == 8 * GIB
+    assert need.num_bytes == 16 * GIB
+    plain = scoring | {"quantization": None}
+    need = by_role(tiny_config(scoring=plain), frozen={"reference": 8.0 * GIB})["scoring worker"]
+    assert need.num_bytes == 8 * GIB
+    assert not need.is_load_worst
+
+
 def test_a_separate_critic_doubles_it_and_a_value_head_does_not():
     alone = by_role(tiny_config())["learner rank"].parts["state"]
     separate = by_role(tiny_config(algorithm={"type": "ppo"}))["learner rank"]
