@@ -21,7 +21,7 @@ While it loads, before the first step:
 
     learner rank   4 P            with adapters or ZeRO-3, where each rank loads the whole model before
                                   it is sharded; others read their shards alone
-    scoring pools  w P            a model that will be rounded to 8 bits: its full width, beside the rest
+    scoring pools  w P            a model that will be rounded to 8 bits: its full width, with the rest
 
 It does not include memory that libraries keep for themselves, so a role needs at least this much.
 Hosts hold 12 P / R more for each rank while a checkpoint is written.

@@ -71,9 +71,7 @@ def test_ranks_and_adapters_change_the_learners_state(settings, state):
     assert found.parts["state"] == pytest.approx(state * QWEN3_8B.num_parameters)
 
 
-QWEN3_70B_LIKE = Shape(
-    num_parameters=70_553_706_496, hidden_size=8192, num_layers=80, key_size=1024
-)
+LLAMA_70B = Shape(num_parameters=70_553_706_496, hidden_size=8192, num_layers=80, key_size=1024)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +87,8 @@ def test_a_learner_that_loads_the_whole_model_on_each_device_is_refused_by_that_
     settings, whole
 ):
     learner = {"ranks": 64, "num_gpus": 1, "gradient_checkpointing": True, **settings}
-    need = by_role(tiny_config(learner=learner), QWEN3_70B_LIKE)["learner rank"]
+    config = tiny_config(learner=learner, run={"groups_per_step": 16})
+    need = by_role(config, LLAMA_70B)["learner rank"]
     assert need.is_load_worst == whole
     finding = next(judge([need], [80 * GIB], None, alone=False))
     assert finding.verdict == ("wrong" if whole else "ok")
