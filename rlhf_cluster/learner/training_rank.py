@@ -14,18 +14,20 @@ from __future__ import annotations
 import importlib
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from rlhf_cluster.errors import RunError
 from rlhf_cluster.learner.rank_checkpoint import StateCopies, Stateful, load
 from rlhf_cluster.learner.sharding.fsdp2 import Fsdp2Model, shard
-from rlhf_cluster.learner.sharding.lora import add_adapters
+from rlhf_cluster.learner.sharding.lora import adapting, add_adapters
 from rlhf_cluster.learner.sharding.qlora import stands_for
 from rlhf_cluster.learner.sharding.sharded_loading import load_shards
 from rlhf_cluster.learner.sharding.sharded_model import AdamWSettings, ShardedModel
@@ -107,6 +109,7 @@ class TrainingRank(Generic[C]):
         self._device = torch.device("cpu")
         self._joined = False
         self._model: ShardedModel | None = None
+        self._outline: PolicyLM | None = None  # whose layers get adapters when they are sharded
         self._copies = StateCopies(rank)
         self._version = 0
 
@@ -202,11 +205,15 @@ class TrainingRank(Generic[C]):
         """
         settings = self._config.learner
         kind = torch.float32, self._device, True, self._compute, settings.head_dtype
-        policy = None
-        if settings.lora is None and settings.backend == "fsdp2":
-            policy = outline_policy(self._model_dir, *kind)
-        if policy is None:
-            policy = load_policy(self._model_dir, *kind)
+        policy = outline_policy(self._model_dir, *kind) if settings.backend == "fsdp2" else None
+        if policy is not None:
+            check_names(policy, self._model_dir)
+            if settings.lora is not None:
+                self._outline = policy
+                trial = outline_policy(self._model_dir, *kind)
+                add_adapters(cast(PolicyLM, trial), settings.lora, self._config.run.seed)
+            return policy
+        policy = load_policy(self._model_dir, *kind)
         check_names(policy, self._model_dir)
         if settings.lora is not None:
             add_adapters(policy, settings.lora, self._config.run.seed)
@@ -239,12 +246,22 @@ class TrainingRank(Generic[C]):
                 cast(Any, model.lm).gradient_checkpointing_enable({"use_reentrant": False})
             timeout_s = settings.collective_timeout_s
             return partition(model, self._adamw, self._device, compute, timeout_s)
-        if isinstance(model, ValueLM):
-            shard_value_model(model, mesh, compute, settings.gradient_checkpointing)
-        else:
-            shard(model, mesh, compute, settings.gradient_checkpointing)
+        with self._preparing() as prepare:
+            how = mesh, compute, settings.gradient_checkpointing, prepare
+            if isinstance(model, ValueLM):
+                shard_value_model(model, *how)
+            else:
+                shard(model, *how)
         load_shards(model, self._model_dir, self._device, compute, self._rank)
         return Fsdp2Model(model, self._adamw)
+
+    def _preparing(self) -> AbstractContextManager[Callable[[nn.Module], None] | None]:
+        """Return the context of what is done to each layer before it is sharded, if anything is."""
+        outline, self._outline = self._outline, None
+        if outline is None:
+            return nullcontext()
+        lora = cast(Any, self._config.learner.lora)
+        return adapting(outline, lora, self._config.run.seed, self._device, self._model_dir)
 
     def _facts(self) -> dict[str, Any]:
         module: Any = self.model.module

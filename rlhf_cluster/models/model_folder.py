@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_cluster.errors import ConfigError, WeightError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
+    from torch import Tensor, nn
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -45,6 +46,37 @@ def checkpoint_files(model_dir: str | Path) -> dict[str, Path]:
         with safe_open(file, framework="pt") as tensors:
             files |= dict.fromkeys(tensors.keys(), file)
     return files
+
+
+def materialize(
+    module: nn.Module,
+    model_dir: str | Path,
+    device: torch.device,
+    stored_name: Callable[[str], str],
+) -> None:
+    """Read the parameters of `module` that are on the meta device, in float32. Raises `WeightError`.
+
+    `stored_name` maps the name of a parameter to that of its tensor in the files. The new parameters
+    are frozen.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    files = checkpoint_files(model_dir)
+    for name, parameter in list(module.named_parameters()):
+        if not parameter.is_meta:
+            continue
+        stored = stored_name(name)
+        try:
+            with safe_open(files[stored], framework="pt") as tensors:
+                weight = tensors.get_tensor(stored).to(device, torch.float32)
+        except (KeyError, OSError, SafetensorError) as error:
+            raise WeightError(
+                f"{files.get(stored, model_dir)}: tensor {stored} cannot be read ({error!r}). Copy the "
+                "file again from where the model came from"
+            ) from error
+        owner, _, leaf = name.rpartition(".")
+        module.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(weight, False)
 
 
 def checkpoint_tensors(model_dir: str | Path) -> Iterator[tuple[str, Tensor]]:

@@ -19,8 +19,8 @@ The estimate, in bytes, for P parameters of w bytes each and R ranks:
 
 While it loads, before the first step:
 
-    learner rank   4 P            with adapters or ZeRO-3, where each rank loads the whole model before
-                                  it is sharded; others read their shards alone
+    learner rank   4 P            with ZeRO-3, where each rank loads the whole model before it is
+                                  sharded; FSDP2's read their shards alone, or a layer at a time
     scoring pools  w P            a model that will be rounded to 8 bits: its full width, with the rest
 
 It does not include memory that libraries keep for themselves, so a role needs at least this much.
@@ -157,7 +157,7 @@ def of_pools(
     generation = config.generation
     models = frozen_models(config)
     pool_of = {name: model.pool for name, model in models.items()}
-    # Models load one after the other: what a rounded one has too much at first is there once.
+    # Models load one after the other, so only one of them is too wide at a time.
     too_wide = {
         n: size * (models[n].load_width / models[n].width - 1) for n, size in frozen.items()
     }
@@ -272,7 +272,7 @@ def gib(num_bytes: float) -> str:
 
 def _cure(need: Need) -> str:
     if need.is_load_worst and need.role == "learner rank":
-        return "Larger GPUs, or learner.backend = 'fsdp2' without [learner.lora], which loads by shards"
+        return "Larger GPUs, or learner.backend = 'fsdp2', which loads by shards"
     return _CURES.get(need.role, _CURES["scoring worker"])
 
 
@@ -299,7 +299,7 @@ def _learner(
     of_a_token = RECOMPUTED if learner.gradient_checkpointing else ACTIVATIONS
     tokens = min(learner.tokens_per_micro_batch, batch_tokens)
     half = BYTES[learner.dtype] / 2
-    loads_whole = learner.lora is not None or learner.backend == "zero3"
+    loads_whole = learner.backend == "zero3"
     return Need(
         role="learner rank",
         processes=learner.ranks,

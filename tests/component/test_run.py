@@ -75,7 +75,7 @@ def check_live_page(run, step):
 def shown_step(address: str) -> int:
     """The step at which the report that is served there says the run is."""
     with urllib.request.urlopen(address, timeout=120) as reply:
-        [shown] = re.findall(r"\b(\d+) of 400\b", reply.read().decode())
+        shown = re.findall(r"\b(\d+) of 400\b", reply.read().decode())[0]
     return int(shown)
 
 

@@ -81,6 +81,7 @@ def attempt_of(tmp_path: Path, step: int | None) -> Attempt:
         config=tiny_config(run={"root": str(tmp_path)}),
         generation=None,
         scoring=SimpleNamespace(follow=None),
+        observer=None,
     )
     checkpoint: Any = None if step is None else SimpleNamespace(state=SimpleNamespace(step=step))
     return Attempt(

@@ -6,7 +6,7 @@ One rank and many ranks use the same code. Every decoder layer is gathered for i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
@@ -101,8 +101,11 @@ def shard(
     mesh: DeviceMesh,
     compute_dtype: torch.dtype,
     gradient_checkpointing: bool,
+    prepare: Callable[[nn.Module], None] | None = None,
 ) -> M:
     """Shard every decoder layer of `model.lm`, then the rest, in place; return it in training mode.
+
+    `prepare` gets each layer before it is sharded.
 
     With `compute_dtype` bfloat16 passes run in bfloat16, and gradients are reduced in float32.
 
@@ -117,6 +120,8 @@ def shard(
     if compute_dtype != torch.float32:
         precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for layer in layers:
+        if prepare is not None:
+            prepare(layer)
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     fully_shard(model, mesh=mesh, mp_policy=precision)
     return model.train()

@@ -19,7 +19,10 @@ Promises:
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -30,9 +33,11 @@ from rlhf_cluster.errors import ConfigError
 from rlhf_cluster.learner.sharding.qlora import (
     Linear4bit,
     quantize_decoder,
+    quantize_linears,
 )
 from rlhf_cluster.learner.sharding.sharded_model import ShardedModel
-from rlhf_cluster.models.policy_model import PolicyLM
+from rlhf_cluster.models.model_folder import materialize
+from rlhf_cluster.models.policy_model import PolicyLM, checkpoint_name
 from rlhf_cluster.weights.formats import lora_factors
 from rlhf_cluster.weights.manifest import LocalPart
 
@@ -52,24 +57,16 @@ def add_adapters(policy: PolicyLM, settings: Lora, seed: int) -> None:
         ConfigError: there is no linear layer of that name, it must not be adapted, or bitsandbytes is
             needed and not installed.
     """
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import inject_adapter_in_model
 
     targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=cast(int, settings.alpha),
-        target_modules=targets,
-        lora_dropout=0.0,
-        bias="none",
-        use_dora=settings.dora,
-    )
     if settings.quantize_base:
         quantize_decoder(policy)
     device = next(policy.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         try:
-            inject_adapter_in_model(config, policy.lm, _ADAPTER)
+            inject_adapter_in_model(_peft_config(settings, targets), policy.lm, _ADAPTER)
         except ValueError as error:
             raise ConfigError(f"learner.lora.targets = {targets!r}: {error}") from error
     linear = {
@@ -84,6 +81,54 @@ def add_adapters(policy: PolicyLM, settings: Lora, seed: int) -> None:
             "is not a plain linear layer inside the decoder: log-probabilities are taken from the "
             "output projection's weights, past any adapter. Name linear layers, or use 'all-linear'"
         )
+
+
+@contextmanager
+def adapting(
+    policy: PolicyLM, settings: Lora, seed: int, device: torch.device, model_dir: str | Path
+) -> Iterator[Callable[[nn.Module], None]]:
+    """Give a function that reads one decoder layer of an outlined policy, and adds its adapters.
+
+    Called on the layers in their order it makes what `add_adapters` makes of the loaded model, with the
+    weights of one layer in float32 at a time. All other weights are frozen. `add_adapters` on another
+    outline of the model refuses what cannot be adapted.
+    """
+    from peft import inject_adapter_in_model
+
+    policy.requires_grad_(False)
+    names = {id(module): name for name, module in policy.named_modules()}
+    suffixes = None if settings.targets == "all-linear" else tuple(settings.targets)
+
+    def adapt(layer: nn.Module) -> None:
+        prefix = names[id(layer)]
+        materialize(layer, model_dir, device, lambda n: checkpoint_name(f"{prefix}.{n}"))
+        targets = [
+            name
+            for name, module in layer.named_modules()
+            if type(module) is nn.Linear
+            and (suffixes is None or f"{prefix}.{name}".endswith(tuple(f".{s}" for s in suffixes)))
+        ]
+        if settings.quantize_base:
+            quantize_linears(layer)
+        if targets:
+            inject_adapter_in_model(_peft_config(settings, targets), layer, _ADAPTER)
+
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield adapt
+
+
+def _peft_config(settings: Lora, targets: list[str] | str) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=cast(int, settings.alpha),
+        target_modules=targets,
+        lora_dropout=0.0,
+        bias="none",
+        use_dora=settings.dora,
+    )
 
 
 def adapter_names(policy: nn.Module) -> list[str]:

@@ -99,6 +99,8 @@ class _Product(torch.autograd.Function):
 def quantize_decoder(policy: PolicyLM) -> None:
     """Replace every plain linear layer of the decoder in place, but not the output projection.
 
+    An outline without weights stays as it is.
+
     Raises:
         ConfigError: bitsandbytes is not installed.
     """
@@ -107,10 +109,15 @@ def quantize_decoder(policy: PolicyLM) -> None:
             "learner.lora.quantize_base = true needs bitsandbytes, which is not installed. Install it "
             "(pip install bitsandbytes), or set learner.lora.quantize_base = false"
         )
-    decoder = policy.lm.base_model
-    for name, layer in list(decoder.named_modules()):
+    if not next(policy.parameters()).is_meta:
+        quantize_linears(policy.lm.base_model)
+
+
+def quantize_linears(module: nn.Module) -> None:
+    """Replace every plain linear layer below `module` in place, one after the other."""
+    for name, layer in list(module.named_modules()):
         if type(layer) is nn.Linear:
-            decoder.set_submodule(name, Linear4bit(layer))
+            module.set_submodule(name, Linear4bit(layer))
 
 
 def stands_for(module: nn.Module, part: LocalPart) -> tuple[str, tuple[int, ...]]:

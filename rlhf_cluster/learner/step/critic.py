@@ -158,11 +158,15 @@ def check_value_model(model: ValueLM, compute_dtype: torch.dtype) -> None:
 
 
 def shard_value_model(
-    model: ValueLM, mesh: DeviceMesh, compute_dtype: torch.dtype, gradient_checkpointing: bool
+    model: ValueLM,
+    mesh: DeviceMesh,
+    compute_dtype: torch.dtype,
+    gradient_checkpointing: bool,
+    prepare: Callable[[nn.Module], None] | None = None,
 ) -> ValueLM:
     """Shard a value model in place like the policy; its head is separate and in float32."""
     fully_shard(model.value_head, mesh=mesh)
-    return shard(model, mesh, compute_dtype, gradient_checkpointing)
+    return shard(model, mesh, compute_dtype, gradient_checkpointing, prepare)
 
 
 def start_as(policy: ShardedModel, model: ShardedModel) -> None:

@@ -13,18 +13,20 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from rlhf_cluster.errors import ConfigError, WeightError
+from rlhf_cluster.learner import training_rank
+from rlhf_cluster.learner.learner_rank import LearnerRank
 from rlhf_cluster.learner.sharding import sharded_loading
 from rlhf_cluster.learner.sharding.fsdp2 import shard
 from rlhf_cluster.learner.sharding.sharded_loading import fill, load_shards
 from rlhf_cluster.learner.step.critic import load_value_model, shard_value_model
 from rlhf_cluster.models.policy_model import checkpoint_name, load_policy, outline_policy
 from rlhf_cluster.util.process_group import join_group
-from tests.support.builders.tiny_learner import save_llama
+from tests.support.builders.tiny_learner import learner_config, save_llama
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def mesh():
     yield join_group(None, 0, 1, "cpu", 60.0, 60.0)
     torch.distributed.destroy_process_group()
@@ -146,3 +148,42 @@ def test_a_model_whose_files_hold_other_tensors_is_left_to_the_library(tmp_path:
     path.write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="cannot load a causal LM"):
         outline_policy(folder, torch.float32, CPU, True)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"rank": 3},
+        {"rank": 3, "dora": True},
+        {"rank": 3, "targets": ["q_proj", "mlp.down_proj"]},
+        {"rank": 3, "quantize_base": True},
+    ],
+    ids=["lora", "dora", "targets", "qlora"],
+)
+def test_adapters_that_are_added_layer_by_layer_are_those_of_the_loaded_model(
+    tmp_path: Path, monkeypatch, lora
+):
+    folder = save_llama(tmp_path)
+    whole, by_layer = [], []
+    for found, outline in ((by_layer, outline_policy), (whole, lambda *_: None)):
+        monkeypatch.setattr(training_rank, "outline_policy", outline)
+        config = learner_config(folder, learner={"lora": lora})
+        learner = LearnerRank(config, folder, 0, 1, None)
+        learner.setup()
+        trained = {n for n, p in learner.model.module.named_parameters() if p.requires_grad}
+        found += [(p.name, p.name in trained, p.tensor.clone()) for p in learner.model.shards()]
+        learner.close()
+    assert sum(is_trained for _, is_trained, _ in by_layer) >= 4
+    for one, other in zip(by_layer, whole, strict=True):
+        assert one[:2] == other[:2]
+        assert torch.equal(one[2], other[2]), one[0]
+
+
+def test_targets_that_no_layer_has_are_refused_before_weights_are_read(tmp_path: Path):
+    folder = save_llama(tmp_path)
+    for targets, why in (("nowhere", "nowhere"), ("embed_tokens", "not a plain linear layer")):
+        config = learner_config(folder, learner={"lora": {"targets": [targets]}})
+        learner = LearnerRank(config, folder, 0, 1, None)
+        with pytest.raises(ConfigError, match=why):
+            learner.setup()
+        learner.close()
