@@ -177,6 +177,7 @@ def test_the_record_of_a_run_is_whole_or_ends_it_and_its_status_hides_nothing(
     config = tiny_config(run={"root": str(disk.root)})
     with RunDir.create(disk.root / "tiny", config) as run, RunLog(run) as log:
         log.append(1, 1.0, {"reward/mean": 0.5})
+        log.flush()
         run.write_status(Snapshot(run="tiny", state="running", step=1, num_steps=9, time_s=1.0))
         disk.fill()
 
