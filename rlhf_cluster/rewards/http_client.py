@@ -38,6 +38,7 @@ MAX_ANSWER_BYTES = 16 << 20
 _AGAIN = (408, 429, 500, 502, 503, 504)
 
 _SHOWN_CHARACTERS = 200
+_MAX_PORT = 65535
 
 
 class ServerSection(Section):
@@ -72,12 +73,17 @@ class Server:
         self._section = section
         try:
             self._url = httpx.URL(section.url.rstrip("/") + path)
-        except httpx.InvalidURL as error:
+            host, port = self._url.host, self._url.port
+        except (httpx.InvalidURL, UnicodeError) as error:  # the second for a name that IDNA refuses
             raise ConfigError(
                 f"url {section.url!r}: {error}. Give http://host:port/path"
             ) from error
-        if not self._url.host:
+        if not host:
             raise ConfigError(f"url {section.url!r} has no host. Give http://host:port/path")
+        if port is not None and port > _MAX_PORT:
+            raise ConfigError(
+                f"url {section.url!r}: the port is {port}, at most {_MAX_PORT} is one"
+            )
         self._tls = ssl.create_default_context()
         self._closed = threading.Event()
         self._key = ""
