@@ -111,8 +111,8 @@ class ScaledLlama(LlamaForCausalLM):
 def test_persistent_buffers_are_those_of_the_files(tmp_path: Path, mesh):
     AutoConfig.register(ScaledConfig.model_type, ScaledConfig, exist_ok=True)
     AutoModelForCausalLM.register(ScaledConfig, ScaledLlama, exist_ok=True)
-    config = ScaledConfig(**build_llama().config.to_diff_dict() | {"model_type": None})
-    model: Any = ScaledLlama(config)
+    settings: dict[str, Any] = build_llama().config.to_diff_dict() | {"model_type": None}
+    model: Any = ScaledLlama(ScaledConfig(**settings))
     model.model.scale.fill_(2.5)
     model.model.table += torch.arange(3)
     model.save_pretrained(tmp_path)
