@@ -38,7 +38,6 @@ MAX_ANSWER_BYTES = 16 << 20
 _AGAIN = (408, 429, 500, 502, 503, 504)
 
 _SHOWN_CHARACTERS = 200
-_MAX_PORT = 65535
 
 
 class ServerSection(Section):
@@ -78,12 +77,9 @@ class Server:
             raise ConfigError(
                 f"url {section.url!r}: {error}. Give http://host:port/path"
             ) from error
-        if not host:
-            raise ConfigError(f"url {section.url!r} has no host. Give http://host:port/path")
-        if port is not None and port > _MAX_PORT:
-            raise ConfigError(
-                f"url {section.url!r}: the port is {port}, at most {_MAX_PORT} is one"
-            )
+        if not host or (port or 0) > 65535:
+            where = "no host" if not host else f"port {port}, over the bound 65535"
+            raise ConfigError(f"url {section.url!r} has {where}. Give http://host:port/path")
         self._tls = ssl.create_default_context()
         self._closed = threading.Event()
         self._key = ""
