@@ -59,12 +59,16 @@ class BesideTraining:
     _running: asyncio.Task[None] | None = None
     _version: int = -1  # of the running evaluation
     _left: list[str] = field(default_factory=list)  # sets of it without a point or a skip
+    _is_closed: bool = False
 
     def live(self, version: int) -> None:
         """Start the evaluation of `version`, which every worker has, on the sets that are due.
 
-        Raises an error of the last evaluation that is no `RlhfError`.
+        None starts after `close`: a publish may end later than its attempt. Raises an error of the last
+        evaluation that is no `RlhfError`.
         """
+        if self._is_closed:
+            return
         due = due_sets(self.every, self.record.covered, version, self.last_version)
         if not due:
             return
@@ -85,6 +89,8 @@ class BesideTraining:
         if self._running is None:
             return
         await asyncio.wait({self._running}, timeout=self.hold_s)
+        if self._is_closed:
+            return
         if self._is_running:
             await self._cancel()
             self._skip(
@@ -101,8 +107,9 @@ class BesideTraining:
     async def close(self) -> None:
         """End the running evaluation without a record of it, so that a resumed run repeats it.
 
-        Waits for: its calls to be cancelled, at most `CANCEL_S`.
+        No other one starts. Waits for: its calls to be cancelled, at most `CANCEL_S`.
         """
+        self._is_closed = True
         if self._is_running:
             await self._cancel()
         self._running = None

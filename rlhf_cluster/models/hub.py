@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from rlhf_cluster.errors import ConfigError
+from rlhf_cluster.models.model_folder import read_index
 
 DOWNLOAD_S = 3600.0
 """Deadline of one download in seconds."""
@@ -41,7 +42,16 @@ def find_cached(hub_id: str, cache: str | Path | None = None) -> Path | None:
         folder = Path(str(snapshot_download(hub_id, cache_dir=cache, local_files_only=True)))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
-    return folder if (folder / "config.json").exists() else None
+    return folder if _is_whole(folder) else None
+
+
+def _is_whole(folder: Path) -> bool:
+    """Return whether the folder has the files of a model; a download that was cut short lacks some."""
+    if not (folder / "config.json").exists():
+        return False
+    index = folder / "model.safetensors.index.json"
+    files = set(read_index(index).values()) if index.exists() else {"model.safetensors"}
+    return all((folder / name).exists() for name in files)
 
 
 def download(hub_id: str, limit_s: float = DOWNLOAD_S) -> None:
@@ -91,8 +101,8 @@ def local_folder(
     fetch(hub_id)
     if (folder := find(hub_id)) is None:
         raise ConfigError(
-            f"model.path = {hub_id!r}: downloaded, and still no whole model with a config.json in "
-            f"the cache. {_cure(hub_id)}"
+            f"model.path = {hub_id!r}: downloaded, and still no whole model in the cache, with "
+            f"config.json and all of its .safetensors files. {_cure(hub_id)}"
         )
     return folder
 

@@ -238,9 +238,9 @@ def outline_policy(
 ) -> PolicyLM | None:
     """Build the model of a folder with parameters on the meta device, without reading weights.
 
-    The arguments are those of `load_policy`; buffers, such as rotary tables, are complete and on the
-    CPU. `learner.sharding.sharded_loading` reads the weights once the model is sharded; then
-    `check_policy` must follow.
+    The arguments are those of `load_policy`; buffers, such as rotary tables, are on the CPU as the
+    configuration makes them. `learner.sharding.sharded_loading` reads the weights, and the buffers that
+    the files hold, once the model is sharded; then `check_policy` must follow.
 
     Returns:
         None for a model whose parameters are not what its files hold, one tensor each (merged experts,

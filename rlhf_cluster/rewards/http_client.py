@@ -72,12 +72,14 @@ class Server:
         self._section = section
         try:
             self._url = httpx.URL(section.url.rstrip("/") + path)
-        except httpx.InvalidURL as error:
+            host, port = self._url.host, self._url.port
+        except (httpx.InvalidURL, UnicodeError) as error:  # the second for a name that IDNA refuses
             raise ConfigError(
                 f"url {section.url!r}: {error}. Give http://host:port/path"
             ) from error
-        if not self._url.host:
-            raise ConfigError(f"url {section.url!r} has no host. Give http://host:port/path")
+        if not host or (port or 0) > 65535:
+            where = "no host" if not host else f"port {port}, over the bound 65535"
+            raise ConfigError(f"url {section.url!r} has {where}. Give http://host:port/path")
         self._tls = ssl.create_default_context()
         self._closed = threading.Event()
         self._key = ""

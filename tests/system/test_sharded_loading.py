@@ -48,7 +48,8 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_a_rank_holds_its_shards_and_a_layer_while_it_loads(loaded):
     peaks = [rank["peak"] / loaded["alive"] for rank in loaded["found"]["sharded"]]
-    assert max(peaks) <= 1.3
+    # FSDP2 gathers the next layer while one computes, each in two copies on a CPU.
+    assert max(peaks) <= 1.5
 
 
 def test_loading_the_whole_model_first_would_be_seen(loaded):

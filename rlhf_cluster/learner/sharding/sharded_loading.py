@@ -5,8 +5,8 @@
 Promises:
 - a rank reads only the bytes of its shards, and holds them and at most `CHUNK_BYTES` more;
 - the result is bitwise that of sharding the loaded model: the same conversion of the same elements;
-- parameters that are not on the meta device (a head of values) and buffers stay as they are, and tied
-  parameters stay tied;
+- parameters that are not on the meta device (a head of values) stay as they are, tied parameters stay
+  tied, and persistent buffers that the files hold are read whole;
 - an error names tensor, file and rank.
 """
 
@@ -94,7 +94,7 @@ def fill(
     rank: int,
     stored_name: Callable[[str], str],
 ) -> None:
-    """Allocate this rank's shards of all parameters on the meta device, and read their weights.
+    """Allocate this rank's shards of all parameters on the meta device, and read weights and buffers.
 
     Args:
         module: sharded over dimension 0 by `fully_shard`.
@@ -118,6 +118,9 @@ def fill(
                 f"parameter {name}. Save the model again, with all of its weights"
             )
         by_file[files[stored]].append(name)
+    for name in _persistent_buffers(module):
+        if stored_name(name) in files:
+            by_file[files[stored_name(name)]].append(name)
     for file, names in by_file.items():
         _read_file(module, file, names, rank, stored_name)
 
@@ -130,19 +133,35 @@ def _read_file(
         with safe_open(file, framework="pt") as tensors:
             for name in names:
                 reading = stored_name(name)
-                _read_rows(cast(DTensor, module.get_parameter(name)), tensors.get_slice(reading))
-    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+                owner, _, own_name = name.rpartition(".")
+                target = getattr(module.get_submodule(owner), own_name)
+                stored = tensors.get_slice(reading)
+                shape = tuple(stored.get_shape())
+                if shape != tuple(target.shape):
+                    raise ValueError(
+                        f"its shape is {list(shape)}, the model has {list(target.shape)}"
+                    )
+                if isinstance(target, DTensor):
+                    _read_rows(target, stored, shape)
+                else:
+                    target.copy_(tensors.get_tensor(reading))
+    except (OSError, SafetensorError, ValueError) as error:
         raise WeightError(
             f"learner rank {rank}: tensor {reading or names[0]} of {file} cannot be read ({error}). "
-            "Copy the file again from where the model came from"
+            "If its disk is well, copy the file again from where the model came from"
         ) from error
 
 
-def _read_rows(parameter: DTensor, stored: Any) -> None:
-    """Read this rank's rows of a parameter from a slice of its file."""
-    shape = tuple(stored.get_shape())
-    if shape != tuple(parameter.shape):
-        raise ValueError(f"its shape is {list(shape)}, the model has {list(parameter.shape)}")
+def _persistent_buffers(module: nn.Module) -> Iterator[str]:
+    """Yield the names of the buffers that a checkpoint has; the configuration gives the others."""
+    for name, _ in module.named_buffers():
+        owner, _, own_name = name.rpartition(".")
+        if own_name not in module.get_submodule(owner)._non_persistent_buffers_set:
+            yield name
+
+
+def _read_rows(parameter: DTensor, stored: Any, shape: tuple[int, ...]) -> None:
+    """Read this rank's rows of a parameter of `shape` from a slice of its file."""
     local: Tensor = parameter.to_local()
     if not local.numel():
         return

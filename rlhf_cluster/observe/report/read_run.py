@@ -26,6 +26,11 @@ MAX_STEPS_SHOWN = 8
 SAMPLES_OF_A_STEP = 6
 LAST_STEPS = 8  # from whose samples the best and the worst are chosen
 EXTREMES = 3
+SAMPLE_COLUMNS = (
+    "rollout_id", "prompt_id", "prompt", "response", "reward", "reward_parts", "version_min",
+    "version_max", "staleness", "finish_reason", "worker", "scorer",
+)  # fmt: skip
+"""Columns of samples that a report cannot do without."""
 MAX_EVENTS = 200
 _EVENT = re.compile(
     r"^(\S+Z) \w+ controller controller actors\.drivers\.(?:run|rl)_observer: (.*)$"
@@ -134,11 +139,13 @@ def _read_samples(run: RunDir, found: RunRecord) -> None:
     pool: list[Row] = []
     for path in sorted({*spread, *last}):
         try:
-            rows = read_samples(path)
-        except (OSError, ValueError) as error:
+            step, rows = int(path.stem.removeprefix("step-")), read_samples(path)
+            if missing := [name for name in SAMPLE_COLUMNS if rows and name not in rows[0]]:
+                raise ValueError(f"it has no {', '.join(missing)}")
+        # The last for damage that pyarrow takes for what it does not support.
+        except (OSError, ValueError, KeyError, NotImplementedError) as error:
             found.problems.append(f"{path}: cannot be read as samples ({error})")
             continue
-        step = int(path.stem.removeprefix("step-"))
         if path in last:
             pool += [{**row, "step": step} for row in rows]
         if path in spread:

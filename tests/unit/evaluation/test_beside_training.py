@@ -132,6 +132,29 @@ async def test_what_the_end_of_an_attempt_cuts_short_is_due_again() -> None:
     assert again.started == [("a", 3)], "a point that is there is not measured again"
 
 
+async def test_a_version_that_goes_live_after_the_end_of_its_attempt_is_not_evaluated() -> None:
+    record, measure = Record(), Measured()
+    measure.let_go.set()
+    runner = beside(record, measure, {"a": 2})
+    await runner.close()
+    runner.live(2)
+    await runner.make_way(3)
+    assert (measure.started, record.points) == ([], [])
+
+
+async def test_a_publish_that_waits_for_an_evaluation_goes_on_when_its_attempt_ends() -> None:
+    record, measure = Record(), Measured()
+    runner = beside(record, measure, {"a": 2})
+    runner.live(2)
+    await until(lambda: measure.started)
+    way = asyncio.create_task(runner.make_way(3))
+    await asyncio.sleep(0)
+    await runner.close()
+    async with asyncio.timeout(10):
+        await way
+    assert (record.points, record.skips) == ([], [])
+
+
 @pytest.mark.parametrize("error", [PoolLost("nobody is left"), WorkerError("other weights")])
 async def test_a_failure_is_the_reason_of_a_skip_and_not_the_end_of_training(error) -> None:
     async def fails(name: str, version: int) -> Evaluation:

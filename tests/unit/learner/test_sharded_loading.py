@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from rlhf_cluster.errors import ConfigError, WeightError
 from rlhf_cluster.learner import training_rank
@@ -21,7 +22,7 @@ from rlhf_cluster.learner.sharding.sharded_loading import fill, load_shards
 from rlhf_cluster.learner.step.critic import load_value_model, shard_value_model
 from rlhf_cluster.models.policy_model import checkpoint_name, load_policy, outline_policy
 from rlhf_cluster.util.process_group import join_group
-from tests.support.builders.tiny_learner import learner_config, save_llama
+from tests.support.builders.tiny_learner import build_llama, learner_config, save_llama
 
 CPU = torch.device("cpu")
 
@@ -91,6 +92,41 @@ def test_a_value_model_reads_the_decoder_and_keeps_its_head(tmp_path: Path, mesh
         model.named_parameters(), whole.named_parameters(), strict=True
     ):
         assert torch.equal(full(found), expected), name
+
+
+class ScaledConfig(LlamaConfig):
+    model_type = "llama_with_persistent_buffer"
+
+
+class ScaledLlama(LlamaForCausalLM):
+    """Llama with state in its files that is no parameter, such as the scale of a layer."""
+
+    config_class = ScaledConfig
+
+    def __init__(self, config: ScaledConfig) -> None:
+        super().__init__(config)
+        self.model.register_buffer("scale", torch.tensor(1.0))
+        self.model.register_buffer("table", torch.zeros(3))
+        self.model.register_buffer("made", torch.zeros(3), persistent=False)
+
+
+def test_persistent_buffers_are_those_of_the_files(tmp_path: Path, mesh):
+    AutoConfig.register(ScaledConfig.model_type, ScaledConfig, exist_ok=True)
+    AutoModelForCausalLM.register(ScaledConfig, ScaledLlama, exist_ok=True)
+    settings: dict[str, Any] = build_llama().config.to_diff_dict() | {"model_type": None}
+    model: Any = ScaledLlama(ScaledConfig(**settings))
+    model.model.scale.fill_(2.5)
+    model.model.table += torch.arange(3)
+    model.save_pretrained(tmp_path)
+    whole: Any = load_policy(tmp_path, torch.float32, CPU, True)
+    policy: Any = sharded(str(tmp_path), mesh)
+    assert whole.lm.model.scale == policy.lm.model.scale == 2.5
+    assert torch.equal(policy.lm.model.table, whole.lm.model.table)
+    assert torch.equal(policy.lm.model.table, torch.tensor([0.0, 1.0, 2.0]))
+    value: Any = load_value_model(tmp_path, CPU, torch.float32, outlined=True)
+    shard_value_model(value, mesh, torch.float32, False)
+    load_shards(value, tmp_path, CPU, torch.float32, 0)
+    assert value.lm.scale == 2.5
 
 
 def test_rows_are_read_in_pieces_of_a_bounded_size(tmp_path: Path, mesh, monkeypatch):

@@ -6,7 +6,7 @@ from rlhf_cluster.errors import ConfigError
 from rlhf_cluster.models.hub import download, find_cached, is_hub_id, local_folder
 from rlhf_cluster.planning.local_models import with_local_model
 from rlhf_cluster.run.run_directory import RunDir
-from rlhf_cluster.util.durable_files import read_json
+from rlhf_cluster.util.durable_files import read_json, write_json
 from tests.support.builders.run_configs import tiny_config
 
 ID = "Qwen/Qwen2.5-0.5B-Instruct"
@@ -19,6 +19,7 @@ def put_in_cache(cache):
     folder = entry / "snapshots" / REVISION
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").touch()
     (entry / "refs").mkdir()
     (entry / "refs" / "main").write_text(REVISION)
     return folder
@@ -44,6 +45,17 @@ def test_a_model_in_the_cache_is_used_without_a_download(tmp_path):
     folder = put_in_cache(tmp_path)
     found = local_folder(ID, pytest.fail, lambda hub_id: find_cached(hub_id, tmp_path), {})
     assert found == folder
+
+
+def test_a_download_that_was_cut_short_is_no_model_yet(tmp_path):
+    folder = put_in_cache(tmp_path)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    assert find_cached(ID, tmp_path) is None
+    both = {str(i): f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}
+    write_json(folder / "model.safetensors.index.json", {"weight_map": both}, fsync=False)
+    assert find_cached(ID, tmp_path) is None
+    (folder / both["2"]).touch()
+    assert find_cached(ID, tmp_path) == folder
 
 
 def test_a_model_that_is_not_there_is_downloaded_where_a_network_is_permitted(tmp_path):

@@ -6,6 +6,8 @@ import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 
 from actors.drivers import rl_observer, run_observer
@@ -309,6 +311,22 @@ def test_what_is_damaged_is_named_and_the_rest_shown(tmp_path):
     assert "not a run&#x27;s status" in found
     assert "step 1: 3 samples" in found
     assert "WorkerError: &lt;b&gt;" in found
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "problem"),
+    [
+        ("step-000002", {"rollout_id": ["g1/0"], "reward": [1.0]}, "it has no prompt_id, prompt,"),
+        ("step-two", {"rollout_id": ["g1/0"]}, "cannot be read as samples"),
+    ],
+)
+def test_samples_of_another_shape_are_named_and_the_rest_shown(tmp_path, name, columns, problem):
+    path = record_run(tmp_path)
+    parquet.write_table(pa.table(columns), path / "samples" / f"{name}.parquet")
+    found = page([read_run(RunDir.open(path))], now_s=1.7e9)
+    assert f"{name}.parquet: " in found
+    assert problem in found
+    assert "step 1: 3 samples" in found
 
 
 def test_the_command_writes_into_the_run_or_where_it_is_told(recorded, tmp_path, capsys):

@@ -223,6 +223,12 @@ def test_a_key_that_cannot_be_sent_is_refused_at_the_start_without_showing_it(va
         assert value not in str(error.value)
 
 
+@pytest.mark.parametrize("url", ["http://x:99999", "http://xn--.com", "http://[::1"])
+def test_a_url_that_no_request_can_go_to_is_refused_when_the_reward_is_built(url):
+    with pytest.raises(ConfigError, match="url 'http://"):
+        Http(HttpConfig(url=url), RewardContext())
+
+
 @pytest.mark.parametrize(
     "url", ["ftp://x", "x:80", "http://user:word@x", "http://x?key=1", "http://"]
 )
