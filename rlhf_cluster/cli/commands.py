@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rlhf_cluster import __version__
-from rlhf_cluster.cli import config_command, inspect_commands
+from rlhf_cluster.cli import config_command, init_command, inspect_commands
 from rlhf_cluster.cli.inspect_commands import Deep, table, utc
 from rlhf_cluster.cli.json_output import Refused, print_json
 from rlhf_cluster.errors import RlhfError, RunError, SeveralProblems
@@ -425,6 +425,7 @@ def scale(
 
 inspect_commands.add_to(app)
 config_command.add_to(app)
+init_command.add_to(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

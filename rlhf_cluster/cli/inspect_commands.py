@@ -166,10 +166,17 @@ def doctor(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of CONFIG."),
     ] = None,
+    stress: Annotated[
+        bool, typer.Option("--stress", help="Also load each GPU with products and copies.")
+    ] = False,
 ) -> None:
-    """Check this machine: software, processor, memory, disks, ports. Exit code 1: one is wrong."""
+    """Check software, processor, GPUs, memory, disks, ports of this machine. Exit 1: one is wrong."""
     from rlhf_cluster.planning import doctor as checks
+    from rlhf_cluster.planning import gpu_health, gpu_stress
 
+    devices = [f"cuda:{index}" for index in range(gpu_stress.count_gpus())] if stress else []
+    if stress and not devices:
+        raise RunError(gpu_stress.NO_GPU)
     if config is None:
         if set_:
             raise RunError("--set changes a setting of CONFIG: give a run file")
@@ -186,7 +193,10 @@ def doctor(
         publisher = next((c for c in loaded if isinstance(c, RunConfig)), loaded[0])
         facts = checks.look(Path(loaded[0].run.root), publisher.weights_dir, gpus, ports)
         kept = kept_lines(publisher) if isinstance(publisher, RunConfig) else ()
+    nvml = gpu_health.load_nvml()
     findings = checks.judge(facts)
+    findings += gpu_health.check_gpus(nvml, len(facts.gpus), facts.gpus_wanted)
+    findings += gpu_stress.stress_gpus(devices)
     for line in (*checks.report(findings), *kept):
         typer.echo(line)
     _refuse_wrong(findings)

