@@ -66,10 +66,10 @@ def _check_data(c: RunSections) -> Iterator[str]:
 def _check_evaluation(c: RunSections) -> Iterator[str]:
     names = [reward.name or reward.type for reward in c.scoring.rewards]
     if any(each.every for each in c.evaluation.sets) and (
-        c.evaluation.hold_s >= c.run.stall_timeout_s
+        2 * c.evaluation.hold_s >= c.run.stall_timeout_s  # the pull and new groups take time too
     ):
         yield (
-            "{evaluation.hold_s} is not under {run.stall_timeout_s}: a learner that waits for the next "
+            "{evaluation.hold_s} is not under half of {run.stall_timeout_s}: a learner that waits for the next "
             "version would fail the run first. Lower hold_s"
         )
     for each in c.evaluation.sets:

@@ -20,8 +20,11 @@ from rlhf_cluster.models.model_folder import read_index
 DOWNLOAD_S = 3600.0
 """Deadline of one download in seconds."""
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model")
+"""What a model is read from: weights in other formats are not, and may be as large again."""
 _DOWNLOAD = (
-    "import sys; from huggingface_hub import snapshot_download; snapshot_download(sys.argv[1])"
+    "import sys; from huggingface_hub import snapshot_download; "
+    "snapshot_download(sys.argv[1], allow_patterns=sys.argv[2:])"
 )
 
 
@@ -59,7 +62,7 @@ def download(hub_id: str, limit_s: float = DOWNLOAD_S) -> None:
 
     Raises `ConfigError` for a model that cannot be had, and after `limit_s`.
     """
-    command = [sys.executable, "-c", _DOWNLOAD, hub_id]
+    command = [sys.executable, "-c", _DOWNLOAD, hub_id, *_FILES]
     try:
         done = subprocess.run(command, stderr=None, timeout=limit_s)
     except subprocess.TimeoutExpired as error:

@@ -132,10 +132,9 @@ def check_value_model(model: ValueLM, compute_dtype: torch.dtype) -> None:
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    first, second = (
-        torch.arange(3, 8, device=device)[None],
-        torch.arange(11, 15, device=device)[None],
-    )
+    vocabulary = model.config.get_text_config().vocab_size
+    tokens = torch.arange(15, device=device) % vocabulary
+    first, second = tokens[None, 3:8], tokens[None, 11:15]
     places = [torch.arange(s.shape[1], device=device)[None] for s in (first, second)]
     packed = model(torch.cat([first, second], 1), torch.cat(places, 1), only_hidden=True)
     alone = [model(s, p, only_hidden=True) for s, p in zip((first, second), places, strict=True)]

@@ -65,7 +65,7 @@ def test_the_examples_of_the_page_are_valid() -> None:
         (sets({**TASK, "rewards": ["judge"]}), ["names the reward 'judge'", "watch = true"]),
         (
             sets({**TASK, "every": 2}, hold_s=600.0),
-            ["evaluation.hold_s = 600 is not under run.stall_timeout_s", "Lower hold_s"],
+            ["evaluation.hold_s = 600 is not under half of run.stall_timeout_s", "Lower hold_s"],
         ),
     ],
 )
