@@ -69,8 +69,8 @@ def _check_evaluation(c: RunSections) -> Iterator[str]:
         2 * c.evaluation.hold_s >= c.run.stall_timeout_s  # the pull and new groups take time too
     ):
         yield (
-            "{evaluation.hold_s} is not under half of {run.stall_timeout_s}: a learner that waits for the next "
-            "version would fail the run first. Lower hold_s"
+            "{evaluation.hold_s} is not under half of {run.stall_timeout_s}: a learner that waits "
+            "for the next version would fail the run first. Lower hold_s"
         )
     for each in c.evaluation.sets:
         where = f"evaluation.sets: the set {each.name!r}"

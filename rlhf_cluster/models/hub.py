@@ -21,7 +21,7 @@ DOWNLOAD_S = 3600.0
 """Deadline of one download in seconds."""
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model")
-"""What a model is read from: weights in other formats are not, and may be as large again."""
+"""Files to download: weights in other formats are never read, and may be as large again."""
 _DOWNLOAD = (
     "import sys; from huggingface_hub import snapshot_download; "
     "snapshot_download(sys.argv[1], allow_patterns=sys.argv[2:])"
