@@ -50,19 +50,18 @@ def checkpoint_files(model_dir: str | Path) -> dict[str, Path]:
 
 def materialize(
     module: nn.Module,
-    model_dir: str | Path,
+    files: Mapping[str, Path],
     device: torch.device,
     stored_name: Callable[[str], str],
 ) -> None:
     """Read the parameters of `module` that are on the meta device, in float32. Raises `WeightError`.
 
-    `stored_name` maps the name of a parameter to that of its tensor in the files. The new parameters
-    are frozen.
+    `files` has the file of each tensor, and `stored_name` maps the name of a parameter to that of its
+    tensor. The new parameters are frozen.
     """
     import torch
     from safetensors import SafetensorError, safe_open
 
-    files = checkpoint_files(model_dir)
     for name, parameter in list(module.named_parameters()):
         if not parameter.is_meta:
             continue
@@ -72,7 +71,7 @@ def materialize(
                 weight = tensors.get_tensor(stored).to(device, torch.float32)
         except (KeyError, OSError, SafetensorError) as error:
             raise WeightError(
-                f"{files.get(stored, model_dir)}: tensor {stored} cannot be read ({error!r}). Copy the "
+                f"{files.get(stored, 'no file')}: tensor {stored} cannot be read ({error!r}). Copy the "
                 "file again from where the model came from"
             ) from error
         owner, _, leaf = name.rpartition(".")

@@ -36,7 +36,7 @@ from rlhf_cluster.learner.sharding.qlora import (
     quantize_linears,
 )
 from rlhf_cluster.learner.sharding.sharded_model import ShardedModel
-from rlhf_cluster.models.model_folder import materialize
+from rlhf_cluster.models.model_folder import checkpoint_files, materialize
 from rlhf_cluster.models.policy_model import PolicyLM, checkpoint_name
 from rlhf_cluster.weights.formats import lora_factors
 from rlhf_cluster.weights.manifest import LocalPart
@@ -97,11 +97,12 @@ def adapting(
 
     policy.requires_grad_(False)
     names = {id(module): name for name, module in policy.named_modules()}
+    files = checkpoint_files(model_dir)  # once: a large model has many layers and many files
     suffixes = None if settings.targets == "all-linear" else tuple(settings.targets)
 
     def adapt(layer: nn.Module) -> None:
         prefix = names[id(layer)]
-        materialize(layer, model_dir, device, lambda n: checkpoint_name(f"{prefix}.{n}"))
+        materialize(layer, files, device, lambda n: checkpoint_name(f"{prefix}.{n}"))
         targets = [
             name
             for name, module in layer.named_modules()
